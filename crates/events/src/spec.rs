@@ -1,0 +1,244 @@
+//! What a service is, how it is built and how it runs: data that requests carry in and that a
+//! deployment keeps as its immutable snapshot.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::names::{Digest, EnvKey, GitRef, ImageRepository, ImageTag, InvalidName, RepositoryUrl};
+
+/// Where the source of a service is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SourceSpec {
+    /// The repository. It is only ever read.
+    pub url: RepositoryUrl,
+    /// What is deployed when a request names no ref.
+    #[serde(default = "default_ref")]
+    pub default_ref: GitRef,
+    /// Folder of the service within the repository, relative, without `..`; empty for its root.
+    #[serde(default)]
+    pub path: String,
+}
+
+fn default_ref() -> GitRef {
+    GitRef::parse("HEAD").expect("HEAD is a valid ref")
+}
+
+/// Which builder makes the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BuilderKind {
+    /// `dockerfile` if the source has a Dockerfile and a tool to build it is there, else `archive`.
+    #[default]
+    Auto,
+    /// The source as layers on a base image, or on none, written without any daemon.
+    Archive,
+    /// A Dockerfile, built with buildah, podman or docker.
+    Dockerfile,
+}
+
+/// How an image is made from source. Part of the identity of a build.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BuildSpec {
+    /// The builder.
+    #[serde(default)]
+    pub builder: BuilderKind,
+    /// The image that the archive builder puts its layers on; none for a bare one, which only
+    /// the local target can run.
+    #[serde(default)]
+    pub base_image: Option<ImageReference>,
+    /// Path of the Dockerfile within the service's folder; `Dockerfile` if not given.
+    #[serde(default)]
+    pub dockerfile: Option<String>,
+    /// A command that the archive builder runs in a copy of the source before packing it, such
+    /// as `["npm", "ci"]`. It runs on the worker's machine.
+    #[serde(default)]
+    pub command: Vec<String>,
+}
+
+/// How readiness is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HealthSpec {
+    /// HTTP path that answers 2xx or 3xx when the instance is ready; a TCP connection is enough
+    /// if it is empty.
+    #[serde(default = "default_health_path")]
+    pub path: String,
+    /// How long an instance may take to become ready, in seconds. After that the rollout failed.
+    #[serde(default = "default_deadline")]
+    pub deadline_seconds: u32,
+}
+
+fn default_health_path() -> String {
+    "/".to_owned()
+}
+fn default_deadline() -> u32 {
+    60
+}
+
+impl Default for HealthSpec {
+    fn default() -> Self {
+        Self {
+            path: default_health_path(),
+            deadline_seconds: default_deadline(),
+        }
+    }
+}
+
+/// How a service runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunSpec {
+    /// The port that the container listens on. On the local target, where all instances share
+    /// one network, each gets a port of its own in `PORT` instead.
+    #[serde(default = "default_port")]
+    pub port: u16,
+    /// The command, if not the image's own.
+    #[serde(default)]
+    pub command: Vec<String>,
+    /// Environment variables.
+    #[serde(default)]
+    pub env: BTreeMap<EnvKey, String>,
+    /// How many instances run in each cluster.
+    #[serde(default = "default_replicas")]
+    pub replicas: u32,
+    /// How readiness is asked.
+    #[serde(default)]
+    pub health: HealthSpec,
+}
+
+fn default_port() -> u16 {
+    8080
+}
+fn default_replicas() -> u32 {
+    1
+}
+
+impl Default for RunSpec {
+    fn default() -> Self {
+        Self {
+            port: default_port(),
+            command: Vec::new(),
+            env: BTreeMap::new(),
+            replicas: default_replicas(),
+            health: HealthSpec::default(),
+        }
+    }
+}
+
+/// A service of a project.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceSpec {
+    /// Where its source is; none for a service that is only deployed from images.
+    #[serde(default)]
+    pub source: Option<SourceSpec>,
+    /// Where its images are pushed to and pulled from; if not given, the server's default
+    /// registry followed by `<project>/<service>`.
+    #[serde(default)]
+    pub image_repository: Option<ImageRepository>,
+    /// How it is built.
+    #[serde(default)]
+    pub build: BuildSpec,
+    /// How it runs.
+    #[serde(default)]
+    pub run: RunSpec,
+}
+
+/// A complete image reference: `repository[:tag][@digest]`, with at least one of the two.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ImageReference {
+    /// The repository.
+    pub repository: ImageRepository,
+    /// The tag, for people.
+    pub tag: Option<ImageTag>,
+    /// The digest, which alone says what the image is.
+    pub digest: Option<Digest>,
+}
+
+impl fmt::Display for ImageReference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.repository)?;
+        if let Some(tag) = &self.tag {
+            write!(f, ":{tag}")?;
+        }
+        if let Some(digest) = &self.digest {
+            write!(f, "@{digest}")?;
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for ImageReference {
+    type Err = InvalidName;
+    fn from_str(s: &str) -> Result<Self, InvalidName> {
+        let (rest, digest) = match s.split_once('@') {
+            Some((rest, d)) => (rest, Some(Digest::parse(d)?)),
+            None => (s, None),
+        };
+        // A colon after the last slash is a tag; one before it is a port.
+        let (repository, tag) = match rest.rfind(':') {
+            Some(i) if !rest[i..].contains('/') => {
+                (&rest[..i], Some(ImageTag::parse(&rest[i + 1..])?))
+            }
+            _ => (rest, None),
+        };
+        let repository = ImageRepository::parse(repository)?;
+        if tag.is_none() && digest.is_none() {
+            return Err(InvalidName {
+                what: "image reference",
+                code: "invalid_image_reference",
+                value: s.chars().take(80).collect(),
+                rule: "it needs a tag or a digest",
+            });
+        }
+        Ok(Self {
+            repository,
+            tag,
+            digest,
+        })
+    }
+}
+
+impl TryFrom<String> for ImageReference {
+    type Error = InvalidName;
+    fn try_from(s: String) -> Result<Self, InvalidName> {
+        s.parse()
+    }
+}
+impl From<ImageReference> for String {
+    fn from(r: ImageReference) -> String {
+        r.to_string()
+    }
+}
+impl JsonSchema for ImageReference {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ImageReference".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "type": "string", "description": "repository[:tag][@digest]" })
+    }
+}
+
+/// An image that is pinned: what a deployment runs, by digest from here on.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub struct PinnedImage {
+    /// The repository.
+    pub repository: ImageRepository,
+    /// The tag that it was pushed or found under.
+    pub tag: ImageTag,
+    /// The manifest's digest.
+    pub digest: Digest,
+}
+
+impl fmt::Display for PinnedImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}@{}", self.repository, self.tag, self.digest)
+    }
+}

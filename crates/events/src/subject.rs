@@ -1,0 +1,257 @@
+//! Subjects: where an event stands on the log, as one typed codec.
+//!
+//! `daybook.ev.<project>.<environment|_>.<aggregate>.<id>`. Building and parsing are each other's
+//! inverse (a property test holds them to it), and nothing else in Daybook formats a subject.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::names::{BuildId, DeploymentId, EnvironmentName, ProjectName};
+
+/// What every event subject starts with.
+pub const PREFIX: &str = "daybook.ev";
+
+/// The consistency boundaries of the ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AggregateKind {
+    /// A project with its services.
+    Project,
+    /// An environment of a project.
+    Environment,
+    /// A build, shared by all deployments of the same commit and configuration.
+    Build,
+    /// One release of one service instance.
+    Deployment,
+    /// The commits in a project's GitOps repository.
+    Gitops,
+    /// The route table of a project.
+    Routing,
+}
+
+impl AggregateKind {
+    /// All kinds, in the order in which they depend on each other.
+    pub const ALL: [Self; 6] = [
+        Self::Project,
+        Self::Environment,
+        Self::Build,
+        Self::Deployment,
+        Self::Gitops,
+        Self::Routing,
+    ];
+
+    /// The token of this kind in a subject and in an event type.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Project => "project",
+            Self::Environment => "environment",
+            Self::Build => "build",
+            Self::Deployment => "deployment",
+            Self::Gitops => "gitops",
+            Self::Routing => "routing",
+        }
+    }
+}
+
+impl FromStr for AggregateKind {
+    type Err = InvalidSubject;
+    fn from_str(s: &str) -> Result<Self, InvalidSubject> {
+        Self::ALL
+            .into_iter()
+            .find(|k| k.as_str() == s)
+            .ok_or_else(|| InvalidSubject(s.to_owned()))
+    }
+}
+
+/// The aggregate that an event belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Subject {
+    /// A project.
+    Project(ProjectName),
+    /// An environment.
+    Environment(ProjectName, EnvironmentName),
+    /// A build.
+    Build(ProjectName, BuildId),
+    /// A deployment.
+    Deployment(ProjectName, EnvironmentName, DeploymentId),
+    /// A project's GitOps repository.
+    Gitops(ProjectName),
+    /// A project's route table.
+    Routing(ProjectName),
+    /// An aggregate that this version does not know, written by a newer one: kept and shown as
+    /// it is, skipped by folds. It holds the whole subject text.
+    Other(String),
+}
+
+impl Subject {
+    /// The kind of aggregate, unless a newer version wrote it.
+    pub fn kind(&self) -> Option<AggregateKind> {
+        Some(match self {
+            Self::Project(_) => AggregateKind::Project,
+            Self::Environment(..) => AggregateKind::Environment,
+            Self::Build(..) => AggregateKind::Build,
+            Self::Deployment(..) => AggregateKind::Deployment,
+            Self::Gitops(_) => AggregateKind::Gitops,
+            Self::Routing(_) => AggregateKind::Routing,
+            Self::Other(_) => return None,
+        })
+    }
+
+    /// The project, unless a newer version wrote a subject that this one cannot read.
+    pub fn project(&self) -> Option<&ProjectName> {
+        match self {
+            Self::Project(p)
+            | Self::Environment(p, _)
+            | Self::Build(p, _)
+            | Self::Deployment(p, _, _)
+            | Self::Gitops(p)
+            | Self::Routing(p) => Some(p),
+            Self::Other(_) => None,
+        }
+    }
+
+    /// The environment, where the aggregate belongs to one.
+    pub fn environment(&self) -> Option<&EnvironmentName> {
+        match self {
+            Self::Environment(_, e) | Self::Deployment(_, e, _) => Some(e),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Project(p) => write!(f, "{PREFIX}.{p}._.project.{p}"),
+            Self::Environment(p, e) => write!(f, "{PREFIX}.{p}.{e}.environment.{e}"),
+            Self::Build(p, b) => write!(f, "{PREFIX}.{p}._.build.{b}"),
+            Self::Deployment(p, e, d) => write!(f, "{PREFIX}.{p}.{e}.deployment.{d}"),
+            Self::Gitops(p) => write!(f, "{PREFIX}.{p}._.gitops.{p}"),
+            Self::Routing(p) => write!(f, "{PREFIX}.{p}._.routing.{p}"),
+            Self::Other(s) => f.write_str(s),
+        }
+    }
+}
+
+/// A text that is no event subject.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not an event subject")]
+pub struct InvalidSubject(pub String);
+
+impl FromStr for Subject {
+    type Err = InvalidSubject;
+
+    /// Parses a subject. A well-formed subject of an unknown aggregate becomes
+    /// [`Subject::Other`]; anything outside `daybook.ev.` is refused.
+    fn from_str(s: &str) -> Result<Self, InvalidSubject> {
+        let bad = || InvalidSubject(s.to_owned());
+        let rest = s
+            .strip_prefix(PREFIX)
+            .and_then(|r| r.strip_prefix('.'))
+            .ok_or_else(bad)?;
+        let tokens: Vec<&str> = rest.split('.').collect();
+        let [project, environment, aggregate, id] = tokens[..] else {
+            return Err(bad());
+        };
+        if tokens
+            .iter()
+            .any(|t| t.is_empty() || t.contains(['*', '>', ' ']))
+        {
+            return Err(bad());
+        }
+        let known = || -> Option<Self> {
+            let p = ProjectName::parse(project).ok()?;
+            let e = match environment {
+                "_" => None,
+                e => Some(EnvironmentName::parse(e).ok()?),
+            };
+            let subject = match (aggregate.parse().ok()?, e) {
+                (AggregateKind::Project, None) if id == project => Self::Project(p),
+                (AggregateKind::Environment, Some(e)) if id == environment => {
+                    Self::Environment(p, e)
+                }
+                (AggregateKind::Build, None) => Self::Build(p, id.parse().ok()?),
+                (AggregateKind::Deployment, Some(e)) => Self::Deployment(p, e, id.parse().ok()?),
+                (AggregateKind::Gitops, None) if id == project => Self::Gitops(p),
+                (AggregateKind::Routing, None) if id == project => Self::Routing(p),
+                _ => return None,
+            };
+            // Only the canonical spelling of an id names the aggregate.
+            (subject.to_string() == s).then_some(subject)
+        };
+        Ok(known().unwrap_or_else(|| Self::Other(s.to_owned())))
+    }
+}
+
+/// Which events a reader wants, by subject. `Default` wants all.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct SubjectFilter {
+    /// Only this project.
+    pub project: Option<ProjectName>,
+    /// Only this environment. Aggregates that belong to no environment do not match.
+    pub environment: Option<EnvironmentName>,
+    /// Only this kind of aggregate.
+    pub aggregate: Option<AggregateKind>,
+    /// Only this one aggregate; the other fields are then not looked at.
+    pub subject: Option<Subject>,
+}
+
+impl SubjectFilter {
+    /// All events of one kind of aggregate.
+    pub fn of(kind: AggregateKind) -> Self {
+        Self {
+            aggregate: Some(kind),
+            ..Self::default()
+        }
+    }
+
+    /// All events of one aggregate.
+    pub fn exactly(subject: Subject) -> Self {
+        Self {
+            subject: Some(subject),
+            ..Self::default()
+        }
+    }
+
+    /// Whether this filter lets everything through.
+    pub fn is_all(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether an event on this subject is wanted. Agrees with [`Self::to_nats`].
+    pub fn matches(&self, subject: &Subject) -> bool {
+        if let Some(s) = &self.subject {
+            return s == subject;
+        }
+        if let Subject::Other(text) = subject {
+            let mut t = text.split('.').skip(2);
+            let (p, e, a) = (t.next(), t.next(), t.next());
+            return self.project.as_ref().is_none_or(|x| Some(x.as_str()) == p)
+                && self
+                    .environment
+                    .as_ref()
+                    .is_none_or(|x| Some(x.as_str()) == e)
+                && self.aggregate.is_none_or(|x| Some(x.as_str()) == a);
+        }
+        self.project
+            .as_ref()
+            .is_none_or(|p| subject.project() == Some(p))
+            && self
+                .environment
+                .as_ref()
+                .is_none_or(|e| subject.environment() == Some(e))
+            && self.aggregate.is_none_or(|a| subject.kind() == Some(a))
+    }
+
+    /// The same filter as a NATS subject with wildcards.
+    pub fn to_nats(&self) -> String {
+        if let Some(s) = &self.subject {
+            return s.to_string();
+        }
+        format!(
+            "{PREFIX}.{}.{}.{}.*",
+            self.project.as_ref().map_or("*", |p| p.as_str()),
+            self.environment.as_ref().map_or("*", |e| e.as_str()),
+            self.aggregate.map_or("*", AggregateKind::as_str),
+        )
+    }
+}

@@ -1,0 +1,4 @@
+//! Placeholder while the crate is being written.
+
+pub mod target;
+pub mod values;

@@ -1,0 +1,115 @@
+//! The port to what deployments run on. A target converges to the GitOps repository and tells
+//! what it observes; it decides nothing.
+
+use async_trait::async_trait;
+use daybook_events::{
+    ClusterName, CommitId, DeploymentId, EnvironmentName, ProjectName, ServiceName,
+};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::values::EnvironmentValues;
+
+/// One Application: a project's environment on one cluster.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct AppRef {
+    /// The project.
+    pub project: ProjectName,
+    /// The environment.
+    pub environment: EnvironmentName,
+}
+
+/// Why a target could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// Trying again may help.
+    #[error("{0}")]
+    Unavailable(String),
+    /// It will not work however often it is tried.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// What is seen of one release on one cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseStatus {
+    /// The deployment that it belongs to.
+    pub deployment: DeploymentId,
+    /// The service.
+    pub service: ServiceName,
+    /// The GitOps commit that this status is about: never an older one.
+    pub revision: CommitId,
+    /// What is asked for.
+    pub wanted: u32,
+    /// The instances that exist.
+    pub instances: Vec<InstanceStatus>,
+    /// Why it is not (or no longer) as asked for.
+    pub problem: Option<Problem>,
+}
+
+impl ReleaseStatus {
+    /// Instances that are ready now.
+    pub fn ready(&self) -> u32 {
+        u32::try_from(self.instances.iter().filter(|i| i.ready).count()).unwrap_or(u32::MAX)
+    }
+}
+
+/// One running instance: a process, or a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceStatus {
+    /// Its name, unique within the cluster.
+    pub name: String,
+    /// Where it answers: `127.0.0.1:34567`.
+    pub address: String,
+    /// Whether its readiness probe succeeds.
+    pub ready: bool,
+    /// How often it was restarted.
+    pub restarts: u32,
+    /// When it was started.
+    pub started_at: Timestamp,
+}
+
+/// A typed cause, with what helps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// In the field's words: `CrashLoopBackOff`, `ImagePullBackOff`, `ReadinessProbeFailed`,
+    /// `PortInUse`, `StartError`.
+    pub reason: String,
+    /// One sentence that says what happened.
+    pub message: String,
+    /// What to do about it.
+    pub remedy: String,
+    /// Whether waiting may still mend it. When false the rollout has failed.
+    pub transient: bool,
+}
+
+/// What is seen of an Application.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct AppStatus {
+    /// The GitOps commit that the target has applied: everything below is about it.
+    pub revision: Option<CommitId>,
+    /// Its releases.
+    pub releases: Vec<ReleaseStatus>,
+}
+
+/// A cluster that deployments run on.
+#[async_trait]
+pub trait Target: Send + Sync + std::fmt::Debug {
+    /// Its name.
+    fn cluster(&self) -> &ClusterName;
+
+    /// Takes over a desired state, read from the GitOps repository at `revision`. Returns once it
+    /// is accepted; what becomes of it is seen in [`Target::watch`]. Applying the same revision
+    /// again changes nothing. Releases that are no longer listed are stopped and removed;
+    /// `replicas: 0` stops their instances and keeps the release.
+    async fn apply(
+        &self,
+        app: &AppRef,
+        revision: &CommitId,
+        desired: &EnvironmentValues,
+    ) -> Result<(), TargetError>;
+
+    /// What is seen of an Application, now and at each change.
+    fn watch(&self, app: &AppRef) -> watch::Receiver<AppStatus>;
+}
