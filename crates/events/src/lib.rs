@@ -4,14 +4,23 @@
 //! Nothing in here does I/O, reads a clock or draws a random number: everything that a decision
 //! depends on is passed in, so that the same log always folds to the same state.
 
+pub mod aggregate;
+pub mod build;
+pub mod catalog;
+pub mod deployment;
 pub mod envelope;
+pub mod environment;
+pub mod gitops;
 pub mod lines;
 pub mod log;
 pub mod names;
+pub mod project;
+pub mod routing;
 pub mod spec;
 pub mod subject;
 
-pub use envelope::{Actor, Event, NewEvent};
+pub use aggregate::{Aggregate, Decision, Folded, Refusal};
+pub use envelope::{Actor, Context, Event, NewEvent, Payload};
 pub use log::{EventLog, Position, Recorded};
 pub use names::*;
 pub use subject::{AggregateKind, Subject, SubjectFilter};

@@ -1,0 +1,232 @@
+//! What all aggregates have in common: how events fold into state, and how a decision is refused.
+
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::envelope::{DecodeError, Event, Payload};
+use crate::log::{Position, Recorded};
+use crate::names::EventId;
+use crate::subject::AggregateKind;
+
+/// Where and when an event stands, as far as a fold may look at it.
+#[derive(Debug, Clone, Copy)]
+pub struct At {
+    /// Position of the event.
+    pub position: Position,
+    /// Its id.
+    pub id: EventId,
+    /// When it happened.
+    pub time: Timestamp,
+}
+
+/// A consistency boundary: its events fold into its state, purely.
+pub trait Aggregate: Sized + Clone + Send + Sync + Serialize + DeserializeOwned + 'static {
+    /// Its events.
+    type Event: Payload;
+    /// Its kind.
+    const KIND: AggregateKind;
+
+    /// The state after the first event.
+    fn first(event: Self::Event, at: At) -> Result<Self, Illegal>;
+    /// The state after a further event. An event that is refused leaves the state as it was.
+    fn apply(&mut self, event: Self::Event, at: At) -> Result<(), Illegal>;
+}
+
+/// An event that does not fit the state that it meets. It is void: kept, shown, and skipped.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{kind} does not follow on {state}")]
+pub struct Illegal {
+    /// The event's type.
+    pub kind: String,
+    /// The state that it met.
+    pub state: String,
+}
+
+impl Illegal {
+    /// For an event that only a first event may be, or the other way round.
+    pub fn new(kind: &str, state: impl Into<String>) -> Self {
+        Self {
+            kind: kind.into(),
+            state: state.into(),
+        }
+    }
+}
+
+/// Why an event changed nothing in a fold.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Void {
+    /// Another event with the same revision came first. This happens when a broker's cluster
+    /// accepts two writers at once (nats-server#4320): the first in log order counts.
+    #[error("revision {revision} was taken by an earlier event")]
+    Overtaken {
+        /// The claimed revision.
+        revision: u32,
+    },
+    /// A revision is missing before this one.
+    #[error("revision {found} follows on {last}")]
+    Gap {
+        /// The last revision that was folded.
+        last: u32,
+        /// What this event claims.
+        found: u32,
+    },
+    /// The event's type is not known to this version.
+    #[error("{0} is not known to this version")]
+    Unknown(String),
+    /// The event cannot be read.
+    #[error(transparent)]
+    Unreadable(DecodeError),
+    /// The event does not fit the state.
+    #[error(transparent)]
+    Illegal(#[from] Illegal),
+}
+
+/// An aggregate's state with the place up to which it is folded.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(bound = "A: Aggregate")]
+pub struct Folded<A> {
+    /// The state; none before the first event.
+    pub state: Option<A>,
+    /// Revision of the last event that counted; 0 for none.
+    pub revision: u32,
+    /// Position of the last event on this subject, whether it counted or not: what the next
+    /// append expects.
+    pub position: Position,
+    /// Id of the last event that counted.
+    pub last_id: Option<EventId>,
+}
+
+impl<A> Default for Folded<A> {
+    fn default() -> Self {
+        Self {
+            state: None,
+            revision: 0,
+            position: Position::ZERO,
+            last_id: None,
+        }
+    }
+}
+
+impl<A: Aggregate> Folded<A> {
+    /// Folds one event. A void event moves only the position.
+    pub fn apply(&mut self, position: Position, event: &Event) -> Result<(), Void> {
+        self.position = position;
+        if event.revision <= self.revision {
+            return Err(Void::Overtaken {
+                revision: event.revision,
+            });
+        }
+        if event.revision != self.revision + 1 {
+            return Err(Void::Gap {
+                last: self.revision,
+                found: event.revision,
+            });
+        }
+        // From here on the revision is taken, even if its event says nothing to this version:
+        // the next writer, who may be newer, counts on from it.
+        self.revision = event.revision;
+        self.last_id = Some(event.id);
+        let payload = event.payload::<A::Event>().map_err(|e| match e {
+            DecodeError::UnknownKind(kind) => Void::Unknown(kind),
+            other => Void::Unreadable(other),
+        })?;
+        let at = At {
+            position,
+            id: event.id,
+            time: event.time,
+        };
+        match &mut self.state {
+            Some(state) => state.apply(payload, at)?,
+            none => *none = Some(A::first(payload, at)?),
+        }
+        Ok(())
+    }
+
+    /// Folds stored events from nothing, skipping void ones.
+    pub fn replay<'a>(events: impl IntoIterator<Item = &'a Recorded>) -> Self {
+        let mut folded = Self::default();
+        for recorded in events {
+            match recorded.event() {
+                Ok(event) => {
+                    let _ = folded.apply(recorded.position, &event);
+                }
+                Err(_) => folded.position = recorded.position,
+            }
+        }
+        folded
+    }
+}
+
+/// A command that was refused: what is wrong, and the way out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// A stable code for programs.
+    pub code: &'static str,
+    /// What is wrong, in one sentence.
+    pub message: String,
+    /// What would make it possible.
+    pub remedy: String,
+}
+
+impl Refusal {
+    /// A refusal.
+    pub fn new(code: &'static str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            remedy: remedy.into(),
+        }
+    }
+}
+
+/// What came of a decision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision<E> {
+    /// Append this event.
+    Append(E),
+    /// Everything is already as the command wants it.
+    Nothing,
+}
+
+/// Declares the events of one aggregate: the enum, its codec and its schemas.
+macro_rules! events {
+    (
+        $(#[$doc:meta])*
+        $name:ident { $( $(#[$vdoc:meta])* $variant:ident($ty:ty) = $kind:literal, )* }
+    ) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq)]
+        pub enum $name {
+            $( $(#[$vdoc])* $variant($ty), )*
+        }
+
+        impl $crate::envelope::Payload for $name {
+            fn kind(&self) -> &'static str {
+                match self { $( Self::$variant(_) => $kind, )* }
+            }
+            fn encode(&self) -> Result<Box<serde_json::value::RawValue>, serde_json::Error> {
+                match self { $( Self::$variant(p) => serde_json::value::to_raw_value(p), )* }
+            }
+            fn decode(
+                kind: &str,
+                data: &serde_json::value::RawValue,
+            ) -> Result<Self, $crate::envelope::DecodeError> {
+                match kind {
+                    $( $kind => $crate::envelope::decode_as(kind, data).map(Self::$variant), )*
+                    other => Err($crate::envelope::DecodeError::UnknownKind(other.to_owned())),
+                }
+            }
+        }
+
+        impl $name {
+            /// Type (without the common prefix) and payload schema of each event of this
+            /// aggregate, in the order of declaration.
+            pub fn schemas() -> Vec<(&'static str, schemars::Schema)> {
+                vec![ $( ($kind, schemars::schema_for!($ty)), )* ]
+            }
+        }
+    };
+}
+pub(crate) use events;

@@ -1,0 +1,1276 @@
+//! The deployment aggregate: one release of one service instance, to one or more clusters, from
+//! the request to its deletion.
+//!
+//! [`TRANSITIONS`] is the only place that says which event may follow on which state. Deciding,
+//! folding, the list of possible operations and the state diagram all read it. What users see,
+//! as phases or as statuses, are views of the one state ([`Status::phase`],
+//! [`Status::lifecycle`]).
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
+use crate::envelope::Payload;
+use crate::names::{
+    BuildId, ClusterName, CommitId, DeploymentId, EventId, GitRef, Hostname, InstanceRef,
+    RepositoryUrl,
+};
+use crate::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
+use crate::subject::AggregateKind;
+
+/// Where a deployment is in its life.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// Accepted; waits until no other pipeline of its instance runs.
+    Requested,
+    /// Admitted; waits for a worker.
+    Queued,
+    /// The source is being resolved and fetched.
+    Cloning,
+    /// The image is being built.
+    Building,
+    /// The image is being pushed.
+    Pushing,
+    /// The image is pinned; the GitOps commit is being made.
+    Packaging,
+    /// Committed; its clusters converge to it.
+    Deploying,
+    /// Runs (or should run) in its clusters.
+    Started,
+    /// Is being scaled to zero.
+    Stopping,
+    /// Scaled to zero; can be started again.
+    Stopped,
+    /// Is being started again.
+    Starting,
+    /// Is being removed.
+    Terminating,
+    /// Removed.
+    Terminated,
+    /// Its record is put away.
+    Deleted,
+    /// It never became live.
+    Failed,
+    /// It was cancelled before it was live.
+    Cancelled,
+    /// It could not be started again.
+    StartError,
+    /// It could not be stopped.
+    StopError,
+    /// It could not be removed.
+    TerminateError,
+}
+
+/// The phases of a run, in the words of a pipeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+#[allow(missing_docs)]
+pub enum Phase {
+    Queued,
+    Cloning,
+    Building,
+    Pushing,
+    Deploying,
+    Succeeded,
+    Failed,
+}
+
+impl Status {
+    /// All states.
+    pub const ALL: [Self; 19] = [
+        Self::Requested,
+        Self::Queued,
+        Self::Cloning,
+        Self::Building,
+        Self::Pushing,
+        Self::Packaging,
+        Self::Deploying,
+        Self::Started,
+        Self::Stopping,
+        Self::Stopped,
+        Self::Starting,
+        Self::Terminating,
+        Self::Terminated,
+        Self::Deleted,
+        Self::Failed,
+        Self::Cancelled,
+        Self::StartError,
+        Self::StopError,
+        Self::TerminateError,
+    ];
+
+    /// The state as one word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Requested => "requested",
+            Self::Queued => "queued",
+            Self::Cloning => "cloning",
+            Self::Building => "building",
+            Self::Pushing => "pushing",
+            Self::Packaging => "packaging",
+            Self::Deploying => "deploying",
+            Self::Started => "started",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Starting => "starting",
+            Self::Terminating => "terminating",
+            Self::Terminated => "terminated",
+            Self::Deleted => "deleted",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::StartError => "start_error",
+            Self::StopError => "stop_error",
+            Self::TerminateError => "terminate_error",
+        }
+    }
+
+    /// The pipeline's view: which phase the run is in or ended with.
+    pub fn phase(self) -> Phase {
+        match self {
+            Self::Requested | Self::Queued => Phase::Queued,
+            Self::Cloning => Phase::Cloning,
+            Self::Building => Phase::Building,
+            Self::Pushing => Phase::Pushing,
+            Self::Packaging | Self::Deploying => Phase::Deploying,
+            Self::Failed | Self::Cancelled => Phase::Failed,
+            _ => Phase::Succeeded,
+        }
+    }
+
+    /// The operator's view: one of `queued`, `starting`, `started`, `stopping`, `stopped`,
+    /// `terminating`, `terminated`, `start_error`, `stop_error`, `terminate_error`, `cancelled`.
+    pub fn lifecycle(self) -> &'static str {
+        match self {
+            Self::Requested | Self::Queued => "queued",
+            Self::Cloning
+            | Self::Building
+            | Self::Pushing
+            | Self::Packaging
+            | Self::Deploying
+            | Self::Starting => "starting",
+            Self::Failed => "start_error",
+            Self::Deleted => "terminated",
+            other => other.as_str(),
+        }
+    }
+
+    /// Whether the pipeline still has work to do before the deployment is live.
+    pub fn in_pipeline(self) -> bool {
+        self <= Self::Deploying
+    }
+
+    /// Whether a pipeline of this deployment occupies its instance.
+    pub fn holds_instance(self) -> bool {
+        self > Self::Requested && self <= Self::Deploying
+    }
+
+    /// Whether somebody following a run has seen its end.
+    pub fn is_settled(self) -> bool {
+        matches!(
+            self,
+            Self::Started
+                | Self::Stopped
+                | Self::Terminated
+                | Self::Deleted
+                | Self::Failed
+                | Self::Cancelled
+                | Self::StartError
+                | Self::StopError
+                | Self::TerminateError
+        )
+    }
+}
+
+/// One row of the transition table.
+#[derive(Debug, Clone, Copy)]
+pub struct Transition {
+    /// The event's type.
+    pub kind: &'static str,
+    /// The states that it may follow on.
+    pub from: &'static [Status],
+    /// The state that it leads to; none if it leaves the state as it is.
+    pub to: Option<Status>,
+}
+
+const PIPELINE: &[Status] = &[
+    Status::Requested,
+    Status::Queued,
+    Status::Cloning,
+    Status::Building,
+    Status::Pushing,
+    Status::Packaging,
+    Status::Deploying,
+];
+
+const COMMITTED: &[Status] = &[
+    Status::Deploying,
+    Status::Started,
+    Status::Stopping,
+    Status::Stopped,
+    Status::Starting,
+    Status::StartError,
+    Status::StopError,
+    Status::Terminating,
+    Status::TerminateError,
+];
+
+/// Which event may follow on which state, and where it leads.
+pub const TRANSITIONS: &[Transition] = &{
+    use Status::*;
+    const fn t(kind: &'static str, from: &'static [Status], to: Option<Status>) -> Transition {
+        Transition { kind, from, to }
+    }
+    [
+        t("deployment.queued.v1", &[Requested], Some(Queued)),
+        t("deployment.cloning_started.v1", &[Queued], Some(Cloning)),
+        t("deployment.source_resolved.v1", &[Cloning], None),
+        t("deployment.building_started.v1", &[Cloning], Some(Building)),
+        t(
+            "deployment.pushing_started.v1",
+            &[Cloning, Building],
+            Some(Pushing),
+        ),
+        t(
+            "deployment.image_pinned.v1",
+            &[Queued, Cloning, Building, Pushing],
+            Some(Packaging),
+        ),
+        t(
+            "deployment.deploying_started.v1",
+            &[Packaging],
+            Some(Deploying),
+        ),
+        t("deployment.workload_observed.v1", COMMITTED, None),
+        t(
+            "deployment.endpoint_observed.v1",
+            &[Deploying, Started, Stopping, Stopped, Starting],
+            None,
+        ),
+        t("deployment.openapi_found.v1", &[Deploying, Started], None),
+        t("deployment.succeeded.v1", &[Deploying], Some(Started)),
+        t("deployment.failed.v1", PIPELINE, Some(Failed)),
+        t("deployment.cancel_requested.v1", PIPELINE, None),
+        t("deployment.cancelled.v1", PIPELINE, Some(Cancelled)),
+        t(
+            "deployment.stop_requested.v1",
+            &[Started, StopError, StartError],
+            Some(Stopping),
+        ),
+        t("deployment.stopped.v1", &[Stopping], Some(Stopped)),
+        t("deployment.stop_failed.v1", &[Stopping], Some(StopError)),
+        t(
+            "deployment.start_requested.v1",
+            &[Stopped, StartError],
+            Some(Starting),
+        ),
+        t("deployment.started.v1", &[Starting], Some(Started)),
+        t("deployment.start_failed.v1", &[Starting], Some(StartError)),
+        t(
+            "deployment.terminate_requested.v1",
+            &[Stopped, StopError, StartError, TerminateError],
+            Some(Terminating),
+        ),
+        t("deployment.terminated.v1", &[Terminating], Some(Terminated)),
+        t(
+            "deployment.terminate_failed.v1",
+            &[Terminating],
+            Some(TerminateError),
+        ),
+        t(
+            "deployment.deleted.v1",
+            &[Terminated, Failed, Cancelled],
+            Some(Deleted),
+        ),
+        t(
+            "deployment.change_committed.v1",
+            &[Stopping, Starting, Terminating, Failed, Cancelled],
+            None,
+        ),
+    ]
+};
+
+/// The row of an event type.
+pub fn transition(kind: &str) -> Option<&'static Transition> {
+    TRANSITIONS.iter().find(|t| t.kind == kind)
+}
+
+/// What a person can do to a deployment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Operation {
+    Cancel,
+    Stop,
+    Start,
+    Terminate,
+    Delete,
+    MarkMain,
+    Redeploy,
+}
+
+impl Operation {
+    /// All operations.
+    pub const ALL: [Self; 7] = [
+        Self::Cancel,
+        Self::Stop,
+        Self::Start,
+        Self::Terminate,
+        Self::Delete,
+        Self::MarkMain,
+        Self::Redeploy,
+    ];
+
+    /// The states that allow it.
+    pub fn allowed_in(self) -> &'static [Status] {
+        let kind = match self {
+            Self::Cancel => "deployment.cancel_requested.v1",
+            Self::Stop => "deployment.stop_requested.v1",
+            Self::Start => "deployment.start_requested.v1",
+            Self::Terminate => "deployment.terminate_requested.v1",
+            Self::Delete => "deployment.deleted.v1",
+            Self::MarkMain => return &[Status::Started],
+            Self::Redeploy => return &Status::ALL,
+        };
+        transition(kind).map_or(&[], |t| t.from)
+    }
+}
+
+/// What was asked to be deployed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Version {
+    /// A ref of the service's source repository.
+    Git {
+        /// The repository.
+        url: RepositoryUrl,
+        /// What the caller wrote: a branch, tag or commit.
+        git_ref: GitRef,
+        /// Folder of the service within the repository.
+        path: String,
+    },
+    /// An existing image.
+    Image {
+        /// What the caller wrote.
+        reference: ImageReference,
+    },
+}
+
+/// Whether traffic follows a deployment by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SwitchMode {
+    /// It becomes the main deployment as soon as it is ready.
+    #[default]
+    Automatic,
+    /// It runs beside the main one until somebody marks it as main.
+    Manual,
+}
+
+/// Somebody asked for a deployment. Carries the snapshot of everything that it will be made from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Requested {
+    /// What is deployed to.
+    pub instance: InstanceRef,
+    /// What is deployed.
+    pub version: Version,
+    /// Where it is to run.
+    pub clusters: Vec<ClusterName>,
+    /// How it is built.
+    pub build: BuildSpec,
+    /// Where its image goes, if the service says so.
+    pub image_repository: Option<crate::names::ImageRepository>,
+    /// How it is to run.
+    pub run: RunSpec,
+    /// Whether traffic follows by itself.
+    pub switch: SwitchMode,
+    /// Why, in the caller's words.
+    pub reason: Option<String>,
+    /// The deployment whose snapshot this repeats.
+    pub redeploy_of: Option<DeploymentId>,
+}
+
+/// It was admitted to the pipeline: no other one of its instance runs.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct Queued {}
+
+/// A worker began to resolve and fetch the source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct CloningStarted {
+    /// The worker.
+    pub worker: String,
+}
+
+/// A commit of the source repository, as it was found when the ref was resolved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SourceCommit {
+    /// The full commit id.
+    pub commit: CommitId,
+    /// The whole commit message, cut to 4 KiB.
+    pub message: String,
+    /// The author's name.
+    pub author_name: String,
+    /// The author's address.
+    pub author_email: String,
+    /// When it was committed.
+    pub committed_at: Timestamp,
+    /// A link to the commit, or the repository's URL where none is known.
+    pub url: String,
+}
+
+/// The ref was resolved, once and for all, to a commit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SourceResolved {
+    /// The commit.
+    pub source: SourceCommit,
+    /// The build that makes its image, shared with every deployment of the same commit and
+    /// configuration.
+    pub build: BuildId,
+}
+
+/// Its build began to build.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct BuildingStarted {
+    /// The build.
+    pub build: BuildId,
+}
+
+/// Its build began to push.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PushingStarted {
+    /// The build.
+    pub build: BuildId,
+}
+
+/// Its image exists, and is known by its digest from here on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ImagePinned {
+    /// The image.
+    pub image: PinnedImage,
+    /// The build that made it; none for an image that was given.
+    pub build: Option<BuildId>,
+    /// The build had been made for another deployment before.
+    pub shared: bool,
+}
+
+/// The GitOps commit is made; the clusters converge to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DeployingStarted {
+    /// The commit in the GitOps repository.
+    pub commit: CommitId,
+}
+
+/// A later change of this deployment (stop, start, removal) was committed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ChangeCommitted {
+    /// The commit in the GitOps repository.
+    pub commit: CommitId,
+    /// Replicas that it asks for; none if it removes the release.
+    pub replicas: Option<u32>,
+}
+
+/// One running instance, as it was seen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Instance {
+    /// Its name, unique within the cluster.
+    pub name: String,
+    /// Where it answers: `host:port`.
+    pub address: String,
+    /// Whether its readiness probe succeeds.
+    pub ready: bool,
+    /// How often it was restarted.
+    pub restarts: u32,
+}
+
+/// A cause with a remedy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Problem {
+    /// In the field's words: `CrashLoopBackOff`, `ImagePullBackOff`.
+    pub reason: String,
+    /// What happened.
+    pub message: String,
+    /// What helps.
+    pub remedy: String,
+    /// Whether waiting may still mend it.
+    pub transient: bool,
+}
+
+/// What was seen of the workload in one cluster. An observation, not an intent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct WorkloadObserved {
+    /// Where.
+    pub cluster: ClusterName,
+    /// The GitOps commit that the cluster had applied when this was seen.
+    pub revision: CommitId,
+    /// Instances that the commit asks for.
+    pub wanted: u32,
+    /// Instances that were there.
+    pub instances: Vec<Instance>,
+    /// What is wrong, if anything.
+    pub problem: Option<Problem>,
+}
+
+impl WorkloadObserved {
+    /// Instances that were ready.
+    pub fn ready(&self) -> u32 {
+        u32::try_from(self.instances.iter().filter(|i| i.ready).count()).unwrap_or(u32::MAX)
+    }
+
+    /// Whether all that is asked for is ready.
+    pub fn is_ready(&self) -> bool {
+        self.wanted > 0 && self.ready() >= self.wanted
+    }
+}
+
+/// What was seen when the public address was asked, as a user would.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct EndpointObserved {
+    /// The hostname that was asked.
+    pub hostname: Hostname,
+    /// The URL that was asked.
+    pub url: String,
+    /// Whether this deployment answered.
+    pub ready: bool,
+    /// The HTTP status, if there was an answer.
+    pub http_status: Option<u16>,
+    /// What is wrong, if anything.
+    pub message: Option<String>,
+}
+
+/// The workload serves an OpenAPI document.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct OpenapiFound {
+    /// Where it is served.
+    pub path: String,
+    /// Digest of its bytes.
+    pub digest: crate::names::Digest,
+    /// Its title, if it has one.
+    pub title: Option<String>,
+    /// Its version, if it has one.
+    pub version: Option<String>,
+}
+
+/// This revision runs in all clusters, and its routes are applied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Succeeded {
+    /// The GitOps commit that runs.
+    pub revision: CommitId,
+    /// The route table that was applied for it.
+    pub table: u32,
+}
+
+/// It ended before it was live.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Failed {
+    /// Where in the pipeline.
+    pub during: Status,
+    /// A stable code: `ref_not_found`, `build_command_failed`, `CrashLoopBackOff`.
+    pub code: String,
+    /// What happened.
+    pub message: String,
+    /// What helps.
+    pub remedy: String,
+}
+
+/// Somebody asked to cancel it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct CancelRequested {
+    /// Why, in the caller's words.
+    pub reason: Option<String>,
+}
+
+/// It was cancelled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Cancelled {
+    /// Where in the pipeline.
+    pub during: Status,
+    /// The newer deployment of the same instance that took its place, if that is why.
+    pub superseded_by: Option<DeploymentId>,
+    /// Why, for people.
+    pub message: String,
+}
+
+/// Somebody asked for an operation on it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct OperationRequested {
+    /// Why, in the caller's words.
+    pub reason: Option<String>,
+}
+
+/// An operation was carried out and seen to be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct OperationDone {
+    /// The GitOps commit that the clusters had applied.
+    pub revision: CommitId,
+}
+
+/// An operation could not be carried out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct OperationFailed {
+    /// A stable code.
+    pub code: String,
+    /// What happened.
+    pub message: String,
+    /// What helps.
+    pub remedy: String,
+}
+
+/// Its record was put away.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct Deleted {
+    /// Why, in the caller's words.
+    pub reason: Option<String>,
+}
+
+events! {
+    /// The events of a deployment.
+    DeploymentEvent {
+        /// It was asked for.
+        Requested(Box<Requested>) = "deployment.requested.v1",
+        /// It was admitted.
+        Queued(Queued) = "deployment.queued.v1",
+        /// Its source is being fetched.
+        CloningStarted(CloningStarted) = "deployment.cloning_started.v1",
+        /// Its ref was resolved.
+        SourceResolved(SourceResolved) = "deployment.source_resolved.v1",
+        /// Its image is being built.
+        BuildingStarted(BuildingStarted) = "deployment.building_started.v1",
+        /// Its image is being pushed.
+        PushingStarted(PushingStarted) = "deployment.pushing_started.v1",
+        /// Its image is pinned.
+        ImagePinned(ImagePinned) = "deployment.image_pinned.v1",
+        /// It is committed.
+        DeployingStarted(DeployingStarted) = "deployment.deploying_started.v1",
+        /// A cluster was looked at.
+        WorkloadObserved(WorkloadObserved) = "deployment.workload_observed.v1",
+        /// Its public address was looked at.
+        EndpointObserved(EndpointObserved) = "deployment.endpoint_observed.v1",
+        /// It serves an OpenAPI document.
+        OpenapiFound(OpenapiFound) = "deployment.openapi_found.v1",
+        /// It is live.
+        Succeeded(Succeeded) = "deployment.succeeded.v1",
+        /// It failed.
+        Failed(Failed) = "deployment.failed.v1",
+        /// It is to be cancelled.
+        CancelRequested(CancelRequested) = "deployment.cancel_requested.v1",
+        /// It was cancelled.
+        Cancelled(Cancelled) = "deployment.cancelled.v1",
+        /// It is to be stopped.
+        StopRequested(OperationRequested) = "deployment.stop_requested.v1",
+        /// It is stopped.
+        Stopped(OperationDone) = "deployment.stopped.v1",
+        /// It could not be stopped.
+        StopFailed(OperationFailed) = "deployment.stop_failed.v1",
+        /// It is to be started.
+        StartRequested(OperationRequested) = "deployment.start_requested.v1",
+        /// It is started.
+        RestartDone(OperationDone) = "deployment.started.v1",
+        /// It could not be started.
+        StartFailed(OperationFailed) = "deployment.start_failed.v1",
+        /// It is to be removed.
+        TerminateRequested(OperationRequested) = "deployment.terminate_requested.v1",
+        /// It is removed.
+        Terminated(OperationDone) = "deployment.terminated.v1",
+        /// It could not be removed.
+        TerminateFailed(OperationFailed) = "deployment.terminate_failed.v1",
+        /// Its record is put away.
+        Deleted(Deleted) = "deployment.deleted.v1",
+        /// A later change of it is committed.
+        ChangeCommitted(ChangeCommitted) = "deployment.change_committed.v1",
+    }
+}
+
+/// One of the three answers to "is it up?".
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Readiness {
+    /// The answer.
+    pub state: ReadinessState,
+    /// Why, in one word of the field: `Built`, `CrashLoopBackOff`, `Stopped`.
+    pub reason: String,
+    /// A sentence, if there is more to say.
+    pub message: Option<String>,
+    /// Since when the state is this.
+    pub since: Timestamp,
+    /// What it was true for: a digest, a GitOps commit, a hostname.
+    pub revision: Option<String>,
+}
+
+/// The answers that there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ReadinessState {
+    /// Not yet.
+    Pending,
+    /// Yes.
+    Ready,
+    /// No, but it may become so by itself.
+    NotReady,
+    /// No, and it will not.
+    Failed,
+}
+
+/// When each step was reached, for durations.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct Milestones {
+    /// Each state with the time at which it was first entered.
+    pub entered: BTreeMap<Status, Timestamp>,
+}
+
+/// The state of a deployment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deployment {
+    /// Everything that was asked for: the snapshot.
+    pub request: Requested,
+    /// The request's event.
+    pub requested_by_event: EventId,
+    /// When it was asked for.
+    pub created_at: Timestamp,
+    /// Where it is in its life.
+    pub status: Status,
+    /// The event that led to this status.
+    pub status_event: EventId,
+    /// Since when.
+    pub status_since: Timestamp,
+    /// When each state was first entered.
+    pub milestones: Milestones,
+    /// The resolved source.
+    pub source: Option<SourceCommit>,
+    /// The build.
+    pub build: Option<BuildId>,
+    /// The image.
+    pub image: Option<PinnedImage>,
+    /// The GitOps commit that introduced it.
+    pub commit: Option<CommitId>,
+    /// The newest GitOps commit about it, with the replicas that it asks for; no replicas once
+    /// it is removed from the repository.
+    pub change: Option<ChangeCommitted>,
+    /// What was last seen, by cluster.
+    pub observed: BTreeMap<ClusterName, WorkloadObserved>,
+    /// What was last seen of its addresses.
+    pub endpoints: BTreeMap<Hostname, EndpointObserved>,
+    /// Its API description.
+    pub openapi: Option<OpenapiFound>,
+    /// Somebody asked to cancel it.
+    pub cancel: Option<CancelRequested>,
+    /// Why it failed, or an operation on it did.
+    pub failure: Option<Failed>,
+    /// Why it was cancelled.
+    pub cancelled: Option<Cancelled>,
+    /// Is there an image?
+    pub build_readiness: Readiness,
+    /// Does it run?
+    pub workload_readiness: Readiness,
+    /// Is it reached?
+    pub endpoint_readiness: Readiness,
+}
+
+impl Deployment {
+    /// Whether every cluster reports all that is asked for as ready.
+    pub fn workload_is_ready(&self) -> bool {
+        self.request
+            .clusters
+            .iter()
+            .all(|c| self.observed.get(c).is_some_and(WorkloadObserved::is_ready))
+    }
+
+    /// Whether no cluster reports a running instance any more.
+    pub fn workload_is_gone(&self) -> bool {
+        self.request.clusters.iter().all(|c| {
+            self.observed
+                .get(c)
+                .is_some_and(|o| o.wanted == 0 && o.instances.is_empty())
+        })
+    }
+
+    /// The first problem that waiting will not mend, with its cluster.
+    pub fn fatal_problem(&self) -> Option<(&ClusterName, &Problem)> {
+        self.request.clusters.iter().find_map(|c| {
+            let p = self.observed.get(c)?.problem.as_ref()?;
+            (!p.transient).then_some((c, p))
+        })
+    }
+
+    /// Whether the GitOps repository still lists it.
+    pub fn in_repository(&self) -> bool {
+        self.commit.is_some() && self.change.as_ref().is_none_or(|c| c.replicas.is_some())
+    }
+
+    /// The operations that are possible now.
+    pub fn operations(&self) -> Vec<Operation> {
+        Operation::ALL
+            .into_iter()
+            .filter(|o| o.allowed_in().contains(&self.status))
+            .filter(|o| *o != Operation::Redeploy || self.image.is_some() || self.source.is_some())
+            .collect()
+    }
+
+    fn set_workload(
+        &mut self,
+        state: ReadinessState,
+        reason: &str,
+        message: Option<String>,
+        at: Timestamp,
+    ) {
+        let revision = self
+            .change
+            .as_ref()
+            .map(|c| &c.commit)
+            .or(self.commit.as_ref())
+            .map(ToString::to_string);
+        set(
+            &mut self.workload_readiness,
+            state,
+            reason,
+            message,
+            at,
+            revision,
+        );
+    }
+
+    fn judge_workload(&mut self, at: Timestamp) {
+        let wanted: u32 = self.observed.values().map(|o| o.wanted).sum();
+        let ready: u32 = self.observed.values().map(WorkloadObserved::ready).sum();
+        let problem = self
+            .observed
+            .iter()
+            .find_map(|(c, o)| o.problem.as_ref().map(|p| (c.clone(), p.clone())));
+        if let Some((cluster, p)) = problem {
+            let state = if p.transient {
+                ReadinessState::NotReady
+            } else {
+                ReadinessState::Failed
+            };
+            self.set_workload(
+                state,
+                &p.reason,
+                Some(format!("{cluster}: {}", p.message)),
+                at,
+            );
+        } else if self.workload_is_ready() {
+            let text = format!("{ready} of {wanted} instances are ready");
+            self.set_workload(ReadinessState::Ready, "Ready", Some(text), at);
+        } else if self.workload_is_gone() {
+            self.set_workload(ReadinessState::NotReady, "Stopped", None, at);
+        } else {
+            let state = if self.status == Status::Started {
+                ReadinessState::NotReady
+            } else {
+                ReadinessState::Pending
+            };
+            let text = format!("{ready} of {wanted} instances are ready");
+            self.set_workload(state, "Progressing", Some(text), at);
+        }
+    }
+}
+
+fn set(
+    r: &mut Readiness,
+    state: ReadinessState,
+    reason: &str,
+    message: Option<String>,
+    at: Timestamp,
+    revision: Option<String>,
+) {
+    if r.state != state || r.revision != revision {
+        r.since = at;
+    }
+    r.state = state;
+    r.reason = reason.to_owned();
+    r.message = message;
+    r.revision = revision;
+}
+
+impl Aggregate for Deployment {
+    type Event = DeploymentEvent;
+    const KIND: AggregateKind = AggregateKind::Deployment;
+
+    fn first(event: DeploymentEvent, at: At) -> Result<Self, Illegal> {
+        let DeploymentEvent::Requested(request) = event else {
+            return Err(Illegal::new(
+                event.kind(),
+                "a deployment that does not exist",
+            ));
+        };
+        let pending = || Readiness {
+            state: ReadinessState::Pending,
+            reason: "Requested".into(),
+            message: None,
+            since: at.time,
+            revision: None,
+        };
+        Ok(Self {
+            request: *request,
+            requested_by_event: at.id,
+            created_at: at.time,
+            status: Status::Requested,
+            status_event: at.id,
+            status_since: at.time,
+            milestones: Milestones {
+                entered: BTreeMap::from([(Status::Requested, at.time)]),
+            },
+            source: None,
+            build: None,
+            image: None,
+            commit: None,
+            change: None,
+            observed: BTreeMap::new(),
+            endpoints: BTreeMap::new(),
+            openapi: None,
+            cancel: None,
+            failure: None,
+            cancelled: None,
+            build_readiness: pending(),
+            workload_readiness: pending(),
+            endpoint_readiness: pending(),
+        })
+    }
+
+    fn apply(&mut self, event: DeploymentEvent, at: At) -> Result<(), Illegal> {
+        let kind = event.kind();
+        let row = transition(kind).ok_or_else(|| Illegal::new(kind, self.status.as_str()))?;
+        if !row.from.contains(&self.status) {
+            return Err(Illegal::new(kind, self.status.as_str()));
+        }
+        if let Some(to) = row.to {
+            self.status = to;
+            self.status_event = at.id;
+            self.status_since = at.time;
+            self.milestones.entered.entry(to).or_insert(at.time);
+        }
+        use ReadinessState::{Failed as No, NotReady, Pending, Ready};
+        match event {
+            DeploymentEvent::Requested(_) => {}
+            DeploymentEvent::Queued(_) => {}
+            DeploymentEvent::CloningStarted(_) => {
+                set(
+                    &mut self.build_readiness,
+                    Pending,
+                    "Cloning",
+                    None,
+                    at.time,
+                    None,
+                );
+            }
+            DeploymentEvent::SourceResolved(e) => {
+                self.source = Some(e.source);
+                self.build = Some(e.build);
+            }
+            DeploymentEvent::BuildingStarted(e) => {
+                self.build = Some(e.build);
+                set(
+                    &mut self.build_readiness,
+                    Pending,
+                    "Building",
+                    None,
+                    at.time,
+                    None,
+                );
+            }
+            DeploymentEvent::PushingStarted(e) => {
+                self.build = Some(e.build);
+                set(
+                    &mut self.build_readiness,
+                    Pending,
+                    "Pushing",
+                    None,
+                    at.time,
+                    None,
+                );
+            }
+            DeploymentEvent::ImagePinned(e) => {
+                let reason = match (e.build, e.shared) {
+                    (None, _) => "ImageGiven",
+                    (_, true) => "BuildShared",
+                    _ => "Built",
+                };
+                let digest = Some(e.image.digest.to_string());
+                set(
+                    &mut self.build_readiness,
+                    Ready,
+                    reason,
+                    None,
+                    at.time,
+                    digest,
+                );
+                self.image = Some(e.image);
+            }
+            DeploymentEvent::DeployingStarted(e) => {
+                self.commit = Some(e.commit.clone());
+                self.change = Some(ChangeCommitted {
+                    commit: e.commit,
+                    replicas: Some(self.request.run.replicas),
+                });
+                self.set_workload(Pending, "Progressing", None, at.time);
+            }
+            DeploymentEvent::ChangeCommitted(e) => {
+                self.commit.get_or_insert_with(|| e.commit.clone());
+                self.change = Some(e);
+            }
+            DeploymentEvent::WorkloadObserved(e) => {
+                self.observed.insert(e.cluster.clone(), e);
+                self.judge_workload(at.time);
+            }
+            DeploymentEvent::EndpointObserved(e) => {
+                let (state, reason) = if e.ready {
+                    (Ready, "Reachable")
+                } else {
+                    (NotReady, "Unreachable")
+                };
+                let host = Some(e.hostname.to_string());
+                set(
+                    &mut self.endpoint_readiness,
+                    state,
+                    reason,
+                    e.message.clone(),
+                    at.time,
+                    host,
+                );
+                self.endpoints.insert(e.hostname.clone(), e);
+            }
+            DeploymentEvent::OpenapiFound(e) => self.openapi = Some(e),
+            DeploymentEvent::Succeeded(_) | DeploymentEvent::RestartDone(_) => {
+                self.failure = None;
+            }
+            DeploymentEvent::Failed(e) => {
+                let message = Some(e.message.clone());
+                if self.image.is_none() {
+                    set(
+                        &mut self.build_readiness,
+                        No,
+                        &e.code,
+                        message,
+                        at.time,
+                        None,
+                    );
+                } else if e.during == Status::Deploying && self.workload_is_ready() {
+                    set(
+                        &mut self.endpoint_readiness,
+                        No,
+                        &e.code,
+                        message,
+                        at.time,
+                        None,
+                    );
+                } else {
+                    self.set_workload(No, &e.code, message, at.time);
+                }
+                self.failure = Some(e);
+            }
+            DeploymentEvent::CancelRequested(e) => self.cancel = Some(e),
+            DeploymentEvent::Cancelled(e) => {
+                let message = Some(e.message.clone());
+                if self.image.is_none() {
+                    set(
+                        &mut self.build_readiness,
+                        No,
+                        "Cancelled",
+                        message.clone(),
+                        at.time,
+                        None,
+                    );
+                }
+                self.set_workload(No, "Cancelled", message, at.time);
+                self.cancelled = Some(e);
+            }
+            DeploymentEvent::StopRequested(_) | DeploymentEvent::StartRequested(_) => {
+                self.failure = None;
+            }
+            DeploymentEvent::TerminateRequested(_) => self.failure = None,
+            DeploymentEvent::Stopped(_) => {
+                self.set_workload(NotReady, "Stopped", None, at.time);
+                set(
+                    &mut self.endpoint_readiness,
+                    NotReady,
+                    "Stopped",
+                    None,
+                    at.time,
+                    None,
+                );
+            }
+            DeploymentEvent::Terminated(_) => {
+                self.observed.clear();
+                self.set_workload(NotReady, "Terminated", None, at.time);
+                set(
+                    &mut self.endpoint_readiness,
+                    NotReady,
+                    "Terminated",
+                    None,
+                    at.time,
+                    None,
+                );
+            }
+            DeploymentEvent::StopFailed(e)
+            | DeploymentEvent::StartFailed(e)
+            | DeploymentEvent::TerminateFailed(e) => {
+                self.failure = Some(Failed {
+                    during: self.status,
+                    code: e.code,
+                    message: e.message,
+                    remedy: e.remedy,
+                });
+            }
+            DeploymentEvent::Deleted(_) => {}
+        }
+        Ok(())
+    }
+}
+
+/// Decides whether `event` may be appended to a deployment in this state.
+///
+/// Commands of a deployment are its events in the imperative: what may happen is the same table
+/// either way, and all that differs is that an event which would change nothing is not appended.
+/// The refusal names the state, and what would make the step possible.
+pub fn decide(
+    state: Option<&Deployment>,
+    event: DeploymentEvent,
+) -> Result<Decision<DeploymentEvent>, Refusal> {
+    let kind = event.kind();
+    let Some(state) = state else {
+        return match event {
+            DeploymentEvent::Requested(ref r) => {
+                check_request(r)?;
+                Ok(Decision::Append(event))
+            }
+            _ => Err(Refusal::new(
+                "deployment_not_found",
+                "there is no such deployment",
+                "list deployments with `daybook status` or GET /api/v1/deployments",
+            )),
+        };
+    };
+    if let DeploymentEvent::Requested(_) = event {
+        return Err(Refusal::new(
+            "deployment_exists",
+            "a deployment with this id exists already",
+            "use another Idempotency-Key for another deployment",
+        ));
+    }
+    let unchanged = match &event {
+        DeploymentEvent::WorkloadObserved(e) => state.observed.get(&e.cluster).is_some_and(|o| {
+            // A newer GitOps commit that changes nothing about this release is no news.
+            o.wanted == e.wanted && o.instances == e.instances && o.problem == e.problem
+        }),
+        DeploymentEvent::EndpointObserved(e) => state.endpoints.get(&e.hostname) == Some(e),
+        DeploymentEvent::OpenapiFound(e) => state.openapi.as_ref() == Some(e),
+        DeploymentEvent::CancelRequested(_) => {
+            state.cancel.is_some() || state.status == Status::Cancelled
+        }
+        DeploymentEvent::SourceResolved(e) => state.source.as_ref() == Some(&e.source),
+        DeploymentEvent::ChangeCommitted(e) => state.change.as_ref() == Some(e),
+        _ => false,
+    };
+    if unchanged {
+        return Ok(Decision::Nothing);
+    }
+    let row = transition(kind).ok_or_else(|| {
+        Refusal::new(
+            "unknown_step",
+            format!("{kind} is not a step of a deployment"),
+            "this is a defect of Daybook; please report it",
+        )
+    })?;
+    if !row.from.contains(&state.status) {
+        if row.to == Some(state.status) {
+            return Ok(Decision::Nothing);
+        }
+        let states: Vec<_> = row.from.iter().map(|s| s.as_str()).collect();
+        let what = kind
+            .trim_start_matches("deployment.")
+            .trim_end_matches(".v1")
+            .trim_end_matches("_requested")
+            .replace('_', " ");
+        return Err(Refusal::new(
+            "illegal_state",
+            format!(
+                "`{what}` is not possible while the deployment is {}",
+                state.status.as_str()
+            ),
+            format!("it is possible in: {}", states.join(", ")),
+        ));
+    }
+    if state.cancel.is_some()
+        && (row.to.is_some_and(Status::in_pipeline)
+            || matches!(event, DeploymentEvent::Succeeded(_)))
+    {
+        return Err(Refusal::new(
+            "cancel_requested",
+            "the deployment is being cancelled",
+            "wait until it is cancelled, then deploy again",
+        ));
+    }
+    Ok(Decision::Append(event))
+}
+
+fn check_request(r: &Requested) -> Result<(), Refusal> {
+    if r.clusters.is_empty() {
+        return Err(Refusal::new(
+            "no_clusters",
+            "the deployment names no cluster, and its environment has none",
+            "name clusters in the request, or give the environment some",
+        ));
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    if let Some(c) = r.clusters.iter().find(|c| !seen.insert(*c)) {
+        return Err(Refusal::new(
+            "duplicate_cluster",
+            format!("the cluster {c} is named twice"),
+            "name each cluster once",
+        ));
+    }
+    if r.run.replicas == 0 || r.run.replicas > 100 {
+        return Err(Refusal::new(
+            "invalid_replicas",
+            format!("{} replicas are not possible", r.run.replicas),
+            "ask for 1 to 100; use `daybook stop` to run none",
+        ));
+    }
+    if r.run.port == 0 {
+        return Err(Refusal::new(
+            "invalid_port",
+            "port 0 cannot be listened on",
+            "use a port from 1 to 65535",
+        ));
+    }
+    if let Version::Git { path, .. } = &r.version {
+        check_folder(path)?;
+    }
+    Ok(())
+}
+
+/// Refuses a folder that would leave the source repository.
+pub fn check_folder(path: &str) -> Result<(), Refusal> {
+    let bad = path.starts_with('/')
+        || path.contains('\\')
+        || path.chars().any(char::is_control)
+        || path.split('/').any(|p| p == ".." || p == ".git");
+    if bad {
+        return Err(Refusal::new(
+            "invalid_source_path",
+            format!("{path:?} is not a folder within a repository"),
+            "use a relative path without `..`",
+        ));
+    }
+    Ok(())
+}
+
+/// The build that makes the image of a commit with a configuration. Everything that changes the
+/// image is part of it, and nothing else.
+pub fn build_id(
+    url: &RepositoryUrl,
+    commit: &CommitId,
+    path: &str,
+    build: &BuildSpec,
+    repository: &crate::names::ImageRepository,
+) -> BuildId {
+    let config = serde_json::to_string(build).unwrap_or_default();
+    BuildId::derived(
+        Uuid::NAMESPACE_URL,
+        &format!("{url}\n{commit}\n{path}\n{config}\n{repository}"),
+    )
+}

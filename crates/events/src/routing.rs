@@ -1,0 +1,656 @@
+//! The routing aggregate: the whole route table of a project, as one consistency boundary.
+//!
+//! A switch is a decision: recorded first as one event that names every hostname it changes, with
+//! the previous and the next backends, and applied by the gateways then. Tables are numbered;
+//! appliers only ever move to a newer one. A switch that cannot be applied is undone by another
+//! switch, a *compensation*, that restores what it replaced.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
+use crate::deployment::Status;
+use crate::envelope::Payload;
+use crate::names::{DeploymentId, Hostname, InstanceRef};
+use crate::subject::AggregateKind;
+
+/// What a hostname sticks to.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Stickiness {
+    /// One deployment, for ever: its preview address.
+    Deployment,
+    /// The newest deployment of a branch.
+    Branch,
+    /// The main deployment of a service in an environment.
+    Environment,
+    /// The main deployment of a service in the project's live environment.
+    Live,
+}
+
+/// Where a part of a hostname's traffic goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Backend {
+    /// The deployment.
+    pub deployment: DeploymentId,
+    /// Its share, relative to the other backends' weights.
+    pub weight: u32,
+}
+
+/// One hostname's part in a switch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RouteChange {
+    /// The hostname.
+    pub hostname: Hostname,
+    /// What it sticks to.
+    pub stickiness: Stickiness,
+    /// Where it led before; empty for a new hostname.
+    pub previous: Vec<Backend>,
+    /// Where it leads now; empty for a removed one.
+    pub next: Vec<Backend>,
+}
+
+/// Why routes were switched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SwitchReason {
+    /// A deployment became ready.
+    Deploy,
+    /// Somebody made a deployment the main one.
+    MarkMain,
+    /// Somebody went back to an older deployment.
+    Rollback,
+    /// A deployment is being removed.
+    Withdraw,
+    /// A switch could not be applied and is undone.
+    Compensation,
+}
+
+/// Which deployment is the main one of an instance, before and after.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct MainChange {
+    /// Before.
+    pub previous: Option<DeploymentId>,
+    /// After.
+    pub next: Option<DeploymentId>,
+}
+
+/// A set of hostnames was switched, all at once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Switched {
+    /// Number of the table that this makes: 1, 2, 3, …
+    pub table: u32,
+    /// Why.
+    pub reason: SwitchReason,
+    /// The instance whose routes these are.
+    pub instance: InstanceRef,
+    /// The deployment that it is about.
+    pub deployment: DeploymentId,
+    /// The hostnames.
+    pub changes: Vec<RouteChange>,
+    /// The change of the main deployment, if there is one.
+    pub main: Option<MainChange>,
+    /// Whether the instance is rolled back from here on: then no deployment takes over traffic by
+    /// itself until somebody marks one as main.
+    pub rolled_back: bool,
+    /// The table that this undoes, for a compensation.
+    pub undoes: Option<u32>,
+    /// Why, in the caller's words.
+    pub note: Option<String>,
+}
+
+/// A gateway serves a table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Applied {
+    /// The gateway.
+    pub gateway: String,
+    /// The table.
+    pub table: u32,
+    /// The hostnames that it now serves differently.
+    pub hostnames: Vec<Hostname>,
+}
+
+/// A gateway could not apply a table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Rejected {
+    /// The gateway.
+    pub gateway: String,
+    /// The table.
+    pub table: u32,
+    /// A stable code.
+    pub code: String,
+    /// What happened.
+    pub message: String,
+}
+
+events! {
+    /// The events of a route table.
+    RoutingEvent {
+        /// Routes were switched.
+        Switched(Box<Switched>) = "routing.switched.v1",
+        /// A gateway serves them.
+        Applied(Applied) = "routing.applied.v1",
+        /// A gateway does not.
+        Rejected(Rejected) = "routing.rejected.v1",
+    }
+}
+
+/// A route as it is now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Route {
+    /// The instance.
+    pub instance: InstanceRef,
+    /// What it sticks to.
+    pub stickiness: Stickiness,
+    /// Where it leads.
+    pub backends: Vec<Backend>,
+    /// The table that made it so.
+    pub table: u32,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// What is known of one instance's traffic.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct InstanceTraffic {
+    /// The main deployment.
+    pub main: Option<DeploymentId>,
+    /// The main deployments before it, newest last, at most sixteen.
+    pub former: Vec<DeploymentId>,
+    /// Whether it is rolled back: no deployment takes over by itself.
+    pub rolled_back: bool,
+}
+
+/// The state of a project's route table.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Routing {
+    /// Number of the newest table.
+    pub table: u32,
+    /// The routes.
+    pub routes: BTreeMap<Hostname, Route>,
+    /// Main deployments, by the text form of the instance.
+    pub instances: BTreeMap<String, InstanceTraffic>,
+    /// The newest table that each gateway has applied.
+    pub applied: BTreeMap<String, u32>,
+    /// The newest switches, newest last, at most sixteen: what a compensation needs.
+    pub recent: Vec<Switched>,
+    /// The newest refusal of each gateway.
+    pub rejected: BTreeMap<String, Rejected>,
+}
+
+const KEPT: usize = 16;
+
+impl Routing {
+    /// What is known of an instance's traffic.
+    pub fn traffic(&self, instance: &InstanceRef) -> Option<&InstanceTraffic> {
+        self.instances.get(&instance.to_string())
+    }
+
+    /// The hostnames that lead to a deployment.
+    pub fn hostnames_of(&self, deployment: DeploymentId) -> Vec<(&Hostname, &Route)> {
+        self.routes
+            .iter()
+            .filter(|(_, r)| r.backends.iter().any(|b| b.deployment == deployment))
+            .collect()
+    }
+
+    /// The newest table that was made for a deployment.
+    pub fn table_of(&self, deployment: DeploymentId) -> Option<u32> {
+        self.routes
+            .values()
+            .filter(|r| r.backends.iter().any(|b| b.deployment == deployment))
+            .map(|r| r.table)
+            .max()
+    }
+
+    fn take(&mut self, e: Switched, at: At) {
+        self.table = e.table;
+        for c in &e.changes {
+            if c.next.is_empty() {
+                self.routes.remove(&c.hostname);
+            } else {
+                self.routes.insert(
+                    c.hostname.clone(),
+                    Route {
+                        instance: e.instance.clone(),
+                        stickiness: c.stickiness,
+                        backends: c.next.clone(),
+                        table: e.table,
+                        since: at.time,
+                    },
+                );
+            }
+        }
+        let traffic = self.instances.entry(e.instance.to_string()).or_default();
+        traffic.rolled_back = e.rolled_back;
+        if let Some(main) = &e.main {
+            if e.reason == SwitchReason::Compensation {
+                traffic.former.retain(|d| Some(*d) != main.next);
+            } else if let Some(previous) = main.previous {
+                traffic.former.retain(|d| *d != previous);
+                traffic.former.push(previous);
+                if traffic.former.len() > KEPT {
+                    traffic.former.remove(0);
+                }
+            }
+            traffic.main = main.next;
+        }
+        self.recent.push(e);
+        if self.recent.len() > KEPT {
+            self.recent.remove(0);
+        }
+    }
+}
+
+impl Aggregate for Routing {
+    type Event = RoutingEvent;
+    const KIND: AggregateKind = AggregateKind::Routing;
+
+    fn first(event: RoutingEvent, at: At) -> Result<Self, Illegal> {
+        let mut state = Self::default();
+        state.apply(event, at)?;
+        Ok(state)
+    }
+
+    fn apply(&mut self, event: RoutingEvent, at: At) -> Result<(), Illegal> {
+        match event {
+            RoutingEvent::Switched(e) => {
+                if e.table != self.table + 1 {
+                    return Err(Illegal::new(
+                        "routing.switched.v1",
+                        format!("table {}", self.table),
+                    ));
+                }
+                self.take(*e, at);
+            }
+            RoutingEvent::Applied(e) => {
+                let newest = self.applied.get(&e.gateway).copied().unwrap_or_default();
+                if e.table <= newest || e.table > self.table {
+                    return Err(Illegal::new(
+                        "routing.applied.v1",
+                        format!("table {newest} applied"),
+                    ));
+                }
+                self.applied.insert(e.gateway, e.table);
+            }
+            RoutingEvent::Rejected(e) => {
+                if e.table > self.table {
+                    let kind = RoutingEvent::Rejected(e).kind();
+                    return Err(Illegal::new(kind, format!("table {}", self.table)));
+                }
+                self.rejected.insert(e.gateway.clone(), e);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is known of the deployment that a switch is about, from its own aggregate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// The deployment.
+    pub deployment: DeploymentId,
+    /// Its instance.
+    pub instance: InstanceRef,
+    /// Where it is in its life.
+    pub status: Status,
+    /// Whether its workload is ready.
+    pub ready: bool,
+}
+
+/// The hostnames that an instance or a deployment answers on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hostnames {
+    /// The deployment's own.
+    pub preview: Hostname,
+    /// The instance's.
+    pub environment: Hostname,
+    /// The live one, where the environment is the live one.
+    pub live: Option<Hostname>,
+}
+
+/// What can be asked of a route table.
+#[derive(Debug, Clone)]
+pub enum Command {
+    /// A deployment became ready: give it its preview address, and the instance's traffic too if
+    /// `take_over` and the instance is not rolled back.
+    Assign {
+        /// The deployment.
+        target: Target,
+        /// Its addresses.
+        hostnames: Hostnames,
+        /// Whether it becomes the main one. The first of an instance always does.
+        take_over: bool,
+    },
+    /// Make a deployment the main one, because somebody says so.
+    MarkMain {
+        /// The deployment.
+        target: Target,
+        /// Its addresses.
+        hostnames: Hostnames,
+        /// What the caller takes for the main one now; checked if given.
+        expected_main: Option<DeploymentId>,
+        /// Why.
+        note: Option<String>,
+    },
+    /// Go back to a deployment, and let none take over by itself from here on.
+    Rollback {
+        /// The deployment to go back to.
+        target: Target,
+        /// Its addresses.
+        hostnames: Hostnames,
+        /// Why.
+        note: Option<String>,
+    },
+    /// Take a deployment out of every route.
+    Withdraw {
+        /// The deployment.
+        deployment: DeploymentId,
+        /// Its instance.
+        instance: InstanceRef,
+    },
+    /// Undo a switch that could not be applied.
+    Compensate {
+        /// Its table.
+        table: u32,
+        /// Why.
+        note: String,
+    },
+    /// A gateway applied a table.
+    ReportApplied(Applied),
+    /// A gateway could not.
+    ReportRejected(Rejected),
+}
+
+/// Decides on a route table. A switch that changes nothing is not made.
+pub fn decide(
+    state: Option<&Routing>,
+    command: Command,
+) -> Result<Decision<RoutingEvent>, Refusal> {
+    let empty = Routing::default();
+    let state = state.unwrap_or(&empty);
+    match command {
+        Command::Assign {
+            target,
+            hostnames,
+            take_over,
+        } => {
+            must_run(&target)?;
+            let traffic = state.traffic(&target.instance);
+            let rolled_back = traffic.is_some_and(|t| t.rolled_back);
+            let first = traffic.is_none_or(|t| t.main.is_none());
+            let main = (take_over && !rolled_back) || first;
+            Ok(switch(
+                state,
+                SwitchReason::Deploy,
+                &target,
+                &hostnames,
+                main,
+                rolled_back,
+                None,
+            ))
+        }
+        Command::MarkMain {
+            target,
+            hostnames,
+            expected_main,
+            note,
+        } => {
+            must_run(&target)?;
+            let main = state.traffic(&target.instance).and_then(|t| t.main);
+            if expected_main.is_some() && expected_main != main {
+                return Err(Refusal::new(
+                    "main_changed",
+                    match main {
+                        Some(m) => format!("the main deployment is {m} by now"),
+                        None => "there is no main deployment".to_owned(),
+                    },
+                    "look at `daybook status` and decide again",
+                ));
+            }
+            Ok(switch(
+                state,
+                SwitchReason::MarkMain,
+                &target,
+                &hostnames,
+                true,
+                false,
+                note,
+            ))
+        }
+        Command::Rollback {
+            target,
+            hostnames,
+            note,
+        } => {
+            must_run(&target)?;
+            let main = state.traffic(&target.instance).and_then(|t| t.main);
+            match main {
+                None => Err(Refusal::new(
+                    "nothing_to_roll_back",
+                    "the service has no main deployment in this environment",
+                    "deploy something first",
+                )),
+                Some(m) if m == target.deployment => Err(Refusal::new(
+                    "already_main",
+                    "the deployment to go back to is the main one already",
+                    "name an older one with `daybook rollback --to ID`; `daybook history` lists them",
+                )),
+                Some(_) => Ok(switch(
+                    state,
+                    SwitchReason::Rollback,
+                    &target,
+                    &hostnames,
+                    true,
+                    true,
+                    note,
+                )),
+            }
+        }
+        Command::Withdraw {
+            deployment,
+            instance,
+        } => {
+            let traffic = state.traffic(&instance).cloned().unwrap_or_default();
+            let changes: Vec<_> = state
+                .hostnames_of(deployment)
+                .into_iter()
+                .map(|(hostname, route)| RouteChange {
+                    hostname: hostname.clone(),
+                    stickiness: route.stickiness,
+                    previous: route.backends.clone(),
+                    next: route
+                        .backends
+                        .iter()
+                        .filter(|b| b.deployment != deployment)
+                        .cloned()
+                        .collect(),
+                })
+                .collect();
+            let was_main = traffic.main == Some(deployment);
+            if changes.is_empty() && !was_main {
+                return Ok(Decision::Nothing);
+            }
+            Ok(Decision::Append(RoutingEvent::Switched(Box::new(
+                Switched {
+                    table: state.table + 1,
+                    reason: SwitchReason::Withdraw,
+                    instance,
+                    deployment,
+                    changes,
+                    main: was_main.then_some(MainChange {
+                        previous: traffic.main,
+                        next: None,
+                    }),
+                    rolled_back: traffic.rolled_back && !was_main,
+                    undoes: None,
+                    note: None,
+                },
+            ))))
+        }
+        Command::Compensate { table, note } => {
+            let Some(bad) = state.recent.iter().find(|s| s.table == table) else {
+                return Err(Refusal::new(
+                    "switch_unknown",
+                    format!("table {table} is not among the newest switches"),
+                    "switch explicitly with `daybook mark-main`",
+                ));
+            };
+            if state.recent.iter().any(|s| s.undoes == Some(table)) {
+                return Ok(Decision::Nothing);
+            }
+            // Only what still is as the bad switch left it is restored: a later switch stands.
+            let changes: Vec<_> = bad
+                .changes
+                .iter()
+                .filter(|c| {
+                    state
+                        .routes
+                        .get(&c.hostname)
+                        .map_or(&[][..], |r| &r.backends[..])
+                        == c.next.as_slice()
+                })
+                .map(|c| RouteChange {
+                    hostname: c.hostname.clone(),
+                    stickiness: c.stickiness,
+                    previous: c.next.clone(),
+                    next: c.previous.clone(),
+                })
+                .collect();
+            let traffic = state.traffic(&bad.instance).cloned().unwrap_or_default();
+            let main = bad
+                .main
+                .as_ref()
+                .filter(|m| m.next == traffic.main)
+                .map(|m| MainChange {
+                    previous: m.next,
+                    next: m.previous,
+                });
+            if changes.is_empty() && main.is_none() {
+                return Ok(Decision::Nothing);
+            }
+            Ok(Decision::Append(RoutingEvent::Switched(Box::new(
+                Switched {
+                    table: state.table + 1,
+                    reason: SwitchReason::Compensation,
+                    instance: bad.instance.clone(),
+                    deployment: bad.deployment,
+                    changes,
+                    main,
+                    rolled_back: traffic.rolled_back && bad.reason != SwitchReason::Rollback,
+                    undoes: Some(table),
+                    note: Some(note),
+                },
+            ))))
+        }
+        Command::ReportApplied(e) => {
+            if state.applied.get(&e.gateway).is_some_and(|t| *t >= e.table) {
+                Ok(Decision::Nothing)
+            } else if e.table > state.table {
+                Err(Refusal::new(
+                    "table_unknown",
+                    format!("table {} does not exist", e.table),
+                    "this is a defect of Daybook; please report it",
+                ))
+            } else {
+                Ok(Decision::Append(RoutingEvent::Applied(e)))
+            }
+        }
+        Command::ReportRejected(e) => {
+            if state.rejected.get(&e.gateway) == Some(&e) {
+                Ok(Decision::Nothing)
+            } else {
+                Ok(Decision::Append(RoutingEvent::Rejected(e)))
+            }
+        }
+    }
+}
+
+fn must_run(target: &Target) -> Result<(), Refusal> {
+    if !matches!(target.status, Status::Deploying | Status::Started) {
+        let remedy = match target.status {
+            Status::Stopped => "start it first with `daybook start`",
+            s if s.in_pipeline() => "wait until it is started",
+            _ => "deploy that version again; `daybook history` lists what can be deployed",
+        };
+        return Err(Refusal::new(
+            "target_not_running",
+            format!(
+                "deployment {} is {}, so it cannot take traffic",
+                target.deployment,
+                target.status.as_str()
+            ),
+            remedy,
+        ));
+    }
+    if !target.ready {
+        return Err(Refusal::new(
+            "target_not_ready",
+            format!("deployment {} runs, but is not ready", target.deployment),
+            "look at `daybook status` for the cause",
+        ));
+    }
+    Ok(())
+}
+
+fn switch(
+    state: &Routing,
+    reason: SwitchReason,
+    target: &Target,
+    hostnames: &Hostnames,
+    main: bool,
+    rolled_back: bool,
+    note: Option<String>,
+) -> Decision<RoutingEvent> {
+    let next = vec![Backend {
+        deployment: target.deployment,
+        weight: 100,
+    }];
+    let mut wanted = vec![(&hostnames.preview, Stickiness::Deployment)];
+    if main {
+        wanted.push((&hostnames.environment, Stickiness::Environment));
+        if let Some(live) = &hostnames.live {
+            wanted.push((live, Stickiness::Live));
+        }
+    }
+    let changes: Vec<_> = wanted
+        .into_iter()
+        .filter_map(|(hostname, stickiness)| {
+            let previous = state
+                .routes
+                .get(hostname)
+                .map(|r| r.backends.clone())
+                .unwrap_or_default();
+            (previous != next).then(|| RouteChange {
+                hostname: hostname.clone(),
+                stickiness,
+                previous,
+                next: next.clone(),
+            })
+        })
+        .collect();
+    let traffic = state.traffic(&target.instance).cloned().unwrap_or_default();
+    let main = (main && traffic.main != Some(target.deployment)).then_some(MainChange {
+        previous: traffic.main,
+        next: Some(target.deployment),
+    });
+    if changes.is_empty() && main.is_none() && traffic.rolled_back == rolled_back {
+        return Decision::Nothing;
+    }
+    Decision::Append(RoutingEvent::Switched(Box::new(Switched {
+        table: state.table + 1,
+        reason,
+        instance: target.instance.clone(),
+        deployment: target.deployment,
+        changes,
+        main,
+        rolled_back,
+        undoes: None,
+        note,
+    })))
+}
