@@ -654,3 +654,33 @@ fn switch(
         note,
     })))
 }
+
+impl Hostnames {
+    /// The addresses of a deployment under a domain, such as `localhost`.
+    ///
+    /// Every name is a label of its own, so that different instances never share an address:
+    /// `<service>.<project>.<domain>` is live, `<service>.<environment>.<project>.<domain>` is an
+    /// environment's, and `<short id>.<service>.<environment>.<project>.<domain>` a preview.
+    pub fn under(
+        domain: &Hostname,
+        instance: &InstanceRef,
+        deployment: DeploymentId,
+        live: bool,
+    ) -> Result<Self, crate::names::InvalidName> {
+        let InstanceRef {
+            project,
+            environment,
+            service,
+        } = instance;
+        let short = deployment.short();
+        Ok(Self {
+            preview: Hostname::parse(format!(
+                "{short}.{service}.{environment}.{project}.{domain}"
+            ))?,
+            environment: Hostname::parse(format!("{service}.{environment}.{project}.{domain}"))?,
+            live: live
+                .then(|| Hostname::parse(format!("{service}.{project}.{domain}")))
+                .transpose()?,
+        })
+    }
+}
