@@ -1,4 +1,5 @@
 //! Placeholder while the crate is being written.
 
+pub mod ports;
 pub mod target;
 pub mod values;

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use daybook_events::spec::{PinnedImage, RunSpec};
-use daybook_events::{DeploymentId, EnvironmentName, ProjectName, ServiceName};
+use daybook_events::{ClusterName, DeploymentId, EnvironmentName, ProjectName, ServiceName};
 use serde::{Deserialize, Serialize};
 
 /// One environment's values file.
@@ -40,6 +40,8 @@ pub struct ServiceValues {
 pub struct ReleaseValues {
     /// What it runs.
     pub image: PinnedImage,
+    /// Where it runs: a cluster that is not listed leaves it alone.
+    pub clusters: Vec<ClusterName>,
     /// How it runs. `replicas: 0` is a stopped release.
     #[serde(flatten)]
     pub run: RunSpec,

@@ -1,0 +1,190 @@
+//! What the pipeline's steps ask of the outside. Each port has its real implementation in this
+//! crate; the steps themselves know only these.
+
+use std::path::Path;
+
+use async_trait::async_trait;
+use daybook_events::deployment::SourceCommit;
+use daybook_events::gitops::Change;
+use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage};
+use daybook_events::{
+    BuildId, CommitId, DeploymentId, Digest, EnvironmentName, EventId, GitRef, ImageRepository,
+    ImageTag, ProjectName, RepositoryUrl, ServiceName,
+};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::values::{EnvironmentValues, ReleaseValues};
+
+/// Why a step did not succeed, in the form in which it is recorded and shown.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct StepError {
+    /// A stable code.
+    pub code: String,
+    /// What happened, in one sentence.
+    pub message: String,
+    /// What helps.
+    pub remedy: String,
+    /// Whether the same step may succeed later by itself.
+    pub retryable: bool,
+}
+
+impl StepError {
+    /// A failure that no retry mends.
+    pub fn fatal(code: &str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self {
+            code: code.to_owned(),
+            message: message.into(),
+            remedy: remedy.into(),
+            retryable: false,
+        }
+    }
+
+    /// A failure that waiting may mend.
+    pub fn passing(code: &str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self {
+            retryable: true,
+            ..Self::fatal(code, message, remedy)
+        }
+    }
+}
+
+/// Where a step's output goes, a line a message, while it happens.
+pub type Output = mpsc::Sender<String>;
+
+/// Source repositories, read-only.
+#[async_trait]
+pub trait Sources: Send + Sync + 'static {
+    /// Resolves a ref to a commit.
+    async fn resolve(
+        &self,
+        url: &RepositoryUrl,
+        git_ref: &GitRef,
+    ) -> Result<SourceCommit, StepError>;
+
+    /// Puts the tree of a commit into an empty folder.
+    async fn checkout(
+        &self,
+        url: &RepositoryUrl,
+        commit: &CommitId,
+        into: &Path,
+        output: &Output,
+        cancel: &CancellationToken,
+    ) -> Result<(), StepError>;
+}
+
+/// What is to be built.
+#[derive(Debug)]
+pub struct BuildInput<'a> {
+    /// The build.
+    pub build: BuildId,
+    /// The service.
+    pub service: &'a ServiceName,
+    /// The service's folder in a checkout of the commit.
+    pub folder: &'a Path,
+    /// How it is built.
+    pub spec: &'a BuildSpec,
+    /// The commit.
+    pub commit: &'a SourceCommit,
+    /// The repository.
+    pub url: &'a RepositoryUrl,
+    /// A folder of this attempt's own, removed after it.
+    pub scratch: &'a Path,
+}
+
+/// An image that is made, but not yet pushed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BuiltImage {
+    /// Digest of its manifest.
+    pub digest: Digest,
+    /// Which builder made it.
+    pub builder: String,
+    /// What the source was taken for.
+    pub detected: String,
+    /// Size of its compressed layers in bytes.
+    pub size_bytes: u64,
+}
+
+/// Makes images and keeps them.
+#[async_trait]
+pub trait Images: Send + Sync + 'static {
+    /// Makes an image.
+    async fn build(
+        &self,
+        input: BuildInput<'_>,
+        output: &Output,
+        cancel: &CancellationToken,
+    ) -> Result<BuiltImage, StepError>;
+
+    /// Pushes an image made by this process. Pushing what is there already changes nothing.
+    async fn push(
+        &self,
+        image: &BuiltImage,
+        scratch: &Path,
+        repository: &ImageRepository,
+        tag: &ImageTag,
+        output: &Output,
+    ) -> Result<PinnedImage, StepError>;
+
+    /// Checks that an image exists, and pins it by its digest.
+    async fn resolve(&self, reference: &ImageReference) -> Result<PinnedImage, StepError>;
+}
+
+/// A change of a project's GitOps repository.
+#[derive(Debug, Clone)]
+pub struct GitopsChange {
+    /// The environment.
+    pub environment: EnvironmentName,
+    /// What changes.
+    pub change: Change,
+    /// The release's values, for [`Change::Deploy`].
+    pub release: Option<ReleaseValues>,
+    /// The tag that the message names.
+    pub tag: ImageTag,
+    /// Who asked for it.
+    pub author: String,
+    /// The event that causes the commit: its mark.
+    pub cause: EventId,
+    /// The deployment that it is about.
+    pub deployment: DeploymentId,
+}
+
+/// A commit that was made, or found to have been made by an earlier try.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GitopsCommit {
+    /// The commit.
+    pub commit: CommitId,
+    /// Its parent.
+    pub parent: Option<CommitId>,
+    /// First line of its message.
+    pub message: String,
+    /// Its author as `Name <address>`.
+    pub author: String,
+    /// Files with the digests of their new contents.
+    pub files: std::collections::BTreeMap<String, Option<Digest>>,
+    /// Digest over `files`, as [`daybook_events::gitops::Committed`] defines it.
+    pub files_digest: Digest,
+}
+
+/// The projects' GitOps repositories.
+#[async_trait]
+pub trait Repositories: Send + Sync + 'static {
+    /// Makes the repository unless it exists, and returns its branch and first commit.
+    async fn ensure(&self, project: &ProjectName) -> Result<(String, CommitId), StepError>;
+
+    /// Makes one commit. A change whose `cause` has its commit already returns that one.
+    async fn commit(
+        &self,
+        project: &ProjectName,
+        change: GitopsChange,
+    ) -> Result<GitopsCommit, StepError>;
+
+    /// The desired state of an environment at a commit.
+    async fn read(
+        &self,
+        project: &ProjectName,
+        environment: &EnvironmentName,
+        commit: &CommitId,
+    ) -> Result<EnvironmentValues, StepError>;
+}
