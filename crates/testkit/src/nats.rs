@@ -1,0 +1,529 @@
+//! Real nats-servers with JetStream, alone or three in a cluster, that tests can stop, kill,
+//! pause and start again over the same store.
+//!
+//! Which binaries: `DAYBOOK_NATS_SERVER` may list some, separated by `:`; otherwise the
+//! `nats-server` on `PATH` is taken. The newest is looked for in `DAYBOOK_NATS_SERVER_NEW` and then
+//! where `cargo xtask tools` puts it.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// How long a server may take to be ready, or to end after it was asked to.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A nats-server executable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NatsBinary {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its version: major, minor, patch.
+    pub version: (u32, u32, u32),
+}
+
+impl fmt::Display for NatsBinary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (major, minor, patch) = self.version;
+        write!(f, "nats-server {major}.{minor}.{patch}")
+    }
+}
+
+impl NatsBinary {
+    /// Asks an executable for its version; `None` if it cannot be run or is no nats-server.
+    pub fn at(path: impl Into<PathBuf>) -> Option<Self> {
+        let path = path.into();
+        let output = Command::new(&path).arg("--version").output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        let mut numbers = text
+            .trim()
+            .strip_prefix("nats-server: v")?
+            .split(['.', '-'])
+            .map(str::parse);
+        let mut number = || numbers.next()?.ok();
+        let version = (number()?, number()?, number()?);
+        Some(Self { path, version })
+    }
+
+    /// The servers that are installed: those that `DAYBOOK_NATS_SERVER` lists, or the one on
+    /// `PATH`, or none.
+    ///
+    /// # Panics
+    /// If `DAYBOOK_NATS_SERVER` lists something that is no nats-server.
+    pub fn installed() -> Vec<Self> {
+        if let Some(list) = std::env::var_os("DAYBOOK_NATS_SERVER") {
+            return std::env::split_paths(&list)
+                .filter(|path| !path.as_os_str().is_empty())
+                .map(|path| {
+                    Self::at(&path).unwrap_or_else(|| {
+                        panic!(
+                            "DAYBOOK_NATS_SERVER: {} is no nats-server that runs",
+                            path.display()
+                        )
+                    })
+                })
+                .collect();
+        }
+        on_path(OsStr::new("nats-server"))
+            .and_then(Self::at)
+            .into_iter()
+            .collect()
+    }
+
+    /// The newest server: `DAYBOOK_NATS_SERVER_NEW`, or the one that `cargo xtask tools` built.
+    ///
+    /// # Panics
+    /// If `DAYBOOK_NATS_SERVER_NEW` names something that is no nats-server.
+    pub fn newest() -> Option<Self> {
+        if let Some(path) = std::env::var_os("DAYBOOK_NATS_SERVER_NEW") {
+            let path = PathBuf::from(path);
+            return Some(Self::at(&path).unwrap_or_else(|| {
+                panic!(
+                    "DAYBOOK_NATS_SERVER_NEW: {} is no nats-server that runs",
+                    path.display()
+                )
+            }));
+        }
+        Self::at(tools_folder()?.join("bin/nats-server"))
+    }
+
+    /// Whether the server is at least of this version.
+    pub fn at_least(&self, major: u32, minor: u32, patch: u32) -> bool {
+        self.version >= (major, minor, patch)
+    }
+}
+
+/// Where `cargo xtask tools` puts what it builds.
+fn tools_folder() -> Option<PathBuf> {
+    if let Some(folder) = std::env::var_os("DAYBOOK_TOOLS") {
+        return Some(folder.into());
+    }
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
+    Some(cache.join("daybook/tools"))
+}
+
+fn on_path(name: &OsStr) -> Option<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?)
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file())
+}
+
+/// How a server is set up.
+#[derive(Debug, Clone, Default)]
+pub struct NatsSettings {
+    /// Sync each write before it is acknowledged (2.10 and later).
+    pub sync_always: bool,
+    /// Further lines of the configuration file: accounts, users, limits.
+    pub extra: String,
+    /// Ask for readiness with these credentials, where `extra` demands some.
+    pub user: Option<(String, String)>,
+}
+
+/// A running nats-server with JetStream, on 127.0.0.1. Dropping it kills the process and removes
+/// its folder, unless the test is failing: then the folder is kept and its path printed.
+#[derive(Debug)]
+pub struct NatsServer {
+    binary: NatsBinary,
+    settings: NatsSettings,
+    folder: Option<TempDir>,
+    port: u16,
+    process: Option<Child>,
+    paused: bool,
+}
+
+impl NatsServer {
+    /// Starts a server with an empty store.
+    ///
+    /// # Panics
+    /// If it does not get ready; the message has its log.
+    pub async fn start(binary: &NatsBinary) -> Self {
+        Self::start_with(binary, NatsSettings::default()).await
+    }
+
+    /// Starts a server that is set up in a certain way.
+    ///
+    /// # Panics
+    /// If it does not get ready; the message has its log.
+    pub async fn start_with(binary: &NatsBinary, settings: NatsSettings) -> Self {
+        let mut server = Self::prepared(binary, settings);
+        server.launch(None);
+        server.wait_until_ready().await;
+        server
+    }
+
+    fn prepared(binary: &NatsBinary, settings: NatsSettings) -> Self {
+        assert!(
+            !settings.sync_always || binary.at_least(2, 10, 0),
+            "{binary} has no sync_interval; ask for it from 2.10 on"
+        );
+        let folder = tempfile::Builder::new()
+            .prefix("daybook-nats-")
+            .tempdir()
+            .expect("a temporary folder can be made");
+        Self {
+            binary: binary.clone(),
+            settings,
+            folder: Some(folder),
+            port: 0,
+            process: None,
+            paused: false,
+        }
+    }
+
+    /// The executable that runs.
+    pub fn binary(&self) -> &NatsBinary {
+        &self.binary
+    }
+
+    /// Where clients connect.
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// The folder with its configuration, its log and its store.
+    pub fn folder(&self) -> &Path {
+        self.folder.as_ref().expect("present until drop").path()
+    }
+
+    /// What the server has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder().join("server.log")).unwrap_or_default()
+    }
+
+    /// Whether the process was started and not stopped or killed by the test.
+    pub fn is_running(&self) -> bool {
+        self.process.is_some()
+    }
+
+    /// Kills the server as `kill -9` does. Its store and its port stay reserved for
+    /// [`start_again`](Self::start_again).
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+        self.paused = false;
+    }
+
+    /// Asks the server to end, and waits until it has.
+    ///
+    /// # Panics
+    /// If it does not end in time.
+    pub async fn stop(&mut self) {
+        self.resume();
+        let Some(mut process) = self.process.take() else {
+            return;
+        };
+        let _ = kill_process(pid_of(&process), Signal::TERM);
+        let asked = Instant::now();
+        while process
+            .try_wait()
+            .expect("a child can be waited for")
+            .is_none()
+        {
+            if asked.elapsed() > PATIENCE {
+                let _ = process.kill();
+                let _ = process.wait();
+                panic!("nats-server did not end; its log:\n{}", self.log());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Starts the server again, on the same port and over the same store.
+    ///
+    /// # Panics
+    /// If it does not get ready; the message has its log.
+    pub async fn start_again(&mut self) {
+        assert!(self.process.is_none(), "the server is still running");
+        self.launch(None);
+        self.wait_until_ready().await;
+    }
+
+    /// Stops the process without ending it (SIGSTOP): it holds its connections and answers
+    /// nothing.
+    pub fn pause(&mut self) {
+        let process = self.process.as_ref().expect("the server runs");
+        kill_process(pid_of(process), Signal::STOP).expect("a child can be signalled");
+        self.paused = true;
+    }
+
+    /// Lets a paused process go on (SIGCONT).
+    pub fn resume(&mut self) {
+        if let Some(process) = &self.process
+            && std::mem::take(&mut self.paused)
+        {
+            kill_process(pid_of(process), Signal::CONT).expect("a child can be signalled");
+        }
+    }
+
+    /// Writes the configuration and starts the process, on the port that it had before if it had
+    /// one.
+    fn launch(&mut self, cluster: Option<&ClusterMember>) {
+        let folder = self.folder().to_owned();
+        let store = folder.join("store");
+        let log = folder.join("server.log");
+        let ports = folder.join("ports");
+        fs::create_dir_all(&ports).expect("a folder can be made");
+        for old in fs::read_dir(&ports).into_iter().flatten().flatten() {
+            let _ = fs::remove_file(old.path());
+        }
+        let listen = match self.port {
+            0 => "-1".to_owned(),
+            port => port.to_string(),
+        };
+        let sync = if self.settings.sync_always {
+            "sync_interval: always"
+        } else {
+            ""
+        };
+        let mut config = format!(
+            "listen: \"127.0.0.1:{listen}\"\n\
+             ports_file_dir: {ports:?}\n\
+             jetstream {{ store_dir: {store:?}, max_memory_store: 268435456, \
+             max_file_store: 10737418240\n{sync} }}\n\
+             {}\n",
+            self.settings.extra,
+        );
+        if let Some(member) = cluster {
+            config.push_str(&member.config());
+        }
+        let file = folder.join("server.conf");
+        fs::write(&file, config).expect("the configuration can be written");
+        let output = File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .expect("the log can be opened");
+        let errors = output.try_clone().expect("a file can be cloned");
+        let process = Command::new(&self.binary.path)
+            .arg("-c")
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            .spawn()
+            .unwrap_or_else(|error| panic!("{} does not start: {error}", self.binary));
+        self.process = Some(process);
+    }
+
+    async fn wait_until_ready(&mut self) {
+        let since = Instant::now();
+        self.port = self.wait_for_port(since).await;
+        let mut options = async_nats::ConnectOptions::new();
+        if let Some((user, password)) = &self.settings.user {
+            options = options.user_and_password(user.clone(), password.clone());
+        }
+        let options = options.request_timeout(Some(Duration::from_millis(500)));
+        loop {
+            if let Ok(client) = options.clone().connect(self.url()).await
+                && jetstream_answers(&client).await
+            {
+                return;
+            }
+            self.give_up_after(since, "JetStream does not answer");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn wait_for_port(&mut self, since: Instant) -> u16 {
+        loop {
+            if let Some(port) = self.announced_port() {
+                return port;
+            }
+            self.give_up_after(since, "it announces no port");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// The port that the server wrote into its ports file once it listened.
+    fn announced_port(&self) -> Option<u16> {
+        let pid = self.process.as_ref()?.id();
+        let files = fs::read_dir(self.folder().join("ports")).ok()?;
+        let file = files
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| path.to_string_lossy().ends_with(&format!("_{pid}.ports")))?;
+        let ports: serde_json::Value = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
+        ports["nats"][0].as_str()?.rsplit_once(':')?.1.parse().ok()
+    }
+
+    fn give_up_after(&mut self, since: Instant, what: &str) {
+        let ended = self
+            .process
+            .as_mut()
+            .and_then(|process| process.try_wait().ok().flatten());
+        if let Some(status) = ended {
+            self.process = None;
+            panic!(
+                "{} ended with {status}; its log:\n{}",
+                self.binary,
+                self.log()
+            );
+        }
+        assert!(
+            since.elapsed() < PATIENCE,
+            "{} is not ready ({what}); its log:\n{}",
+            self.binary,
+            self.log()
+        );
+    }
+}
+
+impl Drop for NatsServer {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking()
+            && let Some(folder) = self.folder.take()
+        {
+            eprintln!(
+                "log and store of {} are kept: {}",
+                self.binary,
+                folder.keep().display()
+            );
+        }
+    }
+}
+
+fn pid_of(process: &Child) -> Pid {
+    Pid::from_child(process)
+}
+
+async fn jetstream_answers(client: &async_nats::Client) -> bool {
+    let Ok(reply) = client.request("$JS.API.INFO", "".into()).await else {
+        return false;
+    };
+    serde_json::from_slice::<serde_json::Value>(&reply.payload)
+        .is_ok_and(|answer| answer.get("error").is_none())
+}
+
+/// What a server has to know to be a member of a cluster.
+#[derive(Debug, Clone)]
+struct ClusterMember {
+    name: String,
+    port: u16,
+    all_ports: Vec<u16>,
+}
+
+impl ClusterMember {
+    fn config(&self) -> String {
+        let routes: Vec<String> = self
+            .all_ports
+            .iter()
+            .map(|port| format!("\"nats://127.0.0.1:{port}\""))
+            .collect();
+        format!(
+            "server_name: {}\ncluster {{ name: daybook-test, listen: \"127.0.0.1:{}\", \
+             routes: [{}] }}\n",
+            self.name,
+            self.port,
+            routes.join(", ")
+        )
+    }
+}
+
+/// Three nats-servers in a cluster, for streams with three replicas.
+#[derive(Debug)]
+pub struct NatsCluster {
+    /// The members, named `n0`, `n1`, `n2`.
+    nodes: Vec<(ClusterMember, NatsServer)>,
+}
+
+impl NatsCluster {
+    /// Starts three servers with empty stores and waits until each of them answers for JetStream.
+    ///
+    /// # Panics
+    /// If they do not get ready; the message has a log.
+    pub async fn start(binary: &NatsBinary) -> Self {
+        let all_ports = free_ports(3);
+        let mut nodes = Vec::new();
+        for (number, &port) in all_ports.iter().enumerate() {
+            let member = ClusterMember {
+                name: format!("n{number}"),
+                port,
+                all_ports: all_ports.clone(),
+            };
+            let mut server = NatsServer::prepared(binary, NatsSettings::default());
+            server.launch(Some(&member));
+            nodes.push((member, server));
+        }
+        let mut cluster = Self { nodes };
+        cluster.wait_until_ready().await;
+        cluster
+    }
+
+    /// The addresses of all members, separated by commas.
+    pub fn url(&self) -> String {
+        let urls: Vec<String> = self.nodes.iter().map(|(_, server)| server.url()).collect();
+        urls.join(",")
+    }
+
+    /// The servers.
+    pub fn servers(&self) -> impl Iterator<Item = &NatsServer> {
+        self.nodes.iter().map(|(_, server)| server)
+    }
+
+    /// One server, by the name that stream and consumer information gives it.
+    ///
+    /// # Panics
+    /// If there is none of this name.
+    pub fn server_mut(&mut self, name: &str) -> &mut NatsServer {
+        self.nodes
+            .iter_mut()
+            .find(|(member, _)| member.name == name)
+            .map(|(_, server)| server)
+            .unwrap_or_else(|| panic!("no member of the cluster is called {name}"))
+    }
+
+    /// Kills all members that run, as `kill -9` does.
+    pub fn kill_all(&mut self) {
+        for (_, server) in &mut self.nodes {
+            server.kill();
+        }
+    }
+
+    /// Stops all members in order.
+    pub async fn stop_all(&mut self) {
+        for (_, server) in &mut self.nodes {
+            server.stop().await;
+        }
+    }
+
+    /// Starts each member that does not run, over its store, and waits until all are ready.
+    ///
+    /// # Panics
+    /// If they do not get ready; the message has a log.
+    pub async fn start_again(&mut self) {
+        for (member, server) in &mut self.nodes {
+            if !server.is_running() {
+                server.launch(Some(member));
+            }
+        }
+        self.wait_until_ready().await;
+    }
+
+    async fn wait_until_ready(&mut self) {
+        for (_, server) in &mut self.nodes {
+            server.wait_until_ready().await;
+        }
+    }
+}
+
+/// Ports that are free now. They are asked for together, so that they differ.
+fn free_ports(count: usize) -> Vec<u16> {
+    let listeners: Vec<TcpListener> = (0..count)
+        .map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port can be had"))
+        .collect();
+    listeners
+        .iter()
+        .map(|listener| listener.local_addr().expect("it is bound").port())
+        .collect()
+}
