@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use tempfile::TempDir;
 
 /// How long a server may take to be ready, or to end after it was asked to.
@@ -251,9 +251,15 @@ impl NatsServer {
     /// Stops the process without ending it (SIGSTOP): it holds its connections and answers
     /// nothing.
     pub fn pause(&mut self) {
-        let process = self.process.as_ref().expect("the server runs");
-        kill_process(pid_of(process), Signal::STOP).expect("a child can be signalled");
+        let pid = pid_of(self.process.as_ref().expect("the server runs"));
+        kill_process(pid, Signal::STOP).expect("a child can be signalled");
         self.paused = true;
+        // The signal takes effect thread by thread; only then does nothing answer any more.
+        waitid(
+            WaitId::Pid(pid),
+            WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT,
+        )
+        .expect("a child can be waited for");
     }
 
     /// Lets a paused process go on (SIGCONT).

@@ -1,5 +1,7 @@
 //! The servers that tests rely on do what the tests rely on.
 
+#![allow(clippy::unwrap_used)]
+
 use std::time::Duration;
 
 use async_nats::jetstream::{self, stream};
