@@ -1,4 +1,4 @@
-//! Real servers for tests, each in a folder of its own, on a free port of the loopback interface,
+//! Real servers and applications for tests, each in a folder of its own, on a free port of the loopback interface,
 //! and gone when the test is.
 //!
 //! A test that needs something that is not installed calls [`left_out`], which says so and never
@@ -7,7 +7,10 @@
 use std::fs::OpenOptions;
 use std::io::Write as _;
 
+mod app;
 pub mod nats;
+
+pub use app::{TESTAPP, TestApp, free_addr};
 
 /// Says that a test, or a part of one, is left out because something is not there.
 ///

@@ -1,0 +1,71 @@
+//! The application that tests run, as a process.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Path of a small web application that answers HTTP and misbehaves on request. Its flags and
+/// paths are described in `app/testapp.rs`.
+pub const TESTAPP: &str = env!("DAYBOOK_TESTAPP");
+
+/// A running test application, killed when dropped.
+#[derive(Debug)]
+pub struct TestApp {
+    /// Where it answers.
+    pub addr: SocketAddr,
+    child: Child,
+}
+
+impl TestApp {
+    /// Starts one with these flags on a free port, and waits until it listens.
+    ///
+    /// # Panics
+    /// If it does not listen within half a minute.
+    pub fn start(flags: &[&str]) -> Self {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            // Somebody else may take the port before the application does: then another.
+            let addr = free_addr();
+            let mut child = Command::new(TESTAPP)
+                .args(flags)
+                .env("PORT", addr.port().to_string())
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .expect("the test application was built");
+            while child
+                .try_wait()
+                .expect("a child can be waited for")
+                .is_none()
+            {
+                if TcpStream::connect(addr).is_ok() {
+                    return Self { addr, child };
+                }
+                assert!(Instant::now() < deadline, "the application does not listen");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            assert!(Instant::now() < deadline, "the application does not start");
+        }
+    }
+
+    /// Kills it and waits until it is gone.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for TestApp {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// An address on this machine where nobody listens at the moment.
+pub fn free_addr() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener
+        .local_addr()
+        .expect("a bound socket has an address")
+}

@@ -1,0 +1,59 @@
+//! Answers of the gateway itself: problem details (RFC 9457).
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::{Response, StatusCode};
+use serde_json::json;
+
+/// Why the gateway answers instead of an application.
+#[derive(Debug)]
+pub(super) struct GatewayProblem {
+    status: StatusCode,
+    /// Stable, for programs.
+    code: &'static str,
+    detail: String,
+    host: Option<String>,
+    deployment: Option<String>,
+}
+
+impl GatewayProblem {
+    pub(super) fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
+        Self {
+            status,
+            code,
+            detail: detail.into(),
+            host: None,
+            deployment: None,
+        }
+    }
+
+    pub(super) fn host(mut self, host: &str) -> Self {
+        self.host = Some(host.to_owned());
+        self
+    }
+
+    pub(super) fn deployment(mut self, deployment: impl ToString) -> Self {
+        self.deployment = Some(deployment.to_string());
+        self
+    }
+
+    pub(super) fn into_response(self) -> Response<Full<Bytes>> {
+        let body = json!({
+            "type": "about:blank",
+            "title": self.status.canonical_reason(),
+            "status": self.status.as_u16(),
+            "code": self.code,
+            "detail": self.detail,
+            "host": self.host,
+            "deployment": self.deployment,
+        });
+        let mut response = Response::new(Full::new(Bytes::from(body.to_string())));
+        *response.status_mut() = self.status;
+        response.headers_mut().insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
+        response
+    }
+}

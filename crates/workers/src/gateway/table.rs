@@ -1,0 +1,405 @@
+//! Route tables, and the form of them that requests are routed by.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use arc_swap::ArcSwap;
+use daybook_events::{ClusterName, DeploymentId, Hostname, ProjectName};
+use tokio::sync::watch;
+
+use super::counters::{Counter, Counters};
+use crate::target::{AppStatus, ReleaseStatus};
+
+/// All routes of a project.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteTable {
+    /// The project. No two projects route the same host name.
+    pub project: ProjectName,
+    /// Grows with every change; a gateway never goes back.
+    pub revision: u64,
+    /// Where each host name leads.
+    pub routes: BTreeMap<Hostname, Route>,
+}
+
+/// Where a host name leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// What may serve it. For [`Policy::Failover`] the order counts.
+    pub backends: Vec<Backend>,
+    /// How one of them is chosen.
+    pub policy: Policy,
+}
+
+/// A deployment on a cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backend {
+    /// The deployment.
+    pub deployment: DeploymentId,
+    /// The cluster that it runs on.
+    pub cluster: ClusterName,
+    /// Its share among the weights of the route; 0 receives nothing.
+    pub weight: u32,
+}
+
+/// How a backend is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Policy {
+    /// By weight among those that have a ready instance.
+    #[default]
+    Simple,
+    /// The first that has a ready instance.
+    Failover,
+}
+
+/// What applying a table has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Applied {
+    /// Requests are now routed by it.
+    Switched,
+    /// This revision was in force before.
+    Unchanged,
+}
+
+/// Why a table was not applied. Nothing has changed then.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ApplyError {
+    /// A newer table is in force.
+    #[error(
+        "revision {given} of the routes of {project} is older than {newest}, which is in force"
+    )]
+    Stale {
+        /// The project.
+        project: ProjectName,
+        /// The revision that was given.
+        given: u64,
+        /// The revision that is in force.
+        newest: u64,
+    },
+    /// Another project routes this host name.
+    #[error("the host name {hostname} belongs to project {owner}")]
+    HostTaken {
+        /// The host name.
+        hostname: Hostname,
+        /// The project that has it.
+        owner: ProjectName,
+    },
+}
+
+/// What requests are routed by: host name to route.
+pub(super) type Hosts = HashMap<String, Arc<LiveRoute>>;
+
+/// A route with everything that a request needs.
+#[derive(Debug)]
+pub(super) struct LiveRoute {
+    policy: Policy,
+    backends: Vec<LiveBackend>,
+    turn: AtomicU64,
+}
+
+/// A backend with where it answers now.
+#[derive(Debug)]
+pub(super) struct LiveBackend {
+    pub(super) deployment: DeploymentId,
+    pub(super) cluster: ClusterName,
+    weight: u32,
+    endpoint: Arc<Endpoint>,
+    pub(super) counter: Arc<Counter>,
+}
+
+/// Where a deployment answers on a cluster. Shared by all routes that lead there.
+#[derive(Debug)]
+struct Endpoint {
+    known: ArcSwap<Known>,
+    turn: AtomicUsize,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Known {
+    addresses: Vec<SocketAddr>,
+    why_none: String,
+}
+
+impl Default for Endpoint {
+    fn default() -> Self {
+        Self {
+            known: ArcSwap::from_pointee(Known {
+                addresses: Vec::new(),
+                why_none: "nothing is known of it on this cluster yet".into(),
+            }),
+            turn: AtomicUsize::new(0),
+        }
+    }
+}
+
+/// What to try for one request.
+pub(super) struct Candidates<'a> {
+    /// The backend that the request is for, whether it can be reached or not.
+    pub(super) chosen: &'a LiveBackend,
+    /// In this order: all addresses of that backend, then those of others that may stand in.
+    pub(super) addresses: Vec<(&'a LiveBackend, SocketAddr)>,
+}
+
+impl LiveRoute {
+    /// What to try for the next request; `None` if the route has no backend at all.
+    pub(super) fn candidates(&self) -> Option<Candidates<'_>> {
+        let mut order: Vec<(&LiveBackend, Vec<SocketAddr>)> = self
+            .backends
+            .iter()
+            .filter(|b| b.weight > 0 || self.policy == Policy::Failover)
+            .map(|b| (b, b.endpoint.addresses()))
+            .collect();
+        let first_listed = order.first().map(|(b, _)| *b).or(self.backends.first())?;
+        order.retain(|(_, addresses)| !addresses.is_empty());
+        if self.policy == Policy::Simple && order.len() > 1 {
+            let chosen = self.choose(&order);
+            order.swap(0, chosen);
+        }
+        let first = order.first().map_or(first_listed, |(b, _)| *b);
+        let addresses = order
+            .into_iter()
+            .flat_map(|(backend, addresses)| addresses.into_iter().map(move |a| (backend, a)))
+            .collect();
+        Some(Candidates {
+            chosen: first,
+            addresses,
+        })
+    }
+
+    /// An index by weight: a Weyl sequence, which keeps to the shares even over few requests.
+    fn choose(&self, among: &[(&LiveBackend, Vec<SocketAddr>)]) -> usize {
+        let total: u64 = among.iter().map(|(b, _)| u64::from(b.weight)).sum();
+        let step = self
+            .turn
+            .fetch_add(1, Relaxed)
+            .wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let mut point = ((step >> 32) * total) >> 32;
+        for (i, (backend, _)) in among.iter().enumerate() {
+            let weight = u64::from(backend.weight);
+            if point < weight {
+                return i;
+            }
+            point -= weight;
+        }
+        0
+    }
+}
+
+impl LiveBackend {
+    /// Why it has no ready instance, in words.
+    pub(super) fn why_none(&self) -> String {
+        self.endpoint.known.load().why_none.clone()
+    }
+}
+
+impl Endpoint {
+    /// All addresses, each call starting with another one.
+    fn addresses(&self) -> Vec<SocketAddr> {
+        let known = self.known.load();
+        let mut addresses = known.addresses.clone();
+        if addresses.len() > 1 {
+            let turn = self.turn.fetch_add(1, Relaxed) % addresses.len();
+            addresses.rotate_left(turn);
+        }
+        addresses
+    }
+}
+
+type EndpointKey = (DeploymentId, ClusterName);
+
+/// The tables and endpoints from which [`Hosts`] is made. Changed by one at a time.
+#[derive(Debug, Default)]
+pub(super) struct Routing {
+    tables: BTreeMap<ProjectName, LiveTable>,
+    owners: BTreeMap<Hostname, ProjectName>,
+    endpoints: HashMap<EndpointKey, Arc<Endpoint>>,
+    tracked: Vec<Tracked>,
+}
+
+#[derive(Debug)]
+struct LiveTable {
+    revision: u64,
+    routes: BTreeMap<Hostname, Arc<LiveRoute>>,
+}
+
+#[derive(Debug)]
+struct Tracked {
+    cluster: ClusterName,
+    status: watch::Receiver<AppStatus>,
+    seen: HashSet<DeploymentId>,
+}
+
+impl Routing {
+    pub(super) fn revision(&self, project: &ProjectName) -> Option<u64> {
+        self.tables.get(project).map(|t| t.revision)
+    }
+
+    pub(super) fn hostnames(&self) -> BTreeMap<Hostname, ProjectName> {
+        self.owners.clone()
+    }
+
+    pub(super) fn hosts(&self) -> Hosts {
+        self.tables
+            .values()
+            .flat_map(|t| &t.routes)
+            .map(|(host, route)| (host.as_str().to_owned(), route.clone()))
+            .collect()
+    }
+
+    pub(super) fn apply(
+        &mut self,
+        table: RouteTable,
+        counters: &Counters,
+    ) -> Result<Applied, ApplyError> {
+        if let Some(newest) = self.revision(&table.project) {
+            if table.revision == newest {
+                return Ok(Applied::Unchanged);
+            }
+            if table.revision < newest {
+                return Err(ApplyError::Stale {
+                    project: table.project,
+                    given: table.revision,
+                    newest,
+                });
+            }
+        }
+        for hostname in table.routes.keys() {
+            if let Some(owner) = self.owners.get(hostname)
+                && *owner != table.project
+            {
+                return Err(ApplyError::HostTaken {
+                    hostname: hostname.clone(),
+                    owner: owner.clone(),
+                });
+            }
+        }
+        self.owners.retain(|_, owner| *owner != table.project);
+        let mut routes = BTreeMap::new();
+        for (hostname, route) in table.routes {
+            self.owners.insert(hostname.clone(), table.project.clone());
+            let backends = route
+                .backends
+                .into_iter()
+                .map(|b| LiveBackend {
+                    endpoint: self.endpoint(b.deployment, &b.cluster),
+                    counter: counters.of(b.deployment),
+                    deployment: b.deployment,
+                    cluster: b.cluster,
+                    weight: b.weight,
+                })
+                .collect();
+            let live = LiveRoute {
+                policy: route.policy,
+                backends,
+                turn: AtomicU64::new(0),
+            };
+            routes.insert(hostname, Arc::new(live));
+        }
+        let live = LiveTable {
+            revision: table.revision,
+            routes,
+        };
+        self.tables.insert(table.project, live);
+        Ok(Applied::Switched)
+    }
+
+    fn endpoint(&mut self, deployment: DeploymentId, cluster: &ClusterName) -> Arc<Endpoint> {
+        self.endpoints
+            .entry((deployment, cluster.clone()))
+            .or_default()
+            .clone()
+    }
+
+    /// Returns the addresses at which nothing is expected any more.
+    pub(super) fn set_addresses(
+        &mut self,
+        deployment: DeploymentId,
+        cluster: &ClusterName,
+        addresses: Vec<SocketAddr>,
+        why: Option<String>,
+    ) -> Vec<SocketAddr> {
+        let endpoint = self.endpoint(deployment, cluster);
+        let new = Known {
+            addresses,
+            why_none: why.unwrap_or_else(|| "no instance is ready".into()),
+        };
+        let old = endpoint.known.load_full();
+        if *old == new {
+            return Vec::new();
+        }
+        let gone = old
+            .addresses
+            .iter()
+            .filter(|a| !new.addresses.contains(a))
+            .copied()
+            .collect();
+        endpoint.known.store(Arc::new(new));
+        gone
+    }
+
+    /// Whether this channel was not tracked before.
+    pub(super) fn track(
+        &mut self,
+        cluster: ClusterName,
+        status: watch::Receiver<AppStatus>,
+    ) -> bool {
+        if self.tracked.iter().any(|t| t.status.same_channel(&status)) {
+            return false;
+        }
+        self.tracked.push(Tracked {
+            cluster,
+            status,
+            seen: HashSet::new(),
+        });
+        true
+    }
+
+    pub(super) fn untrack(&mut self, status: &watch::Receiver<AppStatus>) {
+        self.tracked.retain(|t| !t.status.same_channel(status));
+    }
+
+    /// Takes over what tracked targets say now. Returns the addresses at which nothing is
+    /// expected any more.
+    pub(super) fn absorb(&mut self) -> Vec<SocketAddr> {
+        let mut tracked = std::mem::take(&mut self.tracked);
+        let mut gone = Vec::new();
+        for t in &mut tracked {
+            let status = t.status.borrow().clone();
+            let present: HashSet<DeploymentId> =
+                status.releases.iter().map(|r| r.deployment).collect();
+            for removed in t.seen.difference(&present) {
+                let why = Some("the deployment was removed from this cluster".to_owned());
+                gone.extend(self.set_addresses(*removed, &t.cluster, Vec::new(), why));
+            }
+            for release in &status.releases {
+                let addresses = ready_addresses(release);
+                let why = Some(why_none(release));
+                gone.extend(self.set_addresses(release.deployment, &t.cluster, addresses, why));
+            }
+            t.seen = present;
+        }
+        self.tracked = tracked;
+        self.endpoints.retain(|_, endpoint| {
+            Arc::strong_count(endpoint) > 1 || !endpoint.known.load().addresses.is_empty()
+        });
+        gone
+    }
+}
+
+fn ready_addresses(release: &ReleaseStatus) -> Vec<SocketAddr> {
+    release
+        .instances
+        .iter()
+        .filter(|i| i.ready)
+        .filter_map(|i| i.address.parse().ok())
+        .collect()
+}
+
+fn why_none(release: &ReleaseStatus) -> String {
+    match &release.problem {
+        Some(problem) => format!("{}: {}", problem.reason, problem.message),
+        None if release.wanted == 0 => "it is stopped".into(),
+        None => "its instances are starting".into(),
+    }
+}
