@@ -1,0 +1,36 @@
+//! `cargo xtask bench`.
+
+use std::process::ExitCode;
+
+use crate::Failure;
+use crate::command::{cargo, exit_code, status};
+use crate::left_out::LeftOut;
+use crate::servers;
+
+pub(crate) const HELP: &str = "\
+Run a benchmark against its yardstick and print the ratios
+
+Usage: cargo xtask bench <append|rebuild|orchestrate> [OPTIONS]
+
+Both sides run interleaved in one run on the same machine; figures are medians. Build and run are
+optimised. `cargo xtask bench append -- --help` lists the options of one benchmark.
+";
+
+pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
+    if arguments.is_empty() {
+        print!("{HELP}");
+        return Ok(ExitCode::from(2));
+    }
+    let left_out = LeftOut::new()?;
+    let servers = servers::nats(&left_out)?;
+    let mut bench = cargo();
+    bench
+        .args(["run", "--release", "--package", "daybook-testkit"])
+        .args(["--features", "bench", "--bin", "daybook-bench", "--"])
+        .args(arguments.iter().filter(|a| *a != "--"))
+        .envs(servers)
+        .env("DAYBOOK_LEFT_OUT", left_out.file());
+    let ended = status(&mut bench)?;
+    left_out.report()?;
+    Ok(exit_code(ended))
+}

@@ -1,0 +1,173 @@
+//! The servers and programs that tests and benchmarks run against: found, or installed.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::Failure;
+use crate::command::{is_executable, on_path, output, run};
+use crate::left_out::LeftOut;
+use crate::tools::{GoServer, folder};
+
+/// Environment variables that tell tests where the servers are. What a person has set wins; what
+/// is neither there nor to be had is entered into `left_out`.
+pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString)>, Failure> {
+    let mut found = nats(left_out)?;
+    let registry = locate("DAYBOOK_REGISTRY", || {
+        installed_or_extracted("docker-registry")
+    });
+    found.extend(entered(
+        left_out,
+        "DAYBOOK_REGISTRY",
+        "docker-registry",
+        registry,
+    )?);
+    let buildah = locate("DAYBOOK_BUILDAH", || installed("buildah"));
+    found.extend(entered(left_out, "DAYBOOK_BUILDAH", "buildah", buildah)?);
+    Ok(found)
+}
+
+/// The same for the two nats-servers alone.
+pub(crate) fn nats(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString)>, Failure> {
+    let mut found = Vec::new();
+    let oldest = locate("DAYBOOK_NATS_SERVER", || {
+        installed_or_extracted("nats-server").or_else(|packages| {
+            GoServer::NATS_OLDEST
+                .build()
+                .map_err(|go| format!("{packages}; {go}").into())
+        })
+    });
+    found.extend(entered(
+        left_out,
+        "DAYBOOK_NATS_SERVER",
+        "nats-server",
+        oldest,
+    )?);
+    let newest = locate("DAYBOOK_NATS_SERVER_NEW", || GoServer::NATS_NEWEST.build());
+    let what = "the newest nats-server";
+    found.extend(entered(left_out, "DAYBOOK_NATS_SERVER_NEW", what, newest)?);
+    Ok(found)
+}
+
+/// What the environment says, or else what can be found.
+fn locate(
+    variable: &str,
+    find: impl FnOnce() -> Result<PathBuf, Failure>,
+) -> Result<OsString, Failure> {
+    match std::env::var_os(variable).filter(|value| !value.is_empty()) {
+        Some(value) => Ok(value),
+        None => find().map(Into::into),
+    }
+}
+
+/// Prints where a server is, or enters it as left out.
+fn entered(
+    left_out: &LeftOut,
+    variable: &'static str,
+    what: &str,
+    found: Result<OsString, Failure>,
+) -> Result<Option<(&'static str, OsString)>, Failure> {
+    match found {
+        Ok(path) => {
+            eprintln!("{variable}={}", Path::new(&path).display());
+            Ok(Some((variable, path)))
+        }
+        Err(why) => {
+            left_out.add(what, &why.to_string())?;
+            Ok(None)
+        }
+    }
+}
+
+/// A program from PATH, or else from the system's packages, installed now.
+fn installed(name: &str) -> Result<PathBuf, Failure> {
+    if let Some(path) = on_path(name) {
+        return Ok(path);
+    }
+    let mut apt = apt_get()?;
+    apt.args(["install", "--yes", "--no-install-recommends", name]);
+    updating_once(|| run(&mut apt))?;
+    on_path(name).ok_or_else(|| format!("package {name} brings no program {name}").into())
+}
+
+/// A server that is a single file: from PATH, or else taken out of its package into the cache.
+/// The package is not installed, because then the system would start the server as a service.
+fn installed_or_extracted(name: &str) -> Result<PathBuf, Failure> {
+    if let Some(path) = on_path(name) {
+        return Ok(path);
+    }
+    let home = folder()?.join("packages").join(name);
+    for bin in ["usr/bin", "usr/sbin"] {
+        let file = home.join(bin).join(name);
+        if is_executable(&file) {
+            return Ok(file);
+        }
+    }
+    on_path("apt-get").ok_or_else(|| not_here(name, "there is no apt-get"))?;
+    let work = home.with_extension(std::process::id().to_string());
+    let extracted = extract_package(name, &work).and_then(|()| {
+        let _ = fs::remove_dir_all(&home);
+        fs::rename(work.join("root"), &home).map_err(Failure::from)
+    });
+    let _ = fs::remove_dir_all(&work);
+    extracted?;
+    ["usr/bin", "usr/sbin"]
+        .map(|bin| home.join(bin).join(name))
+        .into_iter()
+        .find(|file| is_executable(file))
+        .ok_or_else(|| not_here(name, "its package has no such program"))
+}
+
+/// Downloads a package into `work` and unpacks it into `work/root`.
+fn extract_package(name: &str, work: &Path) -> Result<(), Failure> {
+    fs::create_dir_all(work)?;
+    let mut download = Command::new("apt-get");
+    download.current_dir(work).args(["download", name]);
+    updating_once(|| run(&mut download))?;
+    let package = fs::read_dir(work)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|e| e == "deb"))
+        .ok_or_else(|| not_here(name, "apt-get downloaded no package"))?;
+    run(Command::new("dpkg-deb")
+        .arg("--extract")
+        .args([package, work.join("root")]))
+}
+
+fn not_here(name: &str, why: &str) -> Failure {
+    format!("{name} is not on PATH, and {why}").into()
+}
+
+/// Tries something with packages, and once more after refreshing the lists of packages, which on
+/// a fresh machine are empty or out of date.
+fn updating_once(mut attempt: impl FnMut() -> Result<(), Failure>) -> Result<(), Failure> {
+    let Err(first) = attempt() else {
+        return Ok(());
+    };
+    match apt_get().and_then(|mut apt| run(apt.arg("update"))) {
+        Ok(()) => attempt(),
+        Err(second) => Err(format!("{first}; {second}").into()),
+    }
+}
+
+/// `apt-get` with the right to change the system, without asking anybody for a password.
+fn apt_get() -> Result<Command, Failure> {
+    if on_path("apt-get").is_none() {
+        return Err("it is not on PATH, and there is no apt-get to install it".into());
+    }
+    let is_root = output(Command::new("id").arg("-u")).is_ok_and(|id| id.trim() == "0");
+    let mut command = if is_root {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        command
+    } else if output(Command::new("sudo").args(["-n", "true"])).is_ok() {
+        let mut command = Command::new("sudo");
+        command.args(["-n", "DEBIAN_FRONTEND=noninteractive", "apt-get"]);
+        command
+    } else {
+        return Err("installing packages needs root or a sudo that does not ask".into());
+    };
+    command.arg("--quiet");
+    Ok(command)
+}

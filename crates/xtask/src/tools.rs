@@ -1,0 +1,175 @@
+//! Tools and servers that are built from source at a pinned version, into a cache outside the
+//! checkout, once.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use crate::Failure;
+use crate::command::{cargo, is_executable, on_path, output, root, run as run_command};
+
+pub(crate) const HELP: &str = "\
+Build the pinned servers and tools into a cache outside the checkout, each once
+
+Usage: cargo xtask tools [nats|nats-oldest|deny]...
+
+Without a name all of them are built:
+  nats         the newest nats-server, as tools/go.mod pins it (needs Go)
+  nats-oldest  the oldest supported one, as tools/nats-oldest/go.mod pins it (needs Go)
+  deny         cargo-deny, unless a fitting one is on PATH
+
+The cache is $DAYBOOK_TOOLS, or daybook/tools in $XDG_CACHE_HOME or in ~/.cache. The paths of what
+was built are printed, one a line.
+";
+
+/// The version of cargo-deny that deny.toml is written for.
+const CARGO_DENY: &str = "0.20.2";
+
+pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
+    let all = ["nats", "nats-oldest", "deny"];
+    let mut names: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if names.is_empty() {
+        names = all.to_vec();
+    }
+    for name in names {
+        let path = match name {
+            "nats" => GoServer::NATS_NEWEST.build()?,
+            "nats-oldest" => GoServer::NATS_OLDEST.build()?,
+            "deny" => cargo_deny()?,
+            other => {
+                return Err(format!("no tool is called {other:?}; there are {all:?}").into());
+            }
+        };
+        println!("{}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The folder that all of this is built into.
+pub(crate) fn folder() -> Result<PathBuf, Failure> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    if let Some(folder) = set("DAYBOOK_TOOLS") {
+        return Ok(folder.into());
+    }
+    let cache = set("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(set("HOME")?).join(".cache")))
+        .ok_or("neither DAYBOOK_TOOLS nor XDG_CACHE_HOME nor HOME says where tools go")?;
+    Ok(cache.join("daybook/tools"))
+}
+
+/// A server written in Go, pinned by a go.mod of this repository.
+pub(crate) struct GoServer {
+    /// The file name in the cache's `bin`.
+    name: &'static str,
+    /// The folder of the go.mod, from the root of the workspace.
+    module: &'static str,
+    /// The package to build, which is also the path of its module.
+    package: &'static str,
+}
+
+impl GoServer {
+    pub(crate) const NATS_NEWEST: Self = Self {
+        name: "nats-server",
+        module: "tools",
+        package: "github.com/nats-io/nats-server/v2",
+    };
+    pub(crate) const NATS_OLDEST: Self = Self {
+        name: "nats-server-oldest",
+        module: "tools/nats-oldest",
+        package: "github.com/nats-io/nats-server/v2",
+    };
+
+    /// Builds the server unless the cache has it at the pinned version, and returns its path.
+    /// Nobody ever sees a half-built one.
+    pub(crate) fn build(&self) -> Result<PathBuf, Failure> {
+        let module = root().join(self.module);
+        let go_mod = fs::read_to_string(module.join("go.mod"))?;
+        let version = pinned(&go_mod, self.package)
+            .ok_or_else(|| format!("{}/go.mod does not pin {}", self.module, self.package))?;
+        let bin = folder()?.join("bin");
+        let server = bin.join(self.name);
+        let stamp = bin.join(format!("{}.version", self.name));
+        if is_executable(&server) && fs::read_to_string(&stamp).is_ok_and(|s| s == version) {
+            return Ok(server);
+        }
+        let go = on_path("go").ok_or("Go is not on PATH")?;
+        fs::create_dir_all(&bin)?;
+        let unfinished = bin.join(format!("{}.{}", self.name, std::process::id()));
+        let built = run_command(
+            Command::new(go)
+                .current_dir(&module)
+                .env("CGO_ENABLED", "0")
+                // A go.work of the surroundings has nothing to say about pinned versions.
+                .env("GOWORK", "off")
+                .args(["build", "-trimpath", "-buildvcs=false", "-o"])
+                .args([unfinished.as_os_str(), self.package.as_ref()]),
+        );
+        if let Err(failure) = built {
+            let _ = fs::remove_file(&unfinished);
+            return Err(failure);
+        }
+        // The stamp goes first and comes last: it never vouches for another version's binary.
+        let _ = fs::remove_file(&stamp);
+        fs::rename(&unfinished, &server)?;
+        fs::write(&stamp, version)?;
+        Ok(server)
+    }
+}
+
+/// The version at which a go.mod requires a module.
+fn pinned<'a>(go_mod: &'a str, module: &str) -> Option<&'a str> {
+    go_mod.lines().find_map(|line| {
+        let mut words = line
+            .trim()
+            .trim_start_matches("require ")
+            .split_whitespace();
+        (words.next() == Some(module)).then(|| words.next())?
+    })
+}
+
+/// A cargo-deny of the pinned version: from PATH, from the cache, or installed there now.
+pub(crate) fn cargo_deny() -> Result<PathBuf, Failure> {
+    let root = folder()?.join(format!("cargo-deny-{CARGO_DENY}"));
+    let cached = root.join("bin/cargo-deny");
+    let candidates = [on_path("cargo-deny"), Some(cached.clone())];
+    if let Some(found) = candidates.into_iter().flatten().find(|c| is_pinned_deny(c)) {
+        return Ok(found);
+    }
+    run_command(
+        cargo()
+            .args(["install", "--quiet", "--locked", "--version", CARGO_DENY])
+            .arg("--root")
+            .args([root.as_os_str(), "cargo-deny".as_ref()]),
+    )?;
+    Ok(cached)
+}
+
+fn is_pinned_deny(program: &Path) -> bool {
+    is_executable(program)
+        && output(Command::new(program).arg("--version"))
+            .is_ok_and(|said| said.split_whitespace().nth(1) == Some(CARGO_DENY))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pinned_version_is_read_from_either_form_of_require() {
+        let block = "module x\n\nrequire (\n\ta.b/c v1.0.0 // indirect\n\ta.b/c/v2 v2.3.4\n)\n";
+        assert_eq!(pinned(block, "a.b/c/v2"), Some("v2.3.4"));
+        assert_eq!(pinned(block, "a.b/c"), Some("v1.0.0"));
+        assert_eq!(pinned("require a.b/c v9.9.9\n", "a.b/c"), Some("v9.9.9"));
+        assert_eq!(pinned(block, "a.b"), None);
+    }
+
+    #[test]
+    fn each_server_is_pinned_in_the_repository() {
+        for server in [GoServer::NATS_NEWEST, GoServer::NATS_OLDEST] {
+            let go_mod = fs::read_to_string(root().join(server.module).join("go.mod"));
+            let go_mod = go_mod.unwrap_or_default();
+            assert!(pinned(&go_mod, server.package).is_some(), "{}", server.name);
+        }
+    }
+}
