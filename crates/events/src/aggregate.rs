@@ -109,33 +109,43 @@ impl<A> Default for Folded<A> {
 }
 
 impl<A: Aggregate> Folded<A> {
-    /// Folds one event. A void event moves only the position.
+    /// Folds one event. A void event changes no state: it moves the position, and takes its
+    /// revision if that was the next one.
     pub fn apply(&mut self, position: Position, event: &Event) -> Result<(), Void> {
-        self.position = position;
-        if event.revision <= self.revision {
-            return Err(Void::Overtaken {
-                revision: event.revision,
-            });
-        }
-        if event.revision != self.revision + 1 {
-            return Err(Void::Gap {
-                last: self.revision,
-                found: event.revision,
-            });
-        }
-        // From here on the revision is taken, even if its event says nothing to this version:
-        // the next writer, who may be newer, counts on from it.
-        self.revision = event.revision;
-        self.last_id = Some(event.id);
-        let payload = event.payload::<A::Event>().map_err(|e| match e {
-            DecodeError::UnknownKind(kind) => Void::Unknown(kind),
-            other => Void::Unreadable(other),
-        })?;
         let at = At {
             position,
             id: event.id,
             time: event.time,
         };
+        self.step(at, event.revision, event.payload())
+    }
+
+    /// Folds one event whose payload is decoded already, or could not be. The same as
+    /// [`Self::apply`].
+    pub fn step(
+        &mut self,
+        at: At,
+        revision: u32,
+        payload: Result<A::Event, DecodeError>,
+    ) -> Result<(), Void> {
+        self.position = at.position;
+        if revision <= self.revision {
+            return Err(Void::Overtaken { revision });
+        }
+        if revision - 1 != self.revision {
+            return Err(Void::Gap {
+                last: self.revision,
+                found: revision,
+            });
+        }
+        // From here on the revision is taken, even if its event says nothing to this version:
+        // the next writer, who may be newer, counts on from it.
+        self.revision = revision;
+        self.last_id = Some(at.id);
+        let payload = payload.map_err(|e| match e {
+            DecodeError::UnknownKind(kind) => Void::Unknown(kind),
+            other => Void::Unreadable(other),
+        })?;
         match &mut self.state {
             Some(state) => state.apply(payload, at)?,
             none => *none = Some(A::first(payload, at)?),

@@ -1,1 +1,30 @@
-//! Placeholder while the crate is being written.
+//! Folds of the ledger: current state, history and audit, kept in a store that can be thrown away.
+//!
+//! [`Projections`] is the store with its queries, [`runner::run`] keeps it up with the log, and
+//! [`Ledger`] puts both together with the log, to decide and append. Every row is a function of
+//! the events up to [`Projections::position`] and of nothing else: however they were batched,
+//! interrupted or repeated, the same events leave the same bytes ([`Projections::digest`]).
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod audit;
+mod decode;
+mod fold;
+mod history;
+mod keys;
+pub mod ledger;
+pub mod page;
+mod query;
+pub mod replay;
+pub mod runner;
+mod sentence;
+mod slot;
+pub mod store;
+mod table;
+pub mod views;
+
+pub use audit::{AuditFilter, AuditRow};
+pub use ledger::{ExecuteError, Executed, Ledger};
+pub use page::{Cursor, InvalidPage, Page, PageOf};
+pub use query::{DeploymentFilter, DeploymentRow, EventRef};
+pub use store::{Behind, Counters, OpenError, Projections, QueryError};
+pub use views::HistoryRow;

@@ -1,0 +1,47 @@
+//! The history row of a deployment, made from its state.
+
+use daybook_events::DeploymentId;
+use daybook_events::deployment::Deployment;
+
+use crate::slot::Origin;
+use crate::views::{HistoryRow, version_text};
+
+/// The row of a deployment. `active` says whether traffic goes to it.
+pub(crate) fn row(
+    id: DeploymentId,
+    state: &Deployment,
+    origin: &Origin,
+    active: bool,
+) -> HistoryRow {
+    let instance = &state.request.instance;
+    let (outcome, outcome_code) = match (&state.failure, &state.cancelled) {
+        (Some(f), _) => (Some(f.message.clone()), Some(f.code.clone())),
+        (None, Some(c)) => (Some(c.message.clone()), Some("cancelled".to_owned())),
+        (None, None) => (None, None),
+    };
+    HistoryRow {
+        deployment: id,
+        position: origin.created,
+        project: instance.project.clone(),
+        environment: instance.environment.clone(),
+        service: instance.service.clone(),
+        image_tag: state.image.as_ref().map(|i| i.tag.clone()),
+        digest: state.image.as_ref().map(|i| i.digest.clone()),
+        active,
+        timestamp: state.created_at,
+        revision: state.commit.clone(),
+        message: origin.message.clone(),
+        version: version_text(state),
+        source_commit: state.source.as_ref().map(|s| s.commit.clone()),
+        source_commit_message: state.source.as_ref().map(|s| s.message.clone()),
+        source_url: state.source.as_ref().map(|s| s.url.clone()),
+        status: state.status,
+        status_since: state.status_since,
+        phase: state.status.phase(),
+        actor: origin.actor.clone(),
+        reason: state.request.reason.clone(),
+        outcome,
+        outcome_code,
+        redeploy_of: state.request.redeploy_of,
+    }
+}

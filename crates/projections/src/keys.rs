@@ -1,0 +1,168 @@
+//! Keys of the rows. One table holds all of them; the first byte says what a row is.
+//!
+//! Names hold only lowercase letters, digits and hyphens, so that a zero byte or a dot after one
+//! ends it: no key of one project is ever a prefix of another's. Positions are big-endian, so
+//! that the order of keys is the order of the log.
+
+use daybook_events::{
+    AggregateKind, BuildId, DeploymentId, EnvironmentName, EventId, InstanceRef, Position,
+    ProjectName, Subject,
+};
+
+/// Which version of this layout a store holds.
+pub(crate) const FORMAT: &[u8] = b"mformat";
+/// The log that a store was folded from.
+pub(crate) const IDENTITY: &[u8] = b"midentity";
+/// How far it is folded, with the counters: written in the same batch as the rows.
+pub(crate) const CHECKPOINT: &[u8] = b"c";
+
+/// How many events one full row of the audit holds.
+pub(crate) const CHUNK: u64 = 256;
+
+fn kind_letter(kind: AggregateKind) -> u8 {
+    match kind {
+        AggregateKind::Project => b'p',
+        AggregateKind::Environment => b'e',
+        AggregateKind::Build => b'b',
+        AggregateKind::Deployment => b'd',
+        AggregateKind::Gitops => b'g',
+        AggregateKind::Routing => b'r',
+    }
+}
+
+/// The folded state of an aggregate; none for one of a newer version, which has no state here.
+pub(crate) fn state(subject: &Subject) -> Option<Vec<u8>> {
+    let kind = subject.kind()?;
+    let mut key = vec![b's', kind_letter(kind)];
+    key.extend_from_slice(subject.project()?.as_str().as_bytes());
+    let rest = match subject {
+        Subject::Environment(_, e) => e.to_string(),
+        Subject::Build(_, b) => b.to_string(),
+        Subject::Deployment(_, e, d) => format!("{e}.{d}"),
+        _ => return Some(key),
+    };
+    key.push(b'.');
+    key.extend_from_slice(rest.as_bytes());
+    Some(key)
+}
+
+/// What the states of one kind, of one project if it is given, start with.
+pub(crate) fn states(kind: AggregateKind, project: Option<&ProjectName>) -> Vec<u8> {
+    let mut key = vec![b's', kind_letter(kind)];
+    if let Some(p) = project {
+        key.extend_from_slice(p.as_str().as_bytes());
+        key.push(b'.');
+    }
+    key
+}
+
+/// Where a deployment stands: its position of creation and its instance.
+pub(crate) fn deployment(id: DeploymentId) -> Vec<u8> {
+    [b"d".as_slice(), id.0.as_bytes()].concat()
+}
+
+/// A build's project. Two projects may share the id of a build and still build for themselves.
+pub(crate) fn build(id: BuildId, project: &ProjectName) -> Vec<u8> {
+    [builds(id).as_slice(), project.as_str().as_bytes()].concat()
+}
+
+/// What the rows of a build's projects start with.
+pub(crate) fn builds(id: BuildId) -> Vec<u8> {
+    [b"b".as_slice(), id.0.as_bytes()].concat()
+}
+
+/// A deployment that waits for a build.
+pub(crate) fn waiting(build: BuildId, deployment: DeploymentId) -> Vec<u8> {
+    [waiting_for(build).as_slice(), deployment.0.as_bytes()].concat()
+}
+
+/// What the rows of all that wait for a build start with.
+pub(crate) fn waiting_for(build: BuildId) -> Vec<u8> {
+    [b"w".as_slice(), build.0.as_bytes()].concat()
+}
+
+/// The event of a request that carried an idempotency key.
+pub(crate) fn request(id: EventId) -> Vec<u8> {
+    [b"k".as_slice(), id.0.as_bytes()].concat()
+}
+
+fn placed(mut prefix: Vec<u8>, position: Position) -> Vec<u8> {
+    prefix.extend_from_slice(&position.0.to_be_bytes());
+    prefix
+}
+
+/// Reads the position at a key's end.
+pub(crate) fn position_of(key: &[u8]) -> Option<Position> {
+    let tail = key.len().checked_sub(8)?;
+    Some(Position(u64::from_be_bytes(
+        key.get(tail..)?.try_into().ok()?,
+    )))
+}
+
+/// A set of deployments that is listed: all, a project's, an environment's or an instance's.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Scope<'a> {
+    All,
+    Project(&'a ProjectName),
+    Environment(&'a ProjectName, &'a EnvironmentName),
+    Instance(&'a InstanceRef),
+}
+
+impl Scope<'_> {
+    fn prefix(self, letter: u8) -> Vec<u8> {
+        let mut key = vec![letter];
+        match self {
+            Self::All => {}
+            Self::Project(p) => key.extend_from_slice(p.as_str().as_bytes()),
+            Self::Environment(p, e) => key.extend_from_slice(format!("{p}.{e}").as_bytes()),
+            Self::Instance(i) => key.extend_from_slice(i.to_string().as_bytes()),
+        }
+        key.push(0);
+        key
+    }
+
+    /// What the index rows of this scope start with.
+    pub(crate) fn listed(self) -> Vec<u8> {
+        self.prefix(b'x')
+    }
+
+    /// What the index rows of this scope's active deployments start with.
+    pub(crate) fn active(self) -> Vec<u8> {
+        self.prefix(b'n')
+    }
+}
+
+/// The index row of a deployment in a scope, by its position of creation.
+pub(crate) fn listed(scope: Scope<'_>, created: Position) -> Vec<u8> {
+    placed(scope.listed(), created)
+}
+
+/// The index row of an active deployment in a scope.
+pub(crate) fn active(scope: Scope<'_>, created: Position) -> Vec<u8> {
+    placed(scope.active(), created)
+}
+
+/// A row of the history, by the position of its deployment's creation.
+pub(crate) fn history(created: Position) -> Vec<u8> {
+    placed(vec![b'h'], created)
+}
+
+/// One event of the audit, until its chunk is full.
+pub(crate) fn audit(position: Position) -> Vec<u8> {
+    placed(vec![b'a'], position)
+}
+
+/// A full chunk of the audit.
+pub(crate) fn chunk(number: u64) -> Vec<u8> {
+    placed(vec![b'A'], Position(number))
+}
+
+/// What is to be found in a chunk.
+pub(crate) fn terms(number: u64) -> Vec<u8> {
+    placed(vec![b'T'], Position(number))
+}
+
+/// The chunk that a position belongs to, from 0.
+pub(crate) fn chunk_of(position: Position) -> u64 {
+    position.0.saturating_sub(1) / CHUNK
+}

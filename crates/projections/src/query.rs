@@ -1,0 +1,659 @@
+//! The queries. Each is answered from rows that belong to one position.
+
+use std::ops::ControlFlow;
+
+use daybook_events::build::Build;
+use daybook_events::deployment::{Deployment, Status};
+use daybook_events::environment::Environment;
+use daybook_events::gitops::Gitops;
+use daybook_events::project::Project;
+use daybook_events::routing::Routing;
+use daybook_events::{
+    Aggregate, AggregateKind, BuildId, DeploymentId, EnvironmentName, EventId, Folded, Hostname,
+    InstanceRef, Position, ProjectName, ServiceName, Subject,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use crate::audit::{AuditFilter, AuditRow, holds};
+use crate::fold::deployment_of;
+use crate::keys::{self, Scope};
+use crate::page::{Cursor, Page, PageOf};
+use crate::slot;
+use crate::store::{Projections, QueryError};
+use crate::table::{Way, decode};
+use crate::views::{DeploymentView, HistoryRow, InstanceView, Overview, version_text};
+
+/// A deployment with its place in the ledger and in traffic.
+#[derive(Debug, Clone)]
+pub struct DeploymentRow {
+    /// Its id.
+    pub id: DeploymentId,
+    /// Its subject.
+    pub subject: Subject,
+    /// Its state.
+    pub state: Deployment,
+    /// Its revision.
+    pub revision: u32,
+    /// Position of its last event.
+    pub position: Position,
+    /// Position of its request, by which deployments are ordered.
+    pub created: Position,
+    /// Whether it is the main deployment of its instance.
+    pub main: bool,
+    /// The hostnames that lead to it.
+    pub hostnames: Vec<Hostname>,
+}
+
+impl DeploymentRow {
+    /// The row as it is sent.
+    pub fn view(&self) -> DeploymentView {
+        DeploymentView::new(self.id, self.created, &self.state, self.hostnames.clone())
+    }
+}
+
+/// Which deployments are wanted; all that is given must fit.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeploymentFilter {
+    /// Of this project.
+    pub project: Option<ProjectName>,
+    /// Of this environment.
+    pub environment: Option<EnvironmentName>,
+    /// Of this service.
+    pub service: Option<ServiceName>,
+    /// In one of these states; empty for all.
+    pub statuses: Vec<Status>,
+    /// Of this version: the ref or image that was asked for, the image's tag or digest, or the
+    /// source's commit, also abbreviated to at least seven digits.
+    pub version: Option<String>,
+}
+
+impl DeploymentFilter {
+    /// All deployments of one instance.
+    pub fn of(instance: &InstanceRef) -> Self {
+        Self {
+            project: Some(instance.project.clone()),
+            environment: Some(instance.environment.clone()),
+            service: Some(instance.service.clone()),
+            ..Self::default()
+        }
+    }
+
+    fn instance(&self) -> Option<InstanceRef> {
+        Some(InstanceRef {
+            project: self.project.clone()?,
+            environment: self.environment.clone()?,
+            service: self.service.clone()?,
+        })
+    }
+
+    fn fits_instance(&self, i: &InstanceRef) -> bool {
+        self.project.as_ref().is_none_or(|p| *p == i.project)
+            && self
+                .environment
+                .as_ref()
+                .is_none_or(|e| *e == i.environment)
+            && self.service.as_ref().is_none_or(|s| *s == i.service)
+    }
+
+    fn fits(&self, status: Status, version: &str, found: Versions<'_>) -> bool {
+        (self.statuses.is_empty() || self.statuses.contains(&status))
+            && self.version.as_ref().is_none_or(|v| {
+                v == version
+                    || Some(v.as_str()) == found.tag
+                    || Some(v.as_str()) == found.digest
+                    || found
+                        .commit
+                        .is_some_and(|c| v.len() >= 7 && c.starts_with(v.as_str()))
+            })
+    }
+
+    fn fits_state(&self, state: &Deployment) -> bool {
+        let found = Versions {
+            tag: state.image.as_ref().map(|i| i.tag.as_str()),
+            digest: state.image.as_ref().map(|i| i.digest.as_str()),
+            commit: state.source.as_ref().map(|s| s.commit.as_str()),
+        };
+        self.fits(state.status, &version_text(state), found)
+    }
+
+    fn fits_history(&self, row: &HistoryRow) -> bool {
+        let found = Versions {
+            tag: row.image_tag.as_ref().map(|t| t.as_str()),
+            digest: row.digest.as_ref().map(|d| d.as_str()),
+            commit: row.source_commit.as_ref().map(|c| c.as_str()),
+        };
+        self.fits(row.status, &row.version, found)
+    }
+}
+
+/// What a deployment's version may be called.
+struct Versions<'a> {
+    tag: Option<&'a str>,
+    digest: Option<&'a str>,
+    commit: Option<&'a str>,
+}
+
+/// An event that carried an idempotency key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EventRef {
+    /// Where it stands.
+    pub position: Position,
+    /// The aggregate that it belongs to.
+    pub subject: Subject,
+    /// Digest of the request that it was made for.
+    pub request_digest: String,
+    /// The request or run that it began.
+    pub correlation: Uuid,
+}
+
+/// The row of an [`EventRef`].
+#[derive(Serialize, Deserialize)]
+pub(crate) struct EventRefRow(Position, String, String, Uuid);
+
+impl EventRef {
+    pub(crate) fn row(
+        position: Position,
+        subject: &Subject,
+        digest: &str,
+        correlation: Uuid,
+    ) -> EventRefRow {
+        EventRefRow(
+            position,
+            subject.to_string(),
+            digest.to_owned(),
+            correlation,
+        )
+    }
+}
+
+fn damaged(what: impl Into<String>) -> QueryError {
+    QueryError::Damaged(what.into())
+}
+
+/// Reads the value of an index row.
+fn listed(value: &[u8]) -> Result<(DeploymentId, InstanceRef), QueryError> {
+    let bad = || damaged("an index of deployments");
+    let (id, instance) = value.split_at_checked(16).ok_or_else(bad)?;
+    let id = Uuid::from_slice(id).map_err(|_| bad())?;
+    let text = std::str::from_utf8(instance).map_err(|_| bad())?;
+    Ok((DeploymentId(id), text.parse().map_err(|_| bad())?))
+}
+
+impl Projections {
+    /// The state of an aggregate, with its revision and its last position: what a decision and
+    /// the append after it need. An aggregate without events has no state and revision 0.
+    pub fn folded<A: Aggregate>(&self, subject: &Subject) -> Result<Folded<A>, QueryError> {
+        if subject.kind() != Some(A::KIND) {
+            return Err(QueryError::WrongSubject(subject.to_string()));
+        }
+        let row = keys::state(subject).map(|k| self.inner.table.get(&k));
+        Ok(match row.transpose()?.flatten() {
+            Some(row) => decode(&row)?,
+            None => Folded::default(),
+        })
+    }
+
+    fn row(
+        &self,
+        id: DeploymentId,
+        instance: &InstanceRef,
+        routing: Option<&Routing>,
+    ) -> Result<Option<DeploymentRow>, QueryError> {
+        let subject = deployment_of(instance, id);
+        let row = keys::state(&subject).map(|k| self.inner.table.get(&k));
+        let Some(row) = row.transpose()?.flatten() else {
+            return Ok(None);
+        };
+        let (folded, origin) = slot::deployment(&row)?;
+        let (Some(state), Some(origin)) = (folded.state, origin) else {
+            return Ok(None);
+        };
+        let main = routing
+            .and_then(|r| r.traffic(instance))
+            .is_some_and(|t| t.main == Some(id));
+        let hostnames = routing.map_or_else(Vec::new, |r| {
+            let found = r.hostnames_of(id).into_iter();
+            found.map(|(hostname, _)| hostname.clone()).collect()
+        });
+        Ok(Some(DeploymentRow {
+            id,
+            subject,
+            state,
+            revision: folded.revision,
+            position: folded.position,
+            created: origin.created,
+            main,
+            hostnames,
+        }))
+    }
+
+    fn routing_state(&self, project: &ProjectName) -> Result<Option<Routing>, QueryError> {
+        let subject = Subject::Routing(project.clone());
+        Ok(self.folded::<Routing>(&subject)?.state)
+    }
+
+    /// A deployment by its id.
+    pub fn deployment(&self, id: DeploymentId) -> Result<Option<DeploymentRow>, QueryError> {
+        let _gate = self.gate();
+        let Some(place) = self.inner.table.get(&keys::deployment(id))? else {
+            return Ok(None);
+        };
+        let (_, instance): (Position, String) = decode(&place)?;
+        let instance: InstanceRef = instance
+            .parse()
+            .map_err(|_| damaged("the place of a deployment"))?;
+        let routing = self.routing_state(&instance.project)?;
+        self.row(id, &instance, routing.as_ref())
+    }
+
+    /// Deployments, newest first.
+    pub fn deployments(
+        &self,
+        filter: &DeploymentFilter,
+        page: Page,
+    ) -> Result<PageOf<DeploymentRow>, QueryError> {
+        let _gate = self.gate();
+        let mut routing = Routings::default();
+        self.list(filter, page, |id, instance, _| {
+            let routing = routing.of(self, &instance.project)?;
+            let row = self.row(id, instance, routing)?;
+            Ok(row.filter(|r| filter.fits_state(&r.state)))
+        })
+    }
+
+    /// The history, newest first.
+    pub fn history(
+        &self,
+        filter: &DeploymentFilter,
+        page: Page,
+    ) -> Result<PageOf<HistoryRow>, QueryError> {
+        let _gate = self.gate();
+        self.list(filter, page, |_, _, created| {
+            let Some(json) = self.inner.table.get(&keys::history(created))? else {
+                return Ok(None);
+            };
+            let row: HistoryRow =
+                serde_json::from_slice(&json).map_err(|e| damaged(e.to_string()))?;
+            Ok(Some(row).filter(|r| filter.fits_history(r)))
+        })
+    }
+
+    /// The history as [`Self::history`] has it, each row in the JSON in which it is kept. Several
+    /// times as fast, unless states or a version are asked for.
+    pub fn history_json(
+        &self,
+        filter: &DeploymentFilter,
+        page: Page,
+    ) -> Result<PageOf<Box<RawValue>>, QueryError> {
+        let _gate = self.gate();
+        let plain = filter.statuses.is_empty() && filter.version.is_none();
+        self.list(filter, page, |_, _, created| {
+            let Some(json) = self.inner.table.get(&keys::history(created))? else {
+                return Ok(None);
+            };
+            let bad = |e: &dyn std::fmt::Display| damaged(e.to_string());
+            if !plain {
+                let row: HistoryRow = serde_json::from_slice(&json).map_err(|e| bad(&e))?;
+                if !filter.fits_history(&row) {
+                    return Ok(None);
+                }
+            }
+            let text = String::from_utf8(json.to_vec()).map_err(|e| bad(&e))?;
+            RawValue::from_string(text).map(Some).map_err(|e| bad(&e))
+        })
+    }
+
+    /// Walks the narrowest index for a filter from a page's cursor on.
+    fn list<T>(
+        &self,
+        filter: &DeploymentFilter,
+        page: Page,
+        mut make: impl FnMut(DeploymentId, &InstanceRef, Position) -> Result<Option<T>, QueryError>,
+    ) -> Result<PageOf<T>, QueryError> {
+        let instance = filter.instance();
+        let scope = match (&instance, &filter.project, &filter.environment) {
+            (Some(i), _, _) => Scope::Instance(i),
+            (None, Some(p), Some(e)) => Scope::Environment(p, e),
+            (None, Some(p), None) => Scope::Project(p),
+            (None, None, _) => Scope::All,
+        };
+        let only_active =
+            !filter.statuses.is_empty() && filter.statuses.iter().all(|s| slot::is_active(*s));
+        let prefix = if only_active {
+            scope.active()
+        } else {
+            scope.listed()
+        };
+        let from = page.after.map(|p| {
+            let mut key = prefix.clone();
+            key.extend_from_slice(&p.0.to_be_bytes());
+            key
+        });
+        let mut items = Vec::new();
+        let mut next = None;
+        let mut last = Position::ZERO;
+        let failed = self
+            .inner
+            .table
+            .scan(&prefix, from.as_deref(), Way::Down, |key, value| {
+                let mut visit = || {
+                    let (id, instance) = listed(value)?;
+                    let created =
+                        keys::position_of(key).ok_or_else(|| damaged("an index of deployments"))?;
+                    if filter.fits_instance(&instance)
+                        && let Some(item) = make(id, &instance, created)?
+                    {
+                        if items.len() == page.limit() {
+                            next = Some(Cursor(last));
+                            return Ok(true);
+                        }
+                        last = created;
+                        items.push(item);
+                    }
+                    Ok(false)
+                };
+                match visit() {
+                    Ok(false) => ControlFlow::Continue(()),
+                    Ok(true) => ControlFlow::Break(None),
+                    Err(e) => ControlFlow::Break(Some(e)),
+                }
+            })?;
+        match failed.flatten() {
+            Some(e) => Err(e),
+            None => Ok(PageOf {
+                items,
+                next,
+                position: self.position(),
+            }),
+        }
+    }
+
+    fn active_in(&self, scope: Scope<'_>) -> Result<Vec<DeploymentRow>, QueryError> {
+        let mut found = Vec::new();
+        self.inner
+            .table
+            .scan::<()>(&scope.active(), None, Way::Down, |_, value| {
+                found.push(value.clone());
+                ControlFlow::Continue(())
+            })?;
+        let mut routing = Routings::default();
+        let mut rows = Vec::with_capacity(found.len());
+        for value in found {
+            let (id, instance) = listed(&value)?;
+            let routing = routing.of(self, &instance.project)?;
+            rows.extend(self.row(id, &instance, routing)?);
+        }
+        Ok(rows)
+    }
+
+    /// The deployments that run, can run again or are on their way to run, newest first: all, or
+    /// those of a project, or of one of its environments.
+    pub fn active_deployments(
+        &self,
+        project: Option<&ProjectName>,
+        environment: Option<&EnvironmentName>,
+    ) -> Result<Vec<DeploymentRow>, QueryError> {
+        let _gate = self.gate();
+        let mut rows = self.active_in(match (project, environment) {
+            (None, _) => Scope::All,
+            (Some(p), None) => Scope::Project(p),
+            (Some(p), Some(e)) => Scope::Environment(p, e),
+        })?;
+        if let Some(e) = environment {
+            rows.retain(|r| r.state.request.instance.environment == *e);
+        }
+        Ok(rows)
+    }
+
+    /// The deployments that run, can run again or are on their way to run, of one instance.
+    pub fn active_of(&self, instance: &InstanceRef) -> Result<Vec<DeploymentRow>, QueryError> {
+        let _gate = self.gate();
+        self.active_in(Scope::Instance(instance))
+    }
+
+    /// The deployments in the pipeline that wait for a build.
+    pub fn deployments_of_build(&self, id: BuildId) -> Result<Vec<DeploymentId>, QueryError> {
+        let mut found = Vec::new();
+        self.inner
+            .table
+            .scan::<()>(&keys::waiting_for(id), None, Way::Up, |key, _| {
+                found.extend(key.get(17..).and_then(|k| Uuid::from_slice(k).ok()));
+                ControlFlow::Continue(())
+            })?;
+        Ok(found.into_iter().map(DeploymentId).collect())
+    }
+
+    fn states<A: Aggregate>(
+        &self,
+        kind: AggregateKind,
+        project: Option<&ProjectName>,
+    ) -> Result<Vec<A>, QueryError> {
+        let mut rows = Vec::new();
+        self.inner
+            .table
+            .scan::<()>(&keys::states(kind, project), None, Way::Up, |_, value| {
+                rows.push(value.clone());
+                ControlFlow::Continue(())
+            })?;
+        let mut states = Vec::with_capacity(rows.len());
+        for row in rows {
+            states.extend(decode::<Folded<A>>(&row)?.state);
+        }
+        Ok(states)
+    }
+
+    /// All projects, by name.
+    pub fn projects(&self) -> Result<Vec<Project>, QueryError> {
+        self.states(AggregateKind::Project, None)
+    }
+
+    /// A project.
+    pub fn project(&self, name: &ProjectName) -> Result<Option<Project>, QueryError> {
+        let subject = Subject::Project(name.clone());
+        Ok(self.folded::<Project>(&subject)?.state)
+    }
+
+    /// The environments of a project, by name.
+    pub fn environments(&self, project: &ProjectName) -> Result<Vec<Environment>, QueryError> {
+        self.states(AggregateKind::Environment, Some(project))
+    }
+
+    /// An environment.
+    pub fn environment(
+        &self,
+        project: &ProjectName,
+        name: &EnvironmentName,
+    ) -> Result<Option<Environment>, QueryError> {
+        let subject = Subject::Environment(project.clone(), name.clone());
+        Ok(self.folded::<Environment>(&subject)?.state)
+    }
+
+    /// A build with its project. Where several projects build the same for themselves, it is the
+    /// first by name; use [`Self::folded`] for a certain one.
+    pub fn build(&self, id: BuildId) -> Result<Option<(ProjectName, Build)>, QueryError> {
+        let project = self
+            .inner
+            .table
+            .scan(&keys::builds(id), None, Way::Up, |key, _| {
+                ControlFlow::Break(String::from_utf8_lossy(&key[17..]).into_owned())
+            })?;
+        let Some(project) = project else {
+            return Ok(None);
+        };
+        let project = ProjectName::parse(project).map_err(|e| damaged(e.to_string()))?;
+        let subject = Subject::Build(project.clone(), id);
+        let build = self.folded::<Build>(&subject)?.state;
+        Ok(build.map(|b| (project, b)))
+    }
+
+    /// The GitOps repository of a project, as the ledger knows it.
+    pub fn gitops(&self, project: &ProjectName) -> Result<Option<Gitops>, QueryError> {
+        let subject = Subject::Gitops(project.clone());
+        Ok(self.folded::<Gitops>(&subject)?.state)
+    }
+
+    /// The route table of a project.
+    pub fn routing(&self, project: &ProjectName) -> Result<Option<Routing>, QueryError> {
+        self.routing_state(project)
+    }
+
+    /// The event with this id, if it carried an idempotency key.
+    pub fn event_by_id(&self, id: EventId) -> Result<Option<EventRef>, QueryError> {
+        let Some(row) = self.inner.table.get(&keys::request(id))? else {
+            return Ok(None);
+        };
+        let EventRefRow(position, subject, request_digest, correlation) = decode(&row)?;
+        Ok(Some(EventRef {
+            position,
+            subject: subject
+                .parse()
+                .map_err(|_| damaged("the subject of a request"))?,
+            request_digest,
+            correlation,
+        }))
+    }
+
+    /// What runs where: all instances, or those of a project, or of one of its environments.
+    /// Instances without any active deployment are not listed.
+    pub fn overview(
+        &self,
+        project: Option<&ProjectName>,
+        environment: Option<&EnvironmentName>,
+    ) -> Result<Overview, QueryError> {
+        let rows = self.active_deployments(project, environment)?;
+        let position = self.position();
+        let mut by_instance = std::collections::BTreeMap::<InstanceRef, InstanceView>::new();
+        let mut routing = Routings::default();
+        for row in rows {
+            let instance = row.state.request.instance.clone();
+            let rolled_back = routing
+                .of(self, &instance.project)?
+                .and_then(|r| r.traffic(&instance))
+                .is_some_and(|t| t.rolled_back);
+            let entry = by_instance
+                .entry(instance.clone())
+                .or_insert_with(|| InstanceView {
+                    id: instance.to_string(),
+                    instance,
+                    rolled_back,
+                    main: None,
+                    others: Vec::new(),
+                });
+            let view = row.view();
+            if row.main {
+                entry.main = Some(view);
+            } else {
+                entry.others.push(view);
+            }
+        }
+        Ok(Overview {
+            instances: by_instance.into_values().collect(),
+            position,
+        })
+    }
+
+    /// The audit, newest first.
+    pub fn audit(&self, filter: &AuditFilter, page: Page) -> Result<PageOf<AuditRow>, QueryError> {
+        let mut found = Found {
+            items: Vec::new(),
+            next: None,
+            limit: page.limit(),
+        };
+        let mut take = |row: AuditRow| found.take(filter, row);
+        // The last chunk is in single rows, and may be put together meanwhile: it is read at once.
+        let (position, mut done) = {
+            let _gate = self.gate();
+            let position = self.position();
+            let from = page.after.map(keys::audit);
+            let mut rows = Vec::new();
+            self.inner
+                .table
+                .scan::<()>(b"a", from.as_deref(), Way::Down, |_, value| {
+                    rows.push(value.clone());
+                    ControlFlow::Continue(())
+                })?;
+            let mut done = false;
+            for row in rows {
+                done = take(decode(&row)?);
+                if done {
+                    break;
+                }
+            }
+            (position, done)
+        };
+        // Full chunks never change.
+        let below = page.after.unwrap_or(position.next()).min(position.next());
+        let mut chunk = if below.0 <= 1 {
+            0
+        } else {
+            keys::chunk_of(Position(below.0 - 1)) + 1
+        };
+        let terms = filter.terms();
+        while !done && chunk > 0 {
+            chunk -= 1;
+            if !terms.is_empty() {
+                let held = self.inner.table.get(&keys::terms(chunk))?;
+                if held.is_some_and(|held| !holds(&held, &terms)) {
+                    continue;
+                }
+            }
+            let Some(row) = self.inner.table.get(&keys::chunk(chunk))? else {
+                continue;
+            };
+            let rows: Vec<AuditRow> = decode(&row)?;
+            for row in rows.into_iter().rev().filter(|r| r.position < below) {
+                done = take(row);
+                if done {
+                    break;
+                }
+            }
+        }
+        Ok(PageOf {
+            items: found.items,
+            next: found.next,
+            position,
+        })
+    }
+}
+
+/// The rows of a page so far.
+struct Found {
+    items: Vec<AuditRow>,
+    next: Option<Cursor>,
+    limit: usize,
+}
+
+impl Found {
+    /// Takes a row that fits; true once the page is full and it is known that more follow.
+    fn take(&mut self, filter: &AuditFilter, row: AuditRow) -> bool {
+        if !filter.matches(&row) {
+            return false;
+        }
+        if self.items.len() == self.limit {
+            self.next = self.items.last().map(|r| Cursor(r.position));
+            return true;
+        }
+        self.items.push(row);
+        false
+    }
+}
+
+/// Route tables that a listing has read.
+#[derive(Default)]
+struct Routings(std::collections::HashMap<ProjectName, Option<Routing>>);
+
+impl Routings {
+    fn of(
+        &mut self,
+        projections: &Projections,
+        project: &ProjectName,
+    ) -> Result<Option<&Routing>, QueryError> {
+        if !self.0.contains_key(project) {
+            let routing = projections.routing_state(project)?;
+            self.0.insert(project.clone(), routing);
+        }
+        Ok(self.0.get(project).and_then(Option::as_ref))
+    }
+}

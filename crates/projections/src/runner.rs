@@ -1,0 +1,208 @@
+//! The runner: it keeps the projections up with the log.
+//!
+//! One task reads, one thread folds. The thread takes whatever has come since it last looked:
+//! thousands of events while it catches up, a single one when it is live.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use daybook_events::log::ReadError;
+use daybook_events::{EventLog, Position, Recorded, SubjectFilter};
+use futures_util::StreamExt;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::fold::FoldError;
+use crate::store::{Projections, QueryError};
+use crate::table::TableError;
+
+/// Most events that are folded before their rows are written.
+const BATCH: usize = 8192;
+/// Most events that are read at once.
+const READ: usize = 1024;
+/// How many such reads may wait for the fold.
+const AHEAD: usize = 8;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// How often a log may be found incomplete at the same position before the runner gives up.
+const GAPS: u32 = 5;
+
+/// Why the projections can no longer follow the log.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The log cannot be read, and no waiting would mend it.
+    #[error("the projections cannot read the log")]
+    Read(#[from] ReadError),
+    /// The log left an event out.
+    #[error(
+        "event {found} came where {expected} was due: the log is incomplete; \
+         run `daybook replay` to look at it"
+    )]
+    Incomplete {
+        /// The position that was due.
+        expected: Position,
+        /// The position that came.
+        found: Position,
+    },
+    /// The store failed.
+    #[error("the projections cannot be written")]
+    Store(#[from] QueryError),
+}
+
+enum Trouble {
+    Read(ReadError),
+    Fold(FoldError),
+}
+
+impl From<ReadError> for Trouble {
+    fn from(e: ReadError) -> Self {
+        Self::Read(e)
+    }
+}
+impl From<FoldError> for Trouble {
+    fn from(e: FoldError) -> Self {
+        Self::Fold(e)
+    }
+}
+impl From<TableError> for Trouble {
+    fn from(e: TableError) -> Self {
+        Self::Fold(e.into())
+    }
+}
+
+/// Folds the log into the projections until it is cancelled: first what there is, then what
+/// comes. A log that is away is waited for. A store that belongs to another log, that is ahead
+/// of its log, or whose rows are damaged, is emptied and filled anew.
+pub async fn run(
+    projections: Projections,
+    log: Arc<dyn EventLog>,
+    cancel: CancellationToken,
+) -> Result<(), RunError> {
+    let mut pause = FIRST_PAUSE;
+    let mut gaps = 0;
+    loop {
+        let before = projections.position();
+        let trouble = match follow(&projections, &log, &cancel).await {
+            Ok(()) => return Ok(()),
+            Err(trouble) => trouble,
+        };
+        if projections.position() > before {
+            pause = FIRST_PAUSE;
+            gaps = 0;
+        }
+        match trouble {
+            Trouble::Read(ReadError::Unavailable(why)) => {
+                tracing::warn!(%why, "the log is not available to the projections");
+            }
+            Trouble::Read(e) => return Err(e.into()),
+            Trouble::Fold(FoldError::Gap { expected, found }) => {
+                gaps += 1;
+                if gaps == GAPS {
+                    return Err(RunError::Incomplete { expected, found });
+                }
+                tracing::warn!(%expected, %found, "an event is missing; reading again");
+            }
+            Trouble::Fold(FoldError::Table(TableError::Row(why))) => {
+                tracing::warn!(%why, "the projections are damaged, and are built anew");
+                projections.restart("").map_err(QueryError::from)?;
+            }
+            Trouble::Fold(FoldError::Table(e)) => {
+                tracing::error!(error = %e, "the projections cannot be written");
+            }
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return Ok(()),
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Makes sure that the rows were folded from this log.
+async fn same_log(projections: &Projections, log: &Arc<dyn EventLog>) -> Result<(), Trouble> {
+    let identity = log.info().await?.identity;
+    let head = log.head().await?;
+    let known = projections.identity()?;
+    let ahead = projections.position() > head;
+    if known.as_ref() == Some(&identity) && !ahead {
+        return Ok(());
+    }
+    if known.is_some() && projections.position() > Position::ZERO {
+        tracing::warn!(
+            position = %projections.position(), %head,
+            "the projections were made from another log, and are built anew"
+        );
+    }
+    Ok(projections.restart(&identity)?)
+}
+
+async fn follow(
+    projections: &Projections,
+    log: &Arc<dyn EventLog>,
+    cancel: &CancellationToken,
+) -> Result<(), Trouble> {
+    let open = async {
+        same_log(projections, log).await?;
+        let tail = log.tail(projections.position(), SubjectFilter::default());
+        Ok::<_, Trouble>(tail.await?)
+    };
+    let mut events = tokio::select! {
+        () = cancel.cancelled() => return Ok(()),
+        opened = open => opened?.ready_chunks(READ),
+    };
+    let (sender, receiver) = mpsc::channel(AHEAD);
+    let folding = projections.clone();
+    let fold = tokio::task::spawn_blocking(move || fold_all(&folding, receiver));
+    let ended = loop {
+        let chunk = tokio::select! {
+            () = cancel.cancelled() => break Ok(()),
+            () = sender.closed() => break Ok(()),
+            chunk = events.next() => chunk,
+        };
+        let Some(chunk) = chunk else {
+            break Err(ReadError::Unavailable("the log's tail ended".to_owned()));
+        };
+        let mut read = Vec::with_capacity(chunk.len());
+        let mut failed = None;
+        for event in chunk {
+            match event {
+                Ok(event) => read.push(event),
+                Err(e) => {
+                    failed = Some(e);
+                    break;
+                }
+            }
+        }
+        // The thread went away only if it failed, and then says so below.
+        if !read.is_empty() && sender.send(read).await.is_err() {
+            break Ok(());
+        }
+        if let Some(e) = failed {
+            break Err(e);
+        }
+    };
+    drop(sender);
+    match fold.await {
+        Ok(Ok(())) => Ok(ended?),
+        Ok(Err(e)) => Err(e.into()),
+        Err(e) => Err(FoldError::Table(TableError::Row(format!("the fold failed: {e}"))).into()),
+    }
+}
+
+fn fold_all(
+    projections: &Projections,
+    mut receiver: mpsc::Receiver<Vec<Recorded>>,
+) -> Result<(), FoldError> {
+    while let Some(mut batch) = receiver.blocking_recv() {
+        while batch.len() + READ <= BATCH {
+            match receiver.try_recv() {
+                Ok(more) => batch.extend(more),
+                Err(_) => break,
+            }
+        }
+        projections.take(batch)?;
+    }
+    Ok(())
+}

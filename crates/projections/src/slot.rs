@@ -1,0 +1,156 @@
+//! Folded aggregates as the fold holds them: decoded, with what else their rows are made of.
+
+use daybook_events::build::Build;
+use daybook_events::deployment::{Deployment, Status};
+use daybook_events::environment::Environment;
+use daybook_events::gitops::Gitops;
+use daybook_events::project::Project;
+use daybook_events::routing::Routing;
+use daybook_events::{Actor, Aggregate, BuildId, Folded, Position, Subject};
+use serde::{Deserialize, Serialize};
+
+use crate::keys;
+use crate::table::{Table, TableError, decode, encode};
+
+/// What is known of a deployment beyond its own events' state.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Origin {
+    /// Position of its request.
+    pub(crate) created: Position,
+    /// Who asked for it.
+    pub(crate) actor: Actor,
+    /// Message of the GitOps commit that introduced it.
+    pub(crate) message: Option<String>,
+}
+
+/// Which index rows a deployment's state calls for, beside those that every deployment has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Marks {
+    /// It is not removed, and did not end before it was live.
+    pub(crate) active: bool,
+    /// The build that it waits for.
+    pub(crate) waits_for: Option<BuildId>,
+}
+
+impl Marks {
+    pub(crate) fn of(state: &Deployment) -> Self {
+        Self {
+            active: is_active(state.status),
+            waits_for: state.build.filter(|_| state.status.in_pipeline()),
+        }
+    }
+}
+
+/// Whether a deployment in this state runs, can run again, or is on its way to run.
+pub(crate) fn is_active(status: Status) -> bool {
+    !matches!(
+        status,
+        Status::Terminated | Status::Deleted | Status::Failed | Status::Cancelled
+    )
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct DeploymentSlot {
+    pub(crate) folded: Folded<Deployment>,
+    pub(crate) origin: Option<Origin>,
+    /// The marks whose rows are in the table; none if none of its rows is.
+    pub(crate) written: Option<Marks>,
+}
+
+#[derive(Debug)]
+pub(crate) enum State {
+    Project(Folded<Project>),
+    Environment(Folded<Environment>),
+    Build(Folded<Build>),
+    Deployment(Box<DeploymentSlot>),
+    Gitops(Folded<Gitops>),
+    Routing(Folded<Routing>),
+}
+
+/// An aggregate in the fold's memory.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) state: State,
+    /// Its rows have to be written.
+    pub(crate) dirty: bool,
+    /// The last batch that looked at it.
+    pub(crate) touched: u64,
+}
+
+impl State {
+    /// Reads an aggregate, or makes an empty one. None for an aggregate of a newer version.
+    pub(crate) fn load(table: &Table, subject: &Subject) -> Result<Option<Self>, TableError> {
+        let Some(key) = keys::state(subject) else {
+            return Ok(None);
+        };
+        let row = table.get(&key)?;
+        Ok(match subject {
+            Subject::Project(_) => Some(Self::Project(read(row.as_deref())?)),
+            Subject::Environment(..) => Some(Self::Environment(read(row.as_deref())?)),
+            Subject::Build(..) => Some(Self::Build(read(row.as_deref())?)),
+            Subject::Gitops(_) => Some(Self::Gitops(read(row.as_deref())?)),
+            Subject::Routing(_) => Some(Self::Routing(read(row.as_deref())?)),
+            Subject::Deployment(..) => {
+                let slot = match row {
+                    None => DeploymentSlot::default(),
+                    Some(row) => {
+                        let (folded, origin) = deployment(&row)?;
+                        let written = folded.state.as_ref().map(Marks::of);
+                        DeploymentSlot {
+                            folded,
+                            origin,
+                            written,
+                        }
+                    }
+                };
+                Some(Self::Deployment(Box::new(slot)))
+            }
+            Subject::Other(_) => None,
+        })
+    }
+
+    /// The row of this aggregate.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, TableError> {
+        match self {
+            Self::Project(f) => encode(f),
+            Self::Environment(f) => encode(f),
+            Self::Build(f) => encode(f),
+            Self::Deployment(d) => encode(&(&d.folded, &d.origin)),
+            Self::Gitops(f) => encode(f),
+            Self::Routing(f) => encode(f),
+        }
+    }
+
+    /// Position of the aggregate's last event.
+    pub(crate) fn position(&self) -> Position {
+        match self {
+            Self::Project(f) => f.position,
+            Self::Environment(f) => f.position,
+            Self::Build(f) => f.position,
+            Self::Deployment(d) => d.folded.position,
+            Self::Gitops(f) => f.position,
+            Self::Routing(f) => f.position,
+        }
+    }
+
+    /// Notes an event that could not be read at all: the next append expects its position.
+    pub(crate) fn pass(&mut self, position: Position) {
+        match self {
+            Self::Project(f) => f.position = position,
+            Self::Environment(f) => f.position = position,
+            Self::Build(f) => f.position = position,
+            Self::Deployment(d) => d.folded.position = position,
+            Self::Gitops(f) => f.position = position,
+            Self::Routing(f) => f.position = position,
+        }
+    }
+}
+
+fn read<A: Aggregate>(row: Option<&[u8]>) -> Result<Folded<A>, TableError> {
+    row.map_or_else(|| Ok(Folded::default()), decode)
+}
+
+/// Reads a deployment's row.
+pub(crate) fn deployment(row: &[u8]) -> Result<(Folded<Deployment>, Option<Origin>), TableError> {
+    decode(row)
+}

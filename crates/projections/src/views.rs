@@ -1,0 +1,214 @@
+//! What queries answer with, in the form in which it is sent.
+
+use daybook_events::deployment::{Deployment, Operation, Phase, Readiness, Status};
+use daybook_events::{
+    Actor, ClusterName, CommitId, DeploymentId, Digest, EnvironmentName, Hostname, ImageTag,
+    InstanceRef, Position, ProjectName, ServiceName,
+};
+use jiff::Timestamp;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// One deployment in the history of a service instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct HistoryRow {
+    /// The deployment.
+    pub deployment: DeploymentId,
+    /// Position of its request: it orders the history.
+    pub position: Position,
+    /// The project.
+    pub project: ProjectName,
+    /// The environment.
+    pub environment: EnvironmentName,
+    /// The service.
+    pub service: ServiceName,
+    /// Tag of its image, once it is known.
+    pub image_tag: Option<ImageTag>,
+    /// Digest of its image, once it is known.
+    pub digest: Option<Digest>,
+    /// Whether it is the main deployment of its instance, the one that traffic goes to.
+    pub active: bool,
+    /// When it was asked for.
+    pub timestamp: Timestamp,
+    /// The GitOps commit that introduced it.
+    pub revision: Option<CommitId>,
+    /// First line of that commit's message.
+    pub message: Option<String>,
+    /// The ref or image that was asked for.
+    pub version: String,
+    /// The commit of the source.
+    pub source_commit: Option<CommitId>,
+    /// That commit's message.
+    pub source_commit_message: Option<String>,
+    /// A link to that commit.
+    pub source_url: Option<String>,
+    /// Where it is in its life.
+    pub status: Status,
+    /// Since when.
+    pub status_since: Timestamp,
+    /// The pipeline's view of it.
+    pub phase: Phase,
+    /// Who asked for it.
+    pub actor: Actor,
+    /// Why, in the caller's words.
+    pub reason: Option<String>,
+    /// How it ended, if it did not become or stay live: one sentence.
+    pub outcome: Option<String>,
+    /// A stable code for that.
+    pub outcome_code: Option<String>,
+    /// The deployment whose snapshot it repeats.
+    pub redeploy_of: Option<DeploymentId>,
+}
+
+/// What runs where: the service instances with their deployments.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Overview {
+    /// The instances, ordered by project, environment and service.
+    pub instances: Vec<InstanceView>,
+    /// The ledger up to here.
+    pub position: Position,
+}
+
+/// One service in one environment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct InstanceView {
+    /// `project.environment.service`.
+    pub id: String,
+    /// Its parts.
+    #[serde(flatten)]
+    pub instance: InstanceRef,
+    /// Whether it is rolled back: then no deployment takes over traffic by itself.
+    pub rolled_back: bool,
+    /// The deployment that its traffic goes to.
+    pub main: Option<DeploymentView>,
+    /// The other deployments that run, can run again or are on their way, newest first.
+    pub others: Vec<DeploymentView>,
+}
+
+/// A deployment, as far as an overview shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DeploymentView {
+    /// Its id.
+    pub id: DeploymentId,
+    /// Position of its request.
+    pub position: Position,
+    /// The ref or image that was asked for.
+    pub version: String,
+    /// Tag of its image.
+    pub image_tag: Option<ImageTag>,
+    /// Digest of its image.
+    pub digest: Option<Digest>,
+    /// The commit of the source.
+    pub source_commit: Option<CommitId>,
+    /// The newest GitOps commit about it.
+    pub revision: Option<CommitId>,
+    /// Where it is in its life.
+    pub status: Status,
+    /// Since when.
+    pub since: Timestamp,
+    /// The pipeline's view of it.
+    pub phase: Phase,
+    /// The operator's view of it.
+    pub lifecycle: String,
+    /// Is there an image?
+    pub build: Readiness,
+    /// Does it run?
+    pub workload: Readiness,
+    /// Is it reached?
+    pub endpoint: Readiness,
+    /// The hostnames that lead to it.
+    pub hostnames: Vec<Hostname>,
+    /// Where it is to run, and what was seen there.
+    pub clusters: Vec<ClusterView>,
+    /// Why it failed, or the last operation on it did.
+    pub problem: Option<ProblemView>,
+    /// What can be done to it now.
+    pub operations: Vec<Operation>,
+    /// When it was asked for.
+    pub created_at: Timestamp,
+}
+
+/// A deployment in one cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ClusterView {
+    /// The cluster.
+    pub name: ClusterName,
+    /// Instances that are asked for there; none before it was looked at.
+    pub wanted: Option<u32>,
+    /// Instances that are ready there.
+    pub ready: u32,
+    /// What is wrong there.
+    pub problem: Option<ProblemView>,
+}
+
+/// A cause with a remedy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ProblemView {
+    /// A stable code.
+    pub code: String,
+    /// What happened.
+    pub message: String,
+    /// What helps.
+    pub remedy: String,
+}
+
+impl DeploymentView {
+    /// The view of a deployment.
+    pub fn new(
+        id: DeploymentId,
+        created: Position,
+        state: &Deployment,
+        hostnames: Vec<Hostname>,
+    ) -> Self {
+        let clusters = state.request.clusters.iter().map(|c| {
+            let seen = state.observed.get(c);
+            ClusterView {
+                name: c.clone(),
+                wanted: seen.map(|o| o.wanted),
+                ready: seen.map_or(0, daybook_events::deployment::WorkloadObserved::ready),
+                problem: seen.and_then(|o| o.problem.as_ref()).map(|p| ProblemView {
+                    code: p.reason.clone(),
+                    message: p.message.clone(),
+                    remedy: p.remedy.clone(),
+                }),
+            }
+        });
+        Self {
+            id,
+            position: created,
+            version: version_text(state),
+            image_tag: state.image.as_ref().map(|i| i.tag.clone()),
+            digest: state.image.as_ref().map(|i| i.digest.clone()),
+            source_commit: state.source.as_ref().map(|s| s.commit.clone()),
+            revision: state
+                .change
+                .as_ref()
+                .map(|c| c.commit.clone())
+                .or_else(|| state.commit.clone()),
+            status: state.status,
+            since: state.status_since,
+            phase: state.status.phase(),
+            lifecycle: state.status.lifecycle().to_owned(),
+            build: state.build_readiness.clone(),
+            workload: state.workload_readiness.clone(),
+            endpoint: state.endpoint_readiness.clone(),
+            hostnames,
+            clusters: clusters.collect(),
+            problem: state.failure.as_ref().map(|f| ProblemView {
+                code: f.code.clone(),
+                message: f.message.clone(),
+                remedy: f.remedy.clone(),
+            }),
+            operations: state.operations(),
+            created_at: state.created_at,
+        }
+    }
+}
+
+/// What was asked to be deployed, as the caller wrote it.
+pub fn version_text(state: &Deployment) -> String {
+    match &state.request.version {
+        daybook_events::deployment::Version::Git { git_ref, .. } => git_ref.to_string(),
+        daybook_events::deployment::Version::Image { reference } => reference.to_string(),
+    }
+}
