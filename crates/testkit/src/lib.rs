@@ -8,6 +8,7 @@ use std::fs::OpenOptions;
 use std::io::Write as _;
 
 mod app;
+pub mod git;
 pub mod nats;
 
 pub use app::{TESTAPP, TestApp, free_addr};
