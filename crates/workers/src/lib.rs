@@ -1,4 +1,5 @@
 //! Placeholder while the crate is being written.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod gateway;
 pub mod git_transport;

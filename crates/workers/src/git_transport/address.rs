@@ -50,24 +50,9 @@ fn is_public_v6(a: Ipv6Addr) -> bool {
     }
 }
 
-/// Refuses an address unless the policy allows it.
-pub(super) fn check(
-    policy: SourcePolicy,
-    host: &str,
-    address: IpAddr,
-) -> Result<(), TransportError> {
-    if policy.allow_private_addresses || is_public(address) {
-        return Ok(());
-    }
-    Err(TransportError::AddressRefused {
-        host: host.to_owned(),
-        address: address.to_string(),
-    })
-}
-
 /// The addresses of a host that may be connected to; at least one.
 pub(super) async fn resolve(
-    policy: SourcePolicy,
+    policy: &SourcePolicy,
     host: &str,
     port: u16,
 ) -> Result<Vec<SocketAddr>, TransportError> {
@@ -83,10 +68,10 @@ pub(super) async fn resolve(
     let Some(first) = found.first() else {
         return Err(unavailable("its name has no address".into()));
     };
-    let refused = check(policy, host, first.ip());
+    let refused = policy.check_address(host, first.ip());
     let allowed: Vec<SocketAddr> = found
         .into_iter()
-        .filter(|a| check(policy, host, a.ip()).is_ok())
+        .filter(|a| policy.check_address(host, a.ip()).is_ok())
         .collect();
     if allowed.is_empty() {
         refused?;

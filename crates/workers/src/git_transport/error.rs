@@ -147,22 +147,10 @@ impl TransportError {
     }
 
     /// An error of libgit2 for which no transport of ours noted a cause.
-    pub(crate) fn from_git(url: &str, error: &git2::Error) -> Self {
+    pub(crate) fn from_git(error: &git2::Error) -> Self {
         let reason = super::printable(error.message());
-        match (error.code(), error.class()) {
-            (git2::ErrorCode::User, _) => Self::Cancelled,
-            (git2::ErrorCode::NotFound, git2::ErrorClass::Repository | git2::ErrorClass::Os) => {
-                Self::NotARepository {
-                    url: url.to_owned(),
-                    reason,
-                }
-            }
-            (_, git2::ErrorClass::Net) if reason.contains("unsupported URL protocol") => {
-                Self::NotARepository {
-                    url: url.to_owned(),
-                    reason: "there is no such folder".into(),
-                }
-            }
+        match error.code() {
+            git2::ErrorCode::User => Self::Cancelled,
             _ => Self::Protocol { reason },
         }
     }

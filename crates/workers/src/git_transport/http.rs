@@ -37,19 +37,19 @@ pub(super) fn build_client(config: &TransportConfig) -> Result<reqwest::Client, 
         .referer(false)
         .no_proxy()
         .connect_timeout(config.limits.connect)
-        .dns_resolver(CheckedResolver(config.policy))
+        .dns_resolver(CheckedResolver(Arc::new(config.policy.clone())))
         .tls_certs_merge(roots)
         .build()
         .map_err(|e| setup(with_causes(&e)))
 }
 
-struct CheckedResolver(super::SourcePolicy);
+struct CheckedResolver(Arc<super::SourcePolicy>);
 
 impl reqwest::dns::Resolve for CheckedResolver {
     fn resolve(&self, name: reqwest::dns::Name) -> reqwest::dns::Resolving {
-        let policy = self.0;
+        let policy = self.0.clone();
         Box::pin(async move {
-            let found = address::resolve(policy, name.as_str(), 0).await?;
+            let found = address::resolve(&policy, name.as_str(), 0).await?;
             Ok(Box::new(found.into_iter()) as reqwest::dns::Addrs)
         })
     }
@@ -318,10 +318,13 @@ fn send(
     let config = session.transport().config();
     config.policy.check_scheme(url.as_str())?;
     // An address in the URL does not pass through the resolver.
-    match url.host() {
-        Some(Host::Ipv4(a)) => address::check(config.policy, &host_of(url), a.into())?,
-        Some(Host::Ipv6(a)) => address::check(config.policy, &host_of(url), a.into())?,
-        Some(Host::Domain(_)) | None => {}
+    let address = match url.host() {
+        Some(Host::Ipv4(a)) => Some(a.into()),
+        Some(Host::Ipv6(a)) => Some(a.into()),
+        Some(Host::Domain(_)) | None => None,
+    };
+    if let (Some(address), Some(host)) = (address, url.host_str()) {
+        config.policy.check_address(host, address)?;
     }
     let mut request = request(session.transport().http_client()?);
     if let Some(credential) = config.credential_for(url) {

@@ -1,17 +1,17 @@
 //! What may be connected to, with which credentials, and how much may be sent and received.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use daybook_events::RepositoryUrl;
 
-use super::TransportError;
+use super::{TransportError, is_public};
 
 /// Where repositories may be. The default is what a server open to others needs: `https` and
 /// `ssh` to public addresses, and nothing else.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SourcePolicy {
     /// `file` URLs and absolute paths: whatever the worker's user can read on its machine.
     pub allow_local_paths: bool,
@@ -20,6 +20,8 @@ pub struct SourcePolicy {
     pub allow_private_addresses: bool,
     /// `http` without TLS.
     pub allow_plain_http: bool,
+    /// Hosts that may be at private addresses although others may not: a forge of one's own.
+    pub private_hosts: Vec<String>,
 }
 
 impl SourcePolicy {
@@ -30,11 +32,29 @@ impl SourcePolicy {
             allow_local_paths: true,
             allow_private_addresses: true,
             allow_plain_http: true,
+            private_hosts: Vec::new(),
         }
     }
 
+    /// Refuses an address of a host, unless it is public or allowed.
+    pub(super) fn check_address(&self, host: &str, address: IpAddr) -> Result<(), TransportError> {
+        if self.allow_private_addresses
+            || is_public(address)
+            || self
+                .private_hosts
+                .iter()
+                .any(|h| h.eq_ignore_ascii_case(host))
+        {
+            return Ok(());
+        }
+        Err(TransportError::AddressRefused {
+            host: host.to_owned(),
+            address: address.to_string(),
+        })
+    }
+
     /// Whether the scheme is allowed. Addresses are checked when they are known.
-    pub(crate) fn check_scheme(self, url: &str) -> Result<(), TransportError> {
+    pub(crate) fn check_scheme(&self, url: &str) -> Result<(), TransportError> {
         let refused = |what: &'static str, setting: &'static str| {
             Err(TransportError::NotAllowed { what, setting })
         };
@@ -50,7 +70,7 @@ impl SourcePolicy {
 }
 
 /// The path of a local repository, if the URL names one.
-pub(crate) fn local_path(url: &RepositoryUrl) -> Option<PathBuf> {
+pub(super) fn local_path(url: &RepositoryUrl) -> Option<PathBuf> {
     let s = url.as_str();
     if s.starts_with('/') {
         return Some(PathBuf::from(s));

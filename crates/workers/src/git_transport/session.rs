@@ -15,6 +15,7 @@ use daybook_events::RepositoryUrl;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
+use super::policy::local_path;
 use super::{GitTransport, TransportError, prepare_process};
 
 thread_local! {
@@ -64,6 +65,7 @@ impl Session {
             .config()
             .policy
             .check_scheme(url.as_str())?;
+        check_local(url)?;
         let before = CURRENT.with(|c| c.replace(Some(self.clone())));
         let result = operation();
         CURRENT.with(|c| *c.borrow_mut() = before);
@@ -72,7 +74,7 @@ impl Session {
             if self.is_cancelled() {
                 return TransportError::Cancelled;
             }
-            noted.unwrap_or_else(|| TransportError::from_git(url.as_str(), &e))
+            noted.unwrap_or_else(|| TransportError::from_git(&e))
         })
     }
 
@@ -172,6 +174,32 @@ impl Session {
             .failure
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a local URL leads to a repository: libgit2 has but one error for whatever is wrong.
+fn check_local(url: &RepositoryUrl) -> Result<(), TransportError> {
+    let Some(path) = local_path(url) else {
+        return Ok(());
+    };
+    let not_one = |reason: String| TransportError::NotARepository {
+        url: url.to_string(),
+        reason,
+    };
+    match std::fs::metadata(&path) {
+        Ok(m) if m.is_dir() => {}
+        Ok(_) => return Err(not_one("it is no folder".into())),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(TransportError::Forbidden {
+                host: url.to_string(),
+                reason: e.to_string(),
+            });
+        }
+        Err(e) => return Err(not_one(e.to_string())),
+    }
+    match git2::Repository::open(&path) {
+        Ok(_) => Ok(()),
+        Err(e) => Err(not_one(printable(e.message()))),
     }
 }
 

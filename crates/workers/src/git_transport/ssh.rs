@@ -195,7 +195,7 @@ fn connect(
     };
     let found = session.wait(
         &host,
-        address::resolve(config.policy, &host, destination.port),
+        address::resolve(&config.policy, &host, destination.port),
     )?;
     let address = found
         .first()
@@ -308,8 +308,7 @@ fn explain(url: &str, host: &str, complaints: &str) -> TransportError {
     let reason = complaints
         .lines()
         .map(str::trim)
-        .filter(|l| !l.is_empty() && !l.starts_with('@'))
-        .next_back()
+        .rfind(|l| !l.is_empty() && !l.starts_with('@'))
         .map_or_else(|| "ssh ended without a word".to_owned(), printable);
     let any = |patterns: &[&str]| patterns.iter().any(|p| lower.contains(p));
     let host = host.to_owned();

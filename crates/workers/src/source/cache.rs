@@ -81,7 +81,7 @@ impl SourceRepositories {
                 _ => find_ref(mirror, &git_ref)?,
             };
             let repository = mirror.repository()?;
-            resolve::describe(&repository, &url, &git_ref, id).map_err(Trouble::from)
+            resolve::describe(&repository, &url, &git_ref, id)
         })
         .await
     }
@@ -152,7 +152,7 @@ impl SourceRepositories {
             mirror.throw_away()?;
             work(&mut mirror).map_err(|trouble| match trouble {
                 Trouble::Source(e) => e,
-                Trouble::Mirror(e) => TransportError::from_git(mirror.url.as_str(), &e).into(),
+                Trouble::Mirror(e) => TransportError::from_git(&e).into(),
             })
         })
         .await
@@ -411,7 +411,7 @@ fn find_ref(mirror: &mut Mirror, git_ref: &GitRef) -> Result<Oid, Trouble> {
     if let Some((name, id)) = advertised.find(git_ref.as_str())? {
         if !mirror
             .repository()
-            .is_ok_and(|r| r.find_object(id, None).is_ok_and(|o| peels(&o)))
+            .is_ok_and(|r| r.find_object(id, None).is_ok_and(is_complete))
         {
             mirror.fetch_ref(&name)?;
         }
@@ -443,11 +443,9 @@ fn find_ref(mirror: &mut Mirror, git_ref: &GitRef) -> Result<Oid, Trouble> {
     }
 }
 
-/// Whether everything up to the files is here. A tag may be here without what it stands for.
-fn peels(object: &git2::Object<'_>) -> bool {
-    object
-        .peel(git2::ObjectType::Any)
-        .is_ok_and(|o| o.as_commit().is_none_or(|c| c.tree().is_ok()))
+/// Whether what an object stands for is here, with its tree.
+fn is_complete(object: git2::Object<'_>) -> bool {
+    resolve::without_tags(object).is_ok_and(|o| o.as_commit().is_none_or(|c| c.tree().is_ok()))
 }
 
 fn commit_prefix(git_ref: &GitRef) -> Option<String> {
@@ -492,8 +490,13 @@ fn clear_leftovers(repository: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Removes a folder, or whatever is in its place.
 fn remove_folder(path: &Path) -> Result<(), SourceError> {
-    match fs::remove_dir_all(path) {
+    let removed = match fs::remove_dir_all(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => fs::remove_file(path),
+        other => other,
+    };
+    match removed {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(SourceError::disk(path)(e)),
         _ => Ok(()),
     }

@@ -13,6 +13,7 @@ mod cache;
 mod checkout;
 mod error;
 mod near_names;
+mod port;
 mod resolve;
 
 use daybook_events::{CommitId, GitRef, RepositoryUrl};
@@ -30,7 +31,7 @@ pub use error::SourceError;
 
 /// The longest commit message that is kept, in bytes. An event has room for a message of this
 /// size; what is longer is cut and ends in `…`.
-pub const MAX_MESSAGE_BYTES: usize = 16 * 1024;
+pub const MAX_MESSAGE_BYTES: usize = 4 * 1024;
 
 /// What a git ref stood for when it was resolved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

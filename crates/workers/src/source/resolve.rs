@@ -73,8 +73,7 @@ pub(super) fn describe(
     git_ref: &GitRef,
     id: Oid,
 ) -> Result<ResolvedSource, super::cache::Trouble> {
-    let object = repository.find_object(id, None)?;
-    let target = object.peel(git2::ObjectType::Any)?;
+    let target = without_tags(repository.find_object(id, None)?)?;
     let Some(commit) = target.as_commit() else {
         return Err(SourceError::NotACommit {
             git_ref: git_ref.to_string(),
@@ -99,6 +98,14 @@ pub(super) fn describe(
         committed_at: Timestamp::from_second(commit.time().seconds())
             .unwrap_or(Timestamp::UNIX_EPOCH),
     })
+}
+
+/// What an object stands for: itself or, for an annotated tag, what it was put on.
+pub(super) fn without_tags(mut object: git2::Object<'_>) -> Result<git2::Object<'_>, git2::Error> {
+    while let Some(tag) = object.as_tag() {
+        object = tag.target()?;
+    }
+    Ok(object)
 }
 
 /// Text of a commit without surrounding space and without control characters, which could take
