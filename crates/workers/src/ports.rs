@@ -81,8 +81,10 @@ pub struct BuildInput<'a> {
     pub build: BuildId,
     /// The service.
     pub service: &'a ServiceName,
-    /// The service's folder in a checkout of the commit.
-    pub folder: &'a Path,
+    /// The root of a checkout of the commit.
+    pub checkout: &'a Path,
+    /// The service's folder within it; empty for the root.
+    pub path: &'a str,
     /// How it is built.
     pub spec: &'a BuildSpec,
     /// The commit.

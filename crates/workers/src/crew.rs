@@ -1,0 +1,131 @@
+//! Starts the workers that a process takes on, and ends them together.
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::driver::{self, DriverOptions, Worker};
+use crate::gateway::Gateway;
+use crate::pipeline::build::Builds;
+use crate::pipeline::follow::{FollowBuild, FollowDeployment};
+use crate::pipeline::package::Package;
+use crate::pipeline::probe::{Probe, ProbeDeployment, ProbeRoutes};
+use crate::pipeline::queue::Queue;
+use crate::pipeline::route::{Route, RouteApplied};
+use crate::pipeline::source::Source;
+use crate::pipeline::sync::Sync;
+use crate::pipeline::{Bench, gateway, observe};
+use crate::ports::{Images, Repositories, Sources};
+use crate::target::Target;
+
+/// The workers of one process.
+#[derive(Debug)]
+pub struct Crew {
+    bench: Bench,
+    options: DriverOptions,
+    cancel: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Crew {
+    /// A crew without workers yet.
+    pub fn new(bench: Bench, options: DriverOptions, cancel: CancellationToken) -> Self {
+        Self {
+            bench,
+            options,
+            cancel,
+            tasks: TaskTracker::new(),
+        }
+    }
+
+    /// What its workers share.
+    pub fn bench(&self) -> &Bench {
+        &self.bench
+    }
+
+    fn hire(&self, worker: impl Worker) {
+        self.tasks.spawn(driver::run(
+            Arc::new(worker),
+            self.bench.ledger.log().clone(),
+            self.bench.ledger.projections().clone(),
+            self.options.clone(),
+            self.cancel.clone(),
+        ));
+    }
+
+    /// Resolves sources, runs builds, and tells deployments of them.
+    pub fn build(&self, sources: Arc<dyn Sources>, images: Arc<dyn Images>) {
+        self.hire(Source {
+            bench: self.bench.clone(),
+            sources: sources.clone(),
+            images: images.clone(),
+        });
+        self.hire(Builds {
+            bench: self.bench.clone(),
+            sources,
+            images,
+        });
+        self.hire(FollowBuild(self.bench.clone()));
+        self.hire(FollowDeployment(self.bench.clone()));
+    }
+
+    /// Makes GitOps commits.
+    pub fn package(&self, repositories: Arc<dyn Repositories>) {
+        self.hire(Package {
+            bench: self.bench.clone(),
+            repositories,
+        });
+    }
+
+    /// Looks after a cluster.
+    pub fn sync(&self, repositories: Arc<dyn Repositories>, target: Arc<dyn Target>) {
+        let sync = Sync {
+            bench: self.bench.clone(),
+            repositories,
+            target: target.clone(),
+        };
+        let cancel = self.cancel.clone();
+        let restore = sync.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = restore.converge_all() => {}
+                () = cancel.cancelled() => {}
+            }
+        });
+        self.hire(sync);
+        self.tasks
+            .spawn(observe::run(self.bench.clone(), target, self.cancel.clone()));
+    }
+
+    /// Admits deployments, decides on routes, and concludes rollouts.
+    pub fn route(&self) {
+        self.hire(Queue(self.bench.clone()));
+        self.hire(Route(self.bench.clone()));
+        self.hire(RouteApplied(self.bench.clone()));
+    }
+
+    /// Keeps a gateway at the newest routes. `name` identifies it in the ledger.
+    pub fn gateway(&self, gateway: Gateway, name: &str) {
+        self.tasks.spawn(gateway::run(
+            self.bench.clone(),
+            gateway,
+            name.to_owned(),
+            self.cancel.clone(),
+        ));
+    }
+
+    /// Asks the public addresses through the gateway at this URL.
+    pub fn probe(&self, gateway_url: &str) -> Result<(), reqwest::Error> {
+        let probe = Probe::new(self.bench.clone(), gateway_url.to_owned())?;
+        self.hire(ProbeRoutes(probe.clone()));
+        self.hire(ProbeDeployment(probe));
+        Ok(())
+    }
+
+    /// Waits until all workers have ended. They end after the crew's token is cancelled.
+    pub async fn ended(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}

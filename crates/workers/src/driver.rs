@@ -1,0 +1,347 @@
+//! The one worker driver: every worker of Daybook runs on it.
+//!
+//! A durable consumer hands over an event. The driver waits until the projections have folded it,
+//! activates the worker, and answers by what came of it. An activation takes no input but *which*
+//! aggregate it is about: it re-reads the world, compares what should be with what is, does one
+//! idempotent step, and appends what happened. So it does not matter whether an event is delivered
+//! once, twice or late, or in which of several processes.
+//!
+//! What the driver takes care of, so that no worker has to: order of activations with the same
+//! key, a bound on how many run at once, heartbeats for long steps, a delay between tries, an end
+//! to tries (the last one records the failure), panics, and a shutdown that hands unfinished work
+//! to others at once.
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use daybook_events::log::{Consumer, ConsumerConfig, Delivery, EventLog};
+use daybook_events::{Event, Position, Subject, SubjectFilter};
+use daybook_projections::Projections;
+use futures_util::FutureExt;
+use tokio::sync::{Semaphore, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// What a worker is woken with.
+#[derive(Debug, Clone)]
+pub struct Activation {
+    /// The event that woke it. Only a hint: the world may have moved on.
+    pub event: Event,
+    /// Its aggregate.
+    pub subject: Subject,
+    /// Its position. The projections have folded at least up to here.
+    pub position: Position,
+    /// How often this event has been handed over, from 1.
+    pub attempt: u32,
+    /// Ends the activation: the process is shutting down.
+    pub cancel: CancellationToken,
+}
+
+/// What came of an activation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// Nothing is left to do for this event.
+    Done,
+    /// Look again after this long. Not counted as a failure, but as a try.
+    Wait(Duration),
+    /// It did not work this time; try again later, with growing delays, up to the bound.
+    Retry(String),
+    /// The process shuts down; somebody else is to go on, at once.
+    Interrupted,
+}
+
+/// One kind of worker.
+#[async_trait]
+pub trait Worker: Send + Sync + 'static {
+    /// Name of its durable consumer.
+    fn name(&self) -> String;
+
+    /// The events that may concern it.
+    fn filter(&self) -> SubjectFilter;
+
+    /// Whether an event of this type (without the common prefix) concerns it.
+    fn wants(&self, kind: &str) -> bool;
+
+    /// Activations with the same key run one after the other, in log order. By default the
+    /// aggregate is the key.
+    fn key(&self, subject: &Subject) -> String {
+        subject.to_string()
+    }
+
+    /// How many activations may run at once in this process.
+    fn concurrency(&self) -> usize {
+        16
+    }
+
+    /// How many deliveries may be open over all processes.
+    fn max_in_flight(&self) -> usize {
+        256
+    }
+
+    /// Compares, acts, appends.
+    async fn activate(&self, activation: &Activation) -> Outcome;
+
+    /// Called instead of another try when the bound is reached: records that it was given up.
+    async fn give_up(&self, activation: &Activation, why: &str);
+}
+
+/// How the driver treats its workers.
+#[derive(Debug, Clone)]
+pub struct DriverOptions {
+    /// An event is handed to somebody else when its worker has been silent for this long.
+    pub ack_wait: Duration,
+    /// Tries before an event is given up.
+    pub max_tries: u32,
+    /// How long unfinished activations may take at shutdown.
+    pub drain: Duration,
+}
+
+impl Default for DriverOptions {
+    fn default() -> Self {
+        Self {
+            ack_wait: Duration::from_secs(15),
+            max_tries: 12,
+            drain: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Runs a worker until `cancel`. Returns when all its activations have ended.
+pub async fn run(
+    worker: Arc<dyn Worker>,
+    log: Arc<dyn EventLog>,
+    projections: Projections,
+    options: DriverOptions,
+    cancel: CancellationToken,
+) {
+    let name = worker.name();
+    let config = ConsumerConfig {
+        ack_wait: options.ack_wait,
+        max_deliver: options.max_tries,
+        max_in_flight: worker.max_in_flight(),
+        ..ConsumerConfig::new(name.clone(), worker.filter())
+    };
+    let driver = Arc::new(Driver {
+        worker,
+        projections,
+        options,
+        chains: Mutex::default(),
+    });
+    let tasks = TaskTracker::new();
+    let permits = Arc::new(Semaphore::new(driver.worker.concurrency()));
+    'reconnect: while !cancel.is_cancelled() {
+        let Some(consumer) = open(&*log, &config, &cancel).await else {
+            break;
+        };
+        loop {
+            let permit = tokio::select! {
+                biased;
+                () = cancel.cancelled() => break 'reconnect,
+                permit = permits.clone().acquire_owned() => match permit {
+                    Ok(permit) => permit,
+                    Err(_) => break 'reconnect,
+                },
+            };
+            let delivery = tokio::select! {
+                biased;
+                () = cancel.cancelled() => break 'reconnect,
+                delivery = consumer.next() => delivery,
+            };
+            match delivery {
+                Ok(delivery) => {
+                    let driver = driver.clone();
+                    let turn = driver.take_turn(&delivery);
+                    let cancel = cancel.child_token();
+                    tasks.spawn(async move {
+                        let _permit = permit;
+                        driver.handle(delivery, turn, cancel).await;
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(worker = %name, %error, "deliveries were interrupted; reopening");
+                    continue 'reconnect;
+                }
+            }
+        }
+    }
+    tasks.close();
+    if tokio::time::timeout(driver.options.drain, tasks.wait())
+        .await
+        .is_err()
+    {
+        tracing::warn!(worker = %name, "some activations did not end in time; their events will be delivered again");
+    }
+}
+
+async fn open(
+    log: &dyn EventLog,
+    config: &ConsumerConfig,
+    cancel: &CancellationToken,
+) -> Option<Arc<dyn Consumer>> {
+    let mut delay = Duration::from_millis(100);
+    loop {
+        match log.consumer(config.clone()).await {
+            Ok(consumer) => return Some(consumer),
+            Err(error) => {
+                tracing::warn!(worker = %config.name, %error, "the consumer cannot be opened; trying again");
+            }
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return None,
+            () = tokio::time::sleep(delay) => delay = (delay * 2).min(Duration::from_secs(5)),
+        }
+    }
+}
+
+struct Driver {
+    worker: Arc<dyn Worker>,
+    projections: Projections,
+    options: DriverOptions,
+    /// For each key the end of the newest activation's turn.
+    chains: Mutex<HashMap<String, (u64, oneshot::Receiver<()>)>>,
+}
+
+/// A place in the queue of one key. Dropping it lets the next one go.
+struct Turn {
+    key: String,
+    number: u64,
+    before: Option<oneshot::Receiver<()>>,
+    _end: oneshot::Sender<()>,
+}
+
+impl Driver {
+    fn take_turn(&self, delivery: &Delivery) -> Turn {
+        let key = self.worker.key(&delivery.recorded.subject);
+        let (end, ended) = oneshot::channel();
+        let mut chains = self.chains.lock().unwrap_or_else(PoisonError::into_inner);
+        let (number, before) = match chains.remove(&key) {
+            Some((n, before)) => (n + 1, Some(before)),
+            None => (0, None),
+        };
+        chains.insert(key.clone(), (number, ended));
+        Turn {
+            key,
+            number,
+            before,
+            _end: end,
+        }
+    }
+
+    fn end_turn(&self, turn: &Turn) {
+        let mut chains = self.chains.lock().unwrap_or_else(PoisonError::into_inner);
+        if chains
+            .get(&turn.key)
+            .is_some_and(|(n, _)| *n == turn.number)
+        {
+            chains.remove(&turn.key);
+        }
+    }
+
+    async fn handle(&self, delivery: Delivery, mut turn: Turn, cancel: CancellationToken) {
+        let outcome = {
+            let work = self.work(&delivery, &mut turn, &cancel);
+            tokio::pin!(work);
+            let mut heartbeat = tokio::time::interval(self.options.ack_wait / 3);
+            heartbeat.tick().await;
+            loop {
+                tokio::select! {
+                    outcome = &mut work => break outcome,
+                    _ = heartbeat.tick() => {
+                        if let Err(error) = delivery.reply.progress().await {
+                            tracing::debug!(worker = %self.worker.name(), %error, "a heartbeat was lost");
+                        }
+                    }
+                }
+            }
+        };
+        self.end_turn(&turn);
+        drop(turn);
+        let answered = match outcome {
+            Some(Outcome::Done) => delivery.reply.ack().await,
+            Some(Outcome::Wait(delay)) => delivery.reply.nak(delay).await,
+            Some(Outcome::Retry(_)) => delivery.reply.nak(self.delay(delivery.attempt)).await,
+            Some(Outcome::Interrupted) => delivery.reply.nak(Duration::ZERO).await,
+            None => delivery.reply.term().await,
+        };
+        if let Err(error) = answered {
+            tracing::debug!(worker = %self.worker.name(), %error, "an answer was lost; the event will come again");
+        }
+    }
+
+    /// Growing delays between tries: 0.2 s, 0.4 s, … at most 30 s.
+    fn delay(&self, attempt: u32) -> Duration {
+        Duration::from_millis(200 << attempt.saturating_sub(1).min(8)).min(Duration::from_secs(30))
+    }
+
+    /// One activation; `None` if the event is set aside for good.
+    async fn work(
+        &self,
+        delivery: &Delivery,
+        turn: &mut Turn,
+        cancel: &CancellationToken,
+    ) -> Option<Outcome> {
+        let event = match delivery.recorded.event() {
+            Ok(event) => event,
+            Err(error) => {
+                // The audit view shows it; no worker can do anything with it.
+                tracing::error!(worker = %self.worker.name(), position = %delivery.recorded.position, %error,
+                    "an event cannot be read and is set aside");
+                return None;
+            }
+        };
+        if !self.worker.wants(event.short_kind()) {
+            return Some(Outcome::Done);
+        }
+        if let Some(before) = turn.before.take() {
+            let _ = before.await;
+        }
+        let wait = self
+            .projections
+            .wait_for(delivery.recorded.position, Duration::from_secs(30));
+        let folded = tokio::select! {
+            () = cancel.cancelled() => return Some(Outcome::Interrupted),
+            folded = wait => folded,
+        };
+        let activation = Activation {
+            event,
+            subject: delivery.recorded.subject.clone(),
+            position: delivery.recorded.position,
+            attempt: delivery.attempt,
+            cancel: cancel.clone(),
+        };
+        let outcome = match folded {
+            Err(behind) => Outcome::Retry(behind.to_string()),
+            Ok(()) => AssertUnwindSafe(self.worker.activate(&activation))
+                .catch_unwind()
+                .await
+                .unwrap_or_else(|panic| {
+                    Outcome::Retry(format!("it panicked: {}", panic_text(&panic)))
+                }),
+        };
+        match &outcome {
+            Outcome::Retry(why) if delivery.is_last => {
+                tracing::error!(worker = %self.worker.name(), subject = %activation.subject,
+                    position = %activation.position, attempts = delivery.attempt, %why, "given up");
+                self.worker.give_up(&activation, why).await;
+                None
+            }
+            Outcome::Retry(why) => {
+                tracing::warn!(worker = %self.worker.name(), subject = %activation.subject,
+                    position = %activation.position, attempt = delivery.attempt, %why, "will be tried again");
+                Some(outcome)
+            }
+            _ => Some(outcome),
+        }
+    }
+}
+
+fn panic_text(panic: &Box<dyn std::any::Any + Send>) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(|s| (*s).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "without a message".to_owned())
+}

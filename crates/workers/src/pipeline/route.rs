@@ -1,0 +1,420 @@
+//! Decides what follows from what was observed: routes for a deployment that is ready, success
+//! once a gateway has applied them, failure with its cause, and the ends of stopping, starting
+//! and removing.
+//!
+//! A switch is recorded first and applied then. What fails after the switch restores the routes
+//! first; the release is taken out after that.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use daybook_events::deployment::{
+    Deployment, DeploymentEvent, OperationDone, OperationFailed, Status, Succeeded, SwitchMode,
+};
+use daybook_events::environment::Environment;
+use daybook_events::routing::{self, Command, Hostnames, Routing, RoutingEvent, Target};
+use daybook_events::{AggregateKind, EventId, ProjectName, Subject, SubjectFilter};
+use daybook_projections::DeploymentRow;
+use jiff::Timestamp;
+
+use super::{Bench, Stop, give_up, settle};
+use crate::driver::{Activation, Outcome, Worker};
+use crate::ports::StepError;
+
+const ROLE: &str = "route";
+
+/// How long after the workload's own deadline a rollout is given up, when nobody reports on it.
+const MARGIN: Duration = Duration::from_secs(15);
+
+/// Woken by deployments.
+#[derive(Debug)]
+pub struct Route(pub Bench);
+
+/// Woken by gateways.
+#[derive(Debug)]
+pub struct RouteApplied(pub Bench);
+
+#[async_trait]
+impl Worker for Route {
+    fn name(&self) -> String {
+        ROLE.into()
+    }
+    fn filter(&self) -> SubjectFilter {
+        SubjectFilter::of(AggregateKind::Deployment)
+    }
+    fn wants(&self, kind: &str) -> bool {
+        matches!(
+            kind,
+            "deployment.deploying_started.v1"
+                | "deployment.workload_observed.v1"
+                | "deployment.change_committed.v1"
+                | "deployment.failed.v1"
+                | "deployment.cancelled.v1"
+                | "deployment.terminate_requested.v1"
+        )
+    }
+    fn key(&self, subject: &Subject) -> String {
+        subject
+            .project()
+            .map_or_else(String::new, ToString::to_string)
+    }
+    async fn activate(&self, a: &Activation) -> Outcome {
+        let Subject::Deployment(_, _, id) = a.subject else {
+            return Outcome::Done;
+        };
+        let outcome = settle(&self.0, ROLE, id, step(&self.0, id).await).await;
+        if outcome != Outcome::Done || a.event.short_kind() != "deployment.deploying_started.v1" {
+            return outcome;
+        }
+        // The event that began the rollout is kept open until it has ended, so that its deadline
+        // is kept by whichever process is there.
+        match self.0.row(id) {
+            Ok(Some(row)) if row.state.status == Status::Deploying => {
+                Outcome::Wait(until_deadline(&row))
+            }
+            _ => Outcome::Done,
+        }
+    }
+    async fn give_up(&self, a: &Activation, why: &str) {
+        give_up(&self.0, ROLE, a, why).await;
+    }
+}
+
+#[async_trait]
+impl Worker for RouteApplied {
+    fn name(&self) -> String {
+        "route-applied".into()
+    }
+    fn filter(&self) -> SubjectFilter {
+        SubjectFilter::of(AggregateKind::Routing)
+    }
+    fn wants(&self, kind: &str) -> bool {
+        matches!(kind, "routing.applied.v1" | "routing.rejected.v1")
+    }
+    async fn activate(&self, a: &Activation) -> Outcome {
+        let Subject::Routing(project) = &a.subject else {
+            return Outcome::Done;
+        };
+        match self.applied(project, a).await {
+            Ok(()) | Err(Stop::Moved(_)) => Outcome::Done,
+            Err(Stop::Retry(why)) => Outcome::Retry(why),
+            Err(Stop::Fail(e)) => Outcome::Retry(e.message),
+            Err(Stop::Interrupted) => Outcome::Interrupted,
+        }
+    }
+    async fn give_up(&self, a: &Activation, why: &str) {
+        tracing::error!(subject = %a.subject, %why, "the end of a switch was not recorded");
+    }
+}
+
+impl RouteApplied {
+    async fn applied(&self, project: &ProjectName, a: &Activation) -> Result<(), Stop> {
+        let rows = self
+            .0
+            .ledger
+            .projections()
+            .active_deployments(Some(project), None)?;
+        if a.event.short_kind() == "routing.rejected.v1"
+            && let Ok(RoutingEvent::Rejected(rejected)) = a.event.payload::<RoutingEvent>()
+        {
+            let subject = Subject::Routing(project.clone());
+            let about = self
+                .0
+                .ledger
+                .projections()
+                .folded::<Routing>(&subject)?
+                .state
+                .and_then(|r| {
+                    r.recent
+                        .iter()
+                        .find(|s| s.table == rejected.table)
+                        .map(|s| s.deployment)
+                });
+            let context = self
+                .0
+                .follow_up(ROLE, a.event.id, a.event.correlationid, "compensated");
+            self.0
+                .append::<Routing>(&subject, &context, |state| {
+                    routing::decide(
+                        state,
+                        Command::Compensate {
+                            table: rejected.table,
+                            note: rejected.message.clone(),
+                        },
+                    )
+                })
+                .await?;
+            if let Some(row) = rows.iter().find(|r| Some(r.id) == about) {
+                let error = StepError::fatal(
+                    &rejected.code,
+                    format!("its routes could not be applied: {}", rejected.message),
+                    "the routes before it were restored; mend the gateway and deploy again",
+                );
+                self.0.fail(ROLE, row, &error).await?;
+            }
+            return Ok(());
+        }
+        for row in rows.iter().filter(|r| r.state.status == Status::Deploying) {
+            match step(&self.0, row.id).await {
+                Ok(()) | Err(Stop::Moved(_)) => {}
+                Err(other) => return Err(other),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn deadline(row: &DeploymentRow) -> Duration {
+    Duration::from_secs(row.state.request.run.health.deadline_seconds.into()) + MARGIN
+}
+
+fn deploying_for(row: &DeploymentRow) -> Duration {
+    let since = row.state.status_since;
+    Duration::try_from(Timestamp::now().duration_since(since)).unwrap_or_default()
+}
+
+fn until_deadline(row: &DeploymentRow) -> Duration {
+    deadline(row)
+        .saturating_sub(deploying_for(row))
+        .max(Duration::from_millis(100))
+}
+
+async fn step(bench: &Bench, id: daybook_events::DeploymentId) -> Result<(), Stop> {
+    let Some(row) = bench.row(id)? else {
+        return Ok(());
+    };
+    match row.state.status {
+        Status::Deploying => deploying(bench, row).await,
+        Status::Stopping if row.state.workload_is_gone() => {
+            done(bench, &row, "stopped", DeploymentEvent::Stopped).await
+        }
+        Status::Starting => match row.state.fatal_problem() {
+            Some((cluster, problem)) => {
+                let failed = OperationFailed {
+                    code: problem.reason.clone(),
+                    message: format!("{cluster}: {}", problem.message),
+                    remedy: problem.remedy.clone(),
+                };
+                let event = DeploymentEvent::StartFailed(failed);
+                bench
+                    .advance(ROLE, &row, "start_failed", event)
+                    .await
+                    .map(|_| ())
+            }
+            None if is_committed(&row.state) && row.state.workload_is_ready() => {
+                done(bench, &row, "started", DeploymentEvent::RestartDone).await
+            }
+            None => Ok(()),
+        },
+        Status::Terminating => {
+            withdraw(bench, &row).await?;
+            if !row.state.in_repository() && row.state.workload_is_gone() {
+                done(bench, &row, "terminated", DeploymentEvent::Terminated).await?;
+            }
+            Ok(())
+        }
+        Status::Failed | Status::Cancelled => withdraw(bench, &row).await,
+        _ => Ok(()),
+    }
+}
+
+/// Whether the commit that starts it again is known: observations before it are of the time
+/// before it was stopped.
+fn is_committed(state: &Deployment) -> bool {
+    state
+        .change
+        .as_ref()
+        .is_some_and(|c| c.replicas.is_some_and(|r| r > 0))
+}
+
+async fn done(
+    bench: &Bench,
+    row: &DeploymentRow,
+    step: &str,
+    event: fn(OperationDone) -> DeploymentEvent,
+) -> Result<(), Stop> {
+    let revision = row
+        .state
+        .change
+        .as_ref()
+        .map(|c| c.commit.clone())
+        .or_else(|| row.state.commit.clone());
+    let Some(revision) = revision else {
+        return Ok(());
+    };
+    bench.say(row.id, None, step).await;
+    bench
+        .advance(ROLE, row, step, event(OperationDone { revision }))
+        .await
+        .map(|_| ())
+}
+
+async fn deploying(bench: &Bench, row: DeploymentRow) -> Result<(), Stop> {
+    if let Some((cluster, problem)) = row.state.fatal_problem() {
+        return Err(Stop::Fail(StepError::fatal(
+            &problem.reason,
+            format!("{cluster}: {}", problem.message),
+            problem.remedy.clone(),
+        )));
+    }
+    if !row.state.workload_is_ready() {
+        if deploying_for(&row) >= deadline(&row) {
+            let missing: Vec<_> = row
+                .state
+                .request
+                .clusters
+                .iter()
+                .filter(|c| !row.state.observed.get(*c).is_some_and(|o| o.is_ready()))
+                .map(ToString::to_string)
+                .collect();
+            return Err(Stop::Fail(StepError::fatal(
+                "rollout_timeout",
+                format!("it was not seen ready in time in: {}", missing.join(", ")),
+                "check that a worker looks after each of these clusters, and `daybook logs`",
+            )));
+        }
+        return Ok(());
+    }
+    let Some(commit) = row.state.commit.clone() else {
+        return Ok(());
+    };
+    let routing = assign(bench, &row).await?;
+    // A deployment that is routed already needs no new table.
+    let table = routing.table_of(row.id).unwrap_or(routing.table);
+    if routing.applied.values().any(|applied| *applied >= table) {
+        let event = DeploymentEvent::Succeeded(Succeeded {
+            revision: commit,
+            table,
+        });
+        let main = routing
+            .traffic(&row.state.request.instance)
+            .is_some_and(|t| t.main == Some(row.id));
+        let text = if main {
+            "succeeded: it takes the traffic of its service"
+        } else {
+            "succeeded: it runs beside the main deployment"
+        };
+        bench.say(row.id, None, text).await;
+        bench.advance(ROLE, &row, "succeeded", event).await?;
+    } else if deploying_for(&row) >= deadline(&row) {
+        return Err(Stop::Fail(StepError::fatal(
+            "routes_not_applied",
+            "it is ready, but no gateway has applied its routes in time",
+            "check that a process with the gateway role runs",
+        )));
+    }
+    Ok(())
+}
+
+/// Gives a ready deployment its routes, and returns the table as it is then.
+async fn assign(bench: &Bench, row: &DeploymentRow) -> Result<Routing, Stop> {
+    let instance = &row.state.request.instance;
+    let projections = bench.ledger.projections();
+    let environment = projections
+        .folded::<Environment>(&Subject::Environment(
+            instance.project.clone(),
+            instance.environment.clone(),
+        ))?
+        .state;
+    let live = environment.is_some_and(|e| e.spec.live);
+    let hostnames =
+        Hostnames::under(&bench.settings.domain, instance, row.id, live).map_err(|e| {
+            Stop::Fail(StepError::fatal(
+                e.code,
+                e.to_string(),
+                "use a shorter domain for this server",
+            ))
+        })?;
+    let subject = Subject::Routing(instance.project.clone());
+    let command = Command::Assign {
+        target: Target {
+            deployment: row.id,
+            instance: instance.clone(),
+            status: row.state.status,
+            ready: row.state.workload_is_ready(),
+        },
+        hostnames,
+        take_over: row.state.request.switch == SwitchMode::Automatic,
+    };
+    let context = bench.follow_up(ROLE, row.state.status_event, row.id.0, "routes_assigned");
+    let executed = bench
+        .append::<Routing>(&subject, &context, |state| {
+            routing::decide(state, command.clone())
+        })
+        .await?;
+    if let Some(position) = executed.position() {
+        projections
+            .wait_for(position, Duration::from_secs(30))
+            .await
+            .map_err(|e| Stop::Retry(e.to_string()))?;
+    }
+    Ok(projections
+        .folded::<Routing>(&subject)?
+        .state
+        .unwrap_or_default())
+}
+
+/// Takes a deployment out of all routes. If it had taken over the traffic of its service while it
+/// was being deployed, the switch is undone, so that the one before it serves again.
+async fn withdraw(bench: &Bench, row: &DeploymentRow) -> Result<(), Stop> {
+    let instance = &row.state.request.instance;
+    let subject = Subject::Routing(instance.project.clone());
+    let routing = bench.ledger.projections().folded::<Routing>(&subject)?;
+    let Some(routing) = routing.state else {
+        return Ok(());
+    };
+    let is_main = routing
+        .traffic(instance)
+        .is_some_and(|t| t.main == Some(row.id));
+    let took_over =
+        routing.recent.iter().rev().find(|s| {
+            s.deployment == row.id && s.main.as_ref().is_some_and(|m| m.previous.is_some())
+        });
+    if let (true, Status::Failed | Status::Cancelled, Some(switch)) =
+        (is_main, row.state.status, took_over)
+    {
+        let command = Command::Compensate {
+            table: switch.table,
+            note: format!("deployment {} is {}", row.id, row.state.status.as_str()),
+        };
+        append_routing(
+            bench,
+            &subject,
+            row.state.status_event,
+            row,
+            "compensated",
+            command,
+        )
+        .await?;
+    }
+    let command = Command::Withdraw {
+        deployment: row.id,
+        instance: instance.clone(),
+    };
+    append_routing(
+        bench,
+        &subject,
+        row.state.status_event,
+        row,
+        "withdrawn",
+        command,
+    )
+    .await
+}
+
+async fn append_routing(
+    bench: &Bench,
+    subject: &Subject,
+    cause: EventId,
+    row: &DeploymentRow,
+    step: &str,
+    command: Command,
+) -> Result<(), Stop> {
+    let context = bench.follow_up(ROLE, cause, row.id.0, step);
+    let executed = bench
+        .append::<Routing>(subject, &context, |state| {
+            routing::decide(state, command.clone())
+        })
+        .await?;
+    bench.reread(row, executed.position()).await.map(|_| ())
+}

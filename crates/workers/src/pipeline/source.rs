@@ -1,0 +1,138 @@
+//! The first step of a run: the ref becomes a commit, once and for all, and its build is asked
+//! for; or the given image is checked and pinned.
+
+use async_trait::async_trait;
+use daybook_events::build::{self, Build, BuildEvent};
+use daybook_events::deployment::{
+    CloningStarted, DeploymentEvent, ImagePinned, SourceResolved, Status, Version, build_id,
+};
+use daybook_events::{AggregateKind, ImageTag, Subject, SubjectFilter};
+use std::sync::Arc;
+
+use super::{Bench, Stop, give_up, settle};
+use crate::driver::{Activation, Outcome, Worker};
+use crate::ports::{Images, Sources};
+
+const ROLE: &str = "source";
+
+/// The worker that resolves what is to be deployed.
+pub struct Source {
+    /// Shared.
+    pub bench: Bench,
+    /// Source repositories.
+    pub sources: Arc<dyn Sources>,
+    /// Images.
+    pub images: Arc<dyn Images>,
+}
+
+#[async_trait]
+impl Worker for Source {
+    fn name(&self) -> String {
+        ROLE.into()
+    }
+    fn filter(&self) -> SubjectFilter {
+        SubjectFilter::of(AggregateKind::Deployment)
+    }
+    fn wants(&self, kind: &str) -> bool {
+        kind == "deployment.queued.v1"
+    }
+    async fn activate(&self, a: &Activation) -> Outcome {
+        let Subject::Deployment(_, _, id) = a.subject else {
+            return Outcome::Done;
+        };
+        let result = tokio::select! {
+            result = self.step(a) => result,
+            () = a.cancel.cancelled() => Err(Stop::Interrupted),
+        };
+        settle(&self.bench, ROLE, id, result).await
+    }
+    async fn give_up(&self, a: &Activation, why: &str) {
+        give_up(&self.bench, ROLE, a, why).await;
+    }
+}
+
+impl Source {
+    async fn step(&self, a: &Activation) -> Result<(), Stop> {
+        let Subject::Deployment(_, _, id) = a.subject else {
+            return Ok(());
+        };
+        let Some(mut row) = self.bench.row(id)? else {
+            return Ok(());
+        };
+        if !matches!(row.state.status, Status::Queued | Status::Cloning)
+            || row.state.source.is_some()
+        {
+            return Ok(());
+        }
+        let (url, git_ref, path) = match row.state.request.version.clone() {
+            Version::Image { reference } => {
+                self.bench
+                    .say(id, None, format!("checking that image {reference} exists"))
+                    .await;
+                let image = self.images.resolve(&reference).await?;
+                self.bench
+                    .say(id, None, format!("image {} is {}", reference, image.digest))
+                    .await;
+                let event = DeploymentEvent::ImagePinned(ImagePinned {
+                    image,
+                    build: None,
+                    shared: false,
+                });
+                self.bench
+                    .advance(ROLE, &row, "image_pinned", event)
+                    .await?;
+                return Ok(());
+            }
+            Version::Git { url, git_ref, path } => (url, git_ref, path),
+        };
+        if row.state.status == Status::Queued {
+            let event = DeploymentEvent::CloningStarted(CloningStarted {
+                worker: self.bench.settings.worker.clone(),
+            });
+            row = self
+                .bench
+                .advance(ROLE, &row, "cloning_started", event)
+                .await?;
+        }
+        let source = self.sources.resolve(&url, &git_ref).await?;
+        let summary = source.message.lines().next().unwrap_or_default();
+        self.bench
+            .say(
+                id,
+                None,
+                format!("{git_ref} is {}: {summary}", source.commit.short()),
+            )
+            .await;
+
+        let repository = self.bench.image_repository(&row)?;
+        let request = &row.state.request;
+        let build = build_id(&url, &source.commit, &path, &request.build, &repository);
+        let tag = ImageTag::parse(source.commit.short()).map_err(|e| Stop::Retry(e.to_string()))?;
+        let asked = BuildEvent::Requested(Box::new(build::Requested {
+            project: request.instance.project.clone(),
+            service: request.instance.service.clone(),
+            url: url.clone(),
+            commit: source.clone(),
+            path,
+            spec: request.build.clone(),
+            repository,
+            tag,
+        }));
+        // The build is asked for before the deployment says that it waits for it: whoever finds
+        // it waiting finds a build.
+        let subject = Subject::Build(request.instance.project.clone(), build);
+        let context =
+            self.bench
+                .follow_up(ROLE, row.state.status_event, row.id.0, "build_requested");
+        self.bench
+            .append::<Build>(&subject, &context, |state| {
+                build::decide(state, asked.clone())
+            })
+            .await?;
+        let event = DeploymentEvent::SourceResolved(SourceResolved { source, build });
+        self.bench
+            .advance(ROLE, &row, "source_resolved", event)
+            .await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,151 @@
+//! Hands GitOps commits to a cluster: one worker for each cluster that this process looks after.
+//!
+//! A commit replaces all before it, so what is applied is always the newest one that the ledger
+//! knows of an environment, never the one that happened to wake the worker.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use daybook_events::gitops::Gitops;
+use daybook_events::{
+    AggregateKind, CommitId, DeploymentId, EnvironmentName, ProjectName, Subject, SubjectFilter,
+};
+
+use super::{Bench, Stop, give_up, settle};
+use crate::driver::{Activation, Outcome, Worker};
+use crate::ports::{Repositories, StepError};
+use crate::target::{AppRef, Target, TargetError};
+
+const ROLE: &str = "sync";
+
+/// The sync worker of one cluster.
+#[derive(Clone)]
+pub struct Sync {
+    /// Shared.
+    pub bench: Bench,
+    /// The repositories.
+    pub repositories: Arc<dyn Repositories>,
+    /// The cluster.
+    pub target: Arc<dyn Target>,
+}
+
+#[async_trait]
+impl Worker for Sync {
+    fn name(&self) -> String {
+        format!("{ROLE}-{}", self.target.cluster())
+    }
+    fn filter(&self) -> SubjectFilter {
+        SubjectFilter::of(AggregateKind::Gitops)
+    }
+    fn wants(&self, kind: &str) -> bool {
+        kind == "gitops.committed.v1"
+    }
+    async fn activate(&self, a: &Activation) -> Outcome {
+        let Some(project) = a.subject.project() else {
+            return Outcome::Done;
+        };
+        let id = DeploymentId(a.event.correlationid);
+        settle(
+            &self.bench,
+            ROLE,
+            id,
+            self.converge_project(project, Some(id)).await,
+        )
+        .await
+    }
+    async fn give_up(&self, a: &Activation, why: &str) {
+        give_up(&self.bench, ROLE, a, why).await;
+    }
+}
+
+impl Sync {
+    /// Brings the cluster to the newest known commit of every environment of a project.
+    async fn converge_project(
+        &self,
+        project: &ProjectName,
+        about: Option<DeploymentId>,
+    ) -> Result<(), Stop> {
+        let gitops = self
+            .bench
+            .ledger
+            .projections()
+            .folded::<Gitops>(&Subject::Gitops(project.clone()))?;
+        let Some(gitops) = gitops.state else {
+            return Ok(());
+        };
+        for (environment, commit) in &gitops.environments {
+            self.converge(project, environment, commit, about).await?;
+        }
+        Ok(())
+    }
+
+    async fn converge(
+        &self,
+        project: &ProjectName,
+        environment: &EnvironmentName,
+        commit: &CommitId,
+        about: Option<DeploymentId>,
+    ) -> Result<(), Stop> {
+        let app = AppRef {
+            project: project.clone(),
+            environment: environment.clone(),
+        };
+        if self.target.watch(&app).borrow().revision.as_ref() == Some(commit) {
+            return Ok(());
+        }
+        let mut desired = self.repositories.read(project, environment, commit).await?;
+        let cluster = self.target.cluster();
+        for service in desired.services.values_mut() {
+            service.releases.retain(|_, r| r.clusters.contains(cluster));
+        }
+        desired.services.retain(|_, s| !s.releases.is_empty());
+        if let Some(id) = about
+            && desired
+                .services
+                .values()
+                .any(|s| s.releases.contains_key(&id))
+        {
+            let text = format!("syncing {} to {cluster}", commit.short());
+            self.bench.say(id, Some(cluster.clone()), text).await;
+        }
+        self.target
+            .apply(&app, commit, &desired)
+            .await
+            .map_err(|e| match e {
+                TargetError::Unavailable(why) => {
+                    Stop::Retry(format!("cluster_unavailable: {cluster}: {why}"))
+                }
+                TargetError::Refused(why) => Stop::Fail(StepError::fatal(
+                    "sync_refused",
+                    format!("{cluster} refused the commit {}: {why}", commit.short()),
+                    "look at the environment's values file in the GitOps repository",
+                )),
+            })
+    }
+
+    /// Brings the cluster to where the ledger says it should be. Called once when a process takes
+    /// the cluster over: what was applied before may be gone.
+    pub async fn converge_all(&self) {
+        loop {
+            let mut failed = None;
+            match self.bench.ledger.projections().projects() {
+                Ok(projects) => {
+                    for project in projects {
+                        if let Err(Stop::Retry(why)) =
+                            self.converge_project(&project.name, None).await
+                        {
+                            failed = Some(why);
+                        }
+                    }
+                }
+                Err(e) => failed = Some(e.to_string()),
+            }
+            let Some(why) = failed else {
+                return;
+            };
+            tracing::warn!(cluster = %self.target.cluster(), %why, "not all environments could be restored; trying again");
+            tokio::time::sleep(Duration::from_secs(2)).await;
+        }
+    }
+}
