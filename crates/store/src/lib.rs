@@ -1,1 +1,7 @@
-//! Placeholder while the crate is being written.
+//! The log of record and the log of output lines, over NATS JetStream.
+//!
+//! `tests/conformance` is what a backend has to do, and each of them runs it.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod jetstream;

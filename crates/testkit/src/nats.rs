@@ -477,6 +477,11 @@ impl NatsCluster {
         self.nodes.iter().map(|(_, server)| server)
     }
 
+    /// The servers, to do something to each of them.
+    pub fn servers_mut(&mut self) -> impl Iterator<Item = &mut NatsServer> {
+        self.nodes.iter_mut().map(|(_, server)| server)
+    }
+
     /// One server, by the name that stream and consumer information gives it.
     ///
     /// # Panics

@@ -128,8 +128,6 @@ macro_rules! conformance_suite {
         }
     )* };
 }
-pub(crate) use conformance_suite;
-
 /// How long anything may take before the suite says that it does not happen.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
