@@ -7,8 +7,10 @@
 
 pub mod crew;
 pub mod driver;
+mod file_lock;
 pub mod gateway;
 pub mod git_transport;
+pub mod gitops;
 pub mod pipeline;
 pub mod ports;
 pub mod source;

@@ -2,12 +2,41 @@
 //!
 //! `environments/<env>/values.yaml` is the whole desired state of an environment. Targets read it
 //! at a commit, as Argo CD would, and converge to it.
+//!
+//! The repository's chart depends on the chart [`CHART`], and Helm hands a dependency what stands
+//! under its name. So all of it stands there, beside the labels of everything that is made of it:
+//!
+//! ```yaml
+//! daybook-app:
+//!   environment: production
+//!   ephemeral: false
+//!   labels:
+//!     daybook.dev/environment: production
+//!     daybook.dev/ephemeral: "false"
+//!     daybook.dev/project: shop
+//!   project: shop
+//!   services: {}
+//! ```
+//!
+//! Keys are sorted, so that the same values always have the same bytes. Whatever somebody wrote
+//! beside what Daybook knows is kept when Daybook writes the file again (except for comments).
 
 use std::collections::BTreeMap;
 
 use daybook_events::spec::{PinnedImage, RunSpec};
 use daybook_events::{ClusterName, DeploymentId, EnvironmentName, ProjectName, ServiceName};
-use serde::{Deserialize, Serialize};
+use serde::ser::{SerializeMap as _, SerializeSeq as _};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
+
+/// The chart that a project's chart depends on, and the key that its values stand under.
+pub const CHART: &str = "daybook-app";
+
+/// What a values file begins with.
+const HEADER: &str = "# Written by Daybook. Changes by hand are kept, except for comments.\n";
+
+/// The largest values file that is read, in bytes.
+pub const MAX_VALUES_BYTES: usize = 4 << 20;
 
 /// One environment's values file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,4 +74,354 @@ pub struct ReleaseValues {
     /// How it runs. `replicas: 0` is a stopped release.
     #[serde(flatten)]
     pub run: RunSpec,
+}
+
+/// A values file that cannot be read, or values that cannot be written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct InvalidValues(pub String);
+
+/// The file, as far as it is Daybook's.
+#[derive(Deserialize)]
+struct ValuesFile {
+    #[serde(rename = "daybook-app")]
+    app: EnvironmentValues,
+}
+
+impl EnvironmentValues {
+    /// An environment without services.
+    pub fn new(project: ProjectName, environment: EnvironmentName, ephemeral: bool) -> Self {
+        Self {
+            project,
+            environment,
+            ephemeral,
+            services: BTreeMap::new(),
+        }
+    }
+
+    /// The labels of everything that belongs to the environment.
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        [
+            ("project", self.project.to_string()),
+            ("environment", self.environment.to_string()),
+            ("ephemeral", self.ephemeral.to_string()),
+        ]
+        .into_iter()
+        .map(|(key, value)| (format!("daybook.dev/{key}"), value))
+        .collect()
+    }
+
+    /// Reads a values file.
+    pub fn from_yaml(text: &str) -> Result<Self, InvalidValues> {
+        check_size(text)?;
+        let file: ValuesFile =
+            serde_saphyr::from_str(text).map_err(|e| InvalidValues(first_line(&e)))?;
+        Ok(file.app)
+    }
+
+    /// The values file, the same bytes for the same values.
+    pub fn to_yaml(&self) -> Result<String, InvalidValues> {
+        write(&self.document()?)
+    }
+
+    /// The values file that takes the place of `previous`, with what others wrote there: keys
+    /// that Daybook does not know, in places that still exist.
+    pub fn to_yaml_over(&self, previous: &str) -> Result<String, InvalidValues> {
+        let known = Self::from_yaml(previous)?.document()?;
+        let whole: Value =
+            serde_saphyr::from_str(previous).map_err(|e| InvalidValues(first_line(&e)))?;
+        let mut document = self.document()?;
+        keep_foreign(&mut document, &whole, &known);
+        write(&document)
+    }
+
+    fn document(&self) -> Result<Value, InvalidValues> {
+        let invalid = |e: serde_json::Error| InvalidValues(e.to_string());
+        let mut app = serde_json::to_value(self).map_err(invalid)?;
+        app["labels"] = serde_json::to_value(self.labels()).map_err(invalid)?;
+        Ok(serde_json::json!({ CHART: app }))
+    }
+}
+
+/// Copies from `whole` what `known` does not have, wherever all three have a map.
+fn keep_foreign(new: &mut Value, whole: &Value, known: &Value) {
+    let (Value::Object(new), Value::Object(whole), Value::Object(known)) = (new, whole, known)
+    else {
+        return;
+    };
+    for (key, value) in whole {
+        match (new.get_mut(key), known.get(key)) {
+            (None, None) => {
+                new.insert(key.clone(), value.clone());
+            }
+            (Some(new), Some(known)) => keep_foreign(new, value, known),
+            // Removed now, or new now.
+            (None, Some(_)) | (Some(_), None) => {}
+        }
+    }
+}
+
+fn write(document: &Value) -> Result<String, InvalidValues> {
+    // Block scalars are nicer to read and full of traps; quotes are exact.
+    let options = serde_saphyr::ser_options! { prefer_block_scalars: false };
+    let body = serde_saphyr::to_string_with_options(&Sorted(document), options)
+        .map_err(|e| InvalidValues(e.to_string()))?;
+    let text = format!("{HEADER}{body}");
+    check_size(&text)?;
+    Ok(text)
+}
+
+fn check_size(text: &str) -> Result<(), InvalidValues> {
+    if text.len() > MAX_VALUES_BYTES {
+        return Err(InvalidValues(format!(
+            "a values file has at most {MAX_VALUES_BYTES} bytes, this one {}",
+            text.len()
+        )));
+    }
+    Ok(())
+}
+
+/// What is wrong and where, without the excerpt of the file, which may hold anything.
+fn first_line(error: &serde_saphyr::Error) -> String {
+    let text = error.to_string();
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+/// A document with the keys of its maps in order, whatever order they were made in.
+struct Sorted<'a>(&'a Value);
+
+impl Serialize for Sorted<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0 {
+            Value::Object(map) => {
+                let sorted: BTreeMap<_, _> = map.iter().collect();
+                let mut out = serializer.serialize_map(Some(sorted.len()))?;
+                for (key, value) in sorted {
+                    out.serialize_entry(key, &Sorted(value))?;
+                }
+                out.end()
+            }
+            Value::Array(items) => {
+                let mut out = serializer.serialize_seq(Some(items.len()))?;
+                for item in items {
+                    out.serialize_element(&Sorted(item))?;
+                }
+                out.end()
+            }
+            other => other.serialize(serializer),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use daybook_events::spec::HealthSpec;
+    use daybook_events::{Digest, EnvKey, ImageRepository, ImageTag};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Texts that YAML takes for something else as soon as they are not quoted.
+    fn nasty() -> impl Strategy<Value = String> {
+        prop_oneof![
+            any::<String>(),
+            "[ -~]{0,200}",
+            "[\\x00-\\x20:#'\"\\\\|>-]{0,12}",
+            prop::sample::select(vec![
+                "",
+                "~",
+                "null",
+                "yes",
+                "no",
+                "on",
+                "off",
+                "true",
+                "0",
+                "007",
+                "0x1f",
+                "0o7",
+                "1e3",
+                "1_000",
+                ".inf",
+                ".nan",
+                "-",
+                "---",
+                "...",
+                "- a",
+                "a: b",
+                "# no",
+                "!!int",
+                "&a",
+                "*a",
+                "<<",
+                "=",
+                "2024-01-01",
+                "12:30:45",
+                "%YAML",
+                "@x",
+                "`x`",
+                "{a: b}",
+                "[a]",
+                "a\nb",
+                "a\n",
+                "\n\na",
+                " a ",
+                "\ta",
+                "a\r\nb",
+                "\u{85}",
+                "\u{feff}",
+                "\u{2028}",
+                "\0",
+                "\u{1f600}",
+                "|",
+                ">",
+                "? a",
+                "é",
+            ])
+            .prop_map(str::to_owned),
+        ]
+    }
+
+    fn run() -> impl Strategy<Value = RunSpec> {
+        let env = prop::collection::btree_map(
+            "[A-Z_][A-Z0-9_]{0,8}|y|n|no|null|true".prop_map(|k| EnvKey::parse(k).unwrap()),
+            nasty(),
+            0..6,
+        );
+        let command = prop::collection::vec(nasty(), 0..4);
+        (
+            any::<u16>(),
+            command,
+            env,
+            any::<u32>(),
+            nasty(),
+            any::<u32>(),
+        )
+            .prop_map(
+                |(port, command, env, replicas, path, deadline_seconds)| RunSpec {
+                    port,
+                    command,
+                    env,
+                    replicas,
+                    health: HealthSpec {
+                        path,
+                        deadline_seconds,
+                    },
+                },
+            )
+    }
+
+    fn image() -> impl Strategy<Value = PinnedImage> {
+        (
+            "[0-9]{7}|[0-9]{2}e[0-9]{3}|[a-f0-9]{7}|v1\\.[0-9]",
+            any::<[u8; 32]>(),
+        )
+            .prop_map(|(tag, hash)| PinnedImage {
+                repository: ImageRepository::parse("localhost:5000/shop/api").unwrap(),
+                tag: ImageTag::parse(tag).unwrap(),
+                digest: Digest::from_sha256(&hash),
+            })
+    }
+
+    fn name() -> impl Strategy<Value = String> {
+        "[a-z]([a-z0-9-]{0,10}[a-z0-9])?|y|n|no|on|off|null|true|e1".prop_map(String::from)
+    }
+
+    prop_compose! {
+        fn release()(image in image(), run in run(), clusters in prop::collection::vec(name(), 0..3))
+            -> ReleaseValues
+        {
+            ReleaseValues {
+                image,
+                clusters: clusters.into_iter().map(|c| ClusterName::parse(c).unwrap()).collect(),
+                run,
+            }
+        }
+    }
+
+    fn values() -> impl Strategy<Value = EnvironmentValues> {
+        let releases = prop::collection::btree_map(
+            any::<u128>().prop_map(|u| DeploymentId(uuid::Uuid::from_u128(u))),
+            release(),
+            0..3,
+        );
+        let service = (prop::option::of(image()), releases)
+            .prop_map(|(image, releases)| ServiceValues { image, releases });
+        let services = prop::collection::btree_map(
+            name().prop_map(|n| ServiceName::parse(n).unwrap()),
+            service,
+            0..3,
+        );
+        (name(), name(), any::<bool>(), services).prop_map(
+            |(project, environment, ephemeral, services)| EnvironmentValues {
+                project: ProjectName::parse(project).unwrap(),
+                environment: EnvironmentName::parse(environment).unwrap(),
+                ephemeral,
+                services,
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn values_survive_their_file(values in values()) {
+            let text = values.to_yaml().unwrap();
+            prop_assert_eq!(&EnvironmentValues::from_yaml(&text).unwrap(), &values, "{}", text);
+            // Writing over a file that nobody touched changes nothing.
+            prop_assert_eq!(values.to_yaml_over(&text).unwrap(), text);
+        }
+
+        #[test]
+        fn what_others_wrote_survives_a_change(before in values(), after in values(), note in nasty()) {
+            let mut document = before.document().unwrap();
+            document["global"] = serde_json::json!({ "note": note });
+            document[CHART]["nodeSelector"] = serde_json::json!({ "disk": "ssd" });
+            document[CHART]["labels"]["team"] = "payments".into();
+            let text = write(&document).unwrap();
+            let written = after.to_yaml_over(&text).unwrap();
+            prop_assert_eq!(EnvironmentValues::from_yaml(&written).unwrap(), after);
+            let read: Value = serde_saphyr::from_str(&written).unwrap();
+            prop_assert_eq!(&read["global"]["note"], &Value::from(note));
+            prop_assert_eq!(&read[CHART]["nodeSelector"]["disk"], "ssd");
+            prop_assert_eq!(&read[CHART]["labels"]["team"], "payments");
+        }
+
+        #[test]
+        fn any_text_is_read_or_refused(text in any::<String>()) {
+            let _ = EnvironmentValues::from_yaml(&text);
+        }
+    }
+
+    fn example() -> EnvironmentValues {
+        EnvironmentValues::new(
+            ProjectName::parse("shop").unwrap(),
+            EnvironmentName::parse("production").unwrap(),
+            false,
+        )
+    }
+
+    #[test]
+    fn the_file_has_the_labels_and_stands_under_the_chart() {
+        assert_eq!(
+            example().to_yaml().unwrap(),
+            "# Written by Daybook. Changes by hand are kept, except for comments.\n\
+             daybook-app:\n  environment: production\n  ephemeral: false\n  labels:\n    \
+             daybook.dev/environment: production\n    daybook.dev/ephemeral: \"false\"\n    \
+             daybook.dev/project: shop\n  project: shop\n  services: {}\n"
+        );
+    }
+
+    #[test]
+    fn files_that_would_exhaust_the_reader_are_refused() {
+        let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
+        for i in 1..30 {
+            let item = format!("*a{}", i - 1);
+            bomb += &format!("a{i}: &a{i} [{}]\n", vec![item; 10].join(", "));
+        }
+        assert!(EnvironmentValues::from_yaml(&bomb).is_err());
+        assert!(EnvironmentValues::from_yaml(&"[".repeat(100_000)).is_err());
+        assert!(EnvironmentValues::from_yaml(&" ".repeat(MAX_VALUES_BYTES + 1)).is_err());
+        let text = example().to_yaml().unwrap();
+        assert!(example().to_yaml_over(&format!("{text}{bomb}")).is_err());
+    }
 }

@@ -34,6 +34,7 @@ mod ssh;
 
 pub use address::is_public;
 pub use error::TransportError;
+pub(crate) use policy::local_path;
 pub use policy::{
     HostCredential, Secret, SourcePolicy, SshConfig, TransportConfig, TransportLimits,
 };

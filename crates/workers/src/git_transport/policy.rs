@@ -70,7 +70,7 @@ impl SourcePolicy {
 }
 
 /// The path of a local repository, if the URL names one.
-pub(super) fn local_path(url: &RepositoryUrl) -> Option<PathBuf> {
+pub(crate) fn local_path(url: &RepositoryUrl) -> Option<PathBuf> {
     let s = url.as_str();
     if s.starts_with('/') {
         return Some(PathBuf::from(s));

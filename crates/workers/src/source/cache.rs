@@ -6,10 +6,9 @@
 //! repository does, whatever the reason, it is thrown away and made anew, once; when a process
 //! was killed while it wrote, what that left lying around is cleared first.
 
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use daybook_events::{CommitId, GitRef, RepositoryUrl};
 use git2::{AutotagOption, FetchOptions, FetchPrune, Oid, RemoteCallbacks, Repository};
@@ -19,12 +18,10 @@ use tokio_util::sync::CancellationToken;
 use super::checkout::{self, Checkout, CheckoutLimits};
 use super::resolve::{self, Advertised};
 use super::{ResolvedSource, SourceError};
+use crate::file_lock::FileLock;
 use crate::git_transport::{
     GitTransport, Progress, Session, TransportError, in_background, prepare_process, printable,
 };
-
-/// How often a lock that another process holds is tried again.
-const LOCK_POLL: Duration = Duration::from_millis(50);
 
 /// Source repositories, with their mirrors in one folder. Clones share everything; several
 /// processes may use the same folder.
@@ -193,8 +190,7 @@ pub(super) struct Mirror {
 }
 
 struct Lock {
-    // The lock ends when the file is closed.
-    _file: File,
+    _file: FileLock,
     exclusive: bool,
 }
 
@@ -371,32 +367,20 @@ impl Mirror {
     fn lock(&mut self, exclusive: bool) -> Result<(), SourceError> {
         fs::create_dir_all(&self.folder).map_err(SourceError::disk(&self.folder))?;
         let path = self.folder.join("lock");
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(SourceError::disk(&path))?;
         let mut told = false;
-        loop {
-            let tried = if exclusive {
-                file.try_lock()
-            } else {
-                file.try_lock_shared()
-            };
-            match tried {
-                Ok(()) => break,
-                Err(TryLockError::WouldBlock) => {
-                    self.session.check_cancelled()?;
-                    if !told {
-                        (self.progress)("waiting for another worker that fetches this".into());
-                        told = true;
-                    }
-                    std::thread::sleep(LOCK_POLL);
+        let file = FileLock::acquire(
+            &path,
+            exclusive,
+            |e| SourceError::disk(&path)(e),
+            || {
+                self.session.check_cancelled()?;
+                if !told {
+                    (self.progress)("waiting for another worker that fetches this".into());
+                    told = true;
                 }
-                Err(TryLockError::Error(e)) => return Err(SourceError::disk(path)(e)),
-            }
-        }
+                Ok(())
+            },
+        )?;
         self.lock = Some(Lock {
             _file: file,
             exclusive,
