@@ -94,8 +94,11 @@ impl Crew {
             }
         });
         self.hire(sync);
-        self.tasks
-            .spawn(observe::run(self.bench.clone(), target, self.cancel.clone()));
+        self.tasks.spawn(observe::run(
+            self.bench.clone(),
+            target,
+            self.cancel.clone(),
+        ));
     }
 
     /// Admits deployments, decides on routes, and concludes rollouts.

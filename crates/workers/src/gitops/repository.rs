@@ -734,7 +734,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 /// Waits before another try, longer each time and never as long as somebody else.
 fn pause(attempt: u32, session: &Session) -> Result<(), TransportError> {
     let most = 25u64 << attempt.min(6);
-    let random = uuid::Uuid::new_v4().as_u128() as u64 % most;
+    let random = uuid::Uuid::now_v7().as_u128() as u64 % most;
     let mut left = Duration::from_millis(most / 2 + random);
     while !left.is_zero() {
         session.check_cancelled()?;

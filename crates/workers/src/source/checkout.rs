@@ -72,7 +72,7 @@ pub(super) fn check_out(
     refuse_used_folder(into)?;
     let parent = into.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(parent).map_err(SourceError::disk(parent))?;
-    let partial = Partial(parent.join(format!(".checkout-{}", Uuid::new_v4().simple())));
+    let partial = Partial(parent.join(format!(".checkout-{}", Uuid::now_v7().simple())));
     let mut writer = Writer {
         repository,
         root: &partial.0,
