@@ -13,11 +13,15 @@ pub mod environment;
 pub mod gitops;
 pub mod lines;
 pub mod log;
+#[cfg(any(test, feature = "testing"))]
+pub mod memory;
 pub mod names;
 pub mod project;
 pub mod routing;
 pub mod spec;
 pub mod subject;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use aggregate::{Aggregate, Decision, Folded, Refusal};
 pub use envelope::{Actor, Context, Event, NewEvent, Payload};

@@ -279,7 +279,7 @@ impl Aggregate for Routing {
                 self.applied.insert(e.gateway, e.table);
             }
             RoutingEvent::Rejected(e) => {
-                if e.table > self.table {
+                if e.table == 0 || e.table > self.table {
                     let kind = RoutingEvent::Rejected(e).kind();
                     return Err(Illegal::new(kind, format!("table {}", self.table)));
                 }
@@ -549,15 +549,11 @@ pub fn decide(
             ))))
         }
         Command::ReportApplied(e) => {
-            if state.applied.get(&e.gateway).is_some_and(|t| *t >= e.table) {
+            let newest = state.applied.get(&e.gateway).copied().unwrap_or_default();
+            if e.table <= newest {
                 Ok(Decision::Nothing)
-            } else if e.table > state.table {
-                Err(Refusal::new(
-                    "table_unknown",
-                    format!("table {} does not exist", e.table),
-                    "this is a defect of Daybook; please report it",
-                ))
             } else {
+                known(state, e.table)?;
                 Ok(Decision::Append(RoutingEvent::Applied(e)))
             }
         }
@@ -565,10 +561,23 @@ pub fn decide(
             if state.rejected.get(&e.gateway) == Some(&e) {
                 Ok(Decision::Nothing)
             } else {
+                known(state, e.table)?;
                 Ok(Decision::Append(RoutingEvent::Rejected(e)))
             }
         }
     }
+}
+
+/// Refuses a table that was never made.
+fn known(state: &Routing, table: u32) -> Result<(), Refusal> {
+    if (1..=state.table).contains(&table) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        "table_unknown",
+        format!("table {table} does not exist"),
+        "this is a defect of Daybook; please report it",
+    ))
 }
 
 fn must_run(target: &Target) -> Result<(), Refusal> {

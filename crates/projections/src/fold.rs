@@ -114,11 +114,11 @@ impl Fold {
             };
             self.slots.insert(subject.clone(), slot);
         }
-        let slot = self.slots.get_mut(subject);
-        Ok(slot.map(|s| {
-            s.touched = self.batch;
-            s
-        }))
+        let mut slot = self.slots.get_mut(subject);
+        if let Some(slot) = &mut slot {
+            slot.touched = self.batch;
+        }
+        Ok(slot)
     }
 
     /// Folds one event. One that was folded before is passed over.

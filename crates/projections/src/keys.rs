@@ -166,3 +166,38 @@ pub(crate) fn terms(number: u64) -> Vec<u8> {
 pub(crate) fn chunk_of(position: Position) -> u64 {
     position.0.saturating_sub(1) / CHUNK
 }
+
+/// Whether a row says something about this store, and nothing about the ledger.
+pub(crate) fn is_local(key: &[u8]) -> bool {
+    key == FORMAT || key == IDENTITY
+}
+
+/// What a row is, for people.
+pub(crate) fn describe(key: &[u8]) -> String {
+    let text = |from: usize| String::from_utf8_lossy(key.get(from..).unwrap_or_default());
+    let uuid = || {
+        let id = key.get(1..17).and_then(|k| uuid::Uuid::from_slice(k).ok());
+        id.map_or_else(|| "?".to_owned(), |id| id.to_string())
+    };
+    let place = || position_of(key).map_or_else(|| "?".to_owned(), |p| p.to_string());
+    match key.first() {
+        Some(b's') => {
+            let kind = AggregateKind::ALL
+                .into_iter()
+                .find(|k| key.get(1) == Some(&kind_letter(*k)));
+            format!("state of {} {}", kind.map_or("?", |k| k.as_str()), text(2))
+        }
+        Some(b'd') => format!("place of deployment {}", uuid()),
+        Some(b'b') => format!("project of build {}", uuid()),
+        Some(b'w') => format!("deployments that wait for build {}", uuid()),
+        Some(b'k') => format!("request {}", uuid()),
+        Some(b'x') => format!("list of deployments, at event {}", place()),
+        Some(b'n') => format!("list of active deployments, at event {}", place()),
+        Some(b'h') => format!("history of the deployment of event {}", place()),
+        Some(b'a') => format!("audit of event {}", place()),
+        Some(b'A') => format!("audit, chunk {}", place()),
+        Some(b'T') => format!("terms of the audit, chunk {}", place()),
+        Some(b'c') => "checkpoint".to_owned(),
+        _ => format!("row {}", String::from_utf8_lossy(key)),
+    }
+}

@@ -20,6 +20,8 @@ mod sentence;
 mod slot;
 pub mod store;
 mod table;
+#[cfg(test)]
+mod tests;
 pub mod views;
 
 pub use audit::{AuditFilter, AuditRow};

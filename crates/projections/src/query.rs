@@ -396,6 +396,14 @@ impl Projections {
         environment: Option<&EnvironmentName>,
     ) -> Result<Vec<DeploymentRow>, QueryError> {
         let _gate = self.gate();
+        self.active_where(project, environment)
+    }
+
+    fn active_where(
+        &self,
+        project: Option<&ProjectName>,
+        environment: Option<&EnvironmentName>,
+    ) -> Result<Vec<DeploymentRow>, QueryError> {
         let mut rows = self.active_in(match (project, environment) {
             (None, _) => Scope::All,
             (Some(p), None) => Scope::Project(p),
@@ -522,7 +530,8 @@ impl Projections {
         project: Option<&ProjectName>,
         environment: Option<&EnvironmentName>,
     ) -> Result<Overview, QueryError> {
-        let rows = self.active_deployments(project, environment)?;
+        let _gate = self.gate();
+        let rows = self.active_where(project, environment)?;
         let position = self.position();
         let mut by_instance = std::collections::BTreeMap::<InstanceRef, InstanceView>::new();
         let mut routing = Routings::default();

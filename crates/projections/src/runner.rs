@@ -51,7 +51,7 @@ pub enum RunError {
     Store(#[from] QueryError),
 }
 
-enum Trouble {
+pub(crate) enum Trouble {
     Read(ReadError),
     Fold(FoldError),
 }
@@ -143,19 +143,35 @@ async fn follow(
     log: &Arc<dyn EventLog>,
     cancel: &CancellationToken,
 ) -> Result<(), Trouble> {
-    let open = async {
-        same_log(projections, log).await?;
-        let tail = log.tail(projections.position(), SubjectFilter::default());
-        Ok::<_, Trouble>(tail.await?)
-    };
+    tokio::select! {
+        () = cancel.cancelled() => return Ok(()),
+        same = same_log(projections, log) => same?,
+    }
+    pump(projections, log, None, cancel).await
+}
+
+/// Folds the events that follow on the projections' position: up to `until`, or without end.
+pub(crate) async fn pump(
+    projections: &Projections,
+    log: &Arc<dyn EventLog>,
+    until: Option<Position>,
+    cancel: &CancellationToken,
+) -> Result<(), Trouble> {
+    let mut reached = projections.position();
+    if until.is_some_and(|u| u <= reached) {
+        return Ok(());
+    }
     let mut events = tokio::select! {
         () = cancel.cancelled() => return Ok(()),
-        opened = open => opened?.ready_chunks(READ),
+        opened = log.tail(reached, SubjectFilter::default()) => opened?.ready_chunks(READ),
     };
     let (sender, receiver) = mpsc::channel(AHEAD);
     let folding = projections.clone();
     let fold = tokio::task::spawn_blocking(move || fold_all(&folding, receiver));
     let ended = loop {
+        if until.is_some_and(|u| u <= reached) {
+            break Ok(());
+        }
         let chunk = tokio::select! {
             () = cancel.cancelled() => break Ok(()),
             () = sender.closed() => break Ok(()),
@@ -168,7 +184,11 @@ async fn follow(
         let mut failed = None;
         for event in chunk {
             match event {
-                Ok(event) => read.push(event),
+                Ok(event) if until.is_some_and(|u| event.position > u) => break,
+                Ok(event) => {
+                    reached = event.position;
+                    read.push(event);
+                }
                 Err(e) => {
                     failed = Some(e);
                     break;

@@ -61,7 +61,7 @@ pub(crate) struct DeploymentSlot {
 pub(crate) enum State {
     Project(Folded<Project>),
     Environment(Folded<Environment>),
-    Build(Folded<Build>),
+    Build(Box<Folded<Build>>),
     Deployment(Box<DeploymentSlot>),
     Gitops(Folded<Gitops>),
     Routing(Folded<Routing>),
@@ -87,7 +87,7 @@ impl State {
         Ok(match subject {
             Subject::Project(_) => Some(Self::Project(read(row.as_deref())?)),
             Subject::Environment(..) => Some(Self::Environment(read(row.as_deref())?)),
-            Subject::Build(..) => Some(Self::Build(read(row.as_deref())?)),
+            Subject::Build(..) => Some(Self::Build(Box::new(read(row.as_deref())?))),
             Subject::Gitops(_) => Some(Self::Gitops(read(row.as_deref())?)),
             Subject::Routing(_) => Some(Self::Routing(read(row.as_deref())?)),
             Subject::Deployment(..) => {

@@ -28,6 +28,11 @@ const CACHE: u64 = 8 << 20;
 /// again from the log.
 const FLUSH_EVERY_MS: u64 = 10_000;
 
+/// How often, and after which pause, a store that another process seems to have open is tried
+/// again.
+const LOCK_TRIES: u32 = 50;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
 /// Folds of the ledger with their queries. Cheap to clone: all clones are the same store.
 #[derive(Clone)]
 pub struct Projections {
@@ -123,11 +128,19 @@ impl Projections {
     /// damaged, is thrown away: it is filled again from the log.
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
         std::fs::create_dir_all(dir).map_err(OpenError::Folder)?;
-        let found = match Self::open_found(dir) {
-            Ok(projections) => return Ok(projections),
-            Err(Unusable::InUse) => return Err(OpenError::InUse),
-            Err(Unusable::Folder(e)) => return Err(OpenError::Folder(e)),
-            Err(Unusable::Damaged(why)) => why,
+        let mut tries = 0;
+        let found = loop {
+            match Self::open_found(dir) {
+                Ok(projections) => return Ok(projections),
+                // A store that was just closed may be let go a moment later.
+                Err(Unusable::InUse) if tries < LOCK_TRIES => {
+                    tries += 1;
+                    std::thread::sleep(LOCK_PAUSE);
+                }
+                Err(Unusable::InUse) => return Err(OpenError::InUse),
+                Err(Unusable::Folder(e)) => return Err(OpenError::Folder(e)),
+                Err(Unusable::Damaged(why)) => break why,
+            }
         };
         tracing::warn!(why = %found, "the projections are thrown away and built anew");
         std::fs::remove_dir_all(dir).map_err(OpenError::Folder)?;
@@ -213,11 +226,16 @@ impl Projections {
     /// have the same one.
     pub fn digest(&self) -> Result<(Position, Digest), QueryError> {
         let _gate = self.gate();
+        Ok((self.position(), self.digest_of_rows()?))
+    }
+
+    /// The digest, for a caller who keeps rows from being written.
+    pub(crate) fn digest_of_rows(&self) -> Result<Digest, QueryError> {
         let mut hash = sha2::Sha256::new();
         self.inner
             .table
             .scan::<()>(b"", None, Way::Up, |key, value| {
-                if key != keys::FORMAT && key != keys::IDENTITY {
+                if !keys::is_local(key) {
                     hash.update((key.len() as u64).to_be_bytes());
                     hash.update(key);
                     hash.update((value.len() as u64).to_be_bytes());
@@ -225,10 +243,7 @@ impl Projections {
                 }
                 ControlFlow::Continue(())
             })?;
-        Ok((
-            self.position(),
-            Digest::from_sha256(&hash.finalize().into()),
-        ))
+        Ok(Digest::from_sha256(&hash.finalize().into()))
     }
 
     /// Keeps rows from being written while several are read.

@@ -1,0 +1,417 @@
+//! One plausible event of each kind.
+
+// Samples are made from constants; a wrong one is to be noticed at once.
+#![allow(clippy::expect_used, clippy::unwrap_used, clippy::missing_panics_doc)]
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+
+use super::time;
+use crate::build::{self, BuildEvent, LogSeal};
+use crate::deployment::{self, DeploymentEvent, SourceCommit, Status, SwitchMode, Version};
+use crate::environment::{self, EnvironmentEvent, EnvironmentSpec};
+use crate::gitops::{self, Change, GitopsEvent};
+use crate::names::{
+    BuildId, ClusterName, CommitId, DeploymentId, Digest, EventId, Hostname, InstanceRef,
+};
+use crate::project::{self, ProjectEvent};
+use crate::routing::{self, Backend, MainChange, RouteChange, RoutingEvent, Stickiness};
+use crate::spec::{BuildSpec, PinnedImage, RunSpec, ServiceSpec, SourceSpec};
+
+/// The number-th commit id.
+pub fn commit(number: u64) -> CommitId {
+    let digest = Digest::of(format!("commit {number}").as_bytes());
+    CommitId::parse(&digest.hex()[..40]).expect("forty digits")
+}
+
+/// The number-th deployment id.
+pub fn deployment_id(number: u64) -> DeploymentId {
+    DeploymentId::derived(Uuid::NAMESPACE_OID, &format!("deployment {number}"))
+}
+
+/// The number-th build id.
+pub fn build_id(number: u64) -> BuildId {
+    BuildId::derived(Uuid::NAMESPACE_OID, &format!("build {number}"))
+}
+
+/// An instance of the project `shop`.
+pub fn instance(text: &str) -> InstanceRef {
+    text.parse().expect("an instance")
+}
+
+/// `shop.production.api`.
+pub fn shop() -> InstanceRef {
+    instance("shop.production.api")
+}
+
+/// A cluster.
+pub fn cluster(name: &str) -> ClusterName {
+    ClusterName::parse(name).expect("a cluster name")
+}
+
+/// The number-th image.
+pub fn image(number: u64) -> PinnedImage {
+    PinnedImage {
+        repository: "registry.example.com/shop/api"
+            .parse()
+            .expect("a repository"),
+        tag: commit(number).short().parse().expect("a tag"),
+        digest: Digest::of(&number.to_be_bytes()),
+    }
+}
+
+/// The number-th source commit.
+pub fn source(number: u64) -> SourceCommit {
+    SourceCommit {
+        commit: commit(number),
+        message: "Show prices with tax\n\nCustomers asked for it.".to_owned(),
+        author_name: "Alice".to_owned(),
+        author_email: "alice@example.com".to_owned(),
+        committed_at: time(0),
+        url: format!("https://git.example.com/shop/api/commit/{}", commit(number)),
+    }
+}
+
+/// A deployment request from a git ref.
+pub fn request(instance: InstanceRef) -> deployment::Requested {
+    deployment::Requested {
+        instance,
+        version: Version::Git {
+            url: "https://git.example.com/shop/api.git"
+                .parse()
+                .expect("a URL"),
+            git_ref: "main".parse().expect("a ref"),
+            path: String::new(),
+        },
+        clusters: vec![cluster("berlin"), cluster("oslo")],
+        build: BuildSpec::default(),
+        image_repository: None,
+        run: RunSpec {
+            env: BTreeMap::from([("LOG_LEVEL".parse().expect("a key"), "info".to_owned())]),
+            ..RunSpec::default()
+        },
+        switch: SwitchMode::Automatic,
+        reason: Some("the spring sale begins".to_owned()),
+        redeploy_of: None,
+    }
+}
+
+/// The events of a project.
+pub fn project_events() -> Vec<ProjectEvent> {
+    vec![
+        ProjectEvent::Created(project::Created {
+            name: "shop".parse().unwrap(),
+            description: Some("The web shop".to_owned()),
+        }),
+        ProjectEvent::ServiceDefined(Box::new(project::ServiceDefined {
+            name: "api".parse().unwrap(),
+            spec: ServiceSpec {
+                source: Some(SourceSpec {
+                    url: "https://git.example.com/shop/api.git".parse().unwrap(),
+                    default_ref: "main".parse().unwrap(),
+                    path: "services/api".to_owned(),
+                }),
+                ..ServiceSpec::default()
+            },
+        })),
+    ]
+}
+
+/// The events of an environment.
+pub fn environment_events() -> Vec<EnvironmentEvent> {
+    let spec = EnvironmentSpec {
+        clusters: vec![cluster("berlin"), cluster("oslo")],
+        live: true,
+        ..EnvironmentSpec::default()
+    };
+    vec![
+        EnvironmentEvent::Created(environment::Created {
+            project: "shop".parse().unwrap(),
+            name: "production".parse().unwrap(),
+            spec: spec.clone(),
+        }),
+        EnvironmentEvent::Changed(environment::Changed {
+            spec: EnvironmentSpec {
+                switch: SwitchMode::Manual,
+                ..spec
+            },
+        }),
+    ]
+}
+
+/// The events of a build, each as it would follow in attempt 1.
+pub fn build_events(number: u64) -> Vec<BuildEvent> {
+    let log = LogSeal {
+        lines: 42,
+        digest: Some(Digest::of(b"output")),
+    };
+    vec![
+        BuildEvent::Requested(Box::new(build::Requested {
+            project: "shop".parse().unwrap(),
+            service: "api".parse().unwrap(),
+            url: "https://git.example.com/shop/api.git".parse().unwrap(),
+            commit: source(number),
+            path: String::new(),
+            spec: BuildSpec::default(),
+            repository: image(number).repository,
+            tag: image(number).tag,
+        })),
+        BuildEvent::Started(build::Started {
+            attempt: 1,
+            worker: "build-1".to_owned(),
+        }),
+        BuildEvent::BuilderStarted(build::BuilderStarted {
+            attempt: 1,
+            commit: commit(number),
+        }),
+        BuildEvent::PushStarted(build::PushStarted {
+            attempt: 1,
+            digest: image(number).digest,
+            builder: "archive".to_owned(),
+            detected: "python".to_owned(),
+            size_bytes: 12_345_678,
+        }),
+        BuildEvent::Succeeded(build::Succeeded {
+            attempt: 1,
+            image: image(number),
+            log: log.clone(),
+        }),
+        BuildEvent::Failed(build::Failed {
+            attempt: 1,
+            code: "build_command_failed".to_owned(),
+            message: "`npm ci` ended with exit code 1".to_owned(),
+            remedy: "look at the build's output with `daybook logs`".to_owned(),
+            log: log.clone(),
+        }),
+        BuildEvent::Cancelled(build::Cancelled {
+            attempt: 1,
+            message: "no deployment waits for it".to_owned(),
+            log,
+        }),
+    ]
+}
+
+/// The events of a deployment, in the order of [`deployment::TRANSITIONS`] after the request.
+pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEvent> {
+    use DeploymentEvent as E;
+    let operation = || deployment::OperationRequested {
+        reason: Some("night shift".to_owned()),
+    };
+    let done = || deployment::OperationDone {
+        revision: commit(number),
+    };
+    let failed = || deployment::OperationFailed {
+        code: "timeout".to_owned(),
+        message: "the cluster oslo did not answer in time".to_owned(),
+        remedy: "try again once it does".to_owned(),
+    };
+    vec![
+        E::Requested(Box::new(request(instance))),
+        E::Queued(deployment::Queued {}),
+        E::CloningStarted(deployment::CloningStarted {
+            worker: "build-1".to_owned(),
+        }),
+        E::SourceResolved(deployment::SourceResolved {
+            source: source(number),
+            build: build_id(number),
+        }),
+        E::BuildingStarted(deployment::BuildingStarted {
+            build: build_id(number),
+        }),
+        E::PushingStarted(deployment::PushingStarted {
+            build: build_id(number),
+        }),
+        E::ImagePinned(deployment::ImagePinned {
+            image: image(number),
+            build: Some(build_id(number)),
+            shared: false,
+        }),
+        E::DeployingStarted(deployment::DeployingStarted {
+            commit: commit(number),
+        }),
+        observed("berlin", number, 1, true),
+        E::EndpointObserved(deployment::EndpointObserved {
+            hostname: "api.shop.localhost".parse().unwrap(),
+            url: "http://api.shop.localhost:7071/".to_owned(),
+            ready: true,
+            http_status: Some(200),
+            message: None,
+        }),
+        E::OpenapiFound(deployment::OpenapiFound {
+            path: "/openapi.json".to_owned(),
+            digest: Digest::of(b"openapi"),
+            title: Some("Shop".to_owned()),
+            version: Some("1.2.3".to_owned()),
+        }),
+        E::Succeeded(deployment::Succeeded {
+            revision: commit(number),
+            table: 1,
+        }),
+        E::Failed(deployment::Failed {
+            during: Status::Building,
+            code: "build_command_failed".to_owned(),
+            message: "`npm ci` ended with exit code 1".to_owned(),
+            remedy: "look at the build's output with `daybook logs`".to_owned(),
+        }),
+        E::CancelRequested(deployment::CancelRequested {
+            reason: Some("wrong branch".to_owned()),
+        }),
+        E::Cancelled(deployment::Cancelled {
+            during: Status::Building,
+            superseded_by: Some(deployment_id(number + 1)),
+            message: "a newer deployment took its place".to_owned(),
+        }),
+        E::StopRequested(operation()),
+        E::Stopped(done()),
+        E::StopFailed(failed()),
+        E::StartRequested(operation()),
+        E::RestartDone(done()),
+        E::StartFailed(failed()),
+        E::TerminateRequested(operation()),
+        E::Terminated(done()),
+        E::TerminateFailed(failed()),
+        E::Deleted(deployment::Deleted {
+            reason: Some("tidying up".to_owned()),
+        }),
+        E::ChangeCommitted(deployment::ChangeCommitted {
+            commit: commit(number),
+            replicas: Some(0),
+        }),
+    ]
+}
+
+/// What was seen of a workload with as many instances.
+pub fn observed(name: &str, number: u64, wanted: u32, ready: bool) -> DeploymentEvent {
+    DeploymentEvent::WorkloadObserved(deployment::WorkloadObserved {
+        cluster: cluster(name),
+        revision: commit(number),
+        wanted,
+        instances: (0..wanted)
+            .map(|i| deployment::Instance {
+                name: format!("api-{i}"),
+                address: format!("127.0.0.1:{}", 30_000 + i),
+                ready,
+                restarts: 0,
+            })
+            .collect(),
+        problem: (!ready).then(|| deployment::Problem {
+            reason: "CrashLoopBackOff".to_owned(),
+            message: "the process ended with exit code 1".to_owned(),
+            remedy: "look at its output with `daybook logs`".to_owned(),
+            transient: true,
+        }),
+    })
+}
+
+/// A commit to a GitOps repository.
+pub fn committed(
+    instance: &InstanceRef,
+    deployment: DeploymentId,
+    number: u64,
+    change: Change,
+) -> gitops::Committed {
+    let content = Digest::of(&number.to_be_bytes());
+    let path = format!("environments/{}/values.yaml", instance.environment);
+    gitops::Committed {
+        commit: commit(number),
+        parent: number.checked_sub(1).map(commit),
+        environment: instance.environment.clone(),
+        change,
+        message: format!(
+            "deploy({}): {} {}",
+            instance.environment,
+            instance.service,
+            image(number).tag
+        ),
+        author: "Alice <alice@example.com>".to_owned(),
+        cause: EventId::derived(deployment.0, &number.to_string()),
+        files_digest: Digest::of(format!("{content}  {path}\n").as_bytes()),
+        files: BTreeMap::from([(path, Some(content))]),
+    }
+}
+
+/// The events of a GitOps repository.
+pub fn gitops_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<GitopsEvent> {
+    let service = instance.service.clone();
+    vec![
+        GitopsEvent::RepositoryCreated(gitops::RepositoryCreated {
+            commit: commit(0),
+            branch: "main".to_owned(),
+        }),
+        GitopsEvent::Committed(Box::new(committed(
+            instance,
+            deployment,
+            1,
+            Change::Deploy {
+                service,
+                deployment,
+            },
+        ))),
+        GitopsEvent::ForeignCommitFound(gitops::ForeignCommitFound {
+            commit: commit(2),
+            author: "Bob <bob@example.com>".to_owned(),
+            message: "try something".to_owned(),
+            files: vec!["base/values.yaml".to_owned()],
+        }),
+    ]
+}
+
+/// The addresses of a deployment.
+pub fn hostnames(instance: &InstanceRef, deployment: DeploymentId) -> routing::Hostnames {
+    let InstanceRef {
+        project,
+        environment,
+        service,
+    } = instance;
+    let host = |text: String| Hostname::parse(text).expect("a hostname");
+    routing::Hostnames {
+        preview: host(format!(
+            "{}.{service}.{project}.localhost",
+            deployment.short()
+        )),
+        environment: host(format!("{service}.{environment}.{project}.localhost")),
+        live: (environment.as_str() == "production")
+            .then(|| host(format!("{service}.{project}.localhost"))),
+    }
+}
+
+/// The events of a route table.
+pub fn routing_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<RoutingEvent> {
+    let names = hostnames(instance, deployment);
+    vec![
+        RoutingEvent::Switched(Box::new(routing::Switched {
+            table: 1,
+            reason: routing::SwitchReason::Deploy,
+            instance: instance.clone(),
+            deployment,
+            changes: vec![RouteChange {
+                hostname: names.preview.clone(),
+                stickiness: Stickiness::Deployment,
+                previous: Vec::new(),
+                next: vec![Backend {
+                    deployment,
+                    weight: 100,
+                }],
+            }],
+            main: Some(MainChange {
+                previous: None,
+                next: Some(deployment),
+            }),
+            rolled_back: false,
+            undoes: None,
+            note: Some("the first one".to_owned()),
+        })),
+        RoutingEvent::Applied(routing::Applied {
+            gateway: "berlin".to_owned(),
+            table: 1,
+            hostnames: vec![names.preview],
+        }),
+        RoutingEvent::Rejected(routing::Rejected {
+            gateway: "oslo".to_owned(),
+            table: 1,
+            code: "port_in_use".to_owned(),
+            message: "port 7071 is taken".to_owned(),
+        }),
+    ]
+}

@@ -1,0 +1,433 @@
+//! Folds against random legal histories: whatever is read, batched or interrupted, the rows are
+//! the same; and against what goes wrong with stores and logs.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use daybook_events::build::Build;
+use daybook_events::deployment::Deployment;
+use daybook_events::environment::Environment;
+use daybook_events::gitops::Gitops;
+use daybook_events::project::Project;
+use daybook_events::routing::Routing;
+use daybook_events::testing::fleet::{Fleet, Size, choices};
+use daybook_events::testing::time;
+use daybook_events::{Aggregate, AggregateKind, DeploymentId, Folded, Position, Recorded, Subject};
+use proptest::prelude::*;
+
+use crate::slot::is_active;
+use crate::{AuditFilter, DeploymentFilter, Page, Projections};
+
+/// The events of a fleet, as a log would hand them out; every fortieth is written over by
+/// something that no fold can use.
+pub(crate) fn history(events: u64, seed: u64, spoil: bool) -> Vec<Recorded> {
+    let mut fleet = Fleet::new(Size::default());
+    let mut choose = choices(seed);
+    (1..=events)
+        .map(|n| {
+            let happened = fleet.next(&mut choose);
+            let mut bytes = happened.bytes;
+            let mut subject = happened.subject;
+            if spoil && n % 40 == 0 {
+                let text = String::from_utf8(bytes.to_vec()).unwrap();
+                bytes = match n / 40 % 4 {
+                    0 => "no event".into(),
+                    1 => text.replace(".v1\"", ".v7\"").into(),
+                    2 => text
+                        .replace("\"data\":{", "\"data\":{\"x\":1,")
+                        .replace("\"revision\":", "\"revision\":9")
+                        .into(),
+                    _ => {
+                        subject = Subject::Other(subject.to_string().replace("._.", ".new."));
+                        text.into()
+                    }
+                };
+            }
+            Recorded {
+                position: Position(n),
+                subject,
+                stored_at: time(n),
+                bytes,
+            }
+        })
+        .collect()
+}
+
+fn folded(events: &[Recorded], batch: usize) -> Projections {
+    let projections = Projections::in_memory();
+    for batch in events.chunks(batch) {
+        projections.take(batch.to_vec()).unwrap();
+    }
+    projections
+}
+
+fn same_state<A: Aggregate + PartialEq + std::fmt::Debug>(
+    projections: &Projections,
+    subject: &Subject,
+    events: &[&Recorded],
+) {
+    let expected = Folded::<A>::replay(events.iter().copied());
+    let found = projections.folded::<A>(subject).unwrap();
+    assert_eq!(found.state, expected.state, "{subject}");
+    assert_eq!(found.revision, expected.revision);
+    assert_eq!(found.position, expected.position);
+    assert_eq!(found.last_id, expected.last_id);
+}
+
+#[test]
+fn states_are_what_a_replay_of_each_aggregate_gives() {
+    let events = history(3000, 7, true);
+    let projections = folded(&events, 100);
+    let mut by_subject = BTreeMap::<Subject, Vec<&Recorded>>::new();
+    for event in &events {
+        by_subject
+            .entry(event.subject.clone())
+            .or_default()
+            .push(event);
+    }
+    let mut kinds = BTreeMap::<AggregateKind, u32>::new();
+    for (subject, events) in &by_subject {
+        let Some(kind) = subject.kind() else { continue };
+        *kinds.entry(kind).or_default() += 1;
+        match kind {
+            AggregateKind::Project => same_state::<Project>(&projections, subject, events),
+            AggregateKind::Environment => same_state::<Environment>(&projections, subject, events),
+            AggregateKind::Build => same_state::<Build>(&projections, subject, events),
+            AggregateKind::Deployment => same_state::<Deployment>(&projections, subject, events),
+            AggregateKind::Gitops => same_state::<Gitops>(&projections, subject, events),
+            AggregateKind::Routing => same_state::<Routing>(&projections, subject, events),
+        }
+    }
+    assert_eq!(kinds.len(), 6, "{kinds:?}");
+}
+
+#[test]
+fn every_event_is_in_the_audit_once_and_in_order() {
+    let events = history(1500, 3, true);
+    let projections = folded(&events, 64);
+    let mut page = Page::new(Some(97), None).unwrap();
+    let mut rows = Vec::new();
+    loop {
+        let found = projections.audit(&AuditFilter::default(), page).unwrap();
+        assert_eq!(found.position, Position(1500));
+        rows.extend(found.items);
+        match found.next {
+            Some(next) => page = page.starting(next),
+            None => break,
+        }
+    }
+    let positions: Vec<_> = rows.iter().map(|r| r.position.0).collect();
+    assert_eq!(positions, (1..=1500).rev().collect::<Vec<_>>());
+    let void = rows.iter().filter(|r| r.void.is_some()).count() as u64;
+    let c = projections.counters();
+    assert_eq!(c.events, 1500);
+    assert_eq!(c.void + c.unknown + c.unreadable, void);
+    assert!(c.void > 0 && c.unknown > 0 && c.unreadable > 0, "{c:?}");
+    assert!(
+        rows.iter()
+            .all(|r| r.summary.ends_with('.') || r.kind.contains("gitops"))
+    );
+
+    // Any filter finds what a look at all rows finds.
+    let some = rows
+        .iter()
+        .find(|r| r.deployment.is_some() && r.service.is_some())
+        .unwrap();
+    let filters = [
+        AuditFilter {
+            project: some.project.clone(),
+            ..AuditFilter::default()
+        },
+        AuditFilter {
+            environment: some.environment.clone(),
+            service: some.service.clone(),
+            ..AuditFilter::default()
+        },
+        AuditFilter {
+            deployment: some.deployment,
+            ..AuditFilter::default()
+        },
+        AuditFilter {
+            actor: Some("test".into()),
+            kind: Some("routing".into()),
+            ..AuditFilter::default()
+        },
+        AuditFilter {
+            kind: Some("gitops.committed.v1".into()),
+            ..AuditFilter::default()
+        },
+        AuditFilter {
+            correlation: some.correlation,
+            ..AuditFilter::default()
+        },
+        AuditFilter {
+            void_only: true,
+            ..AuditFilter::default()
+        },
+        AuditFilter {
+            from: Some(time(300)),
+            until: Some(time(310)),
+            ..AuditFilter::default()
+        },
+        AuditFilter {
+            actor: Some("nobody".into()),
+            ..AuditFilter::default()
+        },
+    ];
+    for filter in filters {
+        let expected: Vec<_> = rows.iter().filter(|r| filter.matches(r)).cloned().collect();
+        let mut found = Vec::new();
+        let mut page = Page::new(Some(13), None).unwrap();
+        loop {
+            let part = projections.audit(&filter, page).unwrap();
+            found.extend(part.items);
+            match part.next {
+                Some(next) => page = page.starting(next),
+                None => break,
+            }
+        }
+        assert_eq!(found, expected, "{filter:?}");
+    }
+}
+
+/// The deployments of a history with their states, newest first, as the log has them.
+fn deployments(events: &[Recorded]) -> Vec<(DeploymentId, Deployment)> {
+    let mut all: Vec<(DeploymentId, Vec<&Recorded>)> = Vec::new();
+    for event in events {
+        if let Subject::Deployment(_, _, id) = event.subject {
+            match all.iter_mut().find(|(d, _)| *d == id) {
+                Some((_, events)) => events.push(event),
+                None => all.push((id, vec![event])),
+            }
+        }
+    }
+    let states = all
+        .into_iter()
+        .filter_map(|(id, events)| Some((id, Folded::<Deployment>::replay(events).state?)));
+    let mut states: Vec<_> = states.collect();
+    states.reverse();
+    states
+}
+
+#[test]
+fn deployments_are_listed_newest_first_by_every_filter() {
+    let events = history(4000, 11, true);
+    let projections = folded(&events, 1000);
+    let all = deployments(&events);
+    assert!(all.len() > 40);
+    let (_, some) = &all[3];
+    let instance = &some.request.instance;
+    let filters = [
+        DeploymentFilter::default(),
+        DeploymentFilter::of(instance),
+        DeploymentFilter {
+            project: Some(instance.project.clone()),
+            ..Default::default()
+        },
+        DeploymentFilter {
+            environment: Some(instance.environment.clone()),
+            ..Default::default()
+        },
+        DeploymentFilter {
+            project: Some(instance.project.clone()),
+            environment: Some(instance.environment.clone()),
+            ..Default::default()
+        },
+        DeploymentFilter {
+            statuses: vec![some.status],
+            ..Default::default()
+        },
+        DeploymentFilter {
+            version: Some("main".into()),
+            ..Default::default()
+        },
+        DeploymentFilter {
+            version: all
+                .iter()
+                .find_map(|(_, d)| Some(d.source.as_ref()?.commit.short().to_owned())),
+            ..Default::default()
+        },
+        DeploymentFilter {
+            version: Some("none".into()),
+            ..Default::default()
+        },
+    ];
+    for filter in filters {
+        let expected: Vec<_> = all
+            .iter()
+            .filter(|(_, d)| {
+                let i = &d.request.instance;
+                filter.project.as_ref().is_none_or(|p| *p == i.project)
+                    && filter
+                        .environment
+                        .as_ref()
+                        .is_none_or(|e| *e == i.environment)
+                    && filter.service.as_ref().is_none_or(|s| *s == i.service)
+                    && (filter.statuses.is_empty() || filter.statuses.contains(&d.status))
+                    && filter.version.as_ref().is_none_or(|v| {
+                        crate::views::version_text(d) == *v
+                            || d.source.as_ref().is_some_and(|s| s.commit.short() == v)
+                            || d.image.as_ref().is_some_and(|i| i.tag.as_str() == v)
+                    })
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        let mut page = Page::new(Some(7), None).unwrap();
+        let (mut rows, mut history, mut json) = (Vec::new(), Vec::new(), Vec::new());
+        loop {
+            let part = projections.deployments(&filter, page).unwrap();
+            rows.extend(part.items);
+            history.extend(projections.history(&filter, page).unwrap().items);
+            json.extend(projections.history_json(&filter, page).unwrap().items);
+            match part.next {
+                Some(next) => page = page.starting(next),
+                None => break,
+            }
+        }
+        let ids: Vec<_> = rows.iter().map(|r| r.id).collect();
+        assert_eq!(ids, expected, "{filter:?}");
+        let ids: Vec<_> = history.iter().map(|r| r.deployment).collect();
+        assert_eq!(ids, expected, "{filter:?}");
+        for ((row, line), text) in rows.iter().zip(&history).zip(&json) {
+            assert_eq!(row.main, line.active);
+            assert_eq!(row.state.status, line.status);
+            let parsed: crate::HistoryRow = serde_json::from_str(text.get()).unwrap();
+            assert_eq!(parsed, *line);
+            let one = projections.deployment(row.id).unwrap().unwrap();
+            assert_eq!(one.state, row.state);
+            assert_eq!(one.hostnames, row.hostnames);
+        }
+    }
+    let active: Vec<_> = all
+        .iter()
+        .filter(|(_, d)| is_active(d.status))
+        .map(|(id, _)| *id)
+        .collect();
+    let found = projections.active_deployments(None, None).unwrap();
+    assert_eq!(found.iter().map(|r| r.id).collect::<Vec<_>>(), active);
+    for (id, state) in &all {
+        if let Some(build) = state.build {
+            let waiting = projections
+                .deployments_of_build(build)
+                .unwrap()
+                .contains(id);
+            assert_eq!(waiting, state.status.in_pipeline());
+        }
+    }
+    let overview = projections.overview(None, None).unwrap();
+    let shown: usize = overview
+        .instances
+        .iter()
+        .map(|i| i.others.len() + usize::from(i.main.is_some()))
+        .sum();
+    assert_eq!(shown, active.len());
+    serde_json::to_value(&overview).unwrap();
+}
+
+#[test]
+fn a_damaged_or_foreign_store_is_thrown_away() {
+    let events = history(600, 5, false);
+    let dir = tempfile::tempdir().unwrap();
+    let digest = |dir: &Path| {
+        let projections = Projections::open(dir).unwrap();
+        let from = projections.position();
+        projections.take(events.clone()).unwrap();
+        projections.flush().unwrap();
+        (from, projections.digest().unwrap())
+    };
+    let (from, expected) = digest(dir.path());
+    assert_eq!(from, Position::ZERO);
+    assert_eq!(digest(dir.path()), (Position(600), expected.clone()));
+
+    // Another version.
+    {
+        let db = sled::open(dir.path()).unwrap();
+        db.insert(crate::keys::FORMAT, "0").unwrap();
+    }
+    assert_eq!(digest(dir.path()), (Position::ZERO, expected.clone()));
+
+    // A row that is missing.
+    {
+        let db = sled::open(dir.path()).unwrap();
+        db.remove(crate::keys::audit(Position(600))).unwrap();
+    }
+    assert_eq!(digest(dir.path()), (Position::ZERO, expected.clone()));
+
+    // Files that sled did not write so.
+    let file = dir.path().join("db");
+    let length = std::fs::metadata(&file).unwrap().len();
+    for (offset, garbage) in [(0, 64), (length / 3, 4096), (length / 2, 200_000)] {
+        use std::os::unix::fs::FileExt;
+        let db = std::fs::File::options().write(true).open(&file).unwrap();
+        db.write_all_at(&vec![0xa5; garbage], offset).unwrap();
+        drop(db);
+        let (_, found) = digest(dir.path());
+        assert_eq!(found, expected, "garbage at {offset}");
+    }
+    std::fs::write(dir.path().join("conf"), "nonsense").unwrap();
+    assert_eq!(digest(dir.path()).1, expected);
+}
+
+#[test]
+fn a_store_that_is_open_is_not_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = Projections::open(dir.path()).unwrap();
+    first.take(history(10, 1, false)).unwrap();
+    let refused = Projections::open(dir.path()).unwrap_err();
+    assert!(matches!(refused, crate::OpenError::InUse), "{refused}");
+    assert_eq!(first.position(), Position(10));
+}
+
+#[test]
+fn events_come_once_and_without_gap() {
+    let events = history(20, 2, false);
+    let projections = folded(&events[..10], 10);
+    let before = projections.digest().unwrap();
+    projections.take(events[..10].to_vec()).unwrap();
+    assert_eq!(projections.digest().unwrap(), before);
+    projections.take(events[12..].to_vec()).unwrap_err();
+    assert_eq!(projections.digest().unwrap(), before);
+    // The good part of a batch with a gap is not taken either.
+    let mut gap = events[10..].to_vec();
+    gap.remove(5);
+    projections.take(gap).unwrap_err();
+    assert_eq!(projections.digest().unwrap(), before);
+    projections.take(events[5..].to_vec()).unwrap();
+    assert_eq!(
+        projections.digest().unwrap(),
+        folded(&events, 20).digest().unwrap()
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Any history in any batches, on disk and in memory, with the store closed in the middle,
+    /// has the same bytes as the history folded one event at a time.
+    #[test]
+    fn rows_do_not_depend_on_batches(
+        seed in any::<u64>(),
+        length in 1_u64..900,
+        batches in prop::collection::vec(1_usize..300, 1..12),
+        reopen in prop::collection::vec(any::<bool>(), 12),
+    ) {
+        let events = history(length, seed, true);
+        let expected = folded(&events, 1).digest().unwrap();
+        prop_assert_eq!(&folded(&events, events.len()).digest().unwrap(), &expected);
+
+        let dir = tempfile::tempdir().unwrap();
+        let mut projections = Projections::open(dir.path()).unwrap();
+        let mut rest = &events[..];
+        for turn in 0.. {
+            if rest.is_empty() { break; }
+            let (batch, after) = rest.split_at(batches[turn % batches.len()].min(rest.len()));
+            projections.take(batch.to_vec()).unwrap();
+            rest = after;
+            if reopen[turn % reopen.len()] {
+                drop(projections);
+                projections = Projections::open(dir.path()).unwrap();
+            }
+        }
+        prop_assert_eq!(&projections.digest().unwrap(), &expected);
+    }
+}
