@@ -130,7 +130,7 @@ pub struct Succeeded {
 /// No image came of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Failed {
-    /// The attempt; 0 if none was started.
+    /// The attempt; 0 if none was started since the build was last asked for.
     pub attempt: u32,
     /// A stable code.
     pub code: String,
@@ -145,7 +145,7 @@ pub struct Failed {
 /// Nobody wants it any more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Cancelled {
-    /// The attempt; 0 if none was started.
+    /// The attempt; 0 if none was started since the build was last asked for.
     pub attempt: u32,
     /// Why.
     pub message: String,
@@ -263,7 +263,14 @@ impl Aggregate for Build {
             }
             BuildEvent::Cancelled(e) => {
                 self.status = BuildStatus::Cancelled;
-                self.log = e.log;
+                self.log = e.log.clone();
+                self.failure = Some(Failed {
+                    attempt: e.attempt,
+                    code: "cancelled".to_owned(),
+                    message: e.message,
+                    remedy: "deploy it again if it is wanted after all".to_owned(),
+                    log: e.log,
+                });
                 self.ended_at = Some(at.time);
             }
         }
@@ -289,11 +296,11 @@ fn legal(state: &Build, event: &BuildEvent) -> Result<(), Illegal> {
         BuildEvent::Succeeded(e) => {
             state.status == BuildStatus::Pushing && e.attempt == state.attempt
         }
-        BuildEvent::Failed(e) => {
-            !state.status.is_final() && (!running || e.attempt == state.attempt)
-        }
-        BuildEvent::Cancelled(e) => {
-            !state.status.is_final() && (!running || e.attempt == state.attempt)
+        // Before an attempt of this request has begun, only attempt 0 can end it: an attempt of
+        // an earlier request that is still at it somewhere must not.
+        BuildEvent::Failed(Failed { attempt, .. })
+        | BuildEvent::Cancelled(Cancelled { attempt, .. }) => {
+            !state.status.is_final() && *attempt == if running { state.attempt } else { 0 }
         }
     };
     if ok {

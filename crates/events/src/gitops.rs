@@ -225,6 +225,9 @@ pub fn decide(
         (Some(s), GitopsEvent::Committed(e)) if s.commit_of(e.cause).is_some() => {
             Ok(Decision::Nothing)
         }
+        (Some(s), GitopsEvent::ForeignCommitFound(e)) if s.head == e.commit => {
+            Ok(Decision::Nothing)
+        }
         (Some(_), _) => Ok(Decision::Append(event)),
     }
 }

@@ -98,6 +98,8 @@ pub struct Switched {
     /// Whether the instance is rolled back from here on: then no deployment takes over traffic by
     /// itself until somebody marks one as main.
     pub rolled_back: bool,
+    /// Whether it was before, for a compensation.
+    pub was_rolled_back: bool,
     /// The table that this undoes, for a compensation.
     pub undoes: Option<u32>,
     /// Why, in the caller's words.
@@ -488,6 +490,7 @@ pub fn decide(
                         next: None,
                     }),
                     rolled_back: traffic.rolled_back && !was_main,
+                    was_rolled_back: traffic.rolled_back,
                     undoes: None,
                     note: None,
                 },
@@ -531,6 +534,10 @@ pub fn decide(
                     previous: m.next,
                     next: m.previous,
                 });
+            let decided_since = state
+                .recent
+                .iter()
+                .any(|s| s.table > table && s.instance == bad.instance);
             if changes.is_empty() && main.is_none() {
                 return Ok(Decision::Nothing);
             }
@@ -542,7 +549,12 @@ pub fn decide(
                     deployment: bad.deployment,
                     changes,
                     main,
-                    rolled_back: traffic.rolled_back && bad.reason != SwitchReason::Rollback,
+                    rolled_back: if decided_since {
+                        traffic.rolled_back
+                    } else {
+                        bad.was_rolled_back
+                    },
+                    was_rolled_back: traffic.rolled_back,
                     undoes: Some(table),
                     note: Some(note),
                 },
@@ -659,6 +671,7 @@ fn switch(
         changes,
         main,
         rolled_back,
+        was_rolled_back: traffic.rolled_back,
         undoes: None,
         note,
     })))

@@ -335,6 +335,12 @@ impl Shop {
         }
         let folded = self.builds.entry(id).or_default();
         let attempt = folded.state.as_ref().map_or(0, |b| b.attempt);
+        let waits = |b: &Build| b.status == build::BuildStatus::Requested;
+        let begun = if folded.state.as_ref().is_some_and(waits) {
+            0
+        } else {
+            attempt
+        };
         let mut events = samples::build_events(number / 2);
         let mut event = events.swap_remove(choose(7) as usize);
         match &mut event {
@@ -343,8 +349,8 @@ impl Shop {
             BuildEvent::BuilderStarted(e) => e.attempt = attempt,
             BuildEvent::PushStarted(e) => e.attempt = attempt,
             BuildEvent::Succeeded(e) => e.attempt = attempt,
-            BuildEvent::Failed(e) => e.attempt = attempt,
-            BuildEvent::Cancelled(e) => e.attempt = attempt,
+            BuildEvent::Failed(e) => e.attempt = begun,
+            BuildEvent::Cancelled(e) => e.attempt = begun,
         }
         let subject = Subject::Build(self.name.clone(), id);
         step(position, subject, folded, |s| build::decide(s, event))

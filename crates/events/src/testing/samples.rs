@@ -399,6 +399,7 @@ pub fn routing_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<R
                 next: Some(deployment),
             }),
             rolled_back: false,
+            was_rolled_back: false,
             undoes: None,
             note: Some("the first one".to_owned()),
         })),

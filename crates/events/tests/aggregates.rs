@@ -1,0 +1,611 @@
+//! Build, GitOps repository, routes, project and environment: given, when, then.
+
+use daybook_events::build::{self, Build, BuildEvent, BuildStatus};
+use daybook_events::deployment::Status;
+use daybook_events::environment::{self, Environment};
+use daybook_events::gitops::{self, Change, Gitops, GitopsEvent};
+use daybook_events::project::{self, Project, ProjectEvent};
+use daybook_events::routing::{
+    self, Applied, Command, Rejected, Routing, RoutingEvent, SwitchReason, Switched, Target,
+};
+use daybook_events::testing::{Given, given, samples};
+use daybook_events::{DeploymentId, Hostname, InstanceRef};
+
+fn of_attempt(name: &str, attempt: u32) -> BuildEvent {
+    let index = [
+        "requested",
+        "started",
+        "builder_started",
+        "push_started",
+        "succeeded",
+        "failed",
+        "cancelled",
+    ]
+    .iter()
+    .position(|n| *n == name)
+    .unwrap();
+    let mut event = samples::build_events(1).swap_remove(index);
+    match &mut event {
+        BuildEvent::Requested(_) => {}
+        BuildEvent::Started(e) => e.attempt = attempt,
+        BuildEvent::BuilderStarted(e) => e.attempt = attempt,
+        BuildEvent::PushStarted(e) => e.attempt = attempt,
+        BuildEvent::Succeeded(e) => e.attempt = attempt,
+        BuildEvent::Failed(e) => e.attempt = attempt,
+        BuildEvent::Cancelled(e) => e.attempt = attempt,
+    }
+    event
+}
+
+fn build_after(path: &[(&str, u32)]) -> Given<Build> {
+    given(
+        path.iter()
+            .map(|(name, attempt)| of_attempt(name, *attempt)),
+    )
+}
+
+const RUN: [(&str, u32); 5] = [
+    ("requested", 0),
+    ("started", 1),
+    ("builder_started", 1),
+    ("push_started", 1),
+    ("succeeded", 1),
+];
+
+#[test]
+fn a_build_takes_its_steps_in_order_and_only_from_its_attempt() {
+    // Which events of attempt 1 and 2 each state of attempt 1 takes.
+    let table: [(&[(&str, u32)], &[(&str, u32)]); 7] = [
+        (
+            &RUN[..1],
+            &[("started", 1), ("failed", 0), ("cancelled", 0)],
+        ),
+        (
+            &RUN[..2],
+            &[
+                ("builder_started", 1),
+                ("started", 2),
+                ("failed", 1),
+                ("cancelled", 1),
+            ],
+        ),
+        (
+            &RUN[..3],
+            &[
+                ("push_started", 1),
+                ("started", 2),
+                ("failed", 1),
+                ("cancelled", 1),
+            ],
+        ),
+        (
+            &RUN[..4],
+            &[
+                ("succeeded", 1),
+                ("started", 2),
+                ("failed", 1),
+                ("cancelled", 1),
+            ],
+        ),
+        (&RUN[..5], &[]),
+        (&[("requested", 0), ("failed", 0)], &[("requested", 0)]),
+        (
+            &[("requested", 0), ("started", 1), ("cancelled", 1)],
+            &[("requested", 0)],
+        ),
+    ];
+    for (path, legal) in table {
+        for name in [
+            "requested",
+            "started",
+            "builder_started",
+            "push_started",
+            "succeeded",
+            "failed",
+            "cancelled",
+        ] {
+            for attempt in 0..=3 {
+                if name == "requested" && attempt > 0 {
+                    continue;
+                }
+                let event = of_attempt(name, attempt);
+                let mut given = build_after(path);
+                let before = given.state.clone();
+                let decided = build::decide(before.as_ref(), event.clone());
+                let applied = given.try_apply(event.clone());
+                let expected = legal.contains(&(name, attempt));
+                assert_eq!(applied.is_ok(), expected, "{name} {attempt} after {path:?}");
+                let appends = decided == Ok(daybook_events::Decision::Append(event));
+                assert_eq!(appends, expected, "{name} {attempt} after {path:?}");
+                if !expected {
+                    assert_eq!(given.state, before);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_build_that_is_there_is_shared() {
+    for length in 1..=5 {
+        build_after(&RUN[..length])
+            .when(|s| build::decide(s, of_attempt("requested", 0)))
+            .then_nothing();
+    }
+}
+
+#[test]
+fn a_worker_taken_for_dead_changes_nothing() {
+    build_after(&[("requested", 0), ("started", 1), ("started", 2)])
+        .when(|s| build::decide(s, of_attempt("builder_started", 1)))
+        .then_refused("stale_attempt");
+    // Nor does it when the build was given up and asked for again meanwhile.
+    let path = [
+        ("requested", 0),
+        ("started", 1),
+        ("failed", 1),
+        ("requested", 0),
+    ];
+    for late in ["failed", "cancelled", "succeeded"] {
+        build_after(&path)
+            .when(|s| build::decide(s, of_attempt(late, 1)))
+            .then_refused("stale_attempt");
+    }
+    let given = build_after(&path).and(of_attempt("started", 2));
+    let state = given.state.unwrap();
+    assert_eq!((state.status, state.requests), (BuildStatus::Cloning, 2));
+    assert_eq!(state.failure, None);
+}
+
+#[test]
+fn a_build_that_ended_says_why() {
+    let state = build_after(&[("requested", 0), ("cancelled", 0)])
+        .state
+        .unwrap();
+    assert_eq!(state.failure.unwrap().code, "cancelled");
+    assert_eq!(state.log.lines, 42);
+    given::<Build>([])
+        .when(|s| build::decide(s, of_attempt("started", 1)))
+        .then_refused("build_not_found");
+}
+
+#[test]
+fn a_cause_has_one_commit() {
+    let [created, committed, foreign]: [GitopsEvent; 3] =
+        samples::gitops_events(&samples::shop(), samples::deployment_id(1))
+            .try_into()
+            .unwrap();
+    given::<Gitops>([])
+        .when(|s| gitops::decide(s, committed.clone()))
+        .then_refused("repository_not_found");
+    let given = given::<Gitops>([])
+        .when(|s| gitops::decide(s, created.clone()))
+        .then(created.clone())
+        .when(|s| gitops::decide(s, created.clone()))
+        .then_nothing()
+        .when(|s| gitops::decide(s, committed.clone()))
+        .then(committed.clone());
+    let mut again = given.clone();
+    assert!(again.try_apply(committed.clone()).is_err());
+    assert_eq!(again.state, given.state);
+    let given = given
+        .when(|s| gitops::decide(s, committed.clone()))
+        .then_nothing()
+        .when(|s| gitops::decide(s, foreign.clone()))
+        .then(foreign.clone())
+        .when(|s| gitops::decide(s, foreign.clone()))
+        .then_nothing();
+    let state = given.state.unwrap();
+    assert_eq!((state.commits, &state.head), (3, &samples::commit(2)));
+    let GitopsEvent::Committed(c) = committed else {
+        panic!()
+    };
+    assert_eq!(state.commit_of(c.cause), Some(&c.commit));
+}
+
+#[test]
+fn releases_are_what_the_commits_left() {
+    let (instance, id) = (samples::shop(), samples::deployment_id(1));
+    let service = instance.service.clone();
+    let mut given = given::<Gitops>([samples::gitops_events(&instance, id).swap_remove(0)]);
+    let changes = [
+        (
+            Change::Deploy {
+                service: service.clone(),
+                deployment: id,
+            },
+            Some(None),
+        ),
+        (
+            Change::Scale {
+                service: service.clone(),
+                deployment: id,
+                replicas: 0,
+            },
+            Some(Some(0)),
+        ),
+        (
+            Change::Remove {
+                service,
+                deployment: id,
+            },
+            None,
+        ),
+        (Change::EnvironmentDeleted {}, None),
+    ];
+    for (number, (change, expected)) in changes.into_iter().enumerate() {
+        let deleted = change == Change::EnvironmentDeleted {};
+        let commit = samples::committed(&instance, id, number as u64 + 1, change);
+        given = given.and(GitopsEvent::Committed(Box::new(commit)));
+        let state = given.state.as_ref().unwrap();
+        assert_eq!(state.releases.get(&id).copied(), expected);
+        assert_eq!(
+            state.environments.contains_key(&instance.environment),
+            !deleted
+        );
+    }
+}
+
+#[test]
+fn projects_and_services_are_made_once() {
+    let [created, defined]: [ProjectEvent; 2] = samples::project_events().try_into().unwrap();
+    given::<Project>([])
+        .when(|s| project::decide(s, defined.clone()))
+        .then_refused("project_not_found")
+        .when(|s| project::decide(s, created.clone()))
+        .then(created.clone())
+        .when(|s| project::decide(s, created.clone()))
+        .then_refused("project_exists")
+        .when(|s| project::decide(s, defined.clone()))
+        .then(defined.clone())
+        .when(|s| project::decide(s, defined.clone()))
+        .then_nothing();
+    let ProjectEvent::ServiceDefined(mut bad) = defined else {
+        panic!()
+    };
+    bad.spec.build.dockerfile = Some("../Dockerfile".to_owned());
+    given::<Project>([created])
+        .when(|s| project::decide(s, ProjectEvent::ServiceDefined(bad)))
+        .then_refused("invalid_source_path");
+}
+
+#[test]
+fn environments_are_made_once_and_changed() {
+    let [created, changed]: [_; 2] = samples::environment_events().try_into().unwrap();
+    given::<Environment>([])
+        .when(|s| environment::decide(s, changed.clone()))
+        .then_refused("environment_not_found")
+        .when(|s| environment::decide(s, created.clone()))
+        .then(created.clone())
+        .when(|s| environment::decide(s, created.clone()))
+        .then_refused("environment_exists")
+        .when(|s| environment::decide(s, changed.clone()))
+        .then(changed.clone())
+        .when(|s| environment::decide(s, changed.clone()))
+        .then_nothing();
+}
+
+fn target(number: u64, instance: &InstanceRef) -> Target {
+    Target {
+        deployment: samples::deployment_id(number),
+        instance: instance.clone(),
+        status: Status::Started,
+        ready: true,
+    }
+}
+
+fn names(number: u64, instance: &InstanceRef) -> routing::Hostnames {
+    samples::hostnames(instance, samples::deployment_id(number))
+}
+
+fn assign(number: u64, take_over: bool) -> Command {
+    let shop = samples::shop();
+    Command::Assign {
+        target: target(number, &shop),
+        hostnames: names(number, &shop),
+        take_over,
+    }
+}
+
+fn mark_main(number: u64, expected_main: Option<DeploymentId>) -> Command {
+    let shop = samples::shop();
+    Command::MarkMain {
+        target: target(number, &shop),
+        hostnames: names(number, &shop),
+        expected_main,
+        note: None,
+    }
+}
+
+fn rollback(number: u64) -> Command {
+    let shop = samples::shop();
+    Command::Rollback {
+        target: target(number, &shop),
+        hostnames: names(number, &shop),
+        note: None,
+    }
+}
+
+fn withdraw(number: u64) -> Command {
+    Command::Withdraw {
+        deployment: samples::deployment_id(number),
+        instance: samples::shop(),
+    }
+}
+
+/// Carries out commands, each of which must append a switch.
+fn switched(commands: impl IntoIterator<Item = Command>) -> (Switched, Given<Routing>) {
+    let mut last = None;
+    let mut given = given::<Routing>([]);
+    for command in commands {
+        let (event, next) = given.when(|s| routing::decide(s, command)).then_some();
+        given = next;
+        let RoutingEvent::Switched(switch) = event else {
+            panic!()
+        };
+        last = Some(*switch);
+    }
+    (last.unwrap(), given)
+}
+
+fn main_of(given: &Given<Routing>) -> Option<u64> {
+    let main = given.state.as_ref()?.traffic(&samples::shop())?.main?;
+    (0..20).find(|n| samples::deployment_id(*n) == main)
+}
+
+fn leads_to(given: &Given<Routing>, hostname: &Hostname) -> Option<DeploymentId> {
+    let route = given.state.as_ref()?.routes.get(hostname)?;
+    assert_eq!(route.backends.len(), 1);
+    Some(route.backends[0].deployment)
+}
+
+fn rolled_back(given: &Given<Routing>) -> bool {
+    let state = given.state.as_ref().unwrap();
+    state.traffic(&samples::shop()).unwrap().rolled_back
+}
+
+#[test]
+fn one_switch_moves_all_hostnames_and_keeps_what_was_before() {
+    let (first, given) = switched([assign(1, true)]);
+    assert_eq!((first.table, first.reason), (1, SwitchReason::Deploy));
+    assert_eq!(first.changes.len(), 3);
+    assert!(first.changes.iter().all(|c| c.previous.is_empty()));
+    assert_eq!(main_of(&given), Some(1));
+    let (second, given) = switched([assign(1, true), assign(2, true)]);
+    let n = names(2, &samples::shop());
+    assert_eq!(second.changes.len(), 3);
+    for c in &second.changes {
+        assert_eq!(c.previous.is_empty(), c.hostname == n.preview);
+    }
+    for host in [&n.environment, n.live.as_ref().unwrap(), &n.preview] {
+        assert_eq!(leads_to(&given, host), Some(samples::deployment_id(2)));
+    }
+    // The old preview address never moves.
+    let old = names(1, &samples::shop()).preview;
+    assert_eq!(leads_to(&given, &old), Some(samples::deployment_id(1)));
+    given
+        .when(|s| routing::decide(s, assign(2, true)))
+        .then_nothing();
+}
+
+#[test]
+fn without_taking_over_only_the_preview_address_is_given() {
+    let (switch, given) = switched([assign(1, false), assign(2, false)]);
+    assert_eq!(switch.changes.len(), 1);
+    assert_eq!(switch.main, None);
+    assert_eq!(main_of(&given), Some(1), "the first one always takes over");
+}
+
+#[test]
+fn a_deploy_does_not_undo_a_rollback_but_marking_as_main_does() {
+    let (_, given) = switched([
+        assign(1, true),
+        assign(2, true),
+        rollback(1),
+        assign(3, true),
+    ]);
+    assert_eq!(main_of(&given), Some(1));
+    assert!(rolled_back(&given));
+    let (_, given) = given
+        .when(|s| routing::decide(s, mark_main(3, None)))
+        .then_some();
+    assert_eq!(main_of(&given), Some(3));
+    assert!(!rolled_back(&given));
+    let (_, given) = given
+        .when(|s| routing::decide(s, assign(4, true)))
+        .then_some();
+    assert_eq!(main_of(&given), Some(4));
+}
+
+#[test]
+fn what_does_not_run_takes_no_traffic() {
+    let shop = samples::shop();
+    for status in Status::ALL {
+        let runs = matches!(status, Status::Deploying | Status::Started);
+        for ready in [true, false] {
+            let target = || Target {
+                status,
+                ready,
+                ..target(2, &shop)
+            };
+            let hostnames = || names(2, &shop);
+            let commands = [
+                Command::Assign {
+                    target: target(),
+                    hostnames: hostnames(),
+                    take_over: true,
+                },
+                Command::MarkMain {
+                    target: target(),
+                    hostnames: hostnames(),
+                    expected_main: None,
+                    note: None,
+                },
+                Command::Rollback {
+                    target: target(),
+                    hostnames: hostnames(),
+                    note: None,
+                },
+            ];
+            for command in commands {
+                let (_, given) = switched([assign(1, true)]);
+                let decided = given.when(|s| routing::decide(s, command));
+                match (runs, ready) {
+                    (true, true) => drop(decided.then_some()),
+                    (true, false) => drop(decided.then_refused("target_not_ready")),
+                    (false, _) => drop(decided.then_refused("target_not_running")),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn marking_and_rolling_back_check_what_is_main() {
+    let (_, given) = switched([assign(1, true), assign(2, true)]);
+    given
+        .clone()
+        .when(|s| routing::decide(s, mark_main(1, Some(samples::deployment_id(1)))))
+        .then_refused("main_changed");
+    given
+        .clone()
+        .when(|s| routing::decide(s, mark_main(1, Some(samples::deployment_id(2)))))
+        .then_some();
+    given
+        .when(|s| routing::decide(s, rollback(2)))
+        .then_refused("already_main");
+    given_nothing()
+        .when(|s| routing::decide(s, rollback(1)))
+        .then_refused("nothing_to_roll_back");
+}
+
+fn given_nothing() -> Given<Routing> {
+    given::<Routing>([])
+}
+
+#[test]
+fn a_withdrawn_deployment_has_no_routes_left() {
+    let (switch, given) = switched([assign(1, true), withdraw(1)]);
+    assert_eq!(switch.changes.len(), 3);
+    assert_eq!(main_of(&given), None);
+    assert!(given.state.as_ref().unwrap().routes.is_empty());
+    given
+        .when(|s| routing::decide(s, withdraw(1)))
+        .then_nothing();
+    // The others keep theirs.
+    let (switch, given) = switched([assign(1, true), assign(2, true), withdraw(1)]);
+    assert_eq!(switch.changes.len(), 1);
+    assert_eq!(main_of(&given), Some(2));
+}
+
+fn compensate(table: u32) -> Command {
+    Command::Compensate {
+        table,
+        note: "refused".to_owned(),
+    }
+}
+
+#[test]
+fn a_compensation_restores_routes_main_and_pin() {
+    // Of a deploy, a rollback, a second rollback, a promotion.
+    let histories: [(Vec<Command>, Command); 4] = [
+        (vec![assign(1, true)], assign(2, true)),
+        (vec![assign(1, true), assign(2, true)], rollback(1)),
+        (
+            vec![
+                assign(1, true),
+                assign(2, true),
+                assign(3, true),
+                rollback(2),
+            ],
+            rollback(1),
+        ),
+        (
+            vec![assign(1, true), assign(2, true), rollback(1)],
+            mark_main(2, None),
+        ),
+    ];
+    for (before, bad) in histories {
+        let (_, expected) = switched(before.clone());
+        let table = u32::try_from(before.len()).unwrap() + 1;
+        let (undo, given) = switched(before.into_iter().chain([bad.clone(), compensate(table)]));
+        assert_eq!(undo.undoes, Some(table));
+        assert_eq!(main_of(&given), main_of(&expected), "{bad:?}");
+        assert_eq!(rolled_back(&given), rolled_back(&expected), "{bad:?}");
+        let backends = |g: &Given<Routing>| -> Vec<_> {
+            let routes = &g.state.as_ref().unwrap().routes;
+            routes
+                .iter()
+                .map(|(h, r)| (h.clone(), r.backends.clone()))
+                .collect()
+        };
+        assert_eq!(backends(&given), backends(&expected), "{bad:?}");
+        given
+            .when(|s| routing::decide(s, compensate(table)))
+            .then_nothing();
+    }
+}
+
+#[test]
+fn a_compensation_leaves_a_later_switch_alone() {
+    let (_, given) = switched([
+        assign(1, true),
+        assign(2, true),
+        assign(3, true),
+        compensate(2),
+    ]);
+    assert_eq!(main_of(&given), Some(3));
+    let n = names(2, &samples::shop());
+    assert_eq!(
+        leads_to(&given, &n.environment),
+        Some(samples::deployment_id(3))
+    );
+    assert_eq!(leads_to(&given, &n.preview), None);
+    let (_, given) = switched([assign(1, true), assign(2, true), rollback(1), compensate(2)]);
+    assert!(rolled_back(&given), "the pin that was decided since stands");
+    given
+        .when(|s| routing::decide(s, compensate(40)))
+        .then_refused("switch_unknown");
+}
+
+#[test]
+fn gateways_report_tables_that_exist_and_only_newer_ones() {
+    let applied = |table| Applied {
+        gateway: "berlin".into(),
+        table,
+        hostnames: Vec::new(),
+    };
+    let rejected = |table| Rejected {
+        gateway: "berlin".into(),
+        table,
+        code: "x".into(),
+        message: "y".into(),
+    };
+    for nothing in [
+        Command::ReportApplied(applied(1)),
+        Command::ReportRejected(rejected(0)),
+    ] {
+        given_nothing()
+            .when(|s| routing::decide(s, nothing))
+            .then_refused("table_unknown");
+    }
+    let (_, given) = switched([assign(1, true), assign(2, true)]);
+    let given = given
+        .when(|s| routing::decide(s, Command::ReportApplied(applied(0))))
+        .then_nothing()
+        .when(|s| routing::decide(s, Command::ReportApplied(applied(2))))
+        .then(RoutingEvent::Applied(applied(2)))
+        .when(|s| routing::decide(s, Command::ReportApplied(applied(1))))
+        .then_nothing()
+        .when(|s| routing::decide(s, Command::ReportApplied(applied(3))))
+        .then_refused("table_unknown")
+        .when(|s| routing::decide(s, Command::ReportRejected(rejected(2))))
+        .then(RoutingEvent::Rejected(rejected(2)))
+        .when(|s| routing::decide(s, Command::ReportRejected(rejected(2))))
+        .then_nothing()
+        .when(|s| routing::decide(s, Command::ReportRejected(rejected(3))))
+        .then_refused("table_unknown");
+    let mut stale = given.clone();
+    assert!(stale.try_apply(RoutingEvent::Applied(applied(1))).is_err());
+    assert_eq!(stale.state, given.state);
+}

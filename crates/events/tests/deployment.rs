@@ -1,0 +1,444 @@
+//! The deployment's life: every state meets every event.
+
+use std::collections::BTreeSet;
+
+use daybook_events::aggregate::Decision;
+use daybook_events::deployment::{
+    Deployment, DeploymentEvent, Failed, Operation, Phase, ReadinessState, Status, TRANSITIONS,
+    Version, decide,
+};
+use daybook_events::testing::{Given, given, samples};
+use daybook_events::{DeploymentId, Payload};
+
+/// What may follow on each state, written down once more by hand: events that leave the state as
+/// it is are in the second list.
+const LIFE: &[(Status, &str, &str)] = &[
+    (
+        Status::Requested,
+        "queued failed cancelled",
+        "cancel_requested",
+    ),
+    (
+        Status::Queued,
+        "cloning_started image_pinned failed cancelled",
+        "cancel_requested",
+    ),
+    (
+        Status::Cloning,
+        "building_started pushing_started image_pinned failed cancelled",
+        "source_resolved cancel_requested",
+    ),
+    (
+        Status::Building,
+        "pushing_started image_pinned failed cancelled",
+        "cancel_requested",
+    ),
+    (
+        Status::Pushing,
+        "image_pinned failed cancelled",
+        "cancel_requested",
+    ),
+    (
+        Status::Packaging,
+        "deploying_started failed cancelled",
+        "cancel_requested",
+    ),
+    (
+        Status::Deploying,
+        "succeeded failed cancelled",
+        "workload_observed endpoint_observed openapi_found cancel_requested",
+    ),
+    (
+        Status::Started,
+        "stop_requested",
+        "workload_observed endpoint_observed openapi_found",
+    ),
+    (
+        Status::Stopping,
+        "stopped stop_failed",
+        "workload_observed endpoint_observed change_committed",
+    ),
+    (
+        Status::Stopped,
+        "start_requested terminate_requested",
+        "workload_observed endpoint_observed",
+    ),
+    (
+        Status::Starting,
+        "started start_failed",
+        "workload_observed endpoint_observed change_committed",
+    ),
+    (
+        Status::StartError,
+        "start_requested stop_requested terminate_requested",
+        "workload_observed",
+    ),
+    (
+        Status::StopError,
+        "stop_requested terminate_requested",
+        "workload_observed",
+    ),
+    (
+        Status::Terminating,
+        "terminated terminate_failed",
+        "workload_observed change_committed",
+    ),
+    (
+        Status::TerminateError,
+        "terminate_requested",
+        "workload_observed",
+    ),
+    (Status::Terminated, "deleted", ""),
+    (Status::Failed, "deleted", "change_committed"),
+    (Status::Cancelled, "deleted", "change_committed"),
+    (Status::Deleted, "", ""),
+];
+
+fn events() -> Vec<DeploymentEvent> {
+    samples::deployment_events(samples::shop(), 1)
+}
+
+fn event(name: &str) -> DeploymentEvent {
+    let kind = format!("deployment.{name}.v1");
+    let found = events().into_iter().find(|e| e.kind() == kind);
+    found.unwrap_or_else(|| panic!("no sample of {kind}"))
+}
+
+fn after(names: &str) -> Given<Deployment> {
+    given(names.split_whitespace().map(event))
+}
+
+const TO_DEPLOYING: &str = "requested queued cloning_started source_resolved building_started \
+                            pushing_started image_pinned deploying_started";
+
+fn reach(status: Status) -> Given<Deployment> {
+    let live = format!("{TO_DEPLOYING} succeeded");
+    let stopped = format!("{live} stop_requested stopped");
+    let path = match status {
+        Status::Requested => "requested".to_owned(),
+        Status::Queued => "requested queued".to_owned(),
+        Status::Cloning => "requested queued cloning_started".to_owned(),
+        Status::Building => "requested queued cloning_started building_started".to_owned(),
+        Status::Pushing => {
+            "requested queued cloning_started building_started pushing_started".to_owned()
+        }
+        Status::Packaging => "requested queued image_pinned".to_owned(),
+        Status::Deploying => TO_DEPLOYING.to_owned(),
+        Status::Started => live,
+        Status::Stopping => format!("{live} stop_requested"),
+        Status::Stopped => stopped,
+        Status::Starting => format!("{stopped} start_requested"),
+        Status::Terminating => format!("{stopped} terminate_requested"),
+        Status::Terminated => format!("{stopped} terminate_requested terminated"),
+        Status::Deleted => format!("{stopped} terminate_requested terminated deleted"),
+        Status::Failed => "requested failed".to_owned(),
+        Status::Cancelled => "requested cancelled".to_owned(),
+        Status::StartError => format!("{stopped} start_requested start_failed"),
+        Status::StopError => format!("{live} stop_requested stop_failed"),
+        Status::TerminateError => format!("{stopped} terminate_requested terminate_failed"),
+    };
+    let given = after(&path);
+    assert_eq!(status_of(&given), status);
+    given
+}
+
+fn status_of(given: &Given<Deployment>) -> Status {
+    given.state.as_ref().unwrap().status
+}
+
+#[test]
+fn every_state_takes_what_it_should_and_nothing_else() {
+    assert_eq!(LIFE.len(), Status::ALL.len());
+    for (status, moving, staying) in LIFE {
+        let moving: BTreeSet<_> = moving.split_whitespace().collect();
+        let staying: BTreeSet<_> = staying.split_whitespace().collect();
+        for event in events() {
+            let kind = event.kind();
+            let name = kind
+                .trim_start_matches("deployment.")
+                .trim_end_matches(".v1");
+            let mut given = reach(*status);
+            let before = given.state.clone();
+            let applied = given.try_apply(event.clone());
+            let decided = decide(before.as_ref(), event);
+            if moving.contains(name) || staying.contains(name) {
+                assert_eq!(applied, Ok(()), "{kind} on {status:?}");
+                assert!(decided.is_ok(), "{kind} on {status:?}: {decided:?}");
+                let after = status_of(&given);
+                if staying.contains(name) {
+                    assert_eq!(after, *status, "{kind}");
+                } else {
+                    let to = TRANSITIONS.iter().find(|t| t.kind == kind).unwrap().to;
+                    assert_eq!(Some(after), to, "{kind}");
+                    assert_ne!(after, *status, "{kind}");
+                    assert!(matches!(decided, Ok(Decision::Append(_))), "{kind}");
+                    let state = given.state.unwrap();
+                    assert!(state.milestones.entered.contains_key(&after));
+                }
+            } else {
+                assert!(applied.is_err(), "{kind} on {status:?}");
+                assert_eq!(given.state, before, "a void {kind} changed something");
+                match decided {
+                    Ok(Decision::Nothing) => {}
+                    Ok(Decision::Append(_)) => panic!("{kind} on {status:?} was decided"),
+                    Err(r) => {
+                        let known = ["illegal_state", "deployment_exists", "cancel_requested"];
+                        assert!(known.contains(&r.code), "{r:?}");
+                        assert!(!r.remedy.is_empty());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_but_a_request_makes_a_deployment() {
+    for event in events().into_iter().skip(1) {
+        given::<Deployment>([])
+            .when(|s| decide(s, event.clone()))
+            .then_refused("deployment_not_found");
+        let mut empty = given::<Deployment>([]);
+        assert!(empty.try_apply(event).is_err());
+        assert_eq!(empty.state, None);
+    }
+}
+
+#[test]
+fn a_terminal_state_is_final() {
+    for status in [Status::Failed, Status::Cancelled, Status::Deleted] {
+        for event in events() {
+            let mut given = reach(status);
+            let _ = given.try_apply(event);
+            assert!([status, Status::Deleted].contains(&status_of(&given)));
+        }
+    }
+}
+
+#[test]
+fn what_is_repeated_changes_nothing() {
+    let repeated = [
+        (TO_DEPLOYING.to_owned(), "deploying_started"),
+        (
+            format!("{TO_DEPLOYING} workload_observed"),
+            "workload_observed",
+        ),
+        (
+            format!("{TO_DEPLOYING} endpoint_observed"),
+            "endpoint_observed",
+        ),
+        (format!("{TO_DEPLOYING} openapi_found"), "openapi_found"),
+        (
+            format!("{TO_DEPLOYING} cancel_requested"),
+            "cancel_requested",
+        ),
+        (
+            "requested queued cloning_started source_resolved".into(),
+            "source_resolved",
+        ),
+        ("requested cancelled".into(), "cancel_requested"),
+        ("requested failed".into(), "failed"),
+        (
+            format!("{TO_DEPLOYING} succeeded stop_requested"),
+            "stop_requested",
+        ),
+        (
+            format!("{TO_DEPLOYING} succeeded stop_requested change_committed"),
+            "change_committed",
+        ),
+    ];
+    for (path, again) in repeated {
+        after(&path)
+            .when(|s| decide(s, event(again)))
+            .then_nothing();
+    }
+}
+
+#[test]
+fn no_step_forward_once_it_is_to_be_cancelled() {
+    let steps = [
+        ("requested", "queued"),
+        ("requested queued", "cloning_started"),
+        ("requested queued cloning_started", "building_started"),
+        ("requested queued cloning_started", "image_pinned"),
+        ("requested queued image_pinned", "deploying_started"),
+        (TO_DEPLOYING, "succeeded"),
+    ];
+    for (path, step) in steps {
+        after(&format!("{path} cancel_requested"))
+            .when(|s| decide(s, event(step)))
+            .then_refused("cancel_requested");
+        for end in ["cancelled", "failed"] {
+            after(&format!("{path} cancel_requested"))
+                .when(|s| decide(s, event(end)))
+                .then(event(end));
+        }
+    }
+}
+
+#[test]
+fn a_bad_request_is_refused() {
+    let refused = |code: &str, change: &dyn Fn(&mut daybook_events::deployment::Requested)| {
+        let mut request = samples::request(samples::shop());
+        change(&mut request);
+        given::<Deployment>([])
+            .when(|s| decide(s, DeploymentEvent::Requested(Box::new(request))))
+            .then_refused(code);
+    };
+    refused("no_clusters", &|r| r.clusters.clear());
+    refused("duplicate_cluster", &|r| {
+        r.clusters = vec![
+            samples::cluster("a"),
+            samples::cluster("b"),
+            samples::cluster("a"),
+        ];
+    });
+    refused("invalid_replicas", &|r| r.run.replicas = 0);
+    refused("invalid_replicas", &|r| r.run.replicas = 101);
+    refused("invalid_port", &|r| r.run.port = 0);
+    for bad in [
+        "../etc",
+        "/etc",
+        "a/../../b",
+        "a\\b",
+        ".git",
+        "a/.git/hooks",
+        "a\nb",
+    ] {
+        refused("invalid_source_path", &|r| {
+            if let Version::Git { path, .. } = &mut r.version {
+                bad.clone_into(path);
+            }
+        });
+    }
+    reach(Status::Requested)
+        .when(|s| decide(s, event("requested")))
+        .then_refused("deployment_exists");
+}
+
+#[test]
+fn readiness_follows_what_is_seen() {
+    use ReadinessState::{Failed as No, NotReady, Pending, Ready};
+    let answers = |given: &Given<Deployment>| {
+        let s = given.state.as_ref().unwrap();
+        (
+            s.build_readiness.state,
+            s.workload_readiness.state,
+            s.endpoint_readiness.state,
+        )
+    };
+    let seen = |cluster, wanted, ready| samples::observed(cluster, 1, wanted, ready);
+    assert_eq!(answers(&after("requested")), (Pending, Pending, Pending));
+    let given = after(TO_DEPLOYING);
+    assert_eq!(answers(&given), (Ready, Pending, Pending));
+    // One of two clusters is not enough.
+    let given = given.and(seen("berlin", 1, true));
+    assert_eq!(answers(&given).1, Pending);
+    let given = given.and(seen("oslo", 1, true));
+    assert_eq!(answers(&given).1, Ready);
+    assert!(given.state.as_ref().unwrap().workload_is_ready());
+    let given = given
+        .and(event("endpoint_observed"))
+        .and(event("succeeded"));
+    assert_eq!(answers(&given), (Ready, Ready, Ready));
+    // A live one that loses an instance is still started, and no longer ready.
+    let given = given.and(seen("oslo", 1, false));
+    assert_eq!(status_of(&given), Status::Started);
+    assert_eq!(answers(&given).1, NotReady);
+    let given = given
+        .and(event("stop_requested"))
+        .and(seen("berlin", 0, true))
+        .and(seen("oslo", 0, true));
+    assert!(given.state.as_ref().unwrap().workload_is_gone());
+    let given = given.and(event("stopped"));
+    assert_eq!(answers(&given), (Ready, NotReady, NotReady));
+
+    let failed = |during, code: &str| {
+        DeploymentEvent::Failed(Failed {
+            during,
+            code: code.to_owned(),
+            message: "it failed".to_owned(),
+            remedy: "mend it".to_owned(),
+        })
+    };
+    let given =
+        after("requested queued cloning_started").and(failed(Status::Cloning, "ref_not_found"));
+    assert_eq!(answers(&given).0, No);
+    let given = after(TO_DEPLOYING).and(failed(Status::Deploying, "CrashLoopBackOff"));
+    assert_eq!(answers(&given), (Ready, No, Pending));
+}
+
+#[test]
+fn operations_are_those_that_are_not_refused() {
+    for status in Status::ALL {
+        let given = reach(status);
+        let state = given.state.as_ref().unwrap();
+        let offered = state.operations();
+        let commands = [
+            (Operation::Cancel, "cancel_requested"),
+            (Operation::Stop, "stop_requested"),
+            (Operation::Start, "start_requested"),
+            (Operation::Terminate, "terminate_requested"),
+            (Operation::Delete, "deleted"),
+        ];
+        for (operation, command) in commands {
+            let possible = matches!(decide(Some(state), event(command)), Ok(Decision::Append(_)));
+            assert_eq!(
+                offered.contains(&operation),
+                possible,
+                "{operation:?} on {status:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn phases_only_go_forward() {
+    let order = |p: Phase| match p {
+        Phase::Queued => 0,
+        Phase::Cloning => 1,
+        Phase::Building => 2,
+        Phase::Pushing => 3,
+        Phase::Deploying => 4,
+        Phase::Succeeded => 5,
+        Phase::Failed => 6,
+    };
+    for row in TRANSITIONS {
+        for from in row.from {
+            let Some(to) = row.to else { continue };
+            if to == Status::Deleted {
+                continue;
+            }
+            assert!(order(to.phase()) >= order(from.phase()), "{}", row.kind);
+        }
+    }
+}
+
+#[test]
+fn the_same_commit_and_configuration_is_the_same_build() {
+    let request = samples::request(samples::shop());
+    let image = samples::image(1);
+    let Version::Git { url, .. } = &request.version else {
+        panic!()
+    };
+    let id = |commit: u64, path: &str, command: &[&str]| {
+        let mut build = request.build.clone();
+        build.command = command.iter().map(|s| (*s).to_owned()).collect();
+        daybook_events::deployment::build_id(
+            url,
+            &samples::commit(commit),
+            path,
+            &build,
+            &image.repository,
+        )
+    };
+    assert_eq!(id(1, "", &[]), id(1, "", &[]));
+    let different = [
+        id(1, "", &[]),
+        id(2, "", &[]),
+        id(1, "a", &[]),
+        id(1, "", &["make"]),
+    ];
+    assert_eq!(different.iter().collect::<BTreeSet<_>>().len(), 4);
+    let _: DeploymentId = samples::deployment_id(1);
+}
