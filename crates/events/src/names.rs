@@ -330,7 +330,12 @@ validated! {
         if url.query().is_some() || url.fragment().is_some() {
             return Err("a query or fragment is not allowed");
         }
-        if url.scheme() != "file" && url.host_str().is_none_or(str::is_empty) {
+        // URL parsers disagree on what these mean; git reads them otherwise than they look.
+        if s.contains('\\') || !s.contains("://") {
+            return Err("it must be written scheme://host/path");
+        }
+        let no_host = s.split_once("://").is_none_or(|(_, rest)| rest.starts_with('/'));
+        if url.scheme() != "file" && (no_host || url.host_str().is_none_or(str::is_empty)) {
             return Err("it has no host");
         }
         if url.host_str().is_some_and(|h| h.starts_with('-')) || url.username().starts_with('-') {
