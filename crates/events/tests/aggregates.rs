@@ -1,5 +1,7 @@
 //! Build, GitOps repository, routes, project and environment: given, when, then.
 
+#![allow(clippy::unwrap_used)]
+
 use daybook_events::build::{self, Build, BuildEvent, BuildStatus};
 use daybook_events::deployment::Status;
 use daybook_events::environment::{self, Environment};

@@ -1,5 +1,7 @@
 //! The deployment's life: every state meets every event.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 
 use daybook_events::aggregate::Decision;

@@ -1,5 +1,7 @@
 //! Names, references and addresses: what is taken, what is refused; and the subject codec.
 
+#![allow(clippy::unwrap_used)]
+
 use daybook_events::spec::ImageReference;
 use daybook_events::{
     AggregateKind, BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName,

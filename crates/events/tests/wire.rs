@@ -5,6 +5,8 @@
 //! the events that are missing. An event that is there is never changed: what was once written
 //! has to be readable for ever.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
