@@ -29,7 +29,10 @@ const EVENT_BYTES: usize = 1_024;
 fn main() {
     let folder = std::env::args().nth(1).unwrap_or_else(|| "target".into());
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    for writers in [1, 16, 64] {
+    for writers in std::env::args()
+        .nth(2)
+        .map_or(vec![1, 16, 64], |a| vec![a.parse().unwrap()])
+    {
         let mut file = Vec::new();
         let mut log = Vec::new();
         for _ in 0..ROUNDS {
@@ -105,10 +108,12 @@ async fn measure<F: Future<Output = usize> + Send + 'static>(
     total as f64 / start.elapsed().as_secs_f64()
 }
 
+type Group = Vec<(Bytes, oneshot::Sender<()>)>;
+
 /// A plain file: bytes in, one write and one `fdatasync` a group, answers out.
 #[derive(Default)]
 struct Plain {
-    waiting: Mutex<(Vec<(Bytes, oneshot::Sender<()>)>, bool)>,
+    waiting: Mutex<(Group, bool)>,
     len: AtomicUsize,
     wake: Condvar,
 }
@@ -126,6 +131,8 @@ async fn run_file(dir: &Path, writers: usize) -> f64 {
             let bytes = Bytes::from(vec![b'x'; EVENT_BYTES]);
             let mut count = 0;
             while Instant::now() < end {
+                // As on the other side, so that what is compared is the log.
+                std::hint::black_box((subject(count), Uuid::new_v4()));
                 let (answer, answered) = oneshot::channel();
                 let len = {
                     let mut waiting = plain.waiting.lock().unwrap();
@@ -151,7 +158,7 @@ async fn run_file(dir: &Path, writers: usize) -> f64 {
 
 impl Plain {
     fn write(&self, mut file: File) {
-        let mut group: Vec<(Bytes, oneshot::Sender<()>)> = Vec::new();
+        let mut group = Group::new();
         let mut buf = Vec::new();
         let mut size = 0;
         loop {

@@ -476,7 +476,8 @@ impl Reply for EmbeddedReply {
         self.core.check_open()?;
         // Also from a delivery that was made again meanwhile: what is done is done.
         let position = self.position;
-        self.core.answer(position, |state, _| state.settle(position));
+        self.core
+            .answer(position, |state, _| state.settle(position));
         Ok(())
     }
 
@@ -517,7 +518,8 @@ impl Reply for EmbeddedReply {
     async fn term(&self) -> Result<(), ReadError> {
         self.core.check_open()?;
         let position = self.position;
-        self.core.answer(position, |state, _| state.settle(position));
+        self.core
+            .answer(position, |state, _| state.settle(position));
         Ok(())
     }
 }

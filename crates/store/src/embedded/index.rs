@@ -4,10 +4,12 @@
 //! What was appended lately is indexed in memory. In rounds of [`ROUND`] events it moves to tables
 //! on disk (fjall), written in one sorted run, so that an append never waits for an index.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use daybook_events::log::ReadError;
@@ -19,8 +21,8 @@ use super::segment::Segments;
 
 /// Events a round: what a start reads again at most, and what memory holds twice at most.
 pub(super) const ROUND: usize = 65_536;
-/// How many aggregates' last positions are kept in memory.
-const LAST_KEPT: usize = 200_000;
+/// Aggregates that memory knows when a round ends and forgets if they are more.
+const SUBJECTS_KEPT: usize = 100_000;
 
 /// Keys of the tables, in the order in which a round writes them.
 const KEY_UPTO: &[u8] = b"a";
@@ -49,35 +51,31 @@ impl From<IndexError> for ReadError {
     }
 }
 
-/// What a span of the log says about ids and aggregates.
-#[derive(Debug, Default)]
-pub(super) struct Span {
-    upto: u64,
-    ids: HashMap<Uuid, u64>,
-    subjects: HashMap<Arc<str>, Vec<u64>>,
-}
-
-impl Span {
-    fn insert(&mut self, position: u64, id: Uuid, subject: &Arc<str>) {
-        self.upto = position;
-        self.ids.entry(id).or_insert(position);
-        match self.subjects.get_mut(subject) {
-            Some(positions) => positions.push(position),
-            None => {
-                self.subjects.insert(Arc::clone(subject), vec![position]);
-            }
-        }
-    }
-}
-
+/// What is indexed in memory.
 #[derive(Debug, Default)]
 struct Recent {
-    /// Being filled.
-    active: Span,
-    /// Full, and on its way to the tables.
-    moving: Option<Arc<Span>>,
-    /// Last position of aggregates that were appended to or asked for.
-    last: HashMap<Arc<str>, u64>,
+    /// Ids of events that are in no round yet.
+    ids: HashMap<Uuid, u64>,
+    /// The round that is on its way to the tables.
+    moving: Option<Arc<Round>>,
+    subjects: HashMap<Arc<str>, Known>,
+}
+
+/// What memory knows of an aggregate.
+#[derive(Debug, Default)]
+struct Known {
+    /// Position of its last event; 0 if it has none.
+    last: u64,
+    /// Positions of those of its events that are not in the tables.
+    recent: Vec<u64>,
+}
+
+/// Events on their way to the tables.
+#[derive(Debug)]
+pub(super) struct Round {
+    upto: u64,
+    ids: HashMap<Uuid, u64>,
+    subjects: Vec<(Arc<str>, Vec<u64>)>,
 }
 
 /// The tables on disk.
@@ -93,6 +91,8 @@ pub(super) struct Index {
     path: PathBuf,
     recent: RwLock<Recent>,
     tables: RwLock<Option<Tables>>,
+    /// Up to where the tables reach; 0 if they are empty.
+    upto: AtomicU64,
 }
 
 impl std::fmt::Debug for Index {
@@ -130,13 +130,13 @@ impl Index {
             path: path.to_owned(),
             recent: RwLock::default(),
             tables: RwLock::new(Some(tables)),
+            upto: AtomicU64::new(upto),
         };
         while upto < last {
-            index.load(segments, upto + 1)?;
-            upto = index.recent().active.upto;
-            if let Some(span) = index.start_round() {
+            upto = index.load(segments, upto + 1)?;
+            if let Some(round) = index.start_round() {
                 index
-                    .finish_round(&span, segments.identity())
+                    .finish_round(&round, segments.identity())
                     .map_err(|e| OpenError::Io {
                         path: path.to_owned(),
                         source: std::io::Error::other(e),
@@ -146,32 +146,21 @@ impl Index {
         Ok(index)
     }
 
-    /// Indexes at most a round of events in memory.
-    fn load(&self, segments: &Segments, from: u64) -> Result<(), OpenError> {
+    /// Indexes at most a round of stored events in memory, and returns the last one's position.
+    fn load(&self, segments: &Segments, from: u64) -> Result<u64, OpenError> {
         let mut recent = self.recent_mut();
-        let mut names: HashMap<String, Arc<str>> = HashMap::new();
-        let mut count = 0;
+        let upto = from + ROUND as u64 - 1;
+        let mut last = 0;
         segments
-            .visit(from, u64::MAX, ROUND, |record| {
-                let subject = match names.get(record.subject) {
-                    Some(name) => Arc::clone(name),
-                    None => {
-                        let name: Arc<str> = record.subject.into();
-                        names.insert(record.subject.to_owned(), Arc::clone(&name));
-                        name
-                    }
-                };
-                recent
-                    .active
-                    .insert(record.position, record.id, &subject);
-                count += 1;
-                if count < ROUND {
-                    ControlFlow::Continue(())
-                } else {
-                    ControlFlow::Break(())
-                }
+            .visit(from, upto, ROUND, |record| {
+                last = record.position;
+                recent.ids.entry(record.id).or_insert(last);
+                recent.known(record.subject).push(last);
+                ControlFlow::Continue(())
             })
-            .map_err(|e| OpenError::from_read(&self.path, e))
+            .map_err(|e| OpenError::from_read(&self.path, e))?;
+        // The tables may know more events of these aggregates, but none that is later.
+        Ok(last)
     }
 
     fn recent(&self) -> RwLockReadGuard<'_, Recent> {
@@ -187,111 +176,122 @@ impl Index {
         tables.clone().ok_or(IndexError::Closed)
     }
 
-    /// Where an id was stored first.
-    pub(super) fn position_of(&self, id: Uuid) -> Result<Option<u64>, IndexError> {
-        {
-            let recent = self.recent();
-            let moving = recent.moving.as_ref().and_then(|s| s.ids.get(&id));
-            if let Some(&position) = recent.active.ids.get(&id).or(moving) {
-                return Ok(Some(position));
-            }
-        }
-        let found = self.tables()?.keys.get(id_key(id))?;
-        found.map(|value| number(&value)).transpose()
+    /// Looks an id up in the tables, for [`Group::decide`]. This is the part of an append that
+    /// may read from disk, so that each writer does it for itself.
+    pub(super) fn look_up(&self, id: Uuid) -> Result<LookedUp, IndexError> {
+        let upto = self.upto.load(Ordering::Acquire);
+        let position = match upto {
+            0 => None,
+            _ => match self.tables()?.keys.get(id_key(id))? {
+                Some(value) => Some(number(&value)?),
+                None => None,
+            },
+        };
+        Ok(LookedUp { upto, position })
     }
 
-    /// The position of an aggregate's last event; 0 if it has none.
-    pub(super) fn last_of(&self, subject: &str) -> Result<u64, IndexError> {
-        if let Some(&last) = self.recent().last.get(subject) {
-            return Ok(last);
+    /// The position of the last event of an aggregate that memory does not know.
+    fn last_in_tables(&self, subject: &str) -> Result<u64, IndexError> {
+        if self.upto.load(Ordering::Acquire) == 0 {
+            return Ok(0);
         }
-        let newest = |span: &Span| span.subjects.get(subject).and_then(|p| p.last().copied());
-        let found = {
-            let recent = self.recent();
-            newest(&recent.active).or_else(|| recent.moving.as_deref().and_then(newest))
-        };
-        let last = match found {
-            Some(position) => position,
-            None => {
-                let keys = self.tables()?.keys;
-                match keys.prefix(subject_prefix(subject)).next_back() {
-                    Some(entry) => entry
-                        .key()?
-                        .last_chunk()
-                        .map(|b| u64::from_be_bytes(*b))
-                        .ok_or(IndexError::Damaged)?,
-                    None => 0,
-                }
-            }
-        };
-        if last > 0 {
-            self.recent_mut().remember(subject.into(), last);
+        let keys = self.tables()?.keys;
+        match keys.prefix(subject_prefix(subject)).next_back() {
+            Some(entry) => entry
+                .key()?
+                .last_chunk()
+                .map(|b| u64::from_be_bytes(*b))
+                .ok_or(IndexError::Damaged),
+            None => Ok(0),
         }
-        Ok(last)
     }
 
-    /// The positions of all events of an aggregate, in order.
+    /// The positions of all events of an aggregate, in order, perhaps with some that are not
+    /// stored yet.
     pub(super) fn positions_of(&self, subject: &str) -> Result<Vec<u64>, IndexError> {
         // What is in memory is read first, so that a round that ends meanwhile is seen twice
         // rather than not at all.
-        let mut positions = BTreeSet::new();
-        {
+        let recent = {
             let recent = self.recent();
-            let spans = [Some(&recent.active), recent.moving.as_deref()];
-            for span in spans.into_iter().flatten() {
-                positions.extend(span.subjects.get(subject).into_iter().flatten());
+            recent.subjects.get(subject).map(|k| k.recent.clone())
+        };
+        let mut positions = BTreeSet::from_iter(recent.into_iter().flatten());
+        if self.upto.load(Ordering::Acquire) > 0 {
+            for entry in self.tables()?.keys.prefix(subject_prefix(subject)) {
+                let value = entry.value()?;
+                let (numbers, []) = value.as_chunks::<8>() else {
+                    return Err(IndexError::Damaged);
+                };
+                positions.extend(numbers.iter().map(|b| u64::from_be_bytes(*b)));
             }
-        }
-        for entry in self.tables()?.keys.prefix(subject_prefix(subject)) {
-            let value = entry.value()?;
-            let (numbers, []) = value.as_chunks::<8>() else {
-                return Err(IndexError::Damaged);
-            };
-            positions.extend(numbers.iter().map(|b| u64::from_be_bytes(*b)));
         }
         Ok(positions.into_iter().collect())
     }
 
-    /// Records appended events, in order. `true` if there is enough for a round.
-    pub(super) fn insert<'a>(
-        &self,
-        events: impl IntoIterator<Item = (u64, Uuid, &'a Arc<str>)>,
-    ) -> bool {
-        let mut recent = self.recent_mut();
-        for (position, id, subject) in events {
-            recent.active.insert(position, id, subject);
-            recent.remember(Arc::clone(subject), position);
+    /// Begins a group of appends. Others wait for it to be decided, so that it must be short.
+    pub(super) fn group(&self) -> Group<'_> {
+        Group {
+            index: self,
+            recent: self.recent_mut(),
         }
-        recent.active.ids.len() >= ROUND
     }
 
-    /// Takes what is in memory for a round, unless there is too little. A round that was started
-    /// and not finished comes first.
-    pub(super) fn start_round(&self) -> Option<Arc<Span>> {
+    /// Forgets what was accepted and could not be stored: all after a position.
+    pub(super) fn forget<'a>(
+        &self,
+        after: u64,
+        accepted: impl IntoIterator<Item = (Uuid, &'a str)>,
+    ) {
         let mut recent = self.recent_mut();
-        if recent.moving.is_some() {
-            return recent.moving.clone();
+        for (id, subject) in accepted {
+            recent.ids.remove(&id);
+            // What the aggregate's last event is now may be in the tables only.
+            if let Some(known) = recent.subjects.get_mut(subject) {
+                known.recent.retain(|p| *p <= after);
+                if let Some(last) = known.recent.last() {
+                    known.last = *last;
+                } else {
+                    recent.subjects.remove(subject);
+                }
+            }
         }
-        if recent.active.ids.len() < ROUND {
+    }
+
+    /// Takes what is in memory for a round, unless there is too little or a round is under way.
+    /// All that is in memory must be stored.
+    pub(super) fn start_round(&self) -> Option<Arc<Round>> {
+        let mut recent = self.recent_mut();
+        if recent.moving.is_some() || recent.ids.len() < ROUND {
             return None;
         }
-        let span = Arc::new(std::mem::take(&mut recent.active));
-        recent.moving = Some(Arc::clone(&span));
-        Some(span)
+        let ids = std::mem::take(&mut recent.ids);
+        let subjects: Vec<_> = recent
+            .subjects
+            .iter()
+            .filter(|(_, known)| !known.recent.is_empty())
+            .map(|(subject, known)| (Arc::clone(subject), known.recent.clone()))
+            .collect();
+        let round = Arc::new(Round {
+            upto: ids.values().copied().max().unwrap_or_default(),
+            ids,
+            subjects,
+        });
+        recent.moving = Some(Arc::clone(&round));
+        Some(round)
     }
 
     /// Writes a round to the tables. After an error the same round can be tried again.
-    pub(super) fn finish_round(&self, span: &Span, identity: Uuid) -> Result<(), IndexError> {
+    pub(super) fn finish_round(&self, round: &Round, identity: Uuid) -> Result<(), IndexError> {
         let tables = self.tables()?;
         let mut run = tables.keys.start_ingestion()?;
-        run.write(KEY_UPTO, span.upto.to_be_bytes())?;
+        run.write(KEY_UPTO, round.upto.to_be_bytes())?;
         run.write(KEY_IDENTITY, identity.into_bytes())?;
-        let mut ids: Vec<_> = span.ids.iter().collect();
+        let mut ids: Vec<_> = round.ids.iter().collect();
         ids.sort_unstable();
         for (id, position) in ids {
             run.write(id_key(*id), position.to_be_bytes())?;
         }
-        let mut subjects: Vec<_> = span
+        let mut subjects: Vec<_> = round
             .subjects
             .iter()
             .filter_map(|(subject, positions)| {
@@ -306,7 +306,14 @@ impl Index {
             run.write(key, value)?;
         }
         run.finish()?;
-        self.recent_mut().moving = None;
+        let mut recent = self.recent_mut();
+        self.upto.store(round.upto, Ordering::Release);
+        recent.moving = None;
+        let full = recent.subjects.len() > SUBJECTS_KEPT;
+        recent.subjects.retain(|_, known| {
+            known.recent.retain(|p| *p > round.upto);
+            !(full && known.recent.is_empty())
+        });
         Ok(())
     }
 
@@ -318,12 +325,96 @@ impl Index {
 }
 
 impl Recent {
-    fn remember(&mut self, subject: Arc<str>, position: u64) {
-        if self.last.len() >= LAST_KEPT && !self.last.contains_key(&subject) {
-            self.last.clear();
+    fn known(&mut self, subject: &str) -> &mut Known {
+        // Not `entry`: that would copy the subject each time.
+        if !self.subjects.contains_key(subject) {
+            self.subjects.insert(subject.into(), Known::default());
         }
-        let last = self.last.entry(subject).or_default();
-        *last = position.max(*last);
+        match self.subjects.get_mut(subject) {
+            Some(known) => known,
+            None => unreachable!("it was inserted just now"),
+        }
+    }
+}
+
+impl Known {
+    fn push(&mut self, position: u64) {
+        self.last = position;
+        self.recent.push(position);
+    }
+}
+
+/// What the tables said about an id.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LookedUp {
+    /// Up to where they reached then.
+    upto: u64,
+    position: Option<u64>,
+}
+
+/// What an append may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Decision {
+    /// It is to be stored.
+    Accepted,
+    /// Its id stands at this position already.
+    Duplicate(u64),
+    /// The aggregate's last event is at this position and not where it was expected.
+    Conflict(u64),
+}
+
+/// A group of appends that is being decided on.
+pub(super) struct Group<'a> {
+    index: &'a Index,
+    recent: RwLockWriteGuard<'a, Recent>,
+}
+
+impl Group<'_> {
+    /// Decides on an append that would get `position`, and remembers it if it is accepted.
+    pub(super) fn decide(
+        &mut self,
+        position: u64,
+        id: Uuid,
+        looked_up: LookedUp,
+        subject: &str,
+        expected: Option<u64>,
+    ) -> Result<Decision, IndexError> {
+        let looked_up = match looked_up.upto == self.index.upto.load(Ordering::Acquire) {
+            true => looked_up.position,
+            // A round ended in between, and the id may have been in it.
+            false => self.index.look_up(id)?.position,
+        };
+        let recent = &mut *self.recent;
+        let moving = || recent.moving.as_ref()?.ids.get(&id).copied();
+        if let Some(first) = looked_up.or_else(moving) {
+            return Ok(Decision::Duplicate(first));
+        }
+        let free = match recent.ids.entry(id) {
+            Entry::Occupied(first) => return Ok(Decision::Duplicate(*first.get())),
+            Entry::Vacant(free) => free,
+        };
+        if let Some(known) = recent.subjects.get_mut(subject) {
+            if expected.is_some_and(|e| e != known.last) {
+                return Ok(Decision::Conflict(known.last));
+            }
+            known.push(position);
+        } else {
+            let last = self.index.last_in_tables(subject)?;
+            let mut known = Known {
+                last,
+                recent: Vec::new(),
+            };
+            let conflict = expected.is_some_and(|e| e != last);
+            if !conflict {
+                known.push(position);
+            }
+            recent.subjects.insert(subject.into(), known);
+            if conflict {
+                return Ok(Decision::Conflict(last));
+            }
+        }
+        free.insert(position);
+        Ok(Decision::Accepted)
     }
 }
 

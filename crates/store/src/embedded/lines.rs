@@ -428,7 +428,8 @@ fn cut(text: &mut String) {
 #[async_trait]
 impl LineLog for EmbeddedLines {
     async fn append(&self, source: LineSource, lines: Vec<NewLine>) -> Result<u64, ReadError> {
-        self.blocking(move |inner| inner.append(source, lines)).await
+        self.blocking(move |inner| inner.append(source, lines))
+            .await
     }
 
     async fn read(

@@ -167,10 +167,7 @@ impl EmbeddedLog {
     ///
     /// What a crash left of a write that nobody was told of is cut off. Events that had been
     /// acknowledged and cannot be read are [`OpenError::Damaged`].
-    pub async fn open(
-        dir: impl Into<PathBuf>,
-        config: EmbeddedConfig,
-    ) -> Result<Self, OpenError> {
+    pub async fn open(dir: impl Into<PathBuf>, config: EmbeddedConfig) -> Result<Self, OpenError> {
         let dir = dir.into();
         let path = dir.clone();
         tokio::task::spawn_blocking(move || Self::open_blocking(dir, &config))
@@ -216,7 +213,8 @@ impl EmbeddedLog {
     /// Answers the appends that wait, releases the folder and ends all tails and consumers.
     pub async fn close(&self) {
         self.shared.queue.close();
-        if let Some(writer) = locked(&self.writer).take() {
+        let writer = locked(&self.writer).take();
+        if let Some(writer) = writer {
             let _ = tokio::task::spawn_blocking(move || writer.join()).await;
         }
     }
@@ -394,7 +392,9 @@ impl EventLog for EmbeddedLog {
         if bytes > MAX_EVENT_BYTES {
             return Err(AppendError::TooLarge { bytes });
         }
-        let answered = self.shared.queue.push(append)?;
+        let looked_up = self.shared.index.look_up(append.id.0);
+        let looked_up = looked_up.map_err(|e| AppendError::Unavailable(chain(&e)))?;
+        let answered = self.shared.queue.push(append, looked_up)?;
         answered
             .await
             .unwrap_or_else(|_| Err(AppendError::Unknown("the log's writer ended".into())))

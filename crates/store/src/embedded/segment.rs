@@ -448,10 +448,11 @@ fn finds_acknowledged(file: &File, offset: u64, len: u64, position: u64) -> io::
     let mut rest = vec![0; len.saturating_sub(offset) as usize];
     let got = read_at_most(file, &mut rest, offset)?;
     let rest = &rest[..got];
-    Ok(rest.iter().any(|b| *b != 0) && (0..rest.len()).any(|at| {
-        matches!(Record::parse(&rest[at..]), Parsed::Record(record, _)
+    Ok(rest.iter().any(|b| *b != 0)
+        && (0..rest.len()).any(|at| {
+            matches!(Record::parse(&rest[at..]), Parsed::Record(record, _)
             if record.position > position && record.synced >= position)
-    }))
+        }))
 }
 
 const INDEX_MAGIC: &[u8; 8] = b"DAYBKIX\x01";
@@ -553,8 +554,8 @@ impl Appender {
         self.last + 1 + self.lens.len() as u64
     }
 
-    /// Adds a record to the group and returns its position.
-    pub(super) fn push(&mut self, stored_at: i64, id: Uuid, subject: &str, bytes: &[u8]) -> u64 {
+    /// Adds a record to the group; its position is [`Self::next`].
+    pub(super) fn push(&mut self, stored_at: i64, id: Uuid, subject: &str, bytes: &[u8]) {
         let position = self.next();
         let before = self.group.len();
         let record = Record {
@@ -567,7 +568,6 @@ impl Appender {
         };
         record.encode(&mut self.group);
         self.lens.push((self.group.len() - before) as u32);
-        position
     }
 
     /// Writes the group and syncs it. Without an error, its records can be read and are on disk.

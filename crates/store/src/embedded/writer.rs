@@ -6,7 +6,6 @@
 //! event after another come back within microseconds, and waiting for them costs less than a sync
 //! for each.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -16,14 +15,15 @@ use std::time::{Duration, Instant};
 use daybook_events::log::{Append, AppendError, Appended, Expected, Position};
 use jiff::Timestamp;
 use tokio::sync::oneshot;
-use uuid::Uuid;
 
-use super::Shared;
+use super::index::{Decision, LookedUp, Round};
 use super::segment::{Appender, CommitError};
+use super::{Shared, chain};
 
-/// How long the thread waits for writers of the last group to come back before it goes on
-/// without them.
+/// The thread waits for the writers of the last group to come back until none came for this long.
 const LINGER: Duration = Duration::from_micros(50);
+/// It waits no longer than this part of what the last commit took.
+const LINGER_PART: u32 = 2;
 /// How long a failed round of indexing waits before it is tried again.
 const INDEX_RETRY: Duration = Duration::from_secs(5);
 
@@ -32,7 +32,8 @@ type Answer = Result<Appended, AppendError>;
 /// An append that waits.
 struct Waiting {
     append: Append,
-    subject: Arc<str>,
+    subject: String,
+    looked_up: LookedUp,
     answer: oneshot::Sender<Answer>,
 }
 
@@ -59,8 +60,12 @@ impl std::fmt::Debug for Queue {
 
 impl Queue {
     /// Hands an append to the writer. The receiver fails if the writer died.
-    pub(super) fn push(&self, append: Append) -> Result<oneshot::Receiver<Answer>, AppendError> {
-        let subject = append.subject.to_string().into();
+    pub(super) fn push(
+        &self,
+        append: Append,
+        looked_up: LookedUp,
+    ) -> Result<oneshot::Receiver<Answer>, AppendError> {
+        let subject = append.subject.to_string();
         let (answer, answered) = oneshot::channel();
         let asleep = {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -71,6 +76,7 @@ impl Queue {
             waiting.push(Waiting {
                 append,
                 subject,
+                looked_up,
                 answer,
             });
             self.len.store(waiting.len(), Ordering::Release);
@@ -94,12 +100,19 @@ impl Queue {
     }
 
     /// Takes all that waits; sleeps until something does. `false` once closed and empty.
-    fn take(&self, group: &mut Vec<Waiting>, comes_back: usize) -> bool {
-        if comes_back > 0 {
-            let start = Instant::now();
-            while self.len.load(Ordering::Acquire) < comes_back && start.elapsed() < LINGER {
-                thread::yield_now();
+    fn take(&self, group: &mut Vec<Waiting>, comes_back: usize, at_most: Duration) -> bool {
+        let start = Instant::now();
+        let (mut seen, mut since) = (0, start);
+        loop {
+            let len = self.len.load(Ordering::Acquire);
+            let now = Instant::now();
+            if len > seen {
+                (seen, since) = (len, now);
             }
+            if len >= comes_back || now - since > LINGER || now - start > at_most {
+                break;
+            }
+            thread::yield_now();
         }
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         while waiting.is_empty() {
@@ -121,10 +134,10 @@ impl Queue {
 
 /// Starts the writer. It ends when the queue is closed, and leaves everything closed behind it.
 pub(super) fn start(shared: Arc<Shared>, appender: Appender) -> std::io::Result<JoinHandle<()>> {
-    let (rounds, due) = sync_channel(1);
+    let (rounds, to_index) = sync_channel(1);
     let indexer = thread::Builder::new().name("log-indexer".into()).spawn({
         let shared = Arc::clone(&shared);
-        move || index_rounds(&shared, &due)
+        move || index_rounds(&shared, &to_index)
     })?;
     thread::Builder::new()
         .name("log-writer".into())
@@ -135,8 +148,6 @@ pub(super) fn start(shared: Arc<Shared>, appender: Appender) -> std::io::Result<
                 shared,
                 appender,
                 rounds,
-                ids: HashMap::new(),
-                lasts: HashMap::new(),
             }
             .run();
             let _ = indexer.join();
@@ -160,27 +171,18 @@ impl Drop for CloseOnDrop {
     }
 }
 
-fn index_rounds(shared: &Shared, due: &Receiver<()>) {
-    while due.recv().is_ok() {
-        while let Some(span) = shared.index.start_round() {
-            let Err(error) = shared
-                .index
-                .finish_round(&span, shared.segments.identity())
-            else {
-                continue;
-            };
+/// Writes each round to the index's tables, again and again if it fails: what waits for it stays
+/// in memory.
+fn index_rounds(shared: &Shared, rounds: &Receiver<Arc<Round>>) {
+    while let Ok(round) = rounds.recv() {
+        let identity = shared.segments.identity();
+        while let Err(error) = shared.index.finish_round(&round, identity) {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
-                "index round failed; trying again later"
+                "index not written; trying again later"
             );
-            let until = Instant::now() + INDEX_RETRY;
-            loop {
-                let left = until.saturating_duration_since(Instant::now());
-                match due.recv_timeout(left) {
-                    Ok(()) => {}
-                    Err(RecvTimeoutError::Timeout) => break,
-                    Err(RecvTimeoutError::Disconnected) => return,
-                }
+            if let Err(RecvTimeoutError::Disconnected) = rounds.recv_timeout(INDEX_RETRY) {
+                return;
             }
         }
     }
@@ -189,52 +191,56 @@ fn index_rounds(shared: &Shared, due: &Receiver<()>) {
 struct Writer {
     shared: Arc<Shared>,
     appender: Appender,
-    /// Tells the indexer that there is enough for a round.
-    rounds: SyncSender<()>,
-    /// What the group being made adds to the index.
-    ids: HashMap<Uuid, u64>,
-    lasts: HashMap<Arc<str>, u64>,
+    /// To the indexer, which has one round at a time.
+    rounds: SyncSender<Arc<Round>>,
 }
 
 impl Writer {
     fn run(mut self) {
         let mut group = Vec::new();
-        let mut size = 0;
-        while self.shared.queue.take(&mut group, size) {
+        let (mut size, mut took) = (0, Duration::ZERO);
+        let queue = Arc::clone(&self.shared);
+        while queue.queue.take(&mut group, size, took / LINGER_PART) {
             size = group.len();
+            let start = Instant::now();
             self.commit(&mut group);
+            took = start.elapsed();
         }
         self.appender.close();
     }
 
     fn commit(&mut self, group: &mut Vec<Waiting>) {
-        let now = Timestamp::now().as_microsecond();
         let synced = self.appender.next() - 1;
-        let answers: Vec<Answer> = group.iter().map(|w| self.decide(w, now)).collect();
-        let accepted = self.appender.next() - 1 - synced;
-        let result = if accepted > 0 {
+        let answers = self.decide(group);
+        let last = self.appender.next() - 1;
+        let result = if last > synced {
             self.appender.commit()
         } else {
             Ok(())
         };
-        self.ids.clear();
-        self.lasts.clear();
         match result {
             Ok(()) => {
-                if accepted > 0 {
-                    self.publish(group, &answers);
+                if last > synced {
+                    self.shared.set_trouble(None);
+                    self.shared.head.send_replace(Position(last));
                 }
                 for (waiting, answer) in group.drain(..).zip(answers) {
                     let _ = waiting.answer.send(answer);
+                }
+                if let Some(round) = self.shared.index.start_round() {
+                    let _ = self.rounds.send(round);
                 }
             }
             Err(error) => {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    accepted,
+                    events = last - synced,
                     "events not stored"
                 );
                 self.shared.set_trouble(Some(error.to_string()));
+                let accepted = group.iter().zip(&answers).filter(|(_, a)| is_accepted(a));
+                let accepted = accepted.map(|(w, _)| (w.append.id.0, w.subject.as_str()));
+                self.shared.index.forget(synced, accepted);
                 for (waiting, answer) in group.drain(..).zip(answers) {
                     let _ = waiting.answer.send(after_failure(answer, &error, synced));
                 }
@@ -242,69 +248,46 @@ impl Writer {
         }
     }
 
-    /// Decides on one append, as if those before it in the group were stored already.
-    fn decide(&mut self, waiting: &Waiting, now: i64) -> Answer {
-        let Append {
-            id,
-            expected,
-            bytes,
-            ..
-        } = &waiting.append;
-        let index = &self.shared.index;
-        let unavailable =
-            |e: super::index::IndexError| AppendError::Unavailable(super::chain(&e));
-        let first = match self.ids.get(&id.0) {
-            Some(&position) => Some(position),
-            None => index.position_of(id.0).map_err(unavailable)?,
-        };
-        if let Some(position) = first {
-            return Ok(Appended {
-                position: Position(position),
-                duplicate: true,
-            });
-        }
-        if let Expected::Last(expected) = *expected {
-            let actual = match self.lasts.get(&waiting.subject) {
-                Some(&last) => last,
-                None => index.last_of(&waiting.subject).map_err(unavailable)?,
+    /// Decides on each append as if those before it were stored already. Those that are accepted
+    /// wait in the appender, and stand in the index; readers see them when the head moves.
+    fn decide(&mut self, group: &[Waiting]) -> Vec<Answer> {
+        let now = Timestamp::now().as_microsecond();
+        let appender = &mut self.appender;
+        let mut index = self.shared.index.group();
+        let decide = |waiting: &Waiting| {
+            let append = &waiting.append;
+            let expected = match append.expected {
+                Expected::Any => None,
+                Expected::Last(position) => Some(position),
             };
-            if actual != expected.0 {
-                return Err(AppendError::Conflict {
-                    expected,
+            let (id, subject) = (append.id.0, waiting.subject.as_str());
+            let position = appender.next();
+            let looked_up = waiting.looked_up;
+            match index.decide(position, id, looked_up, subject, expected.map(|p| p.0)) {
+                Ok(Decision::Accepted) => {
+                    appender.push(now, id, subject, &append.bytes);
+                    Ok(Appended {
+                        position: Position(position),
+                        duplicate: false,
+                    })
+                }
+                Ok(Decision::Duplicate(position)) => Ok(Appended {
+                    position: Position(position),
+                    duplicate: true,
+                }),
+                Ok(Decision::Conflict(actual)) => Err(AppendError::Conflict {
+                    expected: expected.unwrap_or_default(),
                     actual: Some(Position(actual)),
-                });
+                }),
+                Err(e) => Err(AppendError::Unavailable(chain(&e))),
             }
-        }
-        let position = self.appender.push(now, id.0, &waiting.subject, bytes);
-        self.ids.insert(id.0, position);
-        self.lasts.insert(Arc::clone(&waiting.subject), position);
-        Ok(Appended {
-            position: Position(position),
-            duplicate: false,
-        })
+        };
+        group.iter().map(decide).collect()
     }
+}
 
-    /// Makes a stored group visible to readers.
-    fn publish(&self, group: &[Waiting], answers: &[Answer]) {
-        let mut head = Position::ZERO;
-        let stored = group.iter().zip(answers).filter_map(|(waiting, answer)| {
-            let Ok(Appended {
-                position,
-                duplicate: false,
-            }) = answer
-            else {
-                return None;
-            };
-            head = *position;
-            Some((position.0, waiting.append.id.0, &waiting.subject))
-        });
-        if self.shared.index.insert(stored) {
-            // Full means that the indexer has been told already.
-            let _ = self.rounds.try_send(());
-        }
-        self.shared.set_trouble(None);
-        self.shared.head.send_replace(head);
-    }
+fn is_accepted(answer: &Answer) -> bool {
+    matches!(answer, Ok(appended) if !appended.duplicate)
 }
 
 /// What is left of an answer when the group's commit failed: only what rests on events that were
