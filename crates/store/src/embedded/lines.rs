@@ -58,7 +58,9 @@ impl Default for LineRetention {
 ///
 /// Where the beginning of a source was removed, reading begins with the first line that is left;
 /// a source that was removed whole begins with 1 again.
-#[derive(Debug, Clone)]
+///
+/// Dropping it releases the folder and ends all followers with an error.
+#[derive(Debug)]
 pub struct EmbeddedLines {
     inner: Arc<Inner>,
 }
@@ -69,7 +71,8 @@ struct Inner {
     retention: LineRetention,
     sources: Mutex<HashMap<LineSource, Arc<Source>>>,
     written: AtomicU64,
-    _lock: FolderLock,
+    /// `None` once closed.
+    lock: Mutex<Option<FolderLock>>,
 }
 
 #[derive(Debug)]
@@ -110,7 +113,7 @@ impl EmbeddedLines {
                     retention,
                     sources: Mutex::default(),
                     written: AtomicU64::new(0),
-                    _lock: lock,
+                    lock: Mutex::new(Some(lock)),
                 }),
             };
             lines.sweep(SystemTime::now());
@@ -134,14 +137,33 @@ impl EmbeddedLines {
         work: impl FnOnce(&Inner) -> io::Result<T> + Send + 'static,
     ) -> Result<T, ReadError> {
         let inner = Arc::clone(&self.inner);
-        tokio::task::spawn_blocking(move || work(&inner))
-            .await
-            .map_err(|e| ReadError::Unavailable(e.to_string()))?
-            .map_err(|e| ReadError::Unavailable(format!("output cannot be kept or read: {e}")))
+        blocking(move || work(&inner)).await
     }
 }
 
+impl Drop for EmbeddedLines {
+    fn drop(&mut self) {
+        locked(&self.inner.lock).take();
+        for (_, source) in locked(&self.inner.sources).drain() {
+            source.last.send_modify(|_| {});
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T, ReadError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| ReadError::Unavailable(e.to_string()))?
+        .map_err(|e| ReadError::Unavailable(format!("output cannot be kept or read: {e}")))
+}
+
 impl Inner {
+    fn is_closed(&self) -> bool {
+        locked(&self.lock).is_none()
+    }
+
     fn source(&self, source: LineSource) -> io::Result<Arc<Source>> {
         let mut sources = locked(&self.sources);
         if let Some(found) = sources.get(&source) {
@@ -458,16 +480,16 @@ impl LineLog for EmbeddedLines {
             })
             .await?;
         let follower = Follower {
-            lines: self.clone(),
+            lines: Arc::clone(&self.inner),
             source,
             last,
             after,
             place: Place::default(),
             ahead: Vec::new().into_iter(),
+            ended: false,
         };
         Ok(Box::pin(stream::unfold(follower, |mut f| async move {
-            let next = f.next().await;
-            Some((next, f))
+            Some((f.next().await?, f))
         })))
     }
 
@@ -478,37 +500,51 @@ impl LineLog for EmbeddedLines {
 }
 
 struct Follower {
-    lines: EmbeddedLines,
+    lines: Arc<Inner>,
     source: Arc<Source>,
     last: watch::Receiver<u64>,
     after: u64,
     place: Place,
     ahead: std::vec::IntoIter<Line>,
+    ended: bool,
 }
 
 impl Follower {
-    async fn next(&mut self) -> Result<Line, ReadError> {
+    async fn next(&mut self) -> Option<Result<Line, ReadError>> {
         loop {
             if let Some(line) = self.ahead.next() {
                 self.after = line.seq;
-                return Ok(line);
+                return Some(Ok(line));
+            }
+            if self.ended {
+                return None;
             }
             let last = *self.last.borrow_and_update();
-            if last > self.after {
-                let (source, after, place) = (Arc::clone(&self.source), self.after, self.place);
-                let (read, place) = self
-                    .lines
-                    .blocking(move |_| source.read(after, FOLLOW_BATCH, place))
-                    .await?;
-                self.place = place;
-                if read.is_empty() {
-                    self.after = last;
-                }
-                self.ahead = read.into_iter();
+            if self.lines.is_closed() {
+                self.ended = true;
+                let closed = "the folder of output is closed".into();
+                return Some(Err(ReadError::Unavailable(closed)));
+            }
+            if last <= self.after {
+                // The sender lives in `source`.
+                let _ = self.last.changed().await;
                 continue;
             }
-            // The sender lives in `source`.
-            let _ = self.last.changed().await;
+            let (source, after, place) = (Arc::clone(&self.source), self.after, self.place);
+            match blocking(move || source.read(after, FOLLOW_BATCH, place)).await {
+                Ok((lines, place)) => {
+                    self.place = place;
+                    // Nothing to be read any more: what is missing was removed.
+                    if lines.is_empty() {
+                        self.after = last;
+                    }
+                    self.ahead = lines.into_iter();
+                }
+                Err(error) => {
+                    self.ended = true;
+                    return Some(Err(error));
+                }
+            }
         }
     }
 }

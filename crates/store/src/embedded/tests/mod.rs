@@ -2,10 +2,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod appends;
-mod consumer;
-mod faults;
-mod line_log;
-mod model;
 
 use std::path::Path;
 use std::time::Duration;
