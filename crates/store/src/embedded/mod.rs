@@ -6,7 +6,7 @@
 //! - [`index`]: ids and aggregates, derived from the segments and disposable.
 //! - [`consumers`]: durable consumers with their journals.
 //!
-//! One process has the folder at a time. ADR `docs/adr/0001-embedded-log.md` says why the events
+//! One process has the folder at a time. ADR `docs/adr/0003-the-embedded-log-has-files-of-its-own.md` says why the events
 //! are in files of our own rather than in a key-value store.
 
 mod consumers;

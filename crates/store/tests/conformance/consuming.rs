@@ -63,7 +63,7 @@ pub async fn two_readers_share_a_consumer(backend: &impl Backend) {
     const EVENTS: u64 = 60;
     let log = backend.log().await;
     append_many(&log, &a_deployment(), EVENTS as usize).await;
-    let (sender, mut taken) = tokio::sync::mpsc::unbounded_channel();
+    let (sender, mut taken) = tokio::sync::mpsc::channel(1_000);
     let mut readers = tokio::task::JoinSet::new();
     for reader in 0..2 {
         let consumer = open(&log, patient("worker")).await;
@@ -72,7 +72,10 @@ pub async fn two_readers_share_a_consumer(backend: &impl Backend) {
             loop {
                 let delivery = consumer.next().await.unwrap();
                 delivery.reply.ack().await.unwrap();
-                sender.send((reader, delivery.recorded.position.0)).unwrap();
+                sender
+                    .send((reader, delivery.recorded.position.0))
+                    .await
+                    .unwrap();
                 // A worker works, so that the other one gets its turn.
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }

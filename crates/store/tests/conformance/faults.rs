@@ -170,7 +170,7 @@ pub async fn a_consumer_goes_on_across_crashes(backend: &impl Backend) {
         ..ConsumerConfig::new("worker", SubjectFilter::default())
     };
     let consumer = log.consumer(config).await.unwrap();
-    let (sender, mut done) = tokio::sync::mpsc::unbounded_channel();
+    let (sender, mut done) = tokio::sync::mpsc::channel(1_000);
     let worker = tokio::spawn(async move {
         loop {
             // An error means that waiting for it here makes no sense, not that all is over.
@@ -179,7 +179,7 @@ pub async fn a_consumer_goes_on_across_crashes(backend: &impl Backend) {
                 continue;
             };
             let _ = delivery.reply.ack().await;
-            sender.send(delivery.recorded).unwrap();
+            sender.send(delivery.recorded).await.unwrap();
         }
     });
     let mut acknowledged = Vec::new();
