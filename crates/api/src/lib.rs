@@ -1,1 +1,30 @@
-//! Placeholder while the crate is being written.
+//! The HTTP interface of Daybook: REST under `/api/v1`, streams of events and log lines, and the
+//! GitOps repositories over Git's smart protocol.
+//!
+//! [`router`] puts a [`axum::Router`] over a [`Ledger`](daybook_projections::Ledger) and
+//! a [`LineLog`](daybook_events::lines::LineLog), [`serve`] runs it on a listener until it is
+//! cancelled. What requests do stands in [`commands`], which knows nothing of HTTP.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod commands;
+
+mod answer;
+mod consistency;
+mod extract;
+mod git;
+mod hosts;
+mod metrics;
+mod openapi;
+mod problem;
+mod routes;
+mod server;
+mod sse;
+mod state;
+mod view;
+
+pub use openapi::openapi;
+pub use problem::Problem;
+pub use routes::router;
+pub use server::{ServeError, serve};
+pub use state::{AppState, Gateway, Part, Parts, Settings};

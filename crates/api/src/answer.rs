@@ -1,0 +1,81 @@
+//! Successful answers: JSON, with the position that they stand on.
+
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use daybook_events::Position;
+use serde::Serialize;
+
+use crate::commands::Done;
+use crate::problem::Problem;
+
+/// Says which position of the log an answer takes into account, at least.
+pub(crate) const POSITION: HeaderName = HeaderName::from_static("daybook-position");
+/// Asks for an answer that takes at least this position into account.
+pub(crate) const MIN_POSITION: HeaderName = HeaderName::from_static("daybook-min-position");
+/// Says that an answer repeats that of an earlier request with the same key.
+pub(crate) const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+
+/// A JSON answer.
+#[derive(Debug)]
+pub(crate) struct Answer<T> {
+    status: StatusCode,
+    body: T,
+    position: Option<Position>,
+    replayed: bool,
+    location: Option<String>,
+}
+
+impl<T> Answer<T> {
+    /// The answer to a question. Its position is the one that the request started at.
+    pub(crate) fn ok(body: T) -> Self {
+        Self {
+            status: StatusCode::OK,
+            body,
+            position: None,
+            replayed: false,
+            location: None,
+        }
+    }
+
+    /// The answer to a command.
+    pub(crate) fn done(done: &Done, body: T) -> Self {
+        Self {
+            position: Some(done.position),
+            replayed: done.replayed,
+            ..Self::ok(body)
+        }
+    }
+
+    /// The same as `201 Created`, with the address of what was made.
+    pub(crate) fn created(mut self, location: String) -> Self {
+        self.status = StatusCode::CREATED;
+        self.location = Some(location);
+        self
+    }
+}
+
+impl<T: Serialize> IntoResponse for Answer<T> {
+    fn into_response(self) -> Response {
+        let body = match serde_json::to_vec(&self.body) {
+            Ok(body) => body,
+            Err(e) => return Problem::internal(&e).into_response(),
+        };
+        let mut response = (
+            self.status,
+            [(header::CONTENT_TYPE, "application/json")],
+            body,
+        )
+            .into_response();
+        let headers = response.headers_mut();
+        if let Some(position) = self.position {
+            headers.insert(POSITION, HeaderValue::from(position.0));
+        }
+        if self.replayed {
+            headers.insert(REPLAYED, HeaderValue::from_static("true"));
+        }
+        if let Some(location) = self.location.and_then(|l| l.try_into().ok()) {
+            headers.insert(header::LOCATION, location);
+        }
+        response
+    }
+}

@@ -1,0 +1,293 @@
+//! Deploying: a git ref or an image, from the service's definition or from an older snapshot.
+
+use std::collections::BTreeMap;
+
+use daybook_events::deployment::{
+    self, Deployment, DeploymentEvent, Requested, SwitchMode, Version,
+};
+use daybook_events::spec::{HealthSpec, ImageReference, ServiceSpec};
+use daybook_events::{
+    ClusterName, DeploymentId, Digest, EnvKey, GitRef, ImageRepository, ImageTag, InstanceRef,
+    Refusal, Subject,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Caller, CommandError, Commands, Done, check};
+
+/// What is to be deployed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum What {
+    /// The service's default ref, or its only possible image.
+    Default,
+    /// A branch, tag or commit of the service's source.
+    GitRef(String),
+    /// An image: a whole reference, or a tag or digest in the service's repository.
+    Image(String),
+    /// A git ref or an image, whichever fits: a service with a source takes it for a ref unless
+    /// it has the form of an image reference or a digest; one without takes it for an image.
+    Version(String),
+}
+
+/// What one deployment runs differently from its service's definition.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunOverrides {
+    /// Another port.
+    pub port: Option<u16>,
+    /// Another command.
+    pub command: Option<Vec<String>>,
+    /// Environment variables beside or instead of the service's.
+    #[serde(default)]
+    pub env: BTreeMap<EnvKey, String>,
+    /// Another number of instances in each cluster.
+    pub replicas: Option<u32>,
+    /// Another way to ask for readiness.
+    pub health: Option<HealthSpec>,
+}
+
+/// A wish to deploy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Deploy {
+    /// What is deployed to.
+    pub instance: InstanceRef,
+    /// What is deployed.
+    pub what: What,
+    /// Where it is to run; the environment's clusters if not given.
+    pub clusters: Option<Vec<ClusterName>>,
+    /// Whether traffic follows by itself; as the environment says if not given.
+    pub switch: Option<SwitchMode>,
+    /// What runs differently from the service's definition.
+    pub run: RunOverrides,
+    /// Why.
+    pub reason: Option<String>,
+}
+
+/// A wish to deploy what an older deployment was made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Redeploy {
+    /// The older deployment.
+    pub of: DeploymentId,
+    /// Whether traffic follows by itself; as the environment says now if not given.
+    pub switch: Option<SwitchMode>,
+    /// Why.
+    pub reason: Option<String>,
+}
+
+/// A requested deployment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deployed {
+    /// Its id.
+    pub id: DeploymentId,
+    /// How it was recorded.
+    pub done: Done,
+}
+
+impl Commands {
+    /// Requests a deployment. It carries a snapshot of all that it is made from: later changes of
+    /// the service or the environment do not concern it.
+    pub async fn deploy(&self, caller: &Caller, wish: Deploy) -> Result<Deployed, CommandError> {
+        let id = caller.deployment_id();
+        if let Some((done, _)) = self.earlier(caller).await? {
+            return Ok(Deployed { id, done });
+        }
+        check::text("reason", wish.reason.as_deref())?;
+        let (service, environment) = self.instance(&wish.instance)?;
+        let clusters = wish.clusters.unwrap_or(environment.spec.clusters);
+        self.clusters(&clusters)?;
+        let version = self.version(&wish.instance, &service, wish.what)?;
+        let mut run = service.run;
+        let RunOverrides {
+            port,
+            command,
+            env,
+            replicas,
+            health,
+        } = wish.run;
+        run.port = port.unwrap_or(run.port);
+        run.command = command.unwrap_or(run.command);
+        run.env.extend(env);
+        run.replicas = replicas.unwrap_or(run.replicas);
+        run.health = health.unwrap_or(run.health);
+        check::run(&run)?;
+        let request = Requested {
+            instance: wish.instance,
+            version,
+            clusters,
+            build: service.build,
+            image_repository: service.image_repository,
+            run,
+            switch: wish.switch.unwrap_or(environment.spec.switch),
+            reason: wish.reason,
+            redeploy_of: None,
+        };
+        self.request(caller, id, request).await
+    }
+
+    /// Requests a deployment of exactly what an older one was made from: its image where it had
+    /// one, else its commit, with its configuration and its clusters.
+    pub async fn redeploy(
+        &self,
+        caller: &Caller,
+        wish: Redeploy,
+    ) -> Result<Deployed, CommandError> {
+        let id = caller.deployment_id();
+        if let Some((done, _)) = self.earlier(caller).await? {
+            return Ok(Deployed { id, done });
+        }
+        check::text("reason", wish.reason.as_deref())?;
+        let old = self.deployment(wish.of)?.state;
+        let (_, environment) = self.instance(&old.request.instance)?;
+        self.clusters(&old.request.clusters)?;
+        let version = pinned_version(wish.of, &old)?;
+        let request = Requested {
+            version,
+            switch: wish.switch.unwrap_or(environment.spec.switch),
+            reason: wish.reason,
+            redeploy_of: Some(wish.of),
+            ..old.request
+        };
+        self.request(caller, id, request).await
+    }
+
+    async fn request(
+        &self,
+        caller: &Caller,
+        id: DeploymentId,
+        request: Requested,
+    ) -> Result<Deployed, CommandError> {
+        let InstanceRef {
+            project,
+            environment,
+            ..
+        } = request.instance.clone();
+        let subject = Subject::Deployment(project, environment, id);
+        let event = Box::new(request);
+        let done = self
+            .run(caller, &subject, Some(id.0), |state| {
+                deployment::decide(state, DeploymentEvent::Requested(event.clone()))
+            })
+            .await?;
+        Ok(Deployed { id, done })
+    }
+
+    fn version(
+        &self,
+        instance: &InstanceRef,
+        service: &ServiceSpec,
+        what: What,
+    ) -> Result<Version, CommandError> {
+        let has_source = service.source.is_some();
+        match what {
+            What::GitRef(text) => git_version(instance, service, Some(text)),
+            What::Image(text) => self.image_version(instance, service, &text),
+            // No git ref contains a colon, and every image reference with a tag or digest does.
+            What::Version(text) if has_source && !text.contains(':') => {
+                git_version(instance, service, Some(text))
+            }
+            What::Version(text) => self.image_version(instance, service, &text),
+            What::Default if has_source => git_version(instance, service, None),
+            What::Default => Err(Refusal::new(
+                "version_required",
+                format!(
+                    "the service {} has no source to deploy from",
+                    instance.service
+                ),
+                "name an image, or give the service a source",
+            )
+            .into()),
+        }
+    }
+
+    fn image_version(
+        &self,
+        instance: &InstanceRef,
+        service: &ServiceSpec,
+        text: &str,
+    ) -> Result<Version, CommandError> {
+        let digest = Digest::parse(text).ok();
+        let tag = ImageTag::parse(text).ok();
+        let reference = if digest.is_some() || tag.is_some() {
+            ImageReference {
+                repository: self.repository(instance, service)?,
+                tag,
+                digest,
+            }
+        } else {
+            text.parse()?
+        };
+        Ok(Version::Image { reference })
+    }
+
+    /// The repository that a bare tag or digest of a service is looked up in.
+    fn repository(
+        &self,
+        instance: &InstanceRef,
+        service: &ServiceSpec,
+    ) -> Result<ImageRepository, CommandError> {
+        if let Some(repository) = &service.image_repository {
+            return Ok(repository.clone());
+        }
+        let Some(prefix) = &self.settings.image_prefix else {
+            return Err(Refusal::new(
+                "image_repository_unknown",
+                format!("the service {} names no image repository", instance.service),
+                "give a whole image reference, or set the service's image_repository",
+            )
+            .into());
+        };
+        let InstanceRef {
+            project, service, ..
+        } = instance;
+        Ok(ImageRepository::parse(format!(
+            "{prefix}/{project}/{service}"
+        ))?)
+    }
+}
+
+fn git_version(
+    instance: &InstanceRef,
+    service: &ServiceSpec,
+    text: Option<String>,
+) -> Result<Version, CommandError> {
+    let git_ref = text.map(GitRef::parse).transpose()?;
+    let Some(source) = &service.source else {
+        return Err(Refusal::new(
+            "no_source",
+            format!("the service {} has no source repository", instance.service),
+            "deploy an image, or give the service a source",
+        )
+        .into());
+    };
+    Ok(Version::Git {
+        url: source.url.clone(),
+        git_ref: git_ref.unwrap_or_else(|| source.default_ref.clone()),
+        path: source.path.clone(),
+    })
+}
+
+/// What a deployment turned out to be made from, which no branch or tag that moved since can
+/// change.
+fn pinned_version(id: DeploymentId, old: &Deployment) -> Result<Version, CommandError> {
+    if let Some(image) = &old.image {
+        let reference = ImageReference {
+            repository: image.repository.clone(),
+            tag: Some(image.tag.clone()),
+            digest: Some(image.digest.clone()),
+        };
+        return Ok(Version::Image { reference });
+    }
+    match (&old.request.version, &old.source) {
+        (Version::Git { url, path, .. }, Some(source)) => Ok(Version::Git {
+            url: url.clone(),
+            git_ref: GitRef::parse(source.commit.as_str())?,
+            path: path.clone(),
+        }),
+        _ => Err(Refusal::new(
+            "nothing_to_redeploy",
+            format!("it is not known what {id} would have run: it ended before that was resolved"),
+            "deploy the version that you want by name",
+        )
+        .into()),
+    }
+}

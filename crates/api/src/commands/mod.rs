@@ -1,0 +1,288 @@
+//! What can be done with Daybook: every use case that changes something, callable without HTTP.
+//!
+//! A use case validates all that it was given, asks the folded state what concerns more than one
+//! aggregate, and lets exactly one aggregate decide: one command makes at most one event, so
+//! nothing is ever half done. With a [`RequestKey`] a command is carried out once, however often
+//! it is repeated.
+
+mod check;
+mod deploy;
+mod lifecycle;
+mod project;
+mod traffic;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use daybook_events::aggregate::At;
+use daybook_events::log::ReadError;
+use daybook_events::{
+    Actor, Aggregate, Context, Decision, DeploymentId, Event, EventId, InvalidName, Position,
+    Refusal, Subject,
+};
+use daybook_projections::{ExecuteError, Executed, Ledger, QueryError};
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::state::Settings;
+
+pub use deploy::{Deploy, Deployed, Redeploy, RunOverrides, What};
+pub use lifecycle::{Lifecycle, Operated};
+pub use traffic::Switched;
+
+/// How long a command waits for its own event to be folded, so that whoever asks next sees it.
+const OWN_WRITE_WAIT: Duration = Duration::from_secs(2);
+
+/// The namespace of ids that are derived from an `Idempotency-Key`.
+const KEYS: Uuid = Uuid::from_u128(0x6f0c_7d3e_52a1_5b0e_9a6b_1f8e_2c47_d901);
+
+/// Who asks, and under which key.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    /// Who.
+    pub actor: Actor,
+    /// Makes repetitions of the request recognisable.
+    pub key: Option<RequestKey>,
+    /// W3C trace context.
+    pub traceparent: Option<String>,
+}
+
+impl Caller {
+    /// A caller without a key: each call is a request of its own.
+    pub fn new(actor: Actor) -> Self {
+        Self {
+            actor,
+            key: None,
+            traceparent: None,
+        }
+    }
+
+    /// The id of the event that the request makes.
+    fn event_id(&self) -> EventId {
+        match &self.key {
+            Some(key) => EventId::derived(key.seed, "event"),
+            None => EventId(Uuid::now_v7()),
+        }
+    }
+
+    /// The id of the deployment that the request makes.
+    fn deployment_id(&self) -> DeploymentId {
+        match &self.key {
+            Some(key) => DeploymentId::derived(key.seed, "deployment"),
+            None => DeploymentId(Uuid::now_v7()),
+        }
+    }
+
+    fn context(&self, id: EventId, correlation: Uuid) -> Context {
+        Context {
+            id,
+            time: Timestamp::now(),
+            correlation,
+            causation: None,
+            actor: self.actor.clone(),
+            traceparent: self.traceparent.clone(),
+            request_digest: self.key.as_ref().map(|k| k.digest.clone()),
+        }
+    }
+}
+
+/// A key that a caller chose for a request. The same key of the same actor for the same operation
+/// leads to the same ids, so that a repetition finds what the first request did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestKey {
+    seed: Uuid,
+    digest: String,
+}
+
+impl RequestKey {
+    /// A key. `operation` says what is asked for, such as `POST /api/v1/deployments`, and
+    /// `digest` is that of the whole request: another one under the same key is refused.
+    pub fn new(actor: &Actor, operation: &str, key: &str, digest: impl Into<String>) -> Self {
+        let name = format!("{}/{}\n{operation}\n{key}", actor.kind, actor.id);
+        Self {
+            seed: Uuid::new_v5(&KEYS, name.as_bytes()),
+            digest: digest.into(),
+        }
+    }
+}
+
+/// What came of a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Done {
+    /// A position whose state has the effect of the command.
+    pub position: Position,
+    /// Where the command's event stands; none if everything was as asked for already.
+    pub event: Option<Position>,
+    /// An earlier request with the same key had done it; nothing was done now.
+    pub replayed: bool,
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// It is not possible (now).
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// It contains a name that is none.
+    #[error(transparent)]
+    Invalid(#[from] InvalidName),
+    /// Its key stands for another request.
+    #[error("the Idempotency-Key was used for another request before")]
+    KeyReused,
+    /// It could not be recorded.
+    #[error(transparent)]
+    Execute(ExecuteError),
+    /// The folded state could not be read.
+    #[error(transparent)]
+    Query(#[from] QueryError),
+    /// The log could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+}
+
+impl From<ExecuteError> for CommandError {
+    fn from(e: ExecuteError) -> Self {
+        match e {
+            ExecuteError::Refused(r) => Self::Refused(r),
+            other => Self::Execute(other),
+        }
+    }
+}
+
+/// The use cases over a ledger. Cheap to clone.
+#[derive(Clone)]
+pub struct Commands {
+    ledger: Ledger,
+    settings: Arc<Settings>,
+    appended: Arc<AtomicU64>,
+}
+
+impl std::fmt::Debug for Commands {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Commands").finish_non_exhaustive()
+    }
+}
+
+impl Commands {
+    /// The use cases over this ledger.
+    pub fn new(ledger: Ledger, settings: Arc<Settings>) -> Self {
+        Self {
+            ledger,
+            settings,
+            appended: Arc::default(),
+        }
+    }
+
+    /// The ledger underneath.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Events that these commands have appended.
+    pub fn appended(&self) -> u64 {
+        self.appended.load(Ordering::Relaxed)
+    }
+
+    /// What an earlier request with the same key did, with the aggregate that it changed.
+    async fn earlier(&self, caller: &Caller) -> Result<Option<(Done, Subject)>, CommandError> {
+        let Some(key) = &caller.key else {
+            return Ok(None);
+        };
+        let projections = self.ledger.projections();
+        let Some(event) = projections.event_by_id(caller.event_id())? else {
+            return Ok(None);
+        };
+        if event.request_digest != key.digest {
+            return Err(CommandError::KeyReused);
+        }
+        let done = Done {
+            position: projections.position().max(event.position),
+            event: Some(event.position),
+            replayed: true,
+        };
+        Ok(Some((done, event.subject)))
+    }
+
+    /// Decides and records one command. `correlation` is the run that it belongs to; none for a
+    /// command that stands on its own.
+    async fn run<A: Aggregate>(
+        &self,
+        caller: &Caller,
+        subject: &Subject,
+        correlation: Option<Uuid>,
+        decide: impl Fn(Option<&A>) -> Result<Decision<A::Event>, Refusal> + Send + Sync,
+    ) -> Result<Done, CommandError> {
+        if let Some((done, _)) = self.earlier(caller).await? {
+            return Ok(done);
+        }
+        let id = caller.event_id();
+        let context = caller.context(id, correlation.unwrap_or(id.0));
+        let executed = self.ledger.execute(subject, &context, decide).await;
+        let projections = self.ledger.projections();
+        match executed {
+            Ok(Executed::Appended { position, .. }) => {
+                self.appended.fetch_add(1, Ordering::Relaxed);
+                // The event is stored. If folding takes longer, the caller still has the
+                // position to wait for.
+                let _ = projections.wait_for(position, OWN_WRITE_WAIT).await;
+                Ok(Done {
+                    position,
+                    event: Some(position),
+                    replayed: false,
+                })
+            }
+            Ok(Executed::Duplicate { position }) => {
+                // The first request is not folded yet; the log itself has its digest.
+                let event = self.event(position).await?;
+                let key = caller.key.as_ref();
+                if event.requestdigest.as_ref() != key.map(|k| &k.digest) {
+                    return Err(CommandError::KeyReused);
+                }
+                Ok(Done {
+                    position,
+                    event: Some(position),
+                    replayed: true,
+                })
+            }
+            // A request with the same key may have come in between: then its effect is what was
+            // met here.
+            Ok(Executed::Nothing) => match self.earlier(caller).await? {
+                Some((done, _)) => Ok(done),
+                None => Ok(Done {
+                    position: projections.position(),
+                    event: None,
+                    replayed: false,
+                }),
+            },
+            Err(ExecuteError::Refused(refusal)) => match self.earlier(caller).await? {
+                Some((done, _)) => Ok(done),
+                None => Err(refusal.into()),
+            },
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// What a command that makes an aggregate made: the same for every repetition of it, whatever
+    /// has become of the aggregate since.
+    pub(crate) async fn created<A: Aggregate>(&self, done: &Done) -> Result<A, CommandError> {
+        let position = done.event.unwrap_or(done.position);
+        let event = self.event(position).await?;
+        let damaged = |reason: String| ReadError::Damaged { position, reason };
+        let payload = event.payload().map_err(|e| damaged(e.to_string()))?;
+        let at = At {
+            position,
+            id: event.id,
+            time: event.time,
+        };
+        Ok(A::first(payload, at).map_err(|e| damaged(e.to_string()))?)
+    }
+
+    /// The event at a position that is known to hold one.
+    async fn event(&self, position: Position) -> Result<Event, CommandError> {
+        let damaged = |reason: String| ReadError::Damaged { position, reason };
+        let recorded = self.ledger.log().get(position).await?;
+        let recorded = recorded.ok_or_else(|| damaged("the event is missing".into()))?;
+        Ok(recorded.event().map_err(|e| damaged(e.to_string()))?)
+    }
+}

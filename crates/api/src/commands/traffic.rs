@@ -1,0 +1,159 @@
+//! Where traffic goes: making a deployment the main one, and going back.
+
+use daybook_events::routing::{self, Command, Hostnames, RoutingEvent, Target};
+use daybook_events::{DeploymentId, InstanceRef, Refusal, Subject};
+
+use super::{Caller, CommandError, Commands, Done, check};
+
+/// A switch of the main deployment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Switched {
+    /// The instance.
+    pub instance: InstanceRef,
+    /// Its main deployment from here on.
+    pub main: DeploymentId,
+    /// The one before.
+    pub previous_main: Option<DeploymentId>,
+    /// How it was recorded.
+    pub done: Done,
+}
+
+impl Commands {
+    /// Makes a running deployment the main one of its instance, and lets later ones take over by
+    /// themselves again. `expected_main` guards against a switch that somebody else made.
+    pub async fn mark_main(
+        &self,
+        caller: &Caller,
+        id: DeploymentId,
+        expected_main: Option<DeploymentId>,
+        note: Option<String>,
+    ) -> Result<Switched, CommandError> {
+        check::text("reason", note.as_deref())?;
+        let (target, hostnames) = self.target(id)?;
+        let command = Command::MarkMain {
+            target: target.clone(),
+            hostnames,
+            expected_main,
+            note,
+        };
+        self.switch(caller, target, command).await
+    }
+
+    /// Goes back to a deployment that still runs: to `to`, or else to the main one before. No
+    /// deployment takes over by itself from here on, until one is marked as main.
+    pub async fn rollback(
+        &self,
+        caller: &Caller,
+        instance: InstanceRef,
+        to: Option<DeploymentId>,
+        note: Option<String>,
+    ) -> Result<Switched, CommandError> {
+        if let Some((done, _)) = self.earlier(caller).await? {
+            return self.switched(instance, done).await;
+        }
+        check::text("reason", note.as_deref())?;
+        self.instance(&instance)?;
+        let to = match to {
+            Some(to) => to,
+            None => self.former_main(&instance)?,
+        };
+        let (target, hostnames) = self.target(to)?;
+        if target.instance != instance {
+            return Err(Refusal::new(
+                "other_instance",
+                format!(
+                    "deployment {to} belongs to {}, not to {instance}",
+                    target.instance
+                ),
+                "name a deployment of this instance; `daybook history` lists them",
+            )
+            .into());
+        }
+        let command = Command::Rollback {
+            target: target.clone(),
+            hostnames,
+            note,
+        };
+        let rolled_back = self.switch(caller, target, command).await;
+        rolled_back.map_err(|e| match e {
+            CommandError::Refused(mut r) if r.code == "target_not_running" => {
+                r.remedy = format!(
+                    "{}; or repeat it with `daybook redeploy {to}`, or name another one that runs",
+                    r.remedy
+                );
+                r.into()
+            }
+            other => other,
+        })
+    }
+
+    /// The deployment that was the main one before.
+    fn former_main(&self, instance: &InstanceRef) -> Result<DeploymentId, CommandError> {
+        let routing = self.ledger.projections().routing(&instance.project)?;
+        let traffic = routing.as_ref().and_then(|r| r.traffic(instance));
+        let former = traffic.and_then(|t| t.former.last().copied());
+        Ok(former.ok_or_else(|| {
+            Refusal::new(
+                "nothing_to_roll_back",
+                format!("{instance} has had no other main deployment before"),
+                "deploy something first, or name the deployment to go back to",
+            )
+        })?)
+    }
+
+    fn target(&self, id: DeploymentId) -> Result<(Target, Hostnames), CommandError> {
+        let deployment = self.deployment(id)?.state;
+        let instance = deployment.request.instance.clone();
+        let environment = self.environment(&instance.project, &instance.environment)?;
+        let live = environment.spec.live;
+        let hostnames = Hostnames::under(&self.settings.domain, &instance, id, live)?;
+        let target = Target {
+            deployment: id,
+            instance,
+            status: deployment.status,
+            ready: deployment.workload_is_ready(),
+        };
+        Ok((target, hostnames))
+    }
+
+    async fn switch(
+        &self,
+        caller: &Caller,
+        target: Target,
+        command: Command,
+    ) -> Result<Switched, CommandError> {
+        let subject = Subject::Routing(target.instance.project.clone());
+        let run = Some(target.deployment.0);
+        let done = self
+            .run(caller, &subject, run, |state| {
+                routing::decide(state, command.clone())
+            })
+            .await?;
+        if done.event.is_none() {
+            return Ok(Switched {
+                instance: target.instance,
+                main: target.deployment,
+                previous_main: Some(target.deployment),
+                done,
+            });
+        }
+        self.switched(target.instance, done).await
+    }
+
+    /// What a recorded switch did: the same answer now and for every repetition.
+    async fn switched(&self, instance: InstanceRef, done: Done) -> Result<Switched, CommandError> {
+        let event = self.event(done.event.unwrap_or(done.position)).await?;
+        match event.payload() {
+            Ok(RoutingEvent::Switched(e)) => Ok(Switched {
+                instance,
+                main: e.deployment,
+                previous_main: match e.main {
+                    Some(change) => change.previous,
+                    None => Some(e.deployment),
+                },
+                done,
+            }),
+            _ => Err(CommandError::KeyReused),
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Figures of this server in the Prometheus text format.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+
+use crate::state::AppState;
+
+/// Upper bounds of the latency buckets, in seconds.
+const BOUNDS: [f64; 12] = [
+    0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0,
+];
+
+/// What is counted.
+#[derive(Debug, Default)]
+pub(crate) struct Metrics {
+    requests: Mutex<BTreeMap<RequestKey, u64>>,
+    latencies: Mutex<BTreeMap<Route, Latency>>,
+    streams: AtomicI64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Route {
+    method: &'static str,
+    path: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct RequestKey {
+    route: Route,
+    status: u16,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Latency {
+    buckets: [u64; BOUNDS.len()],
+    count: u64,
+    seconds: f64,
+}
+
+/// Counts each request and how long it took until its answer began. Addresses that do not exist
+/// are counted as one, so that nobody can fill the memory with them.
+pub(crate) async fn count(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let matched = request.extensions().get::<MatchedPath>();
+    let route = Route {
+        method: method(request.method().as_str()),
+        path: matched.map_or("other", MatchedPath::as_str).to_owned(),
+    };
+    let start = Instant::now();
+    let response = next.run(request).await;
+    state
+        .metrics
+        .took(route, response.status().as_u16(), start.elapsed());
+    response
+}
+
+fn method(name: &str) -> &'static str {
+    ["GET", "POST", "PUT", "DELETE", "HEAD"]
+        .into_iter()
+        .find(|m| *m == name)
+        .unwrap_or("other")
+}
+
+/// Counts an open stream until it is dropped.
+#[derive(Debug)]
+pub(crate) struct OpenStream(Arc<Metrics>);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Metrics {
+    /// Counts a stream as open.
+    pub(crate) fn open_stream(self: &Arc<Self>) -> OpenStream {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        OpenStream(self.clone())
+    }
+
+    fn took(&self, route: Route, status: u16, time: Duration) {
+        let seconds = time.as_secs_f64();
+        {
+            let mut latencies = self
+                .latencies
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let latency = latencies.entry(route.clone()).or_default();
+            latency.count += 1;
+            latency.seconds += seconds;
+            if let Some(i) = BOUNDS.iter().position(|b| seconds <= *b) {
+                latency.buckets[i] += 1;
+            }
+        }
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        *requests.entry(RequestKey { route, status }).or_default() += 1;
+    }
+
+    /// Writes the figures about HTTP.
+    pub(crate) fn write(&self, page: &mut Exposition) {
+        page.head(
+            "daybook_http_requests_total",
+            "counter",
+            "Requests by route and status.",
+        );
+        let requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        for (key, count) in requests.iter() {
+            let status = key.status.to_string();
+            let labels = [
+                ("method", key.route.method),
+                ("route", key.route.path.as_str()),
+                ("status", status.as_str()),
+            ];
+            page.sample("daybook_http_requests_total", &labels, *count as f64);
+        }
+        drop(requests);
+        let name = "daybook_http_request_duration_seconds";
+        page.head(
+            name,
+            "histogram",
+            "Time from a request to its answer's head.",
+        );
+        let latencies = self
+            .latencies
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        for (route, latency) in latencies.iter() {
+            let labels = [("method", route.method), ("route", route.path.as_str())];
+            let mut below = 0;
+            for (bound, count) in BOUNDS.iter().zip(latency.buckets) {
+                below += count;
+                let bound = bound.to_string();
+                let labels = [labels[0], labels[1], ("le", bound.as_str())];
+                page.sample(&format!("{name}_bucket"), &labels, below as f64);
+            }
+            let all = [labels[0], labels[1], ("le", "+Inf")];
+            page.sample(&format!("{name}_bucket"), &all, latency.count as f64);
+            page.sample(&format!("{name}_sum"), &labels, latency.seconds);
+            page.sample(&format!("{name}_count"), &labels, latency.count as f64);
+        }
+        drop(latencies);
+        page.gauge(
+            "daybook_http_streams",
+            "Streams of events and log lines that are open.",
+            self.streams.load(Ordering::Relaxed) as f64,
+        );
+    }
+}
+
+/// A page in the Prometheus text format.
+#[derive(Debug, Default)]
+pub(crate) struct Exposition(String);
+
+impl Exposition {
+    /// The media type of the format.
+    pub(crate) const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+    /// Begins a metric.
+    pub(crate) fn head(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    }
+
+    /// Writes one value of the metric that was begun.
+    pub(crate) fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
+        let labels: Vec<String> = labels
+            .iter()
+            .map(|(k, v)| {
+                let v = v
+                    .replace('\\', "\\\\")
+                    .replace('"', "\\\"")
+                    .replace('\n', "\\n");
+                format!("{k}=\"{v}\"")
+            })
+            .collect();
+        let _ = match labels.is_empty() {
+            true => writeln!(self.0, "{name} {value}"),
+            false => writeln!(self.0, "{name}{{{}}} {value}", labels.join(",")),
+        };
+    }
+
+    /// A metric with one value that goes up and down.
+    pub(crate) fn gauge(&mut self, name: &str, help: &str, value: f64) {
+        self.head(name, "gauge", help);
+        self.sample(name, &[], value);
+    }
+
+    /// A metric with one value that only goes up.
+    pub(crate) fn counter(&mut self, name: &str, help: &str, value: f64) {
+        self.head(name, "counter", help);
+        self.sample(name, &[], value);
+    }
+
+    /// The page.
+    pub(crate) fn into_text(self) -> String {
+        self.0
+    }
+}

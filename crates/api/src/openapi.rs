@@ -1,0 +1,189 @@
+//! The OpenAPI document: routes from their handlers, schemas from the types that are sent.
+
+use daybook_events::lines::Line;
+use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings};
+use serde_json::{Map, Value, json};
+use utoipa::openapi::schema::{Object, Schema};
+use utoipa::openapi::{InfoBuilder, License, OpenApi, OpenApiBuilder, RefOr};
+use utoipa::{PartialSchema, ToSchema};
+
+use crate::problem::{self, ProblemDocument};
+use crate::{commands, routes, state, view};
+
+/// The document without its schemas and without what all routes have in common.
+pub(crate) fn frame() -> OpenApi {
+    let mut license = License::new("Apache-2.0");
+    license.identifier = Some("Apache-2.0".into());
+    OpenApiBuilder::new()
+        .info(
+            InfoBuilder::new()
+                .title("Daybook")
+                .version(env!("CARGO_PKG_VERSION"))
+                .description(Some(
+                    "An event-sourced deployment ledger. Commands append events; answers are \
+                     folds of them, and say in `Daybook-Position` up to which event.",
+                ))
+                .license(Some(license))
+                .build(),
+        )
+        .build()
+}
+
+/// The OpenAPI 3.1 document of the whole interface, as `/openapi.json` serves it.
+pub fn openapi() -> Value {
+    complete(routes::described().1)
+}
+
+/// Puts in the schemas, and what every route accepts and answers.
+pub(crate) fn complete(document: OpenApi) -> Value {
+    // A document made of strings, maps and lists can always be written.
+    let mut document = serde_json::to_value(document).unwrap_or_default();
+    let schemas = schemas();
+    if let Some(paths) = document["paths"].as_object_mut() {
+        for (path, operations) in paths {
+            let Some(operations) = operations.as_object_mut() else {
+                continue;
+            };
+            for (method, operation) in operations {
+                if let Some(operation) = operation.as_object_mut() {
+                    common(path, method, operation);
+                }
+            }
+        }
+    }
+    document["components"] = json!({
+        "schemas": schemas,
+        "parameters": parameters(),
+        "headers": headers(),
+        "responses": { "Problem": {
+            "description": "The request is refused or failed.",
+            "content": { problem::MEDIA_TYPE: {
+                "schema": { "$ref": "#/components/schemas/Problem" }
+            } }
+        } }
+    });
+    document
+}
+
+fn common(path: &str, method: &str, operation: &mut Map<String, Value>) {
+    let versioned = path.starts_with("/api/");
+    let mut more = Vec::new();
+    if versioned {
+        more.push("MinPosition");
+        if method != "get" {
+            more.extend(["Actor", "IdempotencyKey"]);
+        }
+    }
+    let parameters = operation
+        .entry("parameters")
+        .or_insert_with(|| json!([]))
+        .as_array_mut();
+    if let Some(parameters) = parameters {
+        let reference = |name| json!({ "$ref": format!("#/components/parameters/{name}") });
+        parameters.extend(more.into_iter().map(reference));
+    }
+    let Some(responses) = operation
+        .get_mut("responses")
+        .and_then(Value::as_object_mut)
+    else {
+        return;
+    };
+    if versioned {
+        for response in responses.values_mut() {
+            let mut headers = json!({
+                "Daybook-Position": { "$ref": "#/components/headers/Position" }
+            });
+            if method != "get" {
+                headers["Idempotency-Replayed"] =
+                    json!({ "$ref": "#/components/headers/IdempotencyReplayed" });
+            }
+            response["headers"] = headers;
+        }
+    }
+    if !path.starts_with("/git/") {
+        for range in ["4XX", "5XX"] {
+            responses.insert(
+                range.into(),
+                json!({ "$ref": "#/components/responses/Problem" }),
+            );
+        }
+    }
+}
+
+fn parameters() -> Value {
+    json!({
+        "MinPosition": {
+            "name": "Daybook-Min-Position", "in": "header", "required": false,
+            "description": "Waits, within bounds, until this position is taken into account. \
+                If that takes too long, the answer is 503 with the code `behind`.",
+            "schema": { "type": "integer", "minimum": 0 }
+        },
+        "Actor": {
+            "name": "Daybook-Actor", "in": "header", "required": false,
+            "description": "Who asks: the name of an account, and no personal data. Not checked.",
+            "schema": { "type": "string", "pattern": "^[A-Za-z0-9._@-]{1,64}$", "default": "anonymous" }
+        },
+        "IdempotencyKey": {
+            "name": "Idempotency-Key", "in": "header", "required": false,
+            "description": "Carries the request out once, however often it is repeated with the \
+                same key. The same key with another request is refused.",
+            "schema": { "type": "string", "minLength": 1, "maxLength": 255 }
+        }
+    })
+}
+
+fn headers() -> Value {
+    json!({
+        "Position": {
+            "description": "The answer takes every event up to this position into account.",
+            "schema": { "type": "integer", "minimum": 0 }
+        },
+        "IdempotencyReplayed": {
+            "description": "`true` if an earlier request with the same key did it.",
+            "schema": { "type": "string", "const": "true" }
+        }
+    })
+}
+
+/// Declares that these types, which describe themselves as JSON Schema, are sent or received.
+/// The routes refer to them by name; [`schemas`] has what they are.
+macro_rules! sent {
+    ($($ty:ty),* $(,)?) => {
+        $(
+            impl PartialSchema for $ty {
+                fn schema() -> RefOr<Schema> {
+                    RefOr::T(Schema::Object(Object::new()))
+                }
+            }
+            impl ToSchema for $ty {
+                fn name() -> std::borrow::Cow<'static, str> {
+                    <$ty as JsonSchema>::schema_name()
+                }
+            }
+        )*
+
+        fn schemas() -> Map<String, Value> {
+            let mut settings = SchemaSettings::draft2020_12();
+            settings.definitions_path = "/components/schemas".into();
+            let mut generator = SchemaGenerator::new(settings);
+            $( generator.subschema_for::<$ty>(); )*
+            generator.subschema_for::<ProblemDocument<'_>>();
+            generator.subschema_for::<Line>();
+            generator.take_definitions(true)
+        }
+    };
+}
+
+sent! {
+    view::AuditList, view::DeploymentAccepted, view::DeploymentDetail, view::DeploymentList,
+    view::EnvironmentList, view::EnvironmentView, view::Health, view::HistoryList,
+    view::InstanceDetail, view::InstanceList, view::MainSwitched, view::OperationAccepted,
+    view::ProjectList, view::ProjectView, view::ReadinessReport, view::ServiceList,
+    view::ServiceView, view::StateView, state::Part, commands::RunOverrides,
+    routes::events::EventPage, routes::events::StoredEvent, routes::logs::LogLine,
+    routes::projects::CreateProject, routes::projects::DefineService,
+    routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
+    routes::deployments::CreateDeployment, routes::deployments::Why,
+    routes::deployments::MarkMain, routes::deployments::RedeployOptions,
+    routes::deployments::RollbackTo,
+}

@@ -1,0 +1,283 @@
+//! Errors as problem documents (RFC 9457).
+//!
+//! Every refusal of the interface has the same form: a stable `code` for programs, a sentence for
+//! people, what helps, and whether the same request may succeed later. What goes wrong inside is
+//! logged with its chain and answered without it.
+
+use std::error::Error;
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use daybook_events::log::{AppendError, ReadError};
+use daybook_events::{InvalidName, Refusal};
+use daybook_projections::ExecuteError;
+use daybook_projections::QueryError;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::commands::CommandError;
+
+/// The media type of a problem document.
+pub(crate) const MEDIA_TYPE: &str = "application/problem+json";
+
+/// A refused or failed request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    status: StatusCode,
+    code: &'static str,
+    detail: String,
+    remedy: String,
+    retry_after: Option<u32>,
+}
+
+/// How a [`Problem`] is written (RFC 9457, with `code`, `remedy` and `retryable` beside).
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "Problem")]
+pub(crate) struct ProblemDocument<'a> {
+    /// `https://daybook.dev/problems/<code>`
+    #[serde(rename = "type")]
+    kind: String,
+    /// The code in words.
+    title: String,
+    /// The HTTP status.
+    status: u16,
+    /// What is wrong with this very request, in one sentence.
+    detail: &'a str,
+    /// A stable code for programs.
+    code: &'a str,
+    /// What would make it possible.
+    remedy: &'a str,
+    /// Whether the same request may succeed later without any change.
+    retryable: bool,
+}
+
+impl Problem {
+    /// A problem that no repetition of the same request solves.
+    pub fn new(
+        status: StatusCode,
+        code: &'static str,
+        detail: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self {
+            status,
+            code,
+            detail: detail.into(),
+            remedy: remedy.into(),
+            retry_after: None,
+        }
+    }
+
+    /// The same problem, which may be gone after this many seconds.
+    pub fn retry_after(mut self, seconds: u32) -> Self {
+        self.retry_after = Some(seconds);
+        self
+    }
+
+    /// Something that should not happen. The chain of the cause goes to the log, not to the
+    /// caller.
+    pub fn internal(cause: &(dyn Error + 'static)) -> Self {
+        let mut chain = cause.to_string();
+        let mut source = cause.source();
+        while let Some(e) = source {
+            chain.push_str(": ");
+            chain.push_str(&e.to_string());
+            source = e.source();
+        }
+        tracing::error!(error = chain, "a request failed inside");
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal",
+            "the server could not handle the request",
+            "look at the server's log, and report it if it happens again",
+        )
+    }
+
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// The stable code.
+    pub fn code(&self) -> &'static str {
+        self.code
+    }
+
+    /// The problem as one line of text, for clients that show nothing else.
+    pub(crate) fn to_text(&self) -> String {
+        format!("{} ({}): {}\n", self.detail, self.code, self.remedy)
+    }
+}
+
+/// `project_not_found` as "Project not found".
+fn title(code: &str) -> String {
+    let mut words = code.replace('_', " ");
+    if let Some(first) = words.get_mut(..1) {
+        first.make_ascii_uppercase();
+    }
+    words
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let document = ProblemDocument {
+            kind: format!("https://daybook.dev/problems/{}", self.code),
+            title: title(self.code),
+            status: self.status.as_u16(),
+            detail: &self.detail,
+            code: self.code,
+            remedy: &self.remedy,
+            retryable: self.retry_after.is_some(),
+        };
+        // Serialising strings and numbers cannot fail.
+        let body = serde_json::to_vec(&document).unwrap_or_default();
+        let mut response =
+            (self.status, [(header::CONTENT_TYPE, MEDIA_TYPE)], body).into_response();
+        if let Some(seconds) = self.retry_after {
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}
+
+/// The status that belongs to the code of a refusal.
+fn status_of(code: &str) -> StatusCode {
+    match code {
+        "illegal_state"
+        | "cancel_requested"
+        | "main_changed"
+        | "already_main"
+        | "nothing_to_roll_back"
+        | "target_not_running"
+        | "target_not_ready"
+        | "stale_attempt" => StatusCode::CONFLICT,
+        c if c.ends_with("_exists") => StatusCode::CONFLICT,
+        c if c.ends_with("_not_found") => StatusCode::NOT_FOUND,
+        _ => StatusCode::UNPROCESSABLE_ENTITY,
+    }
+}
+
+impl From<Refusal> for Problem {
+    fn from(r: Refusal) -> Self {
+        Self::new(status_of(r.code), r.code, r.message, r.remedy)
+    }
+}
+
+impl From<InvalidName> for Problem {
+    fn from(e: InvalidName) -> Self {
+        Self::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            e.code,
+            e.to_string(),
+            format!("give a valid {}", e.what),
+        )
+    }
+}
+
+impl From<AppendError> for Problem {
+    fn from(e: AppendError) -> Self {
+        match e {
+            AppendError::Conflict { .. } => contended(),
+            AppendError::TooLarge { .. } => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "event_too_large",
+                e.to_string(),
+                "make the request smaller; large values do not belong into the ledger",
+            ),
+            AppendError::Unavailable(_) => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "log_unavailable",
+                e.to_string(),
+                "nothing was stored; try again",
+            )
+            .retry_after(1),
+            AppendError::Unknown(_) => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "outcome_unknown",
+                e.to_string(),
+                "repeat the request with the same Idempotency-Key: it is carried out once",
+            )
+            .retry_after(1),
+            AppendError::Stopped(_) => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "appends_stopped",
+                e.to_string(),
+                "an operator has to look at the log first; waiting does not help",
+            ),
+        }
+    }
+}
+
+fn contended() -> Problem {
+    Problem::new(
+        StatusCode::CONFLICT,
+        "contended",
+        "others changed the same thing at the same moment, again and again",
+        "try again",
+    )
+    .retry_after(1)
+}
+
+/// The folded state is behind what the request needs.
+pub(crate) fn behind(detail: impl Into<String>) -> Problem {
+    Problem::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "behind",
+        detail,
+        "try again in a moment; /readyz says how far behind this server is",
+    )
+    .retry_after(1)
+}
+
+impl From<ReadError> for Problem {
+    fn from(e: ReadError) -> Self {
+        match e {
+            ReadError::Unavailable(_) => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "log_unavailable",
+                e.to_string(),
+                "try again",
+            )
+            .retry_after(1),
+            ReadError::Damaged { .. } | ReadError::Invalid(_) => Self::internal(&e),
+        }
+    }
+}
+
+impl From<QueryError> for Problem {
+    fn from(e: QueryError) -> Self {
+        Self::internal(&e)
+    }
+}
+
+impl From<ExecuteError> for Problem {
+    fn from(e: ExecuteError) -> Self {
+        match e {
+            ExecuteError::Refused(r) => r.into(),
+            ExecuteError::Append(e) => e.into(),
+            ExecuteError::Contended => contended(),
+            ExecuteError::Behind(e) => behind(e.to_string()),
+            other => Self::internal(&other),
+        }
+    }
+}
+
+impl From<CommandError> for Problem {
+    fn from(e: CommandError) -> Self {
+        match e {
+            CommandError::Refused(r) => r.into(),
+            CommandError::Invalid(e) => e.into(),
+            CommandError::KeyReused => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "idempotency_key_reused",
+                e.to_string(),
+                "use a new Idempotency-Key for another request",
+            ),
+            CommandError::Execute(e) => e.into(),
+            CommandError::Query(e) => e.into(),
+            CommandError::Read(e) => e.into(),
+        }
+    }
+}

@@ -1,0 +1,445 @@
+//! Deployments and what can be done to them.
+
+use axum::extract::State;
+use daybook_events::deployment::{Status, SwitchMode};
+use daybook_events::{
+    ClusterName, DeploymentId, EnvironmentName, InstanceRef, ProjectName, Refusal, ServiceName,
+};
+use daybook_projections::{DeploymentFilter, Page};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use crate::answer::Answer;
+use crate::commands::{Deploy, Deployed, Lifecycle, Redeploy, RunOverrides, Switched, What};
+use crate::extract::{Command, CommandBody, Named, NoParams, Params, deployment_id};
+use crate::problem::Problem;
+use crate::routes::history::{filter, page};
+use crate::state::AppState;
+use crate::view::{
+    DeploymentAccepted, DeploymentDetail, DeploymentList, MainSwitched, OperationAccepted, Shown,
+};
+
+type Handled<T> = Result<Answer<T>, Problem>;
+
+/// Which deployments are listed.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DeploymentQuery {
+    /// Of this instance: `project.environment.service`.
+    instance_id: Option<String>,
+    /// Of this project.
+    project: Option<String>,
+    /// Of this environment.
+    environment: Option<String>,
+    /// Of this service.
+    service: Option<String>,
+    /// In this state, or in one that has this status: `started`, `deploying`, `start_error`.
+    status: Option<String>,
+    /// Of this version: a ref, image, tag, digest or (abbreviated) commit.
+    version: Option<String>,
+    /// Most deployments on a page: 1 to 500, 50 if not given.
+    limit: Option<u32>,
+    /// Where the list goes on: `next` of the page before.
+    cursor: Option<String>,
+}
+
+/// A deployment to be made: of an instance (`instance_id`, or `project`, `environment` and
+/// `service`), of at most one of `version`, `git_ref` and `image`; without any, of the service's
+/// default ref.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CreateDeployment {
+    /// `project.environment.service`.
+    instance_id: Option<String>,
+    /// The project.
+    project: Option<String>,
+    /// The environment.
+    environment: Option<String>,
+    /// The service.
+    service: Option<String>,
+    /// A branch, tag or commit, or an image reference, tag or digest, as fits the service.
+    version: Option<String>,
+    /// A branch, tag or commit of the service's source.
+    git_ref: Option<String>,
+    /// An image reference, or a tag or digest in the service's image repository.
+    image: Option<String>,
+    /// The clusters; the environment's if not given.
+    #[serde(alias = "cluster_ids")]
+    clusters: Option<Vec<String>>,
+    /// Whether traffic follows by itself; as the environment says if not given.
+    switch: Option<SwitchMode>,
+    /// What runs differently from the service's definition.
+    #[serde(default)]
+    run: RunOverrides,
+    /// Why.
+    reason: Option<String>,
+}
+impl CommandBody for CreateDeployment {}
+
+/// Why something is asked for.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Why {
+    /// In the caller's words.
+    reason: Option<String>,
+}
+impl CommandBody for Why {
+    fn absent() -> Option<Self> {
+        Some(Self::default())
+    }
+}
+
+/// A switch of the main deployment.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MarkMain {
+    /// What the caller takes for the main deployment now: if it is another one, nothing is done.
+    expected_main: Option<String>,
+    /// Why.
+    reason: Option<String>,
+}
+impl CommandBody for MarkMain {
+    fn absent() -> Option<Self> {
+        Some(Self::default())
+    }
+}
+
+/// How an older deployment is repeated.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RedeployOptions {
+    /// Whether traffic follows by itself; as the environment says if not given.
+    switch: Option<SwitchMode>,
+    /// Why.
+    reason: Option<String>,
+}
+impl CommandBody for RedeployOptions {
+    fn absent() -> Option<Self> {
+        Some(Self::default())
+    }
+}
+
+/// Where to go back: an instance (`instance_id`, or `project`, `environment` and `service`), and
+/// the deployment, if not the main one before.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RollbackTo {
+    /// `project.environment.service`.
+    instance_id: Option<String>,
+    /// The project.
+    project: Option<String>,
+    /// The environment.
+    environment: Option<String>,
+    /// The service.
+    service: Option<String>,
+    /// The deployment to go back to; the main one before if not given.
+    to: Option<String>,
+    /// Why.
+    reason: Option<String>,
+}
+impl CommandBody for RollbackTo {}
+
+/// The instance that a request names, in one of the two ways.
+fn instance(
+    id: Option<String>,
+    project: Option<String>,
+    environment: Option<String>,
+    service: Option<String>,
+) -> Result<InstanceRef, Problem> {
+    match (id, project, environment, service) {
+        (Some(id), None, None, None) => Ok(id.parse()?),
+        (None, Some(project), Some(environment), Some(service)) => Ok(InstanceRef {
+            project: ProjectName::parse(project)?,
+            environment: EnvironmentName::parse(environment)?,
+            service: ServiceName::parse(service)?,
+        }),
+        _ => Err(Refusal::new(
+            "instance_required",
+            "the request does not name exactly one instance",
+            "give instance_id, or project, environment and service, but not both",
+        )
+        .into()),
+    }
+}
+
+fn what(body: &mut CreateDeployment) -> Result<What, Problem> {
+    match (body.version.take(), body.git_ref.take(), body.image.take()) {
+        (None, None, None) => Ok(What::Default),
+        (Some(version), None, None) => Ok(What::Version(version)),
+        (None, Some(git_ref), None) => Ok(What::GitRef(git_ref)),
+        (None, None, Some(image)) => Ok(What::Image(image)),
+        _ => Err(Refusal::new(
+            "version_ambiguous",
+            "the request names more than one thing to deploy",
+            "give one of version, git_ref and image",
+        )
+        .into()),
+    }
+}
+
+/// Deployments, newest first.
+#[utoipa::path(get, path = "/api/v1/deployments", tag = "deployments", params(DeploymentQuery),
+    responses((status = 200, description = "The deployments.", body = DeploymentList)))]
+pub(crate) async fn list_deployments(
+    State(state): State<AppState>,
+    Params(query): Params<DeploymentQuery>,
+) -> Handled<DeploymentList> {
+    let filter = DeploymentFilter {
+        statuses: query.status.as_deref().map_or(Ok(Vec::new()), statuses)?,
+        version: query.version,
+        ..filter(
+            query.instance_id,
+            query.project,
+            query.environment,
+            query.service,
+        )?
+    };
+    let page: Page = page(query.limit, query.cursor.as_deref())?;
+    let projections = state.projections();
+    let found = projections.deployments(&filter, page)?;
+    let mut shown = Shown::new(projections, &state.settings.gateway);
+    let deployments: Result<_, _> = found.items.iter().map(|row| shown.entry(row)).collect();
+    Ok(Answer::ok(DeploymentList {
+        deployments: deployments?,
+        next: found.next.map(|c| c.to_string()),
+    }))
+}
+
+/// The states that a word stands for: one state, or all that are shown as one status.
+fn statuses(word: &str) -> Result<Vec<Status>, Problem> {
+    let fits = |s: &Status| s.as_str() == word || s.lifecycle() == word;
+    let found: Vec<_> = Status::ALL.into_iter().filter(fits).collect();
+    if found.is_empty() {
+        let words: Vec<_> = Status::ALL.iter().map(|s| s.as_str()).collect();
+        return Err(Refusal::new(
+            "unknown_status",
+            "there is no such status",
+            format!("use one of: {}", words.join(", ")),
+        )
+        .into());
+    }
+    Ok(found)
+}
+
+/// Requests a deployment. It is queued, and workers carry it out.
+#[utoipa::path(post, path = "/api/v1/deployments", tag = "deployments",
+    request_body = CreateDeployment,
+    responses((status = 201, description = "It is queued.", body = DeploymentAccepted)))]
+pub(crate) async fn create_deployment(
+    State(state): State<AppState>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, mut body }: Command<CreateDeployment>,
+) -> Handled<DeploymentAccepted> {
+    let what = what(&mut body)?;
+    let instance = instance(
+        body.instance_id,
+        body.project,
+        body.environment,
+        body.service,
+    )?;
+    let clusters = body.clusters.map(|names| {
+        let names = names.into_iter().map(ClusterName::parse);
+        names.collect::<Result<Vec<_>, _>>()
+    });
+    let wish = Deploy {
+        instance: instance.clone(),
+        what,
+        clusters: clusters.transpose()?,
+        switch: body.switch,
+        run: body.run,
+        reason: body.reason,
+    };
+    let deployed = state.commands.deploy(&caller, wish).await?;
+    Ok(accepted(&deployed, &instance))
+}
+
+fn accepted(deployed: &Deployed, instance: &InstanceRef) -> Answer<DeploymentAccepted> {
+    let body = DeploymentAccepted {
+        id: deployed.id,
+        status: "queued",
+        instance_id: instance.to_string(),
+    };
+    Answer::done(&deployed.done, body).created(format!("/api/v1/deployments/{}", deployed.id))
+}
+
+/// Everything that is known of a deployment.
+#[utoipa::path(get, path = "/api/v1/deployments/{id}", tag = "deployments",
+    params(("id" = String, Path, description = "The deployment.")),
+    responses((status = 200, description = "The deployment.", body = DeploymentDetail)))]
+pub(crate) async fn get_deployment(
+    State(state): State<AppState>,
+    Named(id): Named<DeploymentId>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Handled<DeploymentDetail> {
+    let row = state.commands.deployment(id)?;
+    let mut shown = Shown::new(state.projections(), &state.settings.gateway);
+    Ok(Answer::ok(shown.detail(&row)?))
+}
+
+async fn operate(
+    state: &AppState,
+    id: DeploymentId,
+    operation: Lifecycle,
+    command: Command<Why>,
+) -> Handled<OperationAccepted> {
+    let Command { caller, body } = command;
+    let operated = state
+        .commands
+        .operate(&caller, id, operation, body.reason)
+        .await?;
+    let body = OperationAccepted {
+        id,
+        status: operation.leads_to(),
+    };
+    Ok(Answer::done(&operated.done, body))
+}
+
+/// Scales a running deployment to zero. It can be started again.
+#[utoipa::path(post, path = "/api/v1/deployments/{id}/stop", tag = "deployments",
+    params(("id" = String, Path, description = "The deployment.")),
+    request_body = Option<Why>,
+    responses((status = 200, description = "It is being stopped.", body = OperationAccepted)))]
+pub(crate) async fn stop_deployment(
+    State(state): State<AppState>,
+    Named(id): Named<DeploymentId>,
+    Params(NoParams {}): Params<NoParams>,
+    command: Command<Why>,
+) -> Handled<OperationAccepted> {
+    operate(&state, id, Lifecycle::Stop, command).await
+}
+
+/// Starts a stopped deployment again.
+#[utoipa::path(post, path = "/api/v1/deployments/{id}/start", tag = "deployments",
+    params(("id" = String, Path, description = "The deployment.")),
+    request_body = Option<Why>,
+    responses((status = 200, description = "It is being started.", body = OperationAccepted)))]
+pub(crate) async fn start_deployment(
+    State(state): State<AppState>,
+    Named(id): Named<DeploymentId>,
+    Params(NoParams {}): Params<NoParams>,
+    command: Command<Why>,
+) -> Handled<OperationAccepted> {
+    operate(&state, id, Lifecycle::Start, command).await
+}
+
+/// Removes what a stopped deployment consists of. It cannot be started again.
+#[utoipa::path(post, path = "/api/v1/deployments/{id}/terminate", tag = "deployments",
+    params(("id" = String, Path, description = "The deployment.")),
+    request_body = Option<Why>,
+    responses((status = 200, description = "It is being removed.", body = OperationAccepted)))]
+pub(crate) async fn terminate_deployment(
+    State(state): State<AppState>,
+    Named(id): Named<DeploymentId>,
+    Params(NoParams {}): Params<NoParams>,
+    command: Command<Why>,
+) -> Handled<OperationAccepted> {
+    operate(&state, id, Lifecycle::Terminate, command).await
+}
+
+/// Gives a deployment up before it is live.
+#[utoipa::path(post, path = "/api/v1/deployments/{id}/cancel", tag = "deployments",
+    params(("id" = String, Path, description = "The deployment.")),
+    request_body = Option<Why>,
+    responses((status = 200, description = "It is being cancelled.", body = OperationAccepted)))]
+pub(crate) async fn cancel_deployment(
+    State(state): State<AppState>,
+    Named(id): Named<DeploymentId>,
+    Params(NoParams {}): Params<NoParams>,
+    command: Command<Why>,
+) -> Handled<OperationAccepted> {
+    operate(&state, id, Lifecycle::Cancel, command).await
+}
+
+/// Puts the record of an ended deployment away. Its events stay in the ledger.
+#[utoipa::path(delete, path = "/api/v1/deployments/{id}", tag = "deployments",
+    params(("id" = String, Path, description = "The deployment.")),
+    request_body = Option<Why>,
+    responses((status = 200, description = "It is put away.", body = OperationAccepted)))]
+pub(crate) async fn delete_deployment(
+    State(state): State<AppState>,
+    Named(id): Named<DeploymentId>,
+    Params(NoParams {}): Params<NoParams>,
+    command: Command<Why>,
+) -> Handled<OperationAccepted> {
+    operate(&state, id, Lifecycle::Delete, command).await
+}
+
+fn switched(switched: Switched) -> Answer<MainSwitched> {
+    let body = MainSwitched {
+        id: switched.main,
+        instance_id: switched.instance.to_string(),
+        main: true,
+        previous_main: switched.previous_main,
+    };
+    Answer::done(&switched.done, body)
+}
+
+/// Sends traffic to a running deployment. The one before goes on running.
+#[utoipa::path(post, path = "/api/v1/deployments/{id}/mark-main", tag = "traffic",
+    params(("id" = String, Path, description = "The deployment.")),
+    request_body = Option<MarkMain>,
+    responses((status = 200, description = "It is the main deployment.", body = MainSwitched)))]
+pub(crate) async fn mark_main(
+    State(state): State<AppState>,
+    Named(id): Named<DeploymentId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<MarkMain>,
+) -> Handled<MainSwitched> {
+    let expected = body
+        .expected_main
+        .as_deref()
+        .map(deployment_id)
+        .transpose()?;
+    let done = state
+        .commands
+        .mark_main(&caller, id, expected, body.reason)
+        .await?;
+    Ok(switched(done))
+}
+
+/// Requests a deployment of exactly what an older one was made from.
+#[utoipa::path(post, path = "/api/v1/deployments/{id}/redeploy", tag = "deployments",
+    params(("id" = String, Path, description = "The older deployment.")),
+    request_body = Option<RedeployOptions>,
+    responses((status = 201, description = "It is queued.", body = DeploymentAccepted)))]
+pub(crate) async fn redeploy(
+    State(state): State<AppState>,
+    Named(id): Named<DeploymentId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<RedeployOptions>,
+) -> Handled<DeploymentAccepted> {
+    let instance = state.commands.deployment(id)?.state.request.instance;
+    let wish = Redeploy {
+        of: id,
+        switch: body.switch,
+        reason: body.reason,
+    };
+    let deployed = state.commands.redeploy(&caller, wish).await?;
+    Ok(accepted(&deployed, &instance))
+}
+
+/// Sends traffic back to an older deployment that still runs. From here on no deployment takes
+/// over by itself, until one is marked as main.
+#[utoipa::path(post, path = "/api/v1/rollback", tag = "traffic",
+    request_body = RollbackTo,
+    responses((status = 200, description = "It is rolled back.", body = MainSwitched)))]
+pub(crate) async fn rollback(
+    State(state): State<AppState>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<RollbackTo>,
+) -> Handled<MainSwitched> {
+    let instance = instance(
+        body.instance_id,
+        body.project,
+        body.environment,
+        body.service,
+    )?;
+    let to = body.to.as_deref().map(deployment_id).transpose()?;
+    let done = state
+        .commands
+        .rollback(&caller, instance, to, body.reason)
+        .await?;
+    Ok(switched(done))
+}

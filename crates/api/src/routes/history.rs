@@ -1,0 +1,327 @@
+//! What was, what is, and who did it.
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use daybook_events::{EnvironmentName, InstanceRef, ProjectName, Refusal, ServiceName};
+use daybook_projections::{AuditFilter, DeploymentFilter, InvalidPage, Page};
+use jiff::Timestamp;
+use serde::Deserialize;
+use utoipa::IntoParams;
+use uuid::Uuid;
+
+use crate::answer::Answer;
+use crate::extract::{Named, NoParams, Params, deployment_id};
+use crate::problem::Problem;
+use crate::state::AppState;
+use crate::view::{
+    AuditList, HistoryList, InstanceDetail, InstanceEntry, InstanceList, Shown, StateView,
+};
+
+type Handled<T> = Result<Answer<T>, Problem>;
+
+/// Which instances are listed.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct InstanceQuery {
+    /// Of this project.
+    project: Option<String>,
+    /// In this environment.
+    environment: Option<String>,
+}
+
+/// Which rows of the history are wanted.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct HistoryQuery {
+    /// Of this instance: `project.environment.service`.
+    instance_id: Option<String>,
+    /// Of this project.
+    project: Option<String>,
+    /// Of this environment.
+    environment: Option<String>,
+    /// Of this service.
+    service: Option<String>,
+    /// Of this version: a ref, image, tag, digest or (abbreviated) commit.
+    version: Option<String>,
+    /// Most rows on a page: 1 to 500, 50 if not given.
+    limit: Option<u32>,
+    /// Where the list goes on: `next` of the page before.
+    cursor: Option<String>,
+}
+
+/// Which rows of the audit are wanted; all that is given must fit.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AuditQuery {
+    /// Of this project.
+    project: Option<String>,
+    /// Of this environment.
+    environment: Option<String>,
+    /// Of this service.
+    service: Option<String>,
+    /// About this deployment.
+    deployment: Option<String>,
+    /// By this actor.
+    actor: Option<String>,
+    /// Of this type (`deployment.requested.v1`), or of all types of an aggregate (`deployment`).
+    kind: Option<String>,
+    /// Of this request or run.
+    correlation: Option<String>,
+    /// Only events that changed nothing.
+    #[serde(default)]
+    void: bool,
+    /// That happened at this time or later (RFC 3339).
+    from: Option<String>,
+    /// That happened before this time (RFC 3339).
+    until: Option<String>,
+    /// Most rows on a page: 1 to 500, 50 if not given.
+    limit: Option<u32>,
+    /// Where the list goes on: `next` of the page before.
+    cursor: Option<String>,
+}
+
+/// What part of the state is wanted.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct StateQuery {
+    /// Of this project.
+    project: Option<String>,
+    /// Of this environment.
+    environment: Option<String>,
+    /// Of this service.
+    service: Option<String>,
+    /// Most instances on a page: 1 to 500, 50 if not given.
+    limit: Option<u32>,
+    /// Where the list goes on: `next` of the page before.
+    cursor: Option<String>,
+}
+
+/// Reads which page is wanted.
+pub(crate) fn page(limit: Option<u32>, cursor: Option<&str>) -> Result<Page, Problem> {
+    Page::new(limit, cursor).map_err(invalid_page)
+}
+
+fn invalid_page(e: InvalidPage) -> Problem {
+    let remedy = match e {
+        InvalidPage::Limit => "give another limit, or none",
+        InvalidPage::Cursor => "use `next` of the page before, as it is",
+    };
+    Problem::new(StatusCode::BAD_REQUEST, e.code(), e.to_string(), remedy)
+}
+
+/// Reads which deployments are wanted.
+pub(crate) fn filter(
+    instance_id: Option<String>,
+    project: Option<String>,
+    environment: Option<String>,
+    service: Option<String>,
+) -> Result<DeploymentFilter, Problem> {
+    if let Some(id) = instance_id {
+        if project.is_some() || environment.is_some() || service.is_some() {
+            return Err(Refusal::new(
+                "instance_ambiguous",
+                "instance_id says already which project, environment and service",
+                "give instance_id, or the parts, but not both",
+            )
+            .into());
+        }
+        return Ok(DeploymentFilter::of(&id.parse::<InstanceRef>()?));
+    }
+    Ok(DeploymentFilter {
+        project: project.map(ProjectName::parse).transpose()?,
+        environment: environment.map(EnvironmentName::parse).transpose()?,
+        service: service.map(ServiceName::parse).transpose()?,
+        ..DeploymentFilter::default()
+    })
+}
+
+fn time(what: &str, text: Option<String>) -> Result<Option<Timestamp>, Problem> {
+    let parsed = text.map(|t| t.parse::<Timestamp>()).transpose();
+    parsed.map_err(|_| {
+        Problem::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_time",
+            format!("{what} is not a time"),
+            "write it as 2024-01-15T10:30:00Z",
+        )
+    })
+}
+
+/// Every service in every environment of its project: what can be deployed to.
+#[utoipa::path(get, path = "/api/v1/instances", tag = "history", params(InstanceQuery),
+    responses((status = 200, description = "The instances.", body = InstanceList)))]
+pub(crate) async fn list_instances(
+    State(state): State<AppState>,
+    Params(query): Params<InstanceQuery>,
+) -> Handled<InstanceList> {
+    let wanted = query.environment.map(EnvironmentName::parse).transpose()?;
+    let projections = state.projections();
+    let projects = match query.project.map(ProjectName::parse).transpose()? {
+        Some(name) => vec![state.commands.project(&name)?],
+        None => projections.projects()?,
+    };
+    let mut instances = Vec::new();
+    for project in projects {
+        let routing = projections.routing(&project.name)?;
+        for environment in projections.environments(&project.name)? {
+            if wanted.as_ref().is_some_and(|w| *w != environment.name) {
+                continue;
+            }
+            for service in project.services.keys() {
+                let instance = InstanceRef {
+                    project: project.name.clone(),
+                    environment: environment.name.clone(),
+                    service: service.clone(),
+                };
+                let traffic = routing.as_ref().and_then(|r| r.traffic(&instance));
+                instances.push(InstanceEntry {
+                    instance_id: instance.to_string(),
+                    main: traffic.and_then(|t| t.main),
+                    rolled_back: traffic.is_some_and(|t| t.rolled_back),
+                    project: instance.project,
+                    environment: instance.environment,
+                    service: instance.service,
+                });
+            }
+        }
+    }
+    Ok(Answer::ok(InstanceList { instances }))
+}
+
+/// One instance, with the deployments that run there or may run again.
+#[utoipa::path(get, path = "/api/v1/instances/{instance_id}", tag = "history",
+    params(("instance_id" = String, Path, description = "`project.environment.service`")),
+    responses((status = 200, description = "The instance.", body = InstanceDetail)))]
+pub(crate) async fn get_instance(
+    State(state): State<AppState>,
+    Named(instance): Named<InstanceRef>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Handled<InstanceDetail> {
+    state.commands.instance(&instance)?;
+    let projections = state.projections();
+    let routing = projections.routing(&instance.project)?;
+    let traffic = routing.as_ref().and_then(|r| r.traffic(&instance));
+    let rows = projections.active_of(&instance)?;
+    let mut shown = Shown::new(projections, &state.settings.gateway);
+    let deployments: Result<_, _> = rows.iter().map(|row| shown.entry(row)).collect();
+    Ok(Answer::ok(InstanceDetail {
+        entry: InstanceEntry {
+            instance_id: instance.to_string(),
+            main: traffic.and_then(|t| t.main),
+            rolled_back: traffic.is_some_and(|t| t.rolled_back),
+            project: instance.project,
+            environment: instance.environment,
+            service: instance.service,
+        },
+        former: traffic.map_or_else(Vec::new, |t| t.former.clone()),
+        deployments: deployments?,
+    }))
+}
+
+/// What was deployed, newest first: one row for each deployment, with its image, its commits and
+/// how it ended.
+#[utoipa::path(get, path = "/api/v1/history", tag = "history", params(HistoryQuery),
+    responses((status = 200, description = "The history.", body = HistoryList)))]
+pub(crate) async fn list_history(
+    State(state): State<AppState>,
+    Params(query): Params<HistoryQuery>,
+) -> Handled<HistoryList> {
+    let filter = DeploymentFilter {
+        version: query.version,
+        ..filter(
+            query.instance_id,
+            query.project,
+            query.environment,
+            query.service,
+        )?
+    };
+    let page = page(query.limit, query.cursor.as_deref())?;
+    let found = state.projections().history(&filter, page)?;
+    Ok(Answer::ok(HistoryList {
+        history: found.items,
+        next: found.next.map(|c| c.to_string()),
+        position: found.position,
+    }))
+}
+
+/// Who did what, when, why, and what led to it, newest first: one row for each event.
+#[utoipa::path(get, path = "/api/v1/audit", tag = "history", params(AuditQuery),
+    responses((status = 200, description = "The audit.", body = AuditList)))]
+pub(crate) async fn list_audit(
+    State(state): State<AppState>,
+    Params(query): Params<AuditQuery>,
+) -> Handled<AuditList> {
+    let correlation = query.correlation.map(|c| c.parse::<Uuid>()).transpose();
+    let filter = AuditFilter {
+        project: query.project.map(ProjectName::parse).transpose()?,
+        environment: query.environment.map(EnvironmentName::parse).transpose()?,
+        service: query.service.map(ServiceName::parse).transpose()?,
+        deployment: query.deployment.as_deref().map(deployment_id).transpose()?,
+        actor: query.actor,
+        kind: query.kind,
+        correlation: correlation.map_err(|_| {
+            Problem::new(
+                StatusCode::BAD_REQUEST,
+                "invalid_correlation",
+                "correlation is not a UUID",
+                "use the correlation of a row of the audit",
+            )
+        })?,
+        void_only: query.void,
+        from: time("from", query.from)?,
+        until: time("until", query.until)?,
+    };
+    let page = page(query.limit, query.cursor.as_deref())?;
+    let found = state.projections().audit(&filter, page)?;
+    Ok(Answer::ok(AuditList {
+        audit: found.items,
+        next: found.next.map(|c| c.to_string()),
+        position: found.position,
+    }))
+}
+
+/// What runs where now, with the three answers to "is it up?" for each deployment.
+#[utoipa::path(get, path = "/api/v1/state", tag = "history", params(StateQuery),
+    responses((status = 200, description = "The state.", body = StateView)))]
+pub(crate) async fn get_state(
+    State(state): State<AppState>,
+    Params(query): Params<StateQuery>,
+) -> Handled<StateView> {
+    let project = query.project.map(ProjectName::parse).transpose()?;
+    let environment = query.environment.map(EnvironmentName::parse).transpose()?;
+    let service = query.service.map(ServiceName::parse).transpose()?;
+    let limit = page(query.limit, None)?.limit();
+    // Instances are ordered by name, so the last one shown says where the list goes on, whatever
+    // is deployed meanwhile.
+    let after: Option<InstanceRef> = query
+        .cursor
+        .map(|c| c.parse().map_err(|_| invalid_page(InvalidPage::Cursor)))
+        .transpose()?;
+    let overview = state
+        .projections()
+        .overview(project.as_ref(), environment.as_ref())?;
+    let mut wanted = overview
+        .instances
+        .into_iter()
+        .filter(|i| {
+            environment
+                .as_ref()
+                .is_none_or(|e| *e == i.instance.environment)
+        })
+        .filter(|i| service.as_ref().is_none_or(|s| *s == i.instance.service))
+        .filter(|i| after.as_ref().is_none_or(|a| i.instance > *a));
+    let instances: Vec<_> = wanted.by_ref().take(limit).collect();
+    let next = match wanted.next() {
+        Some(_) => instances.last().map(|i| i.id.clone()),
+        None => None,
+    };
+    Ok(Answer::ok(StateView {
+        instances,
+        next,
+        position: overview.position,
+    }))
+}

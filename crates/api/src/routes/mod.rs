@@ -1,0 +1,146 @@
+//! The addresses of the interface.
+
+pub(crate) mod deployments;
+pub(crate) mod events;
+pub(crate) mod history;
+pub(crate) mod logs;
+pub(crate) mod operations;
+pub(crate) mod projects;
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{StatusCode, Uri, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::{Router, routing};
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::openapi::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::extract::not_found;
+use crate::problem::Problem;
+use crate::state::AppState;
+use crate::{consistency, git, hosts, metrics, openapi};
+
+/// The routes with their description, which still lacks its schemas.
+pub(crate) fn described() -> (Router<AppState>, OpenApi) {
+    OpenApiRouter::with_openapi(openapi::frame())
+        .routes(routes!(projects::list_projects, projects::create_project))
+        .routes(routes!(projects::get_project))
+        .routes(routes!(projects::list_services))
+        .routes(routes!(projects::get_service, projects::define_service))
+        .routes(routes!(
+            projects::list_environments,
+            projects::create_environment
+        ))
+        .routes(routes!(
+            projects::get_environment,
+            projects::change_environment
+        ))
+        .routes(routes!(history::list_instances))
+        .routes(routes!(history::get_instance))
+        .routes(routes!(
+            deployments::list_deployments,
+            deployments::create_deployment
+        ))
+        .routes(routes!(
+            deployments::get_deployment,
+            deployments::delete_deployment
+        ))
+        .routes(routes!(deployments::stop_deployment))
+        .routes(routes!(deployments::start_deployment))
+        .routes(routes!(deployments::terminate_deployment))
+        .routes(routes!(deployments::cancel_deployment))
+        .routes(routes!(deployments::mark_main))
+        .routes(routes!(deployments::redeploy))
+        .routes(routes!(deployments::rollback))
+        .routes(routes!(logs::deployment_logs))
+        .routes(routes!(history::list_history))
+        .routes(routes!(history::list_audit))
+        .routes(routes!(history::get_state))
+        .routes(routes!(events::list_events))
+        .routes(routes!(events::get_event))
+        .routes(routes!(operations::healthz))
+        .routes(routes!(operations::readyz))
+        .routes(routes!(operations::metrics))
+        .routes(routes!(git::advertise))
+        .routes(routes!(git::upload_pack))
+        .split_for_parts()
+}
+
+/// The whole interface over a state.
+pub fn router(state: AppState) -> Router {
+    let (router, document) = described();
+    let document: Arc<str> = openapi::complete(document).to_string().into();
+    let serve_document = move || {
+        let document = document.clone();
+        async move {
+            (
+                [(header::CONTENT_TYPE, "application/json")],
+                document.to_string(),
+            )
+        }
+    };
+    let timeout = state.settings.request_timeout;
+    router
+        .route("/openapi.json", routing::get(serve_document))
+        .fallback(async || not_found())
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(
+            state.clone(),
+            consistency::positions,
+        ))
+        .layer(middleware::from_fn_with_state(timeout, time_out))
+        .layer(middleware::from_fn_with_state(state.clone(), hosts::check))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(
+            state.clone(),
+            metrics::count,
+        ))
+        .layer(DefaultBodyLimit::disable())
+        .with_state(state)
+}
+
+async fn method_not_allowed(uri: Uri) -> Problem {
+    Problem::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "method_not_allowed",
+        format!("{} does not have this method", uri.path()),
+        "use a method that the Allow header names",
+    )
+}
+
+/// Ends a request that takes too long. Streams are not concerned: their answer begins at once.
+async fn time_out(State(limit): State<Duration>, request: Request, next: Next) -> Response {
+    match tokio::time::timeout(limit, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => Problem::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "timeout",
+            format!("the request was not done within {} s", limit.as_secs_f32()),
+            "repeat it with an Idempotency-Key: it is then carried out once at most",
+        )
+        .retry_after(1)
+        .into_response(),
+    }
+}
+
+fn panicked(panic: Box<dyn Any + Send>) -> Response {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    tracing::error!(panic = text, "a handler panicked");
+    Problem::new(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "internal",
+        "the server could not handle the request",
+        "look at the server's log, and report it: this is a defect of Daybook",
+    )
+    .into_response()
+}

@@ -1,0 +1,267 @@
+//! Projects, services and environments.
+
+use axum::extract::State;
+use daybook_events::deployment::SwitchMode;
+use daybook_events::environment::{Environment, EnvironmentSpec};
+use daybook_events::project::Project;
+use daybook_events::spec::ServiceSpec;
+use daybook_events::{ClusterName, EnvironmentName, ProjectName, ServiceName};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::answer::Answer;
+use crate::extract::{Command, CommandBody, Named, NoParams, Params};
+use crate::problem::Problem;
+use crate::state::AppState;
+use crate::view::{
+    EnvironmentList, EnvironmentView, ProjectList, ProjectView, ServiceList, ServiceView,
+};
+
+/// A project to be created.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CreateProject {
+    /// Its name: a DNS label of at most 30 characters.
+    name: String,
+    /// What it is, for people.
+    description: Option<String>,
+}
+impl CommandBody for CreateProject {}
+
+/// The definition of a service.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub(crate) struct DefineService(ServiceSpec);
+impl CommandBody for DefineService {}
+
+/// An environment to be created.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CreateEnvironment {
+    /// Its name: a DNS label of at most 30 characters.
+    name: String,
+    /// Clusters that deployments go to unless they name others.
+    #[serde(default)]
+    clusters: Vec<ClusterName>,
+    /// Whether its services answer on the project's live hostnames.
+    #[serde(default)]
+    live: bool,
+    /// Whether traffic follows a new deployment by itself.
+    #[serde(default)]
+    switch: SwitchMode,
+    /// Whether it goes away with its pull request.
+    #[serde(default)]
+    ephemeral: bool,
+}
+impl CommandBody for CreateEnvironment {}
+
+/// What an environment is from now on.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub(crate) struct ChangeEnvironment(EnvironmentSpec);
+impl CommandBody for ChangeEnvironment {}
+
+type Handled<T> = Result<Answer<T>, Problem>;
+
+/// All projects, by name.
+#[utoipa::path(get, path = "/api/v1/projects", tag = "projects",
+    responses((status = 200, description = "The projects.", body = ProjectList)))]
+pub(crate) async fn list_projects(
+    State(state): State<AppState>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Handled<ProjectList> {
+    let projects = state.projections().projects()?;
+    Ok(Answer::ok(ProjectList {
+        projects: projects.iter().map(ProjectView::from).collect(),
+    }))
+}
+
+/// Creates a project.
+#[utoipa::path(post, path = "/api/v1/projects", tag = "projects",
+    request_body = CreateProject,
+    responses((status = 201, description = "It is created.", body = ProjectView)))]
+pub(crate) async fn create_project(
+    State(state): State<AppState>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<CreateProject>,
+) -> Handled<ProjectView> {
+    let name = ProjectName::parse(body.name)?;
+    let commands = &state.commands;
+    let done = commands
+        .create_project(&caller, name.clone(), body.description)
+        .await?;
+    let created: Project = commands.created(&done).await?;
+    let location = format!("/api/v1/projects/{name}");
+    Ok(Answer::done(&done, ProjectView::from(&created)).created(location))
+}
+
+/// One project.
+#[utoipa::path(get, path = "/api/v1/projects/{project}", tag = "projects",
+    params(("project" = String, Path, description = "The project.")),
+    responses((status = 200, description = "The project.", body = ProjectView)))]
+pub(crate) async fn get_project(
+    State(state): State<AppState>,
+    Named(name): Named<ProjectName>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Handled<ProjectView> {
+    let project = state.commands.project(&name)?;
+    Ok(Answer::ok(ProjectView::from(&project)))
+}
+
+/// The services of a project, by name.
+#[utoipa::path(get, path = "/api/v1/projects/{project}/services", tag = "projects",
+    params(("project" = String, Path, description = "The project.")),
+    responses((status = 200, description = "The services.", body = ServiceList)))]
+pub(crate) async fn list_services(
+    State(state): State<AppState>,
+    Named(project): Named<ProjectName>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Handled<ServiceList> {
+    let services = state.commands.project(&project)?.services.into_iter();
+    let view = |(name, spec)| ServiceView {
+        project: project.clone(),
+        name,
+        spec,
+    };
+    Ok(Answer::ok(ServiceList {
+        services: services.map(view).collect(),
+    }))
+}
+
+/// One service.
+#[utoipa::path(get, path = "/api/v1/projects/{project}/services/{service}", tag = "projects",
+    params(
+        ("project" = String, Path, description = "The project."),
+        ("service" = String, Path, description = "The service."),
+    ),
+    responses((status = 200, description = "The service.", body = ServiceView)))]
+pub(crate) async fn get_service(
+    State(state): State<AppState>,
+    Named((project, name)): Named<(ProjectName, ServiceName)>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Handled<ServiceView> {
+    let spec = state.commands.service(&project, &name)?;
+    Ok(Answer::ok(ServiceView {
+        project,
+        name,
+        spec,
+    }))
+}
+
+/// Adds a service, or replaces its definition. Deployments that exist keep the one that they were
+/// made with.
+#[utoipa::path(put, path = "/api/v1/projects/{project}/services/{service}", tag = "projects",
+    params(
+        ("project" = String, Path, description = "The project."),
+        ("service" = String, Path, description = "The service."),
+    ),
+    request_body = DefineService,
+    responses((status = 200, description = "It is defined.", body = ServiceView)))]
+pub(crate) async fn define_service(
+    State(state): State<AppState>,
+    Named((project, name)): Named<(ProjectName, ServiceName)>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<DefineService>,
+) -> Handled<ServiceView> {
+    let spec = body.0;
+    let done = state
+        .commands
+        .define_service(&caller, project.clone(), name.clone(), spec.clone())
+        .await?;
+    let view = ServiceView {
+        project,
+        name,
+        spec,
+    };
+    Ok(Answer::done(&done, view))
+}
+
+/// The environments of a project, by name.
+#[utoipa::path(get, path = "/api/v1/projects/{project}/environments", tag = "projects",
+    params(("project" = String, Path, description = "The project.")),
+    responses((status = 200, description = "The environments.", body = EnvironmentList)))]
+pub(crate) async fn list_environments(
+    State(state): State<AppState>,
+    Named(project): Named<ProjectName>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Handled<EnvironmentList> {
+    state.commands.project(&project)?;
+    let environments = state.projections().environments(&project)?;
+    Ok(Answer::ok(EnvironmentList {
+        environments: environments.into_iter().map(Into::into).collect(),
+    }))
+}
+
+/// Creates an environment.
+#[utoipa::path(post, path = "/api/v1/projects/{project}/environments", tag = "projects",
+    params(("project" = String, Path, description = "The project.")),
+    request_body = CreateEnvironment,
+    responses((status = 201, description = "It is created.", body = EnvironmentView)))]
+pub(crate) async fn create_environment(
+    State(state): State<AppState>,
+    Named(project): Named<ProjectName>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<CreateEnvironment>,
+) -> Handled<EnvironmentView> {
+    let name = EnvironmentName::parse(body.name)?;
+    let spec = EnvironmentSpec {
+        clusters: body.clusters,
+        live: body.live,
+        switch: body.switch,
+        ephemeral: body.ephemeral,
+    };
+    let commands = &state.commands;
+    let done = commands
+        .create_environment(&caller, project.clone(), name.clone(), spec)
+        .await?;
+    let created: Environment = commands.created(&done).await?;
+    let location = format!("/api/v1/projects/{project}/environments/{name}");
+    Ok(Answer::done(&done, EnvironmentView::from(created)).created(location))
+}
+
+/// One environment.
+#[utoipa::path(get, path = "/api/v1/projects/{project}/environments/{environment}",
+    tag = "projects",
+    params(
+        ("project" = String, Path, description = "The project."),
+        ("environment" = String, Path, description = "The environment."),
+    ),
+    responses((status = 200, description = "The environment.", body = EnvironmentView)))]
+pub(crate) async fn get_environment(
+    State(state): State<AppState>,
+    Named((project, name)): Named<(ProjectName, EnvironmentName)>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Handled<EnvironmentView> {
+    let environment = state.commands.environment(&project, &name)?;
+    Ok(Answer::ok(environment.into()))
+}
+
+/// Replaces what an environment is. Deployments stay where they are.
+#[utoipa::path(put, path = "/api/v1/projects/{project}/environments/{environment}",
+    tag = "projects",
+    params(
+        ("project" = String, Path, description = "The project."),
+        ("environment" = String, Path, description = "The environment."),
+    ),
+    request_body = ChangeEnvironment,
+    responses((status = 200, description = "It is changed.", body = EnvironmentView)))]
+pub(crate) async fn change_environment(
+    State(state): State<AppState>,
+    Named((project, name)): Named<(ProjectName, EnvironmentName)>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<ChangeEnvironment>,
+) -> Handled<EnvironmentView> {
+    let spec = body.0;
+    let commands = &state.commands;
+    let done = commands
+        .change_environment(&caller, project.clone(), name.clone(), spec.clone())
+        .await?;
+    let created_at = commands.environment(&project, &name)?.created_at;
+    let view = EnvironmentView {
+        project,
+        name,
+        created_at,
+        spec,
+    };
+    Ok(Answer::done(&done, view))
+}

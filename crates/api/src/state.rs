@@ -1,0 +1,180 @@
+//! What the handlers stand on.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use daybook_events::lines::LineLog;
+use daybook_events::{ClusterName, Hostname, ImageRepository};
+use daybook_projections::{Ledger, Projections};
+use jiff::Timestamp;
+use schemars::JsonSchema;
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::commands::Commands;
+use crate::metrics::Metrics;
+
+/// Where workloads answer: the address of the gateway as people reach it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gateway {
+    /// `http` or `https`.
+    pub scheme: String,
+    /// The port; the scheme's own one is left out of URLs.
+    pub port: u16,
+}
+
+impl Gateway {
+    /// The URL of a hostname.
+    pub fn url(&self, hostname: &Hostname) -> String {
+        match (self.scheme.as_str(), self.port) {
+            ("http", 80) | ("https", 443) => format!("{}://{hostname}", self.scheme),
+            (scheme, port) => format!("{scheme}://{hostname}:{port}"),
+        }
+    }
+}
+
+/// How this server is set up. Parsed and checked by whoever starts it.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// What workloads' hostnames end in: `localhost`.
+    pub domain: Hostname,
+    /// Where workloads answer.
+    pub gateway: Gateway,
+    /// The folder with the GitOps repositories, `<project>.git`; none if they are elsewhere.
+    pub git_root: Option<PathBuf>,
+    /// The clusters that deployments can name; any, if it is empty.
+    pub known_clusters: Vec<ClusterName>,
+    /// What `<project>/<service>` is appended to where a service names no image repository.
+    pub image_prefix: Option<ImageRepository>,
+    /// Names in `Host` headers that are accepted beside `localhost`, `127.0.0.1` and `[::1]`.
+    /// Others are refused, so that no web page can reach this server through a name of its own.
+    pub hosts: Vec<String>,
+    /// The longest that a request waits for `Daybook-Min-Position`.
+    pub min_position_wait: Duration,
+    /// How long a request that is no stream may take.
+    pub request_timeout: Duration,
+    /// How often an idle stream says that it is alive.
+    pub heartbeat: Duration,
+    /// How long open requests may go on once the server is to end.
+    pub drain: Duration,
+}
+
+impl Settings {
+    /// The settings of a server on loopback, with these names under `localhost`.
+    pub fn loopback(gateway_port: u16) -> Self {
+        Self {
+            domain: Hostname::parse("localhost").expect("localhost is a hostname"),
+            gateway: Gateway {
+                scheme: "http".into(),
+                port: gateway_port,
+            },
+            git_root: None,
+            known_clusters: Vec::new(),
+            image_prefix: None,
+            hosts: Vec::new(),
+            min_position_wait: Duration::from_secs(5),
+            request_timeout: Duration::from_secs(30),
+            heartbeat: Duration::from_secs(15),
+            drain: Duration::from_secs(10),
+        }
+    }
+}
+
+/// One part of the process, as `/readyz` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Part {
+    /// Its name.
+    pub name: String,
+    /// Whether it does its work.
+    pub ready: bool,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Since when this is so.
+    pub since: Timestamp,
+}
+
+/// The parts of this process and whether each is ready. Parts register themselves and report;
+/// `/readyz` asks. Cheap to clone; all clones are the same registry.
+#[derive(Debug, Clone, Default)]
+pub struct Parts(Arc<Mutex<BTreeMap<String, Part>>>);
+
+impl Parts {
+    /// Reports that a part does its work, registering it if it is new.
+    pub fn ready(&self, name: &str) {
+        self.report(name, None);
+    }
+
+    /// Reports that a part does not (yet) do its work, registering it if it is new.
+    pub fn not_ready(&self, name: &str, reason: impl Into<String>) {
+        self.report(name, Some(reason.into()));
+    }
+
+    /// All parts, by name.
+    pub fn all(&self) -> Vec<Part> {
+        let parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        parts.values().cloned().collect()
+    }
+
+    fn report(&self, name: &str, reason: Option<String>) {
+        let mut parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let ready = reason.is_none();
+        let since = parts
+            .get(name)
+            .filter(|p| p.ready == ready)
+            .map_or_else(Timestamp::now, |p| p.since);
+        let part = Part {
+            name: name.to_owned(),
+            ready,
+            reason,
+            since,
+        };
+        parts.insert(name.to_owned(), part);
+    }
+}
+
+/// What the handlers stand on. Cheap to clone.
+#[derive(Clone)]
+pub struct AppState {
+    pub(crate) commands: Commands,
+    pub(crate) lines: Arc<dyn LineLog>,
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) parts: Parts,
+    pub(crate) metrics: Arc<Metrics>,
+    /// Ends the streams.
+    pub(crate) cancel: CancellationToken,
+}
+
+impl std::fmt::Debug for AppState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AppState")
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+impl AppState {
+    /// Puts the parts together.
+    pub fn new(ledger: Ledger, lines: Arc<dyn LineLog>, settings: Settings, parts: Parts) -> Self {
+        let settings = Arc::new(settings);
+        Self {
+            commands: Commands::new(ledger, settings.clone()),
+            lines,
+            settings,
+            parts,
+            metrics: Arc::default(),
+            cancel: CancellationToken::new(),
+        }
+    }
+
+    /// The use cases, for callers in the same process.
+    pub fn commands(&self) -> &Commands {
+        &self.commands
+    }
+
+    pub(crate) fn projections(&self) -> &Projections {
+        self.commands.ledger().projections()
+    }
+}

@@ -1,0 +1,620 @@
+//! What answers look like.
+
+use std::collections::BTreeMap;
+
+use daybook_events::deployment::{
+    Cancelled, Deployment, Operation, Phase, Readiness, Status, SwitchMode, Version,
+    WorkloadObserved,
+};
+use daybook_events::environment::{Environment, EnvironmentSpec};
+use daybook_events::project::Project;
+use daybook_events::routing::{Routing, Stickiness};
+use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec, ServiceSpec};
+use daybook_events::{
+    BuildId, ClusterName, CommitId, DeploymentId, EnvironmentName, Hostname, ImageRepository,
+    Position, ProjectName, ServiceName,
+};
+use daybook_projections::{AuditRow, views};
+use daybook_projections::{DeploymentRow, HistoryRow, Projections, QueryError};
+use jiff::Timestamp;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::state::{Gateway, Part};
+
+/// A project.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct ProjectView {
+    /// Its name.
+    pub(crate) name: ProjectName,
+    /// What it is.
+    pub(crate) description: Option<String>,
+    /// When it was created.
+    pub(crate) created_at: Timestamp,
+    /// The names of its services.
+    pub(crate) services: Vec<ServiceName>,
+}
+
+impl From<&Project> for ProjectView {
+    fn from(p: &Project) -> Self {
+        Self {
+            name: p.name.clone(),
+            description: p.description.clone(),
+            created_at: p.created_at,
+            services: p.services.keys().cloned().collect(),
+        }
+    }
+}
+
+/// All projects.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct ProjectList {
+    /// By name.
+    pub(crate) projects: Vec<ProjectView>,
+}
+
+/// A service.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct ServiceView {
+    /// Its project.
+    pub(crate) project: ProjectName,
+    /// Its name.
+    pub(crate) name: ServiceName,
+    /// Its definition.
+    #[serde(flatten)]
+    pub(crate) spec: ServiceSpec,
+}
+
+/// The services of a project.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct ServiceList {
+    /// By name.
+    pub(crate) services: Vec<ServiceView>,
+}
+
+/// An environment.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct EnvironmentView {
+    /// Its project.
+    pub(crate) project: ProjectName,
+    /// Its name.
+    pub(crate) name: EnvironmentName,
+    /// When it was created.
+    pub(crate) created_at: Timestamp,
+    /// What it is.
+    #[serde(flatten)]
+    pub(crate) spec: EnvironmentSpec,
+}
+
+impl From<Environment> for EnvironmentView {
+    fn from(e: Environment) -> Self {
+        Self {
+            project: e.project,
+            name: e.name,
+            created_at: e.created_at,
+            spec: e.spec,
+        }
+    }
+}
+
+/// The environments of a project.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct EnvironmentList {
+    /// By name.
+    pub(crate) environments: Vec<EnvironmentView>,
+}
+
+/// One service in one environment: what is deployed to.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct InstanceEntry {
+    /// `project.environment.service`.
+    pub(crate) instance_id: String,
+    /// The project.
+    pub(crate) project: ProjectName,
+    /// The environment.
+    pub(crate) environment: EnvironmentName,
+    /// The service.
+    pub(crate) service: ServiceName,
+    /// Its main deployment, which traffic goes to.
+    pub(crate) main: Option<DeploymentId>,
+    /// Whether it is rolled back: then no deployment takes over traffic by itself.
+    pub(crate) rolled_back: bool,
+}
+
+/// One service in one environment, with what runs there.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct InstanceDetail {
+    /// What lists show of it.
+    #[serde(flatten)]
+    pub(crate) entry: InstanceEntry,
+    /// The main deployments before, newest last: what a rollback can go back to.
+    pub(crate) former: Vec<DeploymentId>,
+    /// The deployments that run, can run again or are on their way, newest first.
+    pub(crate) deployments: Vec<DeploymentEntry>,
+}
+
+/// Everything that can be deployed to.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct InstanceList {
+    /// By project, environment and service.
+    pub(crate) instances: Vec<InstanceEntry>,
+}
+
+/// A deployment, as lists show it.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct DeploymentEntry {
+    /// Its id.
+    pub(crate) id: DeploymentId,
+    /// `project.environment.service`.
+    pub(crate) instance_id: String,
+    /// The project.
+    pub(crate) project: ProjectName,
+    /// The environment.
+    pub(crate) environment: EnvironmentName,
+    /// The service.
+    pub(crate) service: ServiceName,
+    /// What was asked for: a branch, tag, commit or image.
+    pub(crate) version: String,
+    /// The operator's view: `queued`, `starting`, `started`, `stopping`, `stopped`,
+    /// `terminating`, `terminated`, `start_error`, `stop_error`, `terminate_error`, `cancelled`.
+    pub(crate) status: String,
+    /// Exactly where it is.
+    pub(crate) state: Status,
+    /// The pipeline's view.
+    pub(crate) phase: Phase,
+    /// Whether traffic goes to it.
+    pub(crate) main: bool,
+    /// When it was asked for.
+    pub(crate) created_at: Timestamp,
+    /// The clusters that it runs in.
+    pub(crate) clusters: Vec<ClusterName>,
+    /// Where it answers: at its main address, or else at its preview address.
+    pub(crate) url: Option<String>,
+}
+
+/// Deployments, newest first.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct DeploymentList {
+    /// The deployments.
+    pub(crate) deployments: Vec<DeploymentEntry>,
+    /// Where the list goes on; none at its end.
+    pub(crate) next: Option<String>,
+}
+
+/// Everything that is known of a deployment.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct DeploymentDetail {
+    /// What lists show of it.
+    #[serde(flatten)]
+    pub(crate) entry: DeploymentEntry,
+    /// Since when it is in its state.
+    pub(crate) state_since: Timestamp,
+    /// Is it up? Three separate answers.
+    pub(crate) readiness: ReadinessAnswers,
+    /// What was last seen in each cluster.
+    pub(crate) cluster_status: Vec<ClusterStatus>,
+    /// How long its steps took.
+    pub(crate) durations: Durations,
+    /// When each state was first entered.
+    pub(crate) entered: BTreeMap<Status, Timestamp>,
+    /// What can be done to it now.
+    pub(crate) operations: Vec<Operation>,
+    /// The commit of its source, once the ref is resolved.
+    pub(crate) source: Option<SourceView>,
+    /// The build that makes its image.
+    pub(crate) build_id: Option<BuildId>,
+    /// Its image, once it is pinned.
+    pub(crate) image: Option<PinnedImage>,
+    /// The GitOps commit that introduced it.
+    pub(crate) commit: Option<CommitId>,
+    /// The newest GitOps commit about it.
+    pub(crate) revision: Option<CommitId>,
+    /// The addresses that lead to it.
+    pub(crate) hostnames: Vec<HostnameView>,
+    /// Why it, or the last operation on it, failed.
+    pub(crate) failure: Option<FailureView>,
+    /// Why it was cancelled.
+    pub(crate) cancelled: Option<CancelledView>,
+    /// Whether somebody asked to cancel it.
+    pub(crate) cancel_requested: bool,
+    /// Whether traffic follows it by itself.
+    pub(crate) switch: SwitchMode,
+    /// Why it was asked for.
+    pub(crate) reason: Option<String>,
+    /// The deployment whose snapshot it repeats.
+    pub(crate) redeploy_of: Option<DeploymentId>,
+    /// What it is made from, as it was when it was asked for.
+    pub(crate) snapshot: Snapshot,
+    /// How manieth event of it this shows.
+    pub(crate) event_revision: u32,
+}
+
+/// Is there an image? Does it run? Is it reached?
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct ReadinessAnswers {
+    /// Is there an image?
+    pub(crate) build: Readiness,
+    /// Does it run?
+    pub(crate) workload: Readiness,
+    /// Is it reached?
+    pub(crate) endpoint: Readiness,
+}
+
+/// What was last seen in a cluster.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct ClusterStatus {
+    /// The cluster.
+    pub(crate) cluster: ClusterName,
+    /// Whether all that is asked for is ready there.
+    pub(crate) ready: bool,
+    /// The GitOps commit that the cluster had applied; none before it was looked at.
+    pub(crate) revision: Option<CommitId>,
+    /// Instances that are asked for there.
+    pub(crate) wanted: Option<u32>,
+    /// The instances that were seen.
+    pub(crate) instances: Vec<InstanceSeen>,
+    /// What is wrong there.
+    pub(crate) problem: Option<FailureView>,
+}
+
+/// A running instance.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct InstanceSeen {
+    /// Its name.
+    pub(crate) name: String,
+    /// Where it answers.
+    pub(crate) address: String,
+    /// Whether its readiness probe succeeds.
+    pub(crate) ready: bool,
+    /// How often it was restarted.
+    pub(crate) restarts: u32,
+}
+
+/// How long the steps of a deployment took, in milliseconds; none for what has not ended.
+#[derive(Debug, Default, Serialize, JsonSchema)]
+pub(crate) struct Durations {
+    /// From the request until a worker took it on.
+    pub(crate) queue_ms: Option<i64>,
+    /// From then until its image was pinned.
+    pub(crate) build_ms: Option<i64>,
+    /// From its GitOps commit until it was live.
+    pub(crate) startup_ms: Option<i64>,
+    /// From the request until it was live, failed or was cancelled.
+    pub(crate) total_ms: Option<i64>,
+}
+
+/// A commit of a source repository.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct SourceView {
+    /// Its full id.
+    pub(crate) commit: CommitId,
+    /// Its message.
+    pub(crate) message: String,
+    /// Who wrote it.
+    pub(crate) author: String,
+    /// When.
+    pub(crate) committed_at: Timestamp,
+    /// Where to see it.
+    pub(crate) url: String,
+}
+
+/// An address that leads to a deployment.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct HostnameView {
+    /// The hostname.
+    pub(crate) hostname: Hostname,
+    /// What it sticks to.
+    pub(crate) stickiness: Stickiness,
+    /// Where to open it.
+    pub(crate) url: String,
+    /// Number of the route table that made it so.
+    pub(crate) table: u32,
+    /// Since when.
+    pub(crate) since: Timestamp,
+}
+
+/// A cause with a remedy.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct FailureView {
+    /// Where in its life it happened; none for what was seen in a cluster.
+    pub(crate) during: Option<Status>,
+    /// A stable code.
+    pub(crate) code: String,
+    /// What happened.
+    pub(crate) message: String,
+    /// What helps.
+    pub(crate) remedy: String,
+}
+
+/// Why a deployment was cancelled.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct CancelledView {
+    /// Where in its life.
+    pub(crate) during: Status,
+    /// The newer deployment that took its place, if that is why.
+    pub(crate) superseded_by: Option<DeploymentId>,
+    /// Why.
+    pub(crate) message: String,
+}
+
+impl From<&Cancelled> for CancelledView {
+    fn from(c: &Cancelled) -> Self {
+        Self {
+            during: c.during,
+            superseded_by: c.superseded_by,
+            message: c.message.clone(),
+        }
+    }
+}
+
+/// What a deployment is made from.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Snapshot {
+    /// The source or the image.
+    pub(crate) version: Version,
+    /// How it is built.
+    pub(crate) build: BuildSpec,
+    /// Where its image goes, if its service says so.
+    pub(crate) image_repository: Option<ImageRepository>,
+    /// How it runs.
+    pub(crate) run: RunSpec,
+}
+
+/// A deployment was accepted.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct DeploymentAccepted {
+    /// Its id.
+    pub(crate) id: DeploymentId,
+    /// `queued`
+    pub(crate) status: &'static str,
+    /// `project.environment.service`.
+    pub(crate) instance_id: String,
+}
+
+/// An operation was accepted.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct OperationAccepted {
+    /// The deployment.
+    pub(crate) id: DeploymentId,
+    /// `stopping`, `starting`, `terminating`, `cancelling` or `deleted`.
+    pub(crate) status: &'static str,
+}
+
+/// A deployment is the main one.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct MainSwitched {
+    /// The deployment that traffic goes to.
+    pub(crate) id: DeploymentId,
+    /// `project.environment.service`.
+    pub(crate) instance_id: String,
+    /// `true`
+    pub(crate) main: bool,
+    /// The main deployment before.
+    pub(crate) previous_main: Option<DeploymentId>,
+}
+
+/// The history of deployments, newest first.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct HistoryList {
+    /// One row for each deployment.
+    pub(crate) history: Vec<HistoryRow>,
+    /// Where the list goes on; none at its end.
+    pub(crate) next: Option<String>,
+    /// The list shows the ledger up to here.
+    pub(crate) position: Position,
+}
+
+/// Who did what, when, why and because of what, newest first.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct AuditList {
+    /// One row for each event.
+    pub(crate) audit: Vec<AuditRow>,
+    /// Where the list goes on; none at its end.
+    pub(crate) next: Option<String>,
+    /// The list shows the ledger up to here.
+    pub(crate) position: Position,
+}
+
+/// What runs where.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct StateView {
+    /// The service instances with their deployments.
+    pub(crate) instances: Vec<views::InstanceView>,
+    /// Where the list goes on; none at its end.
+    pub(crate) next: Option<String>,
+    /// It is so at this position of the ledger.
+    pub(crate) position: Position,
+}
+
+/// Whether this server can do its work.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct ReadinessReport {
+    /// Whether every part is ready.
+    pub(crate) ready: bool,
+    /// The parts.
+    pub(crate) parts: Vec<Part>,
+}
+
+/// The server runs.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Health {
+    /// `ok`
+    pub(crate) status: &'static str,
+    /// The version of Daybook.
+    pub(crate) version: &'static str,
+}
+
+/// Shows deployments, with the route tables of their projects.
+pub(crate) struct Shown<'a> {
+    projections: &'a Projections,
+    gateway: &'a Gateway,
+    tables: BTreeMap<ProjectName, Option<Routing>>,
+}
+
+impl<'a> Shown<'a> {
+    pub(crate) fn new(projections: &'a Projections, gateway: &'a Gateway) -> Self {
+        Self {
+            projections,
+            gateway,
+            tables: BTreeMap::new(),
+        }
+    }
+
+    /// A deployment as lists show it.
+    pub(crate) fn entry(&mut self, row: &DeploymentRow) -> Result<DeploymentEntry, QueryError> {
+        let hostnames = self.hostnames(row)?;
+        Ok(entry(row, &hostnames))
+    }
+
+    /// A deployment with everything that is known of it.
+    pub(crate) fn detail(&mut self, row: &DeploymentRow) -> Result<DeploymentDetail, QueryError> {
+        let hostnames = self.hostnames(row)?;
+        let state = &row.state;
+        let newest = state.change.as_ref().map(|c| c.commit.clone());
+        Ok(DeploymentDetail {
+            entry: entry(row, &hostnames),
+            state_since: state.status_since,
+            readiness: ReadinessAnswers {
+                build: state.build_readiness.clone(),
+                workload: state.workload_readiness.clone(),
+                endpoint: state.endpoint_readiness.clone(),
+            },
+            cluster_status: cluster_status(state),
+            durations: durations(state),
+            entered: state.milestones.entered.clone(),
+            operations: state.operations(),
+            source: state.source.as_ref().map(|s| SourceView {
+                commit: s.commit.clone(),
+                message: s.message.clone(),
+                author: s.author_name.clone(),
+                committed_at: s.committed_at,
+                url: s.url.clone(),
+            }),
+            build_id: state.build,
+            image: state.image.clone(),
+            commit: state.commit.clone(),
+            revision: newest.or_else(|| state.commit.clone()),
+            hostnames,
+            failure: state.failure.as_ref().map(|f| FailureView {
+                during: Some(f.during),
+                code: f.code.clone(),
+                message: f.message.clone(),
+                remedy: f.remedy.clone(),
+            }),
+            cancelled: state.cancelled.as_ref().map(CancelledView::from),
+            cancel_requested: state.cancel.is_some(),
+            switch: state.request.switch,
+            reason: state.request.reason.clone(),
+            redeploy_of: state.request.redeploy_of,
+            snapshot: Snapshot {
+                version: state.request.version.clone(),
+                build: state.request.build.clone(),
+                image_repository: state.request.image_repository.clone(),
+                run: state.request.run.clone(),
+            },
+            event_revision: row.revision,
+        })
+    }
+
+    /// The addresses of a deployment, those that mean the most to people first.
+    fn hostnames(&mut self, row: &DeploymentRow) -> Result<Vec<HostnameView>, QueryError> {
+        let project = &row.state.request.instance.project;
+        if !self.tables.contains_key(project) {
+            let table = self.projections.routing(project)?;
+            self.tables.insert(project.clone(), table);
+        }
+        let Some(Some(routing)) = self.tables.get(project) else {
+            return Ok(Vec::new());
+        };
+        let mut views: Vec<_> = routing
+            .hostnames_of(row.id)
+            .into_iter()
+            .map(|(hostname, route)| HostnameView {
+                hostname: hostname.clone(),
+                stickiness: route.stickiness,
+                url: self.gateway.url(hostname),
+                table: route.table,
+                since: route.since,
+            })
+            .collect();
+        views.sort_by_key(|v| std::cmp::Reverse(v.stickiness));
+        Ok(views)
+    }
+}
+
+fn entry(row: &DeploymentRow, hostnames: &[HostnameView]) -> DeploymentEntry {
+    let state = &row.state;
+    let instance = &state.request.instance;
+    DeploymentEntry {
+        id: row.id,
+        instance_id: instance.to_string(),
+        project: instance.project.clone(),
+        environment: instance.environment.clone(),
+        service: instance.service.clone(),
+        version: version(&state.request.version),
+        status: state.status.lifecycle().to_owned(),
+        state: state.status,
+        phase: state.status.phase(),
+        main: row.main,
+        created_at: state.created_at,
+        clusters: state.request.clusters.clone(),
+        url: hostnames.first().map(|h| h.url.clone()),
+    }
+}
+
+/// What was asked for, in the caller's words.
+fn version(version: &Version) -> String {
+    match version {
+        Version::Git { git_ref, .. } => git_ref.to_string(),
+        Version::Image { reference } => ImageReference::to_string(reference),
+    }
+}
+
+fn cluster_status(state: &Deployment) -> Vec<ClusterStatus> {
+    let statuses = state.request.clusters.iter().map(|cluster| {
+        let seen = state.observed.get(cluster);
+        ClusterStatus {
+            cluster: cluster.clone(),
+            ready: seen.is_some_and(WorkloadObserved::is_ready),
+            revision: seen.map(|o| o.revision.clone()),
+            wanted: seen.map(|o| o.wanted),
+            instances: seen
+                .map(|o| o.instances.as_slice())
+                .unwrap_or_default()
+                .iter()
+                .map(|i| InstanceSeen {
+                    name: i.name.clone(),
+                    address: i.address.clone(),
+                    ready: i.ready,
+                    restarts: i.restarts,
+                })
+                .collect(),
+            problem: seen.and_then(|o| o.problem.as_ref()).map(|p| FailureView {
+                during: None,
+                code: p.reason.clone(),
+                message: p.message.clone(),
+                remedy: p.remedy.clone(),
+            }),
+        }
+    });
+    statuses.collect()
+}
+
+fn durations(state: &Deployment) -> Durations {
+    let entered = &state.milestones.entered;
+    let first = |states: &[Status]| states.iter().filter_map(|s| entered.get(s)).min().copied();
+    let between = |from: Option<Timestamp>, to: Option<Timestamp>| {
+        Some(to?.as_millisecond() - from?.as_millisecond()).map(|ms| ms.max(0))
+    };
+    let requested = first(&[Status::Requested]);
+    let taken_on = first(&[Status::Cloning, Status::Packaging]);
+    let pinned = first(&[Status::Packaging]);
+    let live = first(&[Status::Started]);
+    let ended = live.or_else(|| first(&[Status::Failed, Status::Cancelled]));
+    Durations {
+        queue_ms: between(requested, taken_on),
+        build_ms: between(first(&[Status::Cloning]), pinned),
+        startup_ms: between(first(&[Status::Deploying]), live),
+        total_ms: between(requested, ended),
+    }
+}
