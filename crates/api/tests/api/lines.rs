@@ -1,0 +1,160 @@
+use daybook_events::DeploymentId;
+use daybook_events::deployment::*;
+use daybook_events::lines::{LineKind, LineSource};
+use reqwest::Method;
+use serde_json::Value;
+
+use crate::streams::{next, sent};
+use crate::support::*;
+
+async fn printed(server: &Server, id: DeploymentId) {
+    let build = LineSource::Build(build_of(id));
+    let own = LineSource::Deployment(id);
+    server
+        .print(build, LineKind::Build, 1, "Collecting flask")
+        .await;
+    server
+        .print(own, LineKind::Status, 2, "pushing layer 1 of 2")
+        .await;
+    server
+        .print(build, LineKind::Build, 3, "WARNING: old pip")
+        .await;
+    server
+        .print(own, LineKind::Container, 4, "Server started on port 3000")
+        .await;
+}
+
+#[tokio::test]
+async fn lines_are_text_like_the_seed_or_json_with_a_cursor() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    server.make_live(id).await;
+    printed(&server, id).await;
+    let path = format!("/api/v1/deployments/{id}/logs");
+    let text = server.get(&path).await;
+    assert!(
+        text.header("content-type")
+            .unwrap()
+            .starts_with("text/plain")
+    );
+    assert_eq!(
+        text.text,
+        "2023-11-14T22:13:21Z [INFO] Collecting flask\n\
+         2023-11-14T22:13:22Z [INFO] pushing layer 1 of 2\n\
+         2023-11-14T22:13:23Z [WARN] WARNING: old pip\n\
+         2023-11-14T22:13:24Z [INFO] Server started on port 3000\n"
+    );
+    for (kind, lines) in [
+        ("build", 2),
+        ("container", 1),
+        ("status", 1),
+        ("platform", 0),
+    ] {
+        let text = server.get(&format!("{path}?type={kind}")).await.text;
+        assert_eq!(text.lines().count(), lines, "{kind}");
+    }
+    let json = async |query: &str| -> Vec<Value> {
+        let request = server.request(Method::GET, &format!("{path}{query}"));
+        let reply = server
+            .send(request.header("Accept", "application/x-ndjson"))
+            .await;
+        let lines = reply.text.lines().map(|l| serde_json::from_str(l).unwrap());
+        lines.collect()
+    };
+    let all = json("").await;
+    assert_eq!(all[0]["kind"], "build");
+    // From every line on, the rest follows.
+    for (n, line) in all.iter().enumerate() {
+        let cursor = line["cursor"].as_str().unwrap();
+        assert_eq!(json(&format!("?after={cursor}")).await, all[n + 1..]);
+    }
+    assert_eq!(json("?type=build&after=1").await, all[2..3]);
+
+    server
+        .get(&format!("{path}?type=x"))
+        .await
+        .refused(422, "unknown_log_type");
+    server
+        .get(&format!("{path}?after=x"))
+        .await
+        .refused(400, "invalid_cursor");
+    server
+        .get("/api/v1/deployments/0190c0de-0000-7000-8000-000000000000/logs")
+        .await
+        .refused(404, "deployment_not_found");
+}
+
+#[tokio::test]
+async fn following_ends_when_the_deployment_has_settled_and_all_is_said() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    let path = format!("/api/v1/deployments/{id}/logs?follow=true");
+    let request = server
+        .request(Method::GET, &path)
+        .header("Accept", "text/event-stream");
+    let mut stream = sent(request.send().await.unwrap());
+    let own = LineSource::Deployment(id);
+    server
+        .print(own, LineKind::Status, 0, "waiting for a worker")
+        .await;
+    let first = next(&mut stream).await;
+    assert!(first.data.contains("waiting for a worker"));
+    // The build is known only later; its lines come all the same.
+    server.make_live_to_building(id).await;
+    let build = LineSource::Build(build_of(id));
+    for n in 0..10 {
+        server
+            .print(build, LineKind::Build, n, &format!("step {n}"))
+            .await;
+    }
+    let mut last = first.id;
+    for n in 0..10 {
+        let line = next(&mut stream).await;
+        assert!(line.data.contains(&format!("step {n}")), "{line:?}");
+        last = line.id;
+    }
+    drop(stream);
+    server
+        .print(build, LineKind::Build, 11, "the last words")
+        .await;
+    let failed = Failed {
+        during: Status::Building,
+        code: "build_command_failed".into(),
+        message: "it failed".into(),
+        remedy: "mend it".into(),
+    };
+    server.happens(id, DeploymentEvent::Failed(failed)).await;
+    let request = server
+        .request(Method::GET, &path)
+        .header("Accept", "text/event-stream")
+        .header("Last-Event-ID", last);
+    let mut stream = sent(request.send().await.unwrap());
+    assert!(next(&mut stream).await.data.contains("the last words"));
+    assert_eq!(next(&mut stream).await.event, "end");
+    let text = server.get(&path).await.text;
+    assert_eq!(text.lines().count(), 12);
+}
+
+#[tokio::test]
+async fn a_follower_sees_the_end_come() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    let path = format!("/api/v1/deployments/{id}/logs?follow=true");
+    let container = format!("{path}&type=container");
+    let (all, output, ()) = tokio::join!(server.get(&path), server.get(&container), async {
+        server.make_live_to_building(id).await;
+        printed(&server, id).await;
+        server.finish_live(id).await;
+        // The containers go on talking until they are stopped.
+        let own = LineSource::Deployment(id);
+        server.print(own, LineKind::Container, 9, "request 1").await;
+        let stop = format!("/api/v1/deployments/{id}/stop");
+        server.post(&stop, serde_json::json!({})).await.ok();
+        server.finish_stop(id).await;
+    });
+    assert!(all.text.lines().count() >= 4, "{}", all.text);
+    assert_eq!(output.text.lines().count(), 2, "{}", output.text);
+}

@@ -1,0 +1,215 @@
+use serde_json::{Value, json};
+
+use crate::support::*;
+
+/// Follows a listing to its end, a few rows at a time.
+async fn all_pages(server: &Server, path: &str, field: &str, limit: usize) -> Vec<Value> {
+    let mut rows = Vec::new();
+    let mut cursor = String::new();
+    loop {
+        let page = server
+            .get(&format!("{path}limit={limit}{cursor}"))
+            .await
+            .ok();
+        let items = page[field].as_array().unwrap().clone();
+        assert!(items.len() <= limit);
+        rows.extend(items);
+        match page["next"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => return rows,
+        }
+        assert!(rows.len() < 1000, "the pages do not end");
+    }
+}
+
+#[tokio::test]
+async fn listings_are_paged_without_gap_or_repeat_while_more_is_appended() {
+    let server = server().await;
+    server.shop().await;
+    let mut made = Vec::new();
+    for n in 0..7 {
+        made.push(
+            server
+                .deploy("shop.staging.api", &format!("v{n}"))
+                .await
+                .to_string(),
+        );
+    }
+    made.reverse();
+    let ids = |rows: &[Value], field: &str| -> Vec<String> {
+        rows.iter()
+            .map(|r| r[field].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let rows = all_pages(&server, "/api/v1/deployments?", "deployments", 3).await;
+    assert_eq!(ids(&rows, "id"), made);
+    let rows = all_pages(&server, "/api/v1/history?project=shop&", "history", 2).await;
+    assert_eq!(ids(&rows, "deployment"), made);
+
+    // What is appended between two pages does not move the second one.
+    let first = server.get("/api/v1/deployments?limit=3").await.ok();
+    server.deploy("shop.staging.api", "later").await;
+    let cursor = first["next"].as_str().unwrap();
+    let second = server
+        .get(&format!("/api/v1/deployments?limit=3&cursor={cursor}"))
+        .await
+        .ok();
+    let second = second["deployments"].as_array().unwrap();
+    assert_eq!(ids(second, "id"), made[3..6]);
+
+    let rows = all_pages(&server, "/api/v1/audit?kind=deployment&", "audit", 3).await;
+    assert_eq!(rows.len(), 8);
+    for (path, found) in [
+        ("instance_id=shop.staging.api", 8),
+        ("project=shop&environment=production", 0),
+        ("project=none", 0),
+        ("status=queued", 8),
+        ("status=started", 0),
+        ("version=v3", 1),
+    ] {
+        let list = server
+            .get(&format!("/api/v1/deployments?{path}"))
+            .await
+            .ok();
+        assert_eq!(
+            list["deployments"].as_array().unwrap().len(),
+            found,
+            "{path}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn history_audit_and_state_say_what_happened_and_what_is() {
+    let server = server().await;
+    server.shop().await;
+    let request = server
+        .request(reqwest::Method::POST, "/api/v1/deployments")
+        .header("Daybook-Actor", "alice@example")
+        .json(&json!({ "instance_id": "shop.production.api", "version": "v1", "reason": "go" }));
+    let id = server.send(request).await.ok()["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    server.make_live(id.parse().unwrap()).await;
+    let history = server
+        .get("/api/v1/history?instance_id=shop.production.api")
+        .await
+        .ok();
+    let row = &history["history"][0];
+    assert_eq!(row["deployment"], id.as_str());
+    assert_eq!(row["image_tag"], "0123456");
+    assert_eq!(row["active"], true);
+    assert_eq!(row["revision"], COMMIT);
+    assert_eq!(row["source_commit_message"], "Faster carts\n");
+    assert_eq!(row["source_url"], "https://git.example/shop.git");
+
+    let audit = server.get("/api/v1/audit?actor=alice@example").await.ok();
+    let row = &audit["audit"][0];
+    assert_eq!(row["kind"], "deployment.requested.v1");
+    assert_eq!(row["reason"], "go");
+    assert_eq!(row["actor"]["kind"], "unauthenticated");
+    assert_eq!(audit["audit"].as_array().unwrap().len(), 1);
+
+    let other = server.deploy("shop.staging.api", "v2").await;
+    let state = server.get("/api/v1/state?project=shop").await.ok();
+    let instances = state["instances"].as_array().unwrap();
+    assert_eq!(instances.len(), 2);
+    assert_eq!(instances[0]["main"]["id"], id.as_str());
+    assert_eq!(instances[0]["main"]["workload"]["state"], "ready");
+    assert_eq!(instances[1]["others"][0]["id"], other.to_string());
+    let pages = all_pages(&server, "/api/v1/state?", "instances", 1).await;
+    assert_eq!(&pages, instances);
+    let one = server
+        .get("/api/v1/state?project=shop&environment=staging")
+        .await
+        .ok();
+    assert_eq!(one["instances"].as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn own_writes_are_read_and_positions_are_waited_for() {
+    let server = server_with(|settings, _| {
+        settings.min_position_wait = std::time::Duration::from_millis(50);
+    })
+    .await;
+    let written = server
+        .post("/api/v1/projects", json!({ "name": "shop" }))
+        .await;
+    let position = written.position().to_string();
+    let request = server
+        .request(reqwest::Method::GET, "/api/v1/projects/shop")
+        .header("Daybook-Min-Position", &position);
+    let read = server.send(request).await;
+    assert_eq!(read.status, 200);
+    assert!(read.position() >= written.position());
+
+    let ahead = server
+        .request(reqwest::Method::GET, "/api/v1/projects/shop")
+        .header("Daybook-Min-Position", "1000");
+    let refused = server.send(ahead).await;
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    assert_eq!(refused.refused(503, "behind")["retryable"], true);
+
+    // A request that waits is answered as soon as the position is there.
+    let waiting = server_with(|_, _| {}).await;
+    let request = waiting
+        .request(reqwest::Method::GET, "/api/v1/projects/late")
+        .header("Daybook-Min-Position", "1");
+    let (read, _) = tokio::join!(waiting.send(request), async {
+        waiting
+            .post("/api/v1/projects", json!({ "name": "late" }))
+            .await
+    });
+    assert_eq!(read.status, 200, "{read:?}");
+}
+
+#[tokio::test]
+async fn operators_are_told_what_is_the_case() {
+    let server = server().await;
+    assert_eq!(server.get("/healthz").await.ok()["status"], "ok");
+    assert_eq!(server.get("/readyz").await.ok()["ready"], true);
+    server
+        .parts
+        .not_ready("worker/build", "no builder is installed");
+    let unready = server.get("/readyz").await;
+    assert_eq!(unready.status, 503);
+    let report = unready.json();
+    let part = report["parts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|p| p["name"] == "worker/build")
+        .unwrap();
+    assert_eq!(part["reason"], "no builder is installed");
+    server.parts.ready("worker/build");
+    assert_eq!(server.get("/readyz").await.status, 200);
+
+    server.shop().await;
+    server.deploy("shop.staging.api", "v1").await;
+    server.get("/nowhere").await;
+    let metrics = server.get("/metrics").await;
+    assert!(
+        metrics
+            .header("content-type")
+            .unwrap()
+            .starts_with("text/plain")
+    );
+    for line in [
+        "daybook_events_appended_total 6",
+        "daybook_events_folded_total{outcome=\"all\"} 6",
+        "daybook_log_head_position 6",
+        "daybook_projection_lag_events 0",
+        "daybook_deployments{state=\"requested\"} 1",
+        "daybook_http_requests_total{method=\"POST\",route=\"/api/v1/deployments\",status=\"201\"} 1",
+        "daybook_http_requests_total{method=\"GET\",route=\"other\",status=\"404\"} 1",
+        "daybook_http_request_duration_seconds_count{method=\"POST\",route=\"/api/v1/deployments\"} 1",
+        "daybook_http_streams 0",
+    ] {
+        assert!(
+            metrics.text.lines().any(|l| l == line),
+            "{line}\n{}",
+            metrics.text
+        );
+    }
+}
