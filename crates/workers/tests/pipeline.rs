@@ -1,0 +1,614 @@
+//! The pipeline's logic, on the embedded log, with ports that do nothing: what is tested is who
+//! appends what, in which order, and what survives a restart.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use daybook_events::deployment::{
+    CancelRequested, Deployment, DeploymentEvent, OperationRequested, Requested, Status,
+    SwitchMode, Version,
+};
+use daybook_events::environment::{Environment, EnvironmentEvent, EnvironmentSpec};
+use daybook_events::project::{Project, ProjectEvent};
+use daybook_events::routing::{self, Hostnames, Routing, Target as RouteTarget};
+use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
+use daybook_events::{
+    Actor, ClusterName, Context, DeploymentId, EventId, EventLog, GitRef, Hostname, InstanceRef,
+    Position, Subject, SubjectFilter, deployment, environment, project,
+};
+use daybook_projections::{Ledger, Projections};
+use daybook_store::embedded::{EmbeddedConfig, EmbeddedLines, EmbeddedLog, LineRetention};
+use daybook_workers::crew::Crew;
+use daybook_workers::driver::DriverOptions;
+use daybook_workers::gateway::Gateway;
+use daybook_workers::idle::{IdleImages, IdleRepositories, IdleSources, IdleTarget};
+use daybook_workers::pipeline::{Bench, Settings};
+use daybook_workers::ports::{BuildInput, BuiltImage, Images, Output, Sources, StepError};
+use jiff::Timestamp;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// Everything of a process, with idle ports.
+struct World {
+    log: Arc<EmbeddedLog>,
+    ledger: Ledger,
+    crew: Crew,
+    cancel: CancellationToken,
+    runner: tokio::task::JoinHandle<()>,
+}
+
+struct Ports {
+    sources: Arc<dyn Sources>,
+    images: Arc<dyn Images>,
+    repositories: Arc<IdleRepositories>,
+    target: Arc<IdleTarget>,
+}
+
+impl Default for Ports {
+    fn default() -> Self {
+        Self {
+            sources: Arc::new(IdleSources),
+            images: Arc::new(IdleImages),
+            repositories: Arc::default(),
+            target: Arc::new(IdleTarget::new(cluster())),
+        }
+    }
+}
+
+fn cluster() -> ClusterName {
+    ClusterName::parse("local-a").unwrap()
+}
+
+fn instance() -> InstanceRef {
+    "shop.production.web".parse().unwrap()
+}
+
+impl World {
+    async fn start(dir: &Path, ports: &Ports) -> Self {
+        let embedded = EmbeddedLog::open(dir.join("log"), EmbeddedConfig::default());
+        let embedded = Arc::new(embedded.await.unwrap());
+        let log: Arc<dyn EventLog> = embedded.clone();
+        let lines = Arc::new(
+            EmbeddedLines::open(dir.join("lines"), LineRetention::default())
+                .await
+                .unwrap(),
+        );
+        let cancel = CancellationToken::new();
+        let projections = Projections::open(&dir.join("projections")).unwrap();
+        let runner = {
+            let (projections, log, cancel) = (projections.clone(), log.clone(), cancel.clone());
+            tokio::spawn(async move {
+                daybook_projections::runner::run(projections, log, cancel)
+                    .await
+                    .unwrap();
+            })
+        };
+        let ledger = Ledger::new(log, projections);
+        let bench = Bench {
+            ledger: ledger.clone(),
+            lines,
+            settings: Arc::new(Settings {
+                worker: "test".into(),
+                domain: Hostname::parse("localhost").unwrap(),
+                image_prefix: "registry.example/daybook".into(),
+                scratch: dir.join("scratch"),
+                gateway_url: None,
+                builds: 2,
+            }),
+        };
+        let options = DriverOptions {
+            ack_wait: Duration::from_secs(2),
+            ..DriverOptions::default()
+        };
+        let crew = Crew::new(bench, options, cancel.clone());
+        crew.build(ports.sources.clone(), ports.images.clone());
+        crew.package(ports.repositories.clone());
+        crew.sync(ports.repositories.clone(), ports.target.clone());
+        crew.route();
+        let gateway = Gateway::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
+        crew.gateway(gateway, "local");
+        Self {
+            log: embedded,
+            ledger,
+            crew,
+            cancel,
+            runner,
+        }
+    }
+
+    async fn stop(self) {
+        self.cancel.cancel();
+        self.crew.ended().await;
+        self.runner.await.unwrap();
+        self.log.close().await;
+    }
+
+    fn context(&self) -> Context {
+        Context {
+            id: EventId(Uuid::now_v7()),
+            time: Timestamp::now(),
+            correlation: Uuid::now_v7(),
+            causation: None,
+            actor: Actor::unauthenticated("ada"),
+            traceparent: None,
+            request_digest: None,
+        }
+    }
+
+    async fn prepare(&self) {
+        let i = instance();
+        let created = ProjectEvent::Created(project::Created {
+            name: i.project.clone(),
+            description: None,
+        });
+        self.ledger
+            .execute::<Project>(&Subject::Project(i.project.clone()), &self.context(), |s| {
+                project::decide(s, created.clone())
+            })
+            .await
+            .unwrap();
+        let created = EnvironmentEvent::Created(environment::Created {
+            project: i.project.clone(),
+            name: i.environment.clone(),
+            spec: EnvironmentSpec {
+                clusters: vec![cluster()],
+                live: true,
+                ..EnvironmentSpec::default()
+            },
+        });
+        let subject = Subject::Environment(i.project.clone(), i.environment.clone());
+        self.ledger
+            .execute::<Environment>(&subject, &self.context(), |s| {
+                environment::decide(s, created.clone())
+            })
+            .await
+            .unwrap();
+    }
+
+    async fn request(&self, git_ref: &str, switch: SwitchMode) -> DeploymentId {
+        let version = Version::Git {
+            url: "https://example.com/shop.git".parse().unwrap(),
+            git_ref: GitRef::parse(git_ref).unwrap(),
+            path: String::new(),
+        };
+        self.request_version(version, switch).await
+    }
+
+    async fn request_version(&self, version: Version, switch: SwitchMode) -> DeploymentId {
+        let id = DeploymentId(Uuid::now_v7());
+        let event = DeploymentEvent::Requested(Box::new(Requested {
+            instance: instance(),
+            version,
+            clusters: vec![cluster()],
+            build: BuildSpec::default(),
+            image_repository: None,
+            run: RunSpec::default(),
+            switch,
+            reason: None,
+            redeploy_of: None,
+        }));
+        self.apply(id, event).await;
+        id
+    }
+
+    async fn apply(&self, id: DeploymentId, event: DeploymentEvent) {
+        let i = instance();
+        let subject = Subject::Deployment(i.project, i.environment, id);
+        let context = Context {
+            correlation: id.0,
+            ..self.context()
+        };
+        self.ledger
+            .execute::<Deployment>(&subject, &context, |s| deployment::decide(s, event.clone()))
+            .await
+            .unwrap();
+    }
+
+    /// Waits until a deployment is in a state.
+    async fn reach(&self, id: DeploymentId, status: Status) -> Deployment {
+        let mut changes = self.ledger.projections().changes();
+        let waited = tokio::time::timeout(Duration::from_secs(30), async {
+            loop {
+                if let Some(row) = self.ledger.projections().deployment(id).unwrap()
+                    && row.state.status == status
+                {
+                    return row.state;
+                }
+                changes.changed().await.unwrap();
+            }
+        });
+        match waited.await {
+            Ok(state) => state,
+            Err(_) => panic!(
+                "{id} never became {status:?}: {:#?}",
+                self.ledger
+                    .projections()
+                    .deployment(id)
+                    .unwrap()
+                    .map(|r| r.state.status)
+            ),
+        }
+    }
+
+    async fn kinds_of(&self, id: DeploymentId) -> Vec<String> {
+        let i = instance();
+        let subject = Subject::Deployment(i.project, i.environment, id);
+        let events = self.ledger.log().read_aggregate(&subject).await.unwrap();
+        events
+            .iter()
+            .map(|r| r.event().unwrap().short_kind().to_owned())
+            .collect()
+    }
+
+    fn main(&self) -> Option<DeploymentId> {
+        let routing = self
+            .ledger
+            .projections()
+            .routing(&instance().project)
+            .unwrap();
+        routing.and_then(|r| r.traffic(&instance()).and_then(|t| t.main))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deployment_passes_through_every_phase_and_takes_over_the_traffic() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path(), &Ports::default()).await;
+    world.prepare().await;
+    let id = world.request("main", SwitchMode::Automatic).await;
+    let state = world.reach(id, Status::Started).await;
+    assert_eq!(
+        world.kinds_of(id).await,
+        [
+            "deployment.requested.v1",
+            "deployment.queued.v1",
+            "deployment.cloning_started.v1",
+            "deployment.source_resolved.v1",
+            "deployment.building_started.v1",
+            "deployment.pushing_started.v1",
+            "deployment.image_pinned.v1",
+            "deployment.deploying_started.v1",
+            "deployment.workload_observed.v1",
+            "deployment.succeeded.v1",
+        ]
+    );
+    assert!(state.workload_is_ready());
+    assert_eq!(world.main(), Some(id));
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_pinned_and_neither_cloned_nor_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path(), &Ports::default()).await;
+    world.prepare().await;
+    let version = Version::Image {
+        reference: "registry.example/shop/web:v1"
+            .parse::<ImageReference>()
+            .unwrap(),
+    };
+    let id = world.request_version(version, SwitchMode::Automatic).await;
+    let state = world.reach(id, Status::Started).await;
+    let kinds = world.kinds_of(id).await;
+    assert!(kinds.contains(&"deployment.image_pinned.v1".to_owned()));
+    assert!(
+        !kinds
+            .iter()
+            .any(|k| k.contains("cloning") || k.contains("building"))
+    );
+    assert_eq!(state.image.unwrap().tag.as_str(), "v1");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_is_shared_by_deployments_of_one_commit() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path(), &Ports::default()).await;
+    world.prepare().await;
+    let first = world.request("main", SwitchMode::Automatic).await;
+    let first = world.reach(first, Status::Started).await;
+    let second = world.request("main", SwitchMode::Automatic).await;
+    let second = world.reach(second, Status::Started).await;
+    assert_eq!(first.build, second.build);
+    assert_eq!(first.image, second.image);
+    assert_eq!(second.build_readiness.reason, "BuildShared");
+    let subject = Subject::Build(instance().project, first.build.unwrap());
+    let events = world.ledger.log().read_aggregate(&subject).await.unwrap();
+    let started = events
+        .iter()
+        .filter(|r| r.event().unwrap().short_kind() == "build.started.v1");
+    assert_eq!(started.count(), 1);
+    world.stop().await;
+}
+
+/// Builds that wait until they are let go, and fail if told to.
+struct SlowImages {
+    gate: Arc<Semaphore>,
+    fail: bool,
+}
+
+#[async_trait]
+impl Images for SlowImages {
+    async fn build(
+        &self,
+        input: BuildInput<'_>,
+        output: &Output,
+        cancel: &CancellationToken,
+    ) -> Result<BuiltImage, StepError> {
+        output.send("compiling".into()).await.unwrap();
+        tokio::select! {
+            permit = self.gate.acquire() => permit.unwrap().forget(),
+            () = cancel.cancelled() => return Err(StepError::fatal("cancelled", "it was cancelled", "")),
+        }
+        if self.fail {
+            return Err(StepError::fatal(
+                "build_command_failed",
+                "the command ended with 1",
+                "mend it",
+            ));
+        }
+        IdleImages.build(input, output, cancel).await
+    }
+    async fn push(
+        &self,
+        image: &BuiltImage,
+        scratch: &Path,
+        repository: &daybook_events::ImageRepository,
+        tag: &daybook_events::ImageTag,
+        output: &Output,
+    ) -> Result<PinnedImage, StepError> {
+        IdleImages
+            .push(image, scratch, repository, tag, output)
+            .await
+    }
+    async fn resolve(&self, reference: &ImageReference) -> Result<PinnedImage, StepError> {
+        IdleImages.resolve(reference).await
+    }
+}
+
+fn slow(fail: bool) -> (Ports, Arc<Semaphore>) {
+    let gate = Arc::new(Semaphore::new(0));
+    let ports = Ports {
+        images: Arc::new(SlowImages {
+            gate: gate.clone(),
+            fail,
+        }),
+        ..Ports::default()
+    };
+    (ports, gate)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_that_fails_fails_its_deployment_with_the_cause() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, gate) = slow(true);
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let id = world.request("main", SwitchMode::Automatic).await;
+    world.reach(id, Status::Building).await;
+    gate.add_permits(1);
+    let state = world.reach(id, Status::Failed).await;
+    let failure = state.failure.unwrap();
+    assert_eq!(failure.code, "build_command_failed");
+    assert_eq!(failure.during, Status::Building);
+    assert_eq!(failure.remedy, "mend it");
+    assert!(world.main().is_none());
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_several_that_wait_only_the_newest_is_deployed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, gate) = slow(false);
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let first = world.request("one", SwitchMode::Automatic).await;
+    world.reach(first, Status::Building).await;
+    let second = world.request("two", SwitchMode::Automatic).await;
+    let third = world.request("three", SwitchMode::Automatic).await;
+    let state = world.reach(second, Status::Cancelled).await;
+    assert_eq!(state.cancelled.unwrap().superseded_by, Some(third));
+    let waiting = world
+        .ledger
+        .projections()
+        .deployment(third)
+        .unwrap()
+        .unwrap();
+    assert_eq!(waiting.state.status, Status::Requested);
+    gate.add_permits(2);
+    world.reach(first, Status::Started).await;
+    world.reach(third, Status::Started).await;
+    assert_eq!(world.main(), Some(third));
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancelling_ends_the_deployment_and_the_build_that_nobody_waits_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, _gate) = slow(false);
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let id = world.request("main", SwitchMode::Automatic).await;
+    let state = world.reach(id, Status::Building).await;
+    world
+        .apply(
+            id,
+            DeploymentEvent::CancelRequested(CancelRequested { reason: None }),
+        )
+        .await;
+    world.reach(id, Status::Cancelled).await;
+    let build = state.build.unwrap();
+    let mut changes = world.ledger.projections().changes();
+    tokio::time::timeout(Duration::from_secs(20), async {
+        loop {
+            let (_, state) = world.ledger.projections().build(build).unwrap().unwrap();
+            if state.status == daybook_events::build::BuildStatus::Cancelled {
+                return;
+            }
+            changes.changed().await.unwrap();
+        }
+    })
+    .await
+    .expect("the build is given up");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_in_the_middle_of_a_build_goes_on_with_the_next_attempt() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, gate) = slow(false);
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let id = world.request("main", SwitchMode::Automatic).await;
+    world.reach(id, Status::Building).await;
+    world.stop().await;
+
+    gate.add_permits(1);
+    let world = World::start(dir.path(), &ports).await;
+    let state = world.reach(id, Status::Started).await;
+    let (_, build) = world
+        .ledger
+        .projections()
+        .build(state.build.unwrap())
+        .unwrap()
+        .unwrap();
+    assert_eq!(build.attempt, 2);
+    let kinds = world.kinds_of(id).await;
+    for once in [
+        "deployment.building_started.v1",
+        "deployment.deploying_started.v1",
+        "deployment.succeeded.v1",
+    ] {
+        assert_eq!(
+            kinds.iter().filter(|k| *k == once).count(),
+            1,
+            "{once} in {kinds:?}"
+        );
+    }
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blue_green_rollback_and_the_end_of_a_life() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path(), &Ports::default()).await;
+    world.prepare().await;
+    let one = world.request("one", SwitchMode::Automatic).await;
+    world.reach(one, Status::Started).await;
+    let two = world.request("two", SwitchMode::Manual).await;
+    world.reach(two, Status::Started).await;
+    assert_eq!(
+        world.main(),
+        Some(one),
+        "a manual switch waits for somebody"
+    );
+
+    let target = |id| RouteTarget {
+        deployment: id,
+        instance: instance(),
+        status: Status::Started,
+        ready: true,
+    };
+    let domain = Hostname::parse("localhost").unwrap();
+    let hostnames = |id| Hostnames::under(&domain, &instance(), id, true).unwrap();
+    let switch = async |command: routing::Command| {
+        let done = world
+            .ledger
+            .execute::<Routing>(
+                &Subject::Routing(instance().project),
+                &world.context(),
+                |s| routing::decide(s, command.clone()),
+            )
+            .await
+            .unwrap();
+        let position = done.position().unwrap();
+        let patience = Duration::from_secs(10);
+        world
+            .ledger
+            .projections()
+            .wait_for(position, patience)
+            .await
+            .unwrap();
+    };
+    switch(routing::Command::MarkMain {
+        target: target(two),
+        hostnames: hostnames(two),
+        expected_main: Some(one),
+        note: None,
+    })
+    .await;
+    assert_eq!(world.main(), Some(two));
+    switch(routing::Command::Rollback {
+        target: target(one),
+        hostnames: hostnames(one),
+        note: None,
+    })
+    .await;
+    assert_eq!(world.main(), Some(one));
+
+    // Rolled back: a deployment that would take over by itself does not.
+    let three = world.request("three", SwitchMode::Automatic).await;
+    world.reach(three, Status::Started).await;
+    assert_eq!(world.main(), Some(one));
+
+    let asked = || OperationRequested { reason: None };
+    world
+        .apply(two, DeploymentEvent::StopRequested(asked()))
+        .await;
+    world.reach(two, Status::Stopped).await;
+    world
+        .apply(two, DeploymentEvent::StartRequested(asked()))
+        .await;
+    world.reach(two, Status::Started).await;
+    world
+        .apply(two, DeploymentEvent::StopRequested(asked()))
+        .await;
+    world.reach(two, Status::Stopped).await;
+    world
+        .apply(two, DeploymentEvent::TerminateRequested(asked()))
+        .await;
+    world.reach(two, Status::Terminated).await;
+    let routing = world
+        .ledger
+        .projections()
+        .routing(&instance().project)
+        .unwrap()
+        .unwrap();
+    assert!(routing.hostnames_of(two).is_empty());
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_event_of_a_run_says_what_led_to_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path(), &Ports::default()).await;
+    world.prepare().await;
+    let id = world.request("main", SwitchMode::Automatic).await;
+    world.reach(id, Status::Started).await;
+    let all = world
+        .ledger
+        .log()
+        .read(Position::ZERO, &SubjectFilter::default(), 1000)
+        .await
+        .unwrap();
+    let mut known = std::collections::BTreeSet::new();
+    for recorded in &all {
+        let event = recorded.event().unwrap();
+        if event.correlationid == id.0 {
+            match event.causationid {
+                Some(cause) => assert!(
+                    known.contains(&cause),
+                    "{} has an unknown cause",
+                    event.kind
+                ),
+                None => assert_eq!(event.short_kind(), "deployment.requested.v1"),
+            }
+        }
+        known.insert(event.id);
+    }
+    world.stop().await;
+}
