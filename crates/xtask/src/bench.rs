@@ -13,20 +13,25 @@ Run a benchmark against its yardstick and print the ratios
 Usage: cargo xtask bench <append|rebuild|orchestrate> [OPTIONS]
 
 Both sides run interleaved in one run on the same machine; figures are medians. Build and run are
-optimised. `cargo xtask bench append -- --help` lists the options of one benchmark.
+optimised. The figures also go to target/bench/ as JSON.
+
+  cargo xtask bench append -- --help                 the options of one benchmark
+  cargo xtask bench append --only embedded --writers 1,16
+  cargo xtask bench rebuild --events 100000 --enforce    fail if a limit is missed
 ";
 
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
-    if arguments.is_empty() {
+    let Some(name) = arguments.first() else {
         print!("{HELP}");
         return Ok(ExitCode::from(2));
-    }
+    };
     let left_out = LeftOut::new()?;
     let servers = servers::nats(&left_out)?;
     let mut bench = cargo();
     bench
         .args(["run", "--release", "--package", "daybook-testkit"])
         .args(["--features", "bench", "--bin", "daybook-bench", "--"])
+        .args(["--json", &format!("target/bench/{name}.json")])
         .args(arguments.iter().filter(|a| *a != "--"))
         .envs(servers)
         .env("DAYBOOK_LEFT_OUT", left_out.file());

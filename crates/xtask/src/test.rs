@@ -39,7 +39,8 @@ pub(crate) fn test(
     let mut test = cargo();
     test.args(["test", "--no-fail-fast"]);
     if !names_a_package(arguments) {
-        test.arg("--workspace");
+        // The benchmarks have tests of their own.
+        test.args(["--workspace", "--features", "daybook-testkit/bench"]);
     }
     test.args(arguments)
         .envs(servers)

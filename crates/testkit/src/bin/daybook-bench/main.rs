@@ -1,0 +1,88 @@
+//! Benchmarks of Daybook against their yardsticks. Both sides run interleaved, in one run, on the
+//! same machine; what counts is the ratio of their medians. `cargo xtask bench` starts this with
+//! the servers that it needs.
+
+mod append;
+mod group_commit_file;
+mod logs;
+mod raw_publish;
+mod rebuild;
+mod report;
+mod sample_ledger;
+mod writers;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+use tempfile::TempDir;
+
+/// Whatever went wrong, in a sentence for the person at the terminal; nobody branches on it.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Benchmarks of Daybook against their yardsticks
+#[derive(Debug, Parser)]
+#[command(name = "daybook-bench")]
+struct Arguments {
+    /// Also write the figures as JSON to this file
+    #[arg(long, global = true, value_name = "FILE", overrides_with = "json")]
+    json: Option<PathBuf>,
+
+    /// Fail if a ratio is below its limit
+    #[arg(long, global = true)]
+    enforce: bool,
+
+    #[command(subcommand)]
+    benchmark: Benchmark,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Benchmark {
+    /// Appends with compare-and-set, against a raw publish and against a plain file
+    Append(append::Options),
+    /// Projections from nothing, against a raw read of the same stream
+    Rebuild(rebuild::Options),
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run(Arguments::parse()).await {
+        Ok(code) => code,
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
+    let report = match arguments.benchmark {
+        Benchmark::Append(options) => append::run(options).await?,
+        Benchmark::Rebuild(options) => rebuild::run(options).await?,
+    };
+    print!("{report}");
+    if let Some(file) = arguments.json {
+        if let Some(folder) = file.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        std::fs::write(&file, serde_json::to_vec_pretty(&report.to_json())?)?;
+        println!("\nThe same as JSON: {}", file.display());
+    }
+    let missed = arguments.enforce && !report.keeps_its_limits();
+    Ok(ExitCode::from(u8::from(missed)))
+}
+
+/// A folder of its own below `parent`, or where the system has temporary files. A file system in
+/// memory is refused: it syncs nothing, so a comparison on it would be worth nothing.
+fn temporary_folder(parent: Option<&Path>) -> Result<TempDir, Failure> {
+    let folder = match parent {
+        Some(parent) => tempfile::tempdir_in(parent)?,
+        None => tempfile::tempdir()?,
+    };
+    let tmpfs = 0x0102_1994;
+    if rustix::fs::statfs(folder.path())?.f_type == tmpfs {
+        let path = folder.path().display();
+        return Err(format!("{path} is in memory; name a folder on a disk with --folder").into());
+    }
+    Ok(folder)
+}
