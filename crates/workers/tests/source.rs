@@ -10,10 +10,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use daybook_events::{CommitId, GitRef, RepositoryUrl};
-use daybook_testkit::git::{BareRemote, GitHttpServer, SourceRepository, git, git_command};
+use daybook_testkit::git::{
+    BareRemote, GitHttpServer, SourceRepository, SshServer, git, git_command,
+};
 use daybook_workers::source::{
     Checkout, CheckoutLimits, GitTransport, HostCredential, Progress, ResolvedSource, Secret,
-    SourceError, SourcePolicy, SourceRepositories, TransportConfig, TransportLimits, no_progress,
+    SourceError, SourcePolicy, SourceRepositories, SshConfig, TransportConfig, TransportLimits,
+    no_progress,
 };
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -971,4 +974,79 @@ async fn a_server_that_gives_out_single_commits_is_asked_for_one() {
     let url = server.url(BareRemote::NAME);
     let (folder, _) = worker.checkout(&url, &lost).await.unwrap();
     assert_eq!(contents(&folder)["a"], "lost");
+}
+
+#[tokio::test]
+async fn sources_come_over_ssh() {
+    let Some(server) = SshServer::start() else {
+        daybook_testkit::left_out("sources over ssh: there is no sshd on this machine");
+        return;
+    };
+    let source = SourceRepository::new();
+    let commit = source.commit("One", &[("a", "1")]);
+    let url = server.url(source.path());
+    let worker = |known_hosts: Option<PathBuf>, identity: PathBuf| {
+        Worker::new(TransportConfig {
+            ssh: SshConfig {
+                known_hosts,
+                identity: Some(identity),
+                ..SshConfig::default()
+            },
+            ..TransportConfig::with_policy(SourcePolicy {
+                allow_private_addresses: true,
+                ..SourcePolicy::default()
+            })
+        })
+    };
+    let good = worker(Some(server.known_hosts()), server.identity());
+    assert_eq!(
+        good.resolve(&url, "main").await.unwrap().commit.as_str(),
+        commit
+    );
+    let (folder, _) = good.checkout(&url, &commit).await.unwrap();
+    assert_eq!(contents(&folder)["a"], "1");
+    assert_eq!(code(good.resolve(&url, "none").await), "ref_not_found");
+    let none = server.url(Path::new("/nowhere/it's; touch pwned"));
+    assert!(RepositoryUrl::parse(none).is_err());
+    let none = server.url(Path::new("/nowhere/it's;touch$IFS'pwned"));
+    assert_eq!(code(good.resolve(&none, "main").await), "not_a_repository");
+
+    for (known_hosts, identity, expected) in [
+        (None, server.identity(), "source_host_key"),
+        (
+            Some(server.wrong_known_hosts()),
+            server.identity(),
+            "source_host_key",
+        ),
+        (
+            Some("/nonexistent".into()),
+            server.identity(),
+            "source_host_key",
+        ),
+        (
+            Some(server.known_hosts()),
+            server.stranger(),
+            "source_auth_required",
+        ),
+    ] {
+        let error = worker(known_hosts, identity)
+            .resolve(&url, "main")
+            .await
+            .unwrap_err();
+        assert_eq!(error.code(), expected, "{error}");
+    }
+    let private = Worker::new(TransportConfig {
+        ssh: SshConfig {
+            known_hosts: Some(server.known_hosts()),
+            ..SshConfig::default()
+        },
+        ..TransportConfig::default()
+    });
+    assert_eq!(
+        code(private.resolve(&url, "main").await),
+        "source_address_refused"
+    );
+    drop(server);
+    let error = good.resolve(&url, "main").await.unwrap_err();
+    assert_eq!(error.code(), "source_unavailable", "{error}");
 }

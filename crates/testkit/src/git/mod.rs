@@ -4,6 +4,7 @@
 //! same steps give the same commit ids everywhere.
 
 mod http;
+mod ssh;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 pub use http::{GitHttpServer, Seen};
+pub use ssh::SshServer;
 
 /// Runs `git` in a folder and returns what it prints.
 ///
