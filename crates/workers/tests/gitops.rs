@@ -1239,6 +1239,17 @@ async fn the_pipeline_has_one_repository_a_project() {
             .releases
             .contains_key(&deployment(1))
     );
+    // Removed by hand, it is made anew.
+    fs::remove_dir_all(all.path(&project())).unwrap();
+    all.ensure(&project()).await.unwrap();
+    check(&all.path(&project()));
+    let change = Asked::Deploy {
+        service: api(),
+        deployment: deployment(1),
+    };
+    all.commit(&project(), asked(1, change, Some(release("one"))))
+        .await
+        .unwrap();
     let change = Asked::Scale {
         service: api(),
         deployment: deployment(9),

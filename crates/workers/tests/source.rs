@@ -770,6 +770,12 @@ async fn a_connection_that_breaks_off_or_stalls_leaves_a_mirror_that_works() {
     server.cut_after(&pack, 5_000);
     let error = worker.resolve(&url, "main").await.unwrap_err();
     assert!(error.is_retryable(), "{error}");
+    // What the remote does wrong is no reason to throw the mirror away and ask again.
+    let asks = server.seen();
+    assert_eq!(
+        asks.iter().filter(|s| s.line.starts_with("POST")).count(),
+        1
+    );
     server.behave();
     server.stay_silent(&pack);
     let error = worker.resolve(&url, "main").await.unwrap_err();
@@ -1049,4 +1055,103 @@ async fn sources_come_over_ssh() {
     drop(server);
     let error = good.resolve(&url, "main").await.unwrap_err();
     assert_eq!(error.code(), "source_unavailable", "{error}");
+}
+
+#[tokio::test]
+async fn a_repository_of_another_user_is_read() {
+    let repo = SourceRepository::new();
+    let commit = repo.commit("One", &[("a", "1")]);
+    let remote = BareRemote::copy_of(&repo);
+    for path in [repo.path(), &remote.path()] {
+        if std::os::unix::fs::chown(path, Some(12_345), None).is_err() {
+            daybook_testkit::left_out("repositories of other users: only root can make some");
+            return;
+        }
+        let worker = Worker::trusting();
+        let url = path.display().to_string();
+        let found = worker.resolve(&url, "main").await.unwrap();
+        assert_eq!(found.commit.as_str(), commit);
+    }
+}
+
+#[tokio::test]
+async fn the_machines_git_configuration_changes_nothing() {
+    // The repository's own one does not, either: it is somebody else's.
+    let repo = SourceRepository::new();
+    let commit = repo.commit("One", &[("a", "1\n")]);
+    let other = SourceRepository::new();
+    other.commit("Other", &[("a", "2\n")]);
+    repo.git(&["config", "core.autocrlf", "true"]);
+    repo.git(&[
+        "config",
+        &format!("url.{}.insteadOf", other.url()),
+        &repo.url(),
+    ]);
+    let mark = repo.path().join("program-was-run");
+    repo.git(&[
+        "config",
+        "core.fsmonitor",
+        &format!("touch {}", mark.display()),
+    ]);
+    let worker = Worker::trusting();
+    let (folder, _) = worker.checkout(&repo.url(), &commit).await.unwrap();
+    assert_eq!(contents(&folder)["a"], "1\n");
+    assert!(!mark.exists());
+}
+
+/// What a child process of the test below does: fetches a repository into a folder of mirrors.
+#[tokio::test]
+#[ignore = "run by another test, as a process of its own"]
+async fn child_that_fetches() {
+    let Ok(job) = std::env::var("DAYBOOK_TEST_FETCH") else {
+        return;
+    };
+    let (folder, url) = job.split_once(';').unwrap();
+    let transport = GitTransport::new(TransportConfig::with_policy(SourcePolicy::trusting()));
+    SourceRepositories::new(folder, transport)
+        .resolve(
+            &RepositoryUrl::parse(url).unwrap(),
+            &GitRef::parse("main").unwrap(),
+            &no_progress(),
+            &CancellationToken::new(),
+        )
+        .await
+        .unwrap();
+    println!("FETCHED");
+}
+
+#[tokio::test]
+async fn a_process_killed_anywhere_leaves_a_mirror_that_works() {
+    let source = SourceRepository::new();
+    let worker = Worker::trusting();
+    let sources = worker.folder.path().join("sources");
+    let mut finished = 0;
+    for round in 0..25u64 {
+        for i in 0..40 {
+            source.write(&format!("{round}/{i}"), format!("{round} {i}"));
+        }
+        source.commit_all("More");
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["child_that_fetches", "--exact", "--ignored", "--nocapture"])
+            .env(
+                "DAYBOOK_TEST_FETCH",
+                format!("{};{}", sources.display(), source.url()),
+            )
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // From before it began to after it ended.
+        tokio::time::sleep(Duration::from_millis(round * 2)).await;
+        child.kill().unwrap();
+        let output = child.wait_with_output().unwrap();
+        finished += usize::from(String::from_utf8_lossy(&output.stdout).contains("FETCHED"));
+    }
+    assert!(finished < 25, "nobody was killed in the middle");
+    let head = source.head();
+    let found = worker.resolve(&source.url(), "main").await.unwrap();
+    assert_eq!(found.commit.as_str(), head);
+    let (folder, _) = worker.checkout(&source.url(), &head).await.unwrap();
+    assert_eq!(contents(&folder).len(), 25 * 40);
+    git(&worker.mirror(), &["fsck", "--full"]);
 }

@@ -11,7 +11,7 @@ use super::message::{self, COMMITTER};
 use crate::git_transport::printable;
 
 /// How many commits a request looks back over for the one that it made earlier.
-pub const MEMORY: usize = 20_000;
+pub const MEMORY: usize = 5_000;
 
 /// The longest text of a diff, in bytes.
 const MAX_PATCH: usize = 1 << 20;
@@ -80,8 +80,13 @@ impl EventIndex {
 
     fn advance(&mut self, repository: &Repository, head: Oid) -> Result<(), git2::Error> {
         let known = match self.head {
-            Some(known) if is_ancestor(repository, known, head)? => Some(known),
-            // The first time, or the branch was set to something else.
+            Some(known)
+                if self.commits.len() < 2 * MEMORY && is_ancestor(repository, known, head)? =>
+            {
+                Some(known)
+            }
+            // The first time, or the branch was set to something else, or more is remembered than
+            // is promised.
             _ => {
                 self.commits.clear();
                 None

@@ -49,6 +49,14 @@ impl GitopsRepositories {
     pub async fn open(&self, project: &ProjectName) -> Result<GitopsRepository, GitopsError> {
         let cell = {
             let mut open = self.open.lock().await;
+            // Somebody may have removed the folder, to have it made anew.
+            if open
+                .get(project)
+                .and_then(|cell| cell.get())
+                .is_some_and(|known| !known.path().exists())
+            {
+                open.remove(project);
+            }
             open.entry(project.clone()).or_default().clone()
         };
         cell.get_or_try_init(|| async {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use daybook_events::{CommitId, GitRef, RepositoryUrl};
-use git2::{AutotagOption, FetchOptions, FetchPrune, Oid, RemoteCallbacks, Repository};
+use git2::{AutotagOption, ErrorClass, FetchOptions, FetchPrune, Oid, RemoteCallbacks, Repository};
 use sha2::Digest as _;
 use tokio_util::sync::CancellationToken;
 
@@ -149,7 +149,7 @@ impl SourceRepositories {
             mirror.throw_away()?;
             work(&mut mirror).map_err(|trouble| match trouble {
                 Trouble::Source(e) => e,
-                Trouble::Mirror(e) => TransportError::from_git(&e).into(),
+                Trouble::Mirror(e) => unusable(&mirror, &e),
             })
         })
         .await
@@ -263,17 +263,20 @@ impl Mirror {
             });
         // Opening the remote is the mirror's business, what happens on the way is the remote's.
         let mut remote = repository.remote_anonymous(self.url.as_str())?;
+        let mut ours = None;
         let fetched = self.session.run(&self.url, || {
-            remote.fetch(refspecs, Some(&mut options), None)
+            remote
+                .fetch(refspecs, Some(&mut options), None)
+                .inspect_err(|e| {
+                    if !is_from_elsewhere(e.class()) {
+                        ours = Some(git2::Error::new(e.code(), e.class(), e.message()));
+                    }
+                })
         });
-        match fetched {
-            Ok(()) => {}
-            // libgit2 gives no better name to what it cannot write here than to what it cannot
-            // read there. A new mirror tells the two apart.
-            Err(TransportError::Protocol { reason }) => {
-                return Err(Trouble::Mirror(git2::Error::from_str(&reason)));
-            }
-            Err(e) => return Err(e.into()),
+        match (fetched, ours) {
+            (Ok(()), _) => {}
+            (Err(TransportError::Protocol { .. }), Some(ours)) => return Err(ours.into()),
+            (Err(e), _) => return Err(e.into()),
         }
         fs::remove_file(self.busy_mark()).map_err(SourceError::disk(self.busy_mark()))?;
         Ok(())
@@ -387,6 +390,29 @@ impl Mirror {
         });
         Ok(())
     }
+}
+
+/// Whether an error of this class is about what was received. The others are about what is here.
+fn is_from_elsewhere(class: ErrorClass) -> bool {
+    matches!(
+        class,
+        ErrorClass::Net
+            | ErrorClass::Http
+            | ErrorClass::Ssl
+            | ErrorClass::Ssh
+            | ErrorClass::Indexer
+            | ErrorClass::Zlib
+            | ErrorClass::Callback
+    )
+}
+
+/// Why a mirror does not work even when it is new.
+fn unusable(mirror: &Mirror, error: &git2::Error) -> SourceError {
+    if error.class() == ErrorClass::Os {
+        let why = std::io::Error::other(printable(error.message()));
+        return SourceError::disk(mirror.repository_folder())(why);
+    }
+    TransportError::from_git(error).into()
 }
 
 /// Resolves anything but a full commit id that is already here.

@@ -18,6 +18,8 @@ impl Advertised {
             refs: heads
                 .iter()
                 .map(|h| (h.name().to_owned(), h.oid()))
+                // Names become parts of refspecs.
+                .filter(|(name, _)| git2::Reference::is_valid_name(name))
                 // What an annotated tag stands for is found in the tag itself.
                 .filter(|(name, _)| !name.ends_with("^{}"))
                 .collect(),
