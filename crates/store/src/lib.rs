@@ -6,3 +6,6 @@
 
 pub mod embedded;
 pub mod jetstream;
+mod open;
+
+pub use open::{LogConfig, OpenError, open};

@@ -148,7 +148,7 @@ impl Inner {
         lines: &EncodedLines,
         known: &mut Option<Tip>,
     ) -> Result<(), ReadError> {
-        let id = Uuid::new_v4().to_string();
+        let id = Uuid::now_v7().to_string();
         loop {
             let tip = match *known {
                 Some(tip) => tip,
@@ -504,7 +504,7 @@ mod tests {
         let tips = Tips::default();
         let held = tips.of(source);
         for _ in 0..3 * TIPS_KEPT {
-            tips.of(LineSource::Build(BuildId(Uuid::new_v4())));
+            tips.of(LineSource::Build(BuildId(Uuid::now_v7())));
         }
         assert!(lock(&tips.known).len() <= TIPS_KEPT);
         assert!(Arc::ptr_eq(&held, &tips.of(source)));

@@ -12,10 +12,6 @@ use tokio::time::Instant;
 use super::log::EventStreamHandle;
 use super::pull::{Broken, Pulled, Puller, Wanted};
 
-/// How long a log may look shorter than what was read of it before that counts as a loss: a new
-/// leader of the stream needs a moment to apply what was committed.
-const SETTLING: Duration = Duration::from_secs(10);
-
 /// A place in the log from which events are read one after the other.
 #[derive(Debug)]
 pub(super) struct Cursor {
@@ -108,7 +104,7 @@ impl Cursor {
             if state.last_sequence >= self.seen {
                 break;
             }
-            if began.elapsed() > SETTLING {
+            if began.elapsed() > self.settling() {
                 return Err(Stumble::Fatal(ReadError::Damaged {
                     position: Position(state.last_sequence),
                     reason: format!(
@@ -128,10 +124,16 @@ impl Cursor {
         Ok(self.log.pull(&wanted).await?)
     }
 
+    /// How long a log may look shorter than it was, or with a hole, before that counts as a loss: a
+    /// new leader of the stream needs a moment to apply what was committed.
+    fn settling(&self) -> Duration {
+        2 * self.log.connection.answer_timeout()
+    }
+
     /// An event is missing: perhaps on the way, and then another reader finds it.
     fn missing(&mut self, found: u64) -> Stumble {
         let since = *self.missing_since.get_or_insert_with(Instant::now);
-        if since.elapsed() < SETTLING {
+        if since.elapsed() < self.settling() {
             return Stumble::Broken(Broken(format!(
                 "event {found} came instead of {}",
                 self.seen + 1

@@ -1,0 +1,61 @@
+//! Opening whichever backend a configuration names.
+
+use std::sync::Arc;
+
+use daybook_events::lines::LineLog;
+use daybook_events::log::EventLog;
+
+use crate::jetstream::{
+    self, ConnectError, Connection, JetStreamLines, JetStreamLog, LineOptions, LogOptions,
+    NatsOptions,
+};
+
+/// Where the log of record and the output lines are.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum LogConfig {
+    /// On NATS JetStream.
+    Nats {
+        /// Where NATS is, and how to get in.
+        nats: NatsOptions,
+        /// How the stream of events is to be.
+        log: LogOptions,
+        /// How the stream of lines is to be.
+        lines: LineOptions,
+    },
+}
+
+impl LogConfig {
+    /// A log on these servers with streams of the usual names.
+    pub fn nats(nats: NatsOptions) -> Self {
+        Self::Nats {
+            nats,
+            log: LogOptions::default(),
+            lines: LineOptions::default(),
+        }
+    }
+}
+
+/// Why a log could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// NATS cannot be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// NATS can be reached, but a stream cannot be used.
+    #[error(transparent)]
+    JetStream(#[from] jetstream::OpenError),
+}
+
+/// Opens the log of record and the line log that stands beside it.
+pub async fn open(config: LogConfig) -> Result<(Arc<dyn EventLog>, Arc<dyn LineLog>), OpenError> {
+    match config {
+        LogConfig::Nats { nats, log, lines } => {
+            let connection = Connection::open(nats).await?;
+            let log = JetStreamLog::open(connection.clone(), &log).await?;
+            let lines = JetStreamLines::open(connection, &lines).await?;
+            Ok((Arc::new(log), Arc::new(lines)))
+        }
+    }
+}
