@@ -35,7 +35,8 @@ pub(crate) struct DeploymentQuery {
     environment: Option<String>,
     /// Of this service.
     service: Option<String>,
-    /// In this state, or in one that has this status: `started`, `deploying`, `start_error`.
+    /// In this state, or in one that has this status: `started`, `deploying`, `start_error`. Those
+    /// that are put away are listed with `deleted` only.
     status: Option<String>,
     /// Of this version: a ref, image, tag, digest or (abbreviated) commit.
     version: Option<String>,
@@ -187,7 +188,7 @@ pub(crate) async fn list_deployments(
     Params(query): Params<DeploymentQuery>,
 ) -> Handled<DeploymentList> {
     let filter = DeploymentFilter {
-        statuses: query.status.as_deref().map_or(Ok(Vec::new()), statuses)?,
+        statuses: statuses(query.status.as_deref())?,
         version: query.version,
         ..filter(
             query.instance_id,
@@ -207,10 +208,15 @@ pub(crate) async fn list_deployments(
     }))
 }
 
-/// The states that a word stands for: one state, or all that are shown as one status.
-fn statuses(word: &str) -> Result<Vec<Status>, Problem> {
-    let fits = |s: &Status| s.as_str() == word || s.lifecycle() == word;
-    let found: Vec<_> = Status::ALL.into_iter().filter(fits).collect();
+/// The states that a word stands for: one state, or all that are shown as one status. Records that
+/// are put away are listed only when they are asked for.
+fn statuses(word: Option<&str>) -> Result<Vec<Status>, Problem> {
+    let kept = Status::ALL.into_iter().filter(|s| *s != Status::Deleted);
+    let Some(word) = word else {
+        return Ok(kept.collect());
+    };
+    let mut found: Vec<_> = kept.filter(|s| s.lifecycle() == word).collect();
+    found.extend(Status::ALL.into_iter().filter(|s| s.as_str() == word));
     if found.is_empty() {
         let words: Vec<_> = Status::ALL.iter().map(|s| s.as_str()).collect();
         return Err(Refusal::new(

@@ -20,7 +20,7 @@ use daybook_events::{
     ServiceName, Subject, SubjectFilter,
 };
 use daybook_projections::{Projections, QueryError};
-use futures_util::StreamExt;
+use futures_util::{StreamExt, TryStreamExt, future};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -328,18 +328,16 @@ async fn follow(
     let log = state.commands.ledger().log();
     let events = log.tail(after, filter.subjects.clone()).await?;
     let projections = state.projections().clone();
+    // An error is the last that a log gives, as no waiting would mend it.
+    let events = events
+        .inspect_err(|e| tracing::error!(error = %e, "a stream of events broke off"))
+        .scan((), |(), recorded| future::ready(recorded.ok()));
     let frames = events.filter_map(move |recorded| {
         let filter = filter.clone();
         let projections = projections.clone();
         async move {
-            match recorded {
-                Ok(r) if filter.wants(&projections, &r).await => Some(event_frame(&r)),
-                Ok(_) => None,
-                Err(e) => {
-                    tracing::error!(error = %e, "a stream of events broke off");
-                    None
-                }
-            }
+            let wanted = filter.wants(&projections, &recorded).await;
+            wanted.then(|| event_frame(&recorded))
         }
     });
     Ok(stream_response(&state, frames))

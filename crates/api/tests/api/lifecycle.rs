@@ -335,6 +335,15 @@ async fn operations_are_possible_in_their_states_only() {
     assert_eq!(delete().await.ok()["status"], "deleted");
     let shown = server.get(&path).await.ok();
     assert_eq!(shown["state"], "deleted");
+    for (query, found) in [("", 0), ("?status=terminated", 0), ("?status=deleted", 1)] {
+        let path = format!("/api/v1/deployments{query}");
+        let list = server.get(&path).await.ok();
+        assert_eq!(
+            list["deployments"].as_array().unwrap().len(),
+            found,
+            "{query}"
+        );
+    }
 
     let other = server.deploy("shop.staging.api", "main").await;
     let cancelled = server

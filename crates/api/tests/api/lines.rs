@@ -158,3 +158,32 @@ async fn a_follower_sees_the_end_come() {
     assert!(all.text.lines().count() >= 4, "{}", all.text);
     assert_eq!(output.text.lines().count(), 2, "{}", output.text);
 }
+
+#[tokio::test]
+async fn many_lines_of_both_sources_are_merged_by_time() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    server.make_live(id).await;
+    let build = LineSource::Build(build_of(id));
+    let own = LineSource::Deployment(id);
+    // Long runs of one source between those of the other, across the bounds of what is read at
+    // once.
+    for n in 0..2600 {
+        let (source, kind) = match (n / 700) % 2 {
+            0 => (build, LineKind::Build),
+            _ => (own, LineKind::Status),
+        };
+        server.print(source, kind, n, &format!("line {n}.")).await;
+    }
+    let path = format!("/api/v1/deployments/{id}/logs");
+    for query in ["", "?follow=true"] {
+        let text = server.get(&format!("{path}{query}")).await.text;
+        assert_eq!(text.lines().count(), 2600);
+        for (n, line) in text.lines().enumerate() {
+            assert!(line.ends_with(&format!(" line {n}.")), "{line}");
+        }
+    }
+    let rest = server.get(&format!("{path}?after=1400-1150")).await.text;
+    assert_eq!(rest.lines().count(), 50);
+}

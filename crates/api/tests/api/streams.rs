@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use daybook_events::{Event, Position};
+use daybook_events::{Event, Position, Subject};
 use futures_util::{Stream, StreamExt};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -248,15 +248,19 @@ async fn a_slow_subscriber_misses_nothing_and_holds_up_nobody() {
     let server = server().await;
     let request = server.request(Method::GET, "/api/v1/events?follow=true");
     let mut slow = sent(request.send().await.unwrap());
-    // More than any buffer between the two holds.
-    let description = "x".repeat(900);
+    // More than all buffers between the two hold.
+    let subject: Subject = "daybook.ev.shop._.project.shop".parse().unwrap();
     for n in 0..400 {
-        let name = format!("p{n}");
-        let body = json!({ "name": name, "description": description });
-        server.post("/api/v1/projects", body).await.ok();
+        let bytes = format!("{{\"n\":{n},\"text\":\"{}\"}}", "x".repeat(60_000));
+        server.log.store(subject.clone(), bytes);
     }
+    let request = server.request(Method::GET, "/api/v1/events?follow=true&after=399");
+    let mut quick = sent(request.send().await.unwrap());
+    assert_eq!(next(&mut quick).await.id, "400");
     for position in 1..=400 {
-        assert_eq!(next(&mut slow).await.id, position.to_string());
+        let sent = next(&mut slow).await;
+        assert_eq!(sent.id, position.to_string());
+        assert!(sent.data.starts_with(&format!("{{\"n\":{},", position - 1)));
     }
 }
 
