@@ -1,5 +1,5 @@
 use daybook_events::DeploymentId;
-use daybook_events::memory::Fault;
+use daybook_events::memory::{Fault, MemoryLog};
 use serde_json::json;
 
 use crate::support::*;
@@ -124,15 +124,16 @@ async fn many_at_once_with_one_key_make_one_deployment() {
 
 #[tokio::test]
 async fn a_lost_acknowledgement_is_found_out_about() {
-    let server = server().await;
+    let log = MemoryLog::new();
+    let server = server_on_memory(&log).await;
     server.shop().await;
-    server.log.inject(Fault::LostAck);
+    log.inject(Fault::LostAck);
     let body = json!({ "name": "blog" });
     let reply = server
         .post_with_key("/api/v1/projects", "k", body.clone())
         .await;
     assert_eq!(reply.status, 201, "{reply:?}");
-    server.log.inject(Fault::Unavailable);
+    log.inject(Fault::Unavailable);
     let body = json!({ "name": "wiki" });
     let refused = server
         .post_with_key("/api/v1/projects", "w", body.clone())

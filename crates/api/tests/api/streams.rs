@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use daybook_events::{Event, Position, Subject};
+use daybook_events::{Event, Position};
 use futures_util::{Stream, StreamExt};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -249,10 +249,9 @@ async fn a_slow_subscriber_misses_nothing_and_holds_up_nobody() {
     let request = server.request(Method::GET, "/api/v1/events?follow=true");
     let mut slow = sent(request.send().await.unwrap());
     // More than all buffers between the two hold.
-    let subject: Subject = "daybook.ev.shop._.project.shop".parse().unwrap();
     for n in 0..400 {
         let bytes = format!("{{\"n\":{n},\"text\":\"{}\"}}", "x".repeat(60_000));
-        server.log.store(subject.clone(), bytes);
+        server.store(bytes).await;
     }
     let request = server.request(Method::GET, "/api/v1/events?follow=true&after=399");
     let mut quick = sent(request.send().await.unwrap());
@@ -286,10 +285,7 @@ async fn a_position_that_the_log_does_not_reach_is_refused() {
 #[tokio::test]
 async fn what_is_no_event_is_passed_on_as_it_is() {
     let server = server().await;
-    let subject = "daybook.ev.shop._.project.shop".parse().unwrap();
-    let position = server.log.store(subject, &b"\xff not json"[..]);
-    let projections = server.ledger.projections();
-    projections.wait_for(position, PATIENCE).await.unwrap();
+    let position = server.store(&b"\xff not json"[..]).await;
     let page = events(&server, "").await;
     assert_eq!(page["events"][0]["bytes"], "/yBub3QganNvbg==");
     assert_eq!(position, Position(1));

@@ -1,24 +1,22 @@
 //! A server under test, with everything that it stands on.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use daybook_api::{AppState, Parts, Settings};
 use daybook_events::deployment::{self, *};
-use daybook_events::lines::{Line, LineKind, LineLog, LineSource, NewLine};
-use daybook_events::log::ReadError;
+use daybook_events::lines::{LineKind, LineLog, LineSource, NewLine};
+use daybook_events::log::{Append, Expected};
 use daybook_events::memory::MemoryLog;
 use daybook_events::routing::{self, Command, Hostnames, Target};
 use daybook_events::spec::PinnedImage;
 use daybook_events::*;
 use daybook_projections::{Executed, Ledger, Projections, runner};
-use futures_util::stream::{self, BoxStream, StreamExt};
+use daybook_store::embedded::{EmbeddedConfig, EmbeddedLines, EmbeddedLog, LineRetention};
 use jiff::Timestamp;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -31,9 +29,9 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Server {
     pub base: String,
     pub client: reqwest::Client,
-    pub log: MemoryLog,
+    pub log: Arc<dyn EventLog>,
     pub ledger: Ledger,
-    pub lines: Arc<Lines>,
+    pub lines: Arc<dyn LineLog>,
     pub parts: Parts,
     pub cancel: CancellationToken,
     pub folding: CancellationToken,
@@ -100,19 +98,37 @@ pub async fn server() -> Server {
     server_with(|_, _| {}).await
 }
 
-pub async fn server_with(adjust: impl FnOnce(&mut Settings, &std::path::Path)) -> Server {
-    let _ = rustls::crypto::ring::default_provider().install_default();
+/// A server on the embedded log.
+pub async fn server_with(adjust: impl FnOnce(&mut Settings, &Path)) -> Server {
     let dir = tempfile::tempdir().unwrap();
-    let log = MemoryLog::new();
+    let log = EmbeddedLog::open(dir.path().join("log"), EmbeddedConfig::default())
+        .await
+        .unwrap();
+    server_on(Arc::new(log), dir, adjust).await
+}
+
+/// A server on a log that can be told to misbehave.
+pub async fn server_on_memory(log: &MemoryLog) -> Server {
+    let dir = tempfile::tempdir().unwrap();
+    server_on(Arc::new(log.clone()), dir, |_, _| {}).await
+}
+
+async fn server_on(
+    log: Arc<dyn EventLog>,
+    dir: tempfile::TempDir,
+    adjust: impl FnOnce(&mut Settings, &Path),
+) -> Server {
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let projections = Projections::open(&dir.path().join("projections")).unwrap();
     let folding = CancellationToken::new();
     let folder = tokio::spawn({
         let (projections, folding) = (projections.clone(), folding.clone());
-        let log = Arc::new(log.clone());
+        let log = log.clone();
         async move { runner::run(projections, log, folding).await.unwrap() }
     });
-    let ledger = Ledger::new(Arc::new(log.clone()), projections);
-    let lines = Arc::new(Lines::default());
+    let ledger = Ledger::new(log.clone(), projections);
+    let lines = EmbeddedLines::open(dir.path().join("lines"), LineRetention::default());
+    let lines: Arc<dyn LineLog> = Arc::new(lines.await.unwrap());
     let mut settings = Settings::loopback(7080);
     settings.known_clusters = ["east", "west"].map(|c| c.parse().unwrap()).to_vec();
     settings.image_prefix = Some("registry.local:5000/daybook".parse().unwrap());
@@ -355,6 +371,20 @@ impl Server {
         self.happens(id, DeploymentEvent::Terminated(done)).await;
     }
 
+    /// Stores bytes as they are, whatever they are, and waits until they are folded.
+    pub async fn store(&self, bytes: impl Into<bytes::Bytes>) -> Position {
+        let append = Append {
+            subject: "daybook.ev.shop._.project.shop".parse().unwrap(),
+            id: EventId(Uuid::now_v7()),
+            expected: Expected::Any,
+            bytes: bytes.into(),
+        };
+        let position = self.log.append(append).await.unwrap().position;
+        let projections = self.ledger.projections();
+        projections.wait_for(position, PATIENCE).await.unwrap();
+        position
+    }
+
     pub async fn print(&self, source: LineSource, kind: LineKind, second: i64, text: &str) {
         let line = NewLine {
             time: Timestamp::from_second(1_700_000_000 + second).unwrap(),
@@ -381,83 +411,5 @@ fn context(id: DeploymentId) -> Context {
         actor: Actor::system("worker/test"),
         traceparent: None,
         request_digest: None,
-    }
-}
-
-/// Lines in memory. Clones are the same lines.
-#[derive(Debug, Clone)]
-pub struct Lines {
-    kept: Arc<Mutex<BTreeMap<LineSource, Vec<Line>>>>,
-    changed: Arc<watch::Sender<()>>,
-}
-
-impl Default for Lines {
-    fn default() -> Self {
-        Self {
-            kept: Arc::default(),
-            changed: Arc::new(watch::Sender::new(())),
-        }
-    }
-}
-
-impl Lines {
-    fn after(&self, source: LineSource, after: u64, limit: usize) -> Vec<Line> {
-        let kept = self.kept.lock().unwrap();
-        let lines = kept.get(&source).into_iter().flatten();
-        lines
-            .filter(|l| l.seq > after)
-            .take(limit)
-            .cloned()
-            .collect()
-    }
-}
-
-#[async_trait]
-impl LineLog for Lines {
-    async fn append(&self, source: LineSource, new: Vec<NewLine>) -> Result<u64, ReadError> {
-        let last = {
-            let mut kept = self.kept.lock().unwrap();
-            let lines = kept.entry(source).or_default();
-            for line in new {
-                let seq = lines.len() as u64 + 1;
-                lines.push(Line { seq, line });
-            }
-            lines.len() as u64
-        };
-        self.changed.send_replace(());
-        Ok(last)
-    }
-
-    async fn read(
-        &self,
-        source: LineSource,
-        after: u64,
-        limit: usize,
-    ) -> Result<Vec<Line>, ReadError> {
-        Ok(self.after(source, after, limit))
-    }
-
-    async fn follow(
-        &self,
-        source: LineSource,
-        after: u64,
-    ) -> Result<BoxStream<'static, Result<Line, ReadError>>, ReadError> {
-        let state = (self.clone(), self.changed.subscribe(), after);
-        let lines = stream::unfold(state, move |(lines, mut changed, after)| async move {
-            loop {
-                changed.borrow_and_update();
-                if let Some(line) = lines.after(source, after, 1).pop() {
-                    let seq = line.seq;
-                    return Some((Ok(line), (lines, changed, seq)));
-                }
-                changed.changed().await.ok()?;
-            }
-        });
-        Ok(lines.boxed())
-    }
-
-    async fn last(&self, source: LineSource) -> Result<u64, ReadError> {
-        let kept = self.kept.lock().unwrap();
-        Ok(kept.get(&source).map_or(0, |l| l.len() as u64))
     }
 }
