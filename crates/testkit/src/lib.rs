@@ -10,6 +10,7 @@ use std::io::Write as _;
 mod app;
 pub mod git;
 pub mod nats;
+pub mod registry;
 
 pub use app::{TESTAPP, TestApp, free_addr};
 
