@@ -7,12 +7,15 @@
 
 mod file_lock;
 
+pub mod builder;
 pub mod crew;
 pub mod driver;
 pub mod gateway;
 pub mod git_transport;
 pub mod gitops;
 pub mod idle;
+pub mod image;
+pub mod output;
 pub mod pipeline;
 pub mod ports;
 pub mod source;
