@@ -13,6 +13,7 @@ pub mod gateway;
 pub mod git_transport;
 pub mod gitops;
 pub mod idle;
+pub mod local;
 pub mod pipeline;
 pub mod ports;
 pub mod source;
