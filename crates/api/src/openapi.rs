@@ -178,7 +178,7 @@ sent! {
     view::AuditList, view::DeploymentAccepted, view::DeploymentDetail, view::DeploymentList,
     view::EnvironmentList, view::EnvironmentView, view::Health, view::HistoryList,
     view::InstanceDetail, view::InstanceList, view::MainSwitched, view::OperationAccepted,
-    view::ProjectList, view::ProjectView, view::ReadinessReport, view::ServiceList,
+    view::ProjectList, view::ProjectView, view::ProjectionsReport, view::ReadinessReport, view::ServiceList,
     view::ServiceView, view::StateView, state::Part, commands::RunOverrides,
     routes::events::EventPage, routes::events::StoredEvent, routes::logs::LogLine,
     routes::projects::CreateProject, routes::projects::DefineService,

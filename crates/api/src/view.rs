@@ -11,16 +11,27 @@ use daybook_events::project::Project;
 use daybook_events::routing::{Routing, Stickiness};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec, ServiceSpec};
 use daybook_events::{
-    BuildId, ClusterName, CommitId, DeploymentId, EnvironmentName, Hostname, ImageRepository,
-    Position, ProjectName, ServiceName,
+    BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvironmentName, Hostname,
+    ImageRepository, Position, ProjectName, ServiceName,
 };
 use daybook_projections::{AuditRow, views};
-use daybook_projections::{DeploymentRow, HistoryRow, Projections, QueryError};
+use daybook_projections::{Counters, DeploymentRow, HistoryRow, Projections, QueryError};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::state::{Gateway, Part};
+
+/// How far the projections are.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct ProjectionsReport {
+    /// The events up to here are folded.
+    pub(crate) position: Position,
+    /// SHA-256 over all rows, in the order of their keys.
+    pub(crate) digest: Digest,
+    /// How many events were folded, and how many changed nothing.
+    pub(crate) counters: Counters,
+}
 
 /// A project.
 #[derive(Debug, Serialize, JsonSchema)]

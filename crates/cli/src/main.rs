@@ -1,2 +1,58 @@
-//! Placeholder while the crate is being written.
-fn main() {}
+//! The `daybook` binary: parses the command line, composes the adapters, runs roles, and talks to
+//! servers.
+
+#![allow(
+    unreachable_pub,
+    reason = "a binary has no public interface; `pub` says what a module offers"
+)]
+
+mod client;
+mod commands;
+mod exit;
+mod node;
+mod output;
+mod remote;
+mod roles;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::commands::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    output::init(&cli.global);
+    // Settings of libgit2 are global to the process, and are made before there are threads.
+    if let Err(error) = daybook_workers::git_transport::prepare_process() {
+        eprintln!("error: git is not usable: {error}");
+        return exit::Code::Failure.into();
+    }
+    // One TLS implementation for everything: rustls with ring.
+    if rustls::crypto::ring::default_provider()
+        .install_default()
+        .is_err()
+    {
+        tracing::debug!("a TLS provider was installed before");
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: no threads can be started: {error}");
+            return exit::Code::Failure.into();
+        }
+    };
+    let code = match runtime.block_on(commands::run(cli)) {
+        Ok(code) => code,
+        Err(error) => {
+            error.print();
+            error.code
+        }
+    };
+    // Blocking work that nobody waits for any more does not hold the exit.
+    runtime.shutdown_timeout(std::time::Duration::from_millis(500));
+    code.into()
+}

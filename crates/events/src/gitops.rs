@@ -118,8 +118,19 @@ pub struct Gitops {
     /// The releases that are in the repository, with the replicas that were last asked for
     /// (none: as deployed).
     pub releases: BTreeMap<DeploymentId, Option<u32>>,
-    /// Causes of the newest 64 commits with their commits, newest last: what a retry looks up.
-    pub recent: Vec<(EventId, CommitId)>,
+    /// The newest 64 commits in the order of their events: what a retry looks up.
+    pub recent: Vec<RecentCommit>,
+}
+
+/// A commit that the ledger knows, and what it is needed for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecentCommit {
+    /// The event that caused it.
+    pub cause: EventId,
+    /// The commit.
+    pub commit: CommitId,
+    /// Its parent.
+    pub parent: Option<CommitId>,
 }
 
 /// How many causes a retry is looked up in.
@@ -131,8 +142,26 @@ impl Gitops {
         self.recent
             .iter()
             .rev()
-            .find(|(c, _)| *c == cause)
-            .map(|(_, c)| c)
+            .find(|r| r.cause == cause)
+            .map(|r| &r.commit)
+    }
+
+    /// Whether a commit is an ancestor of another one, as far as the newest commits say so.
+    fn is_before(&self, commit: &CommitId, other: &CommitId) -> bool {
+        let mut at = other;
+        for _ in 0..self.recent.len() {
+            match self
+                .recent
+                .iter()
+                .find(|r| r.commit == *at)
+                .map(|r| &r.parent)
+            {
+                Some(Some(parent)) if parent == commit => return true,
+                Some(Some(parent)) => at = parent,
+                _ => return false,
+            }
+        }
+        false
     }
 }
 
@@ -166,14 +195,18 @@ impl Aggregate for Gitops {
                 ));
             }
             GitopsEvent::Committed(e) => {
-                if self.recent.iter().any(|(c, _)| *c == e.cause) {
+                if self.recent.iter().any(|r| r.cause == e.cause) {
                     return Err(Illegal::new(
                         "gitops.committed.v1",
                         "a cause that has its commit",
                     ));
                 }
                 self.commits += 1;
-                self.head = e.commit.clone();
+                // Of two workers, the one that committed first may record it last.
+                let late = self.is_before(&e.commit, &self.head);
+                if !late {
+                    self.head = e.commit.clone();
+                }
                 match e.change {
                     Change::Deploy { deployment, .. } => {
                         self.releases.insert(deployment, None);
@@ -192,10 +225,18 @@ impl Aggregate for Gitops {
                 }
                 if matches!(e.change, Change::EnvironmentDeleted {}) {
                     self.environments.remove(&e.environment);
-                } else {
+                } else if !self
+                    .environments
+                    .get(&e.environment)
+                    .is_some_and(|newest| self.is_before(&e.commit, newest))
+                {
                     self.environments.insert(e.environment, e.commit.clone());
                 }
-                self.recent.push((e.cause, e.commit));
+                self.recent.push(RecentCommit {
+                    cause: e.cause,
+                    commit: e.commit,
+                    parent: e.parent,
+                });
                 if self.recent.len() > RECENT {
                     self.recent.remove(0);
                 }

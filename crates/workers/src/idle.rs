@@ -295,6 +295,7 @@ fn instance(deployment: DeploymentId, number: u32) -> InstanceStatus {
         address: "127.0.0.1:9".into(),
         ready: true,
         restarts: 0,
+        outdated: false,
         started_at: Timestamp::UNIX_EPOCH,
     }
 }

@@ -5,16 +5,16 @@
 //! worker on the one [`driver`], and asks the outside through the [`ports`] and the [`target`].
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-mod file_lock;
-
 pub mod builder;
 pub mod crew;
 pub mod driver;
+mod file_lock;
 pub mod gateway;
 pub mod git_transport;
 pub mod gitops;
 pub mod idle;
 pub mod image;
+pub mod local;
 pub mod output;
 pub mod pipeline;
 pub mod ports;

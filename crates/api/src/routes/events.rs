@@ -82,6 +82,8 @@ pub(crate) struct EventPage {
 pub(crate) struct StoredEvent {
     /// Its position.
     position: Position,
+    /// Its subject on the log.
+    subject: String,
     /// When the log stored it.
     stored_at: Timestamp,
     /// The stored CloudEvent.
@@ -99,6 +101,7 @@ impl From<Recorded> for StoredEvent {
         let bytes = event.is_none().then(|| BASE64.encode(&recorded.bytes));
         Self {
             position: recorded.position,
+            subject: recorded.subject.to_string(),
             stored_at: recorded.stored_at,
             event,
             bytes,

@@ -66,6 +66,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(events::get_event))
         .routes(routes!(operations::healthz))
         .routes(routes!(operations::readyz))
+        .routes(routes!(operations::projections))
         .routes(routes!(operations::metrics))
         .routes(routes!(git::advertise))
         .routes(routes!(git::upload_pack))

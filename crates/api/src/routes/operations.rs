@@ -13,7 +13,7 @@ use crate::extract::{NoParams, Params};
 use crate::metrics::Exposition;
 use crate::problem::Problem;
 use crate::state::{AppState, Part};
-use crate::view::{Health, ReadinessReport};
+use crate::view::{Health, ProjectionsReport, ReadinessReport};
 
 /// Projections that are at most this many events behind are ready.
 const LAG_MAX: u64 = 1000;
@@ -26,6 +26,30 @@ pub(crate) async fn healthz(Params(NoParams {}): Params<NoParams>) -> Answer<Hea
         status: "ok",
         version: env!("CARGO_PKG_VERSION"),
     })
+}
+
+/// How far the projections are, and a digest over all their rows. Whoever folds the same events
+/// anew gets the same digest: what this server answers follows from its ledger, and nothing else.
+#[utoipa::path(get, path = "/api/v1/projections", tag = "history",
+    responses((status = 200, description = "How far they are.", body = ProjectionsReport)))]
+pub(crate) async fn projections(
+    State(state): State<AppState>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Result<Answer<ProjectionsReport>, Problem> {
+    let projections = state.projections().clone();
+    // Every row is read: not on a thread that others wait for.
+    let digest = tokio::task::spawn_blocking(move || {
+        let counters = projections.counters();
+        projections
+            .digest()
+            .map(|(position, digest)| (position, digest, counters))
+    });
+    let (position, digest, counters) = digest.await.map_err(|e| Problem::internal(&e))??;
+    Ok(Answer::ok(ProjectionsReport {
+        position,
+        digest,
+        counters,
+    }))
 }
 
 /// Whether the server can do its work, and if not, which part cannot.

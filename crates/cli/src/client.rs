@@ -1,0 +1,215 @@
+//! The client of a Daybook server.
+
+use std::time::Duration;
+
+use eventsource_stream::Eventsource;
+use futures_util::{Stream, StreamExt};
+use reqwest::{Method, Response, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::commands::ServerArgs;
+use crate::exit::{Code, Failure};
+
+/// Talks to one server.
+#[derive(Debug, Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    base: String,
+    actor: Option<String>,
+}
+
+/// One line of output of a build or an instance, as the server sends it.
+#[derive(Debug, Clone, serde::Deserialize)]
+pub struct LogLine {
+    /// The rest of it.
+    #[serde(flatten)]
+    pub line: daybook_events::lines::Line,
+}
+
+impl Client {
+    /// A client of the server that the arguments name.
+    pub fn new(args: &ServerArgs) -> Result<Self, Failure> {
+        let base = args.server.trim_end_matches('/').to_owned();
+        if !base.starts_with("http://") && !base.starts_with("https://") {
+            return Err(Failure::new(
+                Code::Usage,
+                "invalid_server",
+                format!("{base:?} is not the URL of a server"),
+            )
+            .hint("use http://HOST:PORT or https://HOST, in --server or DAYBOOK_URL"));
+        }
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .connect_timeout(Duration::from_secs(5))
+            .user_agent(concat!("daybook/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .map_err(|e| Failure::new(Code::Failure, "http_client", e.to_string()))?;
+        let actor = args
+            .actor
+            .clone()
+            .or_else(|| std::env::var("USER").ok())
+            .filter(|a| !a.is_empty());
+        Ok(Self { http, base, actor })
+    }
+
+    /// The server's URL.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Response, Failure> {
+        let request = match &self.actor {
+            Some(actor) => request.header("Daybook-Actor", actor),
+            None => request,
+        };
+        let answer = request.send().await.map_err(|e| self.unreachable(&e))?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        Err(problem(answer).await)
+    }
+
+    fn unreachable(&self, error: &reqwest::Error) -> Failure {
+        let mut cause: &dyn std::error::Error = error;
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        Failure::new(
+            Code::Unreachable,
+            "server_unreachable",
+            format!("the server {} cannot be reached: {cause}", self.base),
+        )
+        .hint("start one with `daybook up`, or name another with --server or DAYBOOK_URL")
+    }
+
+    /// GET.
+    pub async fn get<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &[(&str, Option<String>)],
+    ) -> Result<T, Failure> {
+        let query: Vec<_> = query
+            .iter()
+            .filter_map(|(k, v)| v.as_ref().map(|v| (*k, v)))
+            .collect();
+        let request = self
+            .http
+            .get(format!("{}{path}", self.base))
+            .query(&query)
+            .timeout(Duration::from_secs(30));
+        read(self.send(request).await?).await
+    }
+
+    /// POST, PUT or DELETE with a body. The request has an idempotency key of its own, so that it
+    /// is repeated safely when the answer is lost.
+    pub async fn command<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &(impl Serialize + Sync),
+        key: Option<&str>,
+    ) -> Result<T, Failure> {
+        let key = key.map_or_else(|| uuid::Uuid::now_v7().to_string(), str::to_owned);
+        let mut last = None;
+        for attempt in 0..3_u32 {
+            if attempt > 0 {
+                tokio::time::sleep(Duration::from_millis(200 << attempt)).await;
+            }
+            let request = self
+                .http
+                .request(method.clone(), format!("{}{path}", self.base))
+                .header("Idempotency-Key", &key)
+                .timeout(Duration::from_secs(30))
+                .json(body);
+            match self.send(request).await {
+                Ok(answer) => return read(answer).await,
+                // Only when the connection was made and broke is it unknown what became of it.
+                Err(f) if f.code == Code::Unreachable && attempt > 0 => last = Some(f),
+                Err(f) if f.code == Code::Unreachable => last = Some(f),
+                Err(f) => return Err(f),
+            }
+        }
+        Err(last
+            .unwrap_or_else(|| Failure::new(Code::Unreachable, "server_unreachable", "no answer")))
+    }
+
+    /// POST without a body worth mentioning.
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        self.command(Method::POST, path, body, None).await
+    }
+
+    /// A stream of server-sent events: id, type and data of each.
+    pub async fn stream(
+        &self,
+        path: &str,
+        query: &[(&str, Option<String>)],
+        last_id: Option<&str>,
+    ) -> Result<impl Stream<Item = Result<eventsource_stream::Event, Failure>> + use<>, Failure>
+    {
+        let query: Vec<_> = query
+            .iter()
+            .filter_map(|(k, v)| v.as_ref().map(|v| (*k, v)))
+            .collect();
+        let mut request = self
+            .http
+            .get(format!("{}{path}", self.base))
+            .query(&query)
+            .header("Accept", "text/event-stream");
+        if let Some(id) = last_id {
+            request = request.header("Last-Event-ID", id);
+        }
+        let answer = self.send(request).await?;
+        let this = self.clone();
+        Ok(answer.bytes_stream().eventsource().map(move |event| {
+            event.map_err(|e| match e {
+                eventsource_stream::EventStreamError::Transport(e) => this.unreachable(&e),
+                other => Failure::new(Code::Failure, "stream", other.to_string()),
+            })
+        }))
+    }
+}
+
+async fn read<T: DeserializeOwned>(answer: Response) -> Result<T, Failure> {
+    let bytes = answer
+        .bytes()
+        .await
+        .map_err(|e| Failure::new(Code::Unreachable, "server_unreachable", e.to_string()))?;
+    let bytes = if bytes.is_empty() {
+        &b"null"[..]
+    } else {
+        &bytes[..]
+    };
+    serde_json::from_slice(bytes).map_err(|e| {
+        Failure::new(
+            Code::Failure,
+            "unexpected_answer",
+            format!("the server's answer is not understood: {e}"),
+        )
+        .hint("compare the versions: `daybook --version`, and GET /openapi.json of the server")
+    })
+}
+
+/// A problem document (RFC 9457) as a failure.
+async fn problem(answer: Response) -> Failure {
+    let status = answer.status();
+    let body: Value = answer.json().await.unwrap_or_default();
+    let text = |key: &str| body.get(key).and_then(Value::as_str).map(str::to_owned);
+    let code = match status {
+        StatusCode::NOT_FOUND => Code::NotFound,
+        StatusCode::CONFLICT => Code::Refused,
+        StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => Code::Usage,
+        _ => Code::Failure,
+    };
+    let message = text("detail")
+        .or_else(|| text("title"))
+        .unwrap_or_else(|| format!("the server answered with HTTP status {status}"));
+    let mut failure = Failure::new(
+        code,
+        &text("code").unwrap_or_else(|| "http".into()),
+        message,
+    );
+    failure.hint = text("remedy");
+    failure
+}

@@ -1,0 +1,364 @@
+//! `daybook deploy`, and following a deployment.
+
+use std::time::Duration;
+
+use clap::Args;
+use futures_util::StreamExt;
+use jiff::Timestamp;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::{Outcome, ServerArgs};
+use crate::client::Client;
+use crate::exit::{Code, Failure};
+use crate::output;
+
+/// Deploys a git ref or an image, and follows it until it is live.
+#[derive(Debug, Args)]
+pub struct DeployArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// The service instance in one word: `project.environment.service`.
+    #[arg(required_unless_present_all = ["project", "env", "service"])]
+    instance: Option<String>,
+    /// The project.
+    #[arg(long, short, env = "DAYBOOK_PROJECT", conflicts_with = "instance")]
+    project: Option<String>,
+    /// The environment.
+    #[arg(long, short, conflicts_with = "instance")]
+    env: Option<String>,
+    /// The service.
+    #[arg(long, short, conflicts_with = "instance")]
+    service: Option<String>,
+    /// A branch, tag or commit of the service's repository; its default if not given.
+    #[arg(long = "ref", value_name = "REF", conflicts_with = "image")]
+    git_ref: Option<String>,
+    /// An existing image: `repository:tag`, `repository@digest` or both.
+    #[arg(long)]
+    image: Option<String>,
+    /// A cluster to deploy to, if not to all of the environment; may be given several times.
+    #[arg(long = "cluster", value_name = "NAME")]
+    clusters: Vec<String>,
+    /// Run it beside the main deployment; traffic follows with `daybook mark-main`.
+    #[arg(long)]
+    no_switch: bool,
+    /// Why, for the ledger.
+    #[arg(long)]
+    reason: Option<String>,
+    /// Names this request: repeating it with the same key deploys once.
+    #[arg(long, value_name = "KEY")]
+    idempotency_key: Option<String>,
+    /// Return as soon as it is accepted.
+    #[arg(long)]
+    detach: bool,
+}
+
+pub async fn run(args: DeployArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    let mut body = json!({});
+    let mut set = |key: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            body[key] = value;
+        }
+    };
+    match &args.instance {
+        Some(instance) => {
+            let parts: Vec<_> = instance.split('.').collect();
+            let [project, environment, service] = parts[..] else {
+                return Err(Failure::new(
+                    Code::Usage,
+                    "invalid_instance_id",
+                    format!("{instance:?} is not project.environment.service"),
+                ));
+            };
+            set("project", Some(project.into()));
+            set("environment", Some(environment.into()));
+            set("service", Some(service.into()));
+        }
+        None => {
+            set("project", args.project.clone().map(Value::from));
+            set("environment", args.env.clone().map(Value::from));
+            set("service", args.service.clone().map(Value::from));
+        }
+    }
+    set("git_ref", args.git_ref.clone().map(Value::from));
+    set("image", args.image.clone().map(Value::from));
+    set("reason", args.reason.clone().map(Value::from));
+    if !args.clusters.is_empty() {
+        set("clusters", Some(args.clusters.clone().into()));
+    }
+    if args.no_switch {
+        set("switch", Some("manual".into()));
+    }
+    let answer: Value = client
+        .command(
+            Method::POST,
+            "/api/v1/deployments",
+            &body,
+            args.idempotency_key.as_deref(),
+        )
+        .await?;
+    let Some(id) = answer.get("id").and_then(Value::as_str) else {
+        return Err(Failure::new(
+            Code::Failure,
+            "unexpected_answer",
+            "the server did not say which deployment it made",
+        ));
+    };
+    if args.detach {
+        if output::is_json() {
+            output::json(&answer);
+        } else {
+            output::line(id);
+        }
+        return Ok(Code::Success);
+    }
+    follow(&client, id, Follow::Deployment).await
+}
+
+/// What is being followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Follow {
+    /// A deployment until it is live.
+    Deployment,
+    /// An operation on one until it is done.
+    Operation,
+}
+
+/// Follows a deployment's events and output, live, until it is settled. The exit code says how it
+/// ended.
+pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
+    let style = output::style();
+    let begun = Timestamp::now();
+    let logs = client.clone();
+    let log_id = id.to_owned();
+    let (sender, mut lines) = tokio::sync::mpsc::channel(256);
+    let reader = tokio::spawn(async move {
+        if what == Follow::Operation {
+            return;
+        }
+        let path = format!("/api/v1/deployments/{log_id}/logs");
+        let query = [("follow", Some("true".to_owned()))];
+        let Ok(stream) = logs.stream(&path, &query, None).await else {
+            return;
+        };
+        let mut stream = std::pin::pin!(stream);
+        while let Some(Ok(event)) = stream.next().await {
+            let Ok(line) = serde_json::from_str::<crate::client::LogLine>(&event.data) else {
+                continue;
+            };
+            if sender.send(line).await.is_err() {
+                return;
+            }
+        }
+    });
+    let query = [
+        ("deployment", Some(id.to_owned())),
+        ("follow", Some("true".to_owned())),
+        ("after", Some("0".to_owned())),
+    ];
+    let mut last_id = None;
+    'connect: loop {
+        let stream = client
+            .stream("/api/v1/events", &query, last_id.as_deref())
+            .await?;
+        let mut stream = std::pin::pin!(stream);
+        loop {
+            let event = tokio::select! {
+                biased;
+                Some(line) = lines.recv() => {
+                    print_line(&line);
+                    continue;
+                }
+                event = stream.next() => event,
+            };
+            let Some(Ok(event)) = event else {
+                // The server was restarted, or the connection broke: go on after the last event.
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                continue 'connect;
+            };
+            last_id = Some(event.id.clone());
+            let Ok(data) = serde_json::from_str::<Value>(&event.data) else {
+                continue;
+            };
+            let kind = event.event.trim_start_matches("dev.daybook.").to_owned();
+            if what == Follow::Deployment || is_later(&data, begun) {
+                print_event(&kind, &data, begun);
+            }
+            if ends(&kind) {
+                let detail: Value = client
+                    .get(&format!("/api/v1/deployments/{id}"), &[])
+                    .await?;
+                let state = detail
+                    .get("state")
+                    .and_then(Value::as_str)
+                    .unwrap_or_default();
+                if is_settled(state) {
+                    break 'connect;
+                }
+            }
+        }
+    }
+    // The server ends the output once it is complete.
+    let _ = tokio::time::timeout(Duration::from_secs(2), async {
+        while let Some(line) = lines.recv().await {
+            print_line(&line);
+        }
+    })
+    .await;
+    reader.abort();
+    let detail: Value = client
+        .get(&format!("/api/v1/deployments/{id}"), &[])
+        .await?;
+    if output::is_json() {
+        output::json(&detail);
+    } else {
+        output::line("");
+        super::status::print_detail(&detail);
+    }
+    let state = detail
+        .get("state")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    let code = match state {
+        "failed" | "start_error" | "stop_error" | "terminate_error" => Code::DeploymentFailed,
+        "cancelled" => Code::DeploymentCancelled,
+        _ => Code::Success,
+    };
+    if !output::is_json() && code == Code::Success && what == Follow::Deployment {
+        output::line(&style.good("it is live"));
+    }
+    Ok(code)
+}
+
+fn is_later(data: &Value, begun: Timestamp) -> bool {
+    data.get("time")
+        .and_then(Value::as_str)
+        .and_then(|t| t.parse::<Timestamp>().ok())
+        .is_some_and(|t| t >= begun)
+}
+
+fn ends(kind: &str) -> bool {
+    matches!(
+        kind,
+        "deployment.succeeded.v1"
+            | "deployment.failed.v1"
+            | "deployment.cancelled.v1"
+            | "deployment.started.v1"
+            | "deployment.stopped.v1"
+            | "deployment.terminated.v1"
+            | "deployment.start_failed.v1"
+            | "deployment.stop_failed.v1"
+            | "deployment.terminate_failed.v1"
+            | "deployment.deleted.v1"
+    )
+}
+
+fn is_settled(state: &str) -> bool {
+    matches!(
+        state,
+        "started"
+            | "stopped"
+            | "terminated"
+            | "deleted"
+            | "failed"
+            | "cancelled"
+            | "start_error"
+            | "stop_error"
+            | "terminate_error"
+    )
+}
+
+/// Prints an event as a step of the run.
+pub fn print_event(kind: &str, data: &Value, begun: Timestamp) {
+    if output::is_json() {
+        output::json(data);
+        return;
+    }
+    let style = output::style();
+    let at = data
+        .get("time")
+        .and_then(Value::as_str)
+        .and_then(|t| t.parse::<Timestamp>().ok())
+        .unwrap_or(begun);
+    let seconds = at.duration_since(begun).as_secs_f64().max(0.0);
+    let payload = data.get("data").cloned().unwrap_or_default();
+    let word = kind
+        .trim_start_matches("deployment.")
+        .trim_end_matches(".v1")
+        .replace('_', " ");
+    let text = |pointer: &str| {
+        payload
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let detail = match kind {
+        "deployment.source_resolved.v1" => text("/source/commit"),
+        "deployment.image_pinned.v1" => text("/image/digest"),
+        "deployment.deploying_started.v1" => format!("gitops commit {}", text("/commit")),
+        "deployment.failed.v1" => format!("{} ({})", text("/message"), text("/code")),
+        "deployment.cancelled.v1" => text("/message"),
+        "deployment.workload_observed.v1" => {
+            let instances = payload.get("instances").and_then(Value::as_array);
+            let ready = instances
+                .into_iter()
+                .flatten()
+                .filter(|i| i.get("ready").and_then(Value::as_bool) == Some(true))
+                .count();
+            let wanted = payload
+                .get("wanted")
+                .and_then(Value::as_u64)
+                .unwrap_or_default();
+            let problem = payload.pointer("/problem/reason").and_then(Value::as_str);
+            format!(
+                "{}: {ready} of {wanted} ready{}",
+                text("/cluster"),
+                problem.map(|p| format!(", {p}")).unwrap_or_default()
+            )
+        }
+        "deployment.endpoint_observed.v1" => {
+            let ready = payload.get("ready").and_then(Value::as_bool) == Some(true);
+            format!(
+                "{} {}",
+                text("/url"),
+                if ready { "answers" } else { "does not answer" }
+            )
+        }
+        _ => String::new(),
+    };
+    let word = match kind {
+        "deployment.succeeded.v1" => style.good(&word),
+        "deployment.failed.v1" => style.error(&word),
+        "deployment.cancelled.v1" => style.warn(&word),
+        _ => style.busy(&word),
+    };
+    output::line(&format!("{} {word} {detail}", style.dim(&format!("{seconds:>7.2}s"))).trim_end());
+}
+
+/// Prints a line of output.
+pub fn print_line(line: &crate::client::LogLine) {
+    use daybook_events::lines::LineKind;
+    if output::is_json() {
+        output::json(&line.line);
+        return;
+    }
+    let style = output::style();
+    let l = &line.line.line;
+    let source = match l.kind {
+        LineKind::Build => "build".to_owned(),
+        LineKind::Status => l
+            .cluster
+            .as_ref()
+            .map_or_else(|| "status".to_owned(), ToString::to_string),
+        LineKind::Container | LineKind::Platform => {
+            l.instance.clone().unwrap_or_else(|| "container".to_owned())
+        }
+    };
+    output::line(&format!(
+        "{} {}",
+        style.dim(&format!("{source:>8} |")),
+        l.text
+    ));
+}

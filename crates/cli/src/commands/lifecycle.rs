@@ -1,0 +1,276 @@
+//! Operations on deployments: `stop`, `start`, `terminate`, `cancel`, `delete`, `mark-main`,
+//! `rollback`, `redeploy`.
+
+use clap::Args;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::deploy::{Follow, follow};
+use super::{Outcome, ServerArgs};
+use crate::client::Client;
+use crate::exit::{Code, Failure};
+use crate::output;
+
+/// An operation on one deployment.
+#[derive(Debug, Args)]
+pub struct OperationArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    deployment: String,
+    /// Why, for the ledger.
+    #[arg(long)]
+    reason: Option<String>,
+    /// Do not wait until it is done.
+    #[arg(long)]
+    detach: bool,
+}
+
+/// Gives a deployment the traffic of its service.
+#[derive(Debug, Args)]
+pub struct MarkMainArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    deployment: String,
+    /// What you take for the main deployment now; refused if it is another one by then.
+    #[arg(long, value_name = "ID")]
+    expect: Option<String>,
+    /// Why, for the ledger.
+    #[arg(long)]
+    reason: Option<String>,
+}
+
+/// Goes back to an older deployment.
+#[derive(Debug, Args)]
+pub struct RollbackArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// The project.
+    #[arg(long, short, env = "DAYBOOK_PROJECT")]
+    project: Option<String>,
+    /// The environment.
+    #[arg(long, short)]
+    env: Option<String>,
+    /// The service.
+    #[arg(long, short)]
+    service: Option<String>,
+    /// The service instance in one word: `project.environment.service`.
+    #[arg(conflicts_with_all = ["project", "env", "service"])]
+    instance: Option<String>,
+    /// The deployment to go back to; the main one before if not given.
+    #[arg(long, value_name = "ID")]
+    to: Option<String>,
+    /// Why, for the ledger.
+    #[arg(long)]
+    reason: Option<String>,
+}
+
+/// Deploys again what an older deployment was made from.
+#[derive(Debug, Args)]
+pub struct RedeployArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    deployment: String,
+    /// Why, for the ledger.
+    #[arg(long)]
+    reason: Option<String>,
+    /// Return as soon as it is accepted.
+    #[arg(long)]
+    detach: bool,
+}
+
+/// The full id of a deployment that was named by its id or by the end of it.
+pub async fn find(client: &Client, name: &str) -> Result<String, Failure> {
+    let name = name.to_ascii_lowercase();
+    if name.parse::<daybook_events::DeploymentId>().is_ok() {
+        return Ok(name);
+    }
+    let digits = name.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+    if !digits || name.len() < 4 {
+        return Err(Failure::new(
+            Code::Usage,
+            "invalid_deployment_id",
+            format!("{name:?} is not the id of a deployment"),
+        )
+        .hint("use the id that `daybook status` or `daybook history` shows, or at least the last four digits of it"));
+    }
+    let mut found = Vec::new();
+    let mut cursor: Option<String> = None;
+    loop {
+        let page: Value = client
+            .get(
+                "/api/v1/deployments",
+                &[("limit", Some("500".into())), ("cursor", cursor)],
+            )
+            .await?;
+        found.extend(
+            page.get("deployments")
+                .and_then(Value::as_array)
+                .into_iter()
+                .flatten()
+                .filter_map(|d| d.get("id").and_then(Value::as_str))
+                .filter(|id| id.ends_with(&name) || id.starts_with(&name))
+                .map(str::to_owned),
+        );
+        cursor = page.get("next").and_then(Value::as_str).map(str::to_owned);
+        if cursor.is_none() || found.len() > 1 {
+            break;
+        }
+    }
+    match found.len() {
+        1 => Ok(found.remove(0)),
+        0 => Err(Failure::new(
+            Code::NotFound,
+            "deployment_not_found",
+            format!("no deployment has an id like {name}"),
+        )
+        .hint("`daybook history` lists all deployments")),
+        _ => Err(Failure::new(
+            Code::Usage,
+            "ambiguous_deployment_id",
+            format!(
+                "several deployments have an id like {name}: {}",
+                found.join(", ")
+            ),
+        )
+        .hint("give more of its digits")),
+    }
+}
+
+/// Stops, starts, terminates or cancels, and waits until it is done.
+pub async fn operate(operation: &str, args: OperationArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    let id = find(&client, &args.deployment).await?;
+    let path = format!("/api/v1/deployments/{id}/{operation}");
+    let answer = client
+        .post(&path, &json!({ "reason": args.reason }))
+        .await?;
+    if args.detach {
+        if output::is_json() {
+            output::json(&answer);
+        } else {
+            let status = answer
+                .get("status")
+                .and_then(Value::as_str)
+                .unwrap_or(operation);
+            output::line(&format!("{id} is {}", output::status_word(status)));
+        }
+        return Ok(Code::Success);
+    }
+    let code = follow(&client, &id, Follow::Operation).await?;
+    // A deployment that was cancelled because it was asked for is what was asked for.
+    Ok(match code {
+        Code::DeploymentCancelled if operation == "cancel" => Code::Success,
+        other => other,
+    })
+}
+
+pub async fn delete(args: OperationArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    let id = find(&client, &args.deployment).await?;
+    let body = json!({ "reason": args.reason });
+    let answer: Value = client
+        .command(
+            Method::DELETE,
+            &format!("/api/v1/deployments/{id}"),
+            &body,
+            None,
+        )
+        .await?;
+    if output::is_json() {
+        output::json(&answer);
+    } else {
+        output::line(&format!(
+            "{} {id}; its events stay in the ledger",
+            output::style().dim("deleted")
+        ));
+    }
+    Ok(Code::Success)
+}
+
+pub async fn mark_main(args: MarkMainArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    let id = find(&client, &args.deployment).await?;
+    let expected = match &args.expect {
+        Some(name) => Some(find(&client, name).await?),
+        None => None,
+    };
+    let mut body = json!({ "reason": args.reason });
+    if let Some(expected) = expected {
+        body["expected_main"] = expected.into();
+    }
+    let answer = client
+        .post(&format!("/api/v1/deployments/{id}/mark-main"), &body)
+        .await?;
+    switched(&answer, &id)
+}
+
+pub async fn rollback(args: RollbackArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    let mut body = json!({ "reason": args.reason });
+    match (&args.instance, &args.project, &args.env, &args.service) {
+        (Some(instance), ..) => body["instance_id"] = instance.clone().into(),
+        (None, Some(project), Some(env), Some(service)) => {
+            body["project"] = project.clone().into();
+            body["environment"] = env.clone().into();
+            body["service"] = service.clone().into();
+        }
+        _ => {
+            return Err(Failure::new(
+                Code::Usage,
+                "instance_missing",
+                "it is not said what to roll back",
+            )
+            .hint("give project.environment.service, or --project, --env and --service"));
+        }
+    }
+    if let Some(to) = &args.to {
+        body["to"] = find(&client, to).await?.into();
+    }
+    let answer = client.post("/api/v1/rollback", &body).await?;
+    let id = answer
+        .get("id")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .to_owned();
+    switched(&answer, &id)
+}
+
+fn switched(answer: &Value, id: &str) -> Outcome {
+    if output::is_json() {
+        output::json(answer);
+        return Ok(Code::Success);
+    }
+    let style = output::style();
+    match answer.get("previous_main").and_then(Value::as_str) {
+        Some(previous) if previous != id => output::line(&format!(
+            "{} {id} is the main deployment; {previous} was",
+            style.good("switched")
+        )),
+        _ => output::line(&format!("{id} is the main deployment")),
+    }
+    Ok(Code::Success)
+}
+
+pub async fn redeploy(args: RedeployArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    let id = find(&client, &args.deployment).await?;
+    let answer = client
+        .post(
+            &format!("/api/v1/deployments/{id}/redeploy"),
+            &json!({ "reason": args.reason }),
+        )
+        .await?;
+    let new = answer
+        .get("id")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .to_owned();
+    if args.detach {
+        output::json(&answer);
+        return Ok(Code::Success);
+    }
+    follow(&client, &new, Follow::Deployment).await
+}

@@ -1,0 +1,418 @@
+//! `daybook project|service|env`
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+use reqwest::Method;
+use serde_json::{Map, Value, json};
+
+use super::{Outcome, ServerArgs};
+use crate::client::Client;
+use crate::exit::{Code, Failure};
+use crate::output::{self, Row, Table};
+
+/// Create and list projects.
+#[derive(Debug, Subcommand)]
+pub enum ProjectCommand {
+    /// Create a project.
+    Create {
+        #[command(flatten)]
+        server: ServerArgs,
+        /// Its name: lowercase letters, digits and hyphens, at most 30.
+        name: String,
+        /// What it is.
+        #[arg(long)]
+        description: Option<String>,
+    },
+    /// List all projects.
+    List {
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+}
+
+/// Define and list the services of a project.
+#[derive(Debug, Subcommand)]
+pub enum ServiceCommand {
+    /// Define a service, or define it anew.
+    Create(Box<ServiceArgs>),
+    /// List the services of a project.
+    List {
+        #[command(flatten)]
+        server: ServerArgs,
+        /// The project.
+        project: String,
+    },
+}
+
+/// How an image is made.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Builder {
+    /// Dockerfile if there is one and a tool for it, else archive.
+    Auto,
+    /// Built in: the source as layers on a base image, or on none.
+    Archive,
+    /// A Dockerfile, with buildah, podman or docker.
+    Dockerfile,
+}
+
+/// A service's definition.
+#[derive(Debug, Args)]
+pub struct ServiceArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// The project.
+    project: String,
+    /// Name of the service.
+    name: String,
+    /// The source repository: an https or ssh URL, or a folder on the server's machine.
+    #[arg(long, value_name = "URL")]
+    repo: Option<String>,
+    /// What is deployed when no ref is named.
+    #[arg(long = "ref", value_name = "REF", requires = "repo")]
+    git_ref: Option<String>,
+    /// Folder of the service within the repository.
+    #[arg(long, requires = "repo")]
+    path: Option<String>,
+    /// Where its images are kept, if not in the server's default place.
+    #[arg(long, value_name = "REPOSITORY")]
+    image_repository: Option<String>,
+    /// The builder.
+    #[arg(long, value_enum)]
+    builder: Option<Builder>,
+    /// The image that the archive builder puts its layers on.
+    #[arg(long, value_name = "IMAGE")]
+    base_image: Option<String>,
+    /// Path of the Dockerfile within the service's folder.
+    #[arg(long)]
+    dockerfile: Option<String>,
+    /// The port that it listens on in a container.
+    #[arg(long)]
+    port: Option<u16>,
+    /// An environment variable; may be given several times.
+    #[arg(long = "env", value_name = "KEY=VALUE")]
+    variables: Vec<String>,
+    /// Instances in each cluster.
+    #[arg(long)]
+    replicas: Option<u32>,
+    /// The HTTP path that answers when an instance is ready; empty for a TCP connection.
+    #[arg(long, value_name = "PATH")]
+    health_path: Option<String>,
+    /// How long an instance may take to become ready.
+    #[arg(long, value_name = "SECONDS")]
+    health_deadline: Option<u32>,
+    /// The whole definition as a JSON file; flags win over it.
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// The command, if not the image's own.
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+/// Create and list the environments of a project.
+#[derive(Debug, Subcommand)]
+pub enum EnvCommand {
+    /// Create an environment.
+    Create {
+        #[command(flatten)]
+        server: ServerArgs,
+        /// The project.
+        project: String,
+        /// Its name.
+        name: String,
+        /// A cluster that deployments go to; may be given several times. All clusters that the
+        /// server knows if none is given.
+        #[arg(long = "cluster", value_name = "NAME")]
+        clusters: Vec<String>,
+        /// Its services answer on the project's live hostnames. So it is for `production`.
+        #[arg(long)]
+        live: bool,
+        /// New deployments run beside the main one until `daybook mark-main`.
+        #[arg(long)]
+        manual_switch: bool,
+    },
+    /// List the environments of a project.
+    List {
+        #[command(flatten)]
+        server: ServerArgs,
+        /// The project.
+        project: String,
+    },
+}
+
+/// Prints what was made.
+fn made(what: &str, answer: &Value) -> Outcome {
+    if output::is_json() {
+        output::json(answer);
+    } else {
+        output::line(&format!("{} {what}", output::style().good("created")));
+    }
+    Ok(Code::Success)
+}
+
+pub async fn project(command: ProjectCommand) -> Outcome {
+    match command {
+        ProjectCommand::Create {
+            server,
+            name,
+            description,
+        } => {
+            let body = json!({ "name": name, "description": description });
+            let answer = Client::new(&server)?
+                .post("/api/v1/projects", &body)
+                .await?;
+            made(&format!("project {name}"), &answer)
+        }
+        ProjectCommand::List { server } => {
+            list(
+                &server,
+                "/api/v1/projects",
+                "projects",
+                ["NAME", "SERVICES", "DESCRIPTION"],
+                |p| vec![text(p, "name"), join(p, "services"), text(p, "description")],
+            )
+            .await
+        }
+    }
+}
+
+pub async fn service(command: ServiceCommand) -> Outcome {
+    match command {
+        ServiceCommand::Create(args) => define(*args).await,
+        ServiceCommand::List { server, project } => {
+            let path = format!("/api/v1/projects/{}/services", segment(&project)?);
+            list(
+                &server,
+                &path,
+                "services",
+                ["NAME", "SOURCE", "REF", "PORT", "REPLICAS"],
+                |s| {
+                    vec![
+                        text(s, "name"),
+                        text(s, "/source/url"),
+                        text(s, "/source/default_ref"),
+                        text(s, "/run/port"),
+                        text(s, "/run/replicas"),
+                    ]
+                },
+            )
+            .await
+        }
+    }
+}
+
+async fn define(args: ServiceArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    let mut spec: Map<String, Value> = match &args.file {
+        Some(file) => {
+            let bytes = std::fs::read(file).map_err(|e| {
+                Failure::new(
+                    Code::Usage,
+                    "file_unreadable",
+                    format!("{} cannot be read: {e}", file.display()),
+                )
+            })?;
+            serde_json::from_slice(&bytes).map_err(|e| {
+                Failure::new(
+                    Code::Usage,
+                    "file_invalid",
+                    format!(
+                        "{} is not a service definition in JSON: {e}",
+                        file.display()
+                    ),
+                )
+                .hint("`daybook schema service` prints its schema")
+            })?
+        }
+        None => Map::new(),
+    };
+    let mut set = |path: &[&str], value: Option<Value>| {
+        let Some(value) = value else { return };
+        let mut at = &mut spec;
+        for key in &path[..path.len() - 1] {
+            let entry = at.entry(*key).or_insert_with(|| json!({}));
+            if !entry.is_object() {
+                *entry = json!({});
+            }
+            let Some(inner) = entry.as_object_mut() else {
+                return;
+            };
+            at = inner;
+        }
+        at.insert(path[path.len() - 1].to_owned(), value);
+    };
+    set(
+        &["source", "url"],
+        args.repo.as_deref().map(absolute).map(Value::from),
+    );
+    set(&["source", "default_ref"], args.git_ref.map(Value::from));
+    set(&["source", "path"], args.path.map(Value::from));
+    set(
+        &["image_repository"],
+        args.image_repository.map(Value::from),
+    );
+    set(
+        &["build", "builder"],
+        args.builder.map(|b| {
+            Value::from(match b {
+                Builder::Auto => "auto",
+                Builder::Archive => "archive",
+                Builder::Dockerfile => "dockerfile",
+            })
+        }),
+    );
+    set(&["build", "base_image"], args.base_image.map(Value::from));
+    set(&["build", "dockerfile"], args.dockerfile.map(Value::from));
+    set(&["run", "port"], args.port.map(Value::from));
+    set(&["run", "replicas"], args.replicas.map(Value::from));
+    set(
+        &["run", "health", "path"],
+        args.health_path.map(Value::from),
+    );
+    set(
+        &["run", "health", "deadline_seconds"],
+        args.health_deadline.map(Value::from),
+    );
+    if !args.command.is_empty() {
+        set(&["run", "command"], Some(args.command.into()));
+    }
+    for variable in &args.variables {
+        let Some((key, value)) = variable.split_once('=') else {
+            return Err(Failure::new(
+                Code::Usage,
+                "invalid_variable",
+                format!("{variable:?} is not KEY=VALUE"),
+            ));
+        };
+        set(&["run", "env", key], Some(value.into()));
+    }
+    let path = format!(
+        "/api/v1/projects/{}/services/{}",
+        segment(&args.project)?,
+        segment(&args.name)?
+    );
+    let answer: Value = client.command(Method::PUT, &path, &spec, None).await?;
+    made(
+        &format!("service {} of project {}", args.name, args.project),
+        &answer,
+    )
+}
+
+/// A relative path names something on this machine; the server needs it whole.
+fn absolute(repo: &str) -> String {
+    if repo.contains("://") {
+        return repo.to_owned();
+    }
+    std::fs::canonicalize(repo).map_or_else(|_| repo.to_owned(), |p| p.display().to_string())
+}
+
+pub async fn environment(command: EnvCommand) -> Outcome {
+    match command {
+        EnvCommand::Create {
+            server,
+            project,
+            name,
+            clusters,
+            live,
+            manual_switch,
+        } => {
+            let path = format!("/api/v1/projects/{}/environments", segment(&project)?);
+            let switch = if manual_switch { "manual" } else { "automatic" };
+            let mut body = json!({
+                "name": name,
+                "live": live || name == "production",
+                "switch": switch,
+            });
+            if !clusters.is_empty() {
+                body["clusters"] = clusters.into();
+            }
+            let answer = Client::new(&server)?.post(&path, &body).await?;
+            made(&format!("environment {name} of project {project}"), &answer)
+        }
+        EnvCommand::List { server, project } => {
+            let path = format!("/api/v1/projects/{}/environments", segment(&project)?);
+            list(
+                &server,
+                &path,
+                "environments",
+                ["NAME", "CLUSTERS", "LIVE", "SWITCH"],
+                |e| {
+                    vec![
+                        text(e, "name"),
+                        join(e, "clusters"),
+                        text(e, "live"),
+                        text(e, "switch"),
+                    ]
+                },
+            )
+            .await
+        }
+    }
+}
+
+async fn list<const N: usize>(
+    server: &ServerArgs,
+    path: &str,
+    key: &str,
+    headings: [&str; N],
+    cells: impl Fn(&Value) -> Vec<String>,
+) -> Outcome {
+    let answer: Value = Client::new(server)?.get(path, &[]).await?;
+    if output::is_json() {
+        output::json(&answer);
+        return Ok(Code::Success);
+    }
+    let rows = answer
+        .get(key)
+        .and_then(Value::as_array)
+        .cloned()
+        .unwrap_or_default();
+    if rows.is_empty() {
+        output::line(&format!("no {key}"));
+        return Ok(Code::Success);
+    }
+    let mut table = Table::new(headings);
+    for row in &rows {
+        table.row(Row::new(cells(row)));
+    }
+    table.print();
+    Ok(Code::Success)
+}
+
+fn text(value: &Value, key: &str) -> String {
+    let found = if key.starts_with('/') {
+        value.pointer(key)
+    } else {
+        value.get(key)
+    };
+    match found {
+        Some(Value::String(s)) => s.clone(),
+        Some(Value::Null) | None => String::new(),
+        Some(other) => other.to_string(),
+    }
+}
+
+fn join(value: &Value, key: &str) -> String {
+    let items = value.get(key).and_then(Value::as_array);
+    let items: Vec<_> = items
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    items.join(", ")
+}
+
+/// A name as a part of a path. What is no name is refused here, before it can change the path.
+pub fn segment(name: &str) -> Result<&str, Failure> {
+    if name.is_empty()
+        || name.contains(['/', '?', '#', '%', ' '])
+        || name.chars().any(char::is_control)
+    {
+        return Err(Failure::new(
+            Code::Usage,
+            "invalid_name",
+            format!("{name:?} is not a name"),
+        ));
+    }
+    Ok(name)
+}

@@ -1,0 +1,186 @@
+//! The commands. Help lives on the argument structs; each function calls the library or the
+//! server, and prints what came of it.
+
+mod demo;
+mod deploy;
+mod events;
+mod history;
+mod lifecycle;
+mod logs;
+mod manage;
+mod replay;
+mod schema;
+mod serve;
+mod status;
+mod up;
+
+pub use events::print as print_event;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::exit::{Code, Failure};
+use crate::output::Format;
+
+/// What a command comes to.
+pub type Outcome = Result<Code, Failure>;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed
+  2  the command line is wrong
+  3  the server cannot be reached
+  4  there is no such project, service, environment or deployment
+  5  not possible now, with the reason and the way out
+  6  the deployment failed
+  7  the deployment was cancelled or superseded
+  8  the ledger and what was derived from it differ";
+
+/// Daybook: the event-sourced deployment ledger for Kubernetes.
+///
+/// Every phase change, GitOps commit and route switch of a deployment is an event in an
+/// append-only ledger; everything else is derived from it.
+#[derive(Debug, Parser)]
+#[command(name = "daybook", version, after_help = EXIT_CODES, propagate_version = true, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of all commands.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// How to print: tables and sentences, or JSON.
+    #[arg(
+        long,
+        short,
+        global = true,
+        value_enum,
+        default_value_t,
+        env = "DAYBOOK_OUTPUT"
+    )]
+    pub output: Format,
+    /// Say more about what the program does; twice for more.
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Write the program's own log as JSON lines.
+    #[arg(long, global = true, env = "DAYBOOK_LOG_JSON")]
+    pub log_json: bool,
+}
+
+/// Which server a command talks to.
+#[derive(Debug, Clone, Args)]
+pub struct ServerArgs {
+    /// The server.
+    #[arg(
+        long,
+        env = "DAYBOOK_URL",
+        default_value = "http://127.0.0.1:7070",
+        value_name = "URL"
+    )]
+    pub server: String,
+    /// Who you are, for the ledger: an account name.
+    #[arg(long, env = "DAYBOOK_ACTOR", value_name = "NAME")]
+    pub actor: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the whole job on a real repository, in a folder of its own, in under a minute.
+    Demo(demo::DemoArgs),
+    /// Run everything in one process.
+    Up(up::UpArgs),
+    /// Run some roles in this process, against NATS.
+    Serve(serve::ServeArgs),
+    /// Create and list projects.
+    #[command(subcommand)]
+    Project(manage::ProjectCommand),
+    /// Define and list the services of a project.
+    #[command(subcommand)]
+    Service(manage::ServiceCommand),
+    /// Create and list the environments of a project.
+    #[command(subcommand, alias = "environment")]
+    Env(manage::EnvCommand),
+    /// Deploy a git ref or an image, and follow it until it is live.
+    Deploy(deploy::DeployArgs),
+    /// What runs where, with the three readiness answers.
+    Status(status::StatusArgs),
+    /// What was deployed when, by whom, and what became of it.
+    History(history::HistoryArgs),
+    /// Output of a build and of running instances.
+    Logs(logs::LogsArgs),
+    /// The events of the ledger, as they are or as they come.
+    Events(events::EventsArgs),
+    /// Give a running deployment the traffic of its service.
+    MarkMain(lifecycle::MarkMainArgs),
+    /// Go back to the main deployment before, or to another one.
+    Rollback(lifecycle::RollbackArgs),
+    /// Scale a deployment to zero; it can be started again.
+    Stop(lifecycle::OperationArgs),
+    /// Start a stopped deployment.
+    Start(lifecycle::OperationArgs),
+    /// Remove a stopped deployment for good.
+    Terminate(lifecycle::OperationArgs),
+    /// Cancel a deployment that is not live yet.
+    Cancel(lifecycle::OperationArgs),
+    /// Put away the record of a deployment that is gone.
+    Delete(lifecycle::OperationArgs),
+    /// Deploy again what an older deployment was made from.
+    Redeploy(lifecycle::RedeployArgs),
+    /// Print the ledger, fold it anew, and compare with what the server says.
+    Replay(replay::ReplayArgs),
+    /// Look after the projections.
+    #[command(subcommand)]
+    Projections(replay::ProjectionsCommand),
+    /// Print the JSON Schemas of events, and the OpenAPI document.
+    Schema(schema::SchemaArgs),
+    /// Print a completion script for a shell.
+    Completion {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Serve a folder of static files on $PORT: what runs images of static sites.
+    #[command(hide = true)]
+    StaticServer(up::StaticServerArgs),
+}
+
+/// Runs a command.
+pub async fn run(cli: Cli) -> Outcome {
+    match cli.command {
+        Command::Demo(args) => demo::run(args).await,
+        Command::Up(args) => up::run(args).await,
+        Command::Serve(args) => serve::run(args).await,
+        Command::Project(command) => manage::project(command).await,
+        Command::Service(command) => manage::service(command).await,
+        Command::Env(command) => manage::environment(command).await,
+        Command::Deploy(args) => deploy::run(args).await,
+        Command::Status(args) => status::run(args).await,
+        Command::History(args) => history::run(args).await,
+        Command::Logs(args) => logs::run(args).await,
+        Command::Events(args) => events::run(args).await,
+        Command::MarkMain(args) => lifecycle::mark_main(args).await,
+        Command::Rollback(args) => lifecycle::rollback(args).await,
+        Command::Stop(args) => lifecycle::operate("stop", args).await,
+        Command::Start(args) => lifecycle::operate("start", args).await,
+        Command::Terminate(args) => lifecycle::operate("terminate", args).await,
+        Command::Cancel(args) => lifecycle::operate("cancel", args).await,
+        Command::Delete(args) => lifecycle::delete(args).await,
+        Command::Redeploy(args) => lifecycle::redeploy(args).await,
+        Command::Replay(args) => replay::run(args).await,
+        Command::Projections(command) => replay::projections(command).await,
+        Command::Schema(args) => schema::run(args),
+        Command::Completion { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "daybook",
+                &mut std::io::stdout(),
+            );
+            Ok(Code::Success)
+        }
+        Command::StaticServer(args) => up::static_server(args).await,
+    }
+}

@@ -1,0 +1,267 @@
+//! `daybook status`
+
+use clap::Args;
+use daybook_projections::views::{DeploymentView, InstanceView, Overview};
+use serde_json::Value;
+
+use super::{Outcome, ServerArgs};
+use crate::client::Client;
+use crate::exit::{Code, Failure};
+use crate::output::{self, Row, Table};
+
+/// What runs where, with the three readiness answers.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// Only this project.
+    #[arg(long, short, env = "DAYBOOK_PROJECT")]
+    project: Option<String>,
+    /// Only this environment.
+    #[arg(long, short)]
+    env: Option<String>,
+    /// Only this service.
+    #[arg(long, short)]
+    service: Option<String>,
+    /// Everything about one deployment.
+    deployment: Option<String>,
+}
+
+pub async fn run(args: StatusArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    if let Some(id) = &args.deployment {
+        let id = super::lifecycle::find(&client, id).await?;
+        let detail: Value = client
+            .get(&format!("/api/v1/deployments/{id}"), &[])
+            .await?;
+        if output::is_json() {
+            output::json(&detail);
+        } else {
+            print_detail(&detail);
+        }
+        return Ok(Code::Success);
+    }
+    let query = [
+        ("project", args.project),
+        ("environment", args.env),
+        ("service", args.service),
+    ];
+    overview(&client, &query).await?;
+    Ok(Code::Success)
+}
+
+/// Asks for what runs where, and prints it.
+pub async fn overview(client: &Client, query: &[(&str, Option<String>)]) -> Result<(), Failure> {
+    let state: Value = client.get("/api/v1/state", query).await?;
+    if output::is_json() {
+        output::json(&state);
+        return Ok(());
+    }
+    let overview: Overview = serde_json::from_value(state)
+        .map_err(|e| Failure::new(Code::Failure, "unexpected_answer", e.to_string()))?;
+    print_overview(&overview);
+    Ok(())
+}
+
+fn print_overview(overview: &Overview) {
+    let style = output::style();
+    if overview.instances.is_empty() {
+        output::line("nothing is deployed yet");
+        output::line(&style.dim("start with `daybook project create`, or look at `daybook demo`"));
+        return;
+    }
+    let mut table = Table::new([
+        "SERVICE",
+        "DEPLOYMENT",
+        "VERSION",
+        "STATUS",
+        "BUILD",
+        "WORKLOAD",
+        "ENDPOINT",
+        "CLUSTERS",
+        "ADDRESS",
+    ]);
+    for instance in &overview.instances {
+        let all = instance
+            .main
+            .iter()
+            .map(|d| (d, true))
+            .chain(instance.others.iter().map(|d| (d, false)));
+        for (deployment, main) in all {
+            table.row(row(instance, deployment, main));
+        }
+    }
+    table.print();
+    for instance in overview.instances.iter().filter(|i| i.rolled_back) {
+        output::line(&style.warn(&format!(
+            "{} is rolled back: new deployments do not take over traffic until `daybook mark-main`",
+            instance.id
+        )));
+    }
+    for d in overview
+        .instances
+        .iter()
+        .flat_map(|i| i.main.iter().chain(&i.others))
+    {
+        if let Some(p) = &d.problem {
+            output::line(&format!(
+                "{} {}: {} ({})",
+                style.error("!"),
+                d.id.short(),
+                p.message,
+                p.code
+            ));
+            output::line(&format!("  {} {}", style.dim("remedy:"), p.remedy));
+        }
+    }
+}
+
+fn row(instance: &InstanceView, d: &DeploymentView, main: bool) -> Row {
+    let clusters: Vec<_> = d
+        .clusters
+        .iter()
+        .map(|c| match c.wanted {
+            Some(wanted) => format!("{} {}/{wanted}", c.name, c.ready),
+            None => c.name.to_string(),
+        })
+        .collect();
+    let name = if main {
+        format!("{} *", instance.id)
+    } else {
+        instance.id.clone()
+    };
+    let version = match &d.image_tag {
+        Some(tag) if !d.version.contains(tag.as_str()) => format!("{} ({tag})", d.version),
+        _ => d.version.clone(),
+    };
+    Row::new([
+        name,
+        d.id.short(),
+        version,
+        output::status_word(&d.lifecycle),
+        output::readiness(&d.build),
+        output::readiness(&d.workload),
+        output::readiness(&d.endpoint),
+        clusters.join(", "),
+        // The shortest name is the one that people use.
+        d.hostnames
+            .iter()
+            .min_by_key(|h| h.as_str().len())
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+    ])
+}
+
+/// Prints what the server knows of one deployment.
+pub fn print_detail(detail: &Value) {
+    let style = output::style();
+    let text = |pointer: &str| match detail.pointer(pointer) {
+        Some(Value::String(s)) => s.clone(),
+        Some(Value::Null) | None => String::new(),
+        Some(other) => other.to_string(),
+    };
+    output::line(&format!(
+        "{} {}",
+        style.bold(&text("/instance_id")),
+        text("/id")
+    ));
+    let mut fields = vec![
+        (
+            "status",
+            format!(
+                "{} ({})",
+                output::status_word(&text("/status")),
+                text("/phase")
+            ),
+        ),
+        ("main", text("/main")),
+        ("version", text("/version")),
+        ("requested", text("/created_at")),
+    ];
+    if !text("/source/commit").is_empty() {
+        let message = text("/source/message");
+        let first = message.lines().next().unwrap_or_default().to_owned();
+        fields.push(("source", format!("{} {first}", text("/source/commit"))));
+        fields.push(("author", text("/source/author")));
+    }
+    if !text("/image/digest").is_empty() {
+        fields.push((
+            "image",
+            format!(
+                "{}:{}@{}",
+                text("/image/repository"),
+                text("/image/tag"),
+                text("/image/digest")
+            ),
+        ));
+    }
+    if !text("/revision").is_empty() {
+        fields.push(("gitops", text("/revision")));
+    }
+    for (label, pointer) in [
+        ("build", "build"),
+        ("workload", "workload"),
+        ("endpoint", "endpoint"),
+    ] {
+        let state = text(&format!("/readiness/{pointer}/state"));
+        let reason = text(&format!("/readiness/{pointer}/reason"));
+        let message = text(&format!("/readiness/{pointer}/message"));
+        let message = if message.is_empty() {
+            message
+        } else {
+            format!(": {message}")
+        };
+        fields.push((
+            label,
+            format!("{} ({reason}){message}", output::readiness_word(&state)),
+        ));
+    }
+    for address in detail
+        .get("hostnames")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+    {
+        let url = address
+            .get("url")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
+        let sticks = address
+            .get("stickiness")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
+        fields.push(("address", format!("{url} ({sticks})")));
+    }
+    let operations: Vec<_> = detail
+        .get("operations")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .map(|o| o.replace('_', "-"))
+        .collect();
+    fields.push(("possible", operations.join(", ")));
+    for (label, value) in fields {
+        output::line(&format!("  {} {value}", style.dim(&format!("{label:<10}"))));
+    }
+    if !text("/failure/code").is_empty() {
+        output::line(&format!(
+            "  {} {} ({})",
+            style.error("failure   "),
+            text("/failure/message"),
+            text("/failure/code")
+        ));
+        output::line(&format!(
+            "  {} {}",
+            style.dim("remedy    "),
+            text("/failure/remedy")
+        ));
+    }
+    if !text("/cancelled/message").is_empty() {
+        output::line(&format!(
+            "  {} {}",
+            style.warn("cancelled "),
+            text("/cancelled/message")
+        ));
+    }
+}

@@ -1,0 +1,180 @@
+//! `daybook up`: everything in one process.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Outcome;
+use crate::exit::{Code, Failure};
+use crate::node::{self, Node, NodeOptions};
+use crate::output;
+
+/// Options of a process that runs roles.
+#[derive(Debug, Args)]
+pub struct NodeArgs {
+    /// Where everything is kept.
+    #[arg(long, env = "DAYBOOK_DATA", value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Where the HTTP interface listens.
+    #[arg(
+        long,
+        env = "DAYBOOK_LISTEN",
+        value_name = "ADDR",
+        default_value = "127.0.0.1:7070"
+    )]
+    pub listen: SocketAddr,
+    /// Where the gateway listens, which serves the deployments by host name.
+    #[arg(
+        long,
+        env = "DAYBOOK_GATEWAY",
+        value_name = "ADDR",
+        default_value = "127.0.0.1:7080"
+    )]
+    pub gateway: SocketAddr,
+    /// What the deployments' host names end in.
+    #[arg(
+        long,
+        env = "DAYBOOK_DOMAIN",
+        value_name = "NAME",
+        default_value = "localhost"
+    )]
+    pub domain: String,
+    /// A cluster of processes on this machine; may be given several times.
+    #[arg(long = "local-cluster", value_name = "NAME", default_values_t = ["local-a".to_owned(), "local-b".to_owned()])]
+    pub clusters: Vec<String>,
+    /// Where images go whose services name no repository: `host[:port]/path`. Kept in the data
+    /// folder if not given.
+    #[arg(long, env = "DAYBOOK_IMAGE_PREFIX", value_name = "PREFIX")]
+    pub image_prefix: Option<String>,
+    /// How many builds run at once.
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub builds: u8,
+    /// Credentials file for NATS.
+    #[arg(long, env = "DAYBOOK_NATS_CREDS", value_name = "FILE")]
+    pub nats_creds: Option<PathBuf>,
+    /// Copies of the log in a NATS cluster.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=5))]
+    pub nats_replicas: u8,
+    /// Source repositories may be paths on this machine and private addresses. On by default
+    /// while the HTTP interface listens on loopback.
+    #[arg(long, env = "DAYBOOK_ALLOW_LOCAL_SOURCES")]
+    pub allow_local_sources: Option<bool>,
+}
+
+impl NodeArgs {
+    /// The folder, or the usual one.
+    pub fn data_dir(&self) -> Result<PathBuf, Failure> {
+        if let Some(dir) = &self.data {
+            return Ok(dir.clone());
+        }
+        let base = std::env::var_os("XDG_DATA_HOME")
+            .map(PathBuf::from)
+            .or_else(|| std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".local/share")));
+        base.map(|b| b.join("daybook")).ok_or_else(|| {
+            Failure::new(
+                Code::Usage,
+                "data_missing",
+                "there is no home folder to keep data in",
+            )
+            .hint("name a folder with --data DIR")
+        })
+    }
+
+    /// The options of the node.
+    pub fn options(&self) -> Result<NodeOptions, Failure> {
+        let mut options = NodeOptions::everything(self.data_dir()?);
+        options.listen = self.listen;
+        options.gateway = self.gateway;
+        options.domain = self.domain.clone();
+        options.clusters = self.clusters.clone();
+        options.image_prefix = self.image_prefix.clone();
+        options.builds = self.builds.into();
+        options.nats_creds = self.nats_creds.clone();
+        options.nats_replicas = self.nats_replicas.into();
+        options.allow_local_sources = self
+            .allow_local_sources
+            .unwrap_or_else(|| self.listen.ip().is_loopback());
+        Ok(options)
+    }
+}
+
+/// Run everything in one process: the HTTP interface, all workers, two clusters of processes on
+/// this machine, and the gateway.
+///
+/// The log is embedded, in the data folder, unless --nats names a server. It listens on loopback
+/// only and asks nobody for a name: whoever can reach it can deploy. The clusters isolate
+/// nothing: deployments run as ordinary processes of the user who runs this.
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    #[command(flatten)]
+    node: NodeArgs,
+    /// Use this NATS server for the log instead of the embedded one.
+    #[arg(long, env = "DAYBOOK_NATS", value_name = "URL")]
+    nats: Option<String>,
+    /// Leave the deployments' processes running at the end; the next `up` takes them over.
+    #[arg(long)]
+    leave_running: bool,
+}
+
+pub async fn run(args: UpArgs) -> Outcome {
+    let mut options = args.node.options()?;
+    options.nats = args.nats.clone();
+    let node = Node::start(options).await?;
+    announce(&node);
+    let ended = node::until_signal(&node).await;
+    if !output::is_json() {
+        output::line("stopping …");
+    }
+    node.shutdown(!args.leave_running).await;
+    ended.map(|()| Code::Success)
+}
+
+/// Says what runs and where, once it is ready.
+pub fn announce(node: &Node) {
+    if output::is_json() {
+        output::json(&node.facts());
+        return;
+    }
+    let style = output::style();
+    output::line(&format!(
+        "{} {}",
+        style.bold("Daybook is up"),
+        style.dim(&format!("(roles: {})", node.roles()))
+    ));
+    if let Some(url) = node.listening() {
+        output::line(&format!("  HTTP interface  {url}"));
+    }
+    if let Some(url) = node.gateway_url() {
+        output::line(&format!(
+            "  gateway         {url}  (by host name: http://SERVICE.PROJECT.{}:…)",
+            node.domain()
+        ));
+    }
+    output::line(&format!("  log             {}", node.log_line()));
+    output::line(&format!("  data            {}", node.data().display()));
+    if !node.clusters().is_empty() {
+        output::line(&format!(
+            "  clusters        {}  (processes of this user; nothing isolates them)",
+            node.clusters().join(", ")
+        ));
+    }
+    for warning in node.warnings() {
+        output::line(&format!("  {} {warning}", style.warn("warning:")));
+    }
+}
+
+/// What is served.
+#[derive(Debug, Args)]
+pub struct StaticServerArgs {
+    /// The folder.
+    dir: PathBuf,
+    /// The port; $PORT if not given.
+    #[arg(long, env = "PORT")]
+    port: u16,
+}
+
+pub async fn static_server(args: StaticServerArgs) -> Outcome {
+    daybook_workers::local::static_server::run(&args.dir, args.port).await?;
+    Ok(Code::Success)
+}

@@ -1,0 +1,657 @@
+//! A node: one process that runs some roles. The only place where adapters are put together.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use daybook_api::{AppState, Gateway as PublicGateway, Parts, Settings as ApiSettings};
+use daybook_events::lines::LineLog;
+use daybook_events::{ClusterName, EventLog, Hostname, ImageRepository};
+use daybook_projections::{Ledger, OpenError, Projections};
+use daybook_store::jetstream::{LineOptions, LogOptions};
+use daybook_workers::builder::AnyBuilder;
+use daybook_workers::builder::archive::ArchiveBuilder;
+use daybook_workers::builder::dockerfile::DockerfileBuilder;
+use daybook_workers::builder::port::BuiltImages;
+use daybook_workers::crew::Crew;
+use daybook_workers::driver::DriverOptions;
+use daybook_workers::gateway::Gateway;
+use daybook_workers::gitops::GitopsRepositories;
+use daybook_workers::image::layout::Layout;
+use daybook_workers::image::local::LayoutStore;
+use daybook_workers::image::registry::{RegistryOptions, RegistryStore};
+use daybook_workers::image::store::Images;
+use daybook_workers::image::unpack::UnpackLimits;
+use daybook_workers::local::{LocalCluster, LocalOptions, Workloads};
+use daybook_workers::pipeline::{Bench, Settings};
+use daybook_workers::ports;
+use daybook_workers::source::{GitTransport, SourcePolicy, SourceRepositories, TransportConfig};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::exit::{Code, Failure};
+use crate::roles::Role;
+
+/// What a node is to be. Parsed and checked before anything is opened.
+#[derive(Debug, Clone)]
+pub struct NodeOptions {
+    /// What it does.
+    pub roles: BTreeSet<Role>,
+    /// Where it keeps things.
+    pub data: PathBuf,
+    /// Where the HTTP interface listens.
+    pub listen: SocketAddr,
+    /// Where the gateway listens.
+    pub gateway: SocketAddr,
+    /// Where a gateway in another process answers from here.
+    pub gateway_url: Option<String>,
+    /// The NATS server; none for the embedded log.
+    pub nats: Option<String>,
+    /// Credentials for it.
+    pub nats_creds: Option<PathBuf>,
+    /// Copies of the log there.
+    pub nats_replicas: usize,
+    /// What host names end in.
+    pub domain: String,
+    /// Clusters of processes on this machine.
+    pub clusters: Vec<String>,
+    /// Where images go.
+    pub image_prefix: Option<String>,
+    /// Builds at once.
+    pub builds: usize,
+    /// Whether sources may be paths of this machine and private addresses.
+    pub allow_local_sources: bool,
+}
+
+impl NodeOptions {
+    /// All roles on loopback, with the embedded log.
+    pub fn everything(data: PathBuf) -> Self {
+        Self {
+            roles: Role::all(),
+            data,
+            listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
+            gateway: SocketAddr::from(([127, 0, 0, 1], 7080)),
+            gateway_url: None,
+            nats: None,
+            nats_creds: None,
+            nats_replicas: 1,
+            domain: "localhost".into(),
+            clusters: vec!["local-a".into(), "local-b".into()],
+            image_prefix: None,
+            builds: 2,
+            allow_local_sources: true,
+        }
+    }
+}
+
+/// A running node.
+pub struct Node {
+    options: NodeOptions,
+    listening: Option<SocketAddr>,
+    gateway: Option<Gateway>,
+    warnings: Vec<String>,
+    log_line: String,
+    crew: Arc<Crew>,
+    clusters: Arc<std::sync::Mutex<Vec<Arc<LocalCluster>>>>,
+    projections: Projections,
+    tasks: Vec<JoinHandle<()>>,
+    /// Ends workers and interfaces.
+    cancel: CancellationToken,
+    /// Ends what they stand on.
+    foundations: CancellationToken,
+    failed: tokio::sync::watch::Receiver<Option<String>>,
+}
+
+fn wrong(code: &str, message: impl Into<String>, hint: &str) -> Failure {
+    Failure::new(Code::Usage, code, message).hint(hint)
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        source = error.source();
+    }
+    text
+}
+
+impl Node {
+    /// Starts a node. When this returns everything listens and the projections are up to date.
+    pub async fn start(options: NodeOptions) -> Result<Self, Failure> {
+        let has = |role| options.roles.contains(&role);
+        let domain = Hostname::parse(options.domain.clone()).map_err(|e| {
+            wrong(
+                e.code,
+                e.to_string(),
+                "give --domain a host name, such as localhost",
+            )
+        })?;
+        let clusters: Vec<ClusterName> = options
+            .clusters
+            .iter()
+            .map(|c| ClusterName::parse(c.clone()))
+            .collect::<Result<_, _>>()
+            .map_err(|e| {
+                wrong(
+                    e.code,
+                    e.to_string(),
+                    "give --local-cluster a name such as local-a",
+                )
+            })?;
+        let image_prefix = options
+            .image_prefix
+            .clone()
+            .unwrap_or_else(|| format!("{}/daybook", daybook_workers::image::LOCAL_HOST));
+        let image_prefix = ImageRepository::parse(image_prefix).map_err(|e| {
+            wrong(
+                e.code,
+                e.to_string(),
+                "give --image-prefix the form host[:port]/path",
+            )
+        })?;
+        std::fs::create_dir_all(&options.data).map_err(|e| {
+            wrong(
+                "data_unusable",
+                format!(
+                    "the data folder {} cannot be made: {e}",
+                    options.data.display()
+                ),
+                "name another one with --data DIR",
+            )
+        })?;
+        let data = std::path::absolute(&options.data)?;
+
+        // Ports first: if one is taken, nothing else is touched.
+        let listener = if has(Role::Api) {
+            Some(
+                TcpListener::bind(options.listen)
+                    .await
+                    .map_err(|e| taken("HTTP interface", options.listen, &e, "--listen"))?,
+            )
+        } else {
+            None
+        };
+        let gateway = if has(Role::Gateway) {
+            Some(
+                Gateway::bind(options.gateway)
+                    .await
+                    .map_err(|e| taken("gateway", options.gateway, &e.source, "--gateway"))?,
+            )
+        } else {
+            None
+        };
+
+        let (log, lines) = open_log(&options, &data).await?;
+        let info = log
+            .info()
+            .await
+            .map_err(|e| Failure::new(Code::Failure, "log_unavailable", e.to_string()))?;
+        let log_line = format!(
+            "{} {} ({})",
+            info.backend,
+            info.version,
+            match info.durability {
+                daybook_events::log::Durability::Synced =>
+                    "an acknowledged event survives the loss of power",
+                daybook_events::log::Durability::Buffered =>
+                    "an acknowledged event may be lost with the power",
+                daybook_events::log::Durability::Unknown =>
+                    "the server does not say what survives the loss of power",
+            }
+        );
+
+        let cancel = CancellationToken::new();
+        let foundations = CancellationToken::new();
+        let (fail, failed) = tokio::sync::watch::channel(None);
+        let mut tasks = Vec::new();
+        let projections = open_projections(&data, &options)?;
+        let parts = Parts::default();
+        parts.not_ready("projections", "catching up with the ledger");
+        tasks.push(tokio::spawn(follow_log(
+            projections.clone(),
+            log.clone(),
+            foundations.clone(),
+            parts.clone(),
+            fail.clone(),
+        )));
+        let ledger = Ledger::new(log.clone(), projections.clone());
+
+        let gateway_url = gateway
+            .as_ref()
+            .map(|g| format!("http://{}", g.addr()))
+            .or_else(|| options.gateway_url.clone())
+            .or_else(|| Some(format!("http://{}", options.gateway)));
+        let scratch = data.join("scratch");
+        clear_scratch(&scratch);
+        let bench = Bench {
+            ledger: ledger.clone(),
+            lines: lines.clone(),
+            settings: Arc::new(Settings {
+                worker: format!("{}/{}", host(), std::process::id()),
+                domain: domain.clone(),
+                image_prefix: image_prefix.to_string(),
+                scratch,
+                gateway_url: gateway_url.clone(),
+                builds: options.builds,
+            }),
+        };
+        let crew = Arc::new(Crew::new(bench, DriverOptions::default(), cancel.clone()));
+        let held = Arc::new(std::sync::Mutex::new(Vec::new()));
+
+        // Commands are answered as soon as the fold has seen what there is.
+        let head = log
+            .head()
+            .await
+            .map_err(|e| Failure::new(Code::Failure, "log_unavailable", e.to_string()))?;
+        projections
+            .wait_for(head, Duration::from_secs(600))
+            .await
+            .map_err(|e| Failure::new(Code::Failure, "projections_behind", e.to_string()))?;
+        parts.ready("projections");
+
+        let images = open_images(&data)?;
+        if has(Role::Build) {
+            let sources = SourceRepositories::new(data.join("sources"), transport(&options));
+            crew.build(Arc::new(sources), Arc::new(builder(&data, &images)));
+        }
+        let repositories: Arc<dyn ports::Repositories> = Arc::new(GitopsRepositories::new(
+            data.join("git"),
+            HashMap::new(),
+            transport(&options),
+        ));
+        if has(Role::Package) {
+            crew.package(repositories.clone());
+        }
+        if has(Role::Route) {
+            crew.route();
+        }
+        if let Some(gateway) = &gateway {
+            crew.gateway(gateway.clone(), "local");
+        }
+        if let (true, Some(url)) = (has(Role::Probe), &gateway_url) {
+            crew.probe(url)
+                .map_err(|e| Failure::new(Code::Failure, "probe", e.to_string()))?;
+        }
+        if has(Role::Sync) {
+            for cluster in &clusters {
+                tasks.push(tokio::spawn(look_after(
+                    data.join("clusters"),
+                    cluster.clone(),
+                    images.clone(),
+                    lines.clone(),
+                    crew.clone(),
+                    repositories.clone(),
+                    held.clone(),
+                    parts.clone(),
+                    cancel.clone(),
+                    foundations.clone(),
+                )));
+            }
+        }
+
+        let mut listening = None;
+        if let Some(listener) = listener {
+            let addr = listener.local_addr()?;
+            listening = Some(addr);
+            let public = gateway.as_ref().map_or(options.gateway, Gateway::addr);
+            let mut settings = ApiSettings::loopback(public.port());
+            settings.domain = domain;
+            settings.gateway = PublicGateway {
+                scheme: "http".into(),
+                port: public.port(),
+            };
+            settings.git_root = Some(data.join("git"));
+            settings.known_clusters = clusters;
+            settings.image_prefix = Some(image_prefix);
+            let state = AppState::new(ledger, lines, settings, parts);
+            let (cancel, fail) = (cancel.clone(), fail.clone());
+            tasks.push(tokio::spawn(async move {
+                if let Err(error) = daybook_api::serve(listener, state, cancel).await {
+                    let _ = fail.send(Some(format!("the HTTP interface ended: {}", chain(&error))));
+                }
+            }));
+        }
+        Ok(Self {
+            options: NodeOptions { data, ..options },
+            listening,
+            gateway,
+            warnings: info.warnings,
+            log_line,
+            crew,
+            clusters: held,
+            projections,
+            tasks,
+            cancel,
+            foundations,
+            failed,
+        })
+    }
+
+    /// Ends the node: requests and activations get a little time to finish. With
+    /// `stop_workloads`, the processes of its clusters are stopped too; the next start runs them
+    /// again.
+    pub async fn shutdown(self, stop_workloads: bool) {
+        self.cancel.cancel();
+        if tokio::time::timeout(Duration::from_secs(15), self.crew.ended())
+            .await
+            .is_err()
+        {
+            tracing::warn!("some workers did not end in time");
+        }
+        if let Some(gateway) = &self.gateway {
+            gateway.shutdown(Duration::from_secs(2)).await;
+        }
+        let clusters = match self.clusters.lock() {
+            Ok(mut held) => std::mem::take(&mut *held),
+            Err(poisoned) => std::mem::take(&mut *poisoned.into_inner()),
+        };
+        let workloads = if stop_workloads {
+            Workloads::Stop
+        } else {
+            Workloads::Leave
+        };
+        for cluster in clusters {
+            cluster.shutdown(workloads).await;
+        }
+        self.foundations.cancel();
+        for task in self.tasks {
+            if tokio::time::timeout(Duration::from_secs(12), task)
+                .await
+                .is_err()
+            {
+                tracing::warn!("a part of the process did not end in time");
+            }
+        }
+        if let Err(error) = self.projections.flush() {
+            tracing::debug!(%error, "the projections were not flushed; they will catch up");
+        }
+    }
+
+    /// Where the HTTP interface is, for a client on this machine.
+    pub fn api_url(&self) -> String {
+        let addr = self.listening.unwrap_or(self.options.listen);
+        format!("http://{addr}")
+    }
+
+    /// Where the HTTP interface is, if this node runs it.
+    pub fn listening(&self) -> Option<String> {
+        self.listening.map(|a| format!("http://{a}"))
+    }
+
+    /// Where the gateway is, if this node runs it.
+    pub fn gateway_url(&self) -> Option<String> {
+        self.gateway
+            .as_ref()
+            .map(|g| format!("http://{}", g.addr()))
+    }
+
+    /// Its roles in words.
+    pub fn roles(&self) -> String {
+        let names: Vec<_> = self.options.roles.iter().map(|r| r.name()).collect();
+        names.join(", ")
+    }
+
+    /// What the log is, and what it promises.
+    pub fn log_line(&self) -> &str {
+        &self.log_line
+    }
+
+    /// What an operator should know.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Where it keeps things.
+    pub fn data(&self) -> &Path {
+        &self.options.data
+    }
+
+    /// What host names end in.
+    pub fn domain(&self) -> &str {
+        &self.options.domain
+    }
+
+    /// The clusters that it looks after, or would.
+    pub fn clusters(&self) -> &[String] {
+        if self.options.roles.contains(&Role::Sync) {
+            &self.options.clusters
+        } else {
+            &[]
+        }
+    }
+
+    /// All of this for a program.
+    pub fn facts(&self) -> Value {
+        json!({
+            "roles": self.options.roles.iter().map(|r| r.name()).collect::<Vec<_>>(),
+            "url": self.listening(),
+            "gateway": self.gateway_url(),
+            "log": self.log_line,
+            "data": self.options.data,
+            "clusters": self.clusters(),
+            "warnings": self.warnings,
+            "pid": std::process::id(),
+        })
+    }
+}
+
+/// Waits until somebody asks the process to end, or a part of it cannot go on.
+pub async fn until_signal(node: &Node) -> Result<(), Failure> {
+    let mut failed = node.failed.clone();
+    let broken = async {
+        loop {
+            if let Some(why) = failed.borrow_and_update().clone() {
+                return why;
+            }
+            if failed.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    #[cfg(unix)]
+    let terminated = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(_) => std::future::pending().await,
+        }
+    };
+    #[cfg(not(unix))]
+    let terminated = std::future::pending::<()>();
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => Ok(()),
+        () = terminated => Ok(()),
+        why = broken => Err(Failure::new(Code::Failure, "part_ended", why)),
+    }
+}
+
+fn taken(what: &str, addr: SocketAddr, error: &std::io::Error, flag: &str) -> Failure {
+    wrong(
+        "address_unusable",
+        format!("the {what} cannot listen on {addr}: {error}"),
+        &format!(
+            "end what uses it, or name another address with {flag} ADDR (port 0 takes a free one)"
+        ),
+    )
+}
+
+pub async fn open_log(
+    options: &NodeOptions,
+    data: &Path,
+) -> Result<(Arc<dyn EventLog>, Arc<dyn LineLog>), Failure> {
+    let config = match &options.nats {
+        None => daybook_store::LogConfig::embedded(data.join("log")),
+        Some(url) => {
+            let mut nats = daybook_store::jetstream::NatsOptions::new(url);
+            if let Some(file) = &options.nats_creds {
+                nats.auth = daybook_store::jetstream::NatsAuth::CredentialsFile(file.clone());
+            }
+            let (mut log, mut lines) = (LogOptions::default(), LineOptions::default());
+            log.replicas = options.nats_replicas;
+            lines.replicas = options.nats_replicas;
+            daybook_store::LogConfig::Nats { nats, log, lines }
+        }
+    };
+    daybook_store::open(config).await.map_err(|e| {
+        let failure = Failure::new(Code::Failure, "log_unavailable", chain(&e));
+        match &options.nats {
+            Some(url) => failure.hint(format!(
+                "check that a nats-server with JetStream answers at {url}"
+            )),
+            None => failure.hint(
+                "another `daybook up` may have this data folder; name another with --data DIR",
+            ),
+        }
+    })
+}
+
+/// Projections are this process's own; several processes may share a data folder.
+fn open_projections(data: &Path, options: &NodeOptions) -> Result<Projections, Failure> {
+    let unusable = |e: &OpenError| {
+        Failure::new(Code::Failure, "projections_unusable", chain(e))
+            .hint("they can be rebuilt: delete the folder `projections` in the data folder")
+    };
+    if options.nats.is_none() {
+        return Projections::open(&data.join("projections")).map_err(|e| unusable(&e));
+    }
+    let mut last = None;
+    for n in 1..=64 {
+        let name = if n == 1 {
+            "projections".to_owned()
+        } else {
+            format!("projections-{n}")
+        };
+        match Projections::open(&data.join(name)) {
+            Ok(p) => return Ok(p),
+            Err(e @ OpenError::InUse) => last = Some(e),
+            Err(e) => return Err(unusable(&e)),
+        }
+    }
+    Err(unusable(&last.unwrap_or(OpenError::InUse)))
+}
+
+async fn follow_log(
+    projections: Projections,
+    log: Arc<dyn EventLog>,
+    cancel: CancellationToken,
+    parts: Parts,
+    fail: tokio::sync::watch::Sender<Option<String>>,
+) {
+    if let Err(error) = daybook_projections::runner::run(projections, log, cancel).await {
+        let why = format!("the projections ended: {}", chain(&error));
+        parts.not_ready("projections", why.clone());
+        let _ = fail.send(Some(why));
+    }
+}
+
+fn transport(options: &NodeOptions) -> GitTransport {
+    let policy = if options.allow_local_sources {
+        SourcePolicy::trusting()
+    } else {
+        SourcePolicy::default()
+    };
+    GitTransport::new(TransportConfig::with_policy(policy))
+}
+
+/// Builders for whatever a service asks for.
+fn builder(data: &Path, images: &Arc<Images>) -> BuiltImages {
+    let scratch = data.join("scratch");
+    BuiltImages::new(
+        Arc::new(AnyBuilder::new(
+            ArchiveBuilder::new(images.clone(), scratch.clone()),
+            DockerfileBuilder::new(scratch),
+        )),
+        images.clone(),
+    )
+}
+
+fn open_images(data: &Path) -> Result<Arc<Images>, Failure> {
+    let unusable = |e: daybook_workers::image::ImageError| {
+        Failure::new(Code::Failure, "images_unusable", chain(&e))
+            .hint("check the folder `images` in the data folder")
+    };
+    let local =
+        LayoutStore::open(data.join("images"), UnpackLimits::default()).map_err(unusable)?;
+    let cache = Layout::open(data.join("image-cache")).map_err(unusable)?;
+    let registries = RegistryStore::new(cache, RegistryOptions::default());
+    Ok(Arc::new(Images::new(local, registries)))
+}
+
+/// Looks after a cluster as soon as no other process does.
+#[allow(clippy::too_many_arguments)]
+async fn look_after(
+    root: PathBuf,
+    name: ClusterName,
+    images: Arc<Images>,
+    lines: Arc<dyn LineLog>,
+    crew: Arc<Crew>,
+    repositories: Arc<dyn ports::Repositories>,
+    held: Arc<std::sync::Mutex<Vec<Arc<LocalCluster>>>>,
+    parts: Parts,
+    cancel: CancellationToken,
+    foundations: CancellationToken,
+) {
+    let part = format!("cluster {name}");
+    loop {
+        let options = LocalOptions::new(
+            root.join(name.as_str()),
+            name.clone(),
+            images.clone(),
+            lines.clone(),
+            foundations.clone(),
+        );
+        match LocalCluster::open(options).await {
+            Ok(cluster) => {
+                let cluster = Arc::new(cluster);
+                if let Ok(mut held) = held.lock() {
+                    held.push(cluster.clone());
+                }
+                crew.sync(repositories, cluster);
+                parts.ready(&part);
+                return;
+            }
+            Err(error) => {
+                tracing::debug!(cluster = %name, %error, "not looked after by this process");
+                parts.not_ready(&part, chain(&error));
+            }
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(Duration::from_millis(500)) => {}
+        }
+    }
+}
+
+/// Removes what attempts of processes that are gone left behind.
+fn clear_scratch(scratch: &Path) {
+    for entry in std::fs::read_dir(scratch).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name
+            .to_str()
+            .and_then(|n| n.rsplit('-').next())
+            .and_then(|p| p.parse::<u32>().ok());
+        let alive = pid
+            .is_some_and(|p| p != std::process::id() && Path::new(&format!("/proc/{p}")).exists());
+        if !alive {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn host() -> String {
+    rustix::system::uname()
+        .nodename()
+        .to_str()
+        .unwrap_or("localhost")
+        .to_owned()
+}

@@ -1,0 +1,205 @@
+//! How things are printed: tables and colours for people, JSON for programs.
+
+use std::io::IsTerminal;
+use std::sync::OnceLock;
+
+use clap::ValueEnum;
+use tracing_subscriber::EnvFilter;
+
+use crate::commands::Global;
+
+/// The form of what is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Format {
+    /// Tables and sentences.
+    #[default]
+    Text,
+    /// JSON documents; one a line where there are several.
+    Json,
+}
+
+static FORMAT: OnceLock<(Format, bool)> = OnceLock::new();
+
+/// Remembers the form, and sets up the log of the program itself.
+pub fn init(global: &Global) {
+    let colour = std::io::stdout().is_terminal()
+        && std::env::var_os("NO_COLOR").is_none()
+        && std::env::var_os("TERM").is_none_or(|t| t != "dumb");
+    let _ = FORMAT.set((global.output, colour));
+    let default = match global.verbose {
+        0 => "warn",
+        1 => "info,async_nats=warn",
+        2 => "debug,hyper=info,hyper_util=info,async_nats=info,sled=info",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_env("DAYBOOK_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal() && colour)
+        .with_target(false);
+    if global.log_json {
+        builder.json().init();
+    } else {
+        builder.init();
+    }
+}
+
+/// Whether JSON is asked for.
+pub fn is_json() -> bool {
+    FORMAT.get().is_some_and(|(f, _)| *f == Format::Json)
+}
+
+/// Colours, where the output is a terminal.
+pub fn style() -> Style {
+    Style(FORMAT.get().is_some_and(|(_, colour)| *colour))
+}
+
+/// Puts text into colours, or leaves it alone.
+#[derive(Debug, Clone, Copy)]
+pub struct Style(bool);
+
+impl Style {
+    fn paint(self, code: &str, text: &str) -> String {
+        if self.0 {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_owned()
+        }
+    }
+    /// Good news.
+    pub fn good(self, text: &str) -> String {
+        self.paint("32", text)
+    }
+    /// Work in progress.
+    pub fn busy(self, text: &str) -> String {
+        self.paint("36", text)
+    }
+    /// Something to look at.
+    pub fn warn(self, text: &str) -> String {
+        self.paint("33", text)
+    }
+    /// Bad news.
+    pub fn error(self, text: &str) -> String {
+        self.paint("1;31", text)
+    }
+    /// What matters less.
+    pub fn dim(self, text: &str) -> String {
+        self.paint("2", text)
+    }
+    /// What matters more.
+    pub fn bold(self, text: &str) -> String {
+        self.paint("1", text)
+    }
+    /// Whether there are colours, and so a terminal.
+    pub fn is_terminal(self) -> bool {
+        self.0
+    }
+}
+
+/// Prints a line. A reader that went away (`daybook events | head`) ends the program quietly.
+pub fn line(text: &str) {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    if writeln!(out, "{text}").and_then(|()| out.flush()).is_err() {
+        std::process::exit(0);
+    }
+}
+
+/// Prints a value as JSON: a document for people's eyes on a terminal, else one line.
+pub fn json(value: &impl serde::Serialize) {
+    let text = if std::io::stdout().is_terminal() {
+        serde_json::to_string_pretty(value)
+    } else {
+        serde_json::to_string(value)
+    };
+    match text {
+        Ok(text) => line(&text),
+        Err(error) => eprintln!("error: the answer cannot be printed: {error}"),
+    }
+}
+
+/// A table of text.
+#[derive(Debug)]
+pub struct Table(comfy_table::Table);
+
+/// One row of a table.
+#[derive(Debug)]
+pub struct Row(Vec<String>);
+
+impl Row {
+    /// A row of cells.
+    pub fn new(cells: impl IntoIterator<Item = String>) -> Self {
+        Self(cells.into_iter().collect())
+    }
+}
+
+impl Table {
+    /// A table with these headings.
+    pub fn new<const N: usize>(headings: [&str; N]) -> Self {
+        let mut table = comfy_table::Table::new();
+        table.load_preset(comfy_table::presets::NOTHING);
+        let style = style();
+        table.set_header(headings.map(|h| style.dim(h)));
+        // Without a terminal nothing is wrapped: programs read whole lines.
+        if style.is_terminal() {
+            table.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
+        }
+        Self(table)
+    }
+
+    /// Adds a row.
+    pub fn row(&mut self, row: Row) {
+        self.0.add_row(row.0);
+    }
+
+    /// Prints it.
+    pub fn print(&self) {
+        for text in self.0.lines() {
+            line(text.trim_end().strip_prefix(' ').unwrap_or(text.trim_end()));
+        }
+    }
+}
+
+/// A status in its colour.
+pub fn status_word(status: &str) -> String {
+    let style = style();
+    match status {
+        "started" | "SUCCEEDED" | "succeeded" => style.good(status),
+        "queued" | "starting" | "stopping" | "terminating" => style.busy(status),
+        "stopped" | "terminated" | "cancelled" => style.dim(status),
+        s if s.ends_with("error") || s.eq_ignore_ascii_case("failed") => style.error(status),
+        _ => status.to_owned(),
+    }
+}
+
+/// One of the readiness answers in its colour.
+pub fn readiness_word(state: &str) -> String {
+    let style = style();
+    match state {
+        "ready" => style.good(state),
+        "pending" => style.busy(state),
+        "not_ready" => style.warn("not ready"),
+        "failed" => style.error(state),
+        other => other.to_owned(),
+    }
+}
+
+/// A readiness answer, with its reason unless it is plain.
+pub fn readiness(r: &daybook_events::deployment::Readiness) -> String {
+    use daybook_events::deployment::ReadinessState::{Failed, NotReady, Pending, Ready};
+    let word = match r.state {
+        Ready => return readiness_word("ready"),
+        Pending => readiness_word("pending"),
+        NotReady => readiness_word("not_ready"),
+        Failed => readiness_word("failed"),
+    };
+    format!("{word} ({})", r.reason)
+}
+
+/// A time as people on this machine read it, to the second.
+pub fn time(at: jiff::Timestamp) -> String {
+    at.to_zoned(jiff::tz::TimeZone::system())
+        .strftime("%Y-%m-%d %H:%M:%S")
+        .to_string()
+}

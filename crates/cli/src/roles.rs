@@ -1,0 +1,64 @@
+//! The roles that a process can take on.
+
+use std::collections::BTreeSet;
+
+use clap::ValueEnum;
+
+/// A part of Daybook that a process runs. Any number of processes may run each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Role {
+    /// The HTTP interface.
+    Api,
+    /// Resolves sources and builds images.
+    Build,
+    /// Makes the GitOps commits.
+    Package,
+    /// Looks after clusters: hands them commits, and records what they show.
+    Sync,
+    /// Admits deployments, switches routes, and concludes rollouts.
+    Route,
+    /// Asks the public addresses.
+    Probe,
+    /// The local gateway, which serves the routes.
+    Gateway,
+    /// All roles but `api` and `gateway`.
+    Worker,
+}
+
+impl Role {
+    /// All roles, each for itself.
+    pub fn all() -> BTreeSet<Self> {
+        Self::expand([Self::Api, Self::Worker, Self::Gateway])
+    }
+
+    /// Roles with `worker` taken apart.
+    pub fn expand(roles: impl IntoIterator<Item = Self>) -> BTreeSet<Self> {
+        roles
+            .into_iter()
+            .flat_map(|role| match role {
+                Self::Worker => vec![
+                    Self::Build,
+                    Self::Package,
+                    Self::Sync,
+                    Self::Route,
+                    Self::Probe,
+                ],
+                one => vec![one],
+            })
+            .collect()
+    }
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Api => "api",
+            Self::Build => "build",
+            Self::Package => "package",
+            Self::Sync => "sync",
+            Self::Route => "route",
+            Self::Probe => "probe",
+            Self::Gateway => "gateway",
+            Self::Worker => "worker",
+        }
+    }
+}
