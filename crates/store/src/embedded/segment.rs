@@ -565,7 +565,7 @@ impl Appender {
         let before = self.group.len();
         let record = Record {
             position,
-            synced: self.last,
+            synced: if self.sync { self.last } else { 0 },
             stored_at,
             id,
             subject,
