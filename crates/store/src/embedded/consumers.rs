@@ -72,6 +72,9 @@ struct Pending {
     attempts: u32,
     /// When it is delivered again.
     due: Instant,
+    /// It was refused until then. Otherwise somebody has it, and whoever that is does not have it
+    /// any more after a restart.
+    refused: bool,
 }
 
 /// What a consumer does next.
@@ -259,6 +262,7 @@ impl State {
         let pending = Pending {
             attempts: attempt,
             due,
+            refused: false,
         };
         self.pending.insert(position, pending);
         self.cursor = self.cursor.max(position);
@@ -321,12 +325,17 @@ impl Journal {
                 Change::Cursor(to) => cursor = cursor.max(to),
                 Change::Delivered(position, attempts) => {
                     cursor = cursor.max(position);
-                    // Whoever had it is gone.
-                    pending.insert(position, Pending { attempts, due: now });
+                    let delivered = Pending {
+                        attempts,
+                        due: now,
+                        refused: false,
+                    };
+                    pending.insert(position, delivered);
                 }
                 Change::Later(position, millis) => {
                     if let Some(p) = pending.get_mut(&position) {
                         p.due = now + until(millis);
+                        p.refused = true;
                     }
                 }
                 Change::Settled(position) => {
@@ -379,8 +388,8 @@ impl Journal {
         let mut text = format!("c {cursor}\n");
         for (position, p) in pending {
             let _ = writeln!(text, "d {position} {}", p.attempts);
-            if p.due > now {
-                let due = millis_now() + (p.due - now).as_millis() as u64;
+            if p.refused {
+                let due = millis_now() + (p.due.saturating_duration_since(now)).as_millis() as u64;
                 let _ = writeln!(text, "n {position} {due}");
             }
         }
@@ -493,7 +502,12 @@ impl Reply for EmbeddedReply {
             }
             let delay = delay.min(LONGEST_DELAY);
             let due = Instant::now() + delay;
-            state.pending.insert(position, Pending { due, ..pending });
+            let refused = Pending {
+                due,
+                refused: true,
+                ..pending
+            };
+            state.pending.insert(position, refused);
             let millis = millis_now() + delay.as_millis() as u64;
             state.note(format_args!("n {position} {millis}"));
         });

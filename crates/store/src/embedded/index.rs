@@ -1,7 +1,7 @@
 //! Which ids and which aggregates stand where: derived from the segments, and never more than a
 //! help. It can be deleted at any time; the next start makes it again.
 //!
-//! What was appended lately is indexed in memory. In rounds of [`ROUND`] events it moves to tables
+//! What was appended lately is indexed in memory. In rounds of [`ROUND_EVENTS`] events it moves to tables
 //! on disk (fjall), written in one sorted run, so that an append never waits for an index.
 
 use std::collections::hash_map::Entry;
@@ -20,7 +20,7 @@ use super::OpenError;
 use super::segment::Segments;
 
 /// Events a round: what a start reads again at most, and what memory holds twice at most.
-pub(super) const ROUND: usize = 65_536;
+pub(super) const ROUND_EVENTS: usize = 65_536;
 /// Aggregates that memory knows when a round ends and forgets if they are more.
 const SUBJECTS_KEPT: usize = 100_000;
 
@@ -89,6 +89,8 @@ struct Tables {
 /// The index of one log.
 pub(super) struct Index {
     path: PathBuf,
+    /// Events a round.
+    round: usize,
     recent: RwLock<Recent>,
     tables: RwLock<Option<Tables>>,
     /// Up to where the tables reach; 0 if they are empty.
@@ -106,7 +108,7 @@ impl std::fmt::Debug for Index {
 impl Index {
     /// Opens the index of a log and brings it up to the log's end. One that belongs to another
     /// log, or that cannot be opened, is made anew.
-    pub(super) fn open(path: &Path, segments: &Segments) -> Result<Self, OpenError> {
+    pub(super) fn open(path: &Path, segments: &Segments, round: usize) -> Result<Self, OpenError> {
         let last = segments.last();
         let (tables, mut upto) = match Tables::open(path, segments.identity(), last) {
             Ok(opened) => opened,
@@ -128,6 +130,7 @@ impl Index {
         };
         let index = Self {
             path: path.to_owned(),
+            round: round.max(1),
             recent: RwLock::default(),
             tables: RwLock::new(Some(tables)),
             upto: AtomicU64::new(upto),
@@ -149,16 +152,16 @@ impl Index {
     /// Indexes at most a round of stored events in memory, and returns the last one's position.
     fn load(&self, segments: &Segments, from: u64) -> Result<u64, OpenError> {
         let mut recent = self.recent_mut();
-        let upto = from + ROUND as u64 - 1;
+        let upto = from + self.round as u64 - 1;
         let mut last = 0;
         segments
-            .visit(from, upto, ROUND, |record| {
+            .visit(from, upto, self.round, |record| {
                 last = record.position;
                 recent.ids.entry(record.id).or_insert(last);
                 recent.known(record.subject).push(last);
                 ControlFlow::Continue(())
             })
-            .map_err(|e| OpenError::from_read(&self.path, e))?;
+            .map_err(|e| OpenError::from_read(segments.dir(), e))?;
         // The tables may know more events of these aggregates, but none that is later.
         Ok(last)
     }
@@ -261,7 +264,7 @@ impl Index {
     /// All that is in memory must be stored.
     pub(super) fn start_round(&self) -> Option<Arc<Round>> {
         let mut recent = self.recent_mut();
-        if recent.moving.is_some() || recent.ids.len() < ROUND {
+        if recent.moving.is_some() || recent.ids.len() < self.round {
             return None;
         }
         let ids = std::mem::take(&mut recent.ids);

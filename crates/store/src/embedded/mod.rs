@@ -63,6 +63,9 @@ pub struct EmbeddedConfig {
     pub sync: bool,
     /// Size at which a new segment file is begun, in bytes; less than 4 GiB.
     pub segment_bytes: u64,
+    /// Events whose ids and aggregates are indexed in memory before they move to the index on
+    /// disk: about 200 bytes of memory each, and what a start after a crash reads again.
+    pub index_round: usize,
 }
 
 impl Default for EmbeddedConfig {
@@ -70,6 +73,7 @@ impl Default for EmbeddedConfig {
         Self {
             sync: true,
             segment_bytes: segment::SEGMENT_BYTES,
+            index_round: index::ROUND_EVENTS,
         }
     }
 }
@@ -99,17 +103,17 @@ pub enum OpenError {
         /// The first event that cannot be read.
         position: Position,
         /// What was found.
-        reason: &'static str,
+        reason: String,
     },
 }
 
 impl OpenError {
     fn from_read(path: &Path, error: ReadError) -> Self {
         match error {
-            ReadError::Damaged { position, .. } => Self::Damaged {
+            ReadError::Damaged { position, reason } => Self::Damaged {
                 path: path.to_owned(),
                 position,
-                reason: "it cannot be read",
+                reason,
             },
             other => Self::Io {
                 path: path.to_owned(),
@@ -188,7 +192,7 @@ impl EmbeddedLog {
         std::fs::create_dir_all(dir.join("consumers")).map_err(io)?;
         let folder_lock = FolderLock::acquire(&dir)?;
         let segments = Arc::new(Segments::open(&dir.join("segments"))?);
-        let index = Index::open(&dir.join("index"), &segments)?;
+        let index = Index::open(&dir.join("index"), &segments, config.index_round)?;
         let segment_bytes = config.segment_bytes.min(u32::MAX.into());
         let appender =
             Appender::new(Arc::clone(&segments), config.sync, segment_bytes).map_err(io)?;

@@ -258,7 +258,7 @@ impl Segments {
             return Err(OpenError::Damaged {
                 path: dir.to_owned(),
                 position: Position(1),
-                reason: "the first segment is missing",
+                reason: "the first segment is missing".into(),
             });
         }
         Ok(Self {
@@ -266,6 +266,11 @@ impl Segments {
             identity,
             list: RwLock::new(list),
         })
+    }
+
+    /// Where the files are.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Identifies this log.
@@ -363,10 +368,10 @@ fn recover(
         path: path.clone(),
         source,
     };
-    let damaged = |position, reason| OpenError::Damaged {
+    let damaged = |position, reason: &str| OpenError::Damaged {
         path: path.clone(),
         position: Position(position),
-        reason,
+        reason: reason.to_owned(),
     };
     let file = OpenOptions::new()
         .read(true)
@@ -560,7 +565,7 @@ impl Appender {
         let before = self.group.len();
         let record = Record {
             position,
-            synced: self.last,
+            synced: if self.sync { self.last } else { 0 },
             stored_at,
             id,
             subject,

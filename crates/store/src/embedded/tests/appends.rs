@@ -1,5 +1,3 @@
-use daybook_events::log::{AppendError, EventLog, Expected, Position, ReadError};
-use daybook_events::subject::SubjectFilter;
 use futures_util::{StreamExt, future::join_all};
 
 use super::*;
@@ -65,6 +63,7 @@ async fn a_log_of_many_segments_reads_as_one() {
     let config = EmbeddedConfig {
         sync: false,
         segment_bytes: 4_000,
+        ..EmbeddedConfig::default()
     };
     for round in 0..3 {
         let log = EmbeddedLog::open(dir.path(), config.clone()).await.unwrap();
@@ -78,8 +77,7 @@ async fn a_log_of_many_segments_reads_as_one() {
         .count();
     assert!(segments > 10, "{segments}");
     let log = open(dir.path()).await;
-    let any = SubjectFilter::default();
-    let all = log.read(Position::ZERO, &any, 9_999).await.unwrap();
+    let all = all(&log).await.unwrap();
     let positions: Vec<_> = all.iter().map(|r| r.position.0).collect();
     assert_eq!(positions, Vec::from_iter(1..=1_500));
     for recorded in all.iter().step_by(97) {
@@ -150,11 +148,12 @@ async fn the_index_moves_to_disk_and_can_be_lost() {
     let dir = tempfile::tempdir().unwrap();
     let config = EmbeddedConfig {
         sync: false,
+        index_round: 1_000,
         ..EmbeddedConfig::default()
     };
     let log = EmbeddedLog::open(dir.path(), config.clone()).await.unwrap();
-    let count = crate::embedded::index::ROUND + 1_000;
-    for chunk in Vec::from_iter(0..count).chunks(1_000) {
+    let count = 5_300;
+    for chunk in Vec::from_iter(0..count).chunks(300) {
         join_all(chunk.iter().map(|&i| put(&log, i % 100, i as u128))).await;
     }
     let check = async |log: &EmbeddedLog| {

@@ -2,14 +2,20 @@
 #![allow(clippy::unwrap_used)]
 
 mod appends;
+mod consumers;
+mod damage;
+mod model;
+mod output;
 
 use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
-use daybook_events::log::{Append, AppendError, Appended, EventLog, Expected, Position};
+use daybook_events::log::{
+    Append, AppendError, Appended, EventLog, Expected, Position, ReadError, Recorded,
+};
 use daybook_events::names::{EventId, ProjectName};
-use daybook_events::subject::Subject;
+use daybook_events::subject::{Subject, SubjectFilter};
 use uuid::Uuid;
 
 use super::{EmbeddedConfig, EmbeddedLog};
@@ -55,4 +61,9 @@ fn stored(position: u64) -> Appended {
 
 fn is_conflict(answer: &Result<Appended, AppendError>, at: u64) -> bool {
     matches!(answer, Err(AppendError::Conflict { actual: Some(a), .. }) if a.0 == at)
+}
+
+async fn all(log: &EmbeddedLog) -> Result<Vec<Recorded>, ReadError> {
+    let any = SubjectFilter::default();
+    log.read(Position::ZERO, &any, usize::MAX).await
 }
