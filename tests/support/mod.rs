@@ -1,0 +1,1 @@
+//! Starts the binary in a folder of its own, on free ports, and waits for states.
