@@ -127,6 +127,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 impl Node {
     /// Starts a node. When this returns everything listens and the projections are up to date.
     pub async fn start(options: NodeOptions) -> Result<Self, Failure> {
+        crate::output::hold_on();
         let has = |role| options.roles.contains(&role);
         let domain = Hostname::parse(options.domain.clone()).map_err(|e| {
             wrong(
@@ -499,7 +500,11 @@ pub async fn open_log(
             let (mut log, mut lines) = (LogOptions::default(), LineOptions::default());
             log.replicas = options.nats_replicas;
             lines.replicas = options.nats_replicas;
-            daybook_store::LogConfig::Nats { nats, log, lines }
+            daybook_store::LogConfig::Nats {
+                nats: Box::new(nats),
+                log,
+                lines,
+            }
         }
     };
     daybook_store::open(config).await.map_err(|e| {

@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
@@ -97,11 +98,24 @@ impl Style {
     }
 }
 
-/// Prints a line. A reader that went away (`daybook events | head`) ends the program quietly.
+/// Whether this process looks after things that must be put in order before it ends.
+static HOLDS_ON: AtomicBool = AtomicBool::new(false);
+
+/// Says that this process runs parts of a server: it goes on when nobody reads its output.
+pub fn hold_on() {
+    HOLDS_ON.store(true, Ordering::Relaxed);
+}
+
+/// Prints a line. When the reader has gone away (`daybook events | head`) a client ends quietly.
+#[allow(
+    clippy::disallowed_methods,
+    reason = "a client holds nothing that must be put in order"
+)]
 pub fn line(text: &str) {
     use std::io::Write;
     let mut out = std::io::stdout().lock();
-    if writeln!(out, "{text}").and_then(|()| out.flush()).is_err() {
+    let written = writeln!(out, "{text}").and_then(|()| out.flush());
+    if written.is_err() && !HOLDS_ON.load(Ordering::Relaxed) {
         std::process::exit(0);
     }
 }

@@ -57,7 +57,11 @@ const RUN: [(&str, u32); 5] = [
 #[test]
 fn a_build_takes_its_steps_in_order_and_only_from_its_attempt() {
     // Which events of attempt 1 and 2 each state of attempt 1 takes.
-    let table: [(&[(&str, u32)], &[(&str, u32)]); 7] = [
+    type Row = (
+        &'static [(&'static str, u32)],
+        &'static [(&'static str, u32)],
+    );
+    let table: [Row; 7] = [
         (
             &RUN[..1],
             &[("started", 1), ("failed", 0), ("cancelled", 0)],

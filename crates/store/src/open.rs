@@ -28,7 +28,7 @@ pub enum LogConfig {
     /// On NATS JetStream.
     Nats {
         /// Where NATS is, and how to get in.
-        nats: NatsOptions,
+        nats: Box<NatsOptions>,
         /// How the stream of events is to be.
         log: LogOptions,
         /// How the stream of lines is to be.
@@ -49,7 +49,7 @@ impl LogConfig {
     /// A log on these servers with streams of the usual names.
     pub fn nats(nats: NatsOptions) -> Self {
         Self::Nats {
-            nats,
+            nats: Box::new(nats),
             log: LogOptions::default(),
             lines: LineOptions::default(),
         }
@@ -81,7 +81,7 @@ pub async fn open(config: LogConfig) -> Result<(Arc<dyn EventLog>, Arc<dyn LineL
             Ok((Arc::new(log), Arc::new(lines)))
         }
         LogConfig::Nats { nats, log, lines } => {
-            let connection = Connection::open(nats).await?;
+            let connection = Connection::open(*nats).await?;
             let log = JetStreamLog::open(connection.clone(), &log).await?;
             let lines = JetStreamLines::open(connection, &lines).await?;
             Ok((Arc::new(log), Arc::new(lines)))

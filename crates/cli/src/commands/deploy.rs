@@ -334,7 +334,8 @@ pub fn print_event(kind: &str, data: &Value, begun: Timestamp) {
         "deployment.cancelled.v1" => style.warn(&word),
         _ => style.busy(&word),
     };
-    output::line(&format!("{} {word} {detail}", style.dim(&format!("{seconds:>7.2}s"))).trim_end());
+    let at = style.dim(&format!("{seconds:>7.2}s"));
+    output::line(format!("{at} {word} {detail}").trim_end());
 }
 
 /// Prints a line of output.
