@@ -294,6 +294,7 @@ fn instance(deployment: DeploymentId, number: u32) -> InstanceStatus {
         name: format!("{}-{number}", deployment.short()),
         address: "127.0.0.1:9".into(),
         ready: true,
+        outdated: false,
         restarts: 0,
         started_at: Timestamp::UNIX_EPOCH,
     }

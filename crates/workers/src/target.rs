@@ -49,9 +49,10 @@ pub struct ReleaseStatus {
 }
 
 impl ReleaseStatus {
-    /// Instances that are ready now.
+    /// Instances that are ready now and run what this revision asks for.
     pub fn ready(&self) -> u32 {
-        u32::try_from(self.instances.iter().filter(|i| i.ready).count()).unwrap_or(u32::MAX)
+        let ready = self.instances.iter().filter(|i| i.ready && !i.outdated);
+        u32::try_from(ready.count()).unwrap_or(u32::MAX)
     }
 }
 
@@ -64,6 +65,10 @@ pub struct InstanceStatus {
     pub address: String,
     /// Whether its readiness probe succeeds.
     pub ready: bool,
+    /// Whether it still runs what an older revision asked for. It serves until its replacement
+    /// is ready, and does not count as ready for the present revision.
+    #[serde(default)]
+    pub outdated: bool,
     /// How often it was restarted.
     pub restarts: u32,
     /// When it was started.
