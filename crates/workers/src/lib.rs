@@ -15,6 +15,7 @@ pub mod git_transport;
 pub mod gitops;
 pub mod idle;
 pub mod image;
+pub mod local;
 pub mod output;
 pub mod pipeline;
 pub mod ports;
