@@ -294,8 +294,8 @@ fn instance(deployment: DeploymentId, number: u32) -> InstanceStatus {
         name: format!("{}-{number}", deployment.short()),
         address: "127.0.0.1:9".into(),
         ready: true,
-        restarts: 0,
         outdated: false,
+        restarts: 0,
         started_at: Timestamp::UNIX_EPOCH,
     }
 }

@@ -176,7 +176,8 @@ impl Gateway {
     /// Says where the instances of a deployment answer on a cluster. `why` is what a client is
     /// told when there are none.
     ///
-    /// For targets that are followed with [`Gateway::track`] there is no need to call this.
+    /// For deployments that are followed with [`Gateway::track`] this does nothing: what the
+    /// target itself says is newer.
     pub fn set_addresses(
         &self,
         deployment: DeploymentId,

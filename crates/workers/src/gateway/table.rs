@@ -311,8 +311,23 @@ impl Routing {
             .clone()
     }
 
-    /// Returns the addresses at which nothing is expected any more.
+    /// Returns the addresses at which nothing is expected any more. What is tracked is not
+    /// touched: the target itself knows better.
     pub(super) fn set_addresses(
+        &mut self,
+        deployment: DeploymentId,
+        cluster: &ClusterName,
+        addresses: Vec<SocketAddr>,
+        why: Option<String>,
+    ) -> Vec<SocketAddr> {
+        let is_tracked = |t: &Tracked| t.cluster == *cluster && t.seen.contains(&deployment);
+        if self.tracked.iter().any(is_tracked) {
+            return Vec::new();
+        }
+        self.update(deployment, cluster, addresses, why)
+    }
+
+    fn update(
         &mut self,
         deployment: DeploymentId,
         cluster: &ClusterName,
@@ -370,12 +385,12 @@ impl Routing {
                 status.releases.iter().map(|r| r.deployment).collect();
             for removed in t.seen.difference(&present) {
                 let why = Some("the deployment was removed from this cluster".to_owned());
-                gone.extend(self.set_addresses(*removed, &t.cluster, Vec::new(), why));
+                gone.extend(self.update(*removed, &t.cluster, Vec::new(), why));
             }
             for release in &status.releases {
                 let addresses = ready_addresses(release);
                 let why = Some(why_none(release));
-                gone.extend(self.set_addresses(release.deployment, &t.cluster, addresses, why));
+                gone.extend(self.update(release.deployment, &t.cluster, addresses, why));
             }
             t.seen = present;
         }

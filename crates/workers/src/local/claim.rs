@@ -1,16 +1,20 @@
 //! The exclusive claim on a cluster's folder.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::Path;
-
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 
 /// A held claim. It ends when this is dropped, and with the process, however it dies.
 #[derive(Debug)]
 pub(super) struct Claim {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // Closing is not enough while a process that is just being started has inherited the file.
+        let _ = self.file.unlock();
+    }
 }
 
 /// How asking for a claim ended, unless the file system refused.
@@ -31,20 +35,20 @@ impl Claim {
             .create(true)
             .truncate(false)
             .open(path)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        match file.try_lock() {
             Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => {
+            Err(TryLockError::WouldBlock) => {
                 let mut text = String::new();
                 file.read_to_string(&mut text)?;
                 return Ok(Claimed::Held(text.trim().parse().ok()));
             }
-            Err(error) => return Err(error.into()),
+            Err(TryLockError::Error(error)) => return Err(error),
         }
         // For people, and for the message above; the lock itself is what counts.
         file.set_len(0)?;
         file.rewind()?;
         writeln!(file, "{}", std::process::id())?;
-        Ok(Claimed::Ours(Self { _file: file }))
+        Ok(Claimed::Ours(Self { file }))
     }
 }
 

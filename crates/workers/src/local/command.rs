@@ -6,10 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use super::image::Unpacked;
-
-/// The entrypoint of an image that is a folder of static files: `["daybook-static", "<folder>"]`.
-/// A cluster runs its own file server for it.
-pub const STATIC_ENTRYPOINT: &str = "daybook-static";
+use crate::builder::detect::STATIC_SERVER;
 
 /// What an instance inherits from the environment of Daybook itself; nothing else, so that no
 /// secret of Daybook reaches an application.
@@ -57,7 +54,8 @@ pub(super) enum NoCommand {
 /// Makes the command line of an instance. `own` replaces the image's command, if it says
 /// anything; `env` comes on top of the image's.
 ///
-/// There is no isolation: the image's files are in a folder, not at the root. A program that the
+/// The command `daybook-static <folder>`, which images of static sites have, is run by Daybook's
+/// own file server. There is no isolation: the image's files are in a folder, not at the root. A program that the
 /// image names by an absolute path is taken from that folder, or else from this machine; a bare
 /// name is looked for in the image's and then in this machine's `PATH`.
 pub(super) fn launch(
@@ -66,17 +64,13 @@ pub(super) fn launch(
     env: &BTreeMap<String, String>,
     static_server: &[OsString],
 ) -> Result<Launch, NoCommand> {
-    let image = &unpacked.image;
+    let image = &unpacked.config;
     let dir = within(&unpacked.root, &image.working_dir);
     std::fs::create_dir_all(&dir).map_err(|e| NoCommand::Folder {
         dir: image.working_dir.clone(),
         reason: e.to_string(),
     })?;
-    let command = if own.is_empty() {
-        [image.entrypoint.as_slice(), &image.cmd].concat()
-    } else {
-        own.to_vec()
-    };
+    let command = image.command(own);
     let (program, args) = command.split_first().ok_or(NoCommand::Empty)?;
     let path = search_path(unpacked);
     let mut all: BTreeMap<OsString, OsString> = INHERITED
@@ -88,7 +82,7 @@ pub(super) fn launch(
     all.insert("PATH".into(), joined);
     all.extend(env.iter().map(|(k, v)| (k.into(), v.into())));
 
-    if program == STATIC_ENTRYPOINT {
+    if program == STATIC_SERVER {
         let (program, fixed) = static_server.split_first().ok_or(NoCommand::Empty)?;
         let folder = args.first().map_or("", String::as_str);
         let folder = if folder.starts_with('/') {
@@ -139,7 +133,7 @@ fn find(
 
 /// The folders of the image's `PATH` that exist in it, then those of this machine.
 fn search_path(unpacked: &Unpacked) -> Vec<PathBuf> {
-    let of_image = unpacked.image.env.iter().find(|(k, _)| k == "PATH");
+    let of_image = unpacked.config.env.iter().find(|(k, _)| k == "PATH");
     let of_image = of_image.map_or("", |(_, v)| v.as_str());
     let here = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
     std::env::split_paths(of_image)
@@ -174,12 +168,12 @@ fn within(root: &Path, path: &str) -> PathBuf {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::local::image::RunnableImage;
+    use crate::image::manifest::ImageConfig;
 
-    fn unpacked(root: &Path, image: RunnableImage) -> Unpacked {
+    fn unpacked(root: &Path, config: ImageConfig) -> Unpacked {
         Unpacked {
             root: root.into(),
-            image,
+            config,
         }
     }
 
@@ -199,7 +193,7 @@ mod tests {
         let root = dir.path();
         executable(&root.join("usr/local/bin/serve"));
         executable(&root.join("app/run"));
-        let image = RunnableImage {
+        let image = ImageConfig {
             entrypoint: strings(&["serve", "--x"]),
             cmd: strings(&["y"]),
             env: vec![
@@ -207,6 +201,7 @@ mod tests {
                 ("A".into(), "image".into()),
             ],
             working_dir: "/app".into(),
+            ..ImageConfig::default()
         };
         let unpacked = unpacked(root, image);
         let env = BTreeMap::from([("A".to_owned(), "release".to_owned())]);
@@ -229,7 +224,7 @@ mod tests {
     #[test]
     fn what_cannot_be_run_is_said() {
         let dir = tempfile::tempdir().unwrap();
-        let image = unpacked(dir.path(), RunnableImage::default());
+        let image = unpacked(dir.path(), ImageConfig::default());
         let attempt = |own: &[&str]| launch(&image, &strings(own), &BTreeMap::new(), &[]);
         assert_eq!(attempt(&[]).unwrap_err(), NoCommand::Empty);
         let missing = "no-such-program-here";
@@ -260,10 +255,10 @@ mod tests {
     #[test]
     fn a_static_site_is_served_by_the_own_file_server() {
         let dir = tempfile::tempdir().unwrap();
-        let image = RunnableImage {
-            entrypoint: strings(&[STATIC_ENTRYPOINT, "public"]),
+        let image = ImageConfig {
+            entrypoint: strings(&[STATIC_SERVER, "public"]),
             working_dir: "/site".into(),
-            ..RunnableImage::default()
+            ..ImageConfig::default()
         };
         let server = ["/bin/daybook".into(), "static-server".into()];
         let made = launch(&unpacked(dir.path(), image), &[], &BTreeMap::new(), &server).unwrap();

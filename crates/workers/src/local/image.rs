@@ -1,67 +1,30 @@
 //! Unpacked images, one folder for each digest, shared by the releases that run them.
 
 use std::collections::{HashMap, HashSet};
-use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use async_trait::async_trait;
 use daybook_events::spec::PinnedImage;
 use daybook_events::{DeploymentId, Digest};
-use serde::{Deserialize, Serialize};
 
 use super::state_file;
-
-/// How an image wants to be run.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct RunnableImage {
-    /// The program with its fixed arguments.
-    pub entrypoint: Vec<String>,
-    /// Arguments of the entrypoint, or the whole command if there is no entrypoint.
-    pub cmd: Vec<String>,
-    /// Environment variables in the order of the image.
-    pub env: Vec<(String, String)>,
-    /// The working folder, an absolute path within the image.
-    pub working_dir: String,
-}
-
-/// An image could not be prepared.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct PrepareError {
-    /// What happened, in one sentence.
-    pub message: String,
-    /// What to do about it.
-    pub remedy: String,
-    /// Whether trying again may help.
-    pub transient: bool,
-}
-
-/// Where a cluster gets its images from.
-#[async_trait]
-pub trait ImageUnpacker: Send + Sync + fmt::Debug {
-    /// Unpacks an image into the folder `into`, which does not exist yet, and says how it wants
-    /// to be run. If this fails or is cancelled, `into` is removed by the caller.
-    async fn prepare(
-        &self,
-        image: &PinnedImage,
-        into: &Path,
-    ) -> Result<RunnableImage, PrepareError>;
-}
+use crate::image::ImageError;
+use crate::image::manifest::ImageConfig;
+use crate::image::store::ImageStore;
 
 /// An image that is ready to run.
 #[derive(Debug, Clone)]
 pub(super) struct Unpacked {
     /// Its files.
     pub(super) root: PathBuf,
-    pub(super) image: RunnableImage,
+    pub(super) config: ImageConfig,
 }
 
 /// The unpacked images of a cluster.
 #[derive(Debug)]
 pub(super) struct Images {
     dir: PathBuf,
-    source: Arc<dyn ImageUnpacker>,
+    store: Arc<dyn ImageStore>,
     entries: Mutex<HashMap<Digest, Entry>>,
 }
 
@@ -73,10 +36,10 @@ struct Entry {
 }
 
 impl Images {
-    pub(super) fn new(dir: PathBuf, source: Arc<dyn ImageUnpacker>) -> Self {
+    pub(super) fn new(dir: PathBuf, store: Arc<dyn ImageStore>) -> Self {
         Self {
             dir,
-            source,
+            store,
             entries: Mutex::default(),
         }
     }
@@ -91,7 +54,7 @@ impl Images {
         &self,
         image: &PinnedImage,
         by: DeploymentId,
-    ) -> Result<Unpacked, PrepareError> {
+    ) -> Result<Unpacked, ImageError> {
         let busy = self.with_entry(&image.digest, |e| {
             e.users.insert(by);
             e.busy.clone()
@@ -100,26 +63,23 @@ impl Images {
         let folder = self.folder(&image.digest);
         let root = folder.join("root");
         let about = folder.join("image.json");
-        if let Ok(Some(known)) = state_file::read(&about) {
-            return Ok(Unpacked { root, image: known });
+        if let Ok(Some(config)) = state_file::read(&about) {
+            return Ok(Unpacked { root, config });
         }
         // Made beside its place and moved there as a whole, so that a folder in its place is
         // complete.
         let partial = Partial(self.dir.join(format!("{}.partial", uuid::Uuid::new_v4())));
-        let refused = |error: std::io::Error| PrepareError {
-            message: format!(
-                "the image cannot be unpacked into {}: {error}",
-                self.dir.display()
-            ),
-            remedy: "Check free space and permissions of the folder.".into(),
-            transient: true,
+        let refused = |source| ImageError::Io {
+            doing: format!("unpacking into {}", self.dir.display()),
+            source,
         };
         state_file::remove(&folder).map_err(refused)?;
         std::fs::create_dir_all(&partial.0).map_err(refused)?;
-        let known = self.source.prepare(image, &partial.0.join("root")).await?;
-        state_file::write(&partial.0.join("image.json"), &known).map_err(refused)?;
+        self.store.unpack(image, &partial.0.join("root")).await?;
+        let config = self.store.config(image).await?;
+        state_file::write(&partial.0.join("image.json"), &config).map_err(refused)?;
         std::fs::rename(&partial.0, &folder).map_err(refused)?;
-        Ok(Unpacked { root, image: known })
+        Ok(Unpacked { root, config })
     }
 
     /// Says that a release no longer needs an image, and removes the image if nobody does.

@@ -80,11 +80,10 @@ impl Instance {
         stop: CancellationToken,
     ) {
         match Self::open(cluster, board, spec) {
-            Ok(mut instance) => {
-                if instance.live(&stop).await.is_stopped() {
-                    instance.finish().await;
-                }
-            }
+            Ok(mut instance) => match instance.live(&stop).await {
+                Left::Stopped => instance.finish().await,
+                Left::Running => instance.leave().await,
+            },
             Err(error) => tracing::error!(%error, "an instance has no folder to live in"),
         }
     }
@@ -495,18 +494,14 @@ impl Instance {
         self.record = stopped;
         self.save();
         drop(self.runs);
-        let mut output = self.output;
-        if tokio::time::timeout(OUTPUT_ENDS, &mut output)
-            .await
-            .is_err()
-        {
-            tracing::warn!(
-                name = self.name,
-                "the last output could not be carried in time"
-            );
-        }
+        output_ends(self.output).await;
         self.board
             .forget_instance(self.record.spec.deployment, &self.name);
+    }
+
+    /// After the last look at an instance that keeps running.
+    async fn leave(self) {
+        output_ends(self.output).await;
     }
 
     fn report(&self) {
@@ -553,15 +548,17 @@ impl Instance {
     }
 }
 
+/// Waits until output is carried, or no longer is, and ends that if it takes too long.
+async fn output_ends(output: AbortOnDropHandle<()>) {
+    if tokio::time::timeout(OUTPUT_ENDS, output).await.is_err() {
+        tracing::warn!("the last output of an instance could not be carried in time");
+    }
+}
+
+/// How an instance was left.
 enum Left {
     Running,
     Stopped,
-}
-
-impl Left {
-    fn is_stopped(&self) -> bool {
-        matches!(self, Self::Stopped)
-    }
 }
 
 /// The processes that carry a mark.

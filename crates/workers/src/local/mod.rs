@@ -29,7 +29,6 @@ mod record;
 mod release;
 mod state_file;
 pub mod static_server;
-mod unpack;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
@@ -48,9 +47,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-pub use command::STATIC_ENTRYPOINT;
-pub use image::{ImageUnpacker, PrepareError, RunnableImage};
-
+use crate::image::store::ImageStore;
 use crate::target::{AppRef, AppStatus, Target, TargetError};
 use crate::values::EnvironmentValues;
 use board::Board;
@@ -70,7 +67,7 @@ pub struct LocalOptions {
     /// Its name.
     pub name: ClusterName,
     /// Where images come from.
-    pub images: Arc<dyn ImageUnpacker>,
+    pub images: Arc<dyn ImageStore>,
     /// Where the output of instances goes.
     pub lines: Arc<dyn LineLog>,
     /// Ends the looking after instances, which keep running. See [`LocalCluster::shutdown`] for
@@ -88,7 +85,7 @@ impl LocalOptions {
     pub fn new(
         dir: impl Into<PathBuf>,
         name: ClusterName,
-        images: Arc<dyn ImageUnpacker>,
+        images: Arc<dyn ImageStore>,
         lines: Arc<dyn LineLog>,
         cancel: CancellationToken,
     ) -> Self {
@@ -410,6 +407,7 @@ impl Cluster {
             .services
             .iter()
             .flat_map(|(name, service)| service.releases.iter().map(move |r| (name, r)))
+            .filter(|(_, (_, values))| values.clusters.contains(&self.name))
             .map(|(name, (id, values))| (*id, Goal::new(name.clone(), values, revision.clone())))
             .collect();
         let mut apps = self.lock();

@@ -114,68 +114,69 @@ pub(super) struct Output {
 
 impl Output {
     /// Carries lines until all runs have ended and the sender of `runs` is gone, or until `leave`
-    /// is cancelled. `done` tells the newest run whose lines have all arrived.
+    /// is cancelled. What is just being appended then is waited for, so that it is known where
+    /// the next one goes on. `done` tells the newest run whose lines have all arrived.
     pub(super) async fn carry(
         self,
         mut runs: watch::Receiver<Runs>,
         done: watch::Sender<u64>,
         leave: CancellationToken,
     ) {
-        leave
-            .run_until_cancelled(self.carry_on(&mut runs, &done))
-            .await;
-    }
-
-    async fn carry_on(&self, runs: &mut watch::Receiver<Runs>, done: &watch::Sender<u64>) {
         let mut mark = self.read_mark();
         let mut pause = EAGER;
         let mut open = true;
-        loop {
+        while !leave.is_cancelled() {
             // Looked at before the file is, so that nothing printed before the end is missed.
             let known = *runs.borrow_and_update();
             if mark.run == 0 && known.newest > 0 {
                 mark.run = 1;
             }
             let complete = mark.run < known.newest || known.ended;
-            let moved = match self.forward(&mut mark, complete).await {
-                Ok(moved) => moved,
+            match self.forward(&mut mark, complete).await {
+                Ok(true) => {
+                    pause = EAGER;
+                    tokio::task::yield_now().await;
+                    continue;
+                }
+                Ok(false) => {}
                 Err(error) => {
                     let instance = &self.instance;
                     tracing::warn!(instance, %error, "output cannot be carried; trying again");
-                    tokio::time::sleep(RETRY).await;
+                    leave.run_until_cancelled(tokio::time::sleep(RETRY)).await;
                     continue;
                 }
-            };
-            if moved {
-                pause = EAGER;
-                continue;
             }
-            if complete && mark.run < known.newest {
-                let old = std::mem::take(&mut mark.run);
-                mark = Mark {
-                    run: old + 1,
-                    after: mark.after,
-                    ..Mark::default()
-                };
-                self.save(&mark);
-                if let Err(error) = state_file::remove(&file(&self.dir, old)) {
-                    tracing::warn!(%error, "a file of old output stays behind");
-                }
-                continue;
-            }
-            if complete {
+            if mark.run < known.newest {
+                self.next_run(&mut mark);
+            } else if complete {
                 done.send_replace(mark.run);
                 if !open {
                     return;
                 }
-                open = runs.changed().await.is_ok();
-                continue;
+                let changed = leave.run_until_cancelled(runs.changed()).await;
+                open = changed.is_some_and(|c| c.is_ok());
+            } else {
+                pause = (pause * 2).min(PATIENT);
+                tokio::select! {
+                    () = leave.cancelled() => {}
+                    () = tokio::time::sleep(pause) => {}
+                    changed = runs.changed(), if open => open = changed.is_ok(),
+                }
             }
-            pause = (pause * 2).min(PATIENT);
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                changed = runs.changed(), if open => open = changed.is_ok(),
-            }
+        }
+    }
+
+    /// All of a run has been carried, and another one has begun.
+    fn next_run(&self, mark: &mut Mark) {
+        let done = mark.run;
+        *mark = Mark {
+            run: done + 1,
+            after: mark.after,
+            ..Mark::default()
+        };
+        self.save(mark);
+        if let Err(error) = state_file::remove(&file(&self.dir, done)) {
+            tracing::warn!(%error, "a file of old output stays behind");
         }
     }
 

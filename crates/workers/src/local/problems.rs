@@ -8,9 +8,9 @@ use std::time::Duration;
 use daybook_events::spec::PinnedImage;
 
 use super::command::NoCommand;
-use super::image::PrepareError;
 use super::probe::NotReady;
 use super::process::Exit;
+use crate::image::ImageError;
 use crate::target::Problem;
 
 fn problem(reason: &str, message: String, remedy: impl Into<String>, transient: bool) -> Problem {
@@ -22,13 +22,15 @@ fn problem(reason: &str, message: String, remedy: impl Into<String>, transient: 
     }
 }
 
-pub(super) fn image(image: &PinnedImage, error: &PrepareError, hopeless: bool) -> Problem {
-    problem(
-        "ImagePullBackOff",
-        format!("the image {image} cannot be prepared: {error}"),
-        error.remedy.clone(),
-        error.transient && !hopeless,
-    )
+pub(super) fn image(image: &PinnedImage, error: &ImageError, hopeless: bool) -> Problem {
+    let mut message = format!("the image {image} cannot be prepared: {error}");
+    let mut cause = std::error::Error::source(error);
+    while let Some(source) = cause {
+        message.push_str(&format!(": {source}"));
+        cause = source.source();
+    }
+    let transient = error.is_retryable() && !hopeless;
+    problem("ImagePullBackOff", message, error.remedy(), transient)
 }
 
 pub(super) fn start(error: &NoCommand) -> Problem {

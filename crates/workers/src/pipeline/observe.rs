@@ -153,7 +153,8 @@ fn observation(target: &dyn Target, release: &ReleaseStatus) -> WorkloadObserved
             .map(|i| Instance {
                 name: i.name.clone(),
                 address: i.address.clone(),
-                ready: i.ready,
+                // What an older revision asked for is no success of this one.
+                ready: i.ready && !i.outdated,
                 restarts: i.restarts,
             })
             .collect(),

@@ -1,6 +1,6 @@
 //! What tests of the local target share: images made of the test application, and a line log in
 //! files, which a process that is killed leaves for the next.
-#![allow(clippy::unwrap_used, dead_code)]
+#![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -13,15 +13,19 @@ use std::time::Duration;
 use async_trait::async_trait;
 use daybook_events::lines::{Line, LineKind, LineLog, LineSource, NewLine};
 use daybook_events::log::ReadError;
-use daybook_events::spec::{HealthSpec, PinnedImage, RunSpec};
+use daybook_events::spec::{BuildSpec, HealthSpec, PinnedImage, RunSpec};
 use daybook_events::{
-    ClusterName, CommitId, DeploymentId, Digest, EnvironmentName, ImageRepository, ImageTag,
-    ProjectName, ServiceName,
+    BuildId, ClusterName, CommitId, DeploymentId, EnvironmentName, ImageRepository, ImageTag,
+    ProjectName, RepositoryUrl, ServiceName,
 };
 use daybook_testkit::TESTAPP;
-use daybook_workers::local::{
-    ImageUnpacker, LocalCluster, LocalOptions, PrepareError, RunnableImage,
-};
+use daybook_workers::builder::archive::ArchiveBuilder;
+use daybook_workers::builder::{BuildContext, Builder};
+use daybook_workers::image::local::LayoutStore;
+use daybook_workers::image::store::ImageStore;
+use daybook_workers::image::unpack::UnpackLimits;
+use daybook_workers::local::{LocalCluster, LocalOptions};
+use daybook_workers::output::LineSender;
 use daybook_workers::target::{AppRef, AppStatus, ReleaseStatus, Target};
 use daybook_workers::values::{EnvironmentValues, ReleaseValues, ServiceValues};
 use futures_util::stream::BoxStream;
@@ -31,46 +35,53 @@ use tokio_util::sync::CancellationToken;
 /// How long a test waits for a state before it fails.
 pub const PATIENCE: Duration = Duration::from_secs(40);
 
-/// Images with the test application as `/bin/testapp`. The tag `missing` does not exist, and
-/// the tag `site` is a static site.
-#[derive(Debug, Default)]
+/// The images of these tests, in a layout folder: the test application under `v1` and `v2`, and a
+/// static site under `site`. Only the first to open the folder builds them.
 pub struct TestImages {
-    pub unpacked: AtomicUsize,
+    pub store: Arc<LayoutStore>,
+    pinned: BTreeMap<&'static str, PinnedImage>,
 }
 
-#[async_trait]
-impl ImageUnpacker for TestImages {
-    async fn prepare(
-        &self,
-        image: &PinnedImage,
-        into: &Path,
-    ) -> Result<RunnableImage, PrepareError> {
-        if image.tag.as_str() == "missing" {
-            return Err(PrepareError {
-                message: "the image does not exist".into(),
-                remedy: "Push it.".into(),
-                transient: false,
-            });
+impl TestImages {
+    pub fn open(dir: &Path) -> Arc<LayoutStore> {
+        let limits = UnpackLimits::default();
+        Arc::new(LayoutStore::open(dir.join("layout"), limits).unwrap())
+    }
+
+    pub async fn build(dir: &Path) -> Self {
+        let store = Self::open(dir);
+        let mut pinned = BTreeMap::new();
+        for tag in ["v1", "v2", "site"] {
+            let checkout = dir.join("sources").join(tag);
+            std::fs::create_dir_all(checkout.join("public")).unwrap();
+            std::fs::write(checkout.join("version"), tag).unwrap();
+            if tag == "site" {
+                std::fs::write(checkout.join("public/index.html"), "a static site").unwrap();
+            } else {
+                std::fs::copy(TESTAPP, checkout.join("web")).unwrap();
+            }
+            let context = BuildContext {
+                checkout,
+                path: String::new(),
+                service: ServiceName::parse("web").unwrap(),
+                spec: BuildSpec::default(),
+                url: RepositoryUrl::parse("/sources/web").unwrap(),
+                commit: commit(0),
+                committed_at: jiff::Timestamp::UNIX_EPOCH,
+                build: BuildId(uuid::Uuid::nil()),
+                labels: BTreeMap::new(),
+                output: store.layout().clone(),
+            };
+            let builder = ArchiveBuilder::new(store.clone(), dir.join("scratch"));
+            let progress = LineSender::discard();
+            let cancel = CancellationToken::new();
+            let built = builder.build(&context, &progress, &cancel).await.unwrap();
+            let repository = ImageRepository::parse("local.daybook/shop/web").unwrap();
+            let tag_name = ImageTag::parse(tag).unwrap();
+            let push = store.push(&built, &repository, &tag_name, &progress);
+            pinned.insert(tag, push.await.unwrap());
         }
-        self.unpacked.fetch_add(1, SeqCst);
-        let bin = into.join("bin");
-        std::fs::create_dir_all(&bin).unwrap();
-        std::fs::copy(TESTAPP, bin.join("testapp")).unwrap();
-        std::fs::create_dir_all(into.join("public")).unwrap();
-        std::fs::write(into.join("public/index.html"), "a static site").unwrap();
-        let entrypoint = match image.tag.as_str() {
-            "site" => vec!["daybook-static".into(), "public".into()],
-            _ => vec!["testapp".into()],
-        };
-        Ok(RunnableImage {
-            entrypoint,
-            env: vec![
-                ("PATH".into(), "/bin".into()),
-                ("PORT".into(), "3000".into()),
-            ],
-            working_dir: "/".into(),
-            ..RunnableImage::default()
-        })
+        Self { store, pinned }
     }
 }
 
@@ -167,26 +178,45 @@ impl LineLog for FileLines {
 /// One Application on one cluster, with a folder of its own.
 pub struct Bench {
     pub dir: tempfile::TempDir,
-    pub images: Arc<TestImages>,
+    pub images: TestImages,
     pub lines: Arc<FileLines>,
 }
 
 impl Bench {
-    pub fn new() -> Self {
+    pub async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let lines = FileLines::open(&dir.path().join("lines"));
-        Self {
-            dir,
-            images: Arc::default(),
-            lines,
+        let images = TestImages::build(dir.path()).await;
+        Self { dir, images, lines }
+    }
+
+    /// A release that runs the test application with these flags.
+    pub fn release(&self, flags: &[&str]) -> ReleaseValues {
+        let mut command = vec!["./web".to_owned()];
+        command.extend(flags.iter().map(|f| (*f).to_owned()));
+        ReleaseValues {
+            image: self.image("v1"),
+            clusters: vec![ClusterName::parse("one").unwrap()],
+            run: RunSpec {
+                command,
+                health: HealthSpec {
+                    path: "/".into(),
+                    deadline_seconds: 30,
+                },
+                ..RunSpec::default()
+            },
         }
+    }
+
+    pub fn image(&self, tag: &str) -> PinnedImage {
+        self.images.pinned[tag].clone()
     }
 
     pub fn options(&self) -> LocalOptions {
         let mut options = LocalOptions::new(
             self.dir.path().join("cluster"),
             ClusterName::parse("one").unwrap(),
-            self.images.clone(),
+            self.images.store.clone(),
             self.lines.clone(),
             CancellationToken::new(),
         );
@@ -212,31 +242,6 @@ pub fn commit(number: u32) -> CommitId {
 
 pub fn deployment() -> DeploymentId {
     DeploymentId(uuid::Uuid::now_v7())
-}
-
-pub fn image(tag: &str) -> PinnedImage {
-    PinnedImage {
-        repository: ImageRepository::parse("local.daybook/shop/web").unwrap(),
-        tag: ImageTag::parse(tag).unwrap(),
-        digest: Digest::of(tag.as_bytes()),
-    }
-}
-
-/// A release that runs the test application with these flags.
-pub fn release(flags: &[&str]) -> ReleaseValues {
-    let mut command = vec!["testapp".to_owned()];
-    command.extend(flags.iter().map(|f| (*f).to_owned()));
-    ReleaseValues {
-        image: image("v1"),
-        run: RunSpec {
-            command,
-            health: HealthSpec {
-                path: "/".into(),
-                deadline_seconds: 30,
-            },
-            ..RunSpec::default()
-        },
-    }
 }
 
 pub fn desired(releases: &[(DeploymentId, &ReleaseValues)]) -> EnvironmentValues {
