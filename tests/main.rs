@@ -1,4 +1,9 @@
 //! End-to-end tests, through the binary: real processes, real repositories, real servers.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+#![allow(
+    unreachable_pub,
+    reason = "a test has no public interface; `pub` says what a module offers"
+)]
 
+mod commands;
 mod support;

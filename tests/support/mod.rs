@@ -1,1 +1,13 @@
 //! Starts the binary in a folder of its own, on free ports, and waits for states.
+
+#![allow(dead_code, reason = "each module of the tests uses a part of it")]
+
+mod http;
+mod process;
+mod server;
+mod source;
+
+pub use http::{Answer, request};
+pub use process::{Done, Folder, Process, Refused, daybook, processes_in};
+pub use server::{PATIENCE, Server, Settings, until};
+pub use source::{application, replace_flags, site};

@@ -44,6 +44,12 @@ impl Comparison {
         })
     }
 
+    /// Whether single rounds differ so much that their median says little.
+    fn is_noisy(&self) -> bool {
+        let (low, high) = self.spread();
+        high > 2.0 * low
+    }
+
     /// Whether what was promised is kept, to the two digits that are printed.
     fn keeps_its_limit(&self) -> bool {
         self.limit
@@ -82,6 +88,7 @@ impl Report {
                     "against_median": median(&c.against),
                     "ratio": c.ratio(),
                     "ratio_of_rounds": { "min": low, "max": high },
+                    "noisy": c.is_noisy(),
                     "limit": c.limit,
                     "kept": c.keeps_its_limit(),
                 })
@@ -137,6 +144,15 @@ impl fmt::Display for Report {
                 }
             }
             writeln!(f)?;
+        }
+        let noisy = self.comparisons.iter().filter(|c| c.is_noisy()).count();
+        if noisy > 0 {
+            let all = self.comparisons.len();
+            writeln!(
+                f,
+                "\nIn {noisy} of {all} comparisons the ratios of single rounds differ more than \
+                 twofold: something else keeps this machine busy, and those figures say little."
+            )?;
         }
         Ok(())
     }
