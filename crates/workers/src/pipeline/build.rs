@@ -133,7 +133,7 @@ impl Builds {
                 .append(
                     "cancelled",
                     BuildEvent::Cancelled(Cancelled {
-                        attempt: build.attempt,
+                        attempt: current(&build),
                         message: "no deployment waits for it any more".into(),
                         log: LogSeal::default(),
                     }),
@@ -295,7 +295,7 @@ impl Builds {
                 .append(
                     "failed",
                     BuildEvent::Failed(Failed {
-                        attempt: build.attempt,
+                        attempt: current(&build),
                         code: error.code.clone(),
                         message: error.message.clone(),
                         remedy: error.remedy.clone(),
@@ -341,6 +341,15 @@ impl Builds {
             lines: after,
             digest: (after > 0).then(|| Digest::from_sha256(&hash.finalize().into())),
         })
+    }
+}
+
+/// The attempt that may report an end now: none, 0, before a worker has taken the build on.
+fn current(build: &Build) -> u32 {
+    if build.status == BuildStatus::Requested {
+        0
+    } else {
+        build.attempt
     }
 }
 

@@ -1,0 +1,218 @@
+//! What a deployment costs whose build and sync do nothing: from its request to its success, with
+//! every step an event on the embedded log.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use daybook_events::deployment::{
+    self, Deployment, DeploymentEvent, Requested, Status, SwitchMode, Version,
+};
+use daybook_events::lines::LineLog;
+use daybook_events::spec::{BuildSpec, RunSpec};
+use daybook_events::{
+    Actor, ClusterName, Context, DeploymentId, EventId, GitRef, Hostname, InstanceRef, ServiceName,
+    Subject,
+};
+use daybook_projections::{Ledger, Projections};
+use daybook_store::embedded::{EmbeddedLines, LineRetention};
+use daybook_workers::crew::Crew;
+use daybook_workers::driver::DriverOptions;
+use daybook_workers::gateway::Gateway;
+use daybook_workers::idle::{IdleImages, IdleRepositories, IdleSources, IdleTarget};
+use daybook_workers::pipeline::{Bench, Settings};
+use futures_util::StreamExt;
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::report::{Comparison, Report};
+use crate::{Failure, logs, temporary_folder};
+
+/// From request to success, at the median, in milliseconds: what is promised with one in flight.
+const PROMISED_MS: f64 = 30.0;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Deployments in each round
+    #[arg(long, default_value_t = 100)]
+    deployments: usize,
+    /// Rounds; the median of their medians counts
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// How many are under way at once
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 64])]
+    in_flight: Vec<usize>,
+    /// Where the log is kept meanwhile
+    #[arg(long)]
+    folder: Option<std::path::PathBuf>,
+}
+
+pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
+    let folder = temporary_folder(options.folder.as_deref())?;
+    let world = World::start(folder.path()).await?;
+    // Warm-up: files, caches, the first table of the project.
+    world.round(20, 1).await?;
+    let mut comparisons = Vec::new();
+    for &in_flight in &options.in_flight {
+        let (mut medians, mut p99s, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..options.rounds {
+            let begun = Instant::now();
+            let mut latencies = world.round(options.deployments, in_flight).await?;
+            rates.push(options.deployments as f64 / begun.elapsed().as_secs_f64());
+            latencies.sort_by(f64::total_cmp);
+            medians.push(latencies[latencies.len() / 2]);
+            p99s.push(latencies[(latencies.len() * 99 / 100).min(latencies.len() - 1)]);
+        }
+        let middle = |values: &[f64]| {
+            let mut sorted = values.to_vec();
+            sorted.sort_by(f64::total_cmp);
+            sorted[sorted.len() / 2]
+        };
+        let subject = format!(
+            "embedded, {in_flight} in flight (p50 {:.1} ms, p99 {:.1} ms, {:.0} deployments/s)",
+            middle(&medians),
+            middle(&p99s),
+            middle(&rates)
+        );
+        comparisons.push(Comparison {
+            subject,
+            yardstick: "30 ms a deployment",
+            measured: medians.iter().map(|ms| 1000.0 / ms).collect(),
+            against: medians.iter().map(|_| 1000.0 / PROMISED_MS).collect(),
+            limit: (in_flight == 1).then_some(1.0),
+        });
+    }
+    world.stop().await;
+    Ok(Report {
+        title: "Deployments whose build and sync do nothing: one after the other, by the time of the median one"
+            .to_owned(),
+        unit: "deployments/s",
+        comparisons,
+    })
+}
+
+struct World {
+    ledger: Ledger,
+    crew: Crew,
+    cancel: CancellationToken,
+    runner: tokio::task::JoinHandle<()>,
+    cluster: ClusterName,
+}
+
+impl World {
+    async fn start(folder: &Path) -> Result<Self, Failure> {
+        let log = logs::embedded(&folder.join("log")).await?;
+        let lines: Arc<dyn LineLog> =
+            Arc::new(EmbeddedLines::open(folder.join("lines"), LineRetention::default()).await?);
+        let projections = Projections::open(&folder.join("projections"))?;
+        let cancel = CancellationToken::new();
+        let runner = {
+            let (projections, log, cancel) = (projections.clone(), log.clone(), cancel.clone());
+            tokio::spawn(async move {
+                if let Err(error) = daybook_projections::runner::run(projections, log, cancel).await
+                {
+                    eprintln!("the projections ended: {error}");
+                }
+            })
+        };
+        let ledger = Ledger::new(log, projections);
+        let bench = Bench {
+            ledger: ledger.clone(),
+            lines,
+            settings: Arc::new(Settings {
+                worker: "bench".into(),
+                domain: Hostname::parse("localhost")?,
+                image_prefix: "registry.example/daybook".into(),
+                scratch: folder.join("scratch"),
+                gateway_url: None,
+                builds: 64,
+            }),
+        };
+        let crew = Crew::new(bench, DriverOptions::default(), cancel.clone());
+        let cluster = ClusterName::parse("local-a")?;
+        let repositories = Arc::new(IdleRepositories::default());
+        crew.build(Arc::new(IdleSources), Arc::new(IdleImages));
+        crew.package(repositories.clone());
+        crew.sync(repositories, Arc::new(IdleTarget::new(cluster.clone())));
+        crew.route();
+        crew.gateway(Gateway::bind(([127, 0, 0, 1], 0).into()).await?, "local");
+        Ok(Self {
+            ledger,
+            crew,
+            cancel,
+            runner,
+            cluster,
+        })
+    }
+
+    async fn stop(self) {
+        self.cancel.cancel();
+        self.crew.ended().await;
+        let _ = self.runner.await;
+    }
+
+    /// Deploys so many, each to an instance of its own, and returns what each took in milliseconds.
+    async fn round(&self, deployments: usize, in_flight: usize) -> Result<Vec<f64>, Failure> {
+        let mut taken = Vec::with_capacity(deployments);
+        let mut running = futures_util::stream::iter(0..deployments)
+            .map(|_| self.deploy())
+            .buffer_unordered(in_flight);
+        while let Some(one) = running.next().await {
+            taken.push(one?.as_secs_f64() * 1000.0);
+        }
+        Ok(taken)
+    }
+
+    async fn deploy(&self) -> Result<Duration, Failure> {
+        let id = DeploymentId(Uuid::now_v7());
+        let mut instance: InstanceRef = "bench.production.service".parse()?;
+        instance.service = ServiceName::parse(format!("s{}", id.short()))?;
+        let subject =
+            Subject::Deployment(instance.project.clone(), instance.environment.clone(), id);
+        let event = DeploymentEvent::Requested(Box::new(Requested {
+            instance,
+            version: Version::Git {
+                url: "https://example.com/service.git".parse()?,
+                git_ref: GitRef::parse(id.to_string())?,
+                path: String::new(),
+            },
+            clusters: vec![self.cluster.clone()],
+            build: BuildSpec::default(),
+            image_repository: None,
+            run: RunSpec::default(),
+            switch: SwitchMode::Automatic,
+            reason: None,
+            redeploy_of: None,
+        }));
+        let context = Context {
+            id: EventId(Uuid::now_v7()),
+            time: Timestamp::now(),
+            correlation: id.0,
+            causation: None,
+            actor: Actor::system("bench"),
+            traceparent: None,
+            request_digest: None,
+        };
+        let begun = Instant::now();
+        self.ledger
+            .execute::<Deployment>(&subject, &context, |s| deployment::decide(s, event.clone()))
+            .await?;
+        let mut changes = self.ledger.projections().changes();
+        loop {
+            let status = self
+                .ledger
+                .projections()
+                .folded::<Deployment>(&subject)?
+                .state
+                .map(|s| s.status);
+            match status {
+                Some(Status::Started) => return Ok(begun.elapsed()),
+                Some(Status::Failed | Status::Cancelled) => {
+                    return Err(format!("deployment {id} did not succeed").into());
+                }
+                _ => changes.changed().await?,
+            }
+        }
+    }
+}
