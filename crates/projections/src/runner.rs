@@ -104,7 +104,9 @@ pub async fn run(
                 }
                 tracing::warn!(%expected, %found, "an event is missing; reading again");
             }
-            Trouble::Fold(FoldError::Table(TableError::Row(why))) => {
+            Trouble::Fold(FoldError::Table(
+                TableError::Row(why) | TableError::Broken(why) | TableError::Stuck(why),
+            )) => {
                 tracing::warn!(%why, "the projections are damaged, and are built anew");
                 projections.restart("").map_err(QueryError::from)?;
             }
@@ -129,7 +131,11 @@ async fn same_log(projections: &Projections, log: &Arc<dyn EventLog>) -> Result<
     if known.as_ref() == Some(&identity) && !ahead {
         return Ok(());
     }
-    if known.is_some() && projections.position() > Position::ZERO {
+    if known.is_none() && projections.position() == Position::ZERO {
+        projections.identify(&identity);
+        return Ok(());
+    }
+    if projections.position() > Position::ZERO {
         tracing::warn!(
             position = %projections.position(), %head,
             "the projections were made from another log, and are built anew"
