@@ -24,7 +24,7 @@ use crate::query::EventRef;
 use crate::sentence::{Said, say};
 use crate::slot::{Marks, Origin, Slot, State};
 use crate::store::Counters;
-use crate::table::{Batch, Table, TableError, decode, encode};
+use crate::table::{Batch, Table, TableError, decode, encode, encode_json};
 use crate::{history, keys::BLOCK, keys::CHUNK};
 
 /// How many aggregates stay decoded between batches.
@@ -374,7 +374,7 @@ impl Fold {
             && let (Some(state), Some(origin)) = (&d.folded.state, &d.origin)
         {
             let history = history::row(*id, state, origin, main == Some(*id));
-            let json = serde_json::to_vec(&history).map_err(|e| TableError::Row(e.to_string()))?;
+            let json = encode_json(&history)?;
             self.rows.push((keys::history(origin.created), Some(json)));
             let marks = Marks::of(state);
             let before = d.written.replace(marks).unwrap_or_default();

@@ -7,13 +7,13 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
-use daybook_events::{Digest, Position, Recorded};
+use daybook_events::{Digest, Position};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 use tokio::sync::watch;
 
-use crate::decode::decode as decode_event;
+use crate::decode::Decoded;
 use crate::fold::{Fold, FoldError};
 use crate::keys;
 use crate::table::{Table, TableError, Unusable, Way};
@@ -222,7 +222,7 @@ impl Projections {
 
     /// Folds events that follow on [`Self::position`], and applies their rows at once. Events
     /// before it are passed over. After an error nothing of the batch is folded.
-    pub(crate) fn take(&self, events: Vec<Recorded>) -> Result<(), FoldError> {
+    pub(crate) fn take(&self, events: Vec<Decoded>) -> Result<(), FoldError> {
         let inner = &*self.inner;
         let mut fold = lock(&inner.fold);
         let result = Self::fold(inner, &mut fold, events);
@@ -232,10 +232,10 @@ impl Projections {
         result
     }
 
-    fn fold(inner: &Inner, fold: &mut Fold, events: Vec<Recorded>) -> Result<(), FoldError> {
+    fn fold(inner: &Inner, fold: &mut Fold, events: Vec<Decoded>) -> Result<(), FoldError> {
         let before = fold.checkpoint().position;
         for event in events {
-            fold.apply(&inner.table, decode_event(event))?;
+            fold.apply(&inner.table, event)?;
         }
         let checkpoint = fold.checkpoint();
         if checkpoint.position == before {

@@ -9,6 +9,7 @@
 //! and one that says how far they are behind them; where the two differ after a crash, the store
 //! is thrown away.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -673,10 +674,33 @@ fn is_empty((low, high): (Bound<&[u8]>, Bound<&[u8]>)) -> bool {
     }
 }
 
+thread_local! {
+    /// Where rows are encoded, before they are copied out at their size.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+fn through_scratch(
+    write: impl FnOnce(&mut Vec<u8>) -> Result<(), String>,
+) -> Result<Vec<u8>, TableError> {
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.clear();
+        write(scratch).map_err(TableError::Row)?;
+        Ok(scratch.as_slice().to_vec())
+    })
+}
+
 /// A row as bytes.
 pub(crate) fn encode<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, TableError> {
-    bincode::serde::encode_to_vec(value, bincode::config::standard())
-        .map_err(|e| TableError::Row(e.to_string()))
+    through_scratch(|scratch| {
+        bincode::serde::encode_into_std_write(value, scratch, bincode::config::standard())
+            .map(drop)
+            .map_err(|e| e.to_string())
+    })
+}
+
+/// A row as JSON, for what is sent as it is kept.
+pub(crate) fn encode_json<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, TableError> {
+    through_scratch(|scratch| serde_json::to_writer(scratch, value).map_err(|e| e.to_string()))
 }
 
 /// The value at the start of a row.

@@ -15,12 +15,13 @@ use daybook_events::testing::time;
 use daybook_events::{Aggregate, AggregateKind, DeploymentId, Folded, Position, Recorded, Subject};
 use proptest::prelude::*;
 
+use crate::decode::{Decoded, decode};
 use crate::slot::is_active;
 use crate::{AuditFilter, DeploymentFilter, Page, Projections};
 
 /// The events of a fleet, as a log would hand them out; every fortieth is written over by
 /// something that no fold can use.
-pub(crate) fn history(events: u64, seed: u64, spoil: bool) -> Vec<Recorded> {
+fn history(events: u64, seed: u64, spoil: bool) -> Vec<Recorded> {
     let mut fleet = Fleet::new(Size::default());
     let mut choose = choices(seed);
     (1..=events)
@@ -53,10 +54,14 @@ pub(crate) fn history(events: u64, seed: u64, spoil: bool) -> Vec<Recorded> {
         .collect()
 }
 
+fn read(events: &[Recorded]) -> Vec<Decoded> {
+    events.iter().cloned().map(decode).collect()
+}
+
 fn folded(events: &[Recorded], batch: usize) -> Projections {
     let projections = Projections::in_memory();
     for batch in events.chunks(batch) {
-        projections.take(batch.to_vec()).unwrap();
+        projections.take(read(batch)).unwrap();
     }
     projections
 }
@@ -336,7 +341,7 @@ fn a_store_whose_writing_was_interrupted_is_thrown_away() {
     let events = history(600, 6, false);
     let dir = tempfile::tempdir().unwrap();
     let projections = Projections::open(dir.path()).unwrap();
-    projections.take(events.clone()).unwrap();
+    projections.take(read(&events)).unwrap();
     drop(projections);
     {
         let db = sled::open(newest(dir.path())).unwrap();
@@ -346,7 +351,7 @@ fn a_store_whose_writing_was_interrupted_is_thrown_away() {
     }
     let projections = Projections::open(dir.path()).unwrap();
     assert_eq!(projections.position(), Position::ZERO);
-    projections.take(events.clone()).unwrap();
+    projections.take(read(&events)).unwrap();
     assert_eq!(
         projections.digest().unwrap(),
         folded(&events, 600).digest().unwrap()
@@ -360,11 +365,11 @@ fn a_damaged_or_foreign_store_is_thrown_away() {
     let digest = |dir: &Path| {
         let projections = Projections::open(dir).unwrap();
         let from = projections.position();
-        projections.take(events.clone()).unwrap();
+        projections.take(read(&events)).unwrap();
         if projections.flush().is_err() {
             // Damage that is seen only now; a runner starts anew then, as it is done here.
             projections.restart("").unwrap();
-            projections.take(events.clone()).unwrap();
+            projections.take(read(&events)).unwrap();
             projections.flush().unwrap();
         }
         (from, projections.digest().unwrap())
@@ -407,7 +412,7 @@ fn a_damaged_or_foreign_store_is_thrown_away() {
 fn a_store_that_is_open_is_not_touched() {
     let dir = tempfile::tempdir().unwrap();
     let first = Projections::open(dir.path()).unwrap();
-    first.take(history(10, 1, false)).unwrap();
+    first.take(read(&history(10, 1, false))).unwrap();
     let refused = Projections::open(dir.path()).unwrap_err();
     assert!(matches!(refused, crate::OpenError::InUse), "{refused}");
     assert_eq!(first.position(), Position(10));
@@ -418,16 +423,16 @@ fn events_come_once_and_without_gap() {
     let events = history(20, 2, false);
     let projections = folded(&events[..10], 10);
     let before = projections.digest().unwrap();
-    projections.take(events[..10].to_vec()).unwrap();
+    projections.take(read(&events[..10])).unwrap();
     assert_eq!(projections.digest().unwrap(), before);
-    projections.take(events[12..].to_vec()).unwrap_err();
+    projections.take(read(&events[12..])).unwrap_err();
     assert_eq!(projections.digest().unwrap(), before);
     // The good part of a batch with a gap is not taken either.
     let mut gap = events[10..].to_vec();
     gap.remove(5);
-    projections.take(gap).unwrap_err();
+    projections.take(read(&gap)).unwrap_err();
     assert_eq!(projections.digest().unwrap(), before);
-    projections.take(events[5..].to_vec()).unwrap();
+    projections.take(read(&events[5..])).unwrap();
     assert_eq!(
         projections.digest().unwrap(),
         folded(&events, 20).digest().unwrap()
@@ -456,7 +461,7 @@ proptest! {
         for turn in 0.. {
             if rest.is_empty() { break; }
             let (batch, after) = rest.split_at(batches[turn % batches.len()].min(rest.len()));
-            projections.take(batch.to_vec()).unwrap();
+            projections.take(read(batch)).unwrap();
             rest = after;
             if reopen[turn % reopen.len()] {
                 drop(projections);
