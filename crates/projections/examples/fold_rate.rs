@@ -58,9 +58,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     rate("envelopes decoded", start.elapsed());
     let dir = tempfile::tempdir()?;
     let start = Instant::now();
-    let projections = Projections::open(&dir.path().join("store"))?;
-    replay::fold_to(&projections, &log, head, |_| {}).await?;
-    rate("folded to disk", start.elapsed());
+    replay::rebuild(dir.path(), &log, |_| {}).await?;
+    rate("rebuilt on disk", start.elapsed());
+    let projections = Projections::open(dir.path())?;
     if events <= 200_000 {
         let start = Instant::now();
         let memory = replay::state_at(&log, head).await?;
@@ -69,9 +69,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     }
 
     let start = Instant::now();
-    projections.flush()?;
     drop(projections);
-    let projections = Projections::open(&dir.path().join("store"))?;
+    let projections = Projections::open(dir.path())?;
     println!("closed and opened: {:?}", start.elapsed());
     let cancel = CancellationToken::new();
     let running = tokio::spawn(runner::run(

@@ -1,8 +1,8 @@
 //! The audit: one row for each event of the ledger, void ones included.
 //!
-//! Rows are kept singly until 256 of them make a chunk. Beside each chunk stands a row of its
-//! *terms*, hashes of what its events are about, so that a search passes over chunks that cannot
-//! hold what it looks for.
+//! Rows are kept singly until 32 of them make a chunk, and 32 chunks make a block. Beside each
+//! block stands a row of its *terms*, hashes of what its events are about, so that a search passes
+//! over blocks that cannot hold what it looks for.
 
 use std::hash::Hasher;
 
@@ -136,7 +136,7 @@ impl AuditFilter {
             && self.until.is_none_or(|t| row.time < t)
     }
 
-    /// The terms that a chunk must hold to be worth reading.
+    /// The terms that a block must hold to be worth reading.
     pub(crate) fn terms(&self) -> Vec<u32> {
         let mut terms = Vec::new();
         let mut add = |letter: u8, text: Option<&str>| {
@@ -187,9 +187,8 @@ fn term(letter: u8, text: &[u8]) -> u32 {
     (h ^ (h >> 32)) as u32
 }
 
-/// What a chunk holds: the hashes of its rows' terms, sorted.
-pub(crate) fn terms_of(rows: &[AuditRow]) -> Vec<u8> {
-    let mut terms = Vec::with_capacity(rows.len() * 2);
+/// Adds the terms of some rows.
+pub(crate) fn add_terms(terms: &mut Vec<u32>, rows: &[AuditRow]) {
     for row in rows {
         let mut add = |letter: u8, text: &[u8]| terms.push(term(letter, text));
         if let Some(p) = &row.project {
@@ -216,6 +215,10 @@ pub(crate) fn terms_of(rows: &[AuditRow]) -> Vec<u8> {
     }
     terms.sort_unstable();
     terms.dedup();
+}
+
+/// The row of a block's terms.
+pub(crate) fn terms_row(terms: &[u32]) -> Vec<u8> {
     terms.iter().flat_map(|t| t.to_be_bytes()).collect()
 }
 

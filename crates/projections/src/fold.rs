@@ -24,8 +24,8 @@ use crate::query::EventRef;
 use crate::sentence::{Said, say};
 use crate::slot::{Marks, Origin, Slot, State};
 use crate::store::Counters;
-use crate::table::{Batch, Table, TableError, decode, encode};
-use crate::{history, keys::CHUNK};
+use crate::table::{Batch, Table, TableError, decode, encode, encode_json};
+use crate::{history, keys::BLOCK, keys::CHUNK};
 
 /// How many aggregates stay decoded between batches.
 const KEPT: usize = 1024;
@@ -56,6 +56,8 @@ pub(crate) struct Fold {
     tail: Vec<AuditRow>,
     /// How many rows of the tail are in the table.
     tail_written: usize,
+    /// The terms of the full chunks in the last block, which is not full.
+    terms: Vec<u32>,
     /// Rows that are finished, but not yet written.
     rows: Batch,
     /// What of those must not be written twice.
@@ -87,13 +89,19 @@ impl Fold {
                 .ok_or_else(|| TableError::Row(format!("no audit of event {position}")))?;
             tail.push(decode(&row)?);
         }
-        if full > 0 && table.get(&keys::chunk(full / CHUNK - 1))?.is_none() {
-            return Err(TableError::Row(format!("no audit of event {full}")));
+        let mut terms = Vec::new();
+        let chunks = full / CHUNK;
+        for chunk in chunks / BLOCK * BLOCK..chunks {
+            let row = table
+                .get(&keys::chunk(chunk))?
+                .ok_or_else(|| TableError::Row(format!("no chunk {chunk} of the audit")))?;
+            audit::add_terms(&mut terms, &decode::<Vec<AuditRow>>(&row)?);
         }
         Ok(Self {
             checkpoint,
             tail_written: tail.len(),
             tail,
+            terms,
             ..Self::default()
         })
     }
@@ -300,10 +308,14 @@ impl Fold {
             for row in &self.tail[..self.tail_written] {
                 self.rows.push((keys::audit(row.position), None));
             }
-            let terms = audit::terms_of(&self.tail);
             self.rows
                 .push((keys::chunk(chunk), Some(encode(&self.tail)?)));
-            self.rows.push((keys::terms(chunk), Some(terms)));
+            audit::add_terms(&mut self.terms, &self.tail);
+            if (chunk + 1).is_multiple_of(BLOCK) {
+                let terms = audit::terms_row(&self.terms);
+                self.rows.push((keys::terms(chunk / BLOCK), Some(terms)));
+                self.terms.clear();
+            }
             self.tail.clear();
             self.tail_written = 0;
         }
@@ -362,7 +374,7 @@ impl Fold {
             && let (Some(state), Some(origin)) = (&d.folded.state, &d.origin)
         {
             let history = history::row(*id, state, origin, main == Some(*id));
-            let json = serde_json::to_vec(&history).map_err(|e| TableError::Row(e.to_string()))?;
+            let json = encode_json(&history)?;
             self.rows.push((keys::history(origin.created), Some(json)));
             let marks = Marks::of(state);
             let before = d.written.replace(marks).unwrap_or_default();

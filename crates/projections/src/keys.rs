@@ -13,11 +13,18 @@ use daybook_events::{
 pub(crate) const FORMAT: &[u8] = b"mformat";
 /// The log that a store was folded from.
 pub(crate) const IDENTITY: &[u8] = b"midentity";
-/// How far it is folded, with the counters: written in the same batch as the rows.
+/// How far the rows will be, written before them: as [`CHECKPOINT`], unless writing them was
+/// interrupted.
+pub(crate) const BEGUN: &[u8] = b"mbegun";
+/// How far the rows are, with the counters.
 pub(crate) const CHECKPOINT: &[u8] = b"c";
 
-/// How many events one full row of the audit holds.
-pub(crate) const CHUNK: u64 = 256;
+/// How many events one full row of the audit holds. sled rewrites sixteen neighbouring rows at a
+/// time, and puts what is then larger than 128 KiB into a file of its own.
+pub(crate) const CHUNK: u64 = 32;
+
+/// How many chunks share one row of terms.
+pub(crate) const BLOCK: u64 = 32;
 
 fn kind_letter(kind: AggregateKind) -> u8 {
     match kind {
@@ -157,9 +164,9 @@ pub(crate) fn chunk(number: u64) -> Vec<u8> {
     placed(vec![b'A'], Position(number))
 }
 
-/// What is to be found in a chunk.
-pub(crate) fn terms(number: u64) -> Vec<u8> {
-    placed(vec![b'T'], Position(number))
+/// What is to be found in a block of chunks.
+pub(crate) fn terms(block: u64) -> Vec<u8> {
+    placed(vec![b'T'], Position(block))
 }
 
 /// The chunk that a position belongs to, from 0.
@@ -169,7 +176,7 @@ pub(crate) fn chunk_of(position: Position) -> u64 {
 
 /// Whether a row says something about this store, and nothing about the ledger.
 pub(crate) fn is_local(key: &[u8]) -> bool {
-    key == FORMAT || key == IDENTITY
+    [FORMAT, IDENTITY, BEGUN].contains(&key)
 }
 
 /// What a row is, for people.
@@ -196,7 +203,7 @@ pub(crate) fn describe(key: &[u8]) -> String {
         Some(b'h') => format!("history of the deployment of event {}", place()),
         Some(b'a') => format!("audit of event {}", place()),
         Some(b'A') => format!("audit, chunk {}", place()),
-        Some(b'T') => format!("terms of the audit, chunk {}", place()),
+        Some(b'T') => format!("terms of the audit, block {}", place()),
         Some(b'c') => "checkpoint".to_owned(),
         _ => format!("row {}", String::from_utf8_lossy(key)),
     }

@@ -164,14 +164,14 @@ impl Ledger {
             };
             tried = true;
             match self.append(append).await {
-                Ok(done) if done.duplicate => {
-                    let position = done.position;
-                    return Ok(Executed::Duplicate { position });
-                }
                 Ok(done) => {
-                    self.remember(subject, done.position);
                     let position = done.position;
-                    return Ok(Executed::Appended { position, revision });
+                    self.remember(subject, position);
+                    return Ok(if done.duplicate {
+                        Executed::Duplicate { position }
+                    } else {
+                        Executed::Appended { position, revision }
+                    });
                 }
                 Err(AppendError::Conflict { actual, .. }) => {
                     let newest = match actual {

@@ -600,11 +600,15 @@ impl Projections {
             keys::chunk_of(Position(below.0 - 1)) + 1
         };
         let terms = filter.terms();
+        let mut looked_at = None;
         while !done && chunk > 0 {
             chunk -= 1;
-            if !terms.is_empty() {
-                let held = self.inner.table.get(&keys::terms(chunk))?;
+            let block = chunk / keys::BLOCK;
+            if !terms.is_empty() && looked_at != Some(block) {
+                looked_at = Some(block);
+                let held = self.inner.table.get(&keys::terms(block))?;
                 if held.is_some_and(|held| !holds(&held, &terms)) {
+                    chunk = block * keys::BLOCK;
                     continue;
                 }
             }

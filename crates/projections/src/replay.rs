@@ -1,7 +1,7 @@
 //! Folding a log anew: to rebuild projections, to compare them, and to look at the past.
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use daybook_events::log::ReadError;
@@ -14,7 +14,7 @@ use crate::fold::FoldError;
 use crate::keys;
 use crate::runner::{Trouble, pump};
 use crate::store::{Counters, OpenError, Projections, QueryError};
-use crate::table::Way;
+use crate::table::{Way, finish};
 
 /// Differences that a comparison names; there may be more.
 const NAMED: usize = 100;
@@ -126,45 +126,23 @@ pub async fn rebuild(
     log: &Arc<dyn EventLog>,
     progress: impl FnMut(Position) + Send,
 ) -> Result<Rebuilt, ReplayError> {
-    let (new, old) = (beside(dir, "new"), beside(dir, "old"));
-    for left_over in [&new, &old] {
-        remove(left_over).map_err(ReplayError::Swap)?;
-    }
     // Opening it shows that nobody else has it open.
     let current = Projections::open(dir)?;
-    let projections = Projections::open(&new)?;
+    let projections = Projections::begin(dir)?;
     let info = log.info().await?;
-    projections
-        .restart(&info.identity)
-        .map_err(QueryError::from)?;
+    projections.identify(&info.identity);
     let head = log.head().await?;
     fold_to(&projections, log, head, progress).await?;
     let (position, digest) = projections.digest()?;
     let counters = projections.counters();
     projections.flush()?;
     drop((projections, current));
-    std::fs::rename(dir, &old).map_err(ReplayError::Swap)?;
-    std::fs::rename(&new, dir).map_err(ReplayError::Swap)?;
-    remove(&old).map_err(ReplayError::Swap)?;
+    finish(dir).map_err(ReplayError::Swap)?;
     Ok(Rebuilt {
         position,
         digest,
         counters,
     })
-}
-
-fn beside(dir: &Path, suffix: &str) -> PathBuf {
-    let mut name = dir.file_name().unwrap_or_default().to_owned();
-    name.push(".");
-    name.push(suffix);
-    dir.with_file_name(name)
-}
-
-fn remove(dir: &Path) -> std::io::Result<()> {
-    match std::fs::remove_dir_all(dir) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }
 
 /// How projections compare with a fold of the log from its first event.

@@ -1,17 +1,18 @@
 //! The runner: it keeps the projections up with the log.
 //!
-//! One task reads, one thread folds. The thread takes whatever has come since it last looked:
+//! One task reads and decodes, one thread folds. The thread takes whatever has come since it last looked:
 //! thousands of events while it catches up, a single one when it is live.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_events::log::ReadError;
-use daybook_events::{EventLog, Position, Recorded, SubjectFilter};
+use daybook_events::{EventLog, Position, SubjectFilter};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::decode::{Decoded, decode};
 use crate::fold::FoldError;
 use crate::store::{Projections, QueryError};
 use crate::table::TableError;
@@ -104,7 +105,9 @@ pub async fn run(
                 }
                 tracing::warn!(%expected, %found, "an event is missing; reading again");
             }
-            Trouble::Fold(FoldError::Table(TableError::Row(why))) => {
+            Trouble::Fold(FoldError::Table(
+                TableError::Row(why) | TableError::Broken(why) | TableError::Stuck(why),
+            )) => {
                 tracing::warn!(%why, "the projections are damaged, and are built anew");
                 projections.restart("").map_err(QueryError::from)?;
             }
@@ -129,7 +132,11 @@ async fn same_log(projections: &Projections, log: &Arc<dyn EventLog>) -> Result<
     if known.as_ref() == Some(&identity) && !ahead {
         return Ok(());
     }
-    if known.is_some() && projections.position() > Position::ZERO {
+    if known.is_none() && projections.position() == Position::ZERO {
+        projections.identify(&identity);
+        return Ok(());
+    }
+    if projections.position() > Position::ZERO {
         tracing::warn!(
             position = %projections.position(), %head,
             "the projections were made from another log, and are built anew"
@@ -187,7 +194,7 @@ pub(crate) async fn pump(
                 Ok(event) if until.is_some_and(|u| event.position > u) => break,
                 Ok(event) => {
                     reached = event.position;
-                    read.push(event);
+                    read.push(decode(event));
                 }
                 Err(e) => {
                     failed = Some(e);
@@ -213,7 +220,7 @@ pub(crate) async fn pump(
 
 fn fold_all(
     projections: &Projections,
-    mut receiver: mpsc::Receiver<Vec<Recorded>>,
+    mut receiver: mpsc::Receiver<Vec<Decoded>>,
 ) -> Result<(), FoldError> {
     while let Some(mut batch) = receiver.blocking_recv() {
         while batch.len() + READ <= BATCH {

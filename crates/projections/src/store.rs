@@ -7,31 +7,19 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
-use daybook_events::{Digest, Position, Recorded};
+use daybook_events::{Digest, Position};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 use tokio::sync::watch;
 
-use crate::decode::decode as decode_event;
+use crate::decode::Decoded;
 use crate::fold::{Fold, FoldError};
 use crate::keys;
-use crate::table::{Table, TableError, Way};
+use crate::table::{Table, TableError, Unusable, Way};
 
 /// The version of rows and keys. A store of another one is thrown away and rebuilt.
 const FORMAT: &[u8] = b"1";
-
-/// Memory for the pages of the store, in bytes. What is read often is hot in the fold.
-const CACHE: u64 = 8 << 20;
-
-/// How often written rows are synced, in milliseconds. What is lost with the power is folded
-/// again from the log.
-const FLUSH_EVERY_MS: u64 = 10_000;
-
-/// How often, and after which pause, a store that another process seems to have open is tried
-/// again.
-const LOCK_TRIES: u32 = 50;
-const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Folds of the ledger with their queries. Cheap to clone: all clones are the same store.
 #[derive(Clone)]
@@ -83,6 +71,16 @@ pub enum OpenError {
     Store(String),
 }
 
+impl From<Unusable> for OpenError {
+    fn from(unusable: Unusable) -> Self {
+        match unusable {
+            Unusable::InUse => Self::InUse,
+            Unusable::Folder(e) => Self::Folder(e),
+            Unusable::Damaged(why) => Self::Store(why),
+        }
+    }
+}
+
 /// Why a query could not be answered.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
@@ -101,7 +99,8 @@ impl From<TableError> for QueryError {
     fn from(e: TableError) -> Self {
         match e {
             TableError::Sled(e) => Self::Store(e.to_string()),
-            TableError::Row(what) => Self::Damaged(what),
+            TableError::Stuck(why) => Self::Store(why),
+            TableError::Row(what) | TableError::Broken(what) => Self::Damaged(what),
         }
     }
 }
@@ -116,40 +115,21 @@ pub struct Behind {
     pub reached: Position,
 }
 
-/// What is wrong with a store that was found.
-enum Unusable {
-    InUse,
-    Folder(std::io::Error),
-    Damaged(String),
-}
-
 impl Projections {
     /// Opens the store in a folder, or makes it. A store of another version, or one that is
     /// damaged, is thrown away: it is filled again from the log.
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
-        std::fs::create_dir_all(dir).map_err(OpenError::Folder)?;
-        let mut tries = 0;
-        let found = loop {
-            match Self::open_found(dir) {
-                Ok(projections) => return Ok(projections),
-                // A store that was just closed may be let go a moment later.
-                Err(Unusable::InUse) if tries < LOCK_TRIES => {
-                    tries += 1;
-                    std::thread::sleep(LOCK_PAUSE);
-                }
-                Err(Unusable::InUse) => return Err(OpenError::InUse),
-                Err(Unusable::Folder(e)) => return Err(OpenError::Folder(e)),
-                Err(Unusable::Damaged(why)) => break why,
-            }
+        let found = match Self::open_table(|| Table::open(dir, FORMAT)) {
+            Err(Unusable::Damaged(why)) => why,
+            other => return other.map_err(OpenError::from),
         };
         tracing::warn!(why = %found, "the projections are thrown away and built anew");
-        std::fs::remove_dir_all(dir).map_err(OpenError::Folder)?;
-        std::fs::create_dir_all(dir).map_err(OpenError::Folder)?;
-        Self::open_found(dir).map_err(|e| match e {
-            Unusable::InUse => OpenError::InUse,
-            Unusable::Folder(e) => OpenError::Folder(e),
-            Unusable::Damaged(why) => OpenError::Store(why),
-        })
+        Ok(Self::open_table(|| Table::replace(dir, FORMAT))?)
+    }
+
+    /// An empty store beside the one in a folder.
+    pub(crate) fn begin(dir: &Path) -> Result<Self, OpenError> {
+        Ok(Self::open_table(|| Table::begin(dir, FORMAT))?)
     }
 
     /// A store in memory, for tests and for replays.
@@ -157,25 +137,11 @@ impl Projections {
         Self::new(Table::memory(), Fold::default())
     }
 
-    fn open_found(dir: &Path) -> Result<Self, Unusable> {
+    fn open_table(open: impl FnOnce() -> Result<Table, Unusable>) -> Result<Self, Unusable> {
         // sled may panic on files that are not as it left them.
         catch_unwind(AssertUnwindSafe(|| {
-            let db = sled::Config::new()
-                .path(dir)
-                .cache_capacity(CACHE)
-                .flush_every_ms(Some(FLUSH_EVERY_MS))
-                .open()
-                .map_err(unusable)?;
-            let fresh = !db.was_recovered();
-            let table = Table::Sled(db);
-            let damaged = |e: TableError| Unusable::Damaged(e.to_string());
-            if fresh {
-                let format = (keys::FORMAT.to_vec(), Some(FORMAT.to_vec()));
-                table.apply(vec![format]).map_err(damaged)?;
-            } else if table.get(keys::FORMAT).map_err(damaged)?.as_deref() != Some(FORMAT) {
-                return Err(Unusable::Damaged("it is of another version".to_owned()));
-            }
-            let fold = Fold::load(&table).map_err(damaged)?;
+            let table = open()?;
+            let fold = Fold::load(&table).map_err(|e| Unusable::Damaged(e.to_string()))?;
             Ok(Self::new(table, fold))
         }))
         .unwrap_or_else(|_| Err(Unusable::Damaged("its files are damaged".to_owned())))
@@ -254,9 +220,9 @@ impl Projections {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Folds events that follow on [`Self::position`], and writes their rows at once. Events
+    /// Folds events that follow on [`Self::position`], and applies their rows at once. Events
     /// before it are passed over. After an error nothing of the batch is folded.
-    pub(crate) fn take(&self, events: Vec<Recorded>) -> Result<(), FoldError> {
+    pub(crate) fn take(&self, events: Vec<Decoded>) -> Result<(), FoldError> {
         let inner = &*self.inner;
         let mut fold = lock(&inner.fold);
         let result = Self::fold(inner, &mut fold, events);
@@ -266,18 +232,19 @@ impl Projections {
         result
     }
 
-    fn fold(inner: &Inner, fold: &mut Fold, events: Vec<Recorded>) -> Result<(), FoldError> {
+    fn fold(inner: &Inner, fold: &mut Fold, events: Vec<Decoded>) -> Result<(), FoldError> {
         let before = fold.checkpoint().position;
         for event in events {
-            fold.apply(&inner.table, decode_event(event))?;
+            fold.apply(&inner.table, event)?;
         }
         let checkpoint = fold.checkpoint();
         if checkpoint.position == before {
             return Ok(());
         }
         let rows = fold.rows(&inner.table)?;
+        inner.table.make_room()?;
         let gate = inner.gate.write().unwrap_or_else(PoisonError::into_inner);
-        inner.table.apply(rows)?;
+        inner.table.apply(rows);
         *lock(&inner.counters) = checkpoint.counters;
         inner.position.send_replace(checkpoint.position);
         drop(gate);
@@ -290,14 +257,19 @@ impl Projections {
         let mut fold = lock(&inner.fold);
         let _gate = inner.gate.write().unwrap_or_else(PoisonError::into_inner);
         inner.table.clear()?;
-        inner.table.apply(vec![
-            (keys::FORMAT.to_vec(), Some(FORMAT.to_vec())),
-            (keys::IDENTITY.to_vec(), Some(identity.as_bytes().to_vec())),
-        ])?;
+        let format = (keys::FORMAT.to_vec(), Some(FORMAT.to_vec()));
+        inner.table.apply(vec![format]);
+        self.identify(identity);
         *fold = Fold::default();
         *lock(&inner.counters) = Counters::default();
         inner.position.send_replace(Position::ZERO);
         Ok(())
+    }
+
+    /// Notes the identity of the log that this is folded from.
+    pub(crate) fn identify(&self, identity: &str) {
+        let row = (keys::IDENTITY.to_vec(), Some(identity.as_bytes().to_vec()));
+        self.inner.table.apply(vec![row]);
     }
 
     /// The identity of the log that this was folded from; none before the first run.
@@ -309,23 +281,6 @@ impl Projections {
     /// Writes everything to disk. For a clean end; nothing depends on it.
     pub fn flush(&self) -> Result<(), QueryError> {
         Ok(self.inner.table.flush()?)
-    }
-}
-
-fn unusable(e: sled::Error) -> Unusable {
-    match e {
-        sled::Error::Io(e) if e.to_string().contains("could not acquire lock") => Unusable::InUse,
-        sled::Error::Io(e)
-            if matches!(
-                e.kind(),
-                std::io::ErrorKind::PermissionDenied
-                    | std::io::ErrorKind::StorageFull
-                    | std::io::ErrorKind::ReadOnlyFilesystem
-            ) =>
-        {
-            Unusable::Folder(e)
-        }
-        e => Unusable::Damaged(e.to_string()),
     }
 }
 

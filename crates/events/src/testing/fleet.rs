@@ -395,6 +395,11 @@ impl Shop {
         let hostnames = samples::hostnames(&target.instance, target.deployment);
         let table = self.routing.state.as_ref().map_or(0, |r| r.table);
         let command = match choose(10) {
+            // What is being removed has no traffic left.
+            _ if target.status > Status::Starting => Command::Withdraw {
+                deployment: target.deployment,
+                instance: target.instance,
+            },
             0..=2 => Command::Assign {
                 take_over: choose(4) != 0,
                 target,
@@ -411,12 +416,6 @@ impl Shop {
                 hostnames,
                 note: Some("back".to_owned()),
             },
-            5 if !matches!(target.status, Status::Started | Status::Deploying) => {
-                Command::Withdraw {
-                    deployment: target.deployment,
-                    instance: target.instance,
-                }
-            }
             6 => Command::Compensate {
                 table: table.saturating_sub(choose(2)),
                 note: "a gateway refused it".to_owned(),
