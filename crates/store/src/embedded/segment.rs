@@ -217,7 +217,7 @@ fn allocate(file: &File, from: u64, len: u64) -> io::Result<()> {
 }
 
 /// Makes creations and removals in a folder durable.
-pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
+fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
@@ -259,6 +259,11 @@ impl Segments {
         let identity = identity.unwrap_or_else(Uuid::new_v4);
         if list.is_empty() {
             list.push(Arc::new(Segment::create(dir, identity, 1).map_err(io)?));
+            // The folders are as new as the segment.
+            let dir = dir.canonicalize().map_err(io)?;
+            for parent in dir.ancestors().skip(1).take(2) {
+                sync_dir(parent).map_err(io)?;
+            }
         }
         if list[0].first != 1 {
             return Err(OpenError::Damaged {
@@ -438,6 +443,10 @@ fn recover(
             return Err(damaged(position, reason));
         }
         segment.file.set_len(offset).map_err(io)?;
+    }
+    if next.is_none() {
+        // A killed process may have written more than it synced. What is read from here on must
+        // not be taken back by the loss of power.
         segment.file.sync_all().map_err(io)?;
     }
     Ok(Some(Segment {
