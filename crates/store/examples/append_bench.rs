@@ -3,7 +3,8 @@
 //!
 //! Both sides have the same writers (tasks that append one event after another), the same events
 //! of 1 KiB over 10,000 aggregates and the same group commit. The log checks an expectation and an
-//! id for each event; the file checks nothing. Rounds alternate; medians are printed.
+//! id for each event; the file checks nothing. Rounds alternate. Arguments: a folder to write in,
+//! and the number of writers.
 #![allow(clippy::unwrap_used)]
 
 use std::fs::File;
@@ -21,18 +22,17 @@ use daybook_store::embedded::{EmbeddedConfig, EmbeddedLog};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-const ROUNDS: usize = 9;
-const ROUND: Duration = Duration::from_millis(700);
+const ROUNDS: usize = 21;
+const ROUND: Duration = Duration::from_millis(400);
 const AGGREGATES: usize = 10_000;
 const EVENT_BYTES: usize = 1_024;
 
 fn main() {
     let folder = std::env::args().nth(1).unwrap_or_else(|| "target".into());
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    for writers in std::env::args()
-        .nth(2)
-        .map_or(vec![1, 16, 64], |a| vec![a.parse().unwrap()])
-    {
+    let writers = std::env::args().nth(2);
+    let writers = writers.map_or(vec![1, 16, 64], |w| vec![w.parse().unwrap()]);
+    for writers in writers {
         let mut file = Vec::new();
         let mut log = Vec::new();
         for _ in 0..ROUNDS {
@@ -42,12 +42,11 @@ fn main() {
         }
         let ratios: Vec<f64> = log.iter().zip(&file).map(|(l, f)| l / f).collect();
         println!(
-            "{writers:3} writers: file {:7.0}/s  log {:7.0}/s  ratio {:.2} (pairs {:.2} to {:.2})",
+            "{writers:3} writers: file {:7.0}/s  log {:7.0}/s  ratio of medians {:.2}, median ratio {:.2}",
             median(&file),
             median(&log),
             median(&log) / median(&file),
-            ratios.iter().copied().fold(f64::MAX, f64::min),
-            ratios.iter().copied().fold(0.0, f64::max),
+            median(&ratios),
         );
     }
 }
@@ -160,12 +159,20 @@ impl Plain {
     fn write(&self, mut file: File) {
         let mut group = Group::new();
         let mut buf = Vec::new();
-        let mut size = 0;
+        let (mut size, mut took) = (0, Duration::ZERO);
         loop {
             let start = Instant::now();
-            while self.len.load(Ordering::Acquire) < size
-                && start.elapsed() < Duration::from_micros(50)
-            {
+            let (mut seen, mut since) = (0, start);
+            loop {
+                let len = self.len.load(Ordering::Acquire);
+                let now = Instant::now();
+                if len > seen {
+                    (seen, since) = (len, now);
+                }
+                let quiet = now - since > Duration::from_micros(50);
+                if len >= size || quiet || now - start > took / 2 {
+                    break;
+                }
                 std::thread::yield_now();
             }
             let mut waiting = self.waiting.lock().unwrap();
@@ -179,6 +186,7 @@ impl Plain {
             self.len.store(0, Ordering::Release);
             drop(waiting);
             size = group.len();
+            let start = Instant::now();
             buf.clear();
             for (bytes, _) in &group {
                 buf.extend_from_slice(bytes);
@@ -188,6 +196,7 @@ impl Plain {
             for (_, answer) in group.drain(..) {
                 let _ = answer.send(());
             }
+            took = start.elapsed();
         }
     }
 }

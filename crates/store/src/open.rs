@@ -15,6 +15,7 @@ use crate::jetstream::{
 /// Where the log of record and the output lines are.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
+#[allow(clippy::large_enum_variant, reason = "one is made, at the start")]
 pub enum LogConfig {
     /// In a folder of this machine.
     Embedded {

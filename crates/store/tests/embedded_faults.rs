@@ -58,11 +58,17 @@ fn child() {
     let Some(folder) = std::env::var_os(FOLDER) else {
         return;
     };
-    let config = EmbeddedConfig {
-        sync: std::env::var_os(UNSYNCED).is_none(),
-        // Small, so that what is done between two segments is hit, too.
-        segment_bytes: 512 << 10,
-        index_round: 500,
+    let config = match std::env::var_os(UNSYNCED) {
+        Some(_) => EmbeddedConfig {
+            sync: false,
+            ..EmbeddedConfig::default()
+        },
+        None => EmbeddedConfig {
+            // Small, so that what is done between two segments is hit, too.
+            segment_bytes: 512 << 10,
+            index_round: 500,
+            ..EmbeddedConfig::default()
+        },
     };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
@@ -344,6 +350,35 @@ async fn without_syncing_the_loss_of_power_loses_events() {
         }
     }
     panic!("what was not synced was on the disk five times in a row");
+}
+
+/// A killed process leaves events that were written and not synced. Whoever reads them after the
+/// next start may rely on them.
+#[tokio::test]
+async fn what_was_read_after_a_start_survives_the_loss_of_power() {
+    if !can_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk");
+    let left = dir.path().join("left");
+    make_image(&image, 128, &[]);
+    let read = {
+        let mounted = Mount::image(&image, &dir.path().join("mounted")).unwrap();
+        let folder = mounted.at.join("log");
+        let mut appender = Appender::start(&folder, false);
+        appender.wait_for(500);
+        appender.kill();
+        let log = open(&folder).await;
+        let read = read_all(&log).await;
+        std::fs::copy(&image, &left).unwrap();
+        read
+    };
+    assert!(read.len() >= 500);
+    let mounted = Mount::image(&left, &dir.path().join("again")).unwrap();
+    let log = open(&mounted.at.join("log")).await;
+    assert!(read_all(&log).await == read);
+    log.close().await;
 }
 
 async fn append_until_refused(log: &EmbeddedLog, stored: &mut Vec<Append>) -> AppendError {

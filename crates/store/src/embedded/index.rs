@@ -155,7 +155,7 @@ impl Index {
         let upto = from + self.round as u64 - 1;
         let mut last = 0;
         segments
-            .visit(from, upto, self.round, |record| {
+            .visit(from, upto, |record| {
                 last = record.position;
                 recent.ids.entry(record.id).or_insert(last);
                 recent.known(record.subject).push(last);

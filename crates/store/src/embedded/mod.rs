@@ -262,7 +262,7 @@ impl Shared {
             return Ok(None);
         }
         let mut found = None;
-        self.segments.visit(position.0, position.0, 1, |record| {
+        self.segments.visit(position.0, position.0, |record| {
             found = Some(recorded(&record));
             ControlFlow::Break(())
         })?;
@@ -294,8 +294,13 @@ impl Shared {
         let mut seen = after;
         let mut failed = None;
         if limit > 0 && after.0 < upto {
-            let hint = limit.min((upto - after.0) as usize);
-            self.segments.visit(after.0 + 1, upto, hint, |record| {
+            // No more is read from disk than is handed out.
+            let upto = if all {
+                upto.min(after.0.saturating_add(limit as u64))
+            } else {
+                upto
+            };
+            self.segments.visit(after.0 + 1, upto, |record| {
                 let wanted = all || matches(filter, record.subject);
                 if wanted {
                     match recorded(&record) {

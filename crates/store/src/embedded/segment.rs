@@ -29,8 +29,6 @@ const ALLOCATE_MAX: u64 = 16 << 20;
 const MARK_EVERY: u64 = 8;
 /// How much is read at a time.
 const CHUNK: usize = 256 << 10;
-/// How much is read for one record: the distance between two marks, for records of usual size.
-const CHUNK_MIN: usize = 16 << 10;
 
 /// One segment file.
 #[derive(Debug)]
@@ -126,11 +124,10 @@ impl Segment {
         mut offset: u64,
         mut position: u64,
         end: u64,
-        chunk: usize,
         mut visit: impl FnMut(u64, usize, Record<'_>) -> ControlFlow<()>,
     ) -> io::Result<Walk> {
         let mut buf = Vec::new();
-        let mut want = chunk;
+        let mut want = CHUNK;
         while offset < end {
             buf.resize(want.min((end - offset) as usize), 0);
             let got = read_at_most(&self.file, &mut buf, offset)?;
@@ -159,7 +156,7 @@ impl Segment {
                             }
                             return Ok(bad("it is cut short"));
                         }
-                        want = needed.max(chunk);
+                        want = needed.max(CHUNK);
                         break;
                     }
                     Parsed::Invalid(reason) => return Ok(bad(reason)),
@@ -170,14 +167,23 @@ impl Segment {
         Ok(Walk::Done)
     }
 
-    /// The offset from which to walk to a record, and the position that stands there.
-    fn mark_before(&self, position: u64) -> (u64, u64) {
-        let index = (position - self.first) / MARK_EVERY;
+    /// Where to walk to see the records from `from` to `upto`, as far as they are in this segment:
+    /// the offset to begin at, the position that stands there, and the offset to end at. `None` if
+    /// `from` is beyond the segment's end.
+    fn stretch(&self, from: u64, upto: u64) -> Option<(u64, u64, u64)> {
         let extent = self.extent();
-        match extent.marks.get(index as usize) {
-            Some(&offset) => (offset.into(), self.first + index * MARK_EVERY),
-            None => (HEADER_LEN, self.first),
+        if from >= self.first + extent.count {
+            return None;
         }
+        let index = (from - self.first) / MARK_EVERY;
+        let begin = extent.marks.get(index as usize).copied();
+        let behind = (upto - self.first) / MARK_EVERY + 1;
+        let end = extent.marks.get(behind as usize).copied();
+        Some((
+            begin.map_or(HEADER_LEN, u64::from),
+            self.first + index * MARK_EVERY,
+            end.map_or(extent.end, u64::from),
+        ))
     }
 }
 
@@ -211,7 +217,7 @@ fn allocate(file: &File, from: u64, len: u64) -> io::Result<()> {
 }
 
 /// Makes creations and removals in a folder durable.
-pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
+fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
@@ -253,6 +259,11 @@ impl Segments {
         let identity = identity.unwrap_or_else(Uuid::new_v4);
         if list.is_empty() {
             list.push(Arc::new(Segment::create(dir, identity, 1).map_err(io)?));
+            // The folders are as new as the segment.
+            let dir = dir.canonicalize().map_err(io)?;
+            for parent in dir.ancestors().skip(1).take(2) {
+                sync_dir(parent).map_err(io)?;
+            }
         }
         if list[0].first != 1 {
             return Err(OpenError::Damaged {
@@ -290,15 +301,13 @@ impl Segments {
     }
 
     /// Visits the records from `from` to `upto`, both included, in order, until the visitor has
-    /// enough. `hint` says about how many records will be visited.
+    /// enough.
     pub(super) fn visit(
         &self,
         from: u64,
         upto: u64,
-        hint: usize,
         mut visit: impl FnMut(Record<'_>) -> ControlFlow<()>,
     ) -> Result<(), ReadError> {
-        let chunk = hint.saturating_mul(1 << 10).clamp(CHUNK_MIN, CHUNK);
         let mut next = from.max(1);
         while next <= upto {
             let segment = {
@@ -309,16 +318,11 @@ impl Segments {
                     None => return Ok(()),
                 }
             };
-            let (count, end) = {
-                let extent = segment.extent();
-                (extent.count, extent.end)
-            };
-            if next >= segment.first + count {
+            let Some((offset, position, end)) = segment.stretch(next, upto) else {
                 return Ok(());
-            }
-            let (offset, position) = segment.mark_before(next);
+            };
             let mut enough = false;
-            let walked = segment.walk(offset, position, end, chunk, |_, _, record| {
+            let walked = segment.walk(offset, position, end, |_, _, record| {
                 if record.position < next {
                     return ControlFlow::Continue(());
                 }
@@ -412,7 +416,7 @@ fn recover(
     }
     let mut extent = Extent::empty();
     let walked = segment
-        .walk(HEADER_LEN, first, len, CHUNK, |offset, len, record| {
+        .walk(HEADER_LEN, first, len, |offset, len, record| {
             if next.is_some_and(|next| record.position >= next) {
                 return ControlFlow::Break(());
             }
@@ -439,6 +443,10 @@ fn recover(
             return Err(damaged(position, reason));
         }
         segment.file.set_len(offset).map_err(io)?;
+    }
+    if next.is_none() {
+        // A killed process may have written more than it synced. What is read from here on must
+        // not be taken back by the loss of power.
         segment.file.sync_all().map_err(io)?;
     }
     Ok(Some(Segment {
