@@ -12,7 +12,7 @@ use crate::pipeline::follow::{FollowBuild, FollowDeployment};
 use crate::pipeline::package::Package;
 use crate::pipeline::probe::{Probe, ProbeDeployment, ProbeRoutes};
 use crate::pipeline::queue::Queue;
-use crate::pipeline::route::{Route, RouteApplied};
+use crate::pipeline::route::{Deadlines, Route, RouteApplied};
 use crate::pipeline::source::Source;
 use crate::pipeline::sync::Sync;
 use crate::pipeline::{Bench, gateway, observe};
@@ -106,6 +106,7 @@ impl Crew {
         self.hire(Queue(self.bench.clone()));
         self.hire(Route(self.bench.clone()));
         self.hire(RouteApplied(self.bench.clone()));
+        self.hire(Deadlines(self.bench.clone()));
     }
 
     /// Keeps a gateway at the newest routes. `name` identifies it in the ledger.

@@ -78,33 +78,39 @@ async fn watch(bench: Bench, target: Arc<dyn Target>, app: AppRef, cancel: Cance
     let mut changes = bench.ledger.projections().changes();
     loop {
         let seen = status.borrow_and_update().clone();
-        let mut again = false;
-        if let Err(stop) = record(&bench, &*target, &app, &seen).await {
-            if let Stop::Retry(why) = &stop {
-                tracing::warn!(cluster = %target.cluster(), project = %app.project, %why, "an observation was not recorded yet");
+        let (waiting, again) = match record(&bench, &*target, &app, &seen).await {
+            Ok(waiting) => (waiting, false),
+            Err(stop) => {
+                if let Stop::Retry(why) = &stop {
+                    tracing::warn!(cluster = %target.cluster(), project = %app.project, %why,
+                        "an observation was not recorded yet");
+                }
+                (false, true)
             }
-            again = true;
-        }
+        };
         tokio::select! {
             () = cancel.cancelled() => return,
             changed = status.changed() => if changed.is_err() { return },
-            // A release that is no longer listed is only known to be gone once the ledger has
-            // the commit that the cluster shows.
-            changed = changes.changed() => if changed.is_err() { return },
+            // What was seen may be ahead of what the ledger has.
+            changed = changes.changed(), if waiting => if changed.is_err() { return },
             () = tokio::time::sleep(Duration::from_millis(500)), if again => {}
         }
     }
 }
 
+/// Records what is new, and says whether something can only be recorded once the ledger has moved
+/// on: a release whose deployment is not yet said to be deploying, or one that is gone before the
+/// ledger has the commit that removes it.
 async fn record(
     bench: &Bench,
     target: &dyn Target,
     app: &AppRef,
     status: &AppStatus,
-) -> Result<(), Stop> {
+) -> Result<bool, Stop> {
     let Some(revision) = &status.revision else {
-        return Ok(());
+        return Ok(false);
     };
+    let mut waiting = false;
     let gitops = bench
         .ledger
         .projections()
@@ -132,14 +138,25 @@ async fn record(
                     problem: None,
                 }
             }
-            None => continue,
+            None => {
+                waiting |= row
+                    .state
+                    .observed
+                    .get(target.cluster())
+                    .is_some_and(|o| o.wanted > 0 || !o.instances.is_empty());
+                continue;
+            }
         };
+        if row.state.status < Status::Deploying {
+            waiting = true;
+            continue;
+        }
         match append(bench, &row, observed).await {
             Ok(()) | Err(Stop::Moved(_)) => {}
             Err(other) => return Err(other),
         }
     }
-    Ok(())
+    Ok(waiting)
 }
 
 fn observation(target: &dyn Target, release: &ReleaseStatus) -> WorkloadObserved {
@@ -178,7 +195,7 @@ async fn append(
             && o.instances == observed.instances
             && o.problem == observed.problem
     });
-    if unchanged || row.state.status < Status::Deploying {
+    if unchanged {
         return Ok(());
     }
     let cluster = observed.cluster.clone();

@@ -30,6 +30,11 @@ const MARGIN: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub struct Route(pub Bench);
 
+/// Keeps the deadlines of rollouts: the event that began one is handed over again when its time is
+/// up, to whichever process is there then.
+#[derive(Debug)]
+pub struct Deadlines(pub Bench);
+
 /// Woken by gateways.
 #[derive(Debug)]
 pub struct RouteApplied(pub Bench);
@@ -62,17 +67,38 @@ impl Worker for Route {
         let Subject::Deployment(_, _, id) = a.subject else {
             return Outcome::Done;
         };
+        settle(&self.0, ROLE, id, step(&self.0, id).await).await
+    }
+    async fn give_up(&self, a: &Activation, why: &str) {
+        give_up(&self.0, ROLE, a, why).await;
+    }
+}
+
+#[async_trait]
+impl Worker for Deadlines {
+    fn name(&self) -> String {
+        "route-deadline".into()
+    }
+    fn filter(&self) -> SubjectFilter {
+        SubjectFilter::of(AggregateKind::Deployment)
+    }
+    fn wants(&self, kind: &str) -> bool {
+        kind == "deployment.deploying_started.v1"
+    }
+    /// Every rollout that is under way holds a delivery open.
+    fn max_in_flight(&self) -> usize {
+        50_000
+    }
+    async fn activate(&self, a: &Activation) -> Outcome {
+        let Subject::Deployment(_, _, id) = a.subject else {
+            return Outcome::Done;
+        };
         let outcome = settle(&self.0, ROLE, id, step(&self.0, id).await).await;
-        if outcome != Outcome::Done || a.event.short_kind() != "deployment.deploying_started.v1" {
-            return outcome;
-        }
-        // The event that began the rollout is kept open until it has ended, so that its deadline
-        // is kept by whichever process is there.
-        match self.0.row(id) {
-            Ok(Some(row)) if row.state.status == Status::Deploying => {
+        match (outcome, self.0.row(id)) {
+            (Outcome::Done, Ok(Some(row))) if row.state.status == Status::Deploying => {
                 Outcome::Wait(until_deadline(&row))
             }
-            _ => Outcome::Done,
+            (outcome, _) => outcome,
         }
     }
     async fn give_up(&self, a: &Activation, why: &str) {
