@@ -101,7 +101,7 @@ impl Publisher {
         Self { connection, stream }
     }
 
-    /// Stores a message. Takes at most about three times the answer timeout.
+    /// Stores a message. Takes at most about four times the answer timeout.
     pub(crate) async fn publish(&self, message: &Outgoing) -> Result<Stored, PublishFailure> {
         // Nothing but the publish itself on the way that is nearly always taken; the others are
         // boxed, so that they do not make every append carry their state.
