@@ -1,6 +1,6 @@
 //! Starts the binary in a folder of its own, on free ports, and waits for states.
 
-#![allow(dead_code, reason = "each module of the tests uses a part of it")]
+#![allow(dead_code, unused_imports, reason = "each module of the tests uses a part of it")]
 
 mod http;
 mod process;
