@@ -1,19 +1,133 @@
-//! The commands of a client, in text and in JSON.
+//! What the command line itself promises: exit codes, errors in both forms, completion.
 
-use crate::support::{Server, Settings, application, replace_flags};
+use serde_json::json;
+
+use crate::support::{Done, Server, Settings, daybook, site};
+
+fn run(args: &[&str]) -> Done {
+    Done::of(daybook().args(args))
+}
 
 #[test]
-fn a_deployment_is_followed_until_it_is_live_and_replaced_by_the_next() {
+fn without_a_server_the_command_line_says_what_is_wrong() {
+    let address = daybook_testkit::free_addr();
+    let server = format!("http://{address}");
+    let done = run(&["status", "--server", &server, "--output", "json"]);
+    assert_eq!(done.code, 3, "{done:?}");
+    assert_eq!(done.error()["code"], "server_unreachable");
+    assert!(
+        done.error()["hint"]
+            .as_str()
+            .unwrap()
+            .contains("daybook up")
+    );
+    assert_eq!(done.stdout, "");
+
+    let done = run(&["status", "--server", "nonsense"]);
+    assert_eq!(done.code, 2);
+    assert!(done.stderr.starts_with("error: "), "{done:?}");
+    assert_eq!(run(&["no-such-command"]).code, 2);
+    assert_eq!(run(&["deploy"]).code, 2);
+    assert_eq!(
+        run(&["deploy", "a.b.c", "--ref", "x", "--image", "y"]).code,
+        2
+    );
+    assert_eq!(run(&["deploy", "shop.web", "--server", &server]).code, 2);
+    let help = run(&["--help"]);
+    assert_eq!(help.code, 0);
+    assert!(help.stdout.contains("Exit codes:"), "{}", help.stdout);
+}
+
+#[test]
+fn completion_scripts_and_schemas_are_printed() {
+    for shell in ["bash", "zsh", "fish"] {
+        let done = run(&["completion", shell]);
+        assert_eq!(done.code, 0, "{shell}");
+        assert!(done.stdout.contains("mark-main"), "{shell}");
+    }
+    let listed = run(&["schema"]).stdout;
+    assert!(
+        listed.lines().any(|l| l == "deployment.requested.v1"),
+        "{listed}"
+    );
+    let schema = run(&["schema", "deployment.requested.v1"]).json_document();
+    assert_eq!(schema["type"], json!("object"));
+    assert_eq!(run(&["schema", "nothing.v1"]).code, 4);
+}
+
+#[test]
+fn what_does_not_exist_or_cannot_be_is_refused_with_a_way_out() {
     let server = Server::start(Settings::default());
-    let source = application("--text one");
+    let refused = |args: &[&str], exit: i32, code: &str| {
+        let mut all = args.to_vec();
+        all.extend(["--output", "json"]);
+        let done = server.cli(&all);
+        assert_eq!(done.code, exit, "{args:?}: {done:?}");
+        assert_eq!(done.error()["code"], code, "{args:?}: {done:?}");
+        assert_eq!(done.stdout, "", "{args:?}");
+        let hint = done.error()["hint"].as_str().unwrap_or_default().to_owned();
+        assert!(!hint.is_empty(), "{args:?} has no way out: {done:?}");
+        // The same for people.
+        let told = server.cli(args);
+        assert_eq!(told.code, exit);
+        assert!(
+            told.stderr.starts_with("error: ") && told.stderr.contains("hint: "),
+            "{told:?}"
+        );
+    };
+    refused(&["deploy", "shop.production.web"], 4, "project_not_found");
+    let source = site("hello");
     server.define("shop", "web", &source, &[]);
-    let done = server.ok(&["deploy", "shop.production.web"]);
-    assert!(done.stdout.contains("it is live"), "{done:?}");
-    let first = server.get("web.shop.localhost", "/");
-    assert_eq!(first.body, "one");
-    replace_flags(&source, "--text two");
-    let second = server.deploy("shop.production.web", &[]);
-    let answer = server.get_from("web.shop.localhost", "/", &second);
-    assert_eq!(answer.body, "two");
-    server.check_replay();
+    let head = server.events().len();
+    refused(&["project", "create", "shop"], 5, "project_exists");
+    refused(&["deploy", "other.production.web"], 4, "project_not_found");
+    refused(&["deploy", "shop.production.api"], 4, "service_not_found");
+    refused(&["deploy", "shop.staging.web"], 4, "environment_not_found");
+    refused(
+        &["rollback", "shop.production.web"],
+        5,
+        "nothing_to_roll_back",
+    );
+    refused(
+        &["status", "00000000-0000-7000-8000-000000000000"],
+        4,
+        "deployment_not_found",
+    );
+    refused(&["stop", "abcd"], 4, "deployment_not_found");
+    // What was refused is not in the ledger.
+    assert_eq!(server.events().len(), head);
+}
+
+#[test]
+fn the_same_request_twice_is_one_deployment() {
+    let server = Server::start(Settings::default());
+    let source = site("hello");
+    server.define("shop", "web", &source, &[]);
+    let key = ["--idempotency-key", "release-42"];
+    let one = server.begin("shop.production.web", &key);
+    let two = server.begin("shop.production.web", &key);
+    assert_eq!(one, two);
+    server.wait_for(&one, "started");
+    // Also after it is done.
+    assert_eq!(server.begin("shop.production.web", &key), one);
+    let requests = server.events();
+    let requests = requests.iter().filter(|e| {
+        let kind = e["event"]["type"].as_str().unwrap();
+        kind.ends_with("deployment.requested.v1")
+    });
+    assert_eq!(requests.count(), 1);
+    // The key of one request does not do for another.
+    let other = server.cli(&[
+        "deploy",
+        "shop.production.web",
+        "--ref",
+        "main",
+        "--detach",
+        "--idempotency-key",
+        "release-42",
+        "--output",
+        "json",
+    ]);
+    assert_eq!(other.code, 2, "{other:?}");
+    assert_eq!(other.error()["code"], "idempotency_key_reused");
 }

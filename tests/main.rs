@@ -5,5 +5,11 @@
     reason = "a test has no public interface; `pub` says what a module offers"
 )]
 
+mod bad_input;
+mod cancelling;
 mod commands;
+mod concurrent;
+mod demo;
+mod images;
+mod life;
 mod support;

@@ -1,13 +1,19 @@
 //! Starts the binary in a folder of its own, on free ports, and waits for states.
 
-#![allow(dead_code, reason = "each module of the tests uses a part of it")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "each module of the tests uses a part of it"
+)]
 
 mod http;
 mod process;
 mod server;
 mod source;
+mod watch;
 
 pub use http::{Answer, request};
-pub use process::{Done, Folder, Process, Refused, daybook, processes_in};
+pub use process::{Done, Folder, Process, Refused, daybook, processes_in, processes_of};
 pub use server::{PATIENCE, Server, Settings, until};
 pub use source::{application, replace_flags, site};
+pub use watch::Visitor;

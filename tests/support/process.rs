@@ -61,6 +61,12 @@ impl Done {
         serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: not JSON: {self:?}"))
     }
 
+    /// All of what it printed, as one JSON document.
+    #[track_caller]
+    pub fn json_document(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: not JSON: {self:?}"))
+    }
+
     /// All lines of what it printed, as JSON.
     #[track_caller]
     pub fn json_lines(&self) -> Vec<Value> {
@@ -163,6 +169,22 @@ pub fn processes_in(folder: &Path) -> Vec<i32> {
             continue;
         };
         if fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(&folder)) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
+/// The processes that run for a deployment.
+pub fn processes_of(deployment: &str) -> Vec<i32> {
+    let mark = format!("DAYBOOK_DEPLOYMENT={deployment}");
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+            continue;
+        };
+        let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
+        if environment.split(|b| *b == 0).any(|v| v == mark.as_bytes()) {
             found.push(pid);
         }
     }

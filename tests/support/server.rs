@@ -8,7 +8,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::http::{Answer, request};
-use super::process::{Done, Folder, Process, Refused, daybook};
+use super::process::{Done, Folder, Process, Refused, daybook, processes_of};
 
 /// How long anything may take that a test waits for.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -356,5 +356,77 @@ impl Server {
             .data()
             .join("git")
             .join(format!("{project}.git"))
+    }
+
+    /// Waits until a deployment has failed or was cancelled, and checks that it says what
+    /// happened, why, and what helps, wherever people look; returns the code of the cause.
+    #[track_caller]
+    pub fn wait_for_failure(&self, id: &str) -> String {
+        let detail = self.wait_for(id, "failed");
+        let text = |name: &str| {
+            let text = detail["failure"][name].as_str().unwrap_or_default();
+            assert!(!text.is_empty(), "no {name} in {detail}");
+            text.to_owned()
+        };
+        let (code, message, remedy) = (text("code"), text("message"), text("remedy"));
+        assert_eq!(detail["phase"], "FAILED");
+        let told = self.ok(&["status", id]).stdout;
+        for part in [&code, &message, &remedy] {
+            assert!(told.contains(part.as_str()), "{part:?} is not in {told}");
+        }
+        let row = self.history(id);
+        assert_eq!(row["status"], "failed");
+        assert_eq!(row["outcome_code"], code.as_str());
+        assert_eq!(row["outcome"], message.as_str());
+        assert_eq!(row["active"], false);
+        self.check_undone(id);
+        code
+    }
+
+    /// Waits until a deployment was cancelled, and returns why.
+    #[track_caller]
+    pub fn wait_until_cancelled(&self, id: &str) -> String {
+        let detail = self.wait_for(id, "cancelled");
+        let message = detail["cancelled"]["message"].as_str().unwrap().to_owned();
+        let row = self.history(id);
+        assert_eq!(row["status"], "cancelled");
+        assert_eq!(row["outcome"], message.as_str());
+        assert!(self.ok(&["status", id]).stdout.contains(&message));
+        self.check_undone(id);
+        message
+    }
+
+    /// Waits until nothing is left of a deployment that ended before it was live: no release in
+    /// the GitOps repository, no process, no address, no files of a build.
+    #[track_caller]
+    pub fn check_undone(&self, id: &str) {
+        let detail = self.deployment(id);
+        let project = detail["project"].as_str().unwrap();
+        let environment = detail["environment"].as_str().unwrap();
+        let file = format!("HEAD:environments/{environment}/values.yaml");
+        until(&format!("{id} taken out of the repository"), || {
+            let shown = daybook_testkit::git::git_command(&self.gitops(project))
+                .args(["show", &file])
+                .output()
+                .ok()?;
+            (!String::from_utf8_lossy(&shown.stdout).contains(id)).then_some(())
+        });
+        until(&format!("the processes of {id} ended"), || {
+            processes_of(id).is_empty().then_some(())
+        });
+        until(&format!("the addresses of {id} gone"), || {
+            (self.deployment(id)["hostnames"] == json!([])).then_some(())
+        });
+        let scratch = self.folder.data().join("scratch");
+        until("the files of builds removed", || {
+            let busy = self.read("/api/v1/deployments?limit=500");
+            let busy = busy["deployments"].as_array()?.iter().any(|d| {
+                ["cloning", "building", "pushing"]
+                    .iter()
+                    .any(|s| d["state"] == *s)
+            });
+            let left = std::fs::read_dir(&scratch).map_or(0, Iterator::count);
+            (busy || left == 0).then_some(())
+        });
     }
 }

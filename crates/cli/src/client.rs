@@ -1,5 +1,7 @@
 //! The client of a Daybook server.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use eventsource_stream::Eventsource;
@@ -12,12 +14,14 @@ use serde_json::Value;
 use crate::commands::ServerArgs;
 use crate::exit::{Code, Failure};
 
-/// Talks to one server.
+/// Talks to one server. What it reads is never older than what it has seen or written before.
 #[derive(Debug, Clone)]
 pub struct Client {
     http: reqwest::Client,
     base: String,
     actor: Option<String>,
+    /// The newest position of the ledger that an answer stood on.
+    seen: Arc<AtomicU64>,
 }
 
 /// One line of output of a build or an instance, as the server sends it.
@@ -51,7 +55,17 @@ impl Client {
             .clone()
             .or_else(|| std::env::var("USER").ok())
             .filter(|a| !a.is_empty());
-        Ok(Self { http, base, actor })
+        Ok(Self {
+            http,
+            base,
+            actor,
+            seen: Arc::default(),
+        })
+    }
+
+    /// What is read from now on takes the events up to this position into account.
+    pub fn saw(&self, position: u64) {
+        self.seen.fetch_max(position, Ordering::Relaxed);
     }
 
     /// The server's URL.
@@ -66,6 +80,9 @@ impl Client {
         };
         let answer = request.send().await.map_err(|e| self.unreachable(&e))?;
         if answer.status().is_success() {
+            let position = answer.headers().get("daybook-position");
+            let position = position.and_then(|p| p.to_str().ok()?.parse().ok());
+            self.saw(position.unwrap_or_default());
             return Ok(answer);
         }
         Err(problem(answer).await)
@@ -98,6 +115,7 @@ impl Client {
             .http
             .get(format!("{}{path}", self.base))
             .query(&query)
+            .header("Daybook-Min-Position", self.seen.load(Ordering::Relaxed))
             .timeout(Duration::from_secs(30));
         read(self.send(request).await?).await
     }

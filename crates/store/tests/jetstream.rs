@@ -134,7 +134,7 @@ mod newest {
             return Vec::new();
         };
         let settings = NatsSettings {
-            sync_always: true,
+            sync_always: binary.at_least(2, 10, 0),
             ..NatsSettings::default()
         };
         vec![Box::pin(Single::start(binary, settings)).await]

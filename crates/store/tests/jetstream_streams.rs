@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use async_nats::jetstream::{self, stream};
 use bytes::Bytes;
-use daybook_events::log::{Append, ConsumerConfig, Durability, EventLog, Expected, ReadError};
+use daybook_events::log::{
+    Append, AppendError, ConsumerConfig, Durability, EventLog, Expected, ReadError,
+};
 use daybook_events::subject::{Subject, SubjectFilter};
 use daybook_events::{EventId, Position, ProjectName};
 use daybook_store::jetstream::{
@@ -295,6 +297,105 @@ async fn a_consumer_has_a_plain_name() {
             let refused = log.consumer(config).await;
             assert!(matches!(refused, Err(ReadError::Invalid(_))), "{name:?}");
         }
+    }
+}
+
+#[tokio::test]
+async fn servers_that_take_small_messages_only_are_refused() {
+    for binary in binaries() {
+        let settings = NatsSettings {
+            extra: "max_payload: 32768".into(),
+            ..NatsSettings::default()
+        };
+        let server = NatsServer::start_with(&binary, settings).await;
+        let error = open_log(options(&server)).await.unwrap_err();
+        assert!(error.to_string().contains("max_payload"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_full_account_refuses_and_stores_nothing_more() {
+    for binary in binaries() {
+        let settings = NatsSettings {
+            extra: "accounts { APP { jetstream: { max_store: 200000 }, \
+                    users: [{ user: app, password: secret }] } }"
+                .into(),
+            user: Some(("app".into(), "secret".into())),
+            ..NatsSettings::default()
+        };
+        let server = NatsServer::start_with(&binary, settings).await;
+        let log = open_log(NatsOptions {
+            auth: user("app", "secret"),
+            ..options(&server)
+        })
+        .await
+        .unwrap();
+        let leaves_holes = !binary.at_least(2, 10, 12);
+        let warnings = log.info().await.unwrap().warnings.join("\n");
+        assert_eq!(warnings.contains("lift the limit"), leaves_holes);
+        let large = |number: u64| Append {
+            bytes: Bytes::from(vec![b'x'; 50_000]),
+            ..event(number)
+        };
+        let mut stored = 0;
+        let error = loop {
+            match log.append(large(stored)).await {
+                Ok(appended) => {
+                    stored += 1;
+                    assert_eq!(appended.position, Position(stored));
+                }
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, AppendError::Unavailable(_)), "{error:?}");
+        assert!((2..10).contains(&stored));
+        let all = SubjectFilter::default();
+        if leaves_holes {
+            let warnings = log.info().await.unwrap().warnings.join("\n");
+            assert!(warnings.contains("has lost events"), "{warnings}");
+            continue;
+        }
+        assert_eq!(log.head().await.unwrap(), Position(stored));
+        let read = log.read(Position::ZERO, &all, 100).await.unwrap();
+        assert_eq!(read.len() as u64, stored);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hole_in_the_log_is_noticed_by_everybody_who_comes_across_it() {
+    for binary in binaries() {
+        let server = NatsServer::start(&binary).await;
+        let context = raw(&server).await;
+        let lax = stream::Config {
+            deny_delete: false,
+            ..ledger()
+        };
+        let stream = context.create_stream(lax).await.unwrap();
+        for number in 1..=5 {
+            let subject = event(number).subject.to_string();
+            let published = context.publish(subject, "{}".into()).await.unwrap();
+            published.await.unwrap();
+        }
+        stream.delete_message(3).await.unwrap();
+        context.update_stream(ledger()).await.unwrap();
+
+        let log = open_log(options(&server)).await.unwrap();
+        let is_damage = |error: ReadError| match error {
+            ReadError::Damaged { position, .. } => assert_eq!(position, Position(3)),
+            other => panic!("{other}"),
+        };
+        let all = SubjectFilter::default();
+        let mut tail = log.tail(Position::ZERO, all.clone()).await.unwrap();
+        for number in 1..=2 {
+            let recorded = tail.next().await.unwrap().unwrap();
+            assert_eq!(recorded.position, Position(number));
+        }
+        is_damage(tail.next().await.unwrap().unwrap_err());
+        is_damage(log.get(Position(3)).await.unwrap_err());
+        is_damage(log.read(Position::ZERO, &all, 5).await.unwrap_err());
+        assert_eq!(log.read(Position(3), &all, 5).await.unwrap().len(), 2);
+        let warnings = log.info().await.unwrap().warnings.join("\n");
+        assert!(warnings.contains("lost events"), "{warnings}");
     }
 }
 

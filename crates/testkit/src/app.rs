@@ -25,28 +25,39 @@ impl TestApp {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
             // Somebody else may take the port before the application does: then another.
-            let addr = free_addr();
-            let mut child = Command::new(TESTAPP)
-                .args(flags)
-                .env("PORT", addr.port().to_string())
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .expect("the test application was built");
-            while child
-                .try_wait()
-                .expect("a child can be waited for")
-                .is_none()
-            {
-                if TcpStream::connect(addr).is_ok() {
-                    return Self { addr, child };
-                }
-                assert!(Instant::now() < deadline, "the application does not listen");
-                std::thread::sleep(Duration::from_millis(5));
+            if let Some(app) = Self::start_on(free_addr(), flags) {
+                return app;
             }
             assert!(Instant::now() < deadline, "the application does not start");
         }
+    }
+
+    /// Starts one at this address, and waits until it listens; `None` if it ends instead.
+    ///
+    /// # Panics
+    /// If it does neither within half a minute.
+    pub fn start_on(addr: SocketAddr, flags: &[&str]) -> Option<Self> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let mut child = Command::new(TESTAPP)
+            .args(flags)
+            .env("PORT", addr.port().to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the test application was built");
+        while child
+            .try_wait()
+            .expect("a child can be waited for")
+            .is_none()
+        {
+            if TcpStream::connect(addr).is_ok() {
+                return Some(Self { addr, child });
+            }
+            assert!(Instant::now() < deadline, "the application does not listen");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        None
     }
 
     /// Kills it and waits until it is gone.

@@ -135,6 +135,7 @@ pub struct NatsServer {
     settings: NatsSettings,
     folder: Option<TempDir>,
     port: u16,
+    member: Option<ClusterMember>,
     process: Option<Child>,
     paused: bool,
 }
@@ -153,13 +154,17 @@ impl NatsServer {
     /// # Panics
     /// If it does not get ready; the message has its log.
     pub async fn start_with(binary: &NatsBinary, settings: NatsSettings) -> Self {
-        let mut server = Self::prepared(binary, settings);
-        server.launch(None);
+        let mut server = Self::prepared(binary, settings, None);
+        server.launch();
         server.wait_until_ready().await;
         server
     }
 
-    fn prepared(binary: &NatsBinary, settings: NatsSettings) -> Self {
+    fn prepared(
+        binary: &NatsBinary,
+        settings: NatsSettings,
+        member: Option<ClusterMember>,
+    ) -> Self {
         assert!(
             !settings.sync_always || binary.at_least(2, 10, 0),
             "{binary} has no sync_interval; ask for it from 2.10 on"
@@ -173,6 +178,7 @@ impl NatsServer {
             settings,
             folder: Some(folder),
             port: 0,
+            member,
             process: None,
             paused: false,
         }
@@ -244,7 +250,7 @@ impl NatsServer {
     /// If it does not get ready; the message has its log.
     pub async fn start_again(&mut self) {
         assert!(self.process.is_none(), "the server is still running");
-        self.launch(None);
+        self.launch();
         self.wait_until_ready().await;
     }
 
@@ -273,7 +279,7 @@ impl NatsServer {
 
     /// Writes the configuration and starts the process, on the port that it had before if it had
     /// one.
-    fn launch(&mut self, cluster: Option<&ClusterMember>) {
+    fn launch(&mut self) {
         let folder = self.folder().to_owned();
         let store = folder.join("store");
         let log = folder.join("server.log");
@@ -299,7 +305,7 @@ impl NatsServer {
              {}\n",
             self.settings.extra,
         );
-        if let Some(member) = cluster {
+        if let Some(member) = &self.member {
             config.push_str(&member.config());
         }
         let file = folder.join("server.conf");
@@ -369,6 +375,10 @@ impl NatsServer {
             .and_then(|process| process.try_wait().ok().flatten());
         if let Some(status) = ended {
             self.process = None;
+            // While it was stopped, a connection of somebody else may have got its port.
+            if since.elapsed() < PATIENCE && port_was_taken(&self.log()) {
+                return self.launch();
+            }
             panic!(
                 "{} ended with {status}; its log:\n{}",
                 self.binary,
@@ -397,6 +407,12 @@ impl Drop for NatsServer {
             );
         }
     }
+}
+
+/// Whether a server's log ends because it could not listen.
+fn port_was_taken(log: &str) -> bool {
+    let mut last_lines = log.lines().rev().take(5);
+    last_lines.any(|line| line.contains("address already in use"))
 }
 
 fn pid_of(process: &Child) -> Pid {
@@ -439,8 +455,8 @@ impl ClusterMember {
 /// Three nats-servers in a cluster, for streams with three replicas.
 #[derive(Debug)]
 pub struct NatsCluster {
-    /// The members, named `n0`, `n1`, `n2`.
-    nodes: Vec<(ClusterMember, NatsServer)>,
+    /// Named `n0`, `n1`, `n2`.
+    nodes: Vec<NatsServer>,
 }
 
 impl NatsCluster {
@@ -457,9 +473,10 @@ impl NatsCluster {
                 port,
                 all_ports: all_ports.clone(),
             };
-            let mut server = NatsServer::prepared(binary, NatsSettings::default());
-            server.launch(Some(&member));
-            nodes.push((member, server));
+            let settings = NatsSettings::default();
+            let mut server = NatsServer::prepared(binary, settings, Some(member));
+            server.launch();
+            nodes.push(server);
         }
         let mut cluster = Self { nodes };
         cluster.wait_until_ready().await;
@@ -468,18 +485,18 @@ impl NatsCluster {
 
     /// The addresses of all members, separated by commas.
     pub fn url(&self) -> String {
-        let urls: Vec<String> = self.nodes.iter().map(|(_, server)| server.url()).collect();
+        let urls: Vec<String> = self.nodes.iter().map(NatsServer::url).collect();
         urls.join(",")
     }
 
     /// The servers.
     pub fn servers(&self) -> impl Iterator<Item = &NatsServer> {
-        self.nodes.iter().map(|(_, server)| server)
+        self.nodes.iter()
     }
 
     /// The servers, to do something to each of them.
     pub fn servers_mut(&mut self) -> impl Iterator<Item = &mut NatsServer> {
-        self.nodes.iter_mut().map(|(_, server)| server)
+        self.nodes.iter_mut()
     }
 
     /// One server, by the name that stream and consumer information gives it.
@@ -489,21 +506,20 @@ impl NatsCluster {
     pub fn server_mut(&mut self, name: &str) -> &mut NatsServer {
         self.nodes
             .iter_mut()
-            .find(|(member, _)| member.name == name)
-            .map(|(_, server)| server)
+            .find(|server| server.member.as_ref().is_some_and(|m| m.name == name))
             .unwrap_or_else(|| panic!("no member of the cluster is called {name}"))
     }
 
     /// Kills all members that run, as `kill -9` does.
     pub fn kill_all(&mut self) {
-        for (_, server) in &mut self.nodes {
+        for server in &mut self.nodes {
             server.kill();
         }
     }
 
     /// Stops all members in order.
     pub async fn stop_all(&mut self) {
-        for (_, server) in &mut self.nodes {
+        for server in &mut self.nodes {
             server.stop().await;
         }
     }
@@ -513,16 +529,16 @@ impl NatsCluster {
     /// # Panics
     /// If they do not get ready; the message has a log.
     pub async fn start_again(&mut self) {
-        for (member, server) in &mut self.nodes {
+        for server in &mut self.nodes {
             if !server.is_running() {
-                server.launch(Some(member));
+                server.launch();
             }
         }
         self.wait_until_ready().await;
     }
 
     async fn wait_until_ready(&mut self) {
-        for (_, server) in &mut self.nodes {
+        for server in &mut self.nodes {
             server.wait_until_ready().await;
         }
     }

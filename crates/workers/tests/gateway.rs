@@ -185,6 +185,7 @@ async fn who_has_no_route_or_no_instance_is_told_so() {
     gateway.set_addresses(id, &cluster("one"), Vec::new(), why);
     let answer = get(gateway.addr(), "shop.localhost", "/").await;
     assert_eq!(status(&answer), 503);
+    assert!(answer.contains(&format!("x-daybook-deployment: {id}")));
     let problem = problem(&answer);
     assert_eq!(problem["code"], "not_ready");
     assert_eq!(problem["deployment"], id.to_string());

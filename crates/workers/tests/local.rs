@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use daybook_events::EnvKey;
-use daybook_testkit::free_addr;
+use daybook_testkit::{TestApp, free_addr};
 use daybook_workers::gateway::{Backend, Gateway, Policy, Route, RouteTable};
 use daybook_workers::local::{LocalCluster, OpenError, Workloads};
 use daybook_workers::target::{Target, TargetError};
@@ -251,6 +251,41 @@ async fn a_port_that_the_service_insists_on_and_that_is_taken_is_a_problem() {
     cluster.shutdown(Workloads::Stop).await;
 }
 
+/// Somebody takes the port between its choice and the moment when the application listens.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_that_is_snatched_away_is_replaced_by_another() {
+    let bench = Bench::new().await;
+    let cluster = bench.cluster().await;
+    // One ends because of it, the other lives on without listening.
+    for flags in [["--slow-start", "1500"].as_slice(), &["--silent"]] {
+        let id = deployment();
+        let mut status = apply(&cluster, 1, &[(id, &bench.release(flags))]).await;
+        let started = |r: &daybook_workers::target::ReleaseStatus| {
+            r.instances.iter().any(|i| !i.address.is_empty())
+        };
+        let seen = wait(&mut status, id, "started", started).await;
+        let address = seen.instances[0].address.clone();
+        let thief = TestApp::start_on(address.parse().unwrap(), &["--text", "thief"]);
+        assert!(thief.is_some());
+        let elsewhere = |r: &daybook_workers::target::ReleaseStatus| {
+            let now = &r.instances[0].address;
+            assert!(
+                r.ready() == 0 || *now != address,
+                "the thief was taken for the instance"
+            );
+            !now.is_empty() && *now != address
+        };
+        if flags[0] == "--silent" {
+            wait(&mut status, id, "moved", elsewhere).await;
+        } else {
+            let seen = wait(&mut status, id, "moved", |r| elsewhere(r) && r.ready() == 1).await;
+            assert_eq!(get(&seen.instances[0].address, "/").await.unwrap(), "hello");
+            assert_eq!(seen.problem, None);
+        }
+    }
+    cluster.shutdown(Workloads::Stop).await;
+}
+
 /// A change of the specification under one deployment: the old instance serves until the new one
 /// is ready, and does not count as ready for the new revision.
 #[tokio::test(flavor = "multi_thread")]
@@ -421,6 +456,17 @@ async fn the_last_words_of_a_crash_and_of_a_stop_arrive() {
     assert_eq!(words, ["before-the-crash", "before-the-stop"]);
 }
 
+/// The options of a Daybook that uses the folder of another process's bench.
+fn other_options(dir: &std::path::Path) -> daybook_workers::local::LocalOptions {
+    daybook_workers::local::LocalOptions::new(
+        dir.join("cluster"),
+        daybook_events::ClusterName::parse("one").unwrap(),
+        TestImages::open(dir),
+        FileLines::open(&dir.join("lines")),
+        tokio_util::sync::CancellationToken::new(),
+    )
+}
+
 /// A Daybook in a process of its own, to be killed. Runs until that happens.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "started by other tests as a process of its own"]
@@ -428,14 +474,7 @@ async fn another_daybook() {
     let Some(dir) = std::env::var_os("DAYBOOK_TEST_DIR") else {
         return;
     };
-    let lines = FileLines::open(&std::path::Path::new(&dir).join("lines"));
-    let options = daybook_workers::local::LocalOptions::new(
-        std::path::Path::new(&dir).join("cluster"),
-        daybook_events::ClusterName::parse("one").unwrap(),
-        TestImages::open(dir.as_ref()),
-        lines,
-        tokio_util::sync::CancellationToken::new(),
-    );
+    let options = other_options(dir.as_ref());
     let _cluster = LocalCluster::open_when_free(options).await.unwrap();
     std::fs::write(std::path::Path::new(&dir).join("running"), "").unwrap();
     std::future::pending::<()>().await;
@@ -538,6 +577,75 @@ async fn processes_outlive_daybook_and_are_taken_over() {
     let expected: Vec<usize> = (1..=ticks.len()).collect();
     let differs = ticks.iter().zip(&expected).position(|(a, b)| a != b);
     assert_eq!(differs, None, "each line once, in order");
+}
+
+/// A Daybook in a process of its own that keeps changing its mind, to be killed meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "started by other tests as a process of its own"]
+async fn a_restless_daybook() {
+    let (Some(dir), Ok(values)) = (
+        std::env::var_os("DAYBOOK_TEST_DIR"),
+        std::env::var("DAYBOOK_TEST_RELEASE"),
+    ) else {
+        return;
+    };
+    let (id, mut values): (_, daybook_workers::values::ReleaseValues) =
+        serde_json::from_str(&values).unwrap();
+    let cluster = LocalCluster::open_when_free(other_options(dir.as_ref()))
+        .await
+        .unwrap();
+    for revision in 1.. {
+        values.run.replicas = [1, 3, 0, 2][revision as usize % 4];
+        values.run.command.truncate(1);
+        values
+            .run
+            .command
+            .extend(["--text".into(), format!("{}", revision / 4 % 2)]);
+        apply(&cluster, revision, &[(id, &values)]).await;
+        tokio::time::sleep(Duration::from_millis(u64::from(revision * 37 % 90))).await;
+    }
+}
+
+/// Whenever Daybook is killed, there is never a second process of one instance, and nothing is
+/// forgotten.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_moment_nothing_is_doubled_or_forgotten() {
+    let bench = Bench::new().await;
+    let id = deployment();
+    let mut values = bench.release(&[]);
+    let text = serde_json::to_string(&(id, &values)).unwrap();
+    for round in 0..12u64 {
+        let mut other = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_restless_daybook", "--ignored", "--nocapture"])
+            .env("DAYBOOK_TEST_DIR", bench.dir.path())
+            .env("DAYBOOK_TEST_RELEASE", &text)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let desired = bench.dir.path().join("cluster/apps/shop.production.json");
+        eventually("it has begun", || desired.exists()).await;
+        tokio::time::sleep(Duration::from_millis(150 + round * 61 % 400)).await;
+        assert!(other.try_wait().unwrap().is_none(), "it ended by itself");
+        other.kill().unwrap();
+        other.wait().unwrap();
+    }
+    let cluster = bench.cluster().await;
+    for (revision, count) in [(1000, 3), (1001, 1)] {
+        values.run.replicas = count;
+        let mut status = apply(&cluster, revision, &[(id, &values)]).await;
+        let seen = wait_ready(&mut status, id, count).await;
+        for instance in &seen.instances {
+            assert_eq!(get(&instance.address, "/").await.unwrap(), "hello");
+        }
+        assert_eq!(processes_of(id).len(), count as usize);
+    }
+    let mut status = apply(&cluster, 1002, &[]).await;
+    wait_gone(&mut status, id).await;
+    assert!(processes_of(id).is_empty());
+    let releases = std::fs::read_dir(bench.dir.path().join("cluster/releases")).unwrap();
+    assert_eq!(releases.count(), 0);
+    cluster.shutdown(Workloads::Stop).await;
 }
 
 /// A process that dies while no Daybook looks is started again by the next.
@@ -736,6 +844,81 @@ async fn the_gateway_follows_what_the_cluster_observes() {
     wait_ready(&mut status, blue, 0).await;
     let answer = ask().await;
     assert!(answer.contains("it is stopped"), "{answer}");
+    gateway.shutdown(Duration::from_secs(1)).await;
+    cluster.shutdown(Workloads::Stop).await;
+}
+
+/// Instances are replaced three times under constant load on kept-alive connections.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn replacing_instances_under_load_fails_no_request() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    let bench = Bench::new().await;
+    let cluster = bench.cluster().await;
+    let gateway = Gateway::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    gateway.track(cluster.cluster().clone(), cluster.watch(&app()));
+    let id = deployment();
+    let mut status = apply(&cluster, 1, &[(id, &bench.release(&["--text", "0"]))]).await;
+    wait_ready(&mut status, id, 1).await;
+    let backend = Backend {
+        deployment: id,
+        cluster: cluster.cluster().clone(),
+        weight: 1,
+    };
+    let route = Route {
+        backends: vec![backend],
+        policy: Policy::Simple,
+    };
+    let table = RouteTable {
+        project: app().project,
+        revision: 1,
+        routes: BTreeMap::from([(daybook_events::Hostname::parse("x").unwrap(), route)]),
+    };
+    gateway.apply(table).unwrap();
+    let (done, answered) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicU64::new(0)),
+    );
+    let addr = gateway.addr();
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let (done, answered) = (done.clone(), answered.clone());
+            tokio::spawn(async move {
+                let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();
+                while !done.load(SeqCst) {
+                    stream
+                        .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                        .await
+                        .unwrap();
+                    let mut answer = Vec::new();
+                    // The application's text has one character.
+                    while !answer.windows(4).any(|w| w == b"\r\n\r\n") || answer.ends_with(b"\n") {
+                        let n = stream.read_buf(&mut answer).await.unwrap();
+                        assert!(n > 0, "cut off: {}", String::from_utf8_lossy(&answer));
+                    }
+                    let text = String::from_utf8_lossy(&answer);
+                    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+                    answered.fetch_add(1, SeqCst);
+                }
+            })
+        })
+        .collect();
+    for revision in 2..5u32 {
+        let values = bench.release(&["--text", &revision.to_string()]);
+        apply(&cluster, revision, &[(id, &values)]).await;
+        wait_ready(&mut status, id, 1).await;
+        let before = answered.load(SeqCst);
+        eventually("more answers", || answered.load(SeqCst) > before + 50).await;
+        let latest = get(&addr.to_string(), "/").await.unwrap();
+        assert_eq!(latest, revision.to_string());
+    }
+    done.store(true, SeqCst);
+    for client in clients {
+        client.await.unwrap();
+    }
+    assert_eq!(gateway.traffic()[&id].failures, 0);
     gateway.shutdown(Duration::from_secs(1)).await;
     cluster.shutdown(Workloads::Stop).await;
 }

@@ -178,6 +178,8 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
                 continue 'connect;
             };
             last_id = Some(event.id.clone());
+            // The stream is the ledger's; the state below is asked of a fold that may be behind.
+            client.saw(event.id.parse().unwrap_or_default());
             let Ok(data) = serde_json::from_str::<Value>(&event.data) else {
                 continue;
             };

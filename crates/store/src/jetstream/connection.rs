@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_nats::ConnectOptions;
@@ -189,11 +190,11 @@ fn reconnect_delay(attempts: usize) -> Duration {
     Duration::from_millis(10 * 2_u64.pow(doublings)).min(Duration::from_secs(2))
 }
 
-/// Whether the connection stands, and how often it was made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Link {
-    pub(crate) up: bool,
-    pub(crate) made: u64,
+/// How often the connection was lost and made again, both counted: it stands if this is even.
+type Turns = u64;
+
+fn is_up(turns: Turns) -> bool {
+    turns.is_multiple_of(2)
 }
 
 /// A connection that is made again whenever it is lost, for ever. Clones share it.
@@ -201,7 +202,9 @@ pub(crate) struct Link {
 pub struct Connection {
     client: async_nats::Client,
     context: jetstream::Context,
-    link: watch::Receiver<Link>,
+    turns: watch::Receiver<Turns>,
+    /// The same number, cheap enough to be looked at for every append.
+    turns_now: Arc<AtomicU64>,
     options: Arc<NatsOptions>,
 }
 
@@ -209,7 +212,7 @@ impl fmt::Debug for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Connection")
             .field("servers", &self.options.servers.len())
-            .field("link", &*self.link.borrow())
+            .field("is_up", &self.is_up())
             .finish_non_exhaustive()
     }
 }
@@ -219,14 +222,16 @@ impl Connection {
     /// answer is one that no waiting mends.
     pub async fn open(options: NatsOptions) -> Result<Self, ConnectError> {
         let addresses = options.addresses()?;
-        let (link_sender, link) = watch::channel(Link { up: true, made: 1 });
-        let link_sender = Arc::new(link_sender);
+        let (sender, turns) = watch::channel(0);
+        let sender = Arc::new(sender);
+        let turns_now = Arc::new(AtomicU64::new(0));
+        let now = turns_now.clone();
         let connect_options = options
             .connect_options(&options.auth)
             .await?
             .event_callback(move |event| {
-                let link_sender = link_sender.clone();
-                async move { note_event(&link_sender, &event) }
+                let (sender, now) = (sender.clone(), now.clone());
+                async move { note_event(&sender, &now, &event) }
             });
         let client = connect(&addresses, connect_options, options.connect_timeout).await?;
         let context = jetstream::context::ContextBuilder::new()
@@ -235,7 +240,8 @@ impl Connection {
         Ok(Self {
             client,
             context,
-            link,
+            turns,
+            turns_now,
             options: Arc::new(options),
         })
     }
@@ -262,20 +268,30 @@ impl Connection {
         self.options.answer_timeout
     }
 
+    /// Another number than before means that the connection was lost in between: what was asked
+    /// before will get no answer.
+    pub(crate) fn turns(&self) -> Turns {
+        self.turns_now.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn is_up(&self) -> bool {
+        is_up(self.turns())
+    }
+
     /// Watches the connection from its present state on.
     pub(crate) fn watch(&self) -> LinkWatch {
-        let mut receiver = self.link.clone();
-        let seen = *receiver.borrow_and_update();
-        LinkWatch { receiver, seen }
+        let mut turns = self.turns.clone();
+        let seen = *turns.borrow_and_update();
+        LinkWatch { turns, seen }
     }
 
     /// Waits until the connection stands, at most as long as an answer may take.
     pub(crate) async fn wait_until_up(&self) -> bool {
-        if self.link.borrow().up {
+        if self.is_up() {
             return true;
         }
-        let mut link = self.link.clone();
-        let up = link.wait_for(|link| link.up);
+        let mut turns = self.turns.clone();
+        let up = turns.wait_for(|&turns| is_up(turns));
         matches!(
             tokio::time::timeout(self.answer_timeout(), up).await,
             Ok(Ok(_))
@@ -291,8 +307,8 @@ impl Connection {
 /// Notices that the connection was lost since it was last asked.
 #[derive(Debug, Clone)]
 pub(crate) struct LinkWatch {
-    receiver: watch::Receiver<Link>,
-    seen: Link,
+    turns: watch::Receiver<Turns>,
+    seen: Turns,
 }
 
 impl LinkWatch {
@@ -300,49 +316,42 @@ impl LinkWatch {
     /// will get no answer, and what was subscribed may have missed something.
     pub(crate) async fn lost(&mut self) {
         loop {
-            let link = *self.receiver.borrow_and_update();
-            if !link.up || link.made != self.seen.made {
+            let turns = *self.turns.borrow_and_update();
+            if turns != self.seen || !is_up(turns) {
                 return;
             }
-            if self.receiver.changed().await.is_err() {
+            if self.turns.changed().await.is_err() {
                 // The client is being torn down: there is nothing to wait for, and nobody to tell.
                 std::future::pending::<()>().await;
             }
         }
     }
-
-    /// Whether the connection stood when this watch was made.
-    pub(crate) fn was_up(&self) -> bool {
-        self.seen.up
-    }
 }
 
-fn note_event(link: &watch::Sender<Link>, event: &async_nats::Event) {
-    match event {
-        // The event of the very first connection comes when `Link` says so already.
-        async_nats::Event::Connected => {
-            link.send_if_modified(|link| {
-                let again = !link.up;
-                if again {
-                    link.up = true;
-                    link.made += 1;
-                }
-                again
-            });
-        }
-        async_nats::Event::Disconnected | async_nats::Event::Closed => {
-            link.send_if_modified(|link| std::mem::replace(&mut link.up, false));
-        }
+/// Events come one after the other, and nothing else changes the number.
+fn note_event(sender: &watch::Sender<Turns>, now: &AtomicU64, event: &async_nats::Event) {
+    let up = match event {
+        async_nats::Event::Connected => true,
+        async_nats::Event::Disconnected | async_nats::Event::Closed => false,
         async_nats::Event::SlowConsumer(subscription) => {
             tracing::warn!(subscription, "a reader of the log did not keep up");
+            return;
         }
         async_nats::Event::ServerError(error) => {
             tracing::warn!(%error, "the NATS server reports an error");
+            return;
         }
         async_nats::Event::ClientError(error) => {
             tracing::debug!(%error, "connecting to NATS");
+            return;
         }
-        _ => {}
+        _ => return,
+    };
+    // The very first connection is known of before its event comes.
+    let turns = *sender.borrow();
+    if is_up(turns) != up {
+        now.store(turns + 1, Ordering::Release);
+        sender.send_replace(turns + 1);
     }
 }
 

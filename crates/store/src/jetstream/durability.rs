@@ -30,6 +30,9 @@ pub(super) async fn judge(
     let version = connection.server_version();
     warn_of_version(version, warnings);
     warn_of_state(info, warnings);
+    if version < REFUSES_WITHOUT_HOLES {
+        warn_of_account(account_limit(connection).await, warnings);
+    }
     if version < (2, 10, 0) {
         warnings.push(
             "this NATS server acknowledges events before they are on disk, and has no option to \
@@ -83,6 +86,46 @@ fn warn_of_version(version: (u64, u64, u64), warnings: &mut Vec<String>) {
                 .to_owned(),
         );
     }
+}
+
+/// Earlier servers store an event that the account has no room for, and then take it out again.
+const REFUSES_WITHOUT_HOLES: (u64, u64, u64) = (2, 10, 12);
+
+fn warn_of_account(limit: Option<u64>, warnings: &mut Vec<String>) {
+    if let Some(limit) = limit {
+        warnings.push(format!(
+            "the NATS account may store {limit} bytes; when they are used up, this version of NATS \
+             leaves a hole in the ledger, which nobody reads beyond: lift the limit, or use NATS \
+             2.10.12 or later"
+        ));
+    }
+}
+
+/// How many bytes the account may store, if that is limited.
+async fn account_limit(connection: &Connection) -> Option<u64> {
+    let answer = connection
+        .client()
+        .request("$JS.API.INFO", "".into())
+        .await
+        .ok()?;
+    read_account_limit(&answer.payload)
+}
+
+/// The library's own type for this answer does not fit what 2.9 sends.
+fn read_account_limit(answer: &[u8]) -> Option<u64> {
+    #[derive(Deserialize)]
+    struct Answer {
+        limits: Limits,
+    }
+    #[derive(Deserialize)]
+    struct Limits {
+        max_storage: i64,
+    }
+    let answer: Answer = serde_json::from_slice(answer).ok()?;
+    // -1 is "as much as there is", 0 is an account with limits of another kind.
+    u64::try_from(answer.limits.max_storage)
+        .ok()
+        .filter(|&limit| limit > 0)
 }
 
 /// A ledger begins with 1 and has no holes.
@@ -194,6 +237,17 @@ mod tests {
             warn_of_version(version, &mut warnings);
             assert_eq!(!warnings.is_empty(), bad, "{version:?}");
         }
+    }
+
+    #[test]
+    fn limits_of_an_account_are_read() {
+        let read = |text: &str| read_account_limit(text.as_bytes());
+        assert_eq!(
+            read(r#"{"type":"x","limits":{"max_memory":-1,"max_storage":200000}}"#),
+            Some(200_000)
+        );
+        assert_eq!(read(r#"{"limits":{"max_storage":-1}}"#), None);
+        assert_eq!(read(r#"{"error":{"code":503}}"#), None);
     }
 
     #[test]

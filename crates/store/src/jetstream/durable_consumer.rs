@@ -89,23 +89,29 @@ enum Setback {
     NotThere,
 }
 
+/// Why there can be no such consumer.
+fn objection(config: &ConsumerConfig) -> Option<&'static str> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let name = &config.name;
+    if name.is_empty() || name.len() > 64 || !name.chars().all(allowed) {
+        return Some("needs a name of 1 to 64 lowercase letters, digits and hyphens");
+    }
+    if config.max_deliver == 0 || config.max_in_flight == 0 || config.ack_wait.is_zero() {
+        return Some("could deliver nothing: no attempts, no room, or no time for an answer");
+    }
+    None
+}
+
 impl DurableConsumer {
     pub(super) async fn open(
         log: EventStreamHandle,
         config: ConsumerConfig,
     ) -> Result<Self, ReadError> {
-        let invalid = |reason: &str| {
-            Err(ReadError::Invalid(format!(
-                "the consumer name {:?} {reason}",
-                config.name
-            )))
-        };
-        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        if config.name.is_empty() || config.name.len() > 64 {
-            return invalid("must have 1 to 64 characters");
-        }
-        if !config.name.chars().all(allowed) {
-            return invalid("may have lowercase letters, digits and hyphens only");
+        if let Some(reason) = objection(&config) {
+            let name = &config.name;
+            return Err(ReadError::Invalid(format!(
+                "the consumer {name:?} {reason}"
+            )));
         }
         let consumer = Self {
             log,

@@ -43,7 +43,8 @@ pub struct LineOptions {
     pub stream: String,
     /// On how many servers each message is kept; 1, 3 or 5.
     pub replicas: usize,
-    /// Lines older than this go. A source of which all lines have gone counts from 1 again.
+    /// Lines older than this go. A source of which all lines have gone counts from 1 again, unless
+    /// whoever wrote them still does.
     pub max_age: Duration,
     /// When all lines together have more bytes, the oldest go; 0 for no bound. JetStream sets as
     /// much aside from what the account may store.
@@ -93,6 +94,20 @@ struct Tip {
     sequence: u64,
     /// The number of its last line, 0 if it has none.
     line: u64,
+}
+
+impl Tip {
+    /// The same, but where the retention has removed all of the source's messages, its numbers go
+    /// on after those that were known of before.
+    fn or_after(self, before: Option<Self>) -> Self {
+        match before {
+            Some(before) if self.sequence == 0 => Self {
+                sequence: 0,
+                line: before.line,
+            },
+            _ => self,
+        }
+    }
 }
 
 impl JetStreamLines {
@@ -149,11 +164,15 @@ impl Inner {
         known: &mut Option<Tip>,
     ) -> Result<(), ReadError> {
         let id = Uuid::now_v7().to_string();
+        // What is known of the source will not be for sure until the append has succeeded.
+        let mut known_before = known.take();
+        let mut next = known_before;
         loop {
-            let tip = match *known {
+            let tip = match next.take() {
                 Some(tip) => tip,
-                None => *known.insert(self.tip(source).await?),
+                None => self.tip(source).await?.or_after(known_before),
             };
+            known_before = Some(tip);
             let last = tip.line + lines.count;
             let message = Outgoing {
                 subject: subject_of(source).into(),
@@ -166,8 +185,6 @@ impl Inner {
                 ],
                 payload: lines.json.clone(),
             };
-            // What is known of the source is no longer true, or will not be for sure.
-            *known = None;
             match self.publisher.publish(&message).await {
                 Ok(stored) => {
                     *known = Some(Tip {

@@ -11,8 +11,12 @@ use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind, Stream
 use async_nats::{HeaderMap, HeaderValue, Request, RequestErrorKind, Subject, header};
 use bytes::Bytes;
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use super::connection::Connection;
+
+/// How often one who waits for an acknowledgement looks whether it can still come.
+const LOOK_AFTER: Duration = Duration::from_millis(100);
 
 /// Header of the media type.
 const CONTENT_TYPE: &str = "Content-Type";
@@ -97,15 +101,18 @@ impl Publisher {
         Self { connection, stream }
     }
 
-    /// Stores a message. Takes at most about three times the answer timeout.
+    /// Stores a message. Takes at most about four times the answer timeout.
     pub(crate) async fn publish(&self, message: &Outgoing) -> Result<Stored, PublishFailure> {
-        // Nothing but the publish itself on the way that is nearly always taken.
+        // Nothing but the publish itself on the way that is nearly always taken; the others are
+        // boxed, so that they do not make every append carry their state.
         match self.attempt(message).await {
             Attempt::Stored(stored) => Ok(stored),
-            Attempt::Conflict { actual } => self.after_conflict(message, actual, false).await,
             Attempt::Failed(failure) => Err(failure),
-            Attempt::NotNow(reason) => self.try_again(message, false, reason).await,
-            Attempt::NoAnswer(reason) => self.try_again(message, true, reason).await,
+            Attempt::Conflict { actual } => {
+                Box::pin(self.after_conflict(message, actual, false)).await
+            }
+            Attempt::NotNow(reason) => Box::pin(self.try_again(message, false, reason)).await,
+            Attempt::NoAnswer(reason) => Box::pin(self.try_again(message, true, reason)).await,
         }
     }
 
@@ -115,9 +122,9 @@ impl Publisher {
         mut may_be_stored: bool,
         mut reason: String,
     ) -> Result<Stored, PublishFailure> {
-        let until = tokio::time::Instant::now() + 2 * self.connection.answer_timeout();
+        let until = Instant::now() + 2 * self.connection.answer_timeout();
         let mut pause = Duration::from_millis(20);
-        while tokio::time::Instant::now() < until {
+        while Instant::now() < until {
             if !self.connection.wait_until_up().await {
                 reason = "the connection to NATS is down".to_owned();
                 continue;
@@ -167,24 +174,37 @@ impl Publisher {
     }
 
     async fn attempt(&self, message: &Outgoing) -> Attempt {
-        let mut link = self.connection.watch();
-        if !link.was_up() {
+        let turns = self.connection.turns();
+        if !self.connection.is_up() {
             return Attempt::NotNow("the connection to NATS is down".to_owned());
         }
         let request = Request::new()
             .headers(headers_of(message))
-            .payload(message.payload.clone());
+            .payload(message.payload.clone())
+            .timeout(None);
         let sent = self
             .connection
             .client()
             .send_request(message.subject.clone(), request);
-        let answer = tokio::select! {
-            biased;
-            answer = sent => answer,
-            () = link.lost() => {
-                return Attempt::NoAnswer(
-                    "the connection to NATS was lost before the acknowledgement came".to_owned(),
-                );
+        let mut sent = std::pin::pin!(sent);
+        let began = Instant::now();
+        let answer = loop {
+            // Between these looks nothing is done but waiting: no append pays for being told.
+            match tokio::time::timeout(LOOK_AFTER, &mut sent).await {
+                Ok(answer) => break answer,
+                Err(_) if self.connection.turns() != turns => {
+                    return Attempt::NoAnswer(
+                        "the connection to NATS was lost before the acknowledgement came"
+                            .to_owned(),
+                    );
+                }
+                Err(_) if began.elapsed() >= self.connection.answer_timeout() => {
+                    return Attempt::NoAnswer(format!(
+                        "no acknowledgement came within {:?}",
+                        self.connection.answer_timeout()
+                    ));
+                }
+                Err(_) => {}
             }
         };
         let error = match answer {
@@ -200,11 +220,9 @@ impl Publisher {
                 message.subject
             ))),
             RequestErrorKind::MaxPayloadExceeded => Attempt::Failed(PublishFailure::TooLarge),
-            RequestErrorKind::TimedOut => Attempt::NoAnswer(format!(
-                "no acknowledgement came within {:?}",
-                self.connection.answer_timeout()
-            )),
-            RequestErrorKind::Other => Attempt::NoAnswer(error.to_string()),
+            RequestErrorKind::TimedOut | RequestErrorKind::Other => {
+                Attempt::NoAnswer(error.to_string())
+            }
         }
     }
 
@@ -216,7 +234,7 @@ impl Publisher {
         actual: Option<u64>,
         may_be_stored: bool,
     ) -> Result<Stored, PublishFailure> {
-        let asked = tokio::time::Instant::now();
+        let asked = Instant::now();
         let patience = self.connection.answer_timeout() / 2;
         loop {
             let found = self.find(message).await.map_err(PublishFailure::Unknown)?;

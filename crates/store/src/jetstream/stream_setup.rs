@@ -16,6 +16,8 @@ use super::log::{LogOptions, all_subjects};
 const HEADER_BYTES: usize = 1024;
 /// How long the servers may take to answer for JetStream when the log is opened.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The first with direct get and with consumers that are created or updated in one call.
+const OLDEST_SERVER: (u64, u64, u64) = (2, 9, 0);
 /// How long a message id is remembered.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
 
@@ -48,6 +50,23 @@ pub(super) struct OpenedStream {
 /// Why a log on NATS could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
+    /// The server is older than what JetStream is used for here.
+    #[error("NATS {version} is too old; Daybook needs 2.9 or later")]
+    ServerTooOld {
+        /// Its version.
+        version: String,
+    },
+    /// The servers do not take messages as large as an event may be.
+    #[error(
+        "the NATS servers take messages of at most {max_payload} bytes, and events need up to \
+         {needed}; raise `max_payload` in their configuration"
+    )]
+    MessagesTooSmall {
+        /// What they take.
+        max_payload: usize,
+        /// What an event may have, its headers included.
+        needed: usize,
+    },
     /// The servers do not answer for JetStream.
     #[error(
         "JetStream does not answer ({reason}); is it enabled on the servers and for this account?"
@@ -133,6 +152,18 @@ pub(super) async fn open(
     connection: &Connection,
     setup: &StreamSetup,
 ) -> Result<OpenedStream, OpenError> {
+    let server = connection.client().server_info();
+    if connection.server_version() < OLDEST_SERVER {
+        return Err(OpenError::ServerTooOld {
+            version: server.version,
+        });
+    }
+    if server.max_payload < MAX_EVENT_BYTES + HEADER_BYTES {
+        return Err(OpenError::MessagesTooSmall {
+            max_payload: server.max_payload,
+            needed: MAX_EVENT_BYTES + HEADER_BYTES,
+        });
+    }
     let until = tokio::time::Instant::now() + PATIENCE;
     loop {
         let reason = match try_to_open(connection, setup).await {

@@ -54,6 +54,11 @@ impl GatewayProblem {
             CONTENT_TYPE,
             HeaderValue::from_static("application/problem+json"),
         );
+        if let Some(Ok(id)) = self.deployment.as_deref().map(HeaderValue::from_str) {
+            response
+                .headers_mut()
+                .insert(super::headers::DEPLOYMENT, id);
+        }
         response
     }
 }

@@ -31,6 +31,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 const STABLE: Duration = Duration::from_secs(10);
 /// So many starts in a row without becoming ready, and the rollout has failed.
 const MAX_STARTS: u32 = 5;
+/// Each process gets this long to become ready, also one that is taken over after its deadline.
+const CHANCE: Duration = Duration::from_secs(2);
 /// So often another port is tried because somebody else was faster.
 const MAX_PORTS: u32 = 5;
 /// So many unanswered probes make a ready instance unready; a refused connection does at once.
@@ -211,6 +213,8 @@ impl Instance {
         }
         process::kill_leftovers(id.clone(), mark).await;
         self.ended();
+        // While nobody looked after it, it could not become ready.
+        self.record.wanted_since = Timestamp::now();
         None
     }
 
@@ -315,7 +319,7 @@ impl Instance {
     /// Probes a running process until something happens that ends this.
     async fn watch_over(&mut self, process: &mut Process, stop: &CancellationToken) -> End {
         let mut probe = Probe::new(self.record.port, &self.record.spec.run.health);
-        let deadline = tokio::time::sleep(self.time_left());
+        let deadline = tokio::time::sleep(self.time_left().max(CHANCE));
         let mut deadline = std::pin::pin!(deadline);
         let mut overdue = false;
         let mut misses = 0;

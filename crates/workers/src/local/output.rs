@@ -460,4 +460,63 @@ mod tests {
         let cut = last_lines(&path).unwrap();
         assert!(cut.starts_with('…') && cut.len() <= 504);
     }
+
+    /// More output than can be kept: the oldest is dropped, a line says so, and what was read
+    /// takes no space on disk.
+    #[tokio::test]
+    async fn output_without_end_is_bounded() {
+        use std::os::unix::fs::MetadataExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        let lines = daybook_store::embedded::EmbeddedLines::open(
+            dir.path().join("lines"),
+            daybook_store::embedded::LineRetention::default(),
+        );
+        let lines: Arc<dyn LineLog> = Arc::new(lines.await.unwrap());
+        let written = File::create(file(dir.path(), 1)).unwrap();
+        let line = format!("{}\n", "x".repeat(8191));
+        let length = MAX_BACKLOG + (16 << 20);
+        for n in 0..length / line.len() as u64 {
+            written
+                .write_all_at(line.as_bytes(), n * line.len() as u64)
+                .unwrap();
+        }
+        written.write_all_at(b"last\n", length).unwrap();
+        let id = daybook_events::DeploymentId(uuid::Uuid::now_v7());
+        let output = Output {
+            dir: dir.path().into(),
+            lines: lines.clone(),
+            source: LineSource::Deployment(id),
+            cluster: ClusterName::parse("one").unwrap(),
+            instance: "web-0".into(),
+        };
+        let (runs, known) = watch::channel(Runs {
+            newest: 1,
+            ended: false,
+        });
+        let (done, mut carried) = watch::channel(0);
+        let leave = CancellationToken::new();
+        let task = tokio::spawn(output.carry(known, done, leave));
+        runs.send_replace(Runs {
+            newest: 1,
+            ended: true,
+        });
+        carried.wait_for(|n| *n == 1).await.unwrap();
+        let all = lines
+            .read(LineSource::Deployment(id), 0, 100_000)
+            .await
+            .unwrap();
+        assert!(all[0].line.text.contains("bytes of output were dropped"));
+        assert_eq!(all.last().unwrap().line.text, "last");
+        let kept = MAX_BACKLOG / 2 / line.len() as u64;
+        assert!(
+            (kept - 2..=kept + 2).contains(&(all.len() as u64 - 2)),
+            "{}",
+            all.len()
+        );
+        let blocks = written.metadata().unwrap().blocks() * 512;
+        assert!(blocks < 2 * PUNCH, "{blocks} bytes on disk");
+        drop(runs);
+        task.await.unwrap();
+    }
 }

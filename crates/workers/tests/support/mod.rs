@@ -229,6 +229,20 @@ impl Bench {
     }
 }
 
+/// Ends what a failed test has left running.
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let identity = std::fs::read(self.dir.path().join("cluster/cluster.json"));
+        let Ok(identity) = identity else { return };
+        let identity: serde_json::Value = serde_json::from_slice(&identity).unwrap();
+        let mark = format!("DAYBOOK_RUN={}/", identity["id"].as_str().unwrap());
+        for pid in processes_with(|variable| variable.starts_with(mark.as_bytes())) {
+            let pid = rustix::process::Pid::from_raw(pid).unwrap();
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
 pub fn app() -> AppRef {
     AppRef {
         project: ProjectName::parse("shop").unwrap(),
@@ -322,6 +336,10 @@ pub async fn get(address: &str, path: &str) -> Option<String> {
 /// The ids of running processes whose environment names a deployment: all that belong to it.
 pub fn processes_of(deployment: DeploymentId) -> Vec<i32> {
     let mark = format!("DAYBOOK_DEPLOYMENT={deployment}");
+    processes_with(|variable| variable == mark.as_bytes())
+}
+
+fn processes_with(wanted: impl Fn(&[u8]) -> bool) -> Vec<i32> {
     let entries = std::fs::read_dir("/proc").unwrap().flatten();
     entries
         .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok())
@@ -329,7 +347,7 @@ pub fn processes_of(deployment: DeploymentId) -> Vec<i32> {
             let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             let zombie = stat.rsplit(')').next().is_some_and(|s| s.starts_with(" Z"));
-            !zombie && environment.split(|b| *b == 0).any(|v| v == mark.as_bytes())
+            !zombie && environment.split(|b| *b == 0).any(&wanted)
         })
         .collect()
 }
