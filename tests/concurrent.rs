@@ -55,3 +55,41 @@ fn many_services_are_deployed_at_once() {
     }
     server.check_replay();
 }
+
+#[test]
+fn requests_at_the_same_moment_all_end_and_one_of_them_serves() {
+    let server = Server::start(Settings::default());
+    let source = application("--text together");
+    server.define("shop", "web", &source, &[]);
+    let ids: Vec<_> = std::thread::scope(|scope| {
+        let requests: Vec<_> = (0..4)
+            .map(|_| scope.spawn(|| server.begin(INSTANCE, &[])))
+            .collect();
+        requests.into_iter().map(|r| r.join().unwrap()).collect()
+    });
+    let mut started = Vec::new();
+    for id in &ids {
+        let state = until(&format!("{id} at an end"), || {
+            let state = server.deployment(id)["state"].as_str()?.to_owned();
+            ["started", "cancelled", "failed"]
+                .contains(&state.as_str())
+                .then_some(state)
+        });
+        if state == "started" {
+            started.push(id.as_str());
+        } else {
+            assert!(server.wait_until_cancelled(id).starts_with("superseded by"));
+        }
+    }
+    // Exactly one of those that started has the traffic.
+    let main = until("a main deployment that answers", || {
+        let answer = server.get("web.shop.localhost", "/");
+        answer.by().map(str::to_owned)
+    });
+    assert!(started.contains(&main.as_str()), "{main} of {started:?}");
+    let active = started
+        .iter()
+        .filter(|id| server.history(id)["active"] == true);
+    assert_eq!(active.count(), 1);
+    server.check_replay();
+}
