@@ -40,7 +40,7 @@ impl CommandBody for DefineService {}
 pub(crate) struct CreateEnvironment {
     /// Its name: a DNS label of at most 30 characters.
     name: String,
-    /// Clusters that deployments go to unless they name others.
+    /// Clusters that deployments go to unless they name others; all that the server knows if none is named.
     #[serde(default)]
     clusters: Vec<ClusterName>,
     /// Whether its services answer on the project's live hostnames.
@@ -204,8 +204,14 @@ pub(crate) async fn create_environment(
     Command { caller, body }: Command<CreateEnvironment>,
 ) -> Handled<EnvironmentView> {
     let name = EnvironmentName::parse(body.name)?;
+    // An environment that names no cluster has all that this server knows.
+    let clusters = if body.clusters.is_empty() {
+        state.settings.known_clusters.clone()
+    } else {
+        body.clusters
+    };
     let spec = EnvironmentSpec {
-        clusters: body.clusters,
+        clusters,
         live: body.live,
         switch: body.switch,
         ephemeral: body.ephemeral,

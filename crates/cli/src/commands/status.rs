@@ -23,12 +23,24 @@ pub struct StatusArgs {
     /// Only this service.
     #[arg(long, short)]
     service: Option<String>,
-    /// Everything about one deployment.
+    /// Everything about one deployment, by its id or the end of it; or one service instance, as
+    /// `project.environment.service`.
     deployment: Option<String>,
 }
 
 pub async fn run(args: StatusArgs) -> Outcome {
     let client = Client::new(&args.server)?;
+    if let Some(instance) = args.deployment.as_ref().filter(|d| d.contains('.')) {
+        let mut parts = instance.splitn(3, '.').map(|p| Some(p.to_owned()));
+        let mut part = || parts.next().flatten();
+        let query = [
+            ("project", part()),
+            ("environment", part()),
+            ("service", part()),
+        ];
+        overview(&client, &query).await?;
+        return Ok(Code::Success);
+    }
     if let Some(id) = &args.deployment {
         let id = super::lifecycle::find(&client, id).await?;
         let detail: Value = client
