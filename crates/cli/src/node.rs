@@ -216,7 +216,6 @@ impl Node {
         let mut tasks = Vec::new();
         let projections = open_projections(&data, &options)?;
         let parts = Parts::default();
-        parts.not_ready("projections", "catching up with the ledger");
         tasks.push(tokio::spawn(follow_log(
             projections.clone(),
             log.clone(),
@@ -257,7 +256,6 @@ impl Node {
             .wait_for(head, Duration::from_secs(600))
             .await
             .map_err(|e| Failure::new(Code::Failure, "projections_behind", e.to_string()))?;
-        parts.ready("projections");
 
         let images = open_images(&data)?;
         if has(Role::Build) {
@@ -554,7 +552,7 @@ async fn follow_log(
 ) {
     if let Err(error) = daybook_projections::runner::run(projections, log, cancel).await {
         let why = format!("the projections ended: {}", chain(&error));
-        parts.not_ready("projections", why.clone());
+        parts.not_ready("projection runner", why.clone());
         let _ = fail.send(Some(why));
     }
 }

@@ -233,6 +233,10 @@ impl Routing {
         if let Some(main) = &e.main {
             if e.reason == SwitchReason::Compensation {
                 traffic.former.retain(|d| Some(*d) != main.next);
+            } else if e.reason == SwitchReason::Rollback {
+                // What was rolled back from is no version to go back to: a second rollback goes
+                // further back, and never forward again.
+                traffic.former.retain(|d| Some(*d) != main.next);
             } else if let Some(previous) = main.previous {
                 traffic.former.retain(|d| *d != previous);
                 traffic.former.push(previous);

@@ -78,8 +78,11 @@ pub async fn overview(client: &Client, query: &[(&str, Option<String>)]) -> Resu
 fn print_overview(overview: &Overview) {
     let style = output::style();
     if overview.instances.is_empty() {
-        output::line("nothing is deployed yet");
-        output::line(&style.dim("start with `daybook project create`, or look at `daybook demo`"));
+        output::line("nothing runs, and nothing is on its way");
+        output::line(
+            &style
+                .dim("`daybook history` lists what was deployed; `daybook demo` shows how it goes"),
+        );
         return;
     }
     let mut table = Table::new([
