@@ -11,5 +11,6 @@ mod commands;
 mod concurrent;
 mod demo;
 mod images;
+mod kill;
 mod life;
 mod support;
