@@ -13,4 +13,5 @@ mod demo;
 mod images;
 mod kill;
 mod life;
+mod nats;
 mod support;

@@ -32,7 +32,9 @@ pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 /// How a server is started.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
-    /// More arguments of `daybook up`.
+    /// Only these roles, with `daybook serve`; all of them, with `daybook up`, if none is named.
+    pub roles: Option<&'static str>,
+    /// More arguments.
     pub args: Vec<String>,
     /// More variables of its environment.
     pub env: Vec<(String, String)>,
@@ -104,7 +106,11 @@ impl Server {
     pub fn try_restart_with(&mut self, addresses: &[&str]) -> Result<(), Refused> {
         assert!(self.process.is_none(), "it runs");
         let more = self.settings.args.iter().map(String::as_str);
-        let args: Vec<&str> = ["up"]
+        let verb = match self.settings.roles {
+            None => vec!["up"],
+            Some(roles) => vec!["serve", "--role", roles],
+        };
+        let args: Vec<&str> = verb
             .into_iter()
             .chain(addresses.iter().copied())
             .chain(more)

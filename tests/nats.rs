@@ -1,0 +1,108 @@
+//! The same job on a real nats-server: in one process, and in several that share the work.
+
+use daybook_testkit::nats::{NatsBinary, NatsServer};
+use serde_json::{Value, json};
+
+use crate::support::{Process, Server, Settings, application, replace_flags, until};
+
+const INSTANCE: &str = "shop.production.web";
+const HOST: &str = "web.shop.localhost";
+
+/// The oldest and the newest server that there are.
+fn binaries() -> Vec<NatsBinary> {
+    let mut all = NatsBinary::installed();
+    all.extend(NatsBinary::newest());
+    if all.is_empty() {
+        daybook_testkit::left_out("end to end on NATS: there is no nats-server");
+    }
+    all
+}
+
+fn on_each(test: impl Fn(&tokio::runtime::Runtime, NatsServer)) {
+    for binary in binaries() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let nats = runtime.block_on(NatsServer::start(&binary));
+        test(&runtime, nats);
+    }
+}
+
+fn count(events: &[Value], kind: &str) -> usize {
+    let kind = format!("dev.daybook.{kind}");
+    events.iter().filter(|e| e["event"]["type"] == kind).count()
+}
+
+#[test]
+fn everything_in_one_process_survives_a_restart_of_the_server_and_a_kill_of_its_own() {
+    on_each(|runtime, mut nats| {
+        let mut server = Server::start(Settings::default().env("DAYBOOK_NATS", nats.url()));
+        let source = application("--text one");
+        server.define("shop", "web", &source, &[]);
+        let first = server.deploy(INSTANCE, &[]);
+        server.get_from(HOST, "/", &first);
+
+        // The server goes away in the middle of a rollout, and comes back.
+        replace_flags(&source, "--text two --slow-start 1000");
+        let second = server.begin(INSTANCE, &[]);
+        server.wait_for(&second, "deploying");
+        nats.kill();
+        assert_eq!(server.get(HOST, "/").by(), Some(first.as_str()));
+        runtime.block_on(nats.start_again());
+        server.wait_for(&second, "started");
+        server.get_from(HOST, "/", &second);
+
+        // Daybook itself is killed in the middle of the next one.
+        replace_flags(&source, "--text three --slow-start 1000");
+        let third = server.begin(INSTANCE, &[]);
+        server.wait_for(&third, "deploying");
+        server.kill();
+        server.restart();
+        server.wait_for(&third, "started");
+        server.get_from(HOST, "/", &third);
+        let events = server.events();
+        assert_eq!(count(&events, "gitops.committed.v1"), 3);
+        assert_eq!(count(&events, "deployment.succeeded.v1"), 3);
+        server.check_replay();
+    });
+}
+
+#[test]
+fn a_build_worker_killed_in_the_middle_of_a_build_is_replaced_by_another() {
+    on_each(|_, nats| {
+        let settings = Settings {
+            roles: Some("api,gateway,route,probe,package,sync"),
+            ..Settings::default()
+        };
+        let server = Server::start(settings.env("DAYBOOK_NATS", nats.url()));
+        let env = [("DAYBOOK_NATS".to_owned(), nats.url().to_owned())];
+        let worker = || Process::start(server.folder(), &["serve", "--role", "build"], &env);
+        let first = worker();
+
+        // The build waits until a file is there, so that it is certainly killed in its middle.
+        let go = server.folder().path().join("go");
+        let command = format!(
+            "echo begun; while [ ! -e {} ]; do sleep 0.05; done",
+            go.display()
+        );
+        let spec = server.folder().path().join("service.json");
+        let build = json!({ "build": { "command": ["/bin/sh", "-c", command] } });
+        std::fs::write(&spec, build.to_string()).unwrap();
+        let source = application("--text one");
+        server.define("shop", "web", &source, &["--file", spec.to_str().unwrap()]);
+        let id = server.begin(INSTANCE, &[]);
+        until("the builder runs", || {
+            (count(&server.events(), "build.builder_started.v1") == 1).then_some(())
+        });
+        let second = worker();
+        first.kill();
+        std::fs::write(&go, "").unwrap();
+        server.wait_for(&id, "started");
+        server.get_from(HOST, "/", &id);
+        let events = server.events();
+        assert_eq!(count(&events, "build.started.v1"), 2);
+        assert_eq!(count(&events, "build.succeeded.v1"), 1);
+        assert_eq!(count(&events, "deployment.building_started.v1"), 1);
+        assert_eq!(count(&events, "gitops.committed.v1"), 1);
+        server.check_replay();
+        assert!(second.stop().success());
+    });
+}
