@@ -173,6 +173,11 @@ async fn a_deployment_that_cannot_be_is_refused() {
         .post("/api/v1/projects/shop/environments", empty)
         .await
         .ok();
+    // One that is made without clusters has all that the server knows.
+    let path = "/api/v1/projects/shop/environments/empty";
+    let made = server.get(path).await.ok();
+    assert_eq!(made["clusters"], json!(["east", "west"]));
+    server.put(path, json!({ "clusters": [] })).await.ok();
     let before = server.get("/api/v1/projects").await.position();
     let api = "shop.staging.api";
     for (body, status, code) in [
