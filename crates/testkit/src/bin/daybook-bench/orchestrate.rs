@@ -9,10 +9,11 @@ use daybook_events::deployment::{
     self, Deployment, DeploymentEvent, Requested, Status, SwitchMode, Version,
 };
 use daybook_events::lines::LineLog;
+use daybook_events::project::{self, Project, ProjectEvent};
 use daybook_events::spec::{BuildSpec, RunSpec};
 use daybook_events::{
-    Actor, ClusterName, Context, DeploymentId, EventId, GitRef, Hostname, InstanceRef, ServiceName,
-    Subject,
+    Actor, ClusterName, Context, DeploymentId, EventId, GitRef, Hostname, InstanceRef, ProjectName,
+    ServiceName, Subject,
 };
 use daybook_projections::{Ledger, Projections};
 use daybook_store::embedded::{EmbeddedLines, LineRetention};
@@ -131,6 +132,18 @@ impl World {
         };
         let crew = Crew::new(bench, DriverOptions::default(), cancel.clone());
         let cluster = ClusterName::parse("local-a")?;
+        // Only the environments of projects that exist are looked after.
+        let name = ProjectName::parse("bench")?;
+        let created = ProjectEvent::Created(project::Created {
+            name: name.clone(),
+            description: None,
+        });
+        let context = context(Uuid::now_v7());
+        ledger
+            .execute::<Project>(&Subject::Project(name), &context, |s| {
+                project::decide(s, created.clone())
+            })
+            .await?;
         let repositories = Arc::new(IdleRepositories::default());
         crew.build(Arc::new(IdleSources), Arc::new(IdleImages));
         crew.package(repositories.clone());
@@ -185,15 +198,7 @@ impl World {
             reason: None,
             redeploy_of: None,
         }));
-        let context = Context {
-            id: EventId(Uuid::now_v7()),
-            time: Timestamp::now(),
-            correlation: id.0,
-            causation: None,
-            actor: Actor::system("bench"),
-            traceparent: None,
-            request_digest: None,
-        };
+        let context = context(id.0);
         let begun = Instant::now();
         self.ledger
             .execute::<Deployment>(&subject, &context, |s| deployment::decide(s, event.clone()))
@@ -214,5 +219,17 @@ impl World {
                 _ => changes.changed().await?,
             }
         }
+    }
+}
+
+fn context(correlation: Uuid) -> Context {
+    Context {
+        id: EventId(Uuid::now_v7()),
+        time: Timestamp::now(),
+        correlation,
+        causation: None,
+        actor: Actor::system("bench"),
+        traceparent: None,
+        request_digest: None,
     }
 }
