@@ -15,7 +15,7 @@ use crate::tools::{GoServer, folder};
 pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString)>, Failure> {
     let mut found = nats(left_out)?;
     let registry = locate("DAYBOOK_REGISTRY", || {
-        installed_or_extracted("docker-registry", "docker-registry")
+        installed_or_extracted("docker-registry")
     });
     found.extend(entered(
         left_out,
@@ -23,11 +23,6 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
         "docker-registry",
         registry,
     )?);
-    // Unpacked and not installed: installing it would start a service.
-    let sshd = locate("DAYBOOK_SSHD", || {
-        installed_or_extracted("sshd", "openssh-server")
-    });
-    found.extend(entered(left_out, "DAYBOOK_SSHD", "sshd", sshd)?);
     let buildah = locate("DAYBOOK_BUILDAH", || installed("buildah"));
     found.extend(entered(left_out, "DAYBOOK_BUILDAH", "buildah", buildah)?);
     Ok(found)
@@ -37,7 +32,7 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
 pub(crate) fn nats(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString)>, Failure> {
     let mut found = Vec::new();
     let oldest = locate("DAYBOOK_NATS_SERVER", || {
-        installed_or_extracted("nats-server", "nats-server").or_else(|packages| {
+        installed_or_extracted("nats-server").or_else(|packages| {
             GoServer::NATS_OLDEST
                 .build()
                 .map_err(|go| format!("{packages}; {go}").into())
@@ -98,7 +93,7 @@ fn installed(name: &str) -> Result<PathBuf, Failure> {
 
 /// A server that is a single file: from PATH, or else taken out of its package into the cache.
 /// The package is not installed, because then the system would start the server as a service.
-fn installed_or_extracted(name: &str, package: &str) -> Result<PathBuf, Failure> {
+fn installed_or_extracted(name: &str) -> Result<PathBuf, Failure> {
     if let Some(path) = on_path(name) {
         return Ok(path);
     }
@@ -111,7 +106,7 @@ fn installed_or_extracted(name: &str, package: &str) -> Result<PathBuf, Failure>
     }
     on_path("apt-get").ok_or_else(|| not_here(name, "there is no apt-get"))?;
     let work = home.with_extension(std::process::id().to_string());
-    let extracted = extract_package(package, &work).and_then(|()| {
+    let extracted = extract_package(name, &work).and_then(|()| {
         let _ = fs::remove_dir_all(&home);
         fs::rename(work.join("root"), &home).map_err(Failure::from)
     });
