@@ -985,9 +985,7 @@ async fn a_server_that_gives_out_single_commits_is_asked_for_one() {
 #[tokio::test]
 async fn sources_come_over_ssh() {
     let Some(server) = SshServer::start() else {
-        // Nothing installs one: it would start a service and needs a user of its own. The
-        // transport itself is tested with a program that stands in for ssh.
-        eprintln!("LEFT OUT: sources over ssh from a real sshd: there is none on this machine");
+        daybook_testkit::left_out("sources over ssh: there is no sshd on this machine");
         return;
     };
     let source = SourceRepository::new();

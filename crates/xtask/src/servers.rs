@@ -23,9 +23,26 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
         "docker-registry",
         registry,
     )?);
-    let buildah = locate("DAYBOOK_BUILDAH", || installed("buildah"));
+    let sshd = locate("DAYBOOK_SSHD", sshd);
+    found.extend(entered(left_out, "DAYBOOK_SSHD", "sshd", sshd)?);
+    let buildah = locate("DAYBOOK_BUILDAH", || installed("buildah", "buildah"));
     found.extend(entered(left_out, "DAYBOOK_BUILDAH", "buildah", buildah)?);
     Ok(found)
+}
+
+/// An sshd. It needs a user of its own, so it cannot be taken out of its package; and installing
+/// the package may start a service, which only a machine that is thrown away afterwards may get.
+fn sshd() -> Result<PathBuf, Failure> {
+    if let Some(path) = on_path("sshd") {
+        return Ok(path);
+    }
+    if std::env::var_os("CI").is_some() {
+        return installed("sshd", "openssh-server");
+    }
+    Err(not_here(
+        "sshd",
+        "it is installed in CI only; set DAYBOOK_SSHD to one",
+    ))
 }
 
 /// The same for the two nats-servers alone.
@@ -81,14 +98,14 @@ fn entered(
 }
 
 /// A program from PATH, or else from the system's packages, installed now.
-fn installed(name: &str) -> Result<PathBuf, Failure> {
+fn installed(name: &str, package: &str) -> Result<PathBuf, Failure> {
     if let Some(path) = on_path(name) {
         return Ok(path);
     }
     let mut apt = apt_get()?;
-    apt.args(["install", "--yes", "--no-install-recommends", name]);
+    apt.args(["install", "--yes", "--no-install-recommends", package]);
     updating_once(|| run(&mut apt))?;
-    on_path(name).ok_or_else(|| format!("package {name} brings no program {name}").into())
+    on_path(name).ok_or_else(|| format!("package {package} brings no program {name}").into())
 }
 
 /// A server that is a single file: from PATH, or else taken out of its package into the cache.
