@@ -22,9 +22,11 @@ pub mod spec;
 pub mod subject;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod tree;
 
 pub use aggregate::{Aggregate, Decision, Folded, Refusal};
 pub use envelope::{Actor, Context, Event, NewEvent, Payload};
 pub use log::{EventLog, Position, Recorded};
 pub use names::*;
 pub use subject::{AggregateKind, Subject, SubjectFilter};
+pub use tree::{PublishedTree, TreeHead};
