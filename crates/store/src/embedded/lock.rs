@@ -3,6 +3,12 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a held lock is waited for. A process that another one is just starting has a copy of
+/// its parent's open files from `fork` to `exec`, and with it the lock of a parent that has died
+/// in between.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Why a folder could not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -32,11 +38,20 @@ pub enum LockError {
 /// process dies, however it dies.
 #[derive(Debug)]
 pub(super) struct FolderLock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for FolderLock {
+    /// Closing alone would leave the lock to a copy of the file in a process that is just being
+    /// started; unlocking takes it from all copies.
+    fn drop(&mut self) {
+        let _ = self.file.unlock();
+    }
 }
 
 impl FolderLock {
-    /// Takes the folder, which must exist, and writes this process's id into its lock file.
+    /// Takes the folder, which must exist, and writes this process's id into its lock file. Blocks
+    /// for up to half a second while another process has it.
     pub(super) fn acquire(folder: &Path) -> Result<Self, LockError> {
         let path = folder.join("lock");
         let io = |source| LockError::Io {
@@ -50,7 +65,7 @@ impl FolderLock {
             .truncate(false)
             .open(&path)
             .map_err(io)?;
-        match file.try_lock() {
+        match wait_for_lock(&file) {
             Ok(()) => {}
             Err(TryLockError::Error(e)) => return Err(io(e)),
             Err(TryLockError::WouldBlock) => {
@@ -70,6 +85,56 @@ impl FolderLock {
             .set_len(0)
             .and_then(|()| file.rewind())
             .and_then(|()| writeln!(file, "{}", std::process::id()));
-        Ok(Self { _file: file })
+        Ok(Self { file })
+    }
+}
+
+fn wait_for_lock(file: &File) -> Result<(), TryLockError> {
+    let start = Instant::now();
+    loop {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) if start.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            answer => return answer,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_of_the_file_does_not_keep_the_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = FolderLock::acquire(dir.path()).unwrap();
+        // What a process that is being started has of its parent.
+        let _copy = lock.file.try_clone().unwrap();
+        drop(lock);
+        FolderLock::acquire(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_stays_is_refused_with_its_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let _lock = FolderLock::acquire(dir.path()).unwrap();
+        let refused = FolderLock::acquire(dir.path()).unwrap_err();
+        assert!(
+            matches!(refused, LockError::Held { holder, .. } if holder == Some(std::process::id()))
+        );
+    }
+
+    #[test]
+    fn a_lock_that_a_dying_process_still_has_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = FolderLock::acquire(dir.path()).unwrap();
+        let path = dir.path().to_owned();
+        let waiting = std::thread::spawn(move || FolderLock::acquire(&path).map(drop));
+        // Long enough for the other thread to have asked in vain at least once.
+        std::thread::sleep(Duration::from_millis(50));
+        drop(lock);
+        waiting.join().unwrap().unwrap();
     }
 }
