@@ -47,7 +47,7 @@ fn examine(uri: &Uri, headers: &HeaderMap, more: &[String]) -> Result<(), Proble
         StatusCode::FORBIDDEN,
         "host_not_allowed",
         "this server does not answer to the host that the request names",
-        "use localhost or 127.0.0.1, or add the name to the hosts that the server accepts",
+        "use localhost or 127.0.0.1, or start the server with --host NAME (DAYBOOK_HOSTS)",
     ))
 }
 

@@ -45,6 +45,8 @@ pub struct NodeOptions {
     pub data: PathBuf,
     /// Where the HTTP interface listens.
     pub listen: SocketAddr,
+    /// Names in `Host` headers that the HTTP interface answers to, beside localhost.
+    pub hosts: Vec<String>,
     /// Where the gateway listens.
     pub gateway: SocketAddr,
     /// Where a gateway in another process answers from here.
@@ -74,6 +76,7 @@ impl NodeOptions {
             roles: Role::all(),
             data,
             listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
+            hosts: Vec::new(),
             gateway: SocketAddr::from(([127, 0, 0, 1], 7080)),
             gateway_url: None,
             nats: None,
@@ -304,6 +307,7 @@ impl Node {
             let public = gateway.as_ref().map_or(options.gateway, Gateway::addr);
             let mut settings = ApiSettings::loopback(public.port());
             settings.domain = domain;
+            settings.hosts = options.hosts.clone();
             settings.gateway = PublicGateway {
                 scheme: "http".into(),
                 port: public.port(),

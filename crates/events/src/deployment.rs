@@ -810,6 +810,24 @@ impl Deployment {
             .collect()
     }
 
+    /// A pipeline has ended before its success: what is still pending will not come any more.
+    fn answer_what_never_came(&mut self, reason: &str, at: Timestamp) {
+        for readiness in [&mut self.workload_readiness, &mut self.endpoint_readiness] {
+            if readiness.state == ReadinessState::Pending {
+                let message = Some("the deployment ended before it came to this".to_owned());
+                let revision = readiness.revision.clone();
+                set(
+                    readiness,
+                    ReadinessState::Failed,
+                    reason,
+                    message,
+                    at,
+                    revision,
+                );
+            }
+        }
+    }
+
     fn set_workload(
         &mut self,
         state: ReadinessState,
@@ -1060,6 +1078,7 @@ impl Aggregate for Deployment {
                 } else {
                     self.set_workload(No, &e.code, message, at.time);
                 }
+                self.answer_what_never_came("PipelineFailed", at.time);
                 self.failure = Some(e);
             }
             DeploymentEvent::CancelRequested(e) => self.cancel = Some(e),
@@ -1076,6 +1095,7 @@ impl Aggregate for Deployment {
                     );
                 }
                 self.set_workload(No, "Cancelled", message, at.time);
+                self.answer_what_never_came("Cancelled", at.time);
                 self.cancelled = Some(e);
             }
             DeploymentEvent::StopRequested(_) | DeploymentEvent::StartRequested(_) => {

@@ -367,7 +367,7 @@ fn readiness_follows_what_is_seen() {
         after("requested queued cloning_started").and(failed(Status::Cloning, "ref_not_found"));
     assert_eq!(answers(&given).0, No);
     let given = after(TO_DEPLOYING).and(failed(Status::Deploying, "CrashLoopBackOff"));
-    assert_eq!(answers(&given), (Ready, No, Pending));
+    assert_eq!(answers(&given), (Ready, No, No));
 }
 
 #[test]
@@ -443,4 +443,64 @@ fn the_same_commit_and_configuration_is_the_same_build() {
     ];
     assert_eq!(different.iter().collect::<BTreeSet<_>>().len(), 4);
     let _: DeploymentId = samples::deployment_id(1);
+}
+
+#[test]
+fn what_will_not_come_any_more_is_not_pending() {
+    for names in [
+        "requested queued cloning_started failed",
+        "requested queued cloning_started cancelled",
+    ] {
+        let state = after(names).state.unwrap();
+        for readiness in [
+            &state.build_readiness,
+            &state.workload_readiness,
+            &state.endpoint_readiness,
+        ] {
+            assert_eq!(readiness.state, ReadinessState::Failed, "{names}");
+        }
+    }
+}
+
+/// The table as a Mermaid state diagram: one arrow for each pair of states, with the short names
+/// of the events that lead along it.
+fn diagram() -> String {
+    let mut arrows: Vec<(Status, Status, Vec<&str>)> = Vec::new();
+    for row in TRANSITIONS {
+        let name = row
+            .kind
+            .trim_start_matches("deployment.")
+            .trim_end_matches(".v1");
+        for from in row.from {
+            let Some(to) = row.to else { continue };
+            match arrows.iter_mut().find(|(f, t, _)| (*f, *t) == (*from, to)) {
+                Some((_, _, names)) => names.push(name),
+                None => arrows.push((*from, to, vec![name])),
+            }
+        }
+    }
+    arrows.sort_by_key(|(from, to, _)| (*from, *to));
+    let mut text = String::from("stateDiagram-v2\n    [*] --> requested: requested\n");
+    for (from, to, names) in arrows {
+        let (from, to) = (from.as_str(), to.as_str());
+        text.push_str(&format!("    {from} --> {to}: {}\n", names.join(", ")));
+    }
+    text.push_str("    deleted --> [*]\n");
+    text
+}
+
+#[test]
+fn the_diagram_in_the_documentation_is_the_table() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../ARCHITECTURE.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let drawn = text
+        .split("```mermaid\n")
+        .skip(1)
+        .filter_map(|rest| rest.split("```").next())
+        .any(|block| block == diagram());
+    assert!(
+        drawn,
+        "draw this in ARCHITECTURE.md:\n```mermaid\n{}```",
+        diagram()
+    );
 }

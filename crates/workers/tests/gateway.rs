@@ -189,6 +189,7 @@ async fn who_has_no_route_or_no_instance_is_told_so() {
     let problem = problem(&answer);
     assert_eq!(problem["code"], "not_ready");
     assert_eq!(problem["deployment"], id.to_string());
+    assert!(problem["remedy"].as_str().unwrap().contains("daybook"));
     assert!(
         problem["detail"]
             .as_str()

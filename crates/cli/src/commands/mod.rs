@@ -184,3 +184,48 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::StaticServer(args) => up::static_server(args).await,
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// The commands that the documentation shows, as a shell would split them.
+    fn shown(text: &str) -> Vec<Vec<String>> {
+        text.lines()
+            .map(str::trim)
+            .filter_map(|line| line.strip_prefix("$ "))
+            .filter(|line| line.starts_with("daybook "))
+            .map(|line| {
+                let line = line.split([';', '|', '>', '&']).next().unwrap();
+                shlex::split(line).unwrap_or_else(|| panic!("quotes do not match: {line}"))
+            })
+            .collect()
+    }
+
+    #[test]
+    fn commands_in_the_documentation_are_commands() {
+        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../");
+        let mut files = vec![format!("{root}README.md")];
+        for entry in std::fs::read_dir(format!("{root}docs")).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "md") {
+                files.push(path.to_str().unwrap().to_owned());
+            }
+        }
+        let mut count = 0;
+        for file in files {
+            for mut words in shown(&std::fs::read_to_string(&file).unwrap()) {
+                // The text around it sets the variable.
+                if words[1] == "serve" && !words.iter().any(|w| w == "--nats") {
+                    words.extend(["--nats".to_owned(), "nats://127.0.0.1:4222".to_owned()]);
+                }
+                if let Err(error) = Cli::try_parse_from(&words) {
+                    panic!("{file}: {}\n{error}", words.join(" "));
+                }
+                count += 1;
+            }
+        }
+        assert!(count > 10, "only {count} commands were found");
+    }
+}

@@ -32,6 +32,11 @@ pub struct NodeArgs {
         default_value = "127.0.0.1:7080"
     )]
     pub gateway: SocketAddr,
+    /// A name in `Host` headers that the HTTP interface answers to, beside localhost and its
+    /// addresses; may be given several times. Requests that name another host are refused, so
+    /// that no web page reaches it through a name of its own.
+    #[arg(long = "host", env = "DAYBOOK_HOSTS", value_name = "NAME", value_delimiter = ',', value_parser = host_name)]
+    pub hosts: Vec<String>,
     /// What the deployments' host names end in.
     #[arg(
         long,
@@ -62,6 +67,12 @@ pub struct NodeArgs {
     pub allow_local_sources: Option<bool>,
 }
 
+fn host_name(text: &str) -> Result<String, String> {
+    daybook_events::Hostname::parse(text)
+        .map(|name| name.to_string())
+        .map_err(|e| e.to_string())
+}
+
 impl NodeArgs {
     /// The folder, or the usual one.
     pub fn data_dir(&self) -> Result<PathBuf, Failure> {
@@ -86,6 +97,7 @@ impl NodeArgs {
         let mut options = NodeOptions::everything(self.data_dir()?);
         options.listen = self.listen;
         options.gateway = self.gateway;
+        options.hosts = self.hosts.clone();
         options.domain = self.domain.clone();
         options.clusters = self.clusters.clone();
         options.image_prefix = self.image_prefix.clone();

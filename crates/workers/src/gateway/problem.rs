@@ -17,6 +17,21 @@ pub(super) struct GatewayProblem {
     deployment: Option<String>,
 }
 
+/// What helps, for each code of this gateway.
+fn remedy(code: &str) -> &'static str {
+    match code {
+        "connect_refused" => "send requests to the deployment itself; this is no forward proxy",
+        "bad_host" => "send one Host header with a host name, as HTTP/1.1 asks for",
+        "unknown_host" => {
+            "check the name; `daybook status` lists the addresses that lead to deployments"
+        }
+        "no_backend" => "`daybook status` says what the deployment is and what would start it",
+        _ => {
+            "`daybook logs --type container` shows what the deployment said; trying again may help"
+        }
+    }
+}
+
 impl GatewayProblem {
     pub(super) fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
         Self {
@@ -45,6 +60,7 @@ impl GatewayProblem {
             "status": self.status.as_u16(),
             "code": self.code,
             "detail": self.detail,
+            "remedy": remedy(self.code),
             "host": self.host,
             "deployment": self.deployment,
         });
