@@ -1,9 +1,10 @@
 //! The same job on a real nats-server: in one process, and in several that share the work.
 
 use daybook_testkit::nats::{NatsBinary, NatsServer};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Process, Server, Settings, application, replace_flags, until};
+use crate::support::{Process, Server, Settings, application, processes_of, replace_flags, until};
 
 const INSTANCE: &str = "shop.production.web";
 const HOST: &str = "web.shop.localhost";
@@ -79,15 +80,9 @@ fn a_build_worker_killed_in_the_middle_of_a_build_is_replaced_by_another() {
 
         // The build waits until a file is there, so that it is certainly killed in its middle.
         let go = server.folder().path().join("go");
-        let command = format!(
-            "echo begun; while [ ! -e {} ]; do sleep 0.05; done",
-            go.display()
-        );
-        let spec = server.folder().path().join("service.json");
-        let build = json!({ "build": { "command": ["/bin/sh", "-c", command] } });
-        std::fs::write(&spec, build.to_string()).unwrap();
+        let spec = build_that_waits_for(&server, &go);
         let source = application("--text one");
-        server.define("shop", "web", &source, &["--file", spec.to_str().unwrap()]);
+        server.define("shop", "web", &source, &["--file", &spec]);
         let id = server.begin(INSTANCE, &[]);
         until("the builder runs", || {
             (count(&server.events(), "build.builder_started.v1") == 1).then_some(())
@@ -102,6 +97,99 @@ fn a_build_worker_killed_in_the_middle_of_a_build_is_replaced_by_another() {
         assert_eq!(count(&events, "build.succeeded.v1"), 1);
         assert_eq!(count(&events, "deployment.building_started.v1"), 1);
         assert_eq!(count(&events, "gitops.committed.v1"), 1);
+        server.check_replay();
+        assert!(second.stop().success());
+    });
+}
+
+/// The build waits until a file is there.
+fn build_that_waits_for(server: &Server, go: &std::path::Path) -> String {
+    let command = format!(
+        "echo begun; while [ ! -e {} ]; do sleep 0.05; done",
+        go.display()
+    );
+    let spec = server.folder().path().join("service.json");
+    let build = json!({ "build": { "command": ["/bin/sh", "-c", command] } });
+    std::fs::write(&spec, build.to_string()).unwrap();
+    spec.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_worker_that_slept_past_its_deadline_changes_nothing_when_it_wakes_up() {
+    let Some(binary) = binaries().pop() else {
+        return;
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let nats = runtime.block_on(NatsServer::start(&binary));
+    let settings = Settings {
+        roles: Some("api,gateway,route,probe,package,sync"),
+        ..Settings::default()
+    };
+    let server = Server::start(settings.env("DAYBOOK_NATS", nats.url()));
+    let env = [("DAYBOOK_NATS".to_owned(), nats.url().to_owned())];
+    let worker = || Process::start(server.folder(), &["serve", "--role", "build"], &env);
+    let sleeper = worker();
+    let go = server.folder().path().join("go");
+    let spec = build_that_waits_for(&server, &go);
+    let source = application("--text one");
+    server.define("shop", "web", &source, &["--file", &spec]);
+    let id = server.begin(INSTANCE, &[]);
+    until("the builder runs", || {
+        (count(&server.events(), "build.builder_started.v1") == 1).then_some(())
+    });
+    sleeper.signal(Signal::STOP);
+    let second = worker();
+    until("another one takes the build over", || {
+        (count(&server.events(), "build.started.v1") == 2).then_some(())
+    });
+    std::fs::write(&go, "").unwrap();
+    server.wait_for(&id, "started");
+    server.get_from(HOST, "/", &id);
+
+    // The first one believes that its build has just ended well.
+    sleeper.signal(Signal::CONT);
+    let next = server.deploy(INSTANCE, &[]);
+    server.get_from(HOST, "/", &next);
+    assert!(sleeper.stop().success());
+    let events = server.events();
+    assert_eq!(count(&events, "build.started.v1"), 2);
+    assert_eq!(count(&events, "build.succeeded.v1"), 1);
+    assert_eq!(count(&events, "build.failed.v1"), 0);
+    assert_eq!(count(&events, "gitops.committed.v1"), 2);
+    assert_eq!(count(&events, "deployment.succeeded.v1"), 2);
+    server.check_replay();
+    assert!(second.stop().success());
+}
+
+#[test]
+fn clusters_are_taken_over_with_what_runs_in_them() {
+    on_each(|_, nats| {
+        let settings = Settings {
+            roles: Some("api,gateway,route,probe,package,build"),
+            ..Settings::default()
+        };
+        let server = Server::start(settings.env("DAYBOOK_NATS", nats.url()));
+        let env = [("DAYBOOK_NATS".to_owned(), nats.url().to_owned())];
+        let worker = || Process::start(server.folder(), &["serve", "--role", "sync"], &env);
+        let first = worker();
+        let source = application("--text one");
+        server.define("shop", "web", &source, &[]);
+        let id = server.deploy(INSTANCE, &[]);
+        server.get_from(HOST, "/", &id);
+        let before = processes_of(&id);
+        assert!(!before.is_empty());
+
+        let second = worker();
+        first.kill();
+        // What runs goes on answering, in the same processes, and is looked after again.
+        assert_eq!(server.get(HOST, "/").by(), Some(id.as_str()));
+        replace_flags(&source, "--text two");
+        let next = server.deploy(INSTANCE, &[]);
+        server.get_from(HOST, "/", &next);
+        assert_eq!(processes_of(&id), before);
+        server.ok(&["stop", &id]);
+        server.wait_for(&id, "stopped");
+        assert!(processes_of(&id).is_empty());
         server.check_replay();
         assert!(second.stop().success());
     });
