@@ -241,7 +241,9 @@ impl From<ReadError> for Problem {
                 "try again",
             )
             .retry_after(1),
-            ReadError::Damaged { .. } | ReadError::Invalid(_) => Self::internal(&e),
+            ReadError::Damaged { .. } | ReadError::Missing { .. } | ReadError::Invalid(_) => {
+                Self::internal(&e)
+            }
         }
     }
 }

@@ -163,6 +163,12 @@ pub enum ReadError {
         /// What was found.
         reason: String,
     },
+    /// Nothing is there, although the log has gone past it. No retry helps.
+    #[error("the log has no event at {position:?}, although it has later ones")]
+    Missing {
+        /// Where.
+        position: Position,
+    },
     /// The call cannot be served as it was made.
     #[error("{0}")]
     Invalid(String),

@@ -1,4 +1,5 @@
-//! The log of record and the log of output lines: over NATS JetStream, and embedded.
+//! The log of record and the log of output lines: over NATS JetStream, and embedded. And the
+//! transparency log over the log of record: [`tlog`].
 //!
 //! `tests/conformance` is what a backend has to do, and each of them runs it.
 
@@ -7,5 +8,6 @@
 pub mod embedded;
 pub mod jetstream;
 mod open;
+pub mod tlog;
 
 pub use open::{LogConfig, OpenError, open};

@@ -115,10 +115,7 @@ impl JetStreamLog {
                 if self.handle.state().await?.last_sequence < position.0 {
                     return Ok(None);
                 }
-                Err(ReadError::Damaged {
-                    position,
-                    reason: "it is missing, although later events are there".to_owned(),
-                })
+                Err(ReadError::Missing { position })
             }
             Err(error) => Err(ReadError::Unavailable(error.to_string())),
         }
@@ -243,7 +240,7 @@ impl EventLog for JetStreamLog {
             backend: "jetstream",
             version: self.handle.connection.client().server_info().version,
             durability,
-            identity: self.handle.identity(),
+            identity: self.handle.identity_of(info.created.unix_timestamp_nanos()),
             warnings,
         })
     }
@@ -292,8 +289,9 @@ impl EventStreamHandle {
         Puller::open(&self.connection, &self.stream, &self.name, wanted).await
     }
 
-    fn identity(&self) -> String {
-        format!("{}@{}", self.name, self.created)
+    /// The identity of a stream of this name that was created then.
+    fn identity_of(&self, created: i128) -> String {
+        format!("{}@{created}", self.name)
     }
 }
 

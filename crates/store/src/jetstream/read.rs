@@ -139,9 +139,8 @@ impl Cursor {
                 self.seen + 1
             )));
         }
-        Stumble::Fatal(ReadError::Damaged {
+        Stumble::Fatal(ReadError::Missing {
             position: Position(self.seen + 1),
-            reason: format!("it is missing; the next event is {found}"),
         })
     }
 

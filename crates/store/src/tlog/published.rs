@@ -1,0 +1,243 @@
+//! The published tree, for those who only read it: the notary's own, and one over a folder that
+//! another process writes.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition};
+use jiff::Timestamp;
+
+use super::checkpoint::{Checkpoint, CheckpointError};
+use super::ledger_state::{ALIVE, BREACH, CHECKPOINT, KEYS};
+use super::path::TilePath;
+use super::reader::{ReadTiles, cut};
+use super::storage::FolderStorage;
+
+/// How often a folder is looked at, at most.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// A notary that has not touched its folder for so long is not heard of any more.
+const SILENCE: Duration = Duration::from_secs(15);
+
+/// Answers for static resources below the published head.
+async fn resource(
+    tiles: &dyn ReadTiles,
+    head: Option<SignedHead>,
+    path: &str,
+) -> io::Result<Option<Bytes>> {
+    let Some(head) = head else {
+        return Ok(None);
+    };
+    match path {
+        CHECKPOINT => return Ok(Some(head.note)),
+        KEYS => return tiles.get(KEYS).await,
+        _ => {}
+    }
+    let Ok(path) = path.parse::<TilePath>() else {
+        return Ok(None);
+    };
+    // What is stored beyond the head is not signed, and may never be.
+    let covered = TilePath::in_tree(path.kind, path.index, head.head.size)
+        .is_some_and(|whole| path.width() <= whole.width());
+    if !covered {
+        return Ok(None);
+    }
+    let found = tiles.get(&path.to_string()).await?;
+    if found.is_some() || path.is_full() {
+        return Ok(found);
+    }
+    let full = tiles.get(&path.when_full().to_string()).await?;
+    Ok(full.and_then(|full| cut(path, &full)))
+}
+
+/// What a notary has published, and what it knows of the log.
+#[derive(Debug)]
+pub(super) struct NotaryTree {
+    tiles: Arc<dyn ReadTiles>,
+    state: RwLock<(Option<SignedHead>, TreeCondition)>,
+}
+
+impl NotaryTree {
+    pub(super) fn new(tiles: Arc<dyn ReadTiles>) -> Self {
+        let unknown = TreeCondition::Unknown("the notary has not looked yet".to_owned());
+        Self {
+            tiles,
+            state: RwLock::new((None, unknown)),
+        }
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Option<SignedHead>, &mut TreeCondition)) {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let (head, condition) = &mut *state;
+        change(head, condition);
+    }
+
+    /// A head was published. Readers never see one go back.
+    pub(super) fn publish(&self, new: SignedHead) {
+        self.update(|head, _| {
+            let newer = |old: &SignedHead| old.head.size <= new.head.size;
+            if head.as_ref().is_none_or(newer) {
+                *head = Some(new);
+            }
+        });
+    }
+
+    /// What is known of the log. Once broken it stays so.
+    pub(super) fn set(&self, new: TreeCondition) {
+        self.update(|_, condition| {
+            if !matches!(condition, TreeCondition::Broken(_)) {
+                *condition = new;
+            }
+        });
+    }
+
+    pub(super) fn breach(&self) -> Option<Breach> {
+        match self.condition() {
+            TreeCondition::Broken(breach) => Some(breach),
+            _ => None,
+        }
+    }
+}
+
+#[async_trait]
+impl PublishedTree for NotaryTree {
+    fn head(&self) -> Option<SignedHead> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        state.0.clone()
+    }
+
+    fn condition(&self) -> TreeCondition {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        state.1.clone()
+    }
+
+    async fn resource(&self, path: &str) -> io::Result<Option<Bytes>> {
+        resource(&self.tiles, self.head(), path).await
+    }
+}
+
+/// The tree in a folder that a notary in another process writes, on this machine or on a disk that
+/// machines share.
+///
+/// The folder is looked at when it is asked for and was not for 100 ms: that costs three `stat`s.
+/// Nothing is verified; that is for those who do not trust the folder.
+pub struct FolderTree {
+    storage: FolderStorage,
+    seen: Mutex<Seen>,
+}
+
+struct Seen {
+    looked: Option<Instant>,
+    /// Of which modification the head is.
+    modified: Option<SystemTime>,
+    head: Option<SignedHead>,
+    condition: TreeCondition,
+}
+
+impl fmt::Debug for FolderTree {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("FolderTree")
+            .field(&self.storage.folder())
+            .finish()
+    }
+}
+
+impl FolderTree {
+    /// The tree in this folder, which need not exist yet.
+    pub fn new(folder: impl Into<PathBuf>) -> Self {
+        Self {
+            storage: FolderStorage::new(folder),
+            seen: Mutex::new(Seen {
+                looked: None,
+                modified: None,
+                head: None,
+                condition: TreeCondition::Unknown("nothing is published yet".to_owned()),
+            }),
+        }
+    }
+
+    fn seen<T>(&self, of: impl FnOnce(&Seen) -> T) -> T {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.looked.is_none_or(|at| at.elapsed() > LOOK_AGAIN) {
+            self.look(&mut seen);
+            seen.looked = Some(Instant::now());
+        }
+        of(&seen)
+    }
+
+    fn look(&self, seen: &mut Seen) {
+        if let Err(trouble) = self.look_at_head(seen) {
+            seen.condition = TreeCondition::Unknown(trouble);
+            return;
+        }
+        seen.condition = self.look_at_condition(seen.head.is_some());
+    }
+
+    fn look_at_head(&self, seen: &mut Seen) -> Result<(), String> {
+        let path = self.storage.folder().join(CHECKPOINT);
+        let trouble = |e: &dyn fmt::Display| format!("{}: {e}", path.display());
+        let modified = match std::fs::metadata(&path).and_then(|m| m.modified()) {
+            Ok(modified) => modified,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(trouble(&e)),
+        };
+        if seen.modified == Some(modified) {
+            return Ok(());
+        }
+        let note = std::fs::read(&path).map_err(|e| trouble(&e))?;
+        let read: Result<_, CheckpointError> = Checkpoint::parse_unverified(&note);
+        let (checkpoint, _) = read.map_err(|e| trouble(&e))?;
+        let goes_back = |old: &SignedHead| old.head.size > checkpoint.head.size;
+        if !seen.head.as_ref().is_some_and(goes_back) {
+            seen.head = Some(SignedHead {
+                head: checkpoint.head,
+                published_at: Timestamp::try_from(modified).unwrap_or(Timestamp::UNIX_EPOCH),
+                note: note.into(),
+            });
+        }
+        seen.modified = Some(modified);
+        Ok(())
+    }
+
+    fn look_at_condition(&self, published: bool) -> TreeCondition {
+        let folder = self.storage.folder();
+        if let Ok(bytes) = std::fs::read(folder.join(BREACH)) {
+            return match super::ledger_state::parse_breach(&bytes) {
+                Some(breach) => TreeCondition::Broken(breach),
+                None => TreeCondition::Unknown(format!("{BREACH} cannot be read")),
+            };
+        }
+        if !published {
+            return TreeCondition::Unknown("nothing is published yet".to_owned());
+        }
+        let heard = std::fs::metadata(folder.join(ALIVE)).and_then(|m| m.modified());
+        let silent = heard.map(|at| SystemTime::now().duration_since(at).unwrap_or_default());
+        match silent {
+            Ok(silent) if silent <= SILENCE => TreeCondition::Sound,
+            Ok(silent) => TreeCondition::Unknown(format!(
+                "the notary has not been heard of for {} s",
+                silent.as_secs()
+            )),
+            Err(_) => TreeCondition::Unknown("the notary has not been heard of".to_owned()),
+        }
+    }
+}
+
+#[async_trait]
+impl PublishedTree for FolderTree {
+    fn head(&self) -> Option<SignedHead> {
+        self.seen(|seen| seen.head.clone())
+    }
+
+    fn condition(&self) -> TreeCondition {
+        self.seen(|seen| seen.condition.clone())
+    }
+
+    async fn resource(&self, path: &str) -> io::Result<Option<Bytes>> {
+        resource(&self.storage, self.head(), path).await
+    }
+}
