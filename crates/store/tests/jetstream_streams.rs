@@ -380,8 +380,8 @@ async fn a_hole_in_the_log_is_noticed_by_everybody_who_comes_across_it() {
         context.update_stream(ledger()).await.unwrap();
 
         let log = open_log(options(&server)).await.unwrap();
-        let is_damage = |error: ReadError| match error {
-            ReadError::Damaged { position, .. } => assert_eq!(position, Position(3)),
+        let is_noticed = |error: ReadError| match error {
+            ReadError::Missing { position } => assert_eq!(position, Position(3)),
             other => panic!("{other}"),
         };
         let all = SubjectFilter::default();
@@ -390,9 +390,9 @@ async fn a_hole_in_the_log_is_noticed_by_everybody_who_comes_across_it() {
             let recorded = tail.next().await.unwrap().unwrap();
             assert_eq!(recorded.position, Position(number));
         }
-        is_damage(tail.next().await.unwrap().unwrap_err());
-        is_damage(log.get(Position(3)).await.unwrap_err());
-        is_damage(log.read(Position::ZERO, &all, 5).await.unwrap_err());
+        is_noticed(tail.next().await.unwrap().unwrap_err());
+        is_noticed(log.get(Position(3)).await.unwrap_err());
+        is_noticed(log.read(Position::ZERO, &all, 5).await.unwrap_err());
         assert_eq!(log.read(Position(3), &all, 5).await.unwrap().len(), 2);
         let warnings = log.info().await.unwrap().warnings.join("\n");
         assert!(warnings.contains("lost events"), "{warnings}");

@@ -240,7 +240,7 @@ impl EventLog for JetStreamLog {
             backend: "jetstream",
             version: self.handle.connection.client().server_info().version,
             durability,
-            identity: self.handle.identity_of(info.created.unix_timestamp_nanos()),
+            identity: self.handle.identity(),
             warnings,
         })
     }
@@ -289,9 +289,8 @@ impl EventStreamHandle {
         Puller::open(&self.connection, &self.stream, &self.name, wanted).await
     }
 
-    /// The identity of a stream of this name that was created then.
-    fn identity_of(&self, created: i128) -> String {
-        format!("{}@{created}", self.name)
+    fn identity(&self) -> String {
+        format!("{}@{}", self.name, self.created)
     }
 }
 
