@@ -10,6 +10,10 @@ use crate::problem::Problem;
 
 /// Says which position of the log an answer takes into account, at least.
 pub(crate) const POSITION: HeaderName = HeaderName::from_static("daybook-position");
+/// How many events the newest signed head covers.
+pub(crate) const TREE_SIZE: HeaderName = HeaderName::from_static("daybook-tree-size");
+/// The root of the newest signed head, in hexadecimal digits.
+pub(crate) const TREE_ROOT: HeaderName = HeaderName::from_static("daybook-tree-root");
 /// Asks for an answer that takes at least this position into account.
 pub(crate) const MIN_POSITION: HeaderName = HeaderName::from_static("daybook-min-position");
 /// Says that an answer repeats that of an earlier request with the same key.

@@ -5,14 +5,16 @@ use axum::extract::{Request, State};
 use axum::http::HeaderValue;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use daybook_events::Digest;
 
-use crate::answer::{MIN_POSITION, POSITION};
+use crate::answer::{MIN_POSITION, POSITION, TREE_ROOT, TREE_SIZE};
 use crate::extract;
 use crate::problem::behind;
 use crate::state::AppState;
 
 /// Waits for `Daybook-Min-Position`, within bounds, and says in `Daybook-Position` what the
-/// answer takes into account: everything up to that position, and maybe more.
+/// answer takes into account: everything up to that position, and maybe more. `Daybook-Tree-Size`
+/// and `Daybook-Tree-Root` say what was signed by then: positions up to that size are covered.
 pub(crate) async fn positions(
     State(state): State<AppState>,
     request: Request,
@@ -30,10 +32,18 @@ pub(crate) async fn positions(
         }
     }
     let position = state.projections().position();
+    let signed = state.tree.as_ref().and_then(|tree| tree.head());
     let mut response = next.run(request).await;
-    response
-        .headers_mut()
+    let headers = response.headers_mut();
+    headers
         .entry(POSITION)
         .or_insert(HeaderValue::from(position.0));
+    if let Some(signed) = signed {
+        let root = Digest::from_sha256(&signed.head.root);
+        headers.insert(TREE_SIZE, HeaderValue::from(signed.head.size));
+        if let Ok(root) = HeaderValue::from_str(root.hex()) {
+            headers.insert(TREE_ROOT, root);
+        }
+    }
     response
 }

@@ -21,6 +21,7 @@ mod routes;
 mod server;
 mod sse;
 mod state;
+mod tlog;
 mod view;
 
 pub use openapi::openapi;

@@ -8,7 +8,7 @@ use utoipa::openapi::{InfoBuilder, License, OpenApi, OpenApiBuilder, RefOr};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::problem::{self, ProblemDocument};
-use crate::{commands, routes, state, view};
+use crate::{commands, routes, state, tlog, view};
 
 /// The document without its schemas and without what all routes have in common.
 pub(crate) fn frame() -> OpenApi {
@@ -91,7 +91,9 @@ fn common(path: &str, method: &str, operation: &mut Map<String, Value>) {
     if versioned {
         for response in responses.values_mut() {
             let mut headers = json!({
-                "Daybook-Position": { "$ref": "#/components/headers/Position" }
+                "Daybook-Position": { "$ref": "#/components/headers/Position" },
+                "Daybook-Tree-Size": { "$ref": "#/components/headers/TreeSize" },
+                "Daybook-Tree-Root": { "$ref": "#/components/headers/TreeRoot" }
             });
             if method != "get" {
                 headers["Idempotency-Replayed"] =
@@ -137,6 +139,15 @@ fn headers() -> Value {
         "Position": {
             "description": "The answer takes every event up to this position into account.",
             "schema": { "type": "integer", "minimum": 0 }
+        },
+        "TreeSize": {
+            "description": "The newest signed head when the answer was made covers the events up \
+                to this position. Missing where nothing is signed.",
+            "schema": { "type": "integer", "minimum": 0 }
+        },
+        "TreeRoot": {
+            "description": "The root of that head, as RFC 6962 hashes it.",
+            "schema": { "type": "string", "pattern": "^[0-9a-f]{64}$" }
         },
         "IdempotencyReplayed": {
             "description": "`true` if an earlier request with the same key did it.",
@@ -185,5 +196,5 @@ sent! {
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
     routes::deployments::CreateDeployment, routes::deployments::Why,
     routes::deployments::MarkMain, routes::deployments::RedeployOptions,
-    routes::deployments::RollbackTo,
+    routes::deployments::RollbackTo, tlog::LedgerReport,
 }

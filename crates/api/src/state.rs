@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use daybook_events::lines::LineLog;
-use daybook_events::{ClusterName, Hostname, ImageRepository};
+use daybook_events::{ClusterName, Hostname, ImageRepository, PublishedTree};
 use daybook_projections::{Ledger, Projections};
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -143,6 +143,8 @@ pub struct AppState {
     pub(crate) settings: Arc<Settings>,
     pub(crate) parts: Parts,
     pub(crate) metrics: Arc<Metrics>,
+    /// The signed tree over the ledger, if this server publishes one.
+    pub(crate) tree: Option<Arc<dyn PublishedTree>>,
     /// Ends the streams.
     pub(crate) cancel: CancellationToken,
 }
@@ -165,8 +167,15 @@ impl AppState {
             settings,
             parts,
             metrics: Arc::default(),
+            tree: None,
             cancel: CancellationToken::new(),
         }
+    }
+
+    /// The same, publishing this transparency log under `/tlog/`.
+    pub fn with_tree(mut self, tree: Arc<dyn PublishedTree>) -> Self {
+        self.tree = Some(tree);
+        self
     }
 
     /// The use cases, for callers in the same process.

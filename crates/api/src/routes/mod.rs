@@ -24,7 +24,7 @@ use utoipa_axum::routes;
 use crate::extract::not_found;
 use crate::problem::Problem;
 use crate::state::AppState;
-use crate::{consistency, git, hosts, metrics, openapi};
+use crate::{consistency, git, hosts, metrics, openapi, tlog};
 
 /// The routes with their description, which still lacks its schemas.
 pub(crate) fn described() -> (Router<AppState>, OpenApi) {
@@ -68,6 +68,9 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(operations::readyz))
         .routes(routes!(operations::projections))
         .routes(routes!(operations::metrics))
+        .routes(routes!(tlog::ledger))
+        .routes(routes!(tlog::checkpoint))
+        .routes(routes!(tlog::keys))
         .routes(routes!(git::advertise))
         .routes(routes!(git::upload_pack))
         .split_for_parts()
@@ -89,6 +92,7 @@ pub fn router(state: AppState) -> Router {
     let timeout = state.settings.request_timeout;
     router
         .route("/openapi.json", routing::get(serve_document))
+        .route("/tlog/tile/{*rest}", routing::get(tlog::tile))
         .fallback(async || not_found())
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(

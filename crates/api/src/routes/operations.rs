@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daybook_events::deployment::Status;
+use daybook_events::tree::{Breach, TreeCondition};
 use jiff::Timestamp;
 
 use crate::answer::Answer;
@@ -79,6 +80,25 @@ pub(crate) async fn readyz(
     if state.cancel.is_cancelled() {
         parts.push(part("server", Some("it is shutting down".to_owned())));
     }
+    if let Some(tree) = &state.tree {
+        // A notary that is not heard of is no reason to refuse work: it catches up.
+        parts.push(match tree.condition() {
+            TreeCondition::Sound => part("ledger", None),
+            TreeCondition::Unknown(reason) => Part {
+                reason: Some(reason),
+                ..part("ledger", None)
+            },
+            TreeCondition::Broken(breach) => {
+                let Breach {
+                    code,
+                    message,
+                    remedy,
+                    ..
+                } = breach;
+                part("ledger", Some(format!("{code}: {message}; {remedy}")))
+            }
+        });
+    }
     parts.extend(state.parts.all());
     let ready = parts.iter().all(|p| p.ready);
     let mut response = Answer::ok(ReadinessReport { ready, parts }).into_response();
@@ -139,6 +159,30 @@ pub(crate) async fn metrics(
             "Events of the log that are not folded yet.",
             head.0.saturating_sub(position.0) as f64,
         );
+    }
+    if let Some(tree) = &state.tree {
+        if let Some(signed) = tree.head() {
+            page.gauge(
+                "daybook_ledger_signed_size",
+                "Events that the newest signed checkpoint covers.",
+                signed.head.size as f64,
+            );
+        }
+        let condition = tree.condition();
+        page.head(
+            "daybook_ledger_condition",
+            "gauge",
+            "Whether the log is what was signed: 1 for the state that holds.",
+        );
+        let states = [
+            ("sound", condition == TreeCondition::Sound),
+            ("unknown", matches!(condition, TreeCondition::Unknown(_))),
+            ("broken", matches!(condition, TreeCondition::Broken(_))),
+        ];
+        for (name, holds) in states {
+            let value = f64::from(u8::from(holds));
+            page.sample("daybook_ledger_condition", &[("state", name)], value);
+        }
     }
     let mut by_status = BTreeMap::<Status, u64>::new();
     for row in projections.active_deployments(None, None)? {
