@@ -8,9 +8,14 @@ use std::time::Duration;
 
 use daybook_api::{AppState, Gateway as PublicGateway, Parts, Settings as ApiSettings};
 use daybook_events::lines::LineLog;
+use daybook_events::tree::{PublishedTree, TreeCondition};
 use daybook_events::{ClusterName, EventLog, Hostname, ImageRepository};
 use daybook_projections::{Ledger, OpenError, Projections};
 use daybook_store::jetstream::{LineOptions, LogOptions};
+use daybook_store::tlog::{
+    FolderStorage, FolderTree, GuardedLog, KeyFileError, KeyRing, Notary, NotaryError,
+    NotaryOptions,
+};
 use daybook_workers::builder::AnyBuilder;
 use daybook_workers::builder::archive::ArchiveBuilder;
 use daybook_workers::builder::dockerfile::DockerfileBuilder;
@@ -33,6 +38,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::commands::keys_unusable as unusable;
 use crate::exit::{Code, Failure};
 use crate::roles::Role;
 
@@ -65,9 +71,18 @@ pub struct NodeOptions {
     pub image_prefix: Option<String>,
     /// Builds at once.
     pub builds: usize,
+    /// Where the signed tree is published; below the data folder if not named.
+    pub tlog: Option<PathBuf>,
+    /// Where its keys are; below the data folder if not named.
+    pub tlog_keys: Option<PathBuf>,
+    /// The ledger's name for auditors, for when its first key is made.
+    pub origin: Option<String>,
     /// Whether sources may be paths of this machine and private addresses.
     pub allow_local_sources: bool,
 }
+
+/// Where the keys of the ledger are in a data folder.
+pub const LEDGER_KEYS: &str = "keys/ledger";
 
 impl NodeOptions {
     /// All roles on loopback, with the embedded log.
@@ -86,6 +101,9 @@ impl NodeOptions {
             clusters: vec!["local-a".into(), "local-b".into()],
             image_prefix: None,
             builds: 2,
+            tlog: None,
+            tlog_keys: None,
+            origin: None,
             allow_local_sources: true,
         }
     }
@@ -98,6 +116,8 @@ pub struct Node {
     gateway: Option<Gateway>,
     warnings: Vec<String>,
     log_line: String,
+    tree: Arc<dyn PublishedTree>,
+    origin: Option<String>,
     crew: Arc<Crew>,
     clusters: Arc<std::sync::Mutex<Vec<Arc<LocalCluster>>>>,
     projections: Projections,
@@ -113,7 +133,8 @@ fn wrong(code: &str, message: impl Into<String>, hint: &str) -> Failure {
     Failure::new(Code::Usage, code, message).hint(hint)
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error with its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
@@ -217,8 +238,38 @@ impl Node {
         let foundations = CancellationToken::new();
         let (fail, failed) = tokio::sync::watch::channel(None);
         let mut tasks = Vec::new();
-        let projections = open_projections(&data, &options)?;
         let parts = Parts::default();
+        let mut warnings = info.warnings;
+        // Before anything is appended the log is compared with what was signed.
+        let tlog = options.tlog.clone().unwrap_or_else(|| data.join("tlog"));
+        let (tree, origin): (Arc<dyn PublishedTree>, _) = if has(Role::Notary) {
+            let keys = ledger_keys(&options, &data)?;
+            let origin = keys.origin().to_owned();
+            let storage = Arc::new(FolderStorage::new(tlog));
+            let notary = Notary::open(log.clone(), storage, keys, NotaryOptions::default())
+                .await
+                .map_err(|e| {
+                    Failure::new(Code::Failure, "notary_unusable", chain(&e))
+                        .hint("check the folders of --tlog and --tlog-keys")
+                })?;
+            let tree = notary.tree();
+            tasks.push(tokio::spawn(sign_log(
+                notary,
+                foundations.clone(),
+                parts.clone(),
+            )));
+            (tree, Some(origin))
+        } else {
+            (Arc::new(FolderTree::new(tlog)), None)
+        };
+        if let TreeCondition::Broken(breach) = tree.condition() {
+            warnings.push(format!(
+                "THE LOG IS NOT WHAT WAS SIGNED: {} ({}). Nothing is appended any more. {}",
+                breach.message, breach.code, breach.remedy
+            ));
+        }
+        let log: Arc<dyn EventLog> = Arc::new(GuardedLog::new(log, tree.clone()));
+        let projections = open_projections(&data, &options)?;
         tasks.push(tokio::spawn(follow_log(
             projections.clone(),
             log.clone(),
@@ -315,7 +366,7 @@ impl Node {
             settings.git_root = Some(data.join("git"));
             settings.known_clusters = clusters;
             settings.image_prefix = Some(image_prefix);
-            let state = AppState::new(ledger, lines, settings, parts);
+            let state = AppState::new(ledger, lines, settings, parts).with_tree(tree.clone());
             let (cancel, fail) = (cancel.clone(), fail.clone());
             tasks.push(tokio::spawn(async move {
                 if let Err(error) = daybook_api::serve(listener, state, cancel).await {
@@ -327,8 +378,10 @@ impl Node {
             options: NodeOptions { data, ..options },
             listening,
             gateway,
-            warnings: info.warnings,
+            warnings,
             log_line,
+            tree,
+            origin,
             crew,
             clusters: held,
             projections,
@@ -408,6 +461,16 @@ impl Node {
         &self.log_line
     }
 
+    /// What signs the ledger, if this node does.
+    pub fn ledger_line(&self) -> Option<String> {
+        let origin = self.origin.as_ref()?;
+        Some(match (self.tree.condition(), self.tree.head()) {
+            (TreeCondition::Broken(_), _) => format!("{origin} is BROKEN"),
+            (_, Some(signed)) => format!("{origin}, {} events signed", signed.head.size),
+            (_, None) => format!("{origin}, signed from the first event on"),
+        })
+    }
+
     /// What an operator should know.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
@@ -439,6 +502,7 @@ impl Node {
             "url": self.listening(),
             "gateway": self.gateway_url(),
             "log": self.log_line,
+            "origin": self.origin,
             "data": self.options.data,
             "clusters": self.clusters(),
             "warnings": self.warnings,
@@ -545,6 +609,49 @@ fn open_projections(data: &Path, options: &NodeOptions) -> Result<Projections, F
         }
     }
     Err(unusable(&last.unwrap_or(OpenError::InUse)))
+}
+
+/// The keys of the ledger, which are made at the first start.
+fn ledger_keys(options: &NodeOptions, data: &Path) -> Result<KeyRing, Failure> {
+    let folder = options
+        .tlog_keys
+        .clone()
+        .unwrap_or_else(|| data.join(LEDGER_KEYS));
+    let keys = match KeyRing::open(&folder) {
+        Err(KeyFileError::Missing { .. }) => {
+            let origin = options
+                .origin
+                .clone()
+                .unwrap_or_else(|| format!("localhost/{:08x}", uuid::Uuid::new_v4().as_fields().0));
+            KeyRing::generate(&folder, &origin)
+        }
+        opened => opened,
+    };
+    let keys = keys.map_err(|e| unusable(&e))?;
+    match &options.origin {
+        Some(origin) if origin != keys.origin() => Err(wrong(
+            "origin_differs",
+            format!(
+                "the keys in {} are of the ledger {}, not of {origin}",
+                folder.display(),
+                keys.origin()
+            ),
+            "a ledger keeps its name: leave --origin out, or name another folder with --tlog-keys",
+        )),
+        _ => Ok(keys),
+    }
+}
+
+/// Signs the log until the node ends. Without it nothing is lost: what is not signed yet is signed
+/// by the next notary.
+async fn sign_log(notary: Notary, cancel: CancellationToken, parts: Parts) {
+    if let Err(error) = notary.run(cancel).await {
+        // A breach is shown as the state of the ledger.
+        if !matches!(error, NotaryError::Breach(_)) {
+            parts.not_ready("notary", chain(&error));
+        }
+        tracing::error!(error = chain(&error), "the notary ended");
+    }
 }
 
 async fn follow_log(

@@ -21,14 +21,16 @@ pub enum Role {
     Probe,
     /// The local gateway, which serves the routes.
     Gateway,
-    /// All roles but `api` and `gateway`.
+    /// Signs the ledger, and compares the log with what was signed.
+    Notary,
+    /// All roles but `api`, `gateway` and `notary`.
     Worker,
 }
 
 impl Role {
     /// All roles, each for itself.
     pub fn all() -> BTreeSet<Self> {
-        Self::expand([Self::Api, Self::Worker, Self::Gateway])
+        Self::expand([Self::Api, Self::Worker, Self::Gateway, Self::Notary])
     }
 
     /// Roles with `worker` taken apart.
@@ -58,6 +60,7 @@ impl Role {
             Self::Route => "route",
             Self::Probe => "probe",
             Self::Gateway => "gateway",
+            Self::Notary => "notary",
             Self::Worker => "worker",
         }
     }

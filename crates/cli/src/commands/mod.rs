@@ -5,6 +5,7 @@ mod demo;
 mod deploy;
 mod events;
 mod history;
+mod ledger;
 mod lifecycle;
 mod logs;
 mod manage;
@@ -15,6 +16,7 @@ mod status;
 mod up;
 
 pub use events::print as print_event;
+pub use ledger::unusable as keys_unusable;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -135,6 +137,12 @@ pub enum Command {
     /// Look after the projections.
     #[command(subcommand)]
     Projections(replay::ProjectionsCommand),
+    /// Look after the ledger itself.
+    #[command(subcommand)]
+    Ledger(ledger::LedgerCommand),
+    /// Look after the keys that the ledger is signed with.
+    #[command(subcommand)]
+    Keys(ledger::KeysCommand),
     /// Print the JSON Schemas of events, and the OpenAPI document.
     Schema(schema::SchemaArgs),
     /// Print a completion script for a shell.
@@ -171,6 +179,8 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Redeploy(args) => lifecycle::redeploy(args).await,
         Command::Replay(args) => replay::run(args).await,
         Command::Projections(command) => replay::projections(command).await,
+        Command::Ledger(command) => ledger::run(command).await,
+        Command::Keys(command) => ledger::keys(command),
         Command::Schema(args) => schema::run(args),
         Command::Completion { shell } => {
             clap_complete::generate(

@@ -55,6 +55,20 @@ pub struct NodeArgs {
     /// How many builds run at once.
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
     pub builds: u8,
+    /// Where the signed tree over the ledger is published, for auditors: `tlog` in the data folder
+    /// if not given. Best on another disk than the log, as it is what a damaged log is noticed by
+    /// and mended from.
+    #[arg(long, env = "DAYBOOK_TLOG", value_name = "DIR")]
+    pub tlog: Option<PathBuf>,
+    /// The folder with the keys that the ledger is signed with: `keys/ledger` in the data folder
+    /// if not given. Made at the first start.
+    #[arg(long, env = "DAYBOOK_TLOG_KEYS", value_name = "DIR")]
+    pub tlog_keys: Option<PathBuf>,
+    /// The ledger's name for auditors, used when its first key is made: the address under which it
+    /// is published, without scheme, such as `daybook.example.com/tlog`. A name of its own under
+    /// localhost if not given.
+    #[arg(long, env = "DAYBOOK_ORIGIN", value_name = "NAME")]
+    pub origin: Option<String>,
     /// Credentials file for NATS.
     #[arg(long, env = "DAYBOOK_NATS_CREDS", value_name = "FILE")]
     pub nats_creds: Option<PathBuf>,
@@ -73,28 +87,28 @@ fn host_name(text: &str) -> Result<String, String> {
         .map_err(|e| e.to_string())
 }
 
-impl NodeArgs {
-    /// The folder, or the usual one.
-    pub fn data_dir(&self) -> Result<PathBuf, Failure> {
-        if let Some(dir) = &self.data {
-            return Ok(dir.clone());
-        }
-        let base = std::env::var_os("XDG_DATA_HOME")
-            .map(PathBuf::from)
-            .or_else(|| std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".local/share")));
-        base.map(|b| b.join("daybook")).ok_or_else(|| {
-            Failure::new(
-                Code::Usage,
-                "data_missing",
-                "there is no home folder to keep data in",
-            )
-            .hint("name a folder with --data DIR")
-        })
+/// The data folder: the one that was named, or the usual one.
+pub fn data_dir(named: Option<&PathBuf>) -> Result<PathBuf, Failure> {
+    if let Some(dir) = named {
+        return Ok(dir.clone());
     }
+    let base = std::env::var_os("XDG_DATA_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".local/share")));
+    base.map(|b| b.join("daybook")).ok_or_else(|| {
+        Failure::new(
+            Code::Usage,
+            "data_missing",
+            "there is no home folder to keep data in",
+        )
+        .hint("name a folder with --data DIR")
+    })
+}
 
+impl NodeArgs {
     /// The options of the node.
     pub fn options(&self) -> Result<NodeOptions, Failure> {
-        let mut options = NodeOptions::everything(self.data_dir()?);
+        let mut options = NodeOptions::everything(data_dir(self.data.as_ref())?);
         options.listen = self.listen;
         options.gateway = self.gateway;
         options.hosts = self.hosts.clone();
@@ -102,6 +116,9 @@ impl NodeArgs {
         options.clusters = self.clusters.clone();
         options.image_prefix = self.image_prefix.clone();
         options.builds = self.builds.into();
+        options.tlog = self.tlog.clone();
+        options.tlog_keys = self.tlog_keys.clone();
+        options.origin = self.origin.clone();
         options.nats_creds = self.nats_creds.clone();
         options.nats_replicas = self.nats_replicas.into();
         options.allow_local_sources = self
@@ -164,6 +181,9 @@ pub fn announce(node: &Node) {
         ));
     }
     output::line(&format!("  log             {}", node.log_line()));
+    if let Some(ledger) = node.ledger_line() {
+        output::line(&format!("  ledger          {ledger}"));
+    }
     output::line(&format!("  data            {}", node.data().display()));
     if !node.clusters().is_empty() {
         output::line(&format!(
