@@ -12,6 +12,7 @@ mod concurrent;
 mod demo;
 mod images;
 mod kill;
+mod ledger;
 mod life;
 mod nats;
 mod support;
