@@ -25,7 +25,7 @@ pub mod testing;
 pub mod tree;
 
 pub use aggregate::{Aggregate, Decision, Folded, Refusal};
-pub use envelope::{Actor, Context, Event, NewEvent, Payload};
+pub use envelope::{Actor, Context, Event, EventView, NewEvent, Payload};
 pub use log::{EventLog, Position, Recorded};
 pub use names::*;
 pub use subject::{AggregateKind, Subject, SubjectFilter};

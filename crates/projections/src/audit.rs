@@ -1,10 +1,8 @@
 //! The audit: one row for each event of the ledger, void ones included.
 //!
-//! Rows are kept singly until 32 of them make a chunk, and 32 chunks make a block. Beside each
-//! block stands a row of its *terms*, hashes of what its events are about, so that a search passes
-//! over blocks that cannot hold what it looks for.
-
-use std::hash::Hasher;
+//! Rows are kept singly until 32 of them make a [chunk](crate::chunk), and 32 chunks make a block.
+//! Beside each block stands a row of its [terms](crate::terms), so that a search passes over blocks
+//! that cannot hold what it looks for.
 
 use daybook_events::aggregate::Void;
 use daybook_events::envelope::DecodeError;
@@ -15,6 +13,8 @@ use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::terms;
 
 /// Who did what, when, why, and what led to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -130,102 +130,9 @@ impl AuditFilter {
             && self
                 .kind
                 .as_ref()
-                .is_none_or(|k| *k == row.kind || *k == family(&row.kind))
+                .is_none_or(|k| *k == row.kind || *k == terms::family(&row.kind))
             && (!self.void_only || row.void.is_some())
             && self.from.is_none_or(|t| row.time >= t)
             && self.until.is_none_or(|t| row.time < t)
     }
-
-    /// The terms that a block must hold to be worth reading.
-    pub(crate) fn terms(&self) -> Vec<u32> {
-        let mut terms = Vec::new();
-        let mut add = |letter: u8, text: Option<&str>| {
-            if let Some(text) = text {
-                terms.push(term(letter, text.as_bytes()));
-            }
-        };
-        add(b'p', self.project.as_ref().map(ProjectName::as_str));
-        add(b'e', self.environment.as_ref().map(EnvironmentName::as_str));
-        add(b's', self.service.as_ref().map(ServiceName::as_str));
-        add(b'a', self.actor.as_deref());
-        add(b'k', self.kind.as_deref());
-        add(b'v', self.void_only.then_some(""));
-        if let Some(d) = &self.deployment {
-            terms.push(term(b'd', d.0.as_bytes()));
-        }
-        if let Some(c) = &self.correlation {
-            terms.push(term(b'c', c.as_bytes()));
-        }
-        terms
-    }
-}
-
-/// `deployment` of `deployment.requested.v1`.
-fn family(kind: &str) -> &str {
-    kind.split('.').next().unwrap_or(kind)
-}
-
-/// FNV-1a, which never changes between versions as the standard library's hash may.
-struct Fnv(u64);
-
-impl Hasher for Fnv {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for b in bytes {
-            self.0 = (self.0 ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
-}
-
-fn term(letter: u8, text: &[u8]) -> u32 {
-    let mut hash = Fnv(0xcbf2_9ce4_8422_2325);
-    hash.write(&[letter]);
-    hash.write(text);
-    let h = hash.finish();
-    (h ^ (h >> 32)) as u32
-}
-
-/// Adds the terms of some rows.
-pub(crate) fn add_terms(terms: &mut Vec<u32>, rows: &[AuditRow]) {
-    for row in rows {
-        let mut add = |letter: u8, text: &[u8]| terms.push(term(letter, text));
-        if let Some(p) = &row.project {
-            add(b'p', p.as_str().as_bytes());
-        }
-        if let Some(e) = &row.environment {
-            add(b'e', e.as_str().as_bytes());
-        }
-        if let Some(s) = &row.service {
-            add(b's', s.as_str().as_bytes());
-        }
-        if let Some(d) = &row.deployment {
-            add(b'd', d.0.as_bytes());
-        }
-        if let Some(c) = &row.correlation {
-            add(b'c', c.as_bytes());
-        }
-        add(b'a', row.actor.id.as_bytes());
-        add(b'k', row.kind.as_bytes());
-        add(b'k', family(&row.kind).as_bytes());
-        if row.void.is_some() {
-            add(b'v', b"");
-        }
-    }
-    terms.sort_unstable();
-    terms.dedup();
-}
-
-/// The row of a block's terms.
-pub(crate) fn terms_row(terms: &[u32]) -> Vec<u8> {
-    terms.iter().flat_map(|t| t.to_be_bytes()).collect()
-}
-
-/// Whether a row of terms holds all of `wanted`.
-pub(crate) fn holds(terms: &[u8], wanted: &[u32]) -> bool {
-    let (terms, _) = terms.as_chunks::<4>();
-    wanted
-        .iter()
-        .all(|w| terms.binary_search(&w.to_be_bytes()).is_ok())
 }

@@ -1,4 +1,4 @@
-//! Reading an event for the folds: the envelope once, the payload once.
+//! Reading payloads for the folds, each once and by the aggregate that its subject names.
 
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::DeploymentEvent;
@@ -7,23 +7,9 @@ use daybook_events::environment::EnvironmentEvent;
 use daybook_events::gitops::GitopsEvent;
 use daybook_events::project::ProjectEvent;
 use daybook_events::routing::RoutingEvent;
-use daybook_events::{AggregateKind, Event, Position, Recorded, Subject};
-use jiff::Timestamp;
+use daybook_events::{AggregateKind, EventView, Subject};
 
-/// An event with its payload decoded, or with the reason why it could not be.
-pub(crate) struct Decoded {
-    pub(crate) position: Position,
-    pub(crate) subject: Subject,
-    pub(crate) stored_at: Timestamp,
-    pub(crate) content: Result<Content, DecodeError>,
-}
-
-pub(crate) struct Content {
-    pub(crate) event: Event,
-    pub(crate) payload: Payload,
-}
-
-/// The payload, by the aggregate that its subject names.
+/// A payload, or the reason why it could not be read.
 pub(crate) enum Payload {
     Project(Result<ProjectEvent, DecodeError>),
     Environment(Result<EnvironmentEvent, DecodeError>),
@@ -35,23 +21,15 @@ pub(crate) enum Payload {
     Other,
 }
 
-pub(crate) fn decode(recorded: Recorded) -> Decoded {
-    let content = recorded.event().map(|event| Content {
-        payload: match recorded.subject.kind() {
-            Some(AggregateKind::Project) => Payload::Project(event.payload()),
-            Some(AggregateKind::Environment) => Payload::Environment(event.payload()),
-            Some(AggregateKind::Build) => Payload::Build(event.payload()),
-            Some(AggregateKind::Deployment) => Payload::Deployment(event.payload()),
-            Some(AggregateKind::Gitops) => Payload::Gitops(event.payload()),
-            Some(AggregateKind::Routing) => Payload::Routing(event.payload()),
-            None => Payload::Other,
-        },
-        event,
-    });
-    Decoded {
-        position: recorded.position,
-        subject: recorded.subject,
-        stored_at: recorded.stored_at,
-        content,
+/// Reads the payload of an event on a subject.
+pub(crate) fn payload(subject: &Subject, event: &EventView<'_>) -> Payload {
+    match subject.kind() {
+        Some(AggregateKind::Project) => Payload::Project(event.payload()),
+        Some(AggregateKind::Environment) => Payload::Environment(event.payload()),
+        Some(AggregateKind::Build) => Payload::Build(event.payload()),
+        Some(AggregateKind::Deployment) => Payload::Deployment(event.payload()),
+        Some(AggregateKind::Gitops) => Payload::Gitops(event.payload()),
+        Some(AggregateKind::Routing) => Payload::Routing(event.payload()),
+        None => Payload::Other,
     }
 }

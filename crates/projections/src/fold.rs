@@ -4,31 +4,28 @@
 //! the end of a batch, so that an aggregate with many events in a batch is written once; all
 //! other rows are made from a single event, whatever batch it is in.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use daybook_events::aggregate::{At, Void};
 use daybook_events::envelope::DecodeError;
 use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::routing::RoutingEvent;
-use daybook_events::subject::PREFIX;
 use daybook_events::{
-    Actor, DeploymentId, EnvironmentName, Event, EventId, InstanceRef, Position, ProjectName,
-    Subject,
+    Actor, DeploymentId, EventId, EventView, InstanceRef, Position, Recorded, Subject,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::audit::{self, AuditRow, VoidView};
-use crate::decode::{Content, Decoded, Payload};
-use crate::keys::{self, Scope};
+use crate::audit::VoidView;
+use crate::chunk;
+use crate::decode::{self, Payload};
+use crate::history;
+use crate::keys::{self, BLOCK, CHUNK, Scope};
 use crate::query::EventRef;
-use crate::sentence::{Said, say};
-use crate::slot::{Marks, Origin, Slot, State};
+use crate::sentence::say;
+use crate::slot::{Marks, Origin, Slots, State};
 use crate::store::Counters;
 use crate::table::{Batch, Table, TableError, decode, encode, encode_json};
-use crate::{history, keys::BLOCK, keys::CHUNK};
-
-/// How many aggregates stay decoded between batches.
-const KEPT: usize = 1024;
+use crate::terms;
 
 /// Why an event could not be folded. The fold is to be loaded anew then.
 #[derive(Debug, thiserror::Error)]
@@ -49,15 +46,13 @@ pub(crate) struct Checkpoint {
 #[derive(Debug, Default)]
 pub(crate) struct Fold {
     checkpoint: Checkpoint,
-    slots: HashMap<Subject, Slot>,
-    /// Number of the batch, for knowing which aggregates are in use.
-    batch: u64,
+    slots: Slots,
     /// The audit's last chunk, which is not full.
-    tail: Vec<AuditRow>,
-    /// How many rows of the tail are in the table.
-    tail_written: usize,
+    audit: chunk::Writer,
     /// The terms of the full chunks in the last block, which is not full.
     terms: Vec<u32>,
+    /// What an event says, while it is being folded.
+    summary: String,
     /// Rows that are finished, but not yet written.
     rows: Batch,
     /// What of those must not be written twice.
@@ -68,6 +63,8 @@ pub(crate) struct Fold {
 /// What an event of one aggregate means for the rows of others.
 #[derive(Default)]
 struct Effects {
+    /// A deployment of this instance was made.
+    created: Option<InstanceRef>,
     /// A GitOps commit introduced a deployment.
     introduced: Option<(Subject, String)>,
     /// Deployments that became the main one, or no longer are.
@@ -81,57 +78,36 @@ impl Fold {
             Some(row) => decode(&row)?,
             None => Checkpoint::default(),
         };
-        let mut tail = Vec::new();
-        let full = checkpoint.position.0 / CHUNK * CHUNK;
-        for position in full + 1..=checkpoint.position.0 {
-            let row = table
-                .get(&keys::audit(Position(position)))?
-                .ok_or_else(|| TableError::Row(format!("no audit of event {position}")))?;
-            tail.push(decode(&row)?);
-        }
-        let mut terms = Vec::new();
-        let chunks = full / CHUNK;
-        for chunk in chunks / BLOCK * BLOCK..chunks {
-            let row = table
-                .get(&keys::chunk(chunk))?
-                .ok_or_else(|| TableError::Row(format!("no chunk {chunk} of the audit")))?;
-            audit::add_terms(&mut terms, &decode::<Vec<AuditRow>>(&row)?);
-        }
-        Ok(Self {
+        let mut fold = Self {
             checkpoint,
-            tail_written: tail.len(),
-            tail,
-            terms,
             ..Self::default()
-        })
+        };
+        if checkpoint.position > Position::ZERO {
+            let last = keys::chunk_of(checkpoint.position);
+            for chunk in last / BLOCK * BLOCK..=last {
+                let row = table
+                    .get(&keys::chunk(chunk))?
+                    .ok_or_else(|| TableError::Row(format!("no chunk {chunk} of the audit")))?;
+                fold.audit = chunk::Writer::resume(&row, keys::first_of(chunk))?;
+                fold.turn();
+            }
+            let expected = checkpoint.position.0 % CHUNK;
+            if fold.audit.rows() as u64 != expected {
+                return Err(TableError::Row(format!(
+                    "the end of chunk {last} of the audit"
+                )));
+            }
+        }
+        Ok(fold)
     }
 
     pub(crate) fn checkpoint(&self) -> Checkpoint {
         self.checkpoint
     }
 
-    fn slot(&mut self, table: &Table, subject: &Subject) -> Result<Option<&mut Slot>, TableError> {
-        if !self.slots.contains_key(subject) {
-            let Some(state) = State::load(table, subject)? else {
-                return Ok(None);
-            };
-            let slot = Slot {
-                state,
-                dirty: false,
-                touched: self.batch,
-            };
-            self.slots.insert(subject.clone(), slot);
-        }
-        let mut slot = self.slots.get_mut(subject);
-        if let Some(slot) = &mut slot {
-            slot.touched = self.batch;
-        }
-        Ok(slot)
-    }
-
     /// Folds one event. One that was folded before is passed over.
-    pub(crate) fn apply(&mut self, table: &Table, event: Decoded) -> Result<(), FoldError> {
-        let position = event.position;
+    pub(crate) fn apply(&mut self, table: &Table, recorded: &Recorded) -> Result<(), FoldError> {
+        let position = recorded.position;
         if position <= self.checkpoint.position {
             return Ok(());
         }
@@ -142,119 +118,159 @@ impl Fold {
                 found: position,
             });
         }
-        let row = match event.content {
-            Ok(content) => self.take(table, position, &event.subject, content)?,
-            Err(error) => {
-                if let Some(slot) = self.slot(table, &event.subject)? {
-                    slot.state.pass(position);
-                    slot.dirty = true;
-                }
-                self.checkpoint.counters.unreadable += 1;
-                unreadable(position, &event.subject, event.stored_at, &error)
-            }
-        };
+        match EventView::from_bytes(&recorded.bytes) {
+            Ok(event) => self.take(table, recorded, &event)?,
+            Err(error) => self.set_aside(table, recorded, &error)?,
+        }
         self.checkpoint.position = position;
         self.checkpoint.counters.events += 1;
-        self.audit(row)?;
+        self.end_row(position);
+        Ok(())
+    }
+
+    /// Notes an event that cannot be read.
+    fn set_aside(
+        &mut self,
+        table: &Table,
+        recorded: &Recorded,
+        error: &DecodeError,
+    ) -> Result<(), FoldError> {
+        if let Some(slot) = self.slots.find(table, &recorded.subject)? {
+            self.slots.change(slot).pass(recorded.position);
+        }
+        self.checkpoint.counters.unreadable += 1;
+        let actor = Actor::unauthenticated("unknown");
+        self.audit.begin(chunk::Row {
+            id: None,
+            time: recorded.stored_at,
+            recorded: recorded.stored_at,
+            actor: (&actor.kind, &actor.id),
+            kind: "unreadable",
+            subject: &recorded.subject,
+            revision: 0,
+            environment: None,
+            service: None,
+            deployment: None,
+            summary: "An event that cannot be read was set aside.",
+            reason: None,
+            cause: None,
+            correlation: None,
+        });
+        self.audit.end(Some(&VoidView::from(error)));
         Ok(())
     }
 
     fn take(
         &mut self,
         table: &Table,
-        position: Position,
-        subject: &Subject,
-        content: Content,
-    ) -> Result<AuditRow, FoldError> {
-        let Content { event, payload } = content;
+        recorded: &Recorded,
+        event: &EventView<'_>,
+    ) -> Result<(), FoldError> {
+        let (position, subject) = (recorded.position, &recorded.subject);
         let at = At {
             position,
             id: event.id,
             time: event.time,
         };
+        let payload = decode::payload(subject, event);
+        let slot = self.slots.find(table, subject)?;
+        let before = slot.map(|number| &self.slots.get(number).state);
+        let said = say(&mut self.summary, subject, &payload, before);
+        self.audit.begin(chunk::Row {
+            id: Some(event.id),
+            time: event.time,
+            recorded: event.recordedtime,
+            actor: (&event.authtype, &event.authid),
+            kind: event.short_kind(),
+            subject,
+            revision: event.revision,
+            environment: said.environment,
+            service: said.service,
+            deployment: said.deployment,
+            summary: &self.summary,
+            reason: said.reason,
+            cause: event.causationid,
+            correlation: Some(event.correlationid),
+        });
         let mut effects = Effects::default();
-        let mut created = None;
-        let slot = self.slot(table, subject)?;
-        let said = say(subject, &payload, slot.as_ref().map(|s| &s.state));
-        let folded = match slot {
-            None => Err(Void::Unknown(event.short_kind().to_owned())),
-            Some(slot) => {
-                slot.dirty = true;
-                let revision = event.revision;
-                match (&mut slot.state, payload) {
-                    (State::Project(f), Payload::Project(p)) => f.step(at, revision, p),
-                    (State::Environment(f), Payload::Environment(p)) => f.step(at, revision, p),
-                    (State::Build(f), Payload::Build(p)) => f.step(at, revision, p),
-                    (State::Deployment(d), Payload::Deployment(p)) => {
-                        let result = d.folded.step(at, revision, p);
-                        if let (Some(state), None) = (&d.folded.state, &d.origin) {
-                            created = Some(state.request.instance.clone());
-                            d.origin = Some(Origin {
-                                created: position,
-                                actor: event.actor(),
-                                message: None,
-                            });
-                        }
-                        result
-                    }
-                    (State::Gitops(f), Payload::Gitops(p)) => {
-                        effects.introduced = introduced(subject, p.as_ref().ok());
-                        f.step(at, revision, p)
-                    }
-                    (State::Routing(f), Payload::Routing(p)) => {
-                        let instance = switched(p.as_ref().ok());
-                        let main = |f: &daybook_events::Folded<_>| main_in(f, instance.as_ref());
-                        let before = main(f);
-                        let result = f.step(at, revision, p);
-                        let after = main(f);
-                        if let (Some(instance), true) = (&instance, before != after) {
-                            effects.main_changed = [before, after]
-                                .into_iter()
-                                .flatten()
-                                .map(|d| deployment_of(instance, d))
-                                .collect();
-                        }
-                        result
-                    }
-                    // A slot is made for its subject, and so is a payload.
-                    _ => Err(Void::Unknown(event.short_kind().to_owned())),
+        let revision = event.revision;
+        let folded = match slot.map(|number| (self.slots.change(number), payload)) {
+            Some((State::Project(f), Payload::Project(p))) => f.step(at, revision, p),
+            Some((State::Environment(f), Payload::Environment(p))) => f.step(at, revision, p),
+            Some((State::Build(f), Payload::Build(p))) => f.step(at, revision, p),
+            Some((State::Deployment(d), Payload::Deployment(p))) => {
+                let result = d.folded.step(at, revision, p);
+                if let (Some(state), None) = (&d.folded.state, &d.origin) {
+                    effects.created = Some(state.request.instance.clone());
+                    d.origin = Some(Origin {
+                        created: position,
+                        actor: event.actor(),
+                        message: None,
+                    });
                 }
+                result
             }
+            Some((State::Gitops(f), Payload::Gitops(p))) => {
+                effects.introduced = introduced(subject, p.as_ref().ok());
+                f.step(at, revision, p)
+            }
+            Some((State::Routing(f), Payload::Routing(p))) => {
+                let instance = switched(p.as_ref().ok());
+                let main = |f: &daybook_events::Folded<_>| main_in(f, instance.as_ref());
+                let before = main(f);
+                let result = f.step(at, revision, p);
+                let after = main(f);
+                if let (Some(instance), true) = (&instance, before != after) {
+                    effects.main_changed = [before, after]
+                        .into_iter()
+                        .flatten()
+                        .map(|d| deployment_of(instance, d))
+                        .collect();
+                }
+                result
+            }
+            // A slot is made for its subject, and so is a payload.
+            Some(_) | None => Err(Void::Unknown(event.short_kind().to_owned())),
         };
         match &folded {
             Ok(()) => {
-                if let Subject::Build(project, id) = subject {
-                    let key = keys::build(*id, project);
-                    if event.revision == 1 {
-                        self.rows.push((key, Some(Vec::new())));
-                    }
+                if let (Subject::Build(project, id), 1) = (subject, revision) {
+                    self.rows
+                        .push((keys::build(*id, project), Some(Vec::new())));
                 }
-                self.follow(table, effects)?;
             }
             Err(Void::Unknown(_)) => self.checkpoint.counters.unknown += 1,
             Err(Void::Unreadable(_)) => self.checkpoint.counters.unreadable += 1,
             Err(_) => self.checkpoint.counters.void += 1,
         }
-        if let (Some(instance), Some(id)) = (created, said.deployment) {
-            self.list(table, &instance, id, position)?;
+        self.audit
+            .end(folded.as_ref().err().map(VoidView::from).as_ref());
+        if let (Some(instance), Subject::Deployment(_, _, id)) = (&effects.created, subject) {
+            self.list(table, instance, *id, position)?;
         }
-        self.note_request(table, position, subject, &event)?;
-        Ok(audited(position, subject, event, said, folded.err()))
+        if folded.is_ok() {
+            self.follow(table, effects)?;
+        }
+        self.note_request(table, position, subject, event)?;
+        Ok(())
     }
 
     /// Marks what an event changes beyond its own aggregate.
     fn follow(&mut self, table: &Table, effects: Effects) -> Result<(), TableError> {
         if let Some((subject, message)) = effects.introduced
-            && let Some(slot) = self.slot(table, &subject)?
-            && let State::Deployment(d) = &mut slot.state
+            && let Some(slot) = self.slots.find(table, &subject)?
+            && let State::Deployment(d) = &self.slots.get(slot).state
+            && d.origin.is_some()
+            && let State::Deployment(d) = self.slots.change(slot)
             && let Some(origin) = &mut d.origin
         {
             origin.message = Some(message);
-            slot.dirty = true;
         }
         for subject in effects.main_changed {
-            if let Some(slot) = self.slot(table, &subject)? {
-                slot.dirty = slot.state.position() > Position::ZERO;
+            if let Some(slot) = self.slots.find(table, &subject)?
+                && self.slots.get(slot).state.position() > Position::ZERO
+            {
+                self.slots.change(slot);
             }
         }
         Ok(())
@@ -288,7 +304,7 @@ impl Fold {
         table: &Table,
         position: Position,
         subject: &Subject,
-        event: &Event,
+        event: &EventView<'_>,
     ) -> Result<(), TableError> {
         let Some(digest) = &event.requestdigest else {
             return Ok(());
@@ -301,76 +317,64 @@ impl Fold {
         Ok(())
     }
 
-    fn audit(&mut self, row: AuditRow) -> Result<(), TableError> {
-        let chunk = keys::chunk_of(row.position);
-        self.tail.push(row);
-        if self.tail.len() as u64 == CHUNK {
-            for row in &self.tail[..self.tail_written] {
-                self.rows.push((keys::audit(row.position), None));
-            }
+    /// Ends the audit's row of an event, and with it perhaps a chunk.
+    fn end_row(&mut self, position: Position) {
+        if self.audit.rows() as u64 == CHUNK {
+            let chunk = keys::chunk_of(position);
             self.rows
-                .push((keys::chunk(chunk), Some(encode(&self.tail)?)));
-            audit::add_terms(&mut self.terms, &self.tail);
+                .push((keys::chunk(chunk), Some(self.audit.bytes())));
+            self.turn();
             if (chunk + 1).is_multiple_of(BLOCK) {
-                let terms = audit::terms_row(&self.terms);
+                let terms = terms::row(&mut self.terms);
                 self.rows.push((keys::terms(chunk / BLOCK), Some(terms)));
-                self.terms.clear();
             }
-            self.tail.clear();
-            self.tail_written = 0;
         }
-        Ok(())
+    }
+
+    /// Begins the next chunk if this one is full.
+    fn turn(&mut self) {
+        if self.audit.rows() as u64 == CHUNK {
+            self.audit.turn(&mut self.terms);
+        }
     }
 
     /// Takes the rows that bring the table to [`Self::checkpoint`].
     pub(crate) fn rows(&mut self, table: &Table) -> Result<Batch, TableError> {
-        let dirty: Vec<Subject> = self
-            .slots
-            .iter()
-            .filter(|(_, slot)| slot.dirty)
-            .map(|(subject, _)| subject.clone())
-            .collect();
-        for subject in dirty {
-            self.write_state(table, &subject)?;
+        for number in self.slots.take_dirty() {
+            self.write_state(table, number)?;
         }
-        for row in &self.tail[self.tail_written..] {
+        if self.audit.rows() > 0 {
+            let chunk = keys::chunk_of(self.checkpoint.position);
             self.rows
-                .push((keys::audit(row.position), Some(encode(row)?)));
+                .push((keys::chunk(chunk), Some(self.audit.bytes())));
         }
-        self.tail_written = self.tail.len();
         self.rows
             .push((keys::CHECKPOINT.to_vec(), Some(encode(&self.checkpoint)?)));
         self.deployments.clear();
         self.requests.clear();
-        if self.slots.len() > KEPT {
-            let batch = self.batch;
-            self.slots.retain(|_, slot| slot.touched == batch);
-            if self.slots.len() > KEPT {
-                self.slots.clear();
-            }
-        }
-        self.batch += 1;
+        self.slots.end_batch();
         Ok(std::mem::take(&mut self.rows))
     }
 
-    fn write_state(&mut self, table: &Table, subject: &Subject) -> Result<(), TableError> {
-        let main = match self.slots.get(subject).map(|s| &s.state) {
-            Some(State::Deployment(d)) => match &d.folded.state {
+    fn write_state(&mut self, table: &Table, number: usize) -> Result<(), TableError> {
+        let main = match &self.slots.get(number).state {
+            State::Deployment(d) => match &d.folded.state {
                 Some(state) => {
-                    let instance = state.request.instance.clone();
-                    self.main_of(table, &instance)?
+                    let project = state.request.instance.project.clone();
+                    let routing = self.slots.find(table, &Subject::Routing(project))?;
+                    self.main_of(routing, number)
                 }
                 None => None,
             },
             _ => None,
         };
-        let (Some(slot), Some(key)) = (self.slots.get_mut(subject), keys::state(subject)) else {
+        let slot = self.slots.settle(number);
+        let Some(key) = keys::state(&slot.subject) else {
             return Ok(());
         };
-        slot.dirty = false;
         self.rows.push((key, Some(slot.state.encode()?)));
         if let State::Deployment(d) = &mut slot.state
-            && let Subject::Deployment(_, _, id) = subject
+            && let Subject::Deployment(_, _, id) = &slot.subject
             && let (Some(state), Some(origin)) = (&d.folded.state, &d.origin)
         {
             let history = history::row(*id, state, origin, main == Some(*id));
@@ -399,16 +403,18 @@ impl Fold {
         Ok(())
     }
 
-    fn main_of(
-        &mut self,
-        table: &Table,
-        instance: &InstanceRef,
-    ) -> Result<Option<DeploymentId>, TableError> {
-        let routing = Subject::Routing(instance.project.clone());
-        Ok(match self.slot(table, &routing)?.map(|s| &s.state) {
-            Some(State::Routing(f)) => main_in(f, Some(instance)),
-            _ => None,
-        })
+    /// The main deployment of a deployment's instance.
+    fn main_of(&self, routing: Option<usize>, deployment: usize) -> Option<DeploymentId> {
+        let State::Routing(routing) = &self.slots.get(routing?).state else {
+            return None;
+        };
+        let State::Deployment(d) = &self.slots.get(deployment).state else {
+            return None;
+        };
+        main_in(
+            routing,
+            d.folded.state.as_ref().map(|s| &s.request.instance),
+        )
     }
 }
 
@@ -455,88 +461,4 @@ fn main_in(
     instance: Option<&InstanceRef>,
 ) -> Option<DeploymentId> {
     folded.state.as_ref()?.traffic(instance?)?.main
-}
-
-/// Project and environment as the subject names them, of any version.
-fn places(subject: &Subject) -> (Option<ProjectName>, Option<EnvironmentName>) {
-    match subject {
-        Subject::Other(text) => {
-            let mut tokens = text.split('.').skip(2);
-            let project = tokens.next().and_then(|p| ProjectName::parse(p).ok());
-            let environment = tokens.next().and_then(|e| EnvironmentName::parse(e).ok());
-            (project, environment)
-        }
-        known => (known.project().cloned(), known.environment().cloned()),
-    }
-}
-
-fn subject_text(subject: &Subject) -> String {
-    let text = subject.to_string();
-    text.strip_prefix(PREFIX)
-        .map_or(text.as_str(), |s| s.trim_start_matches('.'))
-        .replace('.', "/")
-}
-
-fn audited(
-    position: Position,
-    subject: &Subject,
-    event: Event,
-    said: Said,
-    void: Option<Void>,
-) -> AuditRow {
-    let (project, environment) = places(subject);
-    AuditRow {
-        position,
-        id: Some(event.id),
-        time: event.time,
-        recorded: event.recordedtime,
-        kind: event.short_kind().to_owned(),
-        subject: subject_text(subject),
-        revision: event.revision,
-        project,
-        environment: said.environment.or(environment),
-        service: said.service,
-        deployment: said.deployment,
-        summary: said.summary,
-        reason: said.reason,
-        cause: event.causationid,
-        correlation: Some(event.correlationid),
-        void: void.as_ref().map(VoidView::from),
-        actor: Actor {
-            kind: event.authtype,
-            id: event.authid,
-        },
-    }
-}
-
-fn unreadable(
-    position: Position,
-    subject: &Subject,
-    stored_at: jiff::Timestamp,
-    error: &DecodeError,
-) -> AuditRow {
-    let (project, environment) = places(subject);
-    let deployment = match subject {
-        Subject::Deployment(_, _, id) => Some(*id),
-        _ => None,
-    };
-    AuditRow {
-        position,
-        id: None,
-        time: stored_at,
-        recorded: stored_at,
-        actor: Actor::unauthenticated("unknown"),
-        kind: "unreadable".to_owned(),
-        subject: subject_text(subject),
-        revision: 0,
-        project,
-        environment,
-        service: None,
-        deployment,
-        summary: "An event that cannot be read was set aside.".to_owned(),
-        reason: None,
-        cause: None,
-        correlation: None,
-        void: Some(VoidView::from(error)),
-    }
 }

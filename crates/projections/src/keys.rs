@@ -154,12 +154,7 @@ pub(crate) fn history(created: Position) -> Vec<u8> {
     placed(vec![b'h'], created)
 }
 
-/// One event of the audit, until its chunk is full.
-pub(crate) fn audit(position: Position) -> Vec<u8> {
-    placed(vec![b'a'], position)
-}
-
-/// A full chunk of the audit.
+/// A chunk of the audit. The last one may not be full.
 pub(crate) fn chunk(number: u64) -> Vec<u8> {
     placed(vec![b'A'], Position(number))
 }
@@ -172,6 +167,11 @@ pub(crate) fn terms(block: u64) -> Vec<u8> {
 /// The chunk that a position belongs to, from 0.
 pub(crate) fn chunk_of(position: Position) -> u64 {
     position.0.saturating_sub(1) / CHUNK
+}
+
+/// The first position of a chunk.
+pub(crate) fn first_of(chunk: u64) -> Position {
+    Position(chunk * CHUNK + 1)
 }
 
 /// Whether a row says something about this store, and nothing about the ledger.
@@ -201,7 +201,6 @@ pub(crate) fn describe(key: &[u8]) -> String {
         Some(b'x') => format!("list of deployments, at event {}", place()),
         Some(b'n') => format!("list of active deployments, at event {}", place()),
         Some(b'h') => format!("history of the deployment of event {}", place()),
-        Some(b'a') => format!("audit of event {}", place()),
         Some(b'A') => format!("audit, chunk {}", place()),
         Some(b'T') => format!("terms of the audit, block {}", place()),
         Some(b'c') => "checkpoint".to_owned(),

@@ -7,6 +7,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod audit;
+mod chunk;
 mod decode;
 mod fold;
 mod history;
@@ -20,6 +21,7 @@ mod sentence;
 mod slot;
 pub mod store;
 mod table;
+mod terms;
 #[cfg(test)]
 mod tests;
 pub mod views;

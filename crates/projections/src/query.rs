@@ -16,13 +16,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use crate::audit::{AuditFilter, AuditRow, holds};
+use crate::audit::{AuditFilter, AuditRow};
+use crate::chunk;
 use crate::fold::deployment_of;
 use crate::keys::{self, Scope};
 use crate::page::{Cursor, Page, PageOf};
 use crate::slot;
 use crate::store::{Projections, QueryError};
 use crate::table::{Way, decode};
+use crate::terms;
 use crate::views::{DeploymentView, HistoryRow, InstanceView, Overview, version_text};
 
 /// A deployment with its place in the ledger and in traffic.
@@ -570,54 +572,40 @@ impl Projections {
             next: None,
             limit: page.limit(),
         };
-        let mut take = |row: AuditRow| found.take(filter, row);
-        // The last chunk is in single rows, and may be put together meanwhile: it is read at once.
-        let (position, mut done) = {
-            let _gate = self.gate();
-            let position = self.position();
-            let from = page.after.map(keys::audit);
-            let mut rows = Vec::new();
-            self.inner
-                .table
-                .scan::<()>(b"a", from.as_deref(), Way::Down, |_, value| {
-                    rows.push(value.clone());
-                    ControlFlow::Continue(())
-                })?;
-            let mut done = false;
-            for row in rows {
-                done = take(decode(&row)?);
-                if done {
-                    break;
-                }
-            }
-            (position, done)
-        };
-        // Full chunks never change.
+        let position = self.position();
+        // Rows of full chunks never change, and what comes after this position is passed over.
         let below = page.after.unwrap_or(position.next()).min(position.next());
-        let mut chunk = if below.0 <= 1 {
+        let mut number = if below.0 <= 1 {
             0
         } else {
             keys::chunk_of(Position(below.0 - 1)) + 1
         };
-        let terms = filter.terms();
+        let terms = terms::wanted(filter);
         let mut looked_at = None;
-        while !done && chunk > 0 {
-            chunk -= 1;
-            let block = chunk / keys::BLOCK;
+        let mut done = false;
+        while !done && number > 0 {
+            number -= 1;
+            let block = number / keys::BLOCK;
             if !terms.is_empty() && looked_at != Some(block) {
                 looked_at = Some(block);
                 let held = self.inner.table.get(&keys::terms(block))?;
-                if held.is_some_and(|held| !holds(&held, &terms)) {
-                    chunk = block * keys::BLOCK;
+                if held.is_some_and(|held| !terms::holds(&held, &terms)) {
+                    number = block * keys::BLOCK;
                     continue;
                 }
             }
-            let Some(row) = self.inner.table.get(&keys::chunk(chunk))? else {
+            let Some(row) = self.inner.table.get(&keys::chunk(number))? else {
                 continue;
             };
-            let rows: Vec<AuditRow> = decode(&row)?;
-            for row in rows.into_iter().rev().filter(|r| r.position < below) {
-                done = take(row);
+            let mut reader = chunk::Reader::new(&row, keys::first_of(number))?;
+            let mut rows = Vec::new();
+            while let Some(row) = reader.next()? {
+                if row.position < below {
+                    rows.push(row);
+                }
+            }
+            for row in rows.into_iter().rev() {
+                done = found.take(filter, row);
                 if done {
                     break;
                 }

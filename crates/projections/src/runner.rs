@@ -1,18 +1,17 @@
 //! The runner: it keeps the projections up with the log.
 //!
-//! One task reads and decodes, one thread folds. The thread takes whatever has come since it last looked:
+//! One task reads, one thread decodes and folds. The thread takes whatever has come since it last looked:
 //! thousands of events while it catches up, a single one when it is live.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_events::log::ReadError;
-use daybook_events::{EventLog, Position, SubjectFilter};
+use daybook_events::{EventLog, Position, Recorded, SubjectFilter};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::decode::{Decoded, decode};
 use crate::fold::FoldError;
 use crate::store::{Projections, QueryError};
 use crate::table::TableError;
@@ -194,7 +193,7 @@ pub(crate) async fn pump(
                 Ok(event) if until.is_some_and(|u| event.position > u) => break,
                 Ok(event) => {
                     reached = event.position;
-                    read.push(decode(event));
+                    read.push(event);
                 }
                 Err(e) => {
                     failed = Some(e);
@@ -220,7 +219,7 @@ pub(crate) async fn pump(
 
 fn fold_all(
     projections: &Projections,
-    mut receiver: mpsc::Receiver<Vec<Decoded>>,
+    mut receiver: mpsc::Receiver<Vec<Recorded>>,
 ) -> Result<(), FoldError> {
     while let Some(mut batch) = receiver.blocking_recv() {
         while batch.len() + READ <= BATCH {
@@ -229,7 +228,7 @@ fn fold_all(
                 Err(_) => break,
             }
         }
-        projections.take(batch)?;
+        projections.take(&batch)?;
     }
     Ok(())
 }

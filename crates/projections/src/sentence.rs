@@ -1,5 +1,7 @@
 //! What an event says, as a sentence for people.
 
+use std::fmt::{self, Write as _};
+
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::{DeploymentEvent, Version};
 use daybook_events::environment::EnvironmentEvent;
@@ -11,120 +13,147 @@ use daybook_events::{DeploymentId, EnvironmentName, ServiceName, Subject};
 use crate::decode::Payload;
 use crate::slot::State;
 
-/// What an event says, to whom it belongs, and why it happened.
+/// To whom an event belongs, beyond what its subject says, and why it happened.
 #[derive(Debug, Default)]
-pub(crate) struct Said {
-    pub(crate) summary: String,
-    pub(crate) reason: Option<String>,
-    pub(crate) environment: Option<EnvironmentName>,
-    pub(crate) service: Option<ServiceName>,
+pub(crate) struct Said<'a> {
+    pub(crate) reason: Option<&'a str>,
+    pub(crate) environment: Option<&'a EnvironmentName>,
+    pub(crate) service: Option<&'a ServiceName>,
     pub(crate) deployment: Option<DeploymentId>,
 }
 
-/// Puts an event into words. `before` is the state that it meets.
-pub(crate) fn say(subject: &Subject, payload: &Payload, before: Option<&State>) -> Said {
+/// Puts an event into words, in the place of what `summary` holds. `before` is the state that it
+/// meets.
+pub(crate) fn say<'a>(
+    summary: &mut String,
+    subject: &Subject,
+    payload: &'a Payload,
+    before: Option<&'a State>,
+) -> Said<'a> {
+    summary.clear();
+    let s = summary;
     let mut said = match payload {
-        Payload::Project(Ok(e)) => project(e),
-        Payload::Environment(Ok(e)) => environment(e),
-        Payload::Build(Ok(e)) => build(e, before),
-        Payload::Deployment(Ok(e)) => deployment(e, before),
-        Payload::Gitops(Ok(e)) => gitops(e),
-        Payload::Routing(Ok(e)) => routing(e),
+        Payload::Project(Ok(e)) => project(s, e),
+        Payload::Environment(Ok(e)) => environment(s, e),
+        Payload::Build(Ok(e)) => build(s, e, before),
+        Payload::Deployment(Ok(e)) => deployment(s, e, before),
+        Payload::Gitops(Ok(e)) => gitops(s, e),
+        Payload::Routing(Ok(e)) => routing(s, e),
         Payload::Project(Err(_))
         | Payload::Environment(Err(_))
         | Payload::Build(Err(_))
         | Payload::Deployment(Err(_))
         | Payload::Gitops(Err(_))
         | Payload::Routing(Err(_))
-        | Payload::Other => Said {
-            summary: "An event that this version cannot read.".to_owned(),
-            ..Said::default()
-        },
+        | Payload::Other => plain(s, format_args!("An event that this version cannot read.")),
     };
-    if let Some(e) = subject.environment() {
-        said.environment = Some(e.clone());
+    if subject.environment().is_some() {
+        said.environment = None;
     }
-    if let Subject::Deployment(_, _, d) = subject {
-        said.deployment = Some(*d);
+    if let Subject::Deployment(..) = subject {
+        said.deployment = None;
         if let (None, Some(State::Deployment(slot))) = (&said.service, before)
             && let Some(state) = &slot.folded.state
         {
-            said.service = Some(state.request.instance.service.clone());
+            said.service = Some(&state.request.instance.service);
         }
     }
     said
 }
 
-fn plain(summary: impl Into<String>) -> Said {
+fn plain<'a>(out: &mut String, summary: fmt::Arguments<'_>) -> Said<'a> {
+    because(out, summary, None)
+}
+
+fn because<'a>(
+    out: &mut String,
+    summary: fmt::Arguments<'_>,
+    reason: Option<&'a String>,
+) -> Said<'a> {
+    // Nothing that is written to a text fails.
+    let _ = out.write_fmt(summary);
     Said {
-        summary: summary.into(),
+        reason: reason.map(String::as_str),
         ..Said::default()
     }
 }
 
-fn because(summary: impl Into<String>, reason: Option<&String>) -> Said {
-    Said {
-        summary: summary.into(),
-        reason: reason.cloned(),
-        ..Said::default()
-    }
-}
-
-fn project(event: &ProjectEvent) -> Said {
+fn project<'a>(out: &mut String, event: &'a ProjectEvent) -> Said<'a> {
     match event {
-        ProjectEvent::Created(e) => plain(format!("Project {} was created.", e.name)),
+        ProjectEvent::Created(e) => plain(out, format_args!("Project {} was created.", e.name)),
         ProjectEvent::ServiceDefined(e) => Said {
-            service: Some(e.name.clone()),
-            ..plain(format!("Service {} was defined.", e.name))
+            service: Some(&e.name),
+            ..plain(out, format_args!("Service {} was defined.", e.name))
         },
     }
 }
 
-fn environment(event: &EnvironmentEvent) -> Said {
+fn environment<'a>(out: &mut String, event: &'a EnvironmentEvent) -> Said<'a> {
     match event {
-        EnvironmentEvent::Created(e) => plain(format!("Environment {} was created.", e.name)),
-        EnvironmentEvent::Changed(_) => plain("The environment was redefined."),
+        EnvironmentEvent::Created(e) => {
+            plain(out, format_args!("Environment {} was created.", e.name))
+        }
+        EnvironmentEvent::Changed(_) => plain(out, format_args!("The environment was redefined.")),
     }
 }
 
-fn build(event: &BuildEvent, before: Option<&State>) -> Said {
+fn build<'a>(out: &mut String, event: &'a BuildEvent, before: Option<&'a State>) -> Said<'a> {
     let mut said = match event {
-        BuildEvent::Requested(e) => plain(format!(
-            "A build of {} at commit {} was asked for.",
-            e.service,
-            e.commit.commit.short()
-        )),
-        BuildEvent::Started(e) => plain(format!(
-            "Worker {} took the build on (attempt {}).",
-            e.worker, e.attempt
-        )),
-        BuildEvent::BuilderStarted(e) => plain(format!(
-            "Commit {} was checked out; the builder runs.",
-            e.commit.short()
-        )),
-        BuildEvent::PushStarted(e) => plain(format!(
-            "The image was made by {} and is being pushed.",
-            e.builder
-        )),
-        BuildEvent::Succeeded(e) => plain(format!("Image {} was built and pushed.", e.image)),
-        BuildEvent::Failed(e) => because("The build failed.", Some(&e.message)),
-        BuildEvent::Cancelled(e) => because("The build was given up.", Some(&e.message)),
+        BuildEvent::Requested(e) => plain(
+            out,
+            format_args!(
+                "A build of {} at commit {} was asked for.",
+                e.service,
+                e.commit.commit.short()
+            ),
+        ),
+        BuildEvent::Started(e) => plain(
+            out,
+            format_args!(
+                "Worker {} took the build on (attempt {}).",
+                e.worker, e.attempt
+            ),
+        ),
+        BuildEvent::BuilderStarted(e) => plain(
+            out,
+            format_args!(
+                "Commit {} was checked out; the builder runs.",
+                e.commit.short()
+            ),
+        ),
+        BuildEvent::PushStarted(e) => plain(
+            out,
+            format_args!("The image was made by {} and is being pushed.", e.builder),
+        ),
+        BuildEvent::Succeeded(e) => {
+            plain(out, format_args!("Image {} was built and pushed.", e.image))
+        }
+        BuildEvent::Failed(e) => because(out, format_args!("The build failed."), Some(&e.message)),
+        BuildEvent::Cancelled(e) => because(
+            out,
+            format_args!("The build was given up."),
+            Some(&e.message),
+        ),
     };
     said.service = match (event, before) {
-        (BuildEvent::Requested(e), _) => Some(e.service.clone()),
-        (_, Some(State::Build(f))) => f.state.as_ref().map(|b| b.request.service.clone()),
+        (BuildEvent::Requested(e), _) => Some(&e.service),
+        (_, Some(State::Build(f))) => f.state.as_ref().map(|b| &b.request.service),
         _ => None,
     };
     said
 }
 
-fn deployment(event: &DeploymentEvent, before: Option<&State>) -> Said {
+fn deployment<'a>(
+    out: &mut String,
+    event: &'a DeploymentEvent,
+    before: Option<&'a State>,
+) -> Said<'a> {
     use DeploymentEvent as E;
     match event {
         E::Requested(e) => {
-            let what = match &e.version {
-                Version::Git { git_ref, .. } => git_ref.to_string(),
-                Version::Image { reference } => reference.to_string(),
+            let what: &dyn fmt::Display = match &e.version {
+                Version::Git { git_ref, .. } => git_ref,
+                Version::Image { reference } => reference,
             };
             let verb = if e.redeploy_of.is_some() {
                 "redeploy"
@@ -133,9 +162,10 @@ fn deployment(event: &DeploymentEvent, before: Option<&State>) -> Said {
             };
             let i = &e.instance;
             Said {
-                service: Some(i.service.clone()),
+                service: Some(&i.service),
                 ..because(
-                    format!(
+                    out,
+                    format_args!(
                         "A {verb} of {what} to {} in {} was asked for.",
                         i.service, i.environment
                     ),
@@ -143,8 +173,11 @@ fn deployment(event: &DeploymentEvent, before: Option<&State>) -> Said {
                 )
             }
         }
-        E::Queued(_) => plain("It was admitted to the pipeline."),
-        E::CloningStarted(_) => plain("Its source is being resolved and fetched."),
+        E::Queued(_) => plain(out, format_args!("It was admitted to the pipeline.")),
+        E::CloningStarted(_) => plain(
+            out,
+            format_args!("Its source is being resolved and fetched."),
+        ),
         E::SourceResolved(e) => {
             let commit = e.source.commit.short();
             let asked = match before {
@@ -153,33 +186,50 @@ fn deployment(event: &DeploymentEvent, before: Option<&State>) -> Said {
             }
             .map(|d| &d.request.version);
             match asked {
-                Some(Version::Git { git_ref, .. }) => {
-                    plain(format!("{git_ref} was resolved to commit {commit}."))
-                }
-                _ => plain(format!("Its source was resolved to commit {commit}.")),
+                Some(Version::Git { git_ref, .. }) => plain(
+                    out,
+                    format_args!("{git_ref} was resolved to commit {commit}."),
+                ),
+                _ => plain(
+                    out,
+                    format_args!("Its source was resolved to commit {commit}."),
+                ),
             }
         }
-        E::BuildingStarted(_) => plain("Its image is being built."),
-        E::PushingStarted(_) => plain("Its image is being pushed."),
-        E::ImagePinned(e) => plain(format!(
-            "Its image is {}{}.",
-            e.image,
-            if e.shared {
-                ", built for another deployment before"
-            } else {
-                ""
+        E::BuildingStarted(_) => plain(out, format_args!("Its image is being built.")),
+        E::PushingStarted(_) => plain(out, format_args!("Its image is being pushed.")),
+        E::ImagePinned(e) => plain(
+            out,
+            format_args!(
+                "Its image is {}{}.",
+                e.image,
+                if e.shared {
+                    ", built for another deployment before"
+                } else {
+                    ""
+                }
+            ),
+        ),
+        E::DeployingStarted(e) => plain(
+            out,
+            format_args!(
+                "It was committed as {}; its clusters converge.",
+                e.commit.short()
+            ),
+        ),
+        E::ChangeCommitted(e) => {
+            let commit = e.commit.short();
+            match e.replicas {
+                Some(n) => plain(
+                    out,
+                    format_args!("{n} replicas of it were committed as {commit}."),
+                ),
+                None => plain(out, format_args!("Its removal was committed as {commit}.")),
             }
-        )),
-        E::DeployingStarted(e) => plain(format!(
-            "It was committed as {}; its clusters converge.",
-            e.commit.short()
-        )),
-        E::ChangeCommitted(e) => plain(match e.replicas {
-            Some(n) => format!("{n} replicas of it were committed as {}.", e.commit.short()),
-            None => format!("Its removal was committed as {}.", e.commit.short()),
-        }),
+        }
         E::WorkloadObserved(e) => because(
-            format!(
+            out,
+            format_args!(
                 "{} of {} instances are ready in {}.",
                 e.ready(),
                 e.wanted,
@@ -188,40 +238,77 @@ fn deployment(event: &DeploymentEvent, before: Option<&State>) -> Said {
             e.problem.as_ref().map(|p| &p.message),
         ),
         E::EndpointObserved(e) => because(
-            if e.ready {
-                format!("It answers at {}.", e.url)
-            } else {
-                format!("It does not answer at {}.", e.url)
-            },
+            out,
+            format_args!(
+                "It {} at {}.",
+                if e.ready {
+                    "answers"
+                } else {
+                    "does not answer"
+                },
+                e.url
+            ),
             e.message.as_ref(),
         ),
-        E::OpenapiFound(e) => plain(format!("It serves an OpenAPI document at {}.", e.path)),
-        E::Succeeded(_) => plain("It is live."),
+        E::OpenapiFound(e) => plain(
+            out,
+            format_args!("It serves an OpenAPI document at {}.", e.path),
+        ),
+        E::Succeeded(_) => plain(out, format_args!("It is live.")),
         E::Failed(e) => because(
-            format!("It failed while {} ({}).", e.during.as_str(), e.code),
+            out,
+            format_args!("It failed while {} ({}).", e.during.as_str(), e.code),
             Some(&e.message),
         ),
-        E::CancelRequested(e) => because("Its cancellation was asked for.", e.reason.as_ref()),
-        E::Cancelled(e) => because("It was cancelled.", Some(&e.message)),
-        E::StopRequested(e) => because("It is to be stopped.", e.reason.as_ref()),
-        E::Stopped(_) => plain("It is stopped."),
-        E::StopFailed(e) => because("It could not be stopped.", Some(&e.message)),
-        E::StartRequested(e) => because("It is to be started again.", e.reason.as_ref()),
-        E::RestartDone(_) => plain("It is started again."),
-        E::StartFailed(e) => because("It could not be started again.", Some(&e.message)),
-        E::TerminateRequested(e) => because("It is to be removed.", e.reason.as_ref()),
-        E::Terminated(_) => plain("It is removed."),
-        E::TerminateFailed(e) => because("It could not be removed.", Some(&e.message)),
-        E::Deleted(e) => because("Its record was put away.", e.reason.as_ref()),
+        E::CancelRequested(e) => because(
+            out,
+            format_args!("Its cancellation was asked for."),
+            e.reason.as_ref(),
+        ),
+        E::Cancelled(e) => because(out, format_args!("It was cancelled."), Some(&e.message)),
+        E::StopRequested(e) => {
+            because(out, format_args!("It is to be stopped."), e.reason.as_ref())
+        }
+        E::Stopped(_) => plain(out, format_args!("It is stopped.")),
+        E::StopFailed(e) => because(
+            out,
+            format_args!("It could not be stopped."),
+            Some(&e.message),
+        ),
+        E::StartRequested(e) => because(
+            out,
+            format_args!("It is to be started again."),
+            e.reason.as_ref(),
+        ),
+        E::RestartDone(_) => plain(out, format_args!("It is started again.")),
+        E::StartFailed(e) => because(
+            out,
+            format_args!("It could not be started again."),
+            Some(&e.message),
+        ),
+        E::TerminateRequested(e) => {
+            because(out, format_args!("It is to be removed."), e.reason.as_ref())
+        }
+        E::Terminated(_) => plain(out, format_args!("It is removed.")),
+        E::TerminateFailed(e) => because(
+            out,
+            format_args!("It could not be removed."),
+            Some(&e.message),
+        ),
+        E::Deleted(e) => because(
+            out,
+            format_args!("Its record was put away."),
+            e.reason.as_ref(),
+        ),
     }
 }
 
-fn gitops(event: &GitopsEvent) -> Said {
+fn gitops<'a>(out: &mut String, event: &'a GitopsEvent) -> Said<'a> {
     match event {
-        GitopsEvent::RepositoryCreated(e) => plain(format!(
-            "The GitOps repository was made, with branch {}.",
-            e.branch
-        )),
+        GitopsEvent::RepositoryCreated(e) => plain(
+            out,
+            format_args!("The GitOps repository was made, with branch {}.", e.branch),
+        ),
         GitopsEvent::Committed(e) => {
             let (service, deployment) = match &e.change {
                 Change::Deploy {
@@ -236,26 +323,32 @@ fn gitops(event: &GitopsEvent) -> Said {
                 | Change::Remove {
                     service,
                     deployment,
-                } => (Some(service.clone()), Some(*deployment)),
+                } => (Some(service), Some(*deployment)),
                 Change::EnvironmentCreated {} | Change::EnvironmentDeleted {} => (None, None),
             };
             Said {
-                environment: Some(e.environment.clone()),
+                environment: Some(&e.environment),
                 service,
                 deployment,
-                ..plain(format!("Commit {}: {}", e.commit.short(), e.message))
+                ..plain(
+                    out,
+                    format_args!("Commit {}: {}", e.commit.short(), e.message),
+                )
             }
         }
-        GitopsEvent::ForeignCommitFound(e) => plain(format!(
-            "Commit {} by {} was found, which Daybook did not make: {}",
-            e.commit.short(),
-            e.author,
-            e.message
-        )),
+        GitopsEvent::ForeignCommitFound(e) => plain(
+            out,
+            format_args!(
+                "Commit {} by {} was found, which Daybook did not make: {}",
+                e.commit.short(),
+                e.author,
+                e.message
+            ),
+        ),
     }
 }
 
-fn routing(event: &RoutingEvent) -> Said {
+fn routing<'a>(out: &mut String, event: &'a RoutingEvent) -> Said<'a> {
     match event {
         RoutingEvent::Switched(e) => {
             let why = match e.reason {
@@ -272,20 +365,23 @@ fn routing(event: &RoutingEvent) -> Said {
                 format!("{} switched", names.join(", "))
             };
             Said {
-                environment: Some(e.instance.environment.clone()),
-                service: Some(e.instance.service.clone()),
+                environment: Some(&e.instance.environment),
+                service: Some(&e.instance.service),
                 deployment: Some(e.deployment),
                 ..because(
-                    format!("{what} {why} (table {}).", e.table),
+                    out,
+                    format_args!("{what} {why} (table {}).", e.table),
                     e.note.as_ref(),
                 )
             }
         }
-        RoutingEvent::Applied(e) => {
-            plain(format!("Gateway {} serves table {}.", e.gateway, e.table))
-        }
+        RoutingEvent::Applied(e) => plain(
+            out,
+            format_args!("Gateway {} serves table {}.", e.gateway, e.table),
+        ),
         RoutingEvent::Rejected(e) => because(
-            format!("Gateway {} could not apply table {}.", e.gateway, e.table),
+            out,
+            format_args!("Gateway {} could not apply table {}.", e.gateway, e.table),
             Some(&e.message),
         ),
     }

@@ -7,6 +7,7 @@ use daybook_events::gitops::Gitops;
 use daybook_events::project::Project;
 use daybook_events::routing::Routing;
 use daybook_events::{Actor, Aggregate, BuildId, Folded, Position, Subject};
+use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
 use crate::keys;
@@ -70,11 +71,95 @@ pub(crate) enum State {
 /// An aggregate in the fold's memory.
 #[derive(Debug)]
 pub(crate) struct Slot {
+    pub(crate) subject: Subject,
     pub(crate) state: State,
     /// Its rows have to be written.
-    pub(crate) dirty: bool,
+    dirty: bool,
     /// The last batch that looked at it.
-    pub(crate) touched: u64,
+    touched: u64,
+}
+
+/// How many aggregates stay decoded between batches.
+const KEPT: usize = 2048;
+
+/// The aggregates that are decoded, by numbers that hold until the end of a batch.
+#[derive(Debug, Default)]
+pub(crate) struct Slots {
+    numbers: FxHashMap<Subject, usize>,
+    slots: Vec<Slot>,
+    dirty: Vec<usize>,
+    batch: u64,
+}
+
+impl Slots {
+    /// The number of an aggregate, which is read if it was not yet; none for one of a newer
+    /// version.
+    pub(crate) fn find(
+        &mut self,
+        table: &Table,
+        subject: &Subject,
+    ) -> Result<Option<usize>, TableError> {
+        if let Some(number) = self.numbers.get(subject) {
+            self.slots[*number].touched = self.batch;
+            return Ok(Some(*number));
+        }
+        let Some(state) = State::load(table, subject)? else {
+            return Ok(None);
+        };
+        let number = self.slots.len();
+        self.slots.push(Slot {
+            subject: subject.clone(),
+            state,
+            dirty: false,
+            touched: self.batch,
+        });
+        self.numbers.insert(subject.clone(), number);
+        Ok(Some(number))
+    }
+
+    pub(crate) fn get(&self, number: usize) -> &Slot {
+        &self.slots[number]
+    }
+
+    /// An aggregate that is about to change.
+    pub(crate) fn change(&mut self, number: usize) -> &mut State {
+        let slot = &mut self.slots[number];
+        if !slot.dirty {
+            slot.dirty = true;
+            self.dirty.push(number);
+        }
+        &mut slot.state
+    }
+
+    /// An aggregate whose rows are being written.
+    pub(crate) fn settle(&mut self, number: usize) -> &mut Slot {
+        &mut self.slots[number]
+    }
+
+    /// Takes the numbers of those that changed.
+    pub(crate) fn take_dirty(&mut self) -> Vec<usize> {
+        for number in &self.dirty {
+            self.slots[*number].dirty = false;
+        }
+        std::mem::take(&mut self.dirty)
+    }
+
+    /// Ends a batch whose rows are all taken: if there are too many aggregates, only those stay
+    /// that it looked at, or none.
+    pub(crate) fn end_batch(&mut self) {
+        if self.slots.len() > KEPT {
+            let batch = self.batch;
+            self.slots.retain(|slot| slot.touched == batch);
+            if self.slots.len() > KEPT {
+                self.slots.clear();
+            }
+            self.numbers.clear();
+            let numbered = self.slots.iter().enumerate();
+            self.numbers
+                .extend(numbered.map(|(number, slot)| (slot.subject.clone(), number)));
+        }
+        self.batch += 1;
+    }
 }
 
 impl State {

@@ -7,19 +7,18 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
-use daybook_events::{Digest, Position};
+use daybook_events::{Digest, Position, Recorded};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 use tokio::sync::watch;
 
-use crate::decode::Decoded;
 use crate::fold::{Fold, FoldError};
 use crate::keys;
 use crate::table::{Table, TableError, Unusable, Way};
 
 /// The version of rows and keys. A store of another one is thrown away and rebuilt.
-const FORMAT: &[u8] = b"1";
+const FORMAT: &[u8] = b"2";
 
 /// Folds of the ledger with their queries. Cheap to clone: all clones are the same store.
 #[derive(Clone)]
@@ -222,7 +221,7 @@ impl Projections {
 
     /// Folds events that follow on [`Self::position`], and applies their rows at once. Events
     /// before it are passed over. After an error nothing of the batch is folded.
-    pub(crate) fn take(&self, events: Vec<Decoded>) -> Result<(), FoldError> {
+    pub(crate) fn take(&self, events: &[Recorded]) -> Result<(), FoldError> {
         let inner = &*self.inner;
         let mut fold = lock(&inner.fold);
         let result = Self::fold(inner, &mut fold, events);
@@ -232,7 +231,7 @@ impl Projections {
         result
     }
 
-    fn fold(inner: &Inner, fold: &mut Fold, events: Vec<Decoded>) -> Result<(), FoldError> {
+    fn fold(inner: &Inner, fold: &mut Fold, events: &[Recorded]) -> Result<(), FoldError> {
         let before = fold.checkpoint().position;
         for event in events {
             fold.apply(&inner.table, event)?;
