@@ -32,9 +32,21 @@ macro_rules! validated {
         $name:ident, $what:literal, $code:literal, pattern = $pattern:literal, $check:expr
     ) => {
         $(#[$doc])*
-        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(try_from = "String", into = "String")]
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(String);
+
+        // By hand, because what serde derives for a text of one's own copies it first.
+        impl Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+                s.serialize_str(&self.0)
+            }
+        }
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+                let value = String::deserialize(d)?;
+                Self::parse(value).map_err(serde::de::Error::custom)
+            }
+        }
 
         impl $name {
             /// Parses a name; the error says which rule it breaks.

@@ -6,6 +6,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use uuid::Uuid;
+
 use crate::names::{BuildId, DeploymentId, EnvironmentName, ProjectName};
 
 /// What every event subject starts with.
@@ -148,38 +150,46 @@ impl FromStr for Subject {
             .strip_prefix(PREFIX)
             .and_then(|r| r.strip_prefix('.'))
             .ok_or_else(bad)?;
-        let tokens: Vec<&str> = rest.split('.').collect();
-        let [project, environment, aggregate, id] = tokens[..] else {
+        let mut tokens = rest.split('.');
+        let mut token = || {
+            tokens
+                .next()
+                .filter(|t| !t.contains(['*', '>', ' ']) && !t.is_empty())
+        };
+        let (Some(project), Some(environment), Some(aggregate), Some(id), None) =
+            (token(), token(), token(), token(), rest.split('.').nth(4))
+        else {
             return Err(bad());
         };
-        if tokens
-            .iter()
-            .any(|t| t.is_empty() || t.contains(['*', '>', ' ']))
-        {
-            return Err(bad());
-        }
         let known = || -> Option<Self> {
             let p = ProjectName::parse(project).ok()?;
             let e = match environment {
                 "_" => None,
                 e => Some(EnvironmentName::parse(e).ok()?),
             };
-            let subject = match (aggregate.parse().ok()?, e) {
+            Some(match (aggregate.parse().ok()?, e) {
                 (AggregateKind::Project, None) if id == project => Self::Project(p),
                 (AggregateKind::Environment, Some(e)) if id == environment => {
                     Self::Environment(p, e)
                 }
-                (AggregateKind::Build, None) => Self::Build(p, id.parse().ok()?),
-                (AggregateKind::Deployment, Some(e)) => Self::Deployment(p, e, id.parse().ok()?),
+                (AggregateKind::Build, None) => Self::Build(p, BuildId(canonical(id)?)),
+                (AggregateKind::Deployment, Some(e)) => {
+                    Self::Deployment(p, e, DeploymentId(canonical(id)?))
+                }
                 (AggregateKind::Gitops, None) if id == project => Self::Gitops(p),
                 (AggregateKind::Routing, None) if id == project => Self::Routing(p),
                 _ => return None,
-            };
-            // Only the canonical spelling of an id names the aggregate.
-            (subject.to_string() == s).then_some(subject)
+            })
         };
         Ok(known().unwrap_or_else(|| Self::Other(s.to_owned())))
     }
+}
+
+/// An id in its canonical spelling, which alone names an aggregate.
+fn canonical(id: &str) -> Option<Uuid> {
+    let uuid = Uuid::try_parse(id).ok()?;
+    let mut spelling = Uuid::encode_buffer();
+    (*uuid.hyphenated().encode_lower(&mut spelling) == *id).then_some(uuid)
 }
 
 /// Which events a reader wants, by subject. `Default` wants all.

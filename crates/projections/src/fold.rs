@@ -14,6 +14,7 @@ use daybook_events::{
     Actor, DeploymentId, EventId, EventView, InstanceRef, Position, Recorded, Subject,
 };
 use serde::{Deserialize, Serialize};
+use sled::IVec;
 
 use crate::audit::VoidView;
 use crate::chunk;
@@ -235,8 +236,7 @@ impl Fold {
         match &folded {
             Ok(()) => {
                 if let (Subject::Build(project, id), 1) = (subject, revision) {
-                    self.rows
-                        .push((keys::build(*id, project), Some(Vec::new())));
+                    put(&mut self.rows, keys::build(*id, project), IVec::default());
                 }
             }
             Err(Void::Unknown(_)) => self.checkpoint.counters.unknown += 1,
@@ -287,13 +287,13 @@ impl Fold {
         let value = listed_value(id, instance);
         for scope in scopes(instance) {
             let key = keys::listed(scope, created);
-            self.rows.push((key, Some(value.clone())));
+            put(&mut self.rows, key, value.as_slice());
         }
         // Should two projects ever use the same id, it means the first one.
         let key = keys::deployment(id);
         if self.deployments.insert(id) && table.get(&key)?.is_none() {
             let place = (created, instance.to_string());
-            self.rows.push((key, Some(encode(&place)?)));
+            put(&mut self.rows, key, encode(&place)?);
         }
         Ok(())
     }
@@ -312,7 +312,7 @@ impl Fold {
         let key = keys::request(event.id);
         if self.requests.insert(event.id) && table.get(&key)?.is_none() {
             let row = EventRef::row(position, subject, digest, event.correlationid);
-            self.rows.push((key, Some(encode(&row)?)));
+            put(&mut self.rows, key, encode(&row)?);
         }
         Ok(())
     }
@@ -321,12 +321,11 @@ impl Fold {
     fn end_row(&mut self, position: Position) {
         if self.audit.rows() as u64 == CHUNK {
             let chunk = keys::chunk_of(position);
-            self.rows
-                .push((keys::chunk(chunk), Some(self.audit.bytes())));
+            put(&mut self.rows, keys::chunk(chunk), self.audit.bytes());
             self.turn();
             if (chunk + 1).is_multiple_of(BLOCK) {
                 let terms = terms::row(&mut self.terms);
-                self.rows.push((keys::terms(chunk / BLOCK), Some(terms)));
+                put(&mut self.rows, keys::terms(chunk / BLOCK), terms);
             }
         }
     }
@@ -345,11 +344,9 @@ impl Fold {
         }
         if self.audit.rows() > 0 {
             let chunk = keys::chunk_of(self.checkpoint.position);
-            self.rows
-                .push((keys::chunk(chunk), Some(self.audit.bytes())));
+            put(&mut self.rows, keys::chunk(chunk), self.audit.bytes());
         }
-        self.rows
-            .push((keys::CHECKPOINT.to_vec(), Some(encode(&self.checkpoint)?)));
+        put(&mut self.rows, keys::CHECKPOINT, encode(&self.checkpoint)?);
         self.deployments.clear();
         self.requests.clear();
         self.slots.end_batch();
@@ -372,31 +369,33 @@ impl Fold {
         let Some(key) = keys::state(&slot.subject) else {
             return Ok(());
         };
-        self.rows.push((key, Some(slot.state.encode()?)));
+        put(&mut self.rows, key, slot.state.encode()?);
         if let State::Deployment(d) = &mut slot.state
             && let Subject::Deployment(_, _, id) = &slot.subject
             && let (Some(state), Some(origin)) = (&d.folded.state, &d.origin)
         {
             let history = history::row(*id, state, origin, main == Some(*id));
             let json = encode_json(&history)?;
-            self.rows.push((keys::history(origin.created), Some(json)));
+            put(&mut self.rows, keys::history(origin.created), json);
             let marks = Marks::of(state);
             let before = d.written.replace(marks).unwrap_or_default();
             if marks.active != before.active {
                 let instance = &state.request.instance;
                 for scope in scopes(instance) {
                     let key = keys::active(scope, origin.created);
-                    let value = marks.active.then(|| listed_value(*id, instance));
-                    self.rows.push((key, value));
+                    if marks.active {
+                        put(&mut self.rows, key, listed_value(*id, instance));
+                    } else {
+                        remove(&mut self.rows, key);
+                    }
                 }
             }
             if marks.waits_for != before.waits_for {
                 if let Some(build) = before.waits_for {
-                    self.rows.push((keys::waiting(build, *id), None));
+                    remove(&mut self.rows, keys::waiting(build, *id));
                 }
                 if let Some(build) = marks.waits_for {
-                    self.rows
-                        .push((keys::waiting(build, *id), Some(Vec::new())));
+                    put(&mut self.rows, keys::waiting(build, *id), IVec::default());
                 }
             }
         }
@@ -416,6 +415,14 @@ impl Fold {
             d.folded.state.as_ref().map(|s| &s.request.instance),
         )
     }
+}
+
+fn put(rows: &mut Batch, key: impl Into<IVec>, value: impl Into<IVec>) {
+    rows.push((key.into(), Some(value.into())));
+}
+
+fn remove(rows: &mut Batch, key: impl Into<IVec>) {
+    rows.push((key.into(), None));
 }
 
 fn scopes(instance: &InstanceRef) -> [Scope<'_>; 4] {

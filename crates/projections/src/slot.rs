@@ -9,6 +9,7 @@ use daybook_events::routing::Routing;
 use daybook_events::{Actor, Aggregate, BuildId, Folded, Position, Subject};
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
+use sled::IVec;
 
 use crate::keys;
 use crate::table::{Table, TableError, decode, encode};
@@ -195,7 +196,7 @@ impl State {
     }
 
     /// The row of this aggregate.
-    pub(crate) fn encode(&self) -> Result<Vec<u8>, TableError> {
+    pub(crate) fn encode(&self) -> Result<IVec, TableError> {
         match self {
             Self::Project(f) => encode(f),
             Self::Environment(f) => encode(f),

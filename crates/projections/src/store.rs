@@ -256,7 +256,7 @@ impl Projections {
         let mut fold = lock(&inner.fold);
         let _gate = inner.gate.write().unwrap_or_else(PoisonError::into_inner);
         inner.table.clear()?;
-        let format = (keys::FORMAT.to_vec(), Some(FORMAT.to_vec()));
+        let format = (keys::FORMAT.into(), Some(FORMAT.into()));
         inner.table.apply(vec![format]);
         self.identify(identity);
         *fold = Fold::default();
@@ -267,7 +267,7 @@ impl Projections {
 
     /// Notes the identity of the log that this is folded from.
     pub(crate) fn identify(&self, identity: &str) {
-        let row = (keys::IDENTITY.to_vec(), Some(identity.as_bytes().to_vec()));
+        let row = (keys::IDENTITY.into(), Some(identity.as_bytes().into()));
         self.inner.table.apply(vec![row]);
     }
 

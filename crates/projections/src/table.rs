@@ -25,7 +25,7 @@ use sled::IVec;
 use crate::keys;
 
 /// Rows to write at once; `None` removes.
-pub(crate) type Batch = Vec<(Vec<u8>, Option<Vec<u8>>)>;
+pub(crate) type Batch = Vec<(IVec, Option<IVec>)>;
 
 /// Memory for the pages of sled, in bytes.
 const CACHE: u64 = 16 << 20;
@@ -433,10 +433,10 @@ impl Table {
         let layers = &mut *layers;
         let on_disk = layers.disk.is_some();
         for (key, value) in rows {
-            layers.bytes += key.len() + value.as_ref().map_or(0, Vec::len);
+            layers.bytes += key.len() + value.as_ref().map_or(0, |v| v.len());
             match value {
-                None if !on_disk => drop(layers.fresh.remove(key.as_slice())),
-                value => drop(layers.fresh.insert(key.into(), value.map(IVec::from))),
+                None if !on_disk => drop(layers.fresh.remove(&key)),
+                value => drop(layers.fresh.insert(key, value)),
             }
         }
         if on_disk {
@@ -681,25 +681,36 @@ thread_local! {
 
 fn through_scratch(
     write: impl FnOnce(&mut Vec<u8>) -> Result<(), String>,
-) -> Result<Vec<u8>, TableError> {
+) -> Result<IVec, TableError> {
     SCRATCH.with_borrow_mut(|scratch| {
         scratch.clear();
         write(scratch).map_err(TableError::Row)?;
-        Ok(scratch.as_slice().to_vec())
+        Ok(IVec::from(scratch.as_slice()))
     })
 }
 
+/// Takes what bincode writes, piece by tiny piece.
+struct Appending<'a>(&'a mut Vec<u8>);
+
+impl bincode::enc::write::Writer for Appending<'_> {
+    #[inline]
+    fn write(&mut self, bytes: &[u8]) -> Result<(), bincode::error::EncodeError> {
+        self.0.extend_from_slice(bytes);
+        Ok(())
+    }
+}
+
 /// A row as bytes.
-pub(crate) fn encode<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, TableError> {
+pub(crate) fn encode<T: serde::Serialize>(value: &T) -> Result<IVec, TableError> {
     through_scratch(|scratch| {
-        bincode::serde::encode_into_std_write(value, scratch, bincode::config::standard())
-            .map(drop)
+        let config = bincode::config::standard();
+        bincode::serde::encode_into_writer(value, Appending(scratch), config)
             .map_err(|e| e.to_string())
     })
 }
 
 /// A row as JSON, for what is sent as it is kept.
-pub(crate) fn encode_json<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, TableError> {
+pub(crate) fn encode_json<T: serde::Serialize>(value: &T) -> Result<IVec, TableError> {
     through_scratch(|scratch| serde_json::to_writer(scratch, value).map_err(|e| e.to_string()))
 }
 
