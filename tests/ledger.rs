@@ -123,6 +123,7 @@ fn an_older_backup_under_the_server_is_noticed_and_stops_appends() {
     assert_eq!(report["condition"]["state"], "broken", "{report}");
     let head = report["head"].as_u64().unwrap();
     assert!(head < size);
+    assert_eq!(report["signed"]["size"], size);
     assert_eq!(report["condition"]["position"], head + 1);
     let status = server.cli(&["ledger", "status"]);
     assert_eq!(status.code, 8);

@@ -272,11 +272,15 @@ impl Notary {
     /// and publishes what the last one did not come to publish.
     async fn recover(&self) -> Result<Edge, Trouble> {
         let storage = &*self.storage;
+        let published = self.published().await?;
+        if let Some(published) = &published {
+            // It was signed, whatever the log has become since.
+            self.tree.publish(published.clone());
+        }
         if let Some(breach) = read_breach(storage).await? {
             return Err(breach.into());
         }
         storage.tidy().await?;
-        let published = self.published().await?;
         let claimed = match ClaimedHead::newest(storage).await? {
             Some(newest) => newest,
             None => {
