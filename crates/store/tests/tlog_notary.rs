@@ -3,109 +3,18 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::Bytes;
 use daybook_events::EventLog;
-use daybook_events::log::{Append, AppendError, Expected, Position};
-use daybook_events::names::{BuildId, EventId, ProjectName};
-use daybook_events::subject::Subject;
-use daybook_events::tree::{Breach, PublishedTree, TreeCondition};
-use daybook_store::embedded::{EmbeddedConfig, EmbeddedLog};
+use daybook_events::log::{AppendError, Position};
+use daybook_events::tree::{PublishedTree, TreeCondition};
 use daybook_store::tlog::{
-    Checkpoint, FolderStorage, FolderTree, GuardedLog, KeyRing, Notary, NotaryError, NotaryOptions,
-    Published, SignerKey, TreeReader, leaf_hash, verify_inclusion,
+    Checkpoint, FolderTree, GuardedLog, Published, TreeReader, leaf_hash, verify_inclusion,
 };
-use tokio_util::sync::{CancellationToken, DropGuard};
-use uuid::Uuid;
 
-const PATIENCE: Duration = Duration::from_secs(60);
-const ORIGIN: &str = "daybook.example.com/tlog";
+mod tlog_support;
 
-fn an_event(number: u64) -> Append {
-    let id = Uuid::from_u128(number.into());
-    Append {
-        subject: Subject::Build(ProjectName::parse("shop").unwrap(), BuildId(id)),
-        id: EventId(id),
-        expected: Expected::Any,
-        bytes: Bytes::from(format!("{{\"id\":\"{id}\"}}")),
-    }
-}
-
-async fn append(log: &dyn EventLog, numbers: std::ops::Range<u64>) {
-    let all = numbers.map(|number| log.append(an_event(number)));
-    for appended in futures_util::future::join_all(all).await {
-        appended.unwrap();
-    }
-}
-
-async fn embedded(dir: &Path) -> Arc<dyn EventLog> {
-    let log = EmbeddedLog::open(dir, EmbeddedConfig::default()).await;
-    Arc::new(log.unwrap())
-}
-
-fn options() -> NotaryOptions {
-    NotaryOptions {
-        max_delay: Duration::from_millis(20),
-        check_every: Duration::from_millis(50),
-        settle: Duration::from_millis(200),
-        sweep_rate: 1_000_000,
-        ..NotaryOptions::default()
-    }
-}
-
-fn keys() -> KeyRing {
-    KeyRing::of(SignerKey::generate(ORIGIN).unwrap())
-}
-
-/// A notary at work. Dropping it cancels it.
-struct Working {
-    tree: Arc<dyn PublishedTree>,
-    ended: tokio::task::JoinHandle<Result<(), NotaryError>>,
-    cancel: DropGuard,
-}
-
-impl Working {
-    async fn start(log: &Arc<dyn EventLog>, folder: &Path, keys: &KeyRing) -> Self {
-        let storage = Arc::new(FolderStorage::new(folder));
-        let notary = Notary::open(log.clone(), storage, keys.clone(), options());
-        let notary = notary.await.unwrap();
-        let cancel = CancellationToken::new();
-        Self {
-            tree: notary.tree(),
-            ended: tokio::spawn(notary.run(cancel.clone())),
-            cancel: cancel.drop_guard(),
-        }
-    }
-
-    async fn signed(&self, size: u64) {
-        until(|| self.tree.head().is_some_and(|h| h.head.size >= size)).await;
-    }
-
-    async fn stop(self) {
-        drop(self.cancel);
-        self.ended.await.unwrap().unwrap();
-    }
-
-    async fn breach(self) -> Breach {
-        let ended = tokio::time::timeout(PATIENCE, self.ended).await;
-        match ended.expect("it ends").unwrap() {
-            Err(NotaryError::Breach(breach)) => breach,
-            other => panic!("{other:?}"),
-        }
-    }
-}
-
-async fn until(mut condition: impl FnMut() -> bool) {
-    let waited = tokio::time::timeout(PATIENCE, async {
-        while !condition() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    });
-    waited.await.expect("it happens in time");
-}
+use tlog_support::{ORIGIN, Working, an_event, append, embedded, keys, until};
 
 #[tokio::test]
 async fn what_is_appended_is_signed_and_proven() {

@@ -16,4 +16,4 @@ mod stream_setup;
 pub use connection::{ConnectError, Connection, NatsAuth, NatsOptions};
 pub use line_log::{JetStreamLines, LineOptions};
 pub use log::{JetStreamLog, LogOptions};
-pub use stream_setup::OpenError;
+pub use stream_setup::{OpenError, SetAsideError, set_aside};

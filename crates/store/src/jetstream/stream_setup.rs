@@ -250,6 +250,42 @@ fn not_created(stream: &str, reason: impl ToString) -> Setback {
     })
 }
 
+/// Takes the subjects of the ledger from a stream, so that another can have them. Its messages stay
+/// as they are. Returns the subject that it has from now on, under which nobody publishes.
+///
+/// It is no error if there is no such stream, or if it was set aside before.
+pub async fn set_aside(connection: &Connection, stream: &str) -> Result<String, SetAsideError> {
+    let failed = |reason: String| SetAsideError {
+        stream: stream.to_owned(),
+        reason,
+    };
+    let subject = format!("daybook.aside.{stream}.>");
+    let context = connection.context();
+    let mut config = match context.get_stream(stream).await {
+        Ok(found) => found.cached_info().config.clone(),
+        Err(error) => {
+            return match error.kind() {
+                GetStreamErrorKind::JetStream(error) if error.code() == 404 => Ok(subject),
+                _ => Err(failed(error.to_string())),
+            };
+        }
+    };
+    config.subjects = vec![subject.clone()];
+    let updated = context.update_stream(&config).await;
+    updated.map_err(|error| failed(error.to_string()))?;
+    Ok(subject)
+}
+
+/// Why a stream could not be set aside.
+#[derive(Debug, thiserror::Error)]
+#[error("the stream {stream} could not be set aside: {reason}")]
+pub struct SetAsideError {
+    /// Its name.
+    stream: String,
+    /// What the server said.
+    reason: String,
+}
+
 /// What was found out about a stream.
 #[derive(Debug, Default)]
 struct Findings {

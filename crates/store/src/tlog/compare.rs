@@ -3,16 +3,17 @@
 use std::fmt;
 
 use bytes::Bytes;
-use daybook_events::Position;
-use daybook_events::log::{EventLog, ReadError};
+use daybook_events::log::{EventLog, ReadError, Recorded};
 use daybook_events::subject::SubjectFilter;
 use daybook_events::tree::Breach;
+use daybook_events::{Event, Position};
 
 use super::hash::{Hash, complete_root, leaf_hash};
 use super::leaf::{event_entry, gap_entry};
 use super::ledger_state::codes;
 use super::path::TILE_WIDTH;
 use super::reader::{TreeError, TreeReader};
+use super::repair::subject_in;
 
 /// Why a comparison did not end well.
 #[derive(Debug)]
@@ -121,13 +122,20 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// Whether the log has an event under another subject than its bytes say. The subject is not
+/// signed by itself, and folds go by it.
+fn is_displaced(recorded: &Recorded) -> bool {
+    Event::from_bytes(&recorded.bytes)
+        .is_ok_and(|event| subject_in(&event).as_ref() != Some(&recorded.subject))
+}
+
 /// The entry that the log has for a signed position: an event, or the gap that was recorded.
-pub(super) async fn entry_at(
-    log: &dyn EventLog,
-    position: Position,
-    size: u64,
-) -> Result<Bytes, Mismatch> {
+async fn entry_at(log: &dyn EventLog, position: Position, size: u64) -> Result<Bytes, Mismatch> {
     match log.get(position).await {
+        Ok(Some(recorded)) if is_displaced(&recorded) => {
+            let what = format!("it stands under the subject {}", recorded.subject);
+            Err(differs(position, what).into())
+        }
         Ok(Some(recorded)) => Ok(event_entry(position, &recorded.bytes)),
         // Compared with what was signed, this is right only where a gap was.
         Ok(None) | Err(ReadError::Missing { .. }) => Ok(gap_entry(position)),
@@ -202,7 +210,9 @@ async fn compare_events(
     for (number, leaf) in leaves.iter().enumerate() {
         let position = Position(before.0 + number as u64 + 1);
         let same = events.get(number).is_some_and(|event| {
-            event.position == position && leaf_hash(&event_entry(position, &event.bytes)) == *leaf
+            event.position == position
+                && !is_displaced(event)
+                && leaf_hash(&event_entry(position, &event.bytes)) == *leaf
         });
         if !same {
             compare_event(log, position, leaf, size).await?;

@@ -1,6 +1,8 @@
-//! No more appends to a log that is not what was signed.
+//! What stands between Daybook and a log that is not what it should be: no more appends to one that
+//! is broken, and a way past the gaps that are recorded.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use daybook_events::log::{
@@ -9,10 +11,21 @@ use daybook_events::log::{
 };
 use daybook_events::subject::{Subject, SubjectFilter};
 use daybook_events::tree::{PublishedTree, TreeCondition};
+use futures_util::{StreamExt, stream};
 
-/// A log whose appends are answered with [`AppendError::Stopped`] from the moment on at which the
-/// tree says that the log is broken. All else passes through: what is there can still be read.
-#[derive(Debug)]
+use super::leaf::is_gap;
+use super::reader::{Published, TreeReader};
+
+/// How long a reader waits before it asks again whether a gap was recorded.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+/// A log as Daybook uses it, with the tree over it.
+///
+/// From the moment on at which the tree says that the log is broken, appends are answered with
+/// [`AppendError::Stopped`]; what is there can still be read. And where the log has nothing at a
+/// position, readers go past it once the tree has recorded that: for as long as it has not, they
+/// wait.
+#[derive(Debug, Clone)]
 pub struct GuardedLog {
     log: Arc<dyn EventLog>,
     tree: Arc<dyn PublishedTree>,
@@ -22,6 +35,35 @@ impl GuardedLog {
     /// Guards a log by the tree over it.
     pub fn new(log: Arc<dyn EventLog>, tree: Arc<dyn PublishedTree>) -> Self {
         Self { log, tree }
+    }
+
+    /// Whether the tree has a gap at a position; `None` if it does not reach that far.
+    async fn is_recorded_gap(&self, position: Position) -> Result<Option<bool>, ReadError> {
+        let size = self.tree.head().map_or(0, |signed| signed.head.size);
+        if size < position.0 || position == Position::ZERO {
+            return Ok(None);
+        }
+        let published = Published(Arc::clone(&self.tree));
+        let entry = TreeReader::new(&published, size)
+            .entry(position.0 - 1)
+            .await;
+        match entry {
+            Ok(entry) => Ok(Some(is_gap(position, &entry))),
+            Err(error) => Err(ReadError::Unavailable(error.to_string())),
+        }
+    }
+
+    /// Whether to go past a position at which the log has nothing. Waits until that is known.
+    async fn may_pass(&self, position: Position) -> Result<bool, ReadError> {
+        loop {
+            if let Some(recorded) = self.is_recorded_gap(position).await? {
+                return Ok(recorded);
+            }
+            if let TreeCondition::Broken(_) = self.tree.condition() {
+                return Ok(false);
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
     }
 }
 
@@ -42,7 +84,14 @@ impl EventLog for GuardedLog {
     }
 
     async fn get(&self, position: Position) -> Result<Option<Recorded>, ReadError> {
-        self.log.get(position).await
+        match self.log.get(position).await {
+            Err(ReadError::Missing { .. })
+                if self.is_recorded_gap(position).await? == Some(true) =>
+            {
+                Ok(None)
+            }
+            other => other,
+        }
     }
 
     async fn read_aggregate(&self, subject: &Subject) -> Result<Vec<Recorded>, ReadError> {
@@ -55,11 +104,59 @@ impl EventLog for GuardedLog {
         filter: &SubjectFilter,
         limit: usize,
     ) -> Result<Vec<Recorded>, ReadError> {
-        self.log.read(after, filter, limit).await
+        let (mut events, mut after) = (Vec::new(), after);
+        loop {
+            let rest = limit - events.len();
+            match self.log.read(after, filter, rest).await {
+                Err(ReadError::Missing { position })
+                    if position > after && self.is_recorded_gap(position).await? == Some(true) =>
+                {
+                    // What stands before the gap, and then what follows it.
+                    let before = usize::try_from(position.0 - 1 - after.0).unwrap_or(usize::MAX);
+                    let before = before.min(rest);
+                    if before > 0 {
+                        events.extend(self.log.read(after, filter, before).await?);
+                    }
+                    if events.len() >= limit {
+                        return Ok(events);
+                    }
+                    after = position;
+                }
+                Err(error) => return Err(error),
+                Ok(more) if events.is_empty() => return Ok(more),
+                Ok(more) => {
+                    events.extend(more);
+                    return Ok(events);
+                }
+            }
+        }
     }
 
     async fn tail(&self, after: Position, filter: SubjectFilter) -> Result<EventStream, ReadError> {
-        self.log.tail(after, filter).await
+        let events = self.log.tail(after, filter.clone()).await?;
+        let tail = (self.clone(), filter, Some(events));
+        Ok(stream::unfold(tail, |(log, filter, events)| async move {
+            let mut events = events?;
+            loop {
+                let failed = match events.next().await? {
+                    Err(ReadError::Missing { position }) => match log.may_pass(position).await {
+                        Ok(true) => match log.log.tail(position, filter.clone()).await {
+                            Ok(further) => {
+                                events = further;
+                                continue;
+                            }
+                            Err(error) => error,
+                        },
+                        Ok(false) => ReadError::Missing { position },
+                        Err(error) => error,
+                    },
+                    Err(error) => error,
+                    Ok(event) => return Some((Ok(event), (log, filter, Some(events)))),
+                };
+                return Some((Err(failed), (log, filter, None)));
+            }
+        })
+        .boxed())
     }
 
     async fn consumer(&self, config: ConsumerConfig) -> Result<Arc<dyn Consumer>, ReadError> {

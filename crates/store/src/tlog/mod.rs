@@ -3,7 +3,7 @@
 //! - [`Notary`] reads the log in order, maintains the tree in a [`TileStorage`] and signs it with
 //!   the keys of a [`KeyRing`]. It notices when the log is not what was signed.
 //! - [`FolderTree`] and [`Notary::tree`] show what is published to the other parts of Daybook, and
-//!   [`GuardedLog`] stops appends to a log that is broken.
+//!   [`GuardedLog`] stops appends to a log that is broken. [`repair`] restores one from its tiles.
 //! - [`TreeReader`] reads a tree from its tiles, wherever those are ([`ReadTiles`]), and computes
 //!   proofs; [`verify_inclusion`], [`verify_consistency`], [`Checkpoint::open`] and
 //!   [`ProofFile::verify`] check them.
@@ -26,6 +26,7 @@ mod path;
 mod proof_file;
 mod published;
 mod reader;
+mod repair;
 mod storage;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,7 @@ pub use hash::{Hash, empty_root, leaf_hash, node_hash};
 pub use keys::{KeyFileError, KeyRing, parse_verifiers};
 pub use leaf::{event_entry, gap_entry, is_gap};
 pub use ledger_state::{StateError, codes};
+
 pub use notary::{Notary, NotaryError, NotaryOptions};
 pub use note::{
     GenerateError, KeyError, KeyId, NoteError, NoteSignature, SignatureError, SignedNote,
@@ -48,5 +50,6 @@ pub use path::{InvalidTilePath, TILE_WIDTH, TileKind, TilePath};
 pub use proof_file::{ProofFile, ProofFileError};
 pub use published::FolderTree;
 pub use reader::{Published, ReadTiles, TreeError, TreeReader};
+pub use repair::{RepairError, Repaired, is_repairable, repair};
 pub use storage::{FolderStorage, StorageError, TileStorage};
 pub use verify::{ProofError, verify_consistency, verify_inclusion};

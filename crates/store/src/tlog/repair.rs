@@ -1,0 +1,295 @@
+//! Restoring a log from its tiles.
+
+use std::str::FromStr;
+
+use bytes::Bytes;
+use daybook_events::Event;
+use daybook_events::log::{Append, AppendError, EventLog, Expected, Position, ReadError};
+use daybook_events::names::EventId;
+use daybook_events::subject::{PREFIX, Subject};
+use daybook_events::tree::{Breach, TreeHead};
+use futures_util::future::join_all;
+use uuid::Uuid;
+
+use super::checkpoint::{Checkpoint, CheckpointError};
+use super::growth::Growth;
+use super::keys::KeyRing;
+use super::leaf::{event_entry, is_gap};
+use super::ledger_state::{
+    BREACH, CHECKPOINT, ClaimedHead, LogHistory, StateError, codes, read_breach,
+};
+use super::path::{TILE_WIDTH, TilePath};
+use super::reader::{TreeError, TreeReader};
+use super::storage::{StorageError, TileStorage};
+
+/// What a repair did, for the event that says so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repaired {
+    /// What was wrong, if that had been written down.
+    pub breach: Option<Breach>,
+    /// The signed tree that the new log has all events of.
+    pub head: TreeHead,
+    /// How many events were written. The others were there, from a repair that was cut off.
+    pub restored: u64,
+    /// How many of them stand for recorded gaps.
+    pub gaps: u64,
+    /// The new log.
+    pub identity: String,
+    /// The log that it takes the place of.
+    pub replaces: Option<String>,
+}
+
+/// Why a log could not be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RepairError {
+    /// There is no signed tree to restore from.
+    #[error("there is no published checkpoint, so there is nothing to restore")]
+    NothingSigned,
+    /// The checkpoint cannot be believed.
+    #[error("what is published cannot be restored from")]
+    Checkpoint(#[from] CheckpointError),
+    /// The tiles cannot be read, or are damaged. Nothing was written.
+    #[error("the tiles cannot be restored from")]
+    Tree(#[from] TreeError),
+    /// The entries are not those that were signed. Nothing was written.
+    #[error(
+        "the entries do not lead to the signed root of {size} events; restore the folder of tiles from a backup"
+    )]
+    NotSigned {
+        /// Size of the signed tree.
+        size: u64,
+    },
+    /// The new log is the damaged one, which is to be kept as it is.
+    #[error("{identity} is the log that is to be replaced; give a new, empty one")]
+    SameLog {
+        /// It.
+        identity: String,
+    },
+    /// The new log has other events.
+    #[error("the new log has another event at {position}; give a new, empty one")]
+    TargetDiffers {
+        /// The first that is another.
+        position: Position,
+    },
+    /// Somebody else writes to the new log, or it does not give positions in order.
+    #[error(
+        "the event of {wanted} was given {found} by the new log: somebody else writes to it; start again with a new one"
+    )]
+    Displaced {
+        /// Where it belongs.
+        wanted: Position,
+        /// Where it is.
+        found: Position,
+    },
+    /// The new log cannot be read.
+    #[error("the new log cannot be read")]
+    Read(#[from] ReadError),
+    /// The new log takes no events. Run the repair again to go on from here.
+    #[error("the new log takes no events")]
+    Append(#[from] AppendError),
+    /// The folder of tiles cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+impl From<StorageError> for RepairError {
+    fn from(error: StorageError) -> Self {
+        Self::State(error.into())
+    }
+}
+
+/// Writes every signed event into a new log, at the position that it had, and makes that log the
+/// one that the tree is of. What was cut off goes on where it stopped, when it is called again.
+///
+/// No notary may run. All is read and checked against the signed root before anything is written.
+/// Events that the old log has beyond the signed ones are not taken over: nobody can say whether
+/// they are what they were. Recorded gaps become events of no aggregate, which folds skip.
+///
+/// Append an event that says what was done once this has returned.
+pub async fn repair(
+    storage: &dyn TileStorage,
+    keys: &KeyRing,
+    target: &dyn EventLog,
+) -> Result<Repaired, RepairError> {
+    let read = storage.get(CHECKPOINT).await;
+    let note = read.map_err(|source| StateError::Io {
+        path: CHECKPOINT.to_owned(),
+        source,
+    })?;
+    let note = note.ok_or(RepairError::NothingSigned)?;
+    let published = Checkpoint::open(&note, keys.origin(), keys.verifiers())?;
+    // A head that was claimed may have been seen by somebody, although it is not published.
+    let claimed = ClaimedHead::newest(storage).await?;
+    let head = claimed.map_or(published.head, |claimed| claimed.head);
+    let history = LogHistory::read(storage).await?;
+    let info = target.info().await?;
+    let replaces = history.identity().map(str::to_owned);
+    let breach = read_breach(storage).await?;
+    if replaces.as_ref() == Some(&info.identity) {
+        return Err(RepairError::SameLog {
+            identity: info.identity,
+        });
+    }
+    let tree = TreeReader::new(storage, head.size);
+    check_entries(&tree, &head, &published.head).await?;
+    // Only the embedded log promises positions in the order in which it was called.
+    let at_once = if info.backend == "embedded" { 256 } else { 1 };
+    let mut done = Repaired {
+        breach,
+        head,
+        restored: 0,
+        gaps: 0,
+        replaces,
+        identity: info.identity,
+    };
+    let there = target.head().await?;
+    if there.0 > head.size {
+        return Err(RepairError::TargetDiffers {
+            position: Position(head.size + 1),
+        });
+    }
+    for bundle in 0..head.size.div_ceil(TILE_WIDTH) {
+        let before = bundle * TILE_WIDTH;
+        let entries = tree.entries(bundle).await?;
+        let placed = entries.into_iter().zip(before + 1..);
+        let (old, new): (Vec<_>, Vec<_>) = placed
+            .map(|(entry, position)| (Position(position), entry))
+            .partition(|(position, _)| *position <= there);
+        compare(target, &old).await?;
+        for chunk in new.chunks(at_once) {
+            write(target, chunk).await?;
+            done.restored += chunk.len() as u64;
+            done.gaps += chunk.iter().filter(|(p, e)| is_gap(*p, e)).count() as u64;
+        }
+    }
+    discard_beyond(storage, head.size).await?;
+    history.bind(storage, &done.identity, 0).await?;
+    storage.remove(vec![BREACH.to_owned()]).await?;
+    Ok(done)
+}
+
+/// That all entries together have the signed roots.
+async fn check_entries(
+    tree: &TreeReader<'_>,
+    head: &TreeHead,
+    published: &TreeHead,
+) -> Result<(), RepairError> {
+    let mut growth = Growth::empty();
+    let mut seen = growth.head() == *published;
+    for bundle in 0..head.size.div_ceil(TILE_WIDTH) {
+        for entry in tree.entries(bundle).await? {
+            // What was read from a bundle fits into one.
+            let _ = growth.push(entry);
+            seen |= growth.size() == published.size && growth.head() == *published;
+        }
+        growth.stored();
+    }
+    if seen && growth.head() == *head {
+        return Ok(());
+    }
+    Err(RepairError::NotSigned { size: head.size })
+}
+
+/// That a repair that was cut off wrote these.
+async fn compare(target: &dyn EventLog, events: &[(Position, Bytes)]) -> Result<(), RepairError> {
+    for (position, entry) in events {
+        let found = target.get(*position).await?;
+        if found.is_none_or(|found| event_entry(*position, &found.bytes) != *entry) {
+            let position = *position;
+            return Err(RepairError::TargetDiffers { position });
+        }
+    }
+    Ok(())
+}
+
+async fn write(target: &dyn EventLog, events: &[(Position, Bytes)]) -> Result<(), RepairError> {
+    let appended = join_all(events.iter().map(|(position, entry)| {
+        let (subject, id) = address(*position, entry);
+        target.append(Append {
+            subject,
+            id,
+            expected: Expected::Any,
+            bytes: entry.clone(),
+        })
+    }));
+    for (appended, (wanted, _)) in appended.await.into_iter().zip(events) {
+        let found = appended?.position;
+        if found != *wanted {
+            let wanted = *wanted;
+            return Err(RepairError::Displaced { wanted, found });
+        }
+    }
+    Ok(())
+}
+
+/// The subject and id of an event are in its bytes. What is no event gets some of its own.
+fn address(position: Position, entry: &[u8]) -> (Subject, EventId) {
+    let of_event = || -> Option<_> {
+        let event = Event::from_bytes(entry).ok()?;
+        let subject = subject_in(&event)?;
+        Some((subject, event.id))
+    };
+    of_event().unwrap_or_else(|| {
+        let subject = format!("{PREFIX}.ledger._.entry.{position}");
+        let id = Uuid::new_v5(&Uuid::NAMESPACE_OID, entry);
+        (Subject::Other(subject), EventId(id))
+    })
+}
+
+/// The subject that an event says it has.
+pub(super) fn subject_in(event: &Event) -> Option<Subject> {
+    let text = format!("{PREFIX}.{}", event.subject.replace('/', "."));
+    Subject::from_str(&text).ok()
+}
+
+/// Removes tiles that a notary wrote for events that it did not come to sign.
+async fn discard_beyond(storage: &dyn TileStorage, size: u64) -> Result<(), RepairError> {
+    let mut doomed = Vec::new();
+    for kind in storage.list("tile").await? {
+        let mut folders = vec![format!("tile/{kind}")];
+        while let Some(folder) = folders.pop() {
+            for name in storage.list(&folder).await? {
+                let path = format!("{folder}/{name}");
+                match path.parse::<TilePath>() {
+                    Ok(tile) if is_beyond(tile, size) => doomed.push(path),
+                    Ok(_) => {}
+                    Err(_) => folders.push(path),
+                }
+            }
+        }
+    }
+    Ok(storage.remove(doomed).await?)
+}
+
+fn is_beyond(tile: TilePath, size: u64) -> bool {
+    TilePath::in_tree(tile.kind, tile.index, size)
+        .is_none_or(|signed| signed.width() < tile.width())
+}
+
+/// Whether a breach is one that [`repair`] is for: the tiles themselves must be sound.
+pub fn is_repairable(breach: &Breach) -> bool {
+    breach.code != codes::TREE_DAMAGED
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tlog::TileKind;
+
+    #[test]
+    fn only_tiles_beyond_the_signed_size_are_discarded() {
+        let entries = TileKind::Entries;
+        let tile = |index, size| TilePath::in_tree(entries, index, size).unwrap();
+        assert!(!is_beyond(tile(0, 256), 300) && !is_beyond(tile(1, 300), 300));
+        assert!(is_beyond(tile(1, 301), 300) && is_beyond(tile(2, 600), 300));
+        assert!(is_beyond(tile(1, 512), 300) && !is_beyond(tile(1, 257), 300));
+    }
+
+    #[test]
+    fn what_is_no_event_belongs_to_no_aggregate() {
+        let (subject, id) = address(Position(7), b"daybook.dev/gap/v1\n7\n");
+        assert_eq!(subject.to_string(), "daybook.ev.ledger._.entry.7");
+        assert_eq!(subject.to_string().parse(), Ok(subject));
+        assert_eq!(id, address(Position(7), b"daybook.dev/gap/v1\n7\n").1);
+    }
+}

@@ -1,0 +1,440 @@
+//! Silent loss: whatever happens to the log behind Daybook's back, it is noticed, appends stop, and
+//! the events come back from the tiles. Over the embedded log and over real nats-servers.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::jetstream::{self, stream};
+use daybook_events::EventLog;
+use daybook_events::log::{AppendError, Position};
+use daybook_events::subject::SubjectFilter;
+use daybook_events::tree::TreeCondition;
+use daybook_store::jetstream::{Connection, JetStreamLog, LogOptions, NatsOptions};
+use daybook_store::tlog::{
+    FolderStorage, FolderTree, GuardedLog, KeyRing, Published, RepairError, TreeReader, gap_entry,
+    repair,
+};
+use daybook_testkit::left_out;
+use daybook_testkit::nats::{NatsBinary, NatsServer};
+use futures_util::StreamExt;
+use tempfile::TempDir;
+
+mod tlog_support;
+
+use tlog_support::{PATIENCE, Working, an_event, append, embedded, keys, until};
+
+/// So many events are signed before something happens to the log.
+const SIGNED: u64 = 300;
+
+fn copy(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("-a").arg(from).arg(to).status();
+    assert!(copied.unwrap().success());
+}
+
+fn in_place_of(from: &Path, to: &Path) {
+    std::fs::remove_dir_all(to).unwrap();
+    copy(from, to);
+}
+
+/// The files below a folder whose name ends so.
+fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path, ending));
+        } else if path.to_string_lossy().ends_with(ending) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+fn flip(file: &Path, offset: u64) {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(file)
+        .unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+}
+
+/// A tree over a log, with what it takes to go on after the log was lost.
+struct Ledger {
+    folder: TempDir,
+    keys: KeyRing,
+}
+
+impl Ledger {
+    fn new() -> Self {
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            keys: keys(),
+        }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    async fn notary(&self, log: &Arc<dyn EventLog>) -> Working {
+        Working::start(log, &self.at("tlog"), &self.keys).await
+    }
+
+    async fn sign(&self, log: &Arc<dyn EventLog>, upto: u64) {
+        let from = log.head().await.unwrap().0;
+        let notary = self.notary(log).await;
+        append(&**log, from..upto).await;
+        notary.signed(upto).await;
+        notary.stop().await;
+    }
+
+    /// The log is found to be broken; then it is restored into a new one, and that is signed.
+    async fn is_noticed_and_repaired(
+        &self,
+        notary: Working,
+        log: &Arc<dyn EventLog>,
+        codes: &[&str],
+        new: Arc<dyn EventLog>,
+    ) {
+        let breach = notary.breach().await;
+        assert!(codes.contains(&breach.code), "{breach:?}");
+        assert!(!breach.remedy.is_empty());
+        // Nobody appends any more, in whatever process, and no notary starts.
+        let tree = Arc::new(FolderTree::new(self.at("tlog")));
+        let guarded = GuardedLog::new(log.clone(), tree);
+        let refused = guarded.append(an_event(1_000_000)).await;
+        assert!(
+            matches!(refused, Err(AppendError::Stopped(_))),
+            "{refused:?}"
+        );
+        assert_eq!(self.notary(log).await.breach().await, breach);
+
+        let storage = FolderStorage::new(self.at("tlog"));
+        let done = repair(&storage, &self.keys, &*new).await.unwrap();
+        assert_eq!((done.restored, done.head.size), (SIGNED, SIGNED));
+        assert_eq!(done.breach, Some(breach));
+        for number in 0..SIGNED {
+            let restored = new.get(Position(number + 1)).await.unwrap().unwrap();
+            let original = an_event(number);
+            assert_eq!(restored.bytes, original.bytes);
+            assert_eq!(restored.subject, original.subject);
+        }
+        self.sign(&new, SIGNED + 10).await;
+        let tree = FolderTree::new(self.at("tlog"));
+        assert!(!matches!(
+            daybook_events::PublishedTree::condition(&tree),
+            TreeCondition::Broken(_)
+        ));
+    }
+}
+
+#[tokio::test]
+async fn an_embedded_log_whose_end_was_cut_off() {
+    let ledger = Ledger::new();
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, SIGNED).await;
+    drop(log);
+    let segment = files(&ledger.at("log"), ".seg").pop().unwrap();
+    let file = OpenOptions::new().write(true).open(segment).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 100).unwrap();
+    let log = embedded(&ledger.at("log")).await;
+    assert_eq!(log.head().await.unwrap(), Position(SIGNED - 1));
+    let notary = ledger.notary(&log).await;
+    let new = embedded(&ledger.at("new")).await;
+    ledger
+        .is_noticed_and_repaired(notary, &log, &["log_truncated"], new)
+        .await;
+}
+
+#[tokio::test]
+async fn an_embedded_log_with_a_flipped_bit_while_it_is_in_use() {
+    let ledger = Ledger::new();
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, SIGNED).await;
+    let notary = ledger.notary(&log).await;
+    until(|| notary.tree.condition() == TreeCondition::Sound).await;
+    let segment = files(&ledger.at("log"), ".seg").pop().unwrap();
+    flip(&segment, 20_000);
+    let new = embedded(&ledger.at("new")).await;
+    ledger
+        .is_noticed_and_repaired(notary, &log, &["log_differs"], new)
+        .await;
+}
+
+#[tokio::test]
+async fn an_older_copy_of_an_embedded_log() {
+    let ledger = Ledger::new();
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, 100).await;
+    drop(log);
+    copy(&ledger.at("log"), &ledger.at("backup"));
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, SIGNED).await;
+    drop(log);
+    in_place_of(&ledger.at("backup"), &ledger.at("log"));
+    let log = embedded(&ledger.at("log")).await;
+    let notary = ledger.notary(&log).await;
+    let new = embedded(&ledger.at("new")).await;
+    ledger
+        .is_noticed_and_repaired(notary, &log, &["log_truncated"], new)
+        .await;
+}
+
+/// The worst case: before anybody compares, the older copy has got other events.
+#[tokio::test]
+async fn an_older_copy_that_went_another_way() {
+    let ledger = Ledger::new();
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, 100).await;
+    drop(log);
+    copy(&ledger.at("log"), &ledger.at("backup"));
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, SIGNED).await;
+    drop(log);
+    in_place_of(&ledger.at("backup"), &ledger.at("log"));
+    let log = embedded(&ledger.at("log")).await;
+    append(&*log, 5_000..6_000).await;
+    let notary = ledger.notary(&log).await;
+    let new = embedded(&ledger.at("new")).await;
+    ledger
+        .is_noticed_and_repaired(notary, &log, &["log_differs"], new)
+        .await;
+}
+
+#[tokio::test]
+async fn a_new_log_in_the_place_of_the_signed_one() {
+    let ledger = Ledger::new();
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, SIGNED).await;
+    drop(log);
+    std::fs::remove_dir_all(ledger.at("log")).unwrap();
+    let log = embedded(&ledger.at("log")).await;
+    let notary = ledger.notary(&log).await;
+    let new = embedded(&ledger.at("new")).await;
+    ledger
+        .is_noticed_and_repaired(notary, &log, &["log_replaced"], new)
+        .await;
+}
+
+#[tokio::test]
+async fn a_repair_writes_nothing_where_it_must_not() {
+    let ledger = Ledger::new();
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, SIGNED).await;
+    let storage = FolderStorage::new(ledger.at("tlog"));
+    let same = repair(&storage, &ledger.keys, &*log).await;
+    assert!(matches!(same, Err(RepairError::SameLog { .. })), "{same:?}");
+    let other = embedded(&ledger.at("other")).await;
+    append(&*other, 7..8).await;
+    let differs = repair(&storage, &ledger.keys, &*other).await;
+    assert!(
+        matches!(
+            differs,
+            Err(RepairError::TargetDiffers {
+                position: Position(1)
+            })
+        ),
+        "{differs:?}"
+    );
+    assert_eq!(other.head().await.unwrap(), Position(1));
+    // An entry that was changed is not restored.
+    let new = embedded(&ledger.at("new")).await;
+    flip(&ledger.at("tlog/tile/entries/000"), 1000);
+    let changed = repair(&storage, &ledger.keys, &*new).await;
+    assert!(
+        matches!(changed, Err(RepairError::NotSigned { size: SIGNED })),
+        "{changed:?}"
+    );
+    assert_eq!(new.head().await.unwrap(), Position::ZERO);
+    flip(&ledger.at("tlog/tile/entries/000"), 1000);
+    // One that was cut off goes on.
+    append(&*new, 0..100).await;
+    let done = repair(&storage, &ledger.keys, &*new).await.unwrap();
+    assert_eq!(done.restored, SIGNED - 100);
+}
+
+#[tokio::test]
+async fn a_flipped_bit_in_a_tile_is_noticed() {
+    for tile in [
+        "tile/entries/000",
+        "tile/0/000",
+        "tile/1/000.p/1",
+        "tile/0/001.p/44",
+    ] {
+        let ledger = Ledger::new();
+        let log = embedded(&ledger.at("log")).await;
+        ledger.sign(&log, SIGNED).await;
+        let notary = ledger.notary(&log).await;
+        until(|| notary.tree.condition() == TreeCondition::Sound).await;
+        flip(&ledger.at("tlog").join(tile), 17);
+        let breach = notary.breach().await;
+        assert_eq!(breach.code, "tree_damaged", "{tile}: {breach:?}");
+    }
+}
+
+fn binaries() -> Vec<NatsBinary> {
+    let mut binaries = NatsBinary::installed();
+    if binaries.is_empty() {
+        left_out("no nats-server is on PATH or in DAYBOOK_NATS_SERVER");
+    }
+    match NatsBinary::newest() {
+        Some(newest) => binaries.push(newest),
+        None => left_out("the newest nats-server is not there; `cargo xtask tools` builds it"),
+    }
+    binaries
+}
+
+async fn open(server: &NatsServer, stream: &str) -> Arc<dyn EventLog> {
+    let options = NatsOptions {
+        answer_timeout: Duration::from_secs(2),
+        ..NatsOptions::new(&server.url())
+    };
+    let options_of_log = LogOptions {
+        stream: stream.to_owned(),
+        ..LogOptions::default()
+    };
+    let connection = Connection::open(options).await.unwrap();
+    Arc::new(
+        JetStreamLog::open(connection, &options_of_log)
+            .await
+            .unwrap(),
+    )
+}
+
+async fn raw(server: &NatsServer) -> jetstream::Context {
+    jetstream::new(async_nats::connect(server.url()).await.unwrap())
+}
+
+async fn set_aside(server: &NatsServer) {
+    let connection = Connection::open(NatsOptions::new(&server.url()))
+        .await
+        .unwrap();
+    daybook_store::jetstream::set_aside(&connection, "DAYBOOK")
+        .await
+        .unwrap();
+}
+
+/// The stream's files are replaced by an older copy of them; or it is made anew; or a bit of a
+/// message is flipped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_is_not_what_it_was() {
+    for binary in binaries() {
+        for what in ["older", "anew", "flipped"] {
+            let mut server = NatsServer::start(&binary).await;
+            let ledger = Ledger::new();
+            let log = open(&server, "DAYBOOK").await;
+            ledger.sign(&log, 100).await;
+            let store = server.folder().join("store");
+            server.stop().await;
+            copy(&store, &ledger.at("backup"));
+            server.start_again().await;
+            ledger.sign(&log, SIGNED).await;
+            let notary = ledger.notary(&log).await;
+            until(|| notary.tree.condition() == TreeCondition::Sound).await;
+            if what == "anew" {
+                raw(&server).await.delete_stream("DAYBOOK").await.unwrap();
+                open(&server, "DAYBOOK").await;
+            } else {
+                server.stop().await;
+                match what {
+                    "older" => in_place_of(&ledger.at("backup"), &store),
+                    _ => files(&store, ".blk")
+                        .iter()
+                        .for_each(|block| flip(block, 5_000)),
+                }
+                server.start_again().await;
+            }
+            let codes: &[&str] = match what {
+                "older" => &["log_truncated"],
+                "anew" => &["log_replaced"],
+                // What is left of the block depends on the version of the server.
+                _ => &["log_truncated", "log_differs"],
+            };
+            // The old stream is kept, under other subjects.
+            set_aside(&server).await;
+            let new = open(&server, "DAYBOOK-2").await;
+            ledger
+                .is_noticed_and_repaired(notary, &log, codes, new)
+                .await;
+            raw(&server).await.get_stream("DAYBOOK").await.unwrap();
+        }
+    }
+}
+
+/// A stream with a hole, as old servers leave one when an account is full: nobody was told that the
+/// event was stored.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gap_is_recorded_and_readers_go_past_it() {
+    for binary in binaries() {
+        let server = NatsServer::start(&binary).await;
+        open(&server, "DAYBOOK").await;
+        let context = raw(&server).await;
+        let config = context
+            .get_stream("DAYBOOK")
+            .await
+            .unwrap()
+            .cached_info()
+            .config
+            .clone();
+        context.delete_stream("DAYBOOK").await.unwrap();
+        let lax = stream::Config {
+            deny_delete: false,
+            ..config.clone()
+        };
+        let stream = context.create_stream(lax).await.unwrap();
+        for number in 0..5 {
+            let event = an_event(number);
+            let published = context
+                .publish(event.subject.to_string(), event.bytes)
+                .await;
+            published.unwrap().await.unwrap();
+        }
+        stream.delete_message(3).await.unwrap();
+        context.update_stream(config).await.unwrap();
+
+        let ledger = Ledger::new();
+        let log = open(&server, "DAYBOOK").await;
+        let notary = ledger.notary(&log).await;
+        let guarded = GuardedLog::new(log.clone(), notary.tree.clone());
+        let all = SubjectFilter::default();
+        let events = guarded.tail(Position::ZERO, all.clone()).await.unwrap();
+        let positions = events.take(4).map(|event| event.unwrap().position.0);
+        let positions = tokio::time::timeout(PATIENCE, positions.collect::<Vec<_>>());
+        assert_eq!(positions.await.unwrap(), [1, 2, 4, 5]);
+        notary.signed(5).await;
+        let published = Published(notary.tree.clone());
+        let entry = TreeReader::new(&published, 5).entry(2).await.unwrap();
+        assert_eq!(entry, gap_entry(Position(3)));
+        let read = guarded.read(Position::ZERO, &all, 3).await.unwrap();
+        assert_eq!(
+            read.iter().map(|e| e.position.0).collect::<Vec<_>>(),
+            [1, 2, 4]
+        );
+        assert_eq!(guarded.get(Position(3)).await.unwrap(), None);
+        // A restart and the comparisons find nothing wrong with it.
+        notary.stop().await;
+        let notary = ledger.notary(&log).await;
+        append(&*log, 5..6).await;
+        notary.signed(6).await;
+        notary.stop().await;
+
+        // And a new log gets it back at the same position.
+        set_aside(&server).await;
+        let new = open(&server, "DAYBOOK-2").await;
+        let storage = FolderStorage::new(ledger.at("tlog"));
+        let done = repair(&storage, &ledger.keys, &*new).await.unwrap();
+        assert_eq!((done.restored, done.gaps), (6, 1));
+        let gap = new.get(Position(3)).await.unwrap().unwrap();
+        assert_eq!(gap.subject.kind(), None);
+        ledger.sign(&new, 10).await;
+    }
+}
