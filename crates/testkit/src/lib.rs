@@ -9,6 +9,7 @@ use std::io::Write as _;
 
 mod app;
 pub mod git;
+pub mod judge;
 pub mod nats;
 pub mod registry;
 

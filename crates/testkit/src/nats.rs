@@ -100,7 +100,7 @@ impl NatsBinary {
 }
 
 /// Where `cargo xtask tools` puts what it builds.
-fn tools_folder() -> Option<PathBuf> {
+pub(crate) fn tools_folder() -> Option<PathBuf> {
     if let Some(folder) = std::env::var_os("DAYBOOK_TOOLS") {
         return Some(folder.into());
     }

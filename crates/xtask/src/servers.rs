@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::Failure;
 use crate::command::{is_executable, on_path, output, run};
 use crate::left_out::LeftOut;
-use crate::tools::{GoServer, folder};
+use crate::tools::{GoProgram, folder};
 
 /// Environment variables that tell tests where the servers are. What a person has set wins; what
 /// is neither there nor to be had is entered into `left_out`.
@@ -27,6 +27,9 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
     found.extend(entered(left_out, "DAYBOOK_SSHD", "sshd", sshd)?);
     let buildah = locate("DAYBOOK_BUILDAH", || installed("buildah", "buildah"));
     found.extend(entered(left_out, "DAYBOOK_BUILDAH", "buildah", buildah)?);
+    let judge = locate("DAYBOOK_TLOG_JUDGE", || GoProgram::JUDGE.build());
+    let what = "tlog-judge, which checks transparency logs";
+    found.extend(entered(left_out, "DAYBOOK_TLOG_JUDGE", what, judge)?);
     Ok(found)
 }
 
@@ -50,7 +53,7 @@ pub(crate) fn nats(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString)>, 
     let mut found = Vec::new();
     let oldest = locate("DAYBOOK_NATS_SERVER", || {
         installed_or_extracted("nats-server").or_else(|packages| {
-            GoServer::NATS_OLDEST
+            GoProgram::NATS_OLDEST
                 .build()
                 .map_err(|go| format!("{packages}; {go}").into())
         })
@@ -61,7 +64,7 @@ pub(crate) fn nats(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString)>, 
         "nats-server",
         oldest,
     )?);
-    let newest = locate("DAYBOOK_NATS_SERVER_NEW", || GoServer::NATS_NEWEST.build());
+    let newest = locate("DAYBOOK_NATS_SERVER_NEW", || GoProgram::NATS_NEWEST.build());
     let what = "the newest nats-server";
     found.extend(entered(left_out, "DAYBOOK_NATS_SERVER_NEW", what, newest)?);
     Ok(found)

@@ -21,8 +21,9 @@ What is on PATH is used; what is not is installed from the system's packages (as
 sudo does not ask), or built by Go at the version pinned in tools/. What cannot be had is left out,
 and the last lines say so. With DAYBOOK_REQUIRE=all or CI=true that is a failure.
 
-Environment: DAYBOOK_NATS_SERVER, DAYBOOK_NATS_SERVER_NEW, DAYBOOK_REGISTRY, DAYBOOK_SSHD and DAYBOOK_BUILDAH
-name the programs to use, DAYBOOK_TOOLS the cache, DAYBOOK_LEFT_OUT the file for what is left out.
+Environment: DAYBOOK_NATS_SERVER, DAYBOOK_NATS_SERVER_NEW, DAYBOOK_REGISTRY, DAYBOOK_SSHD,
+DAYBOOK_BUILDAH and DAYBOOK_TLOG_JUDGE name the programs to use, DAYBOOK_TOOLS the cache,
+DAYBOOK_LEFT_OUT the file for what is left out.
 ";
 
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {

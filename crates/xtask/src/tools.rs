@@ -11,11 +11,12 @@ use crate::command::{cargo, is_executable, on_path, output, root, run as run_com
 pub(crate) const HELP: &str = "\
 Build the pinned servers and tools into a cache outside the checkout, each once
 
-Usage: cargo xtask tools [nats|nats-oldest|deny]...
+Usage: cargo xtask tools [nats|nats-oldest|judge|deny]...
 
 Without a name all of them are built:
   nats         the newest nats-server, as tools/go.mod pins it (needs Go)
   nats-oldest  the oldest supported one, as tools/nats-oldest/go.mod pins it (needs Go)
+  judge        the program in tools/judges that checks transparency logs (needs Go)
   deny         cargo-deny, unless a fitting one is on PATH
 
 The cache is $DAYBOOK_TOOLS, or daybook/tools in $XDG_CACHE_HOME or in ~/.cache. The paths of what
@@ -26,15 +27,16 @@ was built are printed, one a line.
 const CARGO_DENY: &str = "0.20.2";
 
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
-    let all = ["nats", "nats-oldest", "deny"];
+    let all = ["nats", "nats-oldest", "judge", "deny"];
     let mut names: Vec<&str> = arguments.iter().map(String::as_str).collect();
     if names.is_empty() {
         names = all.to_vec();
     }
     for name in names {
         let path = match name {
-            "nats" => GoServer::NATS_NEWEST.build()?,
-            "nats-oldest" => GoServer::NATS_OLDEST.build()?,
+            "nats" => GoProgram::NATS_NEWEST.build()?,
+            "nats-oldest" => GoProgram::NATS_OLDEST.build()?,
+            "judge" => GoProgram::JUDGE.build()?,
             "deny" => cargo_deny()?,
             other => {
                 return Err(format!("no tool is called {other:?}; there are {all:?}").into());
@@ -58,17 +60,18 @@ pub(crate) fn folder() -> Result<PathBuf, Failure> {
     Ok(cache.join("daybook/tools"))
 }
 
-/// A server written in Go, pinned by a go.mod of this repository.
-pub(crate) struct GoServer {
+/// A program written in Go, pinned by a go.mod of this repository.
+pub(crate) struct GoProgram {
     /// The file name in the cache's `bin`.
     name: &'static str,
     /// The folder of the go.mod, from the root of the workspace.
     module: &'static str,
-    /// The package to build, which is also the path of its module.
+    /// The package to build: the path of a module that go.mod pins, or `.` for what stands beside
+    /// it.
     package: &'static str,
 }
 
-impl GoServer {
+impl GoProgram {
     pub(crate) const NATS_NEWEST: Self = Self {
         name: "nats-server",
         module: "tools",
@@ -79,14 +82,31 @@ impl GoServer {
         module: "tools/nats-oldest",
         package: "github.com/nats-io/nats-server/v2",
     };
+    pub(crate) const JUDGE: Self = Self {
+        name: "tlog-judge",
+        module: "tools/judges",
+        package: ".",
+    };
 
-    /// Builds the server unless the cache has it at the pinned version, and returns its path.
+    /// What tells one build from another: the pinned version, or the sources.
+    fn version(&self) -> Result<String, Failure> {
+        let module = root().join(self.module);
+        let go_mod = fs::read_to_string(module.join("go.mod"))?;
+        if self.package == "." {
+            let sources = fs::read_to_string(module.join("main.go"))?;
+            return Ok(go_mod + &fs::read_to_string(module.join("go.sum"))? + &sources);
+        }
+        let version = pinned(&go_mod, self.package);
+        let version = version
+            .ok_or_else(|| format!("{}/go.mod does not pin {}", self.module, self.package))?;
+        Ok(version.to_owned())
+    }
+
+    /// Builds the program unless the cache has it at the pinned version, and returns its path.
     /// Nobody ever sees a half-built one.
     pub(crate) fn build(&self) -> Result<PathBuf, Failure> {
         let module = root().join(self.module);
-        let go_mod = fs::read_to_string(module.join("go.mod"))?;
-        let version = pinned(&go_mod, self.package)
-            .ok_or_else(|| format!("{}/go.mod does not pin {}", self.module, self.package))?;
+        let version = self.version()?;
         let bin = folder()?.join("bin");
         let server = bin.join(self.name);
         let stamp = bin.join(format!("{}.version", self.name));
@@ -165,11 +185,13 @@ mod tests {
     }
 
     #[test]
-    fn each_server_is_pinned_in_the_repository() {
-        for server in [GoServer::NATS_NEWEST, GoServer::NATS_OLDEST] {
-            let go_mod = fs::read_to_string(root().join(server.module).join("go.mod"));
-            let go_mod = go_mod.unwrap_or_default();
-            assert!(pinned(&go_mod, server.package).is_some(), "{}", server.name);
+    fn each_program_is_pinned_in_the_repository() {
+        for program in [
+            GoProgram::NATS_NEWEST,
+            GoProgram::NATS_OLDEST,
+            GoProgram::JUDGE,
+        ] {
+            assert!(program.version().is_ok(), "{}", program.name);
         }
     }
 }
