@@ -17,8 +17,8 @@ use daybook_events::subject::SubjectFilter;
 use daybook_events::tree::TreeCondition;
 use daybook_store::jetstream::{Connection, JetStreamLog, LogOptions, NatsOptions};
 use daybook_store::tlog::{
-    FolderStorage, FolderTree, GuardedLog, KeyRing, Published, RepairError, TreeReader, gap_entry,
-    repair,
+    FolderStorage, FolderTree, GuardedLog, KeyRing, Published, RecheckError, RepairError,
+    TreeReader, gap_entry, recheck, repair,
 };
 use daybook_testkit::left_out;
 use daybook_testkit::nats::{NatsBinary, NatsServer};
@@ -223,6 +223,29 @@ async fn a_new_log_in_the_place_of_the_signed_one() {
     ledger
         .is_noticed_and_repaired(notary, &log, &["log_replaced"], new)
         .await;
+}
+
+/// A breach is forgotten when all is as it was signed again, and not before.
+#[tokio::test]
+async fn the_true_log_comes_back_from_a_backup() {
+    let ledger = Ledger::new();
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, SIGNED).await;
+    let notary = ledger.notary(&log).await;
+    until(|| notary.tree.condition() == TreeCondition::Sound).await;
+    let segment = files(&ledger.at("log"), ".seg").pop().unwrap();
+    flip(&segment, 20_000);
+    let breach = notary.breach().await;
+    let storage = FolderStorage::new(ledger.at("tlog"));
+    match recheck(&storage, &ledger.keys, &*log).await {
+        Err(RecheckError::Breach(still)) => assert_eq!(still, breach),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(ledger.notary(&log).await.breach().await, breach);
+    flip(&segment, 20_000);
+    let (head, forgotten) = recheck(&storage, &ledger.keys, &*log).await.unwrap();
+    assert_eq!((head.size, forgotten), (SIGNED, Some(breach)));
+    ledger.sign(&log, SIGNED + 10).await;
 }
 
 #[tokio::test]

@@ -50,6 +50,6 @@ pub use path::{InvalidTilePath, TILE_WIDTH, TileKind, TilePath};
 pub use proof_file::{ProofFile, ProofFileError};
 pub use published::FolderTree;
 pub use reader::{Published, ReadTiles, TreeError, TreeReader};
-pub use repair::{RepairError, Repaired, is_repairable, repair};
+pub use repair::{RecheckError, RepairError, Repaired, is_repairable, recheck, repair};
 pub use storage::{FolderStorage, StorageError, TileStorage};
 pub use verify::{ProofError, verify_consistency, verify_inclusion};

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
@@ -132,8 +133,9 @@ pub struct FolderTree {
 
 struct Seen {
     looked: Option<Instant>,
-    /// Of which modification the head is.
-    modified: Option<SystemTime>,
+    /// Of which file the head is: its number and when it was written, for the clock of a file
+    /// system may stand still while two are written.
+    file: Option<(u64, SystemTime)>,
     head: Option<SignedHead>,
     condition: TreeCondition,
 }
@@ -153,7 +155,7 @@ impl FolderTree {
             storage: FolderStorage::new(folder),
             seen: Mutex::new(Seen {
                 looked: None,
-                modified: None,
+                file: None,
                 head: None,
                 condition: TreeCondition::Unknown("nothing is published yet".to_owned()),
             }),
@@ -180,12 +182,13 @@ impl FolderTree {
     fn look_at_head(&self, seen: &mut Seen) -> Result<(), String> {
         let path = self.storage.folder().join(CHECKPOINT);
         let trouble = |e: &dyn fmt::Display| format!("{}: {e}", path.display());
-        let modified = match std::fs::metadata(&path).and_then(|m| m.modified()) {
-            Ok(modified) => modified,
+        let found = std::fs::metadata(&path).and_then(|m| Ok((m.ino(), m.modified()?)));
+        let (file, modified) = match found {
+            Ok(found) => (Some(found), found.1),
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) => return Err(trouble(&e)),
         };
-        if seen.modified == Some(modified) {
+        if seen.file == file {
             return Ok(());
         }
         let note = std::fs::read(&path).map_err(|e| trouble(&e))?;
@@ -199,7 +202,7 @@ impl FolderTree {
                 note: note.into(),
             });
         }
-        seen.modified = Some(modified);
+        seen.file = file;
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! Restoring a log from its tiles.
+//! Restoring a log from its tiles, and forgetting a breach that is none any more.
 
 use std::str::FromStr;
 
@@ -12,6 +12,7 @@ use futures_util::future::join_all;
 use uuid::Uuid;
 
 use super::checkpoint::{Checkpoint, CheckpointError};
+use super::compare::{Mismatch, compare_bundle, judge_read_error, replaced, truncated};
 use super::growth::Growth;
 use super::keys::KeyRing;
 use super::leaf::{event_entry, is_gap};
@@ -111,16 +112,7 @@ pub async fn repair(
     keys: &KeyRing,
     target: &dyn EventLog,
 ) -> Result<Repaired, RepairError> {
-    let read = storage.get(CHECKPOINT).await;
-    let note = read.map_err(|source| StateError::Io {
-        path: CHECKPOINT.to_owned(),
-        source,
-    })?;
-    let note = note.ok_or(RepairError::NothingSigned)?;
-    let published = Checkpoint::open(&note, keys.origin(), keys.verifiers())?;
-    // A head that was claimed may have been seen by somebody, although it is not published.
-    let claimed = ClaimedHead::newest(storage).await?;
-    let head = claimed.map_or(published.head, |claimed| claimed.head);
+    let (head, published) = signed_heads(storage, keys).await?;
     let history = LogHistory::read(storage).await?;
     let info = target.info().await?;
     let replaces = history.identity().map(str::to_owned);
@@ -131,7 +123,7 @@ pub async fn repair(
         });
     }
     let tree = TreeReader::new(storage, head.size);
-    check_entries(&tree, &head, &published.head).await?;
+    check_entries(&tree, &head, &published).await?;
     // Only the embedded log promises positions in the order in which it was called.
     let at_once = if info.backend == "embedded" { 256 } else { 1 };
     let mut done = Repaired {
@@ -166,6 +158,94 @@ pub async fn repair(
     history.bind(storage, &done.identity, 0).await?;
     storage.remove(vec![BREACH.to_owned()]).await?;
     Ok(done)
+}
+
+/// Why a breach stands.
+#[derive(Debug, thiserror::Error)]
+pub enum RecheckError {
+    /// Something is wrong still.
+    #[error("{} ({})", .0.message, .0.code)]
+    Breach(Breach),
+    /// It cannot be said now; trying again later may help.
+    #[error("the log cannot be compared now: {0}")]
+    Unavailable(String),
+    /// The tiles cannot be used.
+    #[error(transparent)]
+    Tiles(#[from] RepairError),
+}
+
+impl From<Mismatch> for RecheckError {
+    fn from(mismatch: Mismatch) -> Self {
+        match mismatch {
+            Mismatch::Breach(breach) => Self::Breach(breach),
+            Mismatch::Passing(reason) => Self::Unavailable(reason),
+        }
+    }
+}
+
+impl From<TreeError> for RecheckError {
+    fn from(error: TreeError) -> Self {
+        Self::Tiles(error.into())
+    }
+}
+
+impl From<StateError> for RecheckError {
+    fn from(error: StateError) -> Self {
+        Self::Tiles(error.into())
+    }
+}
+
+impl From<StorageError> for RecheckError {
+    fn from(error: StorageError) -> Self {
+        Self::Tiles(error.into())
+    }
+}
+
+/// Compares all of the log with all that was signed, and forgets a breach if nothing is wrong: for
+/// when the true log, or the folder of tiles, was brought back. Returns the signed tree and the
+/// breach that was forgotten, if there was one.
+///
+/// No notary may run. It takes as long as reading the whole log.
+pub async fn recheck(
+    storage: &dyn TileStorage,
+    keys: &KeyRing,
+    log: &dyn EventLog,
+) -> Result<(TreeHead, Option<Breach>), RecheckError> {
+    let (head, published) = signed_heads(storage, keys).await?;
+    let tree = TreeReader::new(storage, head.size);
+    check_entries(&tree, &head, &published).await?;
+    let of_log = |error| judge_read_error(error, head.size);
+    let identity = log.info().await.map_err(of_log)?.identity;
+    let history = LogHistory::read(storage).await?;
+    if let Some(bound) = history.identity().filter(|bound| *bound != identity) {
+        return Err(RecheckError::Breach(replaced(&identity, bound)));
+    }
+    let there = log.head().await.map_err(of_log)?;
+    if there.0 < head.size {
+        return Err(RecheckError::Breach(truncated(there, head.size)));
+    }
+    for bundle in 0..head.size.div_ceil(TILE_WIDTH) {
+        compare_bundle(log, &tree, bundle).await?;
+    }
+    let breach = read_breach(storage).await?;
+    storage.remove(vec![BREACH.to_owned()]).await?;
+    Ok((head, breach))
+}
+
+/// The newest head that may have been signed, and the one that is published.
+async fn signed_heads(
+    storage: &dyn TileStorage,
+    keys: &KeyRing,
+) -> Result<(TreeHead, TreeHead), RepairError> {
+    let read = storage.get(CHECKPOINT).await;
+    let note = read.map_err(|source| StateError::Io {
+        path: CHECKPOINT.to_owned(),
+        source,
+    })?;
+    let note = note.ok_or(RepairError::NothingSigned)?;
+    let published = Checkpoint::open(&note, keys.origin(), keys.verifiers())?.head;
+    let claimed = ClaimedHead::newest(storage).await?;
+    Ok((claimed.map_or(published, |claimed| claimed.head), published))
 }
 
 /// That all entries together have the signed roots.

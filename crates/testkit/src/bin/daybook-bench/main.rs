@@ -5,6 +5,7 @@
 mod append;
 mod group_commit_file;
 mod logs;
+mod notarise;
 mod orchestrate;
 mod raw_publish;
 mod rebuild;
@@ -41,6 +42,8 @@ struct Arguments {
 enum Benchmark {
     /// Appends with compare-and-set, against a raw publish and against a plain file
     Append(append::Options),
+    /// Events to signed checkpoints, and what the notary costs
+    Notarise(notarise::Options),
     /// Deployments whose build and sync do nothing, from request to success
     Orchestrate(orchestrate::Options),
     /// Projections from nothing, against a raw read of the same stream
@@ -61,6 +64,7 @@ async fn main() -> ExitCode {
 async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     let report = match arguments.benchmark {
         Benchmark::Append(options) => append::run(options).await?,
+        Benchmark::Notarise(options) => notarise::run(options).await?,
         Benchmark::Orchestrate(options) => orchestrate::run(options).await?,
         Benchmark::Rebuild(options) => rebuild::run(options).await?,
     };
