@@ -7,7 +7,9 @@ use std::path::Path;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::{Answer, Server, Settings, request, site, until};
+use daybook_testkit::nats::{NatsBinary, NatsServer};
+
+use crate::support::{Answer, Done, Process, Server, Settings, daybook, request, site, until};
 
 const INSTANCE: &str = "shop.production.web";
 
@@ -22,6 +24,11 @@ fn signed(server: &Server) -> u64 {
         let size = report["signed"]["size"].as_u64()?;
         (report["head"] == size && report["condition"]["state"] == "sound").then_some(size)
     })
+}
+
+/// Runs a command that needs no server.
+fn offline(args: &[&str]) -> Done {
+    Done::of(daybook().args(args))
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -136,4 +143,106 @@ fn an_older_backup_under_the_server_is_noticed_and_stops_appends() {
     assert_eq!(server.read("/api/v1/ledger")["head"], head);
     let shown: Value = server.read("/api/v1/history");
     assert!(shown.to_string().contains(&first), "{shown}");
+
+    // While it runs nothing is repaired.
+    let data = server.folder().data();
+    let repair = ["ledger", "repair", "--data", data.to_str().unwrap()];
+    let refused = server.cli(&repair);
+    assert_eq!(refused.code, 5, "{refused:?}");
+    server.stop();
+    let done = offline(&repair);
+    assert!(done.stdout.contains("restored"), "{}", done.stdout);
+    // Again, it has nothing to do.
+    assert_eq!(offline(&repair).code, 5);
+
+    // Every signed event is back, and the first one after them says what was done.
+    server.restart();
+    let events = server.events();
+    assert_eq!(
+        events[size as usize]["event"]["type"],
+        "dev.daybook.ledger.repaired.v1"
+    );
+    let repaired = &events[size as usize]["event"]["data"];
+    assert_eq!(repaired["breach"]["code"], "log_truncated");
+    assert_eq!(repaired["size"], size);
+    let third = server.deploy(INSTANCE, &[]);
+    assert!(signed(&server) > size);
+    server.get_from("web.shop.localhost", "/", &third);
+    server.check_replay();
+    assert!(data.join("log.damaged-1").is_dir());
+}
+
+#[test]
+fn a_stream_made_anew_on_nats_is_noticed_by_every_process_and_repaired() {
+    let Some(binary) = NatsBinary::installed().pop().or_else(NatsBinary::newest) else {
+        daybook_testkit::left_out("a stream made anew: there is no nats-server");
+        return;
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let nats = runtime.block_on(NatsServer::start(&binary));
+    let settings = Settings {
+        roles: Some("api,gateway,worker"),
+        ..Settings::default()
+    };
+    let mut server = Server::start(settings.env("DAYBOOK_NATS", nats.url()));
+    let env = [("DAYBOOK_NATS".to_owned(), nats.url().to_owned())];
+    let notary = |server: &Server, stream: &str| {
+        let args = ["serve", "--role", "notary", "--nats-stream", stream];
+        Process::start(server.folder(), &args, &env)
+    };
+    let running = notary(&server, "DAYBOOK");
+    let site = site("one");
+    server.define("shop", "web", &site, &[]);
+    server.deploy(INSTANCE, &[]);
+    let size = signed(&server);
+
+    runtime.block_on(async {
+        let client = async_nats::connect(nats.url()).await.unwrap();
+        let streams = async_nats::jetstream::new(client);
+        let config = streams.get_stream("DAYBOOK").await.unwrap();
+        let config = config.cached_info().config.clone();
+        streams.delete_stream("DAYBOOK").await.unwrap();
+        streams.create_stream(config).await.unwrap();
+    });
+    // The process with the interface learns it from the notary.
+    until("it is noticed", || {
+        let report = server.read("/api/v1/ledger");
+        (report["condition"]["state"] == "broken").then_some(())
+    });
+    let report = server.read("/api/v1/ledger");
+    assert_eq!(report["condition"]["code"], "log_replaced", "{report}");
+    let body = json!({ "instance_id": INSTANCE });
+    let refused = server.post("/api/v1/deployments", &body, None);
+    assert_eq!(refused.json()["code"], "appends_stopped");
+    running.stop();
+    server.stop();
+
+    let data = server.folder().data();
+    let done = offline(&[
+        "ledger",
+        "repair",
+        "--nats",
+        &nats.url(),
+        "--data",
+        data.to_str().unwrap(),
+    ]);
+    assert!(
+        done.stdout.contains("--nats-stream DAYBOOK-2"),
+        "{}",
+        done.stdout
+    );
+    let running = notary(&server, "DAYBOOK-2");
+    server
+        .settings()
+        .args
+        .extend(["--nats-stream".into(), "DAYBOOK-2".into()]);
+    server.restart();
+    assert_eq!(
+        server.events()[size as usize]["event"]["type"],
+        "dev.daybook.ledger.repaired.v1"
+    );
+    server.deploy(INSTANCE, &[]);
+    assert!(signed(&server) > size);
+    server.check_replay();
+    running.stop();
 }

@@ -116,12 +116,14 @@ fn missing(what: &str) -> Problem {
 /// What the ledger is, how far it is signed, and whether it still is what was signed.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct LedgerReport {
-    /// `embedded` or `jetstream`, with its version.
-    pub(crate) backend: String,
+    /// `embedded` or `jetstream`, with its version; none while the log cannot be asked.
+    pub(crate) backend: Option<String>,
     /// Identifies the very log; it changes when the log is made anew.
-    pub(crate) identity: String,
+    pub(crate) identity: Option<String>,
     /// Position of its last event.
-    pub(crate) head: Position,
+    pub(crate) head: Option<Position>,
+    /// Why the log cannot be asked.
+    pub(crate) unavailable: Option<String>,
     /// The events up to here are folded.
     pub(crate) position: Position,
     /// What an acknowledged event survives: `synced` (the loss of power), `buffered` (the death of
@@ -190,32 +192,41 @@ impl ConditionReport {
 
 /// What the ledger is, how far it is signed, and whether it still is what was signed.
 #[utoipa::path(get, path = "/api/v1/ledger", tag = "ledger", responses(
-    (status = 200, description = "The ledger.", body = LedgerReport),
-    (status = 503, description = "The log is not available.")))]
+    (status = 200, description = "The ledger.", body = LedgerReport)))]
 pub(crate) async fn ledger(
     State(state): State<AppState>,
     Params(NoParams {}): Params<NoParams>,
-) -> Result<Answer<LedgerReport>, Problem> {
+) -> Answer<LedgerReport> {
     let log = state.commands.ledger().log();
-    let info = log.info().await?;
-    let head = log.head().await?;
+    let asked = match (log.info().await, log.head().await) {
+        (Ok(info), Ok(head)) => Ok((info, head)),
+        (Err(error), _) | (_, Err(error)) => Err(error.to_string()),
+    };
+    // What is known of the ledger is said also while its log cannot be asked, or is gone.
+    let (info, head, unavailable) = match asked {
+        Ok((info, head)) => (Some(info), Some(head), None),
+        Err(why) => (None, None, Some(why)),
+    };
     let signed = state.tree.as_ref().and_then(|tree| tree.head());
-    let durability = serde_json::to_value(info.durability)
+    let durability = serde_json::to_value(info.as_ref().map(|i| i.durability))
         .ok()
         .and_then(|v| v.as_str().map(str::to_owned))
-        .unwrap_or_default();
-    Ok(Answer::ok(LedgerReport {
-        backend: format!("{} {}", info.backend, info.version),
-        identity: info.identity,
+        .unwrap_or_else(|| "unknown".to_owned());
+    Answer::ok(LedgerReport {
+        backend: info
+            .as_ref()
+            .map(|i| format!("{} {}", i.backend, i.version)),
+        identity: info.as_ref().map(|i| i.identity.clone()),
         head,
+        unavailable,
         position: state.projections().position(),
         durability,
-        warnings: info.warnings,
+        warnings: info.map(|i| i.warnings).unwrap_or_default(),
         signed: signed.map(|s| SignedReport {
             size: s.head.size,
             root: Digest::from_sha256(&s.head.root),
             published_at: s.published_at,
         }),
         condition: ConditionReport::of(state.tree.as_deref()),
-    }))
+    })
 }

@@ -10,8 +10,9 @@ use daybook_api::{AppState, Gateway as PublicGateway, Parts, Settings as ApiSett
 use daybook_events::lines::LineLog;
 use daybook_events::tree::{PublishedTree, TreeCondition};
 use daybook_events::{ClusterName, EventLog, Hostname, ImageRepository};
+use daybook_projections::runner::{self, RunError};
 use daybook_projections::{Ledger, OpenError, Projections};
-use daybook_store::jetstream::{LineOptions, LogOptions};
+use daybook_store::jetstream::{LineOptions, LogOptions, NatsAuth, NatsOptions};
 use daybook_store::tlog::{
     FolderStorage, FolderTree, GuardedLog, KeyFileError, KeyRing, Notary, NotaryError,
     NotaryOptions,
@@ -61,6 +62,8 @@ pub struct NodeOptions {
     pub nats: Option<String>,
     /// Credentials for it.
     pub nats_creds: Option<PathBuf>,
+    /// The stream of the log there.
+    pub nats_stream: String,
     /// Copies of the log there.
     pub nats_replicas: usize,
     /// What host names end in.
@@ -96,6 +99,7 @@ impl NodeOptions {
             gateway_url: None,
             nats: None,
             nats_creds: None,
+            nats_stream: LogOptions::default().stream,
             nats_replicas: 1,
             domain: "localhost".into(),
             clusters: vec!["local-a".into(), "local-b".into()],
@@ -107,6 +111,29 @@ impl NodeOptions {
             allow_local_sources: true,
         }
     }
+}
+
+impl NodeOptions {
+    /// Where the signed tree is published.
+    pub fn tlog_folder(&self, data: &Path) -> PathBuf {
+        self.tlog.clone().unwrap_or_else(|| data.join("tlog"))
+    }
+
+    /// Where the keys of the ledger are.
+    pub fn ledger_keys_folder(&self, data: &Path) -> PathBuf {
+        self.tlog_keys
+            .clone()
+            .unwrap_or_else(|| data.join(LEDGER_KEYS))
+    }
+}
+
+/// How the NATS server of a node is reached, if it has one.
+pub fn nats_options(options: &NodeOptions) -> Option<NatsOptions> {
+    let mut nats = NatsOptions::new(options.nats.as_ref()?);
+    if let Some(file) = &options.nats_creds {
+        nats.auth = NatsAuth::CredentialsFile(file.clone());
+    }
+    Some(nats)
 }
 
 /// A running node.
@@ -241,7 +268,7 @@ impl Node {
         let parts = Parts::default();
         let mut warnings = info.warnings;
         // Before anything is appended the log is compared with what was signed.
-        let tlog = options.tlog.clone().unwrap_or_else(|| data.join("tlog"));
+        let tlog = options.tlog_folder(&data);
         let (tree, origin): (Arc<dyn PublishedTree>, _) = if has(Role::Notary) {
             let keys = ledger_keys(&options, &data)?;
             let origin = keys.origin().to_owned();
@@ -556,14 +583,11 @@ pub async fn open_log(
     options: &NodeOptions,
     data: &Path,
 ) -> Result<(Arc<dyn EventLog>, Arc<dyn LineLog>), Failure> {
-    let config = match &options.nats {
+    let config = match nats_options(options) {
         None => daybook_store::LogConfig::embedded(data.join("log")),
-        Some(url) => {
-            let mut nats = daybook_store::jetstream::NatsOptions::new(url);
-            if let Some(file) = &options.nats_creds {
-                nats.auth = daybook_store::jetstream::NatsAuth::CredentialsFile(file.clone());
-            }
+        Some(nats) => {
             let (mut log, mut lines) = (LogOptions::default(), LineOptions::default());
+            log.stream = options.nats_stream.clone();
             log.replicas = options.nats_replicas;
             lines.replicas = options.nats_replicas;
             daybook_store::LogConfig::Nats {
@@ -613,10 +637,7 @@ fn open_projections(data: &Path, options: &NodeOptions) -> Result<Projections, F
 
 /// The keys of the ledger, which are made at the first start.
 fn ledger_keys(options: &NodeOptions, data: &Path) -> Result<KeyRing, Failure> {
-    let folder = options
-        .tlog_keys
-        .clone()
-        .unwrap_or_else(|| data.join(LEDGER_KEYS));
+    let folder = options.ledger_keys_folder(data);
     let keys = match KeyRing::open(&folder) {
         Err(KeyFileError::Missing { .. }) => {
             let origin = options
@@ -661,10 +682,15 @@ async fn follow_log(
     parts: Parts,
     fail: tokio::sync::watch::Sender<Option<String>>,
 ) {
-    if let Err(error) = daybook_projections::runner::run(projections, log, cancel).await {
+    if let Err(error) = runner::run(projections, log, cancel).await {
         let why = format!("the projections ended: {}", chain(&error));
         parts.not_ready("projection runner", why.clone());
-        let _ = fail.send(Some(why));
+        // A log that is not what it was leaves what was folded for people to look at.
+        if matches!(&error, RunError::Read(_) | RunError::Incomplete { .. }) {
+            tracing::error!(why, "what is shown stays as it was");
+        } else {
+            let _ = fail.send(Some(why));
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use schemars::Schema;
 
-use crate::{build, deployment, environment, gitops, project, routing};
+use crate::{build, deployment, environment, gitops, ledger, project, routing};
 
 /// Every event type (without the common prefix) with the JSON Schema of its payload.
 pub fn payload_schemas() -> Vec<(&'static str, Schema)> {
@@ -13,6 +13,7 @@ pub fn payload_schemas() -> Vec<(&'static str, Schema)> {
     all.extend(deployment::DeploymentEvent::schemas());
     all.extend(gitops::GitopsEvent::schemas());
     all.extend(routing::RoutingEvent::schemas());
+    all.extend(ledger::LedgerEvent::schemas());
     all
 }
 
@@ -40,7 +41,7 @@ pub fn event_schema(kind: &str, payload: Schema) -> serde_json::Value {
         "properties": {
             "specversion": { "const": "1.0" },
             "id": uuid("Unique id of the event; its message id on the log."),
-            "source": string("`/projects/<project>`"),
+            "source": string("`/projects/<project>`; `/` for what concerns the ledger itself"),
             "type": { "const": format!("{}{kind}", crate::envelope::TYPE_PREFIX) },
             "subject": string("The aggregate: `<project>/<environment or _>/<kind>/<id>`."),
             "time": time("When it happened."),

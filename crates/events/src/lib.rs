@@ -11,6 +11,7 @@ pub mod deployment;
 pub mod envelope;
 pub mod environment;
 pub mod gitops;
+pub mod ledger;
 pub mod lines;
 pub mod log;
 #[cfg(any(test, feature = "testing"))]

@@ -28,17 +28,20 @@ pub enum AggregateKind {
     Gitops,
     /// The route table of a project.
     Routing,
+    /// The ledger itself.
+    Ledger,
 }
 
 impl AggregateKind {
     /// All kinds, in the order in which they depend on each other.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Project,
         Self::Environment,
         Self::Build,
         Self::Deployment,
         Self::Gitops,
         Self::Routing,
+        Self::Ledger,
     ];
 
     /// The token of this kind in a subject and in an event type.
@@ -50,6 +53,7 @@ impl AggregateKind {
             Self::Deployment => "deployment",
             Self::Gitops => "gitops",
             Self::Routing => "routing",
+            Self::Ledger => "ledger",
         }
     }
 }
@@ -79,6 +83,8 @@ pub enum Subject {
     Gitops(ProjectName),
     /// A project's route table.
     Routing(ProjectName),
+    /// The ledger itself.
+    Ledger,
     /// An aggregate that this version does not know, written by a newer one: kept and shown as
     /// it is, skipped by folds. It holds the whole subject text.
     Other(String),
@@ -94,11 +100,13 @@ impl Subject {
             Self::Deployment(..) => AggregateKind::Deployment,
             Self::Gitops(_) => AggregateKind::Gitops,
             Self::Routing(_) => AggregateKind::Routing,
+            Self::Ledger => AggregateKind::Ledger,
             Self::Other(_) => return None,
         })
     }
 
-    /// The project, unless a newer version wrote a subject that this one cannot read.
+    /// The project; none for the ledger itself, or if a newer version wrote a subject that this
+    /// one cannot read.
     pub fn project(&self) -> Option<&ProjectName> {
         match self {
             Self::Project(p)
@@ -107,7 +115,7 @@ impl Subject {
             | Self::Deployment(p, _, _)
             | Self::Gitops(p)
             | Self::Routing(p) => Some(p),
-            Self::Other(_) => None,
+            Self::Ledger | Self::Other(_) => None,
         }
     }
 
@@ -129,6 +137,7 @@ impl fmt::Display for Subject {
             Self::Deployment(p, e, d) => write!(f, "{PREFIX}.{p}.{e}.deployment.{d}"),
             Self::Gitops(p) => write!(f, "{PREFIX}.{p}._.gitops.{p}"),
             Self::Routing(p) => write!(f, "{PREFIX}.{p}._.routing.{p}"),
+            Self::Ledger => write!(f, "{PREFIX}._._.ledger.log"),
             Self::Other(s) => f.write_str(s),
         }
     }
@@ -162,6 +171,9 @@ impl FromStr for Subject {
             return Err(bad());
         };
         let known = || -> Option<Self> {
+            if rest == "_._.ledger.log" {
+                return Some(Self::Ledger);
+            }
             let p = ProjectName::parse(project).ok()?;
             let e = match environment {
                 "_" => None,

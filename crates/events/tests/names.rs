@@ -275,7 +275,7 @@ fn name() -> impl Strategy<Value = String> {
 }
 
 fn subject() -> impl Strategy<Value = Subject> {
-    (name(), name(), any::<[u8; 16]>(), 0..6_u8).prop_map(|(p, e, id, kind)| {
+    (name(), name(), any::<[u8; 16]>(), 0..7_u8).prop_map(|(p, e, id, kind)| {
         let p = ProjectName::parse(p).unwrap();
         let e = EnvironmentName::parse(e).unwrap();
         let id = uuid::Uuid::from_bytes(id);
@@ -285,7 +285,8 @@ fn subject() -> impl Strategy<Value = Subject> {
             2 => Subject::Build(p, BuildId(id)),
             3 => Subject::Deployment(p, e, DeploymentId(id)),
             4 => Subject::Gitops(p),
-            _ => Subject::Routing(p),
+            5 => Subject::Routing(p),
+            _ => Subject::Ledger,
         }
     })
 }
@@ -385,5 +386,5 @@ fn subjects_that_are_none() {
             Err(_) => assert!(text.contains(' ')),
         }
     }
-    assert_eq!(AggregateKind::ALL.len(), 6);
+    assert_eq!(AggregateKind::ALL.len(), 7);
 }

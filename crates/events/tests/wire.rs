@@ -16,7 +16,7 @@ use daybook_events::subject::PREFIX;
 use daybook_events::testing::{context, samples, time};
 use daybook_events::{
     Actor, Event, EventId, NewEvent, Subject, build, catalog, deployment, environment, gitops,
-    project, routing,
+    ledger, project, routing,
 };
 use serde_json::Value;
 
@@ -63,6 +63,7 @@ fn samples_by_kind() -> BTreeMap<&'static str, String> {
         Subject::Routing(p()),
         samples::routing_events(&shop, id),
     );
+    add(&mut all, Subject::Ledger, samples::ledger_events());
     all
 }
 
@@ -114,6 +115,7 @@ fn decode_and_encode(kind: &str, event: &Event) -> Value {
         "deployment" => again::<deployment::DeploymentEvent>(event),
         "gitops" => again::<gitops::GitopsEvent>(event),
         "routing" => again::<routing::RoutingEvent>(event),
+        "ledger" => again::<ledger::LedgerEvent>(event),
         other => panic!("{other} is not an aggregate"),
     }
 }

@@ -43,6 +43,16 @@ pub(crate) struct Row<'a> {
 }
 
 // What a row has, in the order in which it stands there.
+/// The aggregates of a project. Subjects of others are written as texts.
+const KINDS: [Kind; 6] = [
+    Kind::Project,
+    Kind::Environment,
+    Kind::Build,
+    Kind::Deployment,
+    Kind::Gitops,
+    Kind::Routing,
+];
+
 const ID: u8 = 1;
 const ENVIRONMENT: u8 = 2;
 const SERVICE: u8 = 4;
@@ -205,12 +215,13 @@ impl Writer {
     }
 
     fn subject(&mut self, subject: &Subject) {
-        let place = |kind| Kind::ALL.iter().position(|k| Some(*k) == kind);
-        let tag = place(subject.kind()).unwrap_or(Kind::ALL.len());
+        let place = |kind| KINDS.iter().position(|k| Some(*k) == kind);
+        let tag = place(subject.kind()).unwrap_or(KINDS.len());
         self.body.push(u8::try_from(tag).unwrap_or(u8::MAX));
-        if let Subject::Other(text) = subject {
-            put_text(&mut self.body, text);
-            let (project, environment) = places(text);
+        if tag == KINDS.len() {
+            let text = subject.to_string();
+            put_text(&mut self.body, &text);
+            let (project, environment) = places(&text);
             for (role, name) in [(Role::Project, project), (Role::Environment, environment)] {
                 self.terms.extend(name.map(|n| term(role, n.as_bytes())));
             }
@@ -435,7 +446,7 @@ impl<'a> Reader<'a> {
             void: None,
         };
         let tag = usize::from(self.take(1)?[0]);
-        let Some(kind) = Kind::ALL.get(tag) else {
+        let Some(kind) = KINDS.get(tag) else {
             let text = self.text()?;
             let (project, environment) = places(text);
             row.project = project.and_then(|p| ProjectName::parse(p).ok());
@@ -459,7 +470,9 @@ impl<'a> Reader<'a> {
                 row.deployment = Some(id);
                 Subject::Deployment(project, e, id)
             }
-            (Kind::Environment | Kind::Deployment, None) => return Err(damaged()),
+            (Kind::Environment | Kind::Deployment, None) | (Kind::Ledger, _) => {
+                return Err(damaged());
+            }
         };
         Ok((readable(&subject.to_string()), row))
     }

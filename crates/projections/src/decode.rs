@@ -5,6 +5,7 @@ use daybook_events::deployment::DeploymentEvent;
 use daybook_events::envelope::DecodeError;
 use daybook_events::environment::EnvironmentEvent;
 use daybook_events::gitops::GitopsEvent;
+use daybook_events::ledger::LedgerEvent;
 use daybook_events::project::ProjectEvent;
 use daybook_events::routing::RoutingEvent;
 use daybook_events::{AggregateKind, EventView, Subject};
@@ -17,6 +18,7 @@ pub(crate) enum Payload {
     Deployment(Result<DeploymentEvent, DecodeError>),
     Gitops(Result<GitopsEvent, DecodeError>),
     Routing(Result<RoutingEvent, DecodeError>),
+    Ledger(Result<LedgerEvent, DecodeError>),
     /// The aggregate is of a newer version.
     Other,
 }
@@ -30,6 +32,7 @@ pub(crate) fn payload(subject: &Subject, event: &EventView<'_>) -> Payload {
         Some(AggregateKind::Deployment) => Payload::Deployment(event.payload()),
         Some(AggregateKind::Gitops) => Payload::Gitops(event.payload()),
         Some(AggregateKind::Routing) => Payload::Routing(event.payload()),
+        Some(AggregateKind::Ledger) => Payload::Ledger(event.payload()),
         None => Payload::Other,
     }
 }

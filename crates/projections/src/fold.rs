@@ -230,6 +230,7 @@ impl Fold {
                 }
                 result
             }
+            Some((State::Ledger(f), Payload::Ledger(p))) => f.step(at, revision, p),
             // A slot is made for its subject, and so is a payload.
             Some(_) | None => Err(Void::Unknown(event.short_kind().to_owned())),
         };

@@ -34,6 +34,7 @@ fn kind_letter(kind: AggregateKind) -> u8 {
         AggregateKind::Deployment => b'd',
         AggregateKind::Gitops => b'g',
         AggregateKind::Routing => b'r',
+        AggregateKind::Ledger => b'l',
     }
 }
 
@@ -41,6 +42,9 @@ fn kind_letter(kind: AggregateKind) -> u8 {
 pub(crate) fn state(subject: &Subject) -> Option<Vec<u8>> {
     let kind = subject.kind()?;
     let mut key = vec![b's', kind_letter(kind)];
+    if let Subject::Ledger = subject {
+        return Some(key);
+    }
     key.extend_from_slice(subject.project()?.as_str().as_bytes());
     let rest = match subject {
         Subject::Environment(_, e) => e.to_string(),

@@ -6,6 +6,7 @@ use daybook_events::build::BuildEvent;
 use daybook_events::deployment::{DeploymentEvent, Version};
 use daybook_events::environment::EnvironmentEvent;
 use daybook_events::gitops::{Change, GitopsEvent};
+use daybook_events::ledger::LedgerEvent;
 use daybook_events::project::ProjectEvent;
 use daybook_events::routing::{RoutingEvent, SwitchReason};
 use daybook_events::{DeploymentId, EnvironmentName, ServiceName, Subject};
@@ -39,12 +40,17 @@ pub(crate) fn say<'a>(
         Payload::Deployment(Ok(e)) => deployment(s, e, before),
         Payload::Gitops(Ok(e)) => gitops(s, e),
         Payload::Routing(Ok(e)) => routing(s, e),
+        Payload::Ledger(Ok(LedgerEvent::Repaired(e))) => plain(
+            s,
+            format_args!("The log was restored from its {} signed events.", e.size),
+        ),
         Payload::Project(Err(_))
         | Payload::Environment(Err(_))
         | Payload::Build(Err(_))
         | Payload::Deployment(Err(_))
         | Payload::Gitops(Err(_))
         | Payload::Routing(Err(_))
+        | Payload::Ledger(Err(_))
         | Payload::Other => plain(s, format_args!("An event that this version cannot read.")),
     };
     if subject.environment().is_some() {

@@ -4,6 +4,7 @@ use daybook_events::build::Build;
 use daybook_events::deployment::{Deployment, Status};
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
+use daybook_events::ledger::LedgerRecord;
 use daybook_events::project::Project;
 use daybook_events::routing::Routing;
 use daybook_events::{Actor, Aggregate, BuildId, Folded, Position, Subject};
@@ -67,6 +68,7 @@ pub(crate) enum State {
     Deployment(Box<DeploymentSlot>),
     Gitops(Folded<Gitops>),
     Routing(Folded<Routing>),
+    Ledger(Folded<LedgerRecord>),
 }
 
 /// An aggregate in the fold's memory.
@@ -176,6 +178,7 @@ impl State {
             Subject::Build(..) => Some(Self::Build(Box::new(read(row.as_deref())?))),
             Subject::Gitops(_) => Some(Self::Gitops(read(row.as_deref())?)),
             Subject::Routing(_) => Some(Self::Routing(read(row.as_deref())?)),
+            Subject::Ledger => Some(Self::Ledger(read(row.as_deref())?)),
             Subject::Deployment(..) => {
                 let slot = match row {
                     None => DeploymentSlot::default(),
@@ -204,6 +207,7 @@ impl State {
             Self::Deployment(d) => encode(&(&d.folded, &d.origin)),
             Self::Gitops(f) => encode(f),
             Self::Routing(f) => encode(f),
+            Self::Ledger(f) => encode(f),
         }
     }
 
@@ -216,6 +220,7 @@ impl State {
             Self::Deployment(d) => d.folded.position,
             Self::Gitops(f) => f.position,
             Self::Routing(f) => f.position,
+            Self::Ledger(f) => f.position,
         }
     }
 
@@ -228,6 +233,7 @@ impl State {
             Self::Deployment(d) => d.folded.position = position,
             Self::Gitops(f) => f.position = position,
             Self::Routing(f) => f.position = position,
+            Self::Ledger(f) => f.position = position,
         }
     }
 }

@@ -8,6 +8,7 @@ use daybook_events::build::Build;
 use daybook_events::deployment::Deployment;
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
+use daybook_events::ledger::LedgerRecord;
 use daybook_events::project::Project;
 use daybook_events::routing::Routing;
 use daybook_events::testing::fleet::{Fleet, Size, choices};
@@ -96,6 +97,7 @@ fn states_are_what_a_replay_of_each_aggregate_gives() {
             AggregateKind::Deployment => same_state::<Deployment>(&projections, subject, events),
             AggregateKind::Gitops => same_state::<Gitops>(&projections, subject, events),
             AggregateKind::Routing => same_state::<Routing>(&projections, subject, events),
+            AggregateKind::Ledger => same_state::<LedgerRecord>(&projections, subject, events),
         }
     }
     assert_eq!(kinds.len(), 6, "{kinds:?}");

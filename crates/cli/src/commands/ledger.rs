@@ -17,6 +17,8 @@ use crate::output;
 pub enum LedgerCommand {
     /// What the ledger is, how far it is signed, and whether it still is what was signed.
     Status(StatusArgs),
+    /// Replace a damaged log by a new one with every signed event.
+    Repair(super::repair::RepairArgs),
 }
 
 /// Ask a server.
@@ -29,6 +31,7 @@ pub struct StatusArgs {
 pub async fn run(command: LedgerCommand) -> Outcome {
     match command {
         LedgerCommand::Status(args) => status(args).await,
+        LedgerCommand::Repair(args) => super::repair::run(args).await,
     }
 }
 
@@ -52,20 +55,28 @@ async fn status(args: StatusArgs) -> Outcome {
         Value::String(text) => text.clone(),
         other => other.to_string(),
     };
-    output::line(&format!(
-        "log        {} ({})",
-        text(&report["backend"]),
-        match report["durability"].as_str() {
-            Some("synced") => "an acknowledged event survives the loss of power",
-            Some("buffered") => "an acknowledged event may be lost with the power",
-            _ => "the server does not say what survives the loss of power",
-        }
-    ));
-    output::line(&format!("identity   {}", text(&report["identity"])));
-    output::line(&format!(
-        "events     {}, {} of them folded",
-        report["head"], report["position"]
-    ));
+    if let Some(why) = report["unavailable"].as_str() {
+        output::line(&format!(
+            "log        {}: {why}",
+            style.error("not available")
+        ));
+        output::line(&format!("events     {} folded", report["position"]));
+    } else {
+        output::line(&format!(
+            "log        {} ({})",
+            text(&report["backend"]),
+            match report["durability"].as_str() {
+                Some("synced") => "an acknowledged event survives the loss of power",
+                Some("buffered") => "an acknowledged event may be lost with the power",
+                _ => "the server does not say what survives the loss of power",
+            }
+        ));
+        output::line(&format!("identity   {}", text(&report["identity"])));
+        output::line(&format!(
+            "events     {}, {} of them folded",
+            report["head"], report["position"]
+        ));
+    }
     match &report["signed"] {
         Value::Null => output::line("signed     nothing yet"),
         signed => {

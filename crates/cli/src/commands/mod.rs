@@ -9,6 +9,7 @@ mod ledger;
 mod lifecycle;
 mod logs;
 mod manage;
+mod repair;
 mod replay;
 mod schema;
 mod serve;

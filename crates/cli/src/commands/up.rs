@@ -72,6 +72,14 @@ pub struct NodeArgs {
     /// Credentials file for NATS.
     #[arg(long, env = "DAYBOOK_NATS_CREDS", value_name = "FILE")]
     pub nats_creds: Option<PathBuf>,
+    /// The stream of the log on NATS. It has another name after a repair.
+    #[arg(
+        long,
+        env = "DAYBOOK_NATS_STREAM",
+        default_value = "DAYBOOK",
+        value_name = "NAME"
+    )]
+    pub nats_stream: String,
     /// Copies of the log in a NATS cluster.
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=5))]
     pub nats_replicas: u8,
@@ -120,6 +128,7 @@ impl NodeArgs {
         options.tlog_keys = self.tlog_keys.clone();
         options.origin = self.origin.clone();
         options.nats_creds = self.nats_creds.clone();
+        options.nats_stream = self.nats_stream.clone();
         options.nats_replicas = self.nats_replicas.into();
         options.allow_local_sources = self
             .allow_local_sources

@@ -12,6 +12,8 @@ use crate::build::{self, BuildEvent, LogSeal};
 use crate::deployment::{self, DeploymentEvent, SourceCommit, Status, SwitchMode, Version};
 use crate::environment::{self, EnvironmentEvent, EnvironmentSpec};
 use crate::gitops::{self, Change, GitopsEvent};
+use crate::ledger::{self, LedgerEvent};
+use crate::log::Position;
 use crate::names::{
     BuildId, ClusterName, CommitId, DeploymentId, Digest, EventId, Hostname, InstanceRef,
 };
@@ -415,4 +417,20 @@ pub fn routing_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<R
             message: "port 7071 is taken".to_owned(),
         }),
     ]
+}
+
+/// The events of the ledger itself.
+pub fn ledger_events() -> Vec<LedgerEvent> {
+    vec![LedgerEvent::Repaired(ledger::Repaired {
+        breach: Some(ledger::FoundBreach {
+            code: "log_truncated".into(),
+            position: Some(Position(31)),
+            message: "the log ends at 30, although 61 events were signed".into(),
+        }),
+        size: 61,
+        root: Digest::of(b"a root"),
+        gaps: 0,
+        identity: "00000000-0000-4000-8000-000000000002".into(),
+        replaces: Some("00000000-0000-4000-8000-000000000001".into()),
+    })]
 }
