@@ -212,9 +212,7 @@ impl Fold {
             Some((State::Environment(f), Payload::Environment(p))) => {
                 Arc::make_mut(f).step(at, revision, p)
             }
-            Some((State::Build(f), Payload::Build(p))) => {
-                Arc::make_mut(f).step(at, revision, p)
-            }
+            Some((State::Build(f), Payload::Build(p))) => Arc::make_mut(f).step(at, revision, p),
             Some((State::Deployment(d), Payload::Deployment(p))) => {
                 let result = Arc::make_mut(&mut d.folded).step(at, revision, p);
                 if let (Some(state), None) = (&d.folded.state, &d.origin) {
