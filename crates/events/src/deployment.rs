@@ -796,6 +796,14 @@ impl Deployment {
         })
     }
 
+    /// Whether it runs, can run again, or is on its way to run.
+    pub fn is_active(&self) -> bool {
+        !matches!(
+            self.status,
+            Status::Terminated | Status::Deleted | Status::Failed | Status::Cancelled
+        )
+    }
+
     /// Whether the GitOps repository still lists it.
     pub fn in_repository(&self) -> bool {
         self.commit.is_some() && self.change.as_ref().is_none_or(|c| c.replicas.is_some())

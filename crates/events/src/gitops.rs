@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use rpds::RedBlackTreeMapSync;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -117,7 +118,7 @@ pub struct Gitops {
     pub environments: BTreeMap<EnvironmentName, CommitId>,
     /// The releases that are in the repository, with the replicas that were last asked for
     /// (none: as deployed).
-    pub releases: BTreeMap<DeploymentId, Option<u32>>,
+    pub releases: RedBlackTreeMapSync<DeploymentId, Option<u32>>,
     /// The newest 64 commits in the order of their events: what a retry looks up.
     pub recent: Vec<RecentCommit>,
 }
@@ -176,7 +177,7 @@ impl Aggregate for Gitops {
                 head: e.commit,
                 commits: 1,
                 environments: BTreeMap::new(),
-                releases: BTreeMap::new(),
+                releases: RedBlackTreeMapSync::default(),
                 recent: Vec::new(),
             }),
             other => Err(Illegal::new(
@@ -209,17 +210,17 @@ impl Aggregate for Gitops {
                 }
                 match e.change {
                     Change::Deploy { deployment, .. } => {
-                        self.releases.insert(deployment, None);
+                        self.releases.insert_mut(deployment, None);
                     }
                     Change::Scale {
                         deployment,
                         replicas,
                         ..
                     } => {
-                        self.releases.insert(deployment, Some(replicas));
+                        self.releases.insert_mut(deployment, Some(replicas));
                     }
                     Change::Remove { deployment, .. } => {
-                        self.releases.remove(&deployment);
+                        self.releases.remove_mut(&deployment);
                     }
                     Change::EnvironmentCreated {} | Change::EnvironmentDeleted {} => {}
                 }

@@ -5,9 +5,10 @@
 //! appliers only ever move to a newer one. A switch that cannot be applied is undone by another
 //! switch, a *compensation*, that restores what it replaced.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
+use rpds::RedBlackTreeMapSync;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -113,8 +114,14 @@ pub struct Applied {
     pub gateway: String,
     /// The table.
     pub table: u32,
-    /// The hostnames that it now serves differently.
+    /// The hostnames that it now serves differently; none where there are too many of them, or
+    /// where the table before is too old to tell.
     pub hostnames: Vec<Hostname>,
+}
+
+impl Applied {
+    /// How many hostnames are named at most: an event has its bounds.
+    pub const NAMED: usize = 128;
 }
 
 /// A gateway could not apply a table.
@@ -169,14 +176,19 @@ pub struct InstanceTraffic {
 }
 
 /// The state of a project's route table.
+///
+/// It is as large as its project. What grows is in maps that share what they have in common with
+/// their copies, so that a copy costs nothing and a change costs what it changes.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Routing {
     /// Number of the newest table.
     pub table: u32,
     /// The routes.
-    pub routes: BTreeMap<Hostname, Route>,
+    pub routes: RedBlackTreeMapSync<Hostname, Route>,
     /// Main deployments, by the text form of the instance.
-    pub instances: BTreeMap<String, InstanceTraffic>,
+    pub instances: RedBlackTreeMapSync<String, InstanceTraffic>,
+    /// The hostnames that lead to each deployment.
+    hostnames: RedBlackTreeMapSync<DeploymentId, BTreeSet<Hostname>>,
     /// The newest table that each gateway has applied.
     pub applied: BTreeMap<String, u32>,
     /// The newest switches, newest last, at most sixteen: what a compensation needs.
@@ -195,40 +207,81 @@ impl Routing {
 
     /// The hostnames that lead to a deployment.
     pub fn hostnames_of(&self, deployment: DeploymentId) -> Vec<(&Hostname, &Route)> {
-        self.routes
-            .iter()
-            .filter(|(_, r)| r.backends.iter().any(|b| b.deployment == deployment))
+        let hostnames = self.hostnames.get(&deployment).into_iter().flatten();
+        hostnames
+            .filter_map(|h| self.routes.get_key_value(h))
             .collect()
     }
 
     /// The newest table that was made for a deployment.
     pub fn table_of(&self, deployment: DeploymentId) -> Option<u32> {
-        self.routes
-            .values()
-            .filter(|r| r.backends.iter().any(|b| b.deployment == deployment))
-            .map(|r| r.table)
-            .max()
+        let routes = self.hostnames_of(deployment).into_iter();
+        routes.map(|(_, route)| route.table).max()
+    }
+
+    /// The hostnames that were switched after one table and up to another, also those that lead
+    /// nowhere now; none if that is too long ago to be known.
+    pub fn switched(&self, after: u32, upto: u32) -> Option<BTreeSet<&Hostname>> {
+        let known = self.recent.first().map_or(self.table, |s| s.table - 1);
+        (after >= known).then(|| {
+            let within = |s: &&Switched| after < s.table && s.table <= upto;
+            let changes = self.recent.iter().filter(within).flat_map(|s| &s.changes);
+            changes.map(|c| &c.hostname).collect()
+        })
+    }
+
+    /// What a gateway that serves a table says of it.
+    pub fn report(&self, gateway: &str, table: u32) -> Applied {
+        let before = self.applied.get(gateway).copied().unwrap_or_default();
+        let hostnames = self.switched(before, table).unwrap_or_default();
+        let named = hostnames.len() <= Applied::NAMED;
+        let named = hostnames.into_iter().filter(|_| named);
+        Applied {
+            gateway: gateway.to_owned(),
+            table,
+            hostnames: named.cloned().collect(),
+        }
+    }
+
+    /// Leads a hostname somewhere else, or nowhere.
+    fn lead(&mut self, hostname: &Hostname, route: Option<Route>) {
+        let before = self.routes.get(hostname).map(|r| r.backends.clone());
+        for backend in before.into_iter().flatten() {
+            if let Some(mut left) = self.hostnames.get(&backend.deployment).cloned() {
+                left.remove(hostname);
+                if left.is_empty() {
+                    self.hostnames.remove_mut(&backend.deployment);
+                } else {
+                    self.hostnames.insert_mut(backend.deployment, left);
+                }
+            }
+        }
+        let Some(route) = route else {
+            self.routes.remove_mut(hostname);
+            return;
+        };
+        for backend in &route.backends {
+            let known = self.hostnames.get(&backend.deployment);
+            let mut hostnames = known.cloned().unwrap_or_default();
+            hostnames.insert(hostname.clone());
+            self.hostnames.insert_mut(backend.deployment, hostnames);
+        }
+        self.routes.insert_mut(hostname.clone(), route);
     }
 
     fn take(&mut self, e: Switched, at: At) {
         self.table = e.table;
         for c in &e.changes {
-            if c.next.is_empty() {
-                self.routes.remove(&c.hostname);
-            } else {
-                self.routes.insert(
-                    c.hostname.clone(),
-                    Route {
-                        instance: e.instance.clone(),
-                        stickiness: c.stickiness,
-                        backends: c.next.clone(),
-                        table: e.table,
-                        since: at.time,
-                    },
-                );
-            }
+            let route = (!c.next.is_empty()).then(|| Route {
+                instance: e.instance.clone(),
+                stickiness: c.stickiness,
+                backends: c.next.clone(),
+                table: e.table,
+                since: at.time,
+            });
+            self.lead(&c.hostname, route);
         }
-        let traffic = self.instances.entry(e.instance.to_string()).or_default();
+        let mut traffic = self.traffic(&e.instance).cloned().unwrap_or_default();
         traffic.rolled_back = e.rolled_back;
         if let Some(main) = &e.main {
             if e.reason == SwitchReason::Compensation {
@@ -246,6 +299,7 @@ impl Routing {
             }
             traffic.main = main.next;
         }
+        self.instances.insert_mut(e.instance.to_string(), traffic);
         self.recent.push(e);
         if self.recent.len() > KEPT {
             self.recent.remove(0);

@@ -504,6 +504,70 @@ fn a_withdrawn_deployment_has_no_routes_left() {
     assert_eq!(main_of(&given), Some(2));
 }
 
+/// The hostnames of a deployment are known by a way of their own; the routes are the truth.
+fn hostnames_are_those_of_the_routes(given: &Given<Routing>) {
+    let state = given.state.as_ref().unwrap();
+    for n in 0..20 {
+        let id = samples::deployment_id(n);
+        let expected: Vec<_> = state
+            .routes
+            .iter()
+            .filter(|(_, r)| r.backends.iter().any(|b| b.deployment == id))
+            .collect();
+        assert_eq!(state.hostnames_of(id), expected);
+        let newest = expected.iter().map(|(_, r)| r.table).max();
+        assert_eq!(state.table_of(id), newest);
+    }
+}
+
+#[test]
+fn the_hostnames_of_a_deployment_follow_every_switch() {
+    let commands = [
+        assign(1, true),
+        assign(2, true),
+        assign(3, false),
+        rollback(1),
+        mark_main(3, None),
+        withdraw(1),
+        withdraw(3),
+        compensate(7),
+    ];
+    for n in 1..=commands.len() {
+        let (_, given) = switched(commands[..n].iter().cloned());
+        hostnames_are_those_of_the_routes(&given);
+    }
+}
+
+#[test]
+fn a_gateway_reports_what_was_switched_since_its_last_table() {
+    let (_, given) = switched([assign(1, true), assign(2, true), withdraw(1)]);
+    let state = given.state.as_ref().unwrap();
+    let (one, two) = (names(1, &samples::shop()), names(2, &samples::shop()));
+    let removed: Vec<_> = state.switched(2, 3).unwrap().into_iter().collect();
+    assert_eq!(removed, [&one.preview]);
+    assert_eq!(state.switched(1, 2).unwrap().len(), 3);
+    assert_eq!(state.switched(3, 3).unwrap().len(), 0);
+    assert_eq!(state.report("a", 3).hostnames.len(), 4);
+    let report = state.report("a", 1);
+    let (_, given) = given
+        .when(|s| routing::decide(s, Command::ReportApplied(report.clone())))
+        .then_some();
+    let state = given.state.as_ref().unwrap();
+    let report = state.report("a", 3);
+    assert!(report.hostnames.contains(&two.preview));
+    assert!(report.hostnames.contains(&one.preview));
+}
+
+#[test]
+fn what_was_switched_long_ago_is_not_told_as_if_it_were_all() {
+    let (_, given) = switched((1..=18).map(|n| assign(n, true)));
+    let state = given.state.as_ref().unwrap();
+    assert_eq!(state.switched(0, 18), None);
+    assert_eq!(state.switched(1, 18), None);
+    assert!(state.switched(2, 18).is_some());
+    assert!(state.report("new", 18).hostnames.is_empty());
+}
+
 fn compensate(table: u32) -> Command {
     Command::Compensate {
         table,

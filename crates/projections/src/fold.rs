@@ -5,6 +5,7 @@
 //! other rows are made from a single event, whatever batch it is in.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use daybook_events::aggregate::{At, Void};
 use daybook_events::envelope::DecodeError;
@@ -23,7 +24,7 @@ use crate::history;
 use crate::keys::{self, BLOCK, CHUNK, Scope};
 use crate::query::EventRef;
 use crate::sentence::say;
-use crate::slot::{Marks, Origin, Slots, State};
+use crate::slot::{Marks, Origin, Shared, Slots, State};
 use crate::store::Counters;
 use crate::table::{Batch, Table, TableError, decode, encode, encode_json};
 use crate::terms;
@@ -42,6 +43,15 @@ pub(crate) enum FoldError {
 pub(crate) struct Checkpoint {
     pub(crate) position: Position,
     pub(crate) counters: Counters,
+}
+
+/// What a batch of events did to the aggregates that are kept decoded.
+#[derive(Default)]
+pub(crate) struct Changed {
+    /// The ones that changed, as they are now.
+    pub(crate) states: Vec<(Subject, Option<Shared>)>,
+    /// The ones that are only in rows from here on.
+    pub(crate) forgotten: Vec<Subject>,
 }
 
 #[derive(Debug, Default)]
@@ -196,11 +206,15 @@ impl Fold {
         let mut effects = Effects::default();
         let revision = event.revision;
         let folded = match slot.map(|number| (self.slots.change(number), payload)) {
-            Some((State::Project(f), Payload::Project(p))) => f.step(at, revision, p),
-            Some((State::Environment(f), Payload::Environment(p))) => f.step(at, revision, p),
-            Some((State::Build(f), Payload::Build(p))) => f.step(at, revision, p),
+            Some((State::Project(f), Payload::Project(p))) => {
+                Arc::make_mut(f).step(at, revision, p)
+            }
+            Some((State::Environment(f), Payload::Environment(p))) => {
+                Arc::make_mut(f).step(at, revision, p)
+            }
+            Some((State::Build(f), Payload::Build(p))) => Arc::make_mut(f).step(at, revision, p),
             Some((State::Deployment(d), Payload::Deployment(p))) => {
-                let result = d.folded.step(at, revision, p);
+                let result = Arc::make_mut(&mut d.folded).step(at, revision, p);
                 if let (Some(state), None) = (&d.folded.state, &d.origin) {
                     effects.created = Some(state.request.instance.clone());
                     d.origin = Some(Origin {
@@ -213,13 +227,13 @@ impl Fold {
             }
             Some((State::Gitops(f), Payload::Gitops(p))) => {
                 effects.introduced = introduced(subject, p.as_ref().ok());
-                f.step(at, revision, p)
+                Arc::make_mut(f).step(at, revision, p)
             }
             Some((State::Routing(f), Payload::Routing(p))) => {
                 let instance = switched(p.as_ref().ok());
                 let main = |f: &daybook_events::Folded<_>| main_in(f, instance.as_ref());
                 let before = main(f);
-                let result = f.step(at, revision, p);
+                let result = Arc::make_mut(f).step(at, revision, p);
                 let after = main(f);
                 if let (Some(instance), true) = (&instance, before != after) {
                     effects.main_changed = [before, after]
@@ -230,7 +244,7 @@ impl Fold {
                 }
                 result
             }
-            Some((State::Ledger(f), Payload::Ledger(p))) => f.step(at, revision, p),
+            Some((State::Ledger(f), Payload::Ledger(p))) => Arc::make_mut(f).step(at, revision, p),
             // A slot is made for its subject, and so is a payload.
             Some(_) | None => Err(Void::Unknown(event.short_kind().to_owned())),
         };
@@ -338,10 +352,19 @@ impl Fold {
         }
     }
 
-    /// Takes the rows that bring the table to [`Self::checkpoint`].
-    pub(crate) fn rows(&mut self, table: &Table) -> Result<Batch, TableError> {
+    /// Takes the rows that bring the table to [`Self::checkpoint`], and what became of the
+    /// aggregates: with their states, if they are to be shared.
+    pub(crate) fn finish(
+        &mut self,
+        table: &Table,
+        shared: bool,
+    ) -> Result<(Batch, Changed), TableError> {
+        let mut changed = Changed::default();
         for number in self.slots.take_dirty() {
             self.write_state(table, number)?;
+            let slot = self.slots.get(number);
+            let shared = shared.then(|| slot.state.share());
+            changed.states.push((slot.subject.clone(), shared));
         }
         if self.audit.rows() > 0 {
             let chunk = keys::chunk_of(self.checkpoint.position);
@@ -350,8 +373,8 @@ impl Fold {
         put(&mut self.rows, keys::CHECKPOINT, encode(&self.checkpoint)?);
         self.deployments.clear();
         self.requests.clear();
-        self.slots.end_batch();
-        Ok(std::mem::take(&mut self.rows))
+        changed.forgotten = self.slots.end_batch();
+        Ok((std::mem::take(&mut self.rows), changed))
     }
 
     fn write_state(&mut self, table: &Table, number: usize) -> Result<(), TableError> {

@@ -131,7 +131,7 @@ impl Ledger {
             if let Some(position) = self.own_append(subject) {
                 self.projections.wait_for(position, PATIENCE).await?;
             }
-            let folded = self.projections.folded::<A>(subject)?;
+            let folded = self.projections.shared::<A>(subject)?;
             if tried && folded.last_id == Some(context.id) {
                 let position = folded.position;
                 return Ok(Executed::Duplicate { position });

@@ -9,6 +9,7 @@
 pub mod audit;
 mod chunk;
 mod decode;
+mod feed;
 mod fold;
 mod history;
 mod keys;
@@ -27,6 +28,7 @@ mod tests;
 pub mod views;
 
 pub use audit::{AuditFilter, AuditRow};
+pub use feed::{Change, Feed};
 pub use ledger::{ExecuteError, Executed, Ledger};
 pub use page::{Cursor, InvalidPage, Page, PageOf};
 pub use query::{DeploymentFilter, DeploymentRow, EventRef};

@@ -1,6 +1,7 @@
 //! The queries. Each is answered from rows that belong to one position.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use daybook_events::build::Build;
 use daybook_events::deployment::{Deployment, Status};
@@ -186,15 +187,10 @@ fn listed(value: &[u8]) -> Result<(DeploymentId, InstanceRef), QueryError> {
 impl Projections {
     /// The state of an aggregate, with its revision and its last position: what a decision and
     /// the append after it need. An aggregate without events has no state and revision 0.
+    ///
+    /// This is a copy; [`Self::shared`] is the same without one.
     pub fn folded<A: Aggregate>(&self, subject: &Subject) -> Result<Folded<A>, QueryError> {
-        if subject.kind() != Some(A::KIND) {
-            return Err(QueryError::WrongSubject(subject.to_string()));
-        }
-        let row = keys::state(subject).map(|k| self.inner.table.get(&k));
-        Ok(match row.transpose()?.flatten() {
-            Some(row) => decode(&row)?,
-            None => Folded::default(),
-        })
+        Ok(Arc::unwrap_or_clone(self.shared(subject)?))
     }
 
     fn row(
@@ -204,12 +200,21 @@ impl Projections {
         routing: Option<&Routing>,
     ) -> Result<Option<DeploymentRow>, QueryError> {
         let subject = deployment_of(instance, id);
-        let row = keys::state(&subject).map(|k| self.inner.table.get(&k));
-        let Some(row) = row.transpose()?.flatten() else {
+        let (folded, created) = match self.live(&subject) {
+            Some(live) => (live.folded::<Deployment>(), live.created),
+            None => {
+                let row = keys::state(&subject).map(|k| self.inner.table.get(&k));
+                let Some(row) = row.transpose()?.flatten() else {
+                    return Ok(None);
+                };
+                let (folded, origin) = slot::deployment(&row)?;
+                (Some(Arc::new(folded)), origin.map(|o| o.created))
+            }
+        };
+        let (Some(folded), Some(created)) = (folded, created) else {
             return Ok(None);
         };
-        let (folded, origin) = slot::deployment(&row)?;
-        let (Some(state), Some(origin)) = (folded.state, origin) else {
+        let Some(state) = folded.state.clone() else {
             return Ok(None);
         };
         let main = routing
@@ -225,15 +230,14 @@ impl Projections {
             state,
             revision: folded.revision,
             position: folded.position,
-            created: origin.created,
+            created,
             main,
             hostnames,
         }))
     }
 
-    fn routing_state(&self, project: &ProjectName) -> Result<Option<Routing>, QueryError> {
-        let subject = Subject::Routing(project.clone());
-        Ok(self.folded::<Routing>(&subject)?.state)
+    fn routing_of(&self, project: &ProjectName) -> Result<Arc<Folded<Routing>>, QueryError> {
+        self.shared(&Subject::Routing(project.clone()))
     }
 
     /// A deployment by its id.
@@ -246,8 +250,8 @@ impl Projections {
         let instance: InstanceRef = instance
             .parse()
             .map_err(|_| damaged("the place of a deployment"))?;
-        let routing = self.routing_state(&instance.project)?;
-        self.row(id, &instance, routing.as_ref())
+        let routing = self.routing_of(&instance.project)?;
+        self.row(id, &instance, routing.state.as_ref())
     }
 
     /// Deployments, newest first.
@@ -506,7 +510,7 @@ impl Projections {
 
     /// The route table of a project.
     pub fn routing(&self, project: &ProjectName) -> Result<Option<Routing>, QueryError> {
-        self.routing_state(project)
+        Ok(self.routing_of(project)?.state.clone())
     }
 
     /// The event with this id, if it carried an idempotency key.
@@ -643,7 +647,7 @@ impl Found {
 
 /// Route tables that a listing has read.
 #[derive(Default)]
-struct Routings(std::collections::HashMap<ProjectName, Option<Routing>>);
+struct Routings(std::collections::HashMap<ProjectName, Arc<Folded<Routing>>>);
 
 impl Routings {
     fn of(
@@ -652,9 +656,9 @@ impl Routings {
         project: &ProjectName,
     ) -> Result<Option<&Routing>, QueryError> {
         if !self.0.contains_key(project) {
-            let routing = projections.routing_state(project)?;
+            let routing = projections.routing_of(project)?;
             self.0.insert(project.clone(), routing);
         }
-        Ok(self.0.get(project).and_then(Option::as_ref))
+        Ok(self.0.get(project).and_then(|r| r.state.as_ref()))
     }
 }

@@ -1,5 +1,8 @@
 //! Folded aggregates as the fold holds them: decoded, with what else their rows are made of.
 
+use std::any::Any;
+use std::sync::Arc;
+
 use daybook_events::build::Build;
 use daybook_events::deployment::{Deployment, Status};
 use daybook_events::environment::Environment;
@@ -54,21 +57,38 @@ pub(crate) fn is_active(status: Status) -> bool {
 
 #[derive(Debug, Default)]
 pub(crate) struct DeploymentSlot {
-    pub(crate) folded: Folded<Deployment>,
+    pub(crate) folded: Arc<Folded<Deployment>>,
     pub(crate) origin: Option<Origin>,
     /// The marks whose rows are in the table; none if none of its rows is.
     pub(crate) written: Option<Marks>,
 }
 
+/// A folded aggregate. Readers share it: it is copied before it changes while somebody has it.
 #[derive(Debug)]
 pub(crate) enum State {
-    Project(Folded<Project>),
-    Environment(Folded<Environment>),
-    Build(Box<Folded<Build>>),
+    Project(Arc<Folded<Project>>),
+    Environment(Arc<Folded<Environment>>),
+    Build(Arc<Folded<Build>>),
     Deployment(Box<DeploymentSlot>),
-    Gitops(Folded<Gitops>),
-    Routing(Folded<Routing>),
-    Ledger(Folded<LedgerRecord>),
+    Gitops(Arc<Folded<Gitops>>),
+    Routing(Arc<Folded<Routing>>),
+    Ledger(Arc<Folded<LedgerRecord>>),
+}
+
+/// A folded aggregate as readers get it.
+#[derive(Debug, Clone)]
+pub(crate) struct Shared {
+    /// An `Arc<Folded<A>>` of the subject's aggregate.
+    folded: Arc<dyn Any + Send + Sync>,
+    /// For a deployment, the position of its request.
+    pub(crate) created: Option<Position>,
+}
+
+impl Shared {
+    /// The aggregate, if it is of this kind.
+    pub(crate) fn folded<A: Aggregate>(&self) -> Option<Arc<Folded<A>>> {
+        self.folded.clone().downcast().ok()
+    }
 }
 
 /// An aggregate in the fold's memory.
@@ -147,21 +167,26 @@ impl Slots {
         std::mem::take(&mut self.dirty)
     }
 
-    /// Ends a batch whose rows are all taken: if there are too many aggregates, only those stay
-    /// that it looked at, or none.
-    pub(crate) fn end_batch(&mut self) {
+    /// Ends a batch whose rows are all taken: if there are too many aggregates, those go that were
+    /// not used for longest, which are at least half of them. Returns which.
+    pub(crate) fn end_batch(&mut self) -> Vec<Subject> {
+        let mut gone = Vec::new();
         if self.slots.len() > KEPT {
-            let batch = self.batch;
-            self.slots.retain(|slot| slot.touched == batch);
-            if self.slots.len() > KEPT {
-                self.slots.clear();
-            }
+            let mut touched: Vec<u64> = self.slots.iter().map(|slot| slot.touched).collect();
+            let middle = touched.len() / 2;
+            let last_to_go = *touched.select_nth_unstable(middle).1;
             self.numbers.clear();
-            let numbered = self.slots.iter().enumerate();
-            self.numbers
-                .extend(numbered.map(|(number, slot)| (slot.subject.clone(), number)));
+            for slot in std::mem::take(&mut self.slots) {
+                if slot.touched > last_to_go {
+                    self.numbers.insert(slot.subject.clone(), self.slots.len());
+                    self.slots.push(slot);
+                } else {
+                    gone.push(slot.subject);
+                }
+            }
         }
         self.batch += 1;
+        gone
     }
 }
 
@@ -175,7 +200,7 @@ impl State {
         Ok(match subject {
             Subject::Project(_) => Some(Self::Project(read(row.as_deref())?)),
             Subject::Environment(..) => Some(Self::Environment(read(row.as_deref())?)),
-            Subject::Build(..) => Some(Self::Build(Box::new(read(row.as_deref())?))),
+            Subject::Build(..) => Some(Self::Build(read(row.as_deref())?)),
             Subject::Gitops(_) => Some(Self::Gitops(read(row.as_deref())?)),
             Subject::Routing(_) => Some(Self::Routing(read(row.as_deref())?)),
             Subject::Ledger => Some(Self::Ledger(read(row.as_deref())?)),
@@ -186,7 +211,7 @@ impl State {
                         let (folded, origin) = deployment(&row)?;
                         let written = folded.state.as_ref().map(Marks::of);
                         DeploymentSlot {
-                            folded,
+                            folded: Arc::new(folded),
                             origin,
                             written,
                         }
@@ -201,14 +226,32 @@ impl State {
     /// The row of this aggregate.
     pub(crate) fn encode(&self) -> Result<IVec, TableError> {
         match self {
-            Self::Project(f) => encode(f),
-            Self::Environment(f) => encode(f),
-            Self::Build(f) => encode(f),
-            Self::Deployment(d) => encode(&(&d.folded, &d.origin)),
-            Self::Gitops(f) => encode(f),
-            Self::Routing(f) => encode(f),
-            Self::Ledger(f) => encode(f),
+            Self::Project(f) => encode(&**f),
+            Self::Environment(f) => encode(&**f),
+            Self::Build(f) => encode(&**f),
+            Self::Deployment(d) => encode(&(&*d.folded, &d.origin)),
+            Self::Gitops(f) => encode(&**f),
+            Self::Routing(f) => encode(&**f),
+            Self::Ledger(f) => encode(&**f),
         }
+    }
+
+    /// What readers get.
+    pub(crate) fn share(&self) -> Shared {
+        let mut created = None;
+        let folded: Arc<dyn Any + Send + Sync> = match self {
+            Self::Project(f) => f.clone(),
+            Self::Environment(f) => f.clone(),
+            Self::Build(f) => f.clone(),
+            Self::Deployment(d) => {
+                created = d.origin.as_ref().map(|o| o.created);
+                d.folded.clone()
+            }
+            Self::Gitops(f) => f.clone(),
+            Self::Routing(f) => f.clone(),
+            Self::Ledger(f) => f.clone(),
+        };
+        Shared { folded, created }
     }
 
     /// Position of the aggregate's last event.
@@ -227,19 +270,19 @@ impl State {
     /// Notes an event that could not be read at all: the next append expects its position.
     pub(crate) fn pass(&mut self, position: Position) {
         match self {
-            Self::Project(f) => f.position = position,
-            Self::Environment(f) => f.position = position,
-            Self::Build(f) => f.position = position,
-            Self::Deployment(d) => d.folded.position = position,
-            Self::Gitops(f) => f.position = position,
-            Self::Routing(f) => f.position = position,
-            Self::Ledger(f) => f.position = position,
+            Self::Project(f) => Arc::make_mut(f).position = position,
+            Self::Environment(f) => Arc::make_mut(f).position = position,
+            Self::Build(f) => Arc::make_mut(f).position = position,
+            Self::Deployment(d) => Arc::make_mut(&mut d.folded).position = position,
+            Self::Gitops(f) => Arc::make_mut(f).position = position,
+            Self::Routing(f) => Arc::make_mut(f).position = position,
+            Self::Ledger(f) => Arc::make_mut(f).position = position,
         }
     }
 }
 
-fn read<A: Aggregate>(row: Option<&[u8]>) -> Result<Folded<A>, TableError> {
-    row.map_or_else(|| Ok(Folded::default()), decode)
+fn read<A: Aggregate>(row: Option<&[u8]>) -> Result<Arc<Folded<A>>, TableError> {
+    row.map_or_else(|| Ok(Arc::default()), |row| decode(row).map(Arc::new))
 }
 
 /// Reads a deployment's row.

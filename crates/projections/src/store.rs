@@ -1,24 +1,31 @@
 //! The store of the projections: opening it, how far it is, waiting for it, and its digest.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
-use daybook_events::{Digest, Position, Recorded};
+use daybook_events::{Aggregate, Digest, Folded, Position, Recorded, Subject};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 use tokio::sync::watch;
 
-use crate::fold::{Fold, FoldError};
+use crate::feed::{Feed, Feeds};
+use crate::fold::{Changed, Fold, FoldError};
 use crate::keys;
-use crate::table::{Table, TableError, Unusable, Way};
+use crate::slot::Shared;
+use crate::table::{Table, TableError, Unusable, Way, decode};
 
 /// The version of rows and keys. A store of another one is thrown away and rebuilt.
-const FORMAT: &[u8] = b"2";
+const FORMAT: &[u8] = b"3";
+
+/// With more events than this in a batch, the fold catches up, and states are not shared with
+/// readers: they would be copied at the next batch.
+const SHARED: usize = 256;
 
 /// Folds of the ledger with their queries. Cheap to clone: all clones are the same store.
 #[derive(Clone)]
@@ -31,8 +38,30 @@ pub(crate) struct Inner {
     /// Held to write rows; whoever reads several rows that must fit together holds it to read.
     gate: RwLock<()>,
     fold: Mutex<Fold>,
+    /// The aggregates that the fold keeps decoded, as their rows have them.
+    live: RwLock<HashMap<Subject, Shared>>,
+    feeds: Feeds,
     position: watch::Sender<Position>,
     counters: Mutex<Counters>,
+}
+
+impl Inner {
+    fn write_live(&self) -> RwLockWriteGuard<'_, HashMap<Subject, Shared>> {
+        self.live.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn share(&self, changed: &Changed) {
+        let mut live = self.write_live();
+        for (subject, shared) in &changed.states {
+            match shared {
+                Some(shared) => drop(live.insert(subject.clone(), shared.clone())),
+                None => drop(live.remove(subject)),
+            }
+        }
+        for subject in &changed.forgotten {
+            live.remove(subject);
+        }
+    }
 }
 
 impl fmt::Debug for Projections {
@@ -153,6 +182,8 @@ impl Projections {
                 table,
                 gate: RwLock::new(()),
                 fold: Mutex::new(fold),
+                live: RwLock::default(),
+                feeds: Feeds::default(),
                 position: watch::Sender::new(checkpoint.position),
                 counters: Mutex::new(checkpoint.counters),
             }),
@@ -167,6 +198,36 @@ impl Projections {
     /// Changes after each batch of events.
     pub fn changes(&self) -> watch::Receiver<Position> {
         self.inner.position.subscribe()
+    }
+
+    /// Tells which aggregates change from here on, so that whoever acts on them need not look at
+    /// all the others.
+    pub fn feed(&self) -> Feed {
+        self.inner.feeds.follow()
+    }
+
+    /// An aggregate that the fold keeps decoded.
+    pub(crate) fn live(&self, subject: &Subject) -> Option<Shared> {
+        let live = self.inner.live.read();
+        let live = live.unwrap_or_else(PoisonError::into_inner);
+        live.get(subject).cloned()
+    }
+
+    /// The state of an aggregate as the fold has it, shared with it: what costs nothing, however
+    /// large the aggregate is, as long as it is in use. Whoever keeps it for long makes the fold
+    /// copy it at the next change.
+    pub fn shared<A: Aggregate>(&self, subject: &Subject) -> Result<Arc<Folded<A>>, QueryError> {
+        if subject.kind() != Some(A::KIND) {
+            return Err(QueryError::WrongSubject(subject.to_string()));
+        }
+        if let Some(folded) = self.live(subject).and_then(|shared| shared.folded()) {
+            return Ok(folded);
+        }
+        let row = keys::state(subject).map(|k| self.inner.table.get(&k));
+        Ok(match row.transpose()?.flatten() {
+            Some(row) => Arc::new(decode(&row)?),
+            None => Arc::default(),
+        })
     }
 
     /// How many events were folded, and how many changed nothing.
@@ -226,6 +287,7 @@ impl Projections {
         let mut fold = lock(&inner.fold);
         let result = Self::fold(inner, &mut fold, events);
         if result.is_err() {
+            inner.write_live().clear();
             *fold = Fold::load(&inner.table)?;
         }
         result
@@ -240,13 +302,16 @@ impl Projections {
         if checkpoint.position == before {
             return Ok(());
         }
-        let rows = fold.rows(&inner.table)?;
+        let shared = events.len() <= SHARED;
+        let (rows, changed) = fold.finish(&inner.table, shared)?;
         inner.table.make_room()?;
         let gate = inner.gate.write().unwrap_or_else(PoisonError::into_inner);
         inner.table.apply(rows);
+        inner.share(&changed);
         *lock(&inner.counters) = checkpoint.counters;
         inner.position.send_replace(checkpoint.position);
         drop(gate);
+        inner.feeds.tell(changed.states.iter().map(|(s, _)| s));
         Ok(())
     }
 
@@ -259,9 +324,11 @@ impl Projections {
         let format = (keys::FORMAT.into(), Some(FORMAT.into()));
         inner.table.apply(vec![format]);
         self.identify(identity);
+        inner.write_live().clear();
         *fold = Fold::default();
         *lock(&inner.counters) = Counters::default();
         inner.position.send_replace(Position::ZERO);
+        inner.feeds.tell_any();
         Ok(())
     }
 

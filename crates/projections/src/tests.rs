@@ -17,7 +17,7 @@ use daybook_events::{Aggregate, AggregateKind, DeploymentId, Folded, Position, R
 use proptest::prelude::*;
 
 use crate::slot::is_active;
-use crate::{AuditFilter, DeploymentFilter, Page, Projections};
+use crate::{AuditFilter, Change, DeploymentFilter, Page, Projections};
 
 /// The events of a fleet, as a log would hand them out; every fortieth is written over by
 /// something that no fold can use.
@@ -467,4 +467,71 @@ proptest! {
         }
         prop_assert_eq!(&projections.digest().unwrap(), &expected);
     }
+}
+
+/// What is shared with readers is what a replay gives, while aggregates come and go in memory; a
+/// state that a reader keeps does not change under it.
+#[test]
+fn readers_share_what_is_folded() {
+    let events = history(6_000, 11, true);
+    let projections = Projections::in_memory();
+    let subject = |e: &Recorded| matches!(e.subject, Subject::Routing(_));
+    let first = events.iter().find(|e| subject(e)).unwrap();
+    let mut kept = None;
+    for batch in events.chunks(7) {
+        projections.take(batch).unwrap();
+        if kept.is_none() {
+            let routing = projections.shared::<Routing>(&first.subject).unwrap();
+            kept = routing.state.clone().map(|state| (routing, state));
+        }
+    }
+    let (routing, state) = kept.unwrap();
+    assert_eq!(routing.state.as_ref(), Some(&state));
+    let newer = projections.shared::<Routing>(&first.subject).unwrap();
+    assert!(newer.position > routing.position);
+    let mut by_subject = BTreeMap::<Subject, Vec<&Recorded>>::new();
+    for event in &events {
+        by_subject
+            .entry(event.subject.clone())
+            .or_default()
+            .push(event);
+    }
+    for (subject, events) in &by_subject {
+        match subject.kind() {
+            Some(AggregateKind::Deployment) => {
+                same_state::<Deployment>(&projections, subject, events);
+            }
+            Some(AggregateKind::Routing) => same_state::<Routing>(&projections, subject, events),
+            Some(AggregateKind::Gitops) => same_state::<Gitops>(&projections, subject, events),
+            _ => {}
+        }
+    }
+}
+
+/// Every aggregate that has an event in a batch is told, once the queries show it.
+#[tokio::test]
+async fn a_feed_tells_what_has_changed() {
+    let events = history(100, 3, false);
+    let projections = Projections::in_memory();
+    let mut feed = projections.feed();
+    for batch in events.chunks(10) {
+        projections.take(batch).unwrap();
+        let Some(Change::Of(told)) = feed.next().await else {
+            panic!("nothing was told");
+        };
+        for event in batch {
+            assert!(told.contains(&event.subject), "{}", event.subject);
+        }
+    }
+    assert!(feed.next_now().is_none());
+    // Whoever is too slow is told to look at everything, and so is everybody after a restart.
+    let mut slow = projections.feed();
+    projections.restart("").unwrap();
+    assert!(matches!(feed.next().await, Some(Change::Any)));
+    for event in history(2_000, 4, false) {
+        projections.take(&[event]).unwrap();
+    }
+    assert!(matches!(slow.next().await, Some(Change::Any)));
+    drop(projections);
+    while feed.next().await.is_some() {}
 }

@@ -152,12 +152,15 @@ pub async fn run(
             };
             match delivery {
                 Ok(delivery) => {
+                    let Some(event) = driver.wanted(&delivery).await else {
+                        continue;
+                    };
                     let driver = driver.clone();
                     let turn = driver.take_turn(&delivery);
                     let cancel = cancel.child_token();
                     tasks.spawn(async move {
                         let _permit = permit;
-                        driver.handle(delivery, turn, cancel).await;
+                        driver.handle(delivery, event, turn, cancel).await;
                     });
                 }
                 Err(error) => {
@@ -240,9 +243,34 @@ impl Driver {
         }
     }
 
-    async fn handle(&self, delivery: Delivery, mut turn: Turn, cancel: CancellationToken) {
+    /// The event of a delivery, if it concerns the worker. Most do not: they are answered here, and
+    /// cost neither a task nor a turn.
+    async fn wanted(&self, delivery: &Delivery) -> Option<Event> {
+        let answered = match delivery.recorded.event() {
+            Ok(event) if self.worker.wants(event.short_kind()) => return Some(event),
+            Ok(_) => delivery.reply.ack().await,
+            Err(error) => {
+                // The audit view shows it; no worker can do anything with it.
+                tracing::error!(worker = %self.worker.name(), position = %delivery.recorded.position, %error,
+                    "an event cannot be read and is set aside");
+                delivery.reply.term().await
+            }
+        };
+        if let Err(error) = answered {
+            tracing::debug!(worker = %self.worker.name(), %error, "an answer was lost; the event will come again");
+        }
+        None
+    }
+
+    async fn handle(
+        &self,
+        delivery: Delivery,
+        event: Event,
+        mut turn: Turn,
+        cancel: CancellationToken,
+    ) {
         let outcome = {
-            let work = self.work(&delivery, &mut turn, &cancel);
+            let work = self.work(&delivery, event, &mut turn, &cancel);
             tokio::pin!(work);
             let mut heartbeat = tokio::time::interval(self.options.ack_wait / 3);
             heartbeat.tick().await;
@@ -280,21 +308,10 @@ impl Driver {
     async fn work(
         &self,
         delivery: &Delivery,
+        event: Event,
         turn: &mut Turn,
         cancel: &CancellationToken,
     ) -> Option<Outcome> {
-        let event = match delivery.recorded.event() {
-            Ok(event) => event,
-            Err(error) => {
-                // The audit view shows it; no worker can do anything with it.
-                tracing::error!(worker = %self.worker.name(), position = %delivery.recorded.position, %error,
-                    "an event cannot be read and is set aside");
-                return None;
-            }
-        };
-        if !self.worker.wants(event.short_kind()) {
-            return Some(Outcome::Done);
-        }
         if let Some(before) = turn.before.take() {
             let _ = before.await;
         }

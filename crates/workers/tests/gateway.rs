@@ -11,7 +11,7 @@ use std::time::Duration;
 use daybook_events::{ClusterName, DeploymentId, Hostname, ProjectName};
 use daybook_testkit::{TestApp, free_addr};
 use daybook_workers::gateway::{
-    Applied, ApplyError, Backend, Gateway, GatewayOptions, Policy, Route, RouteTable,
+    Applied, ApplyError, Backend, Gateway, GatewayOptions, Policy, Route, RouteChanges, RouteTable,
 };
 use uuid::Uuid;
 
@@ -253,6 +253,67 @@ async fn tables_never_go_back_and_projects_do_not_share_host_names() {
         body(&get(gateway.addr(), "shop.localhost", "/").await),
         "one"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_follow_on_the_table_in_force_and_leave_other_routes_alone() {
+    let one = TestApp::start(&["--text", "one"]);
+    let two = TestApp::start(&["--text", "two"]);
+    let gateway = gateway().await;
+    let (first, second) = (known(&gateway, &one), known(&gateway, &two));
+    let route = |deployment| Route {
+        backends: vec![backend(deployment, "one", 1)],
+        policy: Policy::Simple,
+    };
+    let changes = |after, revision, routes: &[(&str, Option<Route>)]| RouteChanges {
+        project: project("shop"),
+        after,
+        revision,
+        routes: routes.iter().map(|(h, r)| (host(h), r.clone())).collect(),
+    };
+    // The first changes of a project need no table.
+    let both = [
+        ("a.localhost", Some(route(first))),
+        ("b.localhost", Some(route(first))),
+    ];
+    assert_eq!(gateway.change(changes(0, 2, &both)), Ok(Applied::Switched));
+    let moved = [("b.localhost", Some(route(second)))];
+    let missed = gateway.change(changes(1, 3, &moved));
+    assert!(
+        matches!(missed, Err(ApplyError::Missed { after: 1, .. })),
+        "{missed:?}"
+    );
+    assert_eq!(gateway.revision(&project("shop")), Some(2));
+    assert_eq!(gateway.change(changes(2, 3, &moved)), Ok(Applied::Switched));
+    assert_eq!(
+        gateway.change(changes(2, 3, &moved)),
+        Ok(Applied::Unchanged)
+    );
+    assert_eq!(body(&get(gateway.addr(), "a.localhost", "/").await), "one");
+    assert_eq!(body(&get(gateway.addr(), "b.localhost", "/").await), "two");
+    // A host name that another project has is refused, and nothing is changed.
+    let mut thief = changes(
+        0,
+        1,
+        &[
+            ("c.localhost", Some(route(second))),
+            ("a.localhost", Some(route(second))),
+        ],
+    );
+    thief.project = project("thief");
+    let refused = gateway.change(thief.clone());
+    assert!(
+        matches!(refused, Err(ApplyError::HostTaken { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(status(&get(gateway.addr(), "c.localhost", "/").await), 404);
+    // One that leads nowhere any more is free.
+    let gone = [("a.localhost", None), ("unknown.localhost", None)];
+    assert_eq!(gateway.change(changes(3, 4, &gone)), Ok(Applied::Switched));
+    assert_eq!(status(&get(gateway.addr(), "a.localhost", "/").await), 404);
+    assert_eq!(gateway.change(thief), Ok(Applied::Switched));
+    assert_eq!(body(&get(gateway.addr(), "a.localhost", "/").await), "two");
+    assert_eq!(gateway.hostnames().len(), 3);
 }
 
 /// Eight kept-alive connections under constant load, while the route goes back and forth: no

@@ -34,6 +34,7 @@ use uuid::Uuid;
 
 /// Everything of a process, with idle ports.
 struct World {
+    gateway: Gateway,
     log: Arc<EmbeddedLog>,
     ledger: Ledger,
     crew: Crew,
@@ -110,8 +111,9 @@ impl World {
         crew.sync(ports.repositories.clone(), ports.target.clone());
         crew.route();
         let gateway = Gateway::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
-        crew.gateway(gateway, "local");
+        crew.gateway(gateway.clone(), "local");
         Self {
+            gateway,
             log: embedded,
             ledger,
             crew,
@@ -179,9 +181,18 @@ impl World {
     }
 
     async fn request_version(&self, version: Version, switch: SwitchMode) -> DeploymentId {
+        self.request_of(instance(), version, switch).await
+    }
+
+    async fn request_of(
+        &self,
+        instance: InstanceRef,
+        version: Version,
+        switch: SwitchMode,
+    ) -> DeploymentId {
         let id = DeploymentId(Uuid::now_v7());
         let event = DeploymentEvent::Requested(Box::new(Requested {
-            instance: instance(),
+            instance,
             version,
             clusters: vec![cluster()],
             build: BuildSpec::default(),
@@ -278,6 +289,53 @@ async fn a_deployment_passes_through_every_phase_and_takes_over_the_traffic() {
     );
     assert!(state.workload_is_ready());
     assert_eq!(world.main(), Some(id));
+    world.stop().await;
+}
+
+/// More services at once than the route table remembers switches: whoever applies or concludes
+/// them meets several in one go, and none is forgotten.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_services_of_one_project_all_succeed_and_are_routed() {
+    let dir = tempfile::tempdir().unwrap();
+    let ports = Ports::default();
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let mut ids = Vec::new();
+    for n in 0..40 {
+        let service = InstanceRef {
+            service: format!("web-{n}").parse().unwrap(),
+            ..instance()
+        };
+        let reference = format!("registry.example/shop/web-{n}:v1");
+        let version = Version::Image {
+            reference: reference.parse().unwrap(),
+        };
+        let id = world.request_of(service, version, SwitchMode::Automatic);
+        ids.push(id.await);
+    }
+    for id in &ids {
+        world.reach(*id, Status::Started).await;
+    }
+    world.stop().await;
+
+    // A new gateway takes over the table as it is.
+    let world = World::start(dir.path(), &ports).await;
+    for id in &ids {
+        let routing = world.ledger.projections().routing(&instance().project);
+        let routing = routing.unwrap().unwrap();
+        assert_eq!(routing.hostnames_of(*id).len(), 3);
+        for (hostname, _) in routing.hostnames_of(*id) {
+            let mut routed = false;
+            for _ in 0..3_000 {
+                routed = world.gateway.hostnames().contains_key(hostname);
+                if routed {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            assert!(routed, "{hostname} is not routed");
+        }
+    }
     world.stop().await;
 }
 

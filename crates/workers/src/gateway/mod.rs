@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use counters::Traffic;
-pub use table::{Applied, ApplyError, Backend, Policy, Route, RouteTable};
+pub use table::{Applied, ApplyError, Backend, Policy, Route, RouteChanges, RouteTable};
 
 use crate::target::AppStatus;
 use counters::Counters;
@@ -158,6 +158,19 @@ impl Gateway {
     pub fn apply(&self, table: RouteTable) -> Result<Applied, ApplyError> {
         let mut routing = self.shared.lock();
         let applied = routing.apply(table, &self.shared.counters)?;
+        self.shared.absorb_all(&mut routing);
+        self.shared.hosts.store(Arc::new(routing.hosts()));
+        Ok(applied)
+    }
+
+    /// Changes some routes of a project, all at once: what [`Gateway::apply`] does with a whole
+    /// table, at the cost of what changes.
+    ///
+    /// The changes must follow on the revision that is in force (0 for a project without routes);
+    /// otherwise they are refused as missed, and the whole table is to be applied.
+    pub fn change(&self, changes: RouteChanges) -> Result<Applied, ApplyError> {
+        let mut routing = self.shared.lock();
+        let applied = routing.change(changes, &self.shared.counters)?;
         self.shared.absorb_all(&mut routing);
         self.shared.hosts.store(Arc::new(routing.hosts()));
         Ok(applied)

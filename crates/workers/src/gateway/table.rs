@@ -1,12 +1,13 @@
 //! Route tables, and the form of them that requests are routed by.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use arc_swap::ArcSwap;
 use daybook_events::{ClusterName, DeploymentId, Hostname, ProjectName};
+use rpds::HashTrieMapSync;
 use tokio::sync::watch;
 
 use super::counters::{Counter, Counters};
@@ -21,6 +22,19 @@ pub struct RouteTable {
     pub revision: u64,
     /// Where each host name leads.
     pub routes: BTreeMap<Hostname, Route>,
+}
+
+/// What becomes of a project's routes from one revision of its table to a later one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteChanges {
+    /// The project.
+    pub project: ProjectName,
+    /// The revision that has to be in force.
+    pub after: u64,
+    /// The revision that is in force then.
+    pub revision: u64,
+    /// Where each host name that changes leads from here on; none for nowhere.
+    pub routes: BTreeMap<Hostname, Option<Route>>,
 }
 
 /// Where a host name leads.
@@ -77,6 +91,16 @@ pub enum ApplyError {
         /// The revision that is in force.
         newest: u64,
     },
+    /// The changes follow on a revision that is not in force.
+    #[error(
+        "the changes to the routes of {project} follow on revision {after}, which is not in force"
+    )]
+    Missed {
+        /// The project.
+        project: ProjectName,
+        /// The revision that they follow on.
+        after: u64,
+    },
     /// Another project routes this host name.
     #[error("the host name {hostname} belongs to project {owner}")]
     HostTaken {
@@ -87,8 +111,8 @@ pub enum ApplyError {
     },
 }
 
-/// What requests are routed by: host name to route.
-pub(super) type Hosts = HashMap<String, Arc<LiveRoute>>;
+/// What requests are routed by: host name to route. Copies share what they have in common.
+pub(super) type Hosts = HashTrieMapSync<String, Arc<LiveRoute>>;
 
 /// A route with everything that a request needs.
 #[derive(Debug)]
@@ -206,6 +230,9 @@ impl Endpoint {
     }
 }
 
+/// So few endpoints are not looked through for those that nobody uses.
+const ENDPOINTS_MIN: usize = 64;
+
 type EndpointKey = (DeploymentId, ClusterName);
 
 /// The tables and endpoints from which [`Hosts`] is made. Changed by one at a time.
@@ -213,14 +240,17 @@ type EndpointKey = (DeploymentId, ClusterName);
 pub(super) struct Routing {
     tables: BTreeMap<ProjectName, LiveTable>,
     owners: BTreeMap<Hostname, ProjectName>,
+    hosts: Hosts,
     endpoints: HashMap<EndpointKey, Arc<Endpoint>>,
+    /// How many of them were in use when that was looked at last.
+    endpoints_used: usize,
     tracked: Vec<Tracked>,
 }
 
 #[derive(Debug)]
 struct LiveTable {
     revision: u64,
-    routes: BTreeMap<Hostname, Arc<LiveRoute>>,
+    hostnames: BTreeSet<Hostname>,
 }
 
 #[derive(Debug)]
@@ -240,11 +270,7 @@ impl Routing {
     }
 
     pub(super) fn hosts(&self) -> Hosts {
-        self.tables
-            .values()
-            .flat_map(|t| &t.routes)
-            .map(|(host, route)| (host.as_str().to_owned(), route.clone()))
-            .collect()
+        self.hosts.clone()
     }
 
     pub(super) fn apply(
@@ -252,21 +278,48 @@ impl Routing {
         table: RouteTable,
         counters: &Counters,
     ) -> Result<Applied, ApplyError> {
-        if let Some(newest) = self.revision(&table.project) {
-            if table.revision == newest {
-                return Ok(Applied::Unchanged);
-            }
-            if table.revision < newest {
-                return Err(ApplyError::Stale {
-                    project: table.project,
-                    given: table.revision,
-                    newest,
-                });
-            }
+        let in_force = self.tables.get(&table.project);
+        let gone = in_force.into_iter().flat_map(|t| &t.hostnames);
+        let gone = gone.filter(|h| !table.routes.contains_key(*h));
+        let mut routes: BTreeMap<_, _> = gone.map(|h| (h.clone(), None)).collect();
+        routes.extend(table.routes.into_iter().map(|(h, r)| (h, Some(r))));
+        let changes = RouteChanges {
+            after: self.revision(&table.project).unwrap_or_default(),
+            project: table.project,
+            revision: table.revision,
+            routes,
+        };
+        self.change(changes, counters)
+    }
+
+    pub(super) fn change(
+        &mut self,
+        changes: RouteChanges,
+        counters: &Counters,
+    ) -> Result<Applied, ApplyError> {
+        let RouteChanges {
+            project,
+            after,
+            revision,
+            routes,
+        } = changes;
+        let newest = self.revision(&project);
+        if newest == Some(revision) {
+            return Ok(Applied::Unchanged);
         }
-        for hostname in table.routes.keys() {
+        if let Some(newest) = newest.filter(|newest| *newest > revision) {
+            return Err(ApplyError::Stale {
+                project,
+                given: revision,
+                newest,
+            });
+        }
+        if newest.unwrap_or_default() != after {
+            return Err(ApplyError::Missed { project, after });
+        }
+        for (hostname, _) in routes.iter().filter(|(_, route)| route.is_some()) {
             if let Some(owner) = self.owners.get(hostname)
-                && *owner != table.project
+                && *owner != project
             {
                 return Err(ApplyError::HostTaken {
                     hostname: hostname.clone(),
@@ -274,34 +327,46 @@ impl Routing {
                 });
             }
         }
-        self.owners.retain(|_, owner| *owner != table.project);
-        let mut routes = BTreeMap::new();
-        for (hostname, route) in table.routes {
-            self.owners.insert(hostname.clone(), table.project.clone());
-            let backends = route
-                .backends
-                .into_iter()
-                .map(|b| LiveBackend {
-                    endpoint: self.endpoint(b.deployment, &b.cluster),
-                    counter: counters.of(b.deployment),
-                    deployment: b.deployment,
-                    cluster: b.cluster,
-                    weight: b.weight,
-                })
-                .collect();
-            let live = LiveRoute {
-                policy: route.policy,
-                backends,
-                turn: AtomicU64::new(0),
-            };
-            routes.insert(hostname, Arc::new(live));
-        }
-        let live = LiveTable {
-            revision: table.revision,
-            routes,
+        let mut hostnames = match self.tables.remove(&project) {
+            Some(table) => table.hostnames,
+            None => BTreeSet::new(),
         };
-        self.tables.insert(table.project, live);
+        for (hostname, route) in routes {
+            match route {
+                Some(route) => {
+                    let live = Arc::new(self.live(route, counters));
+                    self.hosts.insert_mut(hostname.as_str().to_owned(), live);
+                    self.owners.insert(hostname.clone(), project.clone());
+                    hostnames.insert(hostname);
+                }
+                None if hostnames.remove(&hostname) => {
+                    self.hosts.remove_mut(hostname.as_str());
+                    self.owners.remove(&hostname);
+                }
+                None => {}
+            }
+        }
+        let table = LiveTable {
+            revision,
+            hostnames,
+        };
+        self.tables.insert(project, table);
         Ok(Applied::Switched)
+    }
+
+    fn live(&mut self, route: Route, counters: &Counters) -> LiveRoute {
+        let backends = route.backends.into_iter().map(|b| LiveBackend {
+            endpoint: self.endpoint(b.deployment, &b.cluster),
+            counter: counters.of(b.deployment),
+            deployment: b.deployment,
+            cluster: b.cluster,
+            weight: b.weight,
+        });
+        LiveRoute {
+            backends: backends.collect(),
+            policy: route.policy,
+            turn: AtomicU64::new(0),
+        }
     }
 
     fn endpoint(&mut self, deployment: DeploymentId, cluster: &ClusterName) -> Arc<Endpoint> {
@@ -377,6 +442,12 @@ impl Routing {
     /// Takes over what tracked targets say now. Returns the addresses at which nothing is
     /// expected any more.
     pub(super) fn absorb(&mut self) -> Vec<SocketAddr> {
+        if self.endpoints.len() > 2 * self.endpoints_used {
+            self.endpoints.retain(|_, endpoint| {
+                Arc::strong_count(endpoint) > 1 || !endpoint.known.load().addresses.is_empty()
+            });
+            self.endpoints_used = self.endpoints.len().max(ENDPOINTS_MIN);
+        }
         let mut tracked = std::mem::take(&mut self.tracked);
         let mut gone = Vec::new();
         for t in &mut tracked {
@@ -395,9 +466,6 @@ impl Routing {
             t.seen = present;
         }
         self.tracked = tracked;
-        self.endpoints.retain(|_, endpoint| {
-            Arc::strong_count(endpoint) > 1 || !endpoint.known.load().addresses.is_empty()
-        });
         gone
     }
 }

@@ -3,47 +3,83 @@
 //! Every gateway follows the ledger by itself. It moves forward only; addresses of instances
 //! change apart from tables, as instances come and go.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::SocketAddr;
+use std::ops::Bound;
 use std::time::Duration;
 
-use daybook_events::routing::{self, Applied, Command, Rejected, Routing};
-use daybook_events::{Position, ProjectName, Recorded, Subject, SubjectFilter};
-use daybook_projections::DeploymentRow;
-use futures_util::StreamExt;
+use daybook_events::aggregate::Decision;
+use daybook_events::deployment::Deployment;
+use daybook_events::routing::{self, Command, Rejected, Routing};
+use daybook_events::{DeploymentId, EventId, ProjectName, Subject};
+use daybook_projections::Change;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{Bench, Stop};
-use crate::gateway::{ApplyError, Backend, Gateway, Policy, Route, RouteTable};
+use crate::gateway::{ApplyError, Backend, Gateway, Policy, Route, RouteChanges, RouteTable};
 
 const ROLE: &str = "gateway";
 
+/// When what could not be applied is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
+
 /// Keeps one gateway up to date until `cancel`. `name` identifies it in the ledger.
 pub async fn run(bench: Bench, gateway: Gateway, name: String, cancel: CancellationToken) {
-    let mut applier = Applier {
+    let mut feed = bench.ledger.projections().feed();
+    let applier = Applier {
         bench,
         gateway,
         name,
-        served: BTreeMap::new(),
     };
-    while !cancel.is_cancelled() {
-        let after = applier.bench.ledger.projections().position();
-        let mut dirty = match applier.bench.ledger.projections().projects() {
-            Ok(projects) => projects.into_iter().map(|p| p.name).collect(),
-            Err(error) => {
-                tracing::warn!(%error, "the projects could not be listed");
-                BTreeSet::new()
-            }
-        };
-        applier.apply_all(&mut dirty).await;
+    let mut dirty = Dirty {
+        everything: true,
+        ..Dirty::default()
+    };
+    loop {
         tokio::select! {
             () = cancel.cancelled() => return,
-            () = applier.follow(after, dirty) => {}
+            () = applier.settle(&mut dirty) => {}
         }
         tokio::select! {
             () = cancel.cancelled() => return,
-            () = tokio::time::sleep(Duration::from_millis(500)) => {}
+            change = feed.next() => match change {
+                Some(change) => dirty.note(change),
+                None => return,
+            },
+            () = tokio::time::sleep(AGAIN), if !dirty.is_empty() => {}
+        }
+        // What came meanwhile is applied together.
+        while let Some(change) = feed.next_now() {
+            dirty.note(change);
+        }
+    }
+}
+
+/// What may not be in the gateway as it is in the ledger.
+#[derive(Debug, Default)]
+struct Dirty {
+    everything: bool,
+    projects: BTreeSet<ProjectName>,
+    deployments: HashSet<Subject>,
+}
+
+impl Dirty {
+    fn is_empty(&self) -> bool {
+        !self.everything && self.projects.is_empty() && self.deployments.is_empty()
+    }
+
+    fn note(&mut self, change: Change) {
+        let Change::Of(subjects) = change else {
+            self.everything = true;
+            return;
+        };
+        for subject in subjects.iter() {
+            match subject {
+                Subject::Routing(project) => drop(self.projects.insert(project.clone())),
+                Subject::Deployment(..) => drop(self.deployments.insert(subject.clone())),
+                _ => {}
+            }
         }
     }
 }
@@ -52,175 +88,198 @@ struct Applier {
     bench: Bench,
     gateway: Gateway,
     name: String,
-    /// What each host name of a project led to when it was applied last.
-    served: BTreeMap<ProjectName, (u32, Vec<daybook_events::Hostname>)>,
 }
 
 impl Applier {
-    /// Follows the log until it breaks off.
-    async fn follow(&mut self, after: Position, mut dirty: BTreeSet<ProjectName>) {
-        let log = self.bench.ledger.log().clone();
-        let mut tail = match log.tail(after, SubjectFilter::default()).await {
-            Ok(tail) => tail.ready_chunks(64),
-            Err(error) => {
-                tracing::warn!(%error, "the gateway cannot follow the log; trying again");
-                return;
-            }
-        };
-        loop {
-            let chunk = tokio::select! {
-                chunk = tail.next() => match chunk {
-                    Some(chunk) => chunk,
-                    None => return,
-                },
-                // What could not be applied is tried again.
-                () = tokio::time::sleep(Duration::from_millis(500)), if !dirty.is_empty() => Vec::new(),
-            };
-            let mut newest = Position::ZERO;
-            for recorded in chunk {
-                match recorded {
-                    Ok(recorded) => {
-                        newest = recorded.position;
-                        if concerns_routes(&recorded) {
-                            dirty.extend(recorded.subject.project().cloned());
+    /// Applies what is dirty. What could not be applied stays so; so does the rest if this is
+    /// dropped.
+    async fn settle(&self, dirty: &mut Dirty) {
+        if dirty.everything {
+            match self.bench.ledger.projections().projects() {
+                Ok(projects) => {
+                    let names = projects.into_iter().map(|p| p.name);
+                    for name in names {
+                        if let Err(stop) = self.set_all_addresses(&name) {
+                            return tracing::warn!(project = %name, ?stop, "routes were not applied yet");
                         }
+                        dirty.projects.insert(name);
                     }
-                    Err(error) => {
-                        tracing::warn!(%error, "the gateway lost the log; following it anew");
-                        return;
-                    }
+                    dirty.everything = false;
                 }
-            }
-            if dirty.is_empty() {
-                continue;
-            }
-            let projections = self.bench.ledger.projections().clone();
-            if projections
-                .wait_for(newest, Duration::from_secs(30))
-                .await
-                .is_ok()
-            {
-                self.apply_all(&mut dirty).await;
+                Err(error) => tracing::warn!(%error, "the projects could not be listed"),
             }
         }
-    }
-
-    async fn apply_all(&mut self, dirty: &mut BTreeSet<ProjectName>) {
-        let mut left = BTreeSet::new();
-        for project in std::mem::take(dirty) {
+        dirty.deployments.retain(|subject| {
+            let done = self.set_addresses_if_routed(subject);
+            if let Err(stop) = &done {
+                tracing::warn!(%subject, ?stop, "addresses were not applied yet");
+            }
+            done.is_err()
+        });
+        let mut next = dirty.projects.first().cloned();
+        while let Some(project) = next {
             match self.apply(&project).await {
-                Ok(()) | Err(Stop::Moved(_)) => {}
-                Err(stop) => {
-                    tracing::warn!(%project, ?stop, "routes were not applied yet");
-                    left.insert(project);
-                }
+                Ok(()) | Err(Stop::Moved(_)) => drop(dirty.projects.remove(&project)),
+                Err(stop) => tracing::warn!(%project, ?stop, "routes were not applied yet"),
             }
+            let later = (Bound::Excluded(project), Bound::Unbounded);
+            next = dirty.projects.range(later).next().cloned();
         }
-        *dirty = left;
     }
 
-    async fn apply(&mut self, project: &ProjectName) -> Result<(), Stop> {
+    /// Brings the gateway to a project's newest table, and reports that it is there.
+    async fn apply(&self, project: &ProjectName) -> Result<(), Stop> {
         let subject = Subject::Routing(project.clone());
-        let folded = self
-            .bench
-            .ledger
-            .projections()
-            .folded::<Routing>(&subject)?;
-        let Some(routing) = folded.state else {
+        let projections = self.bench.ledger.projections();
+        let folded = projections.shared::<Routing>(&subject)?;
+        let Some(routing) = &folded.state else {
             return Ok(());
         };
-        let mut rows = BTreeMap::new();
-        for backend in routing.routes.values().flat_map(|r| &r.backends) {
-            if let std::collections::btree_map::Entry::Vacant(entry) =
-                rows.entry(backend.deployment)
-                && let Some(row) = self.bench.row(backend.deployment)?
-            {
-                entry.insert(row);
-            }
-        }
-        for row in rows.values() {
-            self.set_addresses(row);
-        }
-        let table = RouteTable {
-            project: project.clone(),
-            revision: routing.table.into(),
-            routes: routing
-                .routes
-                .iter()
-                .map(|(hostname, route)| {
-                    let backends = route
-                        .backends
-                        .iter()
-                        .filter_map(|b| rows.get(&b.deployment).map(|row| (b, row)))
-                        .flat_map(|(b, row)| {
-                            row.state.request.clusters.iter().map(|cluster| Backend {
-                                deployment: b.deployment,
-                                cluster: cluster.clone(),
-                                weight: b.weight,
-                            })
-                        })
-                        .collect();
-                    let policy = Policy::Simple;
-                    (hostname.clone(), Route { backends, policy })
-                })
-                .collect(),
+        let applied = match self.switch(project, routing)? {
+            // The gap is no longer known: the table as a whole closes it.
+            Err(ApplyError::Missed { .. }) => self.replace(project, routing)?,
+            other => other,
         };
-        let command = match self.gateway.apply(table) {
-            Ok(_) => {
-                let (before, known) = self.served.entry(project.clone()).or_default();
-                let hostnames: Vec<_> = routing
-                    .routes
-                    .iter()
-                    .filter(|(h, r)| r.table > *before || !known.contains(h))
-                    .map(|(h, _)| h.clone())
-                    .collect();
-                *before = routing.table;
-                *known = routing.routes.keys().cloned().collect();
-                Command::ReportApplied(Applied {
-                    gateway: self.name.clone(),
-                    table: routing.table,
-                    hostnames,
-                })
-            }
+        let table = routing.table;
+        let rejected = match applied {
+            Ok(_) => None,
             // Somebody applied a newer one in between; that one is reported.
             Err(ApplyError::Stale { .. }) => return Ok(()),
-            Err(error @ ApplyError::HostTaken { .. }) => Command::ReportRejected(Rejected {
+            Err(error @ ApplyError::Missed { .. }) => return Err(Stop::Retry(error.to_string())),
+            Err(error @ ApplyError::HostTaken { .. }) => Some(Rejected {
                 gateway: self.name.clone(),
-                table: routing.table,
+                table,
                 code: "hostname_taken".into(),
                 message: error.to_string(),
             }),
         };
-        if routing.table == 0 || routing.applied.get(&self.name) == Some(&routing.table) {
+        if table == 0 || routing.applied.get(&self.name) == Some(&table) {
             return Ok(());
         }
-        let cause = folded
-            .last_id
-            .unwrap_or(daybook_events::EventId(Uuid::nil()));
+        let cause = folded.last_id.unwrap_or(EventId(Uuid::nil()));
         let about = routing
             .recent
             .last()
             .map_or(Uuid::nil(), |s| s.deployment.0);
-        let step = format!("table-{}-{}", routing.table, self.name);
+        let step = format!("table-{table}-{}", self.name);
         let mut context = self.bench.follow_up(ROLE, cause, about, &step);
-        context.id = daybook_events::EventId::derived(
-            about,
-            &format!(
-                "{project}/{step}/{}",
-                matches!(command, Command::ReportApplied(_))
-            ),
-        );
+        context.id = EventId::derived(about, &format!("{project}/{step}/{}", rejected.is_none()));
+        // The fold need not copy the table for the sake of this reader.
+        drop(folded);
         self.bench
             .append::<Routing>(&subject, &context, |state| {
-                routing::decide(state, command.clone())
+                let command = match (&rejected, state) {
+                    (Some(rejected), _) => Command::ReportRejected(rejected.clone()),
+                    (None, Some(state)) => Command::ReportApplied(state.report(&self.name, table)),
+                    (None, None) => return Ok(Decision::Nothing),
+                };
+                routing::decide(state, command)
             })
             .await
             .map(|_| ())
     }
 
-    fn set_addresses(&self, row: &DeploymentRow) {
-        for cluster in &row.state.request.clusters {
-            let observed = row.state.observed.get(cluster);
+    /// Applies what was switched since the table that the gateway has.
+    fn switch(
+        &self,
+        project: &ProjectName,
+        routing: &Routing,
+    ) -> Result<Result<(), ApplyError>, Stop> {
+        let after = self.gateway.revision(project).unwrap_or_default();
+        let missed = ApplyError::Missed {
+            project: project.clone(),
+            after,
+        };
+        let known = u32::try_from(after).ok();
+        let Some(hostnames) = known.and_then(|after| routing.switched(after, routing.table)) else {
+            return Ok(Err(missed));
+        };
+        let mut routes = BTreeMap::new();
+        for hostname in hostnames {
+            let route = routing.routes.get(hostname);
+            let route = route.map(|r| self.route(r)).transpose()?;
+            routes.insert(hostname.clone(), route);
+        }
+        let changes = RouteChanges {
+            project: project.clone(),
+            after,
+            revision: routing.table.into(),
+            routes,
+        };
+        Ok(self.gateway.change(changes).map(drop))
+    }
+
+    /// Applies the whole table.
+    fn replace(
+        &self,
+        project: &ProjectName,
+        routing: &Routing,
+    ) -> Result<Result<(), ApplyError>, Stop> {
+        let mut routes = BTreeMap::new();
+        for (hostname, route) in &routing.routes {
+            routes.insert(hostname.clone(), self.route(route)?);
+        }
+        let table = RouteTable {
+            project: project.clone(),
+            revision: routing.table.into(),
+            routes,
+        };
+        Ok(self.gateway.apply(table).map(drop))
+    }
+
+    /// A route as the gateway has it. Where its backends answer is set before it is used.
+    fn route(&self, route: &routing::Route) -> Result<Route, Stop> {
+        let mut backends = Vec::new();
+        for backend in &route.backends {
+            let subject = Subject::Deployment(
+                route.instance.project.clone(),
+                route.instance.environment.clone(),
+                backend.deployment,
+            );
+            let folded = self.bench.ledger.projections().shared(&subject)?;
+            let Some(state) = &folded.state else {
+                continue;
+            };
+            self.set_addresses(backend.deployment, state);
+            backends.extend(state.request.clusters.iter().map(|cluster| Backend {
+                deployment: backend.deployment,
+                cluster: cluster.clone(),
+                weight: backend.weight,
+            }));
+        }
+        Ok(Route {
+            backends,
+            policy: Policy::Simple,
+        })
+    }
+
+    fn set_all_addresses(&self, project: &ProjectName) -> Result<(), Stop> {
+        let projections = self.bench.ledger.projections();
+        let folded = projections.shared::<Routing>(&Subject::Routing(project.clone()))?;
+        for route in folded.state.iter().flat_map(|r| r.routes.values()) {
+            self.route(route)?;
+        }
+        Ok(())
+    }
+
+    fn set_addresses_if_routed(&self, subject: &Subject) -> Result<(), Stop> {
+        let Subject::Deployment(project, _, id) = subject else {
+            return Ok(());
+        };
+        let projections = self.bench.ledger.projections();
+        let routing = projections.shared::<Routing>(&Subject::Routing(project.clone()))?;
+        if let Some(routing) = &routing.state
+            && !routing.hostnames_of(*id).is_empty()
+            && let Some(state) = &projections.shared::<Deployment>(subject)?.state
+        {
+            self.set_addresses(*id, state);
+        }
+        Ok(())
+    }
+
+    fn set_addresses(&self, id: DeploymentId, state: &Deployment) {
+        for cluster in &state.request.clusters {
+            let observed = state.observed.get(cluster);
             let addresses: Vec<SocketAddr> = observed
                 .iter()
                 .flat_map(|o| &o.instances)
@@ -229,26 +288,10 @@ impl Applier {
                 .collect();
             let why = match observed.and_then(|o| o.problem.as_ref()) {
                 Some(problem) => format!("{}: {}", problem.reason, problem.message),
-                None => format!("it is {}", row.state.status.as_str()),
+                None => format!("it is {}", state.status.as_str()),
             };
             let why = addresses.is_empty().then_some(why);
-            self.gateway.set_addresses(row.id, cluster, addresses, why);
+            self.gateway.set_addresses(id, cluster, addresses, why);
         }
-    }
-}
-
-/// Whether an event can change where requests go.
-fn concerns_routes(recorded: &Recorded) -> bool {
-    match &recorded.subject {
-        Subject::Routing(_) => true,
-        Subject::Deployment(..) => recorded.event().is_ok_and(|e| {
-            matches!(
-                e.short_kind(),
-                "deployment.workload_observed.v1"
-                    | "deployment.stopped.v1"
-                    | "deployment.terminated.v1"
-            )
-        }),
-        _ => false,
     }
 }

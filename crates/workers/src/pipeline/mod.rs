@@ -160,14 +160,19 @@ impl Bench {
         position: Option<Position>,
     ) -> Result<DeploymentRow, Stop> {
         if let Some(position) = position {
-            self.ledger
-                .projections()
-                .wait_for(position, std::time::Duration::from_secs(30))
-                .await
-                .map_err(|e| Stop::Retry(e.to_string()))?;
+            self.folded(position).await?;
         }
         self.row(row.id)?
             .ok_or_else(|| Stop::Retry("the deployment is not folded yet".into()))
+    }
+
+    /// Waits until the events up to here are folded.
+    pub async fn folded(&self, position: Position) -> Result<(), Stop> {
+        self.ledger
+            .projections()
+            .wait_for(position, std::time::Duration::from_secs(30))
+            .await
+            .map_err(|e| Stop::Retry(e.to_string()))
     }
 
     /// A deployment as it is now.

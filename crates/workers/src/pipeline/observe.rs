@@ -3,7 +3,7 @@
 //! Observations are events of their own, apart from intents, and are appended only when they
 //! differ from the last one. They carry the GitOps commit that they are about.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,40 +11,54 @@ use daybook_events::deployment::{
     self, Deployment, DeploymentEvent, Instance, Problem, Status, WorkloadObserved,
 };
 use daybook_events::gitops::Gitops;
-use daybook_events::{Actor, Context, EventId, Subject};
-use daybook_projections::DeploymentRow;
+use daybook_events::{Actor, CommitId, Context, DeploymentId, EventId, ProjectName, Subject};
+use daybook_projections::{Change, Feed, QueryError};
+use futures_util::StreamExt;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use super::{Bench, Stop};
-use crate::target::{AppRef, AppStatus, ReleaseStatus, Target};
+use crate::target::{AppRef, AppStatus, InstanceStatus, ReleaseStatus, Target};
+
+/// When what could not be recorded is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
+/// So many observations are appended at once: they share the log's syncs.
+const AT_ONCE: usize = 16;
 
 /// Watches all Applications of one cluster until `cancel`.
 pub async fn run(bench: Bench, target: Arc<dyn Target>, cancel: CancellationToken) {
     let tasks = TaskTracker::new();
     let mut watched = BTreeSet::new();
-    let mut changes = bench.ledger.projections().changes();
-    while !cancel.is_cancelled() {
-        match apps(&bench) {
+    let mut feed = bench.ledger.projections().feed();
+    let mut change = Some(Change::Any);
+    while let Some(found) = change {
+        match apps(&bench, &found) {
             Ok(apps) => {
                 for app in apps {
                     if watched.insert(app.clone()) {
-                        let (bench, target, cancel) =
-                            (bench.clone(), target.clone(), cancel.clone());
-                        tasks.spawn(async move { watch(bench, target, app, cancel).await });
+                        let watch = Watch::new(bench.clone(), target.clone(), app);
+                        let cancel = cancel.clone();
+                        tasks.spawn(async move {
+                            tokio::select! {
+                                () = watch.run() => {}
+                                () = cancel.cancelled() => {}
+                            }
+                        });
                     }
                 }
+                change = tokio::select! {
+                    () = cancel.cancelled() => None,
+                    change = feed.next() => change,
+                };
             }
-            Err(error) => tracing::warn!(%error, "the environments could not be listed"),
-        }
-        tokio::select! {
-            () = cancel.cancelled() => {}
-            changed = changes.changed() => {
-                if changed.is_err() {
-                    break;
-                }
+            Err(error) => {
+                tracing::warn!(%error, "the environments could not be listed; trying again");
+                change = tokio::select! {
+                    () = cancel.cancelled() => None,
+                    () = tokio::time::sleep(AGAIN) => Some(Change::Any),
+                };
             }
         }
     }
@@ -52,111 +66,286 @@ pub async fn run(bench: Bench, target: Arc<dyn Target>, cancel: CancellationToke
     tasks.wait().await;
 }
 
-fn apps(bench: &Bench) -> Result<Vec<AppRef>, daybook_projections::QueryError> {
-    let mut all = Vec::new();
-    for project in bench.ledger.projections().projects()? {
-        let gitops = bench
-            .ledger
-            .projections()
-            .folded::<Gitops>(&Subject::Gitops(project.name.clone()))?;
-        for environment in gitops
-            .state
+/// The Applications that a change may have brought.
+fn apps(bench: &Bench, change: &Change) -> Result<Vec<AppRef>, QueryError> {
+    let projections = bench.ledger.projections();
+    let projects: Vec<ProjectName> = match change {
+        Change::Any => projections
+            .projects()?
             .into_iter()
-            .flat_map(|g| g.environments.into_keys())
-        {
+            .map(|p| p.name)
+            .collect(),
+        Change::Of(subjects) => subjects
+            .iter()
+            .filter_map(|s| match s {
+                Subject::Gitops(project) => Some(project.clone()),
+                _ => None,
+            })
+            .collect(),
+    };
+    let mut all = Vec::new();
+    for project in projects {
+        let gitops = projections.shared::<Gitops>(&Subject::Gitops(project.clone()))?;
+        for environment in gitops.state.iter().flat_map(|g| g.environments.keys()) {
             all.push(AppRef {
-                project: project.name.clone(),
-                environment,
+                project: project.clone(),
+                environment: environment.clone(),
             });
         }
     }
     Ok(all)
 }
 
-async fn watch(bench: Bench, target: Arc<dyn Target>, app: AppRef, cancel: CancellationToken) {
-    let mut status = target.watch(&app);
-    let mut changes = bench.ledger.projections().changes();
-    loop {
-        let seen = status.borrow_and_update().clone();
-        let (waiting, again) = match record(&bench, &*target, &app, &seen).await {
-            Ok(waiting) => (waiting, false),
-            Err(stop) => {
-                if let Stop::Retry(why) = &stop {
-                    tracing::warn!(cluster = %target.cluster(), project = %app.project, %why,
-                        "an observation was not recorded yet");
-                }
-                (false, true)
-            }
-        };
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            changed = status.changed() => if changed.is_err() { return },
-            // What was seen may be ahead of what the ledger has.
-            changed = changes.changed(), if waiting => if changed.is_err() { return },
-            () = tokio::time::sleep(Duration::from_millis(500)), if again => {}
-        }
+/// What a release looked like when it was last looked at.
+#[derive(PartialEq)]
+struct Seen {
+    wanted: u32,
+    instances: Vec<InstanceStatus>,
+    problem: Option<crate::target::Problem>,
+}
+
+impl Seen {
+    fn is(&self, release: &ReleaseStatus) -> bool {
+        self.wanted == release.wanted
+            && self.instances == release.instances
+            && self.problem == release.problem
     }
 }
 
-/// Records what is new, and says whether something can only be recorded once the ledger has moved
-/// on: a release whose deployment is not yet said to be deploying, or one that is gone before the
-/// ledger has the commit that removes it.
+/// Follows one Application on one cluster. Only releases that look different, or whose deployment
+/// has changed in the ledger, are looked at.
+struct Watch {
+    bench: Bench,
+    target: Arc<dyn Target>,
+    app: AppRef,
+    feed: Feed,
+    seen: HashMap<DeploymentId, Seen>,
+    /// To be looked at next.
+    dirty: HashSet<DeploymentId>,
+    /// Looked at, but what is seen is ahead of what the ledger has, or the other way round: to be
+    /// looked at again when either moves.
+    later: HashSet<DeploymentId>,
+}
+
+/// What came of looking at a release.
+enum Looked {
+    Settled,
+    Later,
+}
+
+impl Watch {
+    fn new(bench: Bench, target: Arc<dyn Target>, app: AppRef) -> Self {
+        // From here on no change is missed; what was before is looked at when this runs.
+        let feed = bench.ledger.projections().feed();
+        Self {
+            bench,
+            target,
+            app,
+            feed,
+            seen: HashMap::new(),
+            dirty: HashSet::new(),
+            later: HashSet::new(),
+        }
+    }
+
+    /// Watches until the target or the projections are gone.
+    async fn run(mut self) {
+        let mut status = self.target.watch(&self.app);
+        let mut all = true;
+        loop {
+            if all {
+                all = self.mark_all().is_err();
+            }
+            let looks = {
+                let now = status.borrow_and_update();
+                self.mark_differences(&now);
+                self.looks(&now)
+            };
+            let again = self.look(looks).await || all;
+            tokio::select! {
+                changed = status.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    self.dirty.extend(self.later.drain());
+                }
+                change = self.feed.next() => match change {
+                    Some(Change::Of(subjects)) => self.mark_changed(&subjects),
+                    Some(Change::Any) => all = true,
+                    None => return,
+                },
+                () = tokio::time::sleep(AGAIN), if again => {}
+            }
+            while let Some(change) = self.feed.next_now() {
+                match change {
+                    Change::Of(subjects) => self.mark_changed(&subjects),
+                    Change::Any => all = true,
+                }
+            }
+        }
+    }
+
+    /// Marks all deployments that this cluster may show something of.
+    fn mark_all(&mut self) -> Result<(), QueryError> {
+        let projections = self.bench.ledger.projections();
+        let rows = projections
+            .active_deployments(Some(&self.app.project), Some(&self.app.environment))
+            .inspect_err(|error| tracing::warn!(%error, "the deployments could not be listed"))?;
+        self.dirty.extend(rows.into_iter().map(|row| row.id));
+        self.dirty.extend(self.seen.keys());
+        Ok(())
+    }
+
+    /// Marks what has changed in the ledger.
+    fn mark_changed(&mut self, subjects: &[Subject]) {
+        for subject in subjects {
+            match subject {
+                Subject::Deployment(project, environment, id)
+                    if *project == self.app.project && *environment == self.app.environment =>
+                {
+                    self.dirty.insert(*id);
+                }
+                Subject::Gitops(project) if *project == self.app.project => {
+                    self.dirty.extend(self.later.drain());
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Marks what has changed in the cluster.
+    fn mark_differences(&mut self, now: &AppStatus) {
+        for release in &now.releases {
+            let same = self.seen.get(&release.deployment);
+            if !same.is_some_and(|seen| seen.is(release)) {
+                self.seen.insert(
+                    release.deployment,
+                    Seen {
+                        wanted: release.wanted,
+                        instances: release.instances.clone(),
+                        problem: release.problem.clone(),
+                    },
+                );
+                self.dirty.insert(release.deployment);
+            }
+        }
+        if self.seen.len() > now.releases.len() {
+            let listed: HashSet<_> = now.releases.iter().map(|r| r.deployment).collect();
+            let dirty = &mut self.dirty;
+            self.seen.retain(|id, _| {
+                let kept = listed.contains(id);
+                if !kept {
+                    dirty.insert(*id);
+                }
+                kept
+            });
+        }
+    }
+
+    /// What is to be looked at, each with what is seen of it: nothing before the cluster has
+    /// applied anything.
+    fn looks(&mut self, now: &AppStatus) -> Vec<Look> {
+        let Some(revision) = &now.revision else {
+            self.later.extend(self.dirty.drain());
+            return Vec::new();
+        };
+        let mut listed = HashMap::new();
+        for release in &now.releases {
+            if self.dirty.contains(&release.deployment) {
+                listed.insert(release.deployment, observation(&*self.target, release));
+            }
+        }
+        let look = |id| Look {
+            id,
+            revision: revision.clone(),
+            observed: listed.remove(&id),
+        };
+        self.dirty.drain().map(look).collect()
+    }
+
+    /// Looks at releases, and says whether that is to be tried again.
+    async fn look(&mut self, looks: Vec<Look>) -> bool {
+        let mut again = false;
+        let results: Vec<_> = futures_util::stream::iter(looks)
+            .map(|look| {
+                let (bench, target, app) = (&self.bench, &*self.target, &self.app);
+                async move { (look.id, record(bench, target, app, look).await) }
+            })
+            .buffer_unordered(AT_ONCE)
+            .collect()
+            .await;
+        for (id, result) in results {
+            match result {
+                Ok(Looked::Settled) | Err(Stop::Moved(_)) => drop(self.later.remove(&id)),
+                Ok(Looked::Later) => drop(self.later.insert(id)),
+                Err(stop) => {
+                    if let Stop::Retry(why) = &stop {
+                        tracing::warn!(cluster = %self.target.cluster(), deployment.id = %id, %why,
+                            "an observation was not recorded yet");
+                    }
+                    self.dirty.insert(id);
+                    again = true;
+                }
+            }
+        }
+        again
+    }
+}
+
+/// A deployment, and what a cluster shows of it at a revision: none if it is not listed.
+struct Look {
+    id: DeploymentId,
+    revision: CommitId,
+    observed: Option<WorkloadObserved>,
+}
+
+/// Records what is new of a deployment. Some can only be recorded later, once the ledger or the
+/// cluster has moved on: a release whose deployment is not yet said to be deploying, or one that
+/// is gone before the ledger has the commit that removes it.
 async fn record(
     bench: &Bench,
     target: &dyn Target,
     app: &AppRef,
-    status: &AppStatus,
-) -> Result<bool, Stop> {
-    let Some(revision) = &status.revision else {
-        return Ok(false);
+    look: Look,
+) -> Result<Looked, Stop> {
+    let projections = bench.ledger.projections();
+    let subject = Subject::Deployment(app.project.clone(), app.environment.clone(), look.id);
+    let folded = projections.shared::<Deployment>(&subject)?;
+    let Some(state) = &folded.state else {
+        return Ok(Looked::Later);
     };
-    let mut waiting = false;
-    let gitops = bench
-        .ledger
-        .projections()
-        .folded::<Gitops>(&Subject::Gitops(app.project.clone()))?;
-    let newest = gitops
-        .state
-        .and_then(|g| g.environments.get(&app.environment).cloned());
-    let listed: BTreeMap<_, _> = status.releases.iter().map(|r| (r.deployment, r)).collect();
-    for row in bench
-        .ledger
-        .projections()
-        .active_deployments(Some(&app.project), Some(&app.environment))?
-    {
-        if !row.state.request.clusters.contains(target.cluster()) {
-            continue;
-        }
-        let observed = match listed.get(&row.id) {
-            Some(release) => observation(target, release),
-            None if newest.as_ref() == Some(revision) && !row.state.in_repository() => {
-                WorkloadObserved {
-                    cluster: target.cluster().clone(),
-                    revision: revision.clone(),
-                    wanted: 0,
-                    instances: Vec::new(),
-                    problem: None,
-                }
-            }
-            None => {
-                waiting |= row
-                    .state
-                    .observed
-                    .get(target.cluster())
-                    .is_some_and(|o| o.wanted > 0 || !o.instances.is_empty());
-                continue;
-            }
-        };
-        if row.state.status < Status::Deploying {
-            waiting = true;
-            continue;
-        }
-        match append(bench, &row, observed).await {
-            Ok(()) | Err(Stop::Moved(_)) => {}
-            Err(other) => return Err(other),
-        }
+    if !state.is_active() || !state.request.clusters.contains(target.cluster()) {
+        return Ok(Looked::Settled);
     }
-    Ok(waiting)
+    let observed = match look.observed {
+        Some(observed) => observed,
+        None if state.in_repository() => {
+            // It is not there yet, or it went although it should be there.
+            return Ok(Looked::Later);
+        }
+        None => {
+            let gitops = projections.shared::<Gitops>(&Subject::Gitops(app.project.clone()))?;
+            let newest = gitops
+                .state
+                .as_ref()
+                .and_then(|g| g.environments.get(&app.environment));
+            if newest != Some(&look.revision) {
+                return Ok(Looked::Later);
+            }
+            WorkloadObserved {
+                cluster: target.cluster().clone(),
+                revision: look.revision,
+                wanted: 0,
+                instances: Vec::new(),
+                problem: None,
+            }
+        }
+    };
+    if state.status < Status::Deploying {
+        return Ok(Looked::Later);
+    }
+    append(bench, &subject, look.id, state, observed).await?;
+    Ok(Looked::Settled)
 }
 
 fn observation(target: &dyn Target, release: &ReleaseStatus) -> WorkloadObserved {
@@ -186,10 +375,12 @@ fn observation(target: &dyn Target, release: &ReleaseStatus) -> WorkloadObserved
 
 async fn append(
     bench: &Bench,
-    row: &DeploymentRow,
+    subject: &Subject,
+    id: DeploymentId,
+    state: &Deployment,
     observed: WorkloadObserved,
 ) -> Result<(), Stop> {
-    let before = row.state.observed.get(&observed.cluster);
+    let before = state.observed.get(&observed.cluster);
     let unchanged = before.is_some_and(|o| {
         o.wanted == observed.wanted
             && o.instances == observed.instances
@@ -205,22 +396,24 @@ async fn append(
     let context = Context {
         id: EventId(Uuid::now_v7()),
         time: Timestamp::now(),
-        correlation: row.id.0,
-        causation: Some(row.state.status_event),
+        correlation: id.0,
+        causation: Some(state.status_event),
         actor: Actor::system("worker/observe"),
         traceparent: None,
         request_digest: None,
     };
     let event = DeploymentEvent::WorkloadObserved(observed);
     let done = bench
-        .append::<Deployment>(&row.subject, &context, |state| {
+        .append::<Deployment>(subject, &context, |state| {
             deployment::decide(state, event.clone())
         })
         .await?;
-    if done.position().is_some() {
-        bench.say(row.id, Some(cluster), text).await;
+    if let Some(position) = done.position() {
+        bench.say(id, Some(cluster), text).await;
+        // The next look compares with what was recorded.
+        bench.folded(position).await?;
     }
-    bench.reread(row, done.position()).await.map(|_| ())
+    Ok(())
 }
 
 fn describe(o: &WorkloadObserved) -> String {

@@ -5,6 +5,7 @@
 //! A switch is recorded first and applied then. What fails after the switch restores the routes
 //! first; the release is taken out after that.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -13,8 +14,11 @@ use daybook_events::deployment::{
 };
 use daybook_events::environment::Environment;
 use daybook_events::routing::{self, Command, Hostnames, Routing, RoutingEvent, Target};
-use daybook_events::{AggregateKind, EventId, ProjectName, Subject, SubjectFilter};
+use daybook_events::{
+    AggregateKind, DeploymentId, EventId, Hostname, ProjectName, Subject, SubjectFilter,
+};
 use daybook_projections::DeploymentRow;
+use futures_util::StreamExt;
 use jiff::Timestamp;
 
 use super::{Bench, Stop, give_up, settle};
@@ -25,6 +29,9 @@ const ROLE: &str = "route";
 
 /// How long after the workload's own deadline a rollout is given up, when nobody reports on it.
 const MARGIN: Duration = Duration::from_secs(15);
+
+/// So many rollouts are concluded at once.
+const AT_ONCE: usize = 16;
 
 /// Woken by deployments.
 #[derive(Debug)]
@@ -135,58 +142,103 @@ impl Worker for RouteApplied {
 
 impl RouteApplied {
     async fn applied(&self, project: &ProjectName, a: &Activation) -> Result<(), Stop> {
-        let rows = self
+        let projections = self.0.ledger.projections();
+        let subject = Subject::Routing(project.clone());
+        let folded = projections.shared::<Routing>(&subject)?;
+        let Some(routing) = &folded.state else {
+            return Ok(());
+        };
+        match a.event.payload::<RoutingEvent>() {
+            Ok(RoutingEvent::Rejected(rejected)) => {
+                let mut switches = routing.recent.iter();
+                let about = switches.find(|s| s.table == rejected.table);
+                let about = about.map(|s| s.deployment);
+                self.rejected(&subject, a, rejected, about).await
+            }
+            Ok(RoutingEvent::Applied(applied)) => {
+                let waiting = self.waiting(project, routing, &applied.hostnames)?;
+                drop(folded);
+                self.conclude(waiting).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A switch that a gateway cannot serve is undone, and its deployment has failed.
+    async fn rejected(
+        &self,
+        subject: &Subject,
+        a: &Activation,
+        rejected: routing::Rejected,
+        about: Option<DeploymentId>,
+    ) -> Result<(), Stop> {
+        let context = self
             .0
-            .ledger
-            .projections()
-            .active_deployments(Some(project), None)?;
-        if a.event.short_kind() == "routing.rejected.v1"
-            && let Ok(RoutingEvent::Rejected(rejected)) = a.event.payload::<RoutingEvent>()
+            .follow_up(ROLE, a.event.id, a.event.correlationid, "compensated");
+        self.0
+            .append::<Routing>(subject, &context, |state| {
+                routing::decide(
+                    state,
+                    Command::Compensate {
+                        table: rejected.table,
+                        note: rejected.message.clone(),
+                    },
+                )
+            })
+            .await?;
+        if let Some(id) = about
+            && let Some(row) = self.0.row(id)?
+            && row.state.is_active()
         {
-            let subject = Subject::Routing(project.clone());
-            let about = self
+            let error = StepError::fatal(
+                &rejected.code,
+                format!("its routes could not be applied: {}", rejected.message),
+                "the routes before it were restored; mend the gateway and deploy again",
+            );
+            self.0.fail(ROLE, &row, &error).await?;
+        }
+        Ok(())
+    }
+
+    /// The deployments that wait for these hostnames to be served. Where none are named, any of
+    /// the project may.
+    fn waiting(
+        &self,
+        project: &ProjectName,
+        routing: &Routing,
+        hostnames: &[Hostname],
+    ) -> Result<BTreeSet<DeploymentId>, Stop> {
+        if hostnames.is_empty() {
+            let rows = self
                 .0
                 .ledger
                 .projections()
-                .folded::<Routing>(&subject)?
-                .state
-                .and_then(|r| {
-                    r.recent
-                        .iter()
-                        .find(|s| s.table == rejected.table)
-                        .map(|s| s.deployment)
-                });
-            let context = self
-                .0
-                .follow_up(ROLE, a.event.id, a.event.correlationid, "compensated");
-            self.0
-                .append::<Routing>(&subject, &context, |state| {
-                    routing::decide(
-                        state,
-                        Command::Compensate {
-                            table: rejected.table,
-                            note: rejected.message.clone(),
-                        },
-                    )
-                })
-                .await?;
-            if let Some(row) = rows.iter().find(|r| Some(r.id) == about) {
-                let error = StepError::fatal(
-                    &rejected.code,
-                    format!("its routes could not be applied: {}", rejected.message),
-                    "the routes before it were restored; mend the gateway and deploy again",
-                );
-                self.0.fail(ROLE, row, &error).await?;
-            }
-            return Ok(());
+                .active_deployments(Some(project), None)?;
+            return Ok(rows.into_iter().map(|row| row.id).collect());
         }
-        for row in rows.iter().filter(|r| r.state.status == Status::Deploying) {
-            match step(&self.0, row.id).await {
+        let routes = hostnames.iter().filter_map(|h| routing.routes.get(h));
+        let backends = routes.flat_map(|route| &route.backends);
+        Ok(backends.map(|backend| backend.deployment).collect())
+    }
+
+    /// Takes each of these a step further, if it is being deployed. They share the log's syncs.
+    async fn conclude(&self, waiting: BTreeSet<DeploymentId>) -> Result<(), Stop> {
+        let mut steps = futures_util::stream::iter(waiting)
+            .map(|id| async move {
+                match self.0.row(id)? {
+                    Some(row) if row.state.status == Status::Deploying => step(&self.0, id).await,
+                    _ => Ok(()),
+                }
+            })
+            .buffer_unordered(AT_ONCE);
+        let mut result = Ok(());
+        while let Some(done) = steps.next().await {
+            match done {
                 Ok(()) | Err(Stop::Moved(_)) => {}
-                Err(other) => return Err(other),
+                Err(other) => result = Err(other),
             }
         }
-        Ok(())
+        result
     }
 }
 
@@ -205,7 +257,7 @@ fn until_deadline(row: &DeploymentRow) -> Duration {
         .max(Duration::from_millis(100))
 }
 
-async fn step(bench: &Bench, id: daybook_events::DeploymentId) -> Result<(), Stop> {
+async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
     let Some(row) = bench.row(id)? else {
         return Ok(());
     };
@@ -304,17 +356,13 @@ async fn deploying(bench: &Bench, row: DeploymentRow) -> Result<(), Stop> {
     let Some(commit) = row.state.commit.clone() else {
         return Ok(());
     };
-    let routing = assign(bench, &row).await?;
-    // A deployment that is routed already needs no new table.
-    let table = routing.table_of(row.id).unwrap_or(routing.table);
-    if routing.applied.values().any(|applied| *applied >= table) {
+    assign(bench, &row).await?;
+    let (table, applied, main) = routed(bench, &row)?;
+    if applied {
         let event = DeploymentEvent::Succeeded(Succeeded {
             revision: commit,
             table,
         });
-        let main = routing
-            .traffic(&row.state.request.instance)
-            .is_some_and(|t| t.main == Some(row.id));
         let text = if main {
             "succeeded: it takes the traffic of its service"
         } else {
@@ -332,17 +380,33 @@ async fn deploying(bench: &Bench, row: DeploymentRow) -> Result<(), Stop> {
     Ok(())
 }
 
-/// Gives a ready deployment its routes, and returns the table as it is then.
-async fn assign(bench: &Bench, row: &DeploymentRow) -> Result<Routing, Stop> {
+/// The table that routes a deployment, whether a gateway has applied it, and whether it is the
+/// main one.
+fn routed(bench: &Bench, row: &DeploymentRow) -> Result<(u32, bool, bool), Stop> {
+    let instance = &row.state.request.instance;
+    let subject = Subject::Routing(instance.project.clone());
+    let folded = bench.ledger.projections().shared::<Routing>(&subject)?;
+    let Some(routing) = &folded.state else {
+        return Ok((0, false, false));
+    };
+    // A deployment that is routed already needs no new table.
+    let table = routing.table_of(row.id).unwrap_or(routing.table);
+    let applied = routing.applied.values().any(|applied| *applied >= table);
+    let main = routing
+        .traffic(instance)
+        .is_some_and(|t| t.main == Some(row.id));
+    Ok((table, applied, main))
+}
+
+/// Gives a ready deployment its routes.
+async fn assign(bench: &Bench, row: &DeploymentRow) -> Result<(), Stop> {
     let instance = &row.state.request.instance;
     let projections = bench.ledger.projections();
-    let environment = projections
-        .folded::<Environment>(&Subject::Environment(
-            instance.project.clone(),
-            instance.environment.clone(),
-        ))?
-        .state;
-    let live = environment.is_some_and(|e| e.spec.live);
+    let environment = projections.shared::<Environment>(&Subject::Environment(
+        instance.project.clone(),
+        instance.environment.clone(),
+    ))?;
+    let live = environment.state.as_ref().is_some_and(|e| e.spec.live);
     let hostnames =
         Hostnames::under(&bench.settings.domain, instance, row.id, live).map_err(|e| {
             Stop::Fail(StepError::fatal(
@@ -368,16 +432,10 @@ async fn assign(bench: &Bench, row: &DeploymentRow) -> Result<Routing, Stop> {
             routing::decide(state, command.clone())
         })
         .await?;
-    if let Some(position) = executed.position() {
-        projections
-            .wait_for(position, Duration::from_secs(30))
-            .await
-            .map_err(|e| Stop::Retry(e.to_string()))?;
+    match executed.position() {
+        Some(position) => bench.folded(position).await,
+        None => Ok(()),
     }
-    Ok(projections
-        .folded::<Routing>(&subject)?
-        .state
-        .unwrap_or_default())
 }
 
 /// Takes a deployment out of all routes. If it had taken over the traffic of its service while it
@@ -385,8 +443,8 @@ async fn assign(bench: &Bench, row: &DeploymentRow) -> Result<Routing, Stop> {
 async fn withdraw(bench: &Bench, row: &DeploymentRow) -> Result<(), Stop> {
     let instance = &row.state.request.instance;
     let subject = Subject::Routing(instance.project.clone());
-    let routing = bench.ledger.projections().folded::<Routing>(&subject)?;
-    let Some(routing) = routing.state else {
+    let folded = bench.ledger.projections().shared::<Routing>(&subject)?;
+    let Some(routing) = &folded.state else {
         return Ok(());
     };
     let is_main = routing

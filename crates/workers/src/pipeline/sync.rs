@@ -70,8 +70,8 @@ impl Sync {
             .bench
             .ledger
             .projections()
-            .folded::<Gitops>(&Subject::Gitops(project.clone()))?;
-        let Some(gitops) = gitops.state else {
+            .shared::<Gitops>(&Subject::Gitops(project.clone()))?;
+        let Some(gitops) = &gitops.state else {
             return Ok(());
         };
         for (environment, commit) in &gitops.environments {

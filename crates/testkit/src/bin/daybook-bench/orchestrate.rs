@@ -1,6 +1,7 @@
 //! What a deployment costs whose build and sync do nothing: from its request to its success, with
 //! every step an event on the embedded log.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,8 +13,8 @@ use daybook_events::lines::LineLog;
 use daybook_events::project::{self, Project, ProjectEvent};
 use daybook_events::spec::{BuildSpec, RunSpec};
 use daybook_events::{
-    Actor, ClusterName, Context, DeploymentId, EventId, GitRef, Hostname, InstanceRef, ProjectName,
-    ServiceName, Subject,
+    Actor, ClusterName, Context, DeploymentId, EventId, GitRef, Hostname, InstanceRef, Position,
+    ProjectName, ServiceName, Subject, SubjectFilter,
 };
 use daybook_projections::{Ledger, Projections};
 use daybook_store::embedded::{EmbeddedLines, LineRetention};
@@ -44,6 +45,9 @@ pub(crate) struct Options {
     /// How many are under way at once
     #[arg(long, value_delimiter = ',', default_values_t = [1, 64])]
     in_flight: Vec<usize>,
+    /// Also print when each event of a deployment is appended, at the median
+    #[arg(long)]
+    events: bool,
     /// Where the log is kept meanwhile
     #[arg(long)]
     folder: Option<std::path::PathBuf>,
@@ -57,6 +61,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
     let mut comparisons = Vec::new();
     for &in_flight in &options.in_flight {
         let (mut medians, mut p99s, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+        let before = world.ledger.projections().position();
         for _ in 0..options.rounds {
             let begun = Instant::now();
             let mut latencies = world.round(options.deployments, in_flight).await?;
@@ -65,11 +70,9 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
             medians.push(latencies[latencies.len() / 2]);
             p99s.push(latencies[(latencies.len() * 99 / 100).min(latencies.len() - 1)]);
         }
-        let middle = |values: &[f64]| {
-            let mut sorted = values.to_vec();
-            sorted.sort_by(f64::total_cmp);
-            sorted[sorted.len() / 2]
-        };
+        if options.events {
+            world.print_events(before, in_flight).await?;
+        }
         let subject = format!(
             "embedded, {in_flight} in flight (p50 {:.1} ms, p99 {:.1} ms, {:.0} deployments/s)",
             middle(&medians),
@@ -91,6 +94,12 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
         unit: "deployments/s",
         comparisons,
     })
+}
+
+fn middle(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
 }
 
 struct World {
@@ -175,6 +184,35 @@ impl World {
             taken.push(one?.as_secs_f64() * 1000.0);
         }
         Ok(taken)
+    }
+
+    /// Prints how long after its request each event of a deployment is stored, at the median.
+    async fn print_events(&self, after: Position, in_flight: usize) -> Result<(), Failure> {
+        let all = SubjectFilter::default();
+        let events = self.ledger.log().read(after, &all, usize::MAX).await?;
+        let mut requested = HashMap::new();
+        let mut delays = HashMap::<String, Vec<f64>>::new();
+        for recorded in &events {
+            let event = recorded.event()?;
+            let kind = event.short_kind().to_owned();
+            if kind == "deployment.requested.v1" {
+                requested.insert(event.correlationid, recorded.stored_at);
+            }
+            if let Some(begun) = requested.get(&event.correlationid) {
+                let delay = recorded.stored_at.duration_since(*begun).as_secs_f64();
+                delays.entry(kind).or_default().push(delay * 1000.0);
+            }
+        }
+        let mut delays: Vec<_> = delays
+            .iter()
+            .map(|(kind, all)| (middle(all), kind))
+            .collect();
+        delays.sort_by(|a, b| a.0.total_cmp(&b.0));
+        eprintln!("{in_flight} in flight, ms after the request:");
+        for (delay, kind) in delays {
+            eprintln!("{delay:8.1}  {kind}");
+        }
+        Ok(())
     }
 
     async fn deploy(&self) -> Result<Duration, Failure> {
