@@ -8,6 +8,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use daybook_events::gitops::LedgerAnchor;
 use daybook_events::spec::{PinnedImage, RunSpec};
 use daybook_events::{
     ClusterName, CommitId, DeploymentId, Digest, EnvironmentName, EventId, ImageRepository,
@@ -19,7 +20,7 @@ use daybook_workers::git_transport::{
 };
 use daybook_workers::gitops::{
     Author, Change, CommitRequest, Committed, GitopsError, GitopsRepositories, GitopsRepository,
-    LedgerPoint, Remote,
+    LedgerPoint, Remote, Witness,
 };
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
 use jiff::Timestamp;
@@ -67,7 +68,7 @@ fn request(environment: &str, n: u128, change: Change) -> CommitRequest {
         at: Timestamp::from_second(1_700_000_000).unwrap(),
         event: event(n),
         body: None,
-        ledger: None,
+        witness: Witness::default(),
     }
 }
 
@@ -146,9 +147,12 @@ async fn git_accepts_what_is_made() {
     let (folder, repository) = repository().await;
     let mut first = deploy("development", 1, "a1b2c3d");
     first.body = Some("Requested by pipeline 7.\n\nDaybook-Event: forged".into());
-    first.ledger = Some(LedgerPoint {
-        size: 17,
-        root: Digest::of(b"root"),
+    first.witness.ledger = Some(LedgerPoint {
+        anchor: LedgerAnchor {
+            size: 17,
+            root: "cm9vdA==".to_owned(),
+        },
+        checkpoint: "a signed checkpoint\n".into(),
     });
     let done = commit(&repository, first).await.unwrap();
     let path = repository.path();
@@ -164,13 +168,12 @@ async fn git_accepts_what_is_made() {
              deploy(development): api a1b2c3d\ndeploy(development): api a1b2c3d\n\n\
              Requested by pipeline 7.\n\nDaybook-Event: forged\n\n\
              Daybook-Deployment: {}\nDaybook-Event: {}\n\
-             Daybook-Ledger-Size: 17\nDaybook-Ledger-Root: {}",
+             Daybook-Ledger-Size: 17\nDaybook-Ledger-Root: cm9vdA==",
             done.commit,
             done.parent.as_ref().unwrap(),
             done.tree,
             deployment(1),
             event(1),
-            Digest::of(b"root"),
         )
     );
     assert_eq!(done.title, "deploy(development): api a1b2c3d");
@@ -186,6 +189,7 @@ async fn git_accepts_what_is_made() {
     assert_eq!(
         listed.lines().collect::<Vec<_>>(),
         [
+            ".daybook/checkpoint",
             "README.md",
             "base/Chart.yaml",
             "base/values.yaml",
@@ -196,10 +200,22 @@ async fn git_accepts_what_is_made() {
     let file = "environments/development/values.yaml";
     let digest = Digest::of(&fs::read(clone.join(file)).unwrap());
     assert_eq!(done.files[file].as_ref(), Some(&digest));
-    assert_eq!(done.files.len(), 1);
+    assert_eq!(done.files.len(), 2);
+    let checkpoint = Digest::of(b"a signed checkpoint\n");
     assert_eq!(
         done.files_digest,
-        Digest::of(format!("{digest}  {file}\n").as_bytes())
+        Digest::of(
+            // As `sort` puts them.
+            [
+                format!("{digest}  {file}\n"),
+                format!("{checkpoint}  .daybook/checkpoint\n"),
+            ]
+            .into_iter()
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect::<String>()
+            .as_bytes()
+        )
     );
     let chart = fs::read_to_string(clone.join("base/Chart.yaml")).unwrap();
     assert!(chart.starts_with("apiVersion: v2\nname: shop\n"), "{chart}");
@@ -1213,6 +1229,7 @@ async fn the_pipeline_has_one_repository_a_project() {
         author: "alice".into(),
         cause: event(n),
         deployment: deployment(1),
+        known: Default::default(),
     };
     let change = Asked::Deploy {
         service: api(),
