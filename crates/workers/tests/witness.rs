@@ -24,6 +24,7 @@ use daybook_testkit::git::{git, git_command};
 use daybook_workers::crew::Crew;
 use daybook_workers::driver::DriverOptions;
 use daybook_workers::git_transport::{GitTransport, TransportConfig};
+use daybook_workers::gitops::witness::verify_repository;
 use daybook_workers::gitops::{GitopsRepositories, SigningKey, allowed_signers};
 use daybook_workers::pipeline::{Bench, Settings};
 use daybook_workers::ports::{GitopsChange, KnownHistory, Repositories, StepError};
@@ -625,5 +626,193 @@ async fn a_commit_that_changes_very_much_makes_a_small_event() {
     assert_eq!(found.diff.as_ref().unwrap().files, 600);
     assert!(found.files.len() < 100);
     assert!(serde_json::to_vec(found).unwrap().len() < 20_000);
+    world.stop().await;
+}
+
+/// What the auditor's tool says, as text.
+fn audit(path: &Path, events: &[GitopsEvent], trusted: Option<&[String]>) -> Vec<String> {
+    let report = verify_repository(path, events.to_vec(), trusted).unwrap();
+    assert_eq!(report.is_sound(), report.findings.is_empty());
+    report
+        .findings
+        .into_iter()
+        .map(|f| format!("{} {}", f.commit.short(), f.problem))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn repository_and_ledger_prove_each_other_and_any_difference_is_named() {
+    let folder = TempDir::new().unwrap();
+    let world = World::start(folder.path()).await;
+    let path = world.path();
+    world.deploy(1).await.unwrap();
+    let hand = CommitId::parse(by_hand(&path, "NOTES", "one")).unwrap();
+    let ours = world.deploy(2).await.unwrap();
+    world.until("it is found", |s| s.foreign.len() == 1).await;
+    let request = gitops::RevertRequested {
+        commit: hand.clone(),
+        reason: None,
+    };
+    world.record(GitopsEvent::RevertRequested(request)).await;
+    let state = world
+        .until("it is undone", |s| {
+            s.foreign[0].status == ForeignStatus::Reverted
+        })
+        .await;
+    let undo = state.head.clone();
+    let events = world.events().await;
+    let report = verify_repository(&path, events.clone(), None).unwrap();
+    assert_eq!(report.findings, []);
+    assert_eq!((report.commits, report.own, report.foreign), (5, 4, 1));
+    assert_eq!(report.unsigned, 0);
+
+    // The ledger was changed.
+    let changed = |change: &dyn Fn(&mut GitopsEvent)| {
+        let mut events = events.clone();
+        events.iter_mut().for_each(change);
+        audit(&path, &events, None)
+    };
+    let of_ours = |change: &dyn Fn(&mut Committed)| {
+        changed(&|event| {
+            if let GitopsEvent::Committed(e) = event
+                && e.commit == ours
+            {
+                change(e);
+            }
+        })
+    };
+    let says = |what: &str| vec![format!("{} {what}", ours.short())];
+    assert_eq!(
+        of_ours(&|e| e.cause = cause(9)),
+        says("its trailer Daybook-Event does not say what its event says")
+    );
+    assert_eq!(
+        of_ours(&|e| e.ledger.as_mut().unwrap().root = "AAAA".into()),
+        says("its trailer Daybook-Ledger-Root does not say what its event says")
+    );
+    assert_eq!(
+        of_ours(&|e| e.ordinal = Some(9)),
+        says("its history has 4 commits, and its event says 9")
+    );
+    let values = "environments/production/values.yaml";
+    assert_eq!(
+        of_ours(&|e| {
+            e.files.insert(values.into(), Some(Digest::of(b"other")));
+        }),
+        says(&format!("its files are not those of its event: {values}"))
+    );
+    assert_eq!(
+        of_ours(&|e| e.files_digest = Digest::of(b"other")),
+        says("the digest over its files is not the one of its event")
+    );
+    assert_eq!(
+        of_ours(&|e| e.author = "eve <eve@example.com>".into()),
+        says("its author is not the one that its event names")
+    );
+    assert_eq!(
+        of_ours(&|e| e.signer = Some("SHA256:other".into())),
+        says("it is signed with another key than its event says")
+    );
+    assert_eq!(
+        of_ours(&|e| e.parent = None),
+        says("its parents are not those that its event names")
+    );
+    let mut without = events.clone();
+    without.retain(|e| !matches!(e, GitopsEvent::Committed(e) if e.commit == ours));
+    assert_eq!(audit(&path, &without, None), says("no event records it"));
+    let mut twice = events.clone();
+    twice.extend(
+        events
+            .iter()
+            .find(|e| matches!(e, GitopsEvent::Committed(e) if e.commit == ours))
+            .cloned(),
+    );
+    assert_eq!(
+        audit(&path, &twice, None),
+        says("more than one event records it")
+    );
+    let mut keyless = events.clone();
+    keyless.retain(|e| !matches!(e, GitopsEvent::SignerAdded(_)));
+    let said = audit(&path, &keyless, None);
+    assert_eq!(said.len(), 4, "{said:?}");
+    assert!(said[0].contains("which is no key of Daybook"), "{said:?}");
+    assert_eq!(audit(&path, &events, Some(&[])).len(), 4);
+
+    // The repository was changed: an unrecorded commit; a commit that looks the same, made anew.
+    world.stop().await;
+    let branch = "refs/heads/main";
+    let forged = by_hand(&path, "NOTES", "later");
+    assert_eq!(
+        audit(&path, &events, None),
+        [format!("{} no event records it", &forged[..7])]
+    );
+    let tree = git(&path, &["rev-parse", &format!("{undo}^{{tree}}")]);
+    let message = git(&path, &["log", "-1", "--format=%B", undo.as_str()]);
+    let copy = git_command(&path)
+        .env("GIT_COMMITTER_NAME", "daybook")
+        .args(["commit-tree", &tree, "-p", ours.as_str(), "-m", &message])
+        .output()
+        .unwrap();
+    let copy = String::from_utf8(copy.stdout).unwrap().trim().to_owned();
+    git(&path, &["update-ref", branch, &copy]);
+    let mut expected = vec![
+        format!("{} no event records it", &copy[..7]),
+        format!(
+            "{} an event records it, and the branch does not contain it",
+            undo.short()
+        ),
+    ];
+    let mut said = audit(&path, &events, None);
+    said.sort();
+    expected.sort();
+    assert_eq!(said, expected);
+    // An auditor who pretends that it was recorded sees that the signature is missing.
+    let mut pretended = events.clone();
+    for event in &mut pretended {
+        if let GitopsEvent::Reverted(e) = event {
+            e.commit = CommitId::parse(copy.clone()).unwrap();
+        }
+    }
+    let said = audit(&path, &pretended, None);
+    assert!(
+        said.contains(&format!("{} it is not signed", &copy[..7])),
+        "{said:?}"
+    );
+
+    // An object is gone: the repository cannot be vouched for at all.
+    git(&path, &["update-ref", branch, undo.as_str()]);
+    assert_eq!(audit(&path, &events, None), Vec::<String>::new());
+    let object = path
+        .join("objects")
+        .join(&ours.as_str()[..2])
+        .join(&ours.as_str()[2..]);
+    fs::remove_file(object).unwrap();
+    assert!(verify_repository(&path, events, None).is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rewrite_that_somebody_accepted_is_part_of_the_story() {
+    let folder = TempDir::new().unwrap();
+    let world = World::start(folder.path()).await;
+    let path = world.path();
+    let first = world.deploy(1).await.unwrap();
+    let second = world.deploy(2).await.unwrap();
+    git(&path, &["update-ref", "refs/heads/main", first.as_str()]);
+    world
+        .until("the rewrite is found", |s| s.rewritten.is_some())
+        .await;
+    let said = audit(&path, &world.events().await, None);
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said.iter().any(|s| s.contains("nobody decided about it")));
+    let missing = format!("{} an event records it", second.short());
+    assert!(said.iter().any(|s| s.starts_with(&missing)));
+    let commit = first.clone();
+    let reason = None;
+    let accepted = gitops::RewriteAccepted { commit, reason };
+    world.record(GitopsEvent::RewriteAccepted(accepted)).await;
+    world.deploy(3).await.unwrap();
+    let report = verify_repository(&path, world.events().await, None).unwrap();
+    assert_eq!(report.findings, []);
+    assert_eq!((report.commits, report.abandoned), (3, 1));
     world.stop().await;
 }

@@ -34,6 +34,7 @@ mod repository;
 mod signing;
 pub mod survey;
 mod template;
+pub mod witness;
 
 pub use change::Change;
 pub use error::GitopsError;

@@ -113,10 +113,10 @@ pub(super) fn take(
 
 /// How long the histories of commits are that are met in the order of history.
 #[derive(Default)]
-struct Ordinals(HashMap<Oid, u64>);
+pub(super) struct Ordinals(HashMap<Oid, u64>);
 
 impl Ordinals {
-    fn of(&mut self, repository: &Repository, id: Oid) -> Result<u64, git2::Error> {
+    pub(super) fn of(&mut self, repository: &Repository, id: Oid) -> Result<u64, git2::Error> {
         let commit = repository.find_commit(id)?;
         let before = match commit.parent_count() {
             0 => Some(0),
@@ -232,7 +232,8 @@ pub(super) fn environments<'a>(
     names.into_iter().take(MAX_LISTED).collect()
 }
 
-fn cut(line: String) -> String {
+/// A line of somebody else's, bounded.
+pub(super) fn cut(line: String) -> String {
     let line = printable(&line);
     line[..line.floor_char_boundary(MAX_LINE)].to_owned()
 }
