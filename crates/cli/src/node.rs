@@ -326,7 +326,8 @@ impl Node {
             crew.build(Arc::new(sources), Arc::new(builder(&data, &images)));
         }
         let mut repositories =
-            GitopsRepositories::new(data.join("git"), HashMap::new(), transport(&options));
+            GitopsRepositories::new(data.join("git"), HashMap::new(), transport(&options))
+                .anchoring(tree.clone());
         if has(Role::Package) || has(Role::Sync) {
             repositories = repositories.signing(Arc::new(gitops_key(&data, &options)?));
         }

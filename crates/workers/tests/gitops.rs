@@ -159,7 +159,13 @@ async fn git_accepts_what_is_made() {
 
     check(path);
     assert_eq!(git(path, &["symbolic-ref", "HEAD"]), "refs/heads/main");
-    assert_eq!(git(path, &["config", "core.fsyncObjectFiles"]), "true");
+    let setting = &[
+        "config",
+        "--file",
+        "daybook.config",
+        "core.fsyncObjectFiles",
+    ];
+    assert_eq!(git(path, setting), "true");
     let format = "%H%n%P%n%T%n%an <%ae> %at%n%cn%n%s%n%B";
     assert_eq!(
         git(path, &["log", "-1", &format!("--format={format}")]),

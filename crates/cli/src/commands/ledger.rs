@@ -6,8 +6,8 @@ use clap::{Args, Subcommand};
 use daybook_store::tlog::{KeyFileError, KeyRing};
 use serde_json::{Value, json};
 
-use super::{Outcome, ServerArgs};
 use super::gitops_key::{self, GitopsKeyCommand};
+use super::{Outcome, ServerArgs};
 use crate::client::Client;
 use crate::exit::{Code, Failure};
 use crate::node;

@@ -9,7 +9,10 @@ use std::time::Duration;
 use daybook_events::gitops::{DiffSummary, LedgerAnchor};
 use daybook_events::{CommitId, Digest, EnvironmentName, EventId, ProjectName};
 use git2::build::TreeUpdateBuilder;
-use git2::{ErrorCode, FileMode, ObjectType, Oid, Repository, RepositoryInitOptions, Signature};
+use git2::{
+    Config, ConfigLevel, ErrorCode, FileMode, ObjectType, Oid, Repository, RepositoryInitOptions,
+    Signature,
+};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
@@ -34,6 +37,9 @@ pub(super) const BRANCH_REF: &str = "refs/heads/main";
 
 /// How often a change is made anew because the branch moved.
 const MAX_ATTEMPTS: u32 = 12;
+
+/// Settings that are libgit2's alone.
+const SYNCED: &str = "daybook.config";
 
 /// The setting of the repository that names its project.
 const PROJECT_SETTING: &str = "daybook.project";
@@ -405,7 +411,7 @@ impl Inner {
         let kept = self.handles().pop();
         let repository = match kept {
             Some(repository) => repository,
-            None => Repository::open_bare(&self.path)?,
+            None => open(&self.path)?,
         };
         let done = work(&repository)?;
         self.handles().push(repository);
@@ -475,16 +481,13 @@ impl Inner {
             .initial_head(BRANCH);
         let repository = Repository::init_opts(&fresh, &options)?;
         let mut config = repository.config()?;
-        // libgit2 then syncs objects and refs before it reports them as written.
-        config.set_bool("core.fsyncObjectFiles", true)?;
         // Whoever pushes here by hand can add to the history, and not rewrite it.
         config.set_bool("receive.denyNonFastForwards", true)?;
         config.set_bool("receive.denyDeletes", true)?;
         config.set_str(PROJECT_SETTING, self.project.as_str())?;
         drop(repository);
 
-        // Opened again, because settings are read when a repository is opened.
-        let repository = Repository::open_bare(&fresh)?;
+        let repository = open(&fresh)?;
         match &self.remote {
             None => {
                 let first = self.first_commit(&repository)?;
@@ -546,7 +549,13 @@ impl Inner {
             path: self.path.clone(),
             reason: reason.to_owned(),
         };
-        let config = repository.config()?.snapshot()?;
+        let mut config = repository.config()?;
+        // Repositories of older versions have it where git warns about it.
+        let mut local = config.open_level(ConfigLevel::Local)?;
+        if local.get_bool("core.fsyncobjectfiles").is_ok() {
+            local.remove("core.fsyncobjectfiles")?;
+        }
+        let config = config.snapshot()?;
         let project = config
             .get_str(PROJECT_SETTING)
             .map_err(|_| not_one("it was not made by Daybook"))?;
@@ -1014,6 +1023,27 @@ pub(super) fn find(repository: &Repository, commit: &CommitId) -> Result<Oid, Gi
 
 fn values_path(environment: &EnvironmentName) -> String {
     format!("environments/{environment}/values.yaml")
+}
+
+/// Opens a repository so that objects and refs are synced before they are reported as written.
+/// libgit2's setting for that is one that git warns about wherever it meets it, so it stands in a
+/// file of its own, which git does not read.
+fn open(path: &Path) -> Result<Repository, GitopsError> {
+    let repository = Repository::open_bare(path)?;
+    if repository.config()?.get_entry(PROJECT_SETTING).is_err() {
+        // It is not ours, and is left as it is.
+        return Ok(repository);
+    }
+    let synced = path.join(SYNCED);
+    if !synced.exists() {
+        fs::write(&synced, "[core]\n\tfsyncObjectFiles = true\n")
+            .map_err(GitopsError::disk(&synced))?;
+    }
+    let mut config = Config::new()?;
+    config.add_file(&path.join("config"), ConfigLevel::Local, false)?;
+    config.add_file(&synced, ConfigLevel::App, false)?;
+    repository.set_config(&config)?;
+    Ok(repository)
 }
 
 /// A path beside another one: `shop.git` and `shop.git.lock`.
