@@ -355,6 +355,32 @@ async fn each_change_has_its_message_and_its_effect() {
 }
 
 #[tokio::test]
+async fn a_release_that_is_removed_leaves_no_image_behind() {
+    let (_folder, repository) = repository().await;
+    for (n, tag) in [(3, "one"), (1, "two"), (2, "bad")] {
+        commit(&repository, deploy("development", n, tag))
+            .await
+            .unwrap();
+    }
+    // The image of the newest release that is left, whatever the order of their ids; then none.
+    for (n, of, expected) in [(4, 2, Some("two")), (5, 1, Some("one")), (6, 3, None)] {
+        let change = Change::Remove {
+            service: api(),
+            deployment: deployment(of),
+        };
+        let done = commit(&repository, request("development", n, change))
+            .await
+            .unwrap();
+        let values = repository
+            .read_environment(&done.commit, &env("development"))
+            .await
+            .unwrap();
+        let image = values.services[&api()].image.as_ref();
+        assert_eq!(image.map(|i| i.tag.as_str()), expected);
+    }
+}
+
+#[tokio::test]
 async fn the_same_event_makes_one_commit() {
     let (folder, repository) = repository().await;
     let first = commit(&repository, deploy("development", 1, "one"))

@@ -169,6 +169,25 @@ async fn git_verifies_every_commit_with_our_key_and_with_no_other() {
     assert_eq!(checkpoint.lines().nth(2), Some(root));
     assert!(made.files.contains_key(".daybook/checkpoint"));
 
+    // The digest can be made with a shell, as docs/auditing.md says.
+    let recipe = r#"git diff-tree --root --no-commit-id --no-renames -r --name-status "$1" |
+        while read status path; do
+            case $status in
+                D) echo "-  $path" ;;
+                *) echo "sha256:$(git cat-file blob "$1:$path" | sha256sum | cut -d' ' -f1)  $path" ;;
+            esac
+        done | LC_ALL=C sort | sha256sum | cut -d' ' -f1"#;
+    let shell = std::process::Command::new("sh")
+        .current_dir(&path)
+        .args(["-c", recipe, "sh", made.commit.as_str()])
+        .output()
+        .unwrap();
+    let digest = String::from_utf8(shell.stdout).unwrap();
+    assert_eq!(
+        format!("sha256:{}", digest.trim()),
+        made.files_digest.as_str()
+    );
+
     // After a rotation both keys are good, and the older commit is still found by its mark.
     let second = SigningKey::rotate(&folder.path().join("keys/gitops")).unwrap();
     let known = KnownHistory {

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use daybook_events::gitops::{DiffSummary, LedgerAnchor};
-use daybook_events::{CommitId, Digest, EnvironmentName, EventId, ProjectName};
+use daybook_events::spec::PinnedImage;
+use daybook_events::{CommitId, Digest, EnvironmentName, EventId, ProjectName, ServiceName};
 use git2::build::TreeUpdateBuilder;
 use git2::{
     Config, ConfigLevel, ErrorCode, FileMode, ObjectType, Oid, Repository, RepositoryInitOptions,
@@ -40,6 +41,9 @@ const MAX_ATTEMPTS: u32 = 12;
 
 /// Settings that are libgit2's alone.
 const SYNCED: &str = "daybook.config";
+
+/// How many commits are looked through for the image that a service had before.
+const IMAGE_MEMORY: usize = 500;
 
 /// The setting of the repository that names its project.
 const PROJECT_SETTING: &str = "daybook.project";
@@ -760,13 +764,18 @@ impl Inner {
             Some(name) => self.values(repository, base, name)?,
             None => None,
         };
-        let changed = change::make(
+        let mut changed = change::make(
             &request.change,
             EnvironmentValues::new(self.project.clone(), environment.clone(), false),
             current.as_ref().map(|(values, _)| values),
             other.as_ref().map(|(values, _)| values),
         )
         .map_err(|why| cannot(why, request))?;
+        if let (Change::Remove { service, .. }, After::Values(values)) =
+            (&request.change, &mut changed.after)
+        {
+            self.settle_image(repository, base, environment, service, values)?;
+        }
         let tag = changed.image.as_ref().map(|i| i.tag.as_str());
         let title = message::title(environment, &request.change, tag);
         let base_commit = repository.find_commit(base)?;
@@ -818,6 +827,53 @@ impl Inner {
             Some(&base_commit),
         )?;
         Ok(Prepared::Commit(next))
+    }
+
+    /// What a service was deployed with last, after a release was removed: if none that is left has
+    /// that image, the newest one before that one of them has. A deployment that failed so leaves
+    /// nothing behind that could be promoted.
+    fn settle_image(
+        &self,
+        repository: &Repository,
+        base: Oid,
+        environment: &EnvironmentName,
+        service: &ServiceName,
+        values: &mut EnvironmentValues,
+    ) -> Result<(), GitopsError> {
+        let Some(left) = values.services.get_mut(service) else {
+            return Ok(());
+        };
+        let runs = |image: &PinnedImage| left.releases.values().any(|r| r.image == *image);
+        if left.image.as_ref().is_none_or(runs) {
+            return Ok(());
+        }
+        let mut found = None;
+        let mut at = (!left.releases.is_empty()).then_some(base);
+        let mut seen = None;
+        for _ in 0..IMAGE_MEMORY {
+            let Some(commit) = at else { break };
+            let commit = repository.find_commit(commit)?;
+            at = commit.parent_ids().next();
+            let blob = commit
+                .tree()?
+                .get_path(Path::new(&values_path(environment)))
+                .map(|entry| entry.id())
+                .ok();
+            if blob == seen {
+                continue;
+            }
+            seen = blob;
+            // Somebody may have broken it then.
+            if let Ok(Some((then, _))) = self.values(repository, commit.id(), environment)
+                && let Some(image) = then.services.get(service).and_then(|s| s.image.clone())
+                && runs(&image)
+            {
+                found = Some(image);
+                break;
+            }
+        }
+        left.image = found.or_else(|| left.releases.values().next().map(|r| r.image.clone()));
+        Ok(())
     }
 
     /// An environment's values at a commit, with their text; none if it is not there.
