@@ -10,6 +10,7 @@ mod cancelling;
 mod commands;
 mod concurrent;
 mod demo;
+mod gitops;
 mod images;
 mod kill;
 mod ledger;

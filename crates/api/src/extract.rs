@@ -6,7 +6,8 @@ use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use daybook_events::{
-    Actor, DeploymentId, Digest, EnvironmentName, InstanceRef, Position, ProjectName, ServiceName,
+    Actor, CommitId, DeploymentId, Digest, EnvironmentName, InstanceRef, Position, ProjectName,
+    ServiceName,
 };
 use futures_util::StreamExt;
 use serde::Deserialize;
@@ -39,7 +40,13 @@ macro_rules! segment {
         }
     )* };
 }
-segment!(ProjectName, EnvironmentName, ServiceName, InstanceRef);
+segment!(
+    ProjectName,
+    EnvironmentName,
+    ServiceName,
+    InstanceRef,
+    CommitId
+);
 
 impl Segment for DeploymentId {
     fn parse(text: &str) -> Result<Self, Problem> {

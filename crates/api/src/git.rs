@@ -14,7 +14,7 @@ use axum::extract::{Query, RawPathParams, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{BufMut, Bytes, BytesMut};
-use daybook_events::ProjectName;
+use daybook_events::{CommitId, ProjectName};
 use futures_util::stream::{self, StreamExt};
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::extract::read_at_most;
+use crate::problem::Problem;
 use crate::state::AppState;
 
 /// Most bytes of a request: what a client wants and has. A hundred thousand commits fit.
@@ -33,6 +34,8 @@ const REQUEST_MAX: usize = 8 * 1024 * 1024;
 const TIME_MAX: Duration = Duration::from_secs(600);
 /// How many requests are served at once, over all repositories.
 const AT_ONCE: usize = 16;
+/// Most bytes of a diff.
+const DIFF_MAX: u64 = 1024 * 1024;
 /// Bytes that are passed on at once.
 const CHUNK: usize = 64 * 1024;
 
@@ -192,6 +195,88 @@ fn unpack(headers: &HeaderMap, input: Vec<u8>) -> Result<Vec<u8>, GitRefusal> {
     }
 }
 
+/// `git` without anybody's configuration.
+fn git() -> Command {
+    let mut command = Command::new("git");
+    command
+        .env_clear()
+        .env("LC_ALL", "C")
+        .env("GIT_CONFIG_NOSYSTEM", "1")
+        .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .env("GIT_TERMINAL_PROMPT", "0");
+    if let Some(path) = std::env::var_os("PATH") {
+        command.env("PATH", path);
+    }
+    // Folders are named by this server and not by the caller, whoever owns them.
+    command.args(["-c", "safe.directory=*"]);
+    command
+}
+
+/// What a commit changes against its first parent, as text; cut at one mebibyte.
+pub(crate) async fn diff(
+    state: &AppState,
+    project: &ProjectName,
+    commit: &CommitId,
+) -> Result<Vec<u8>, Problem> {
+    let missing = || {
+        Problem::new(
+            StatusCode::NOT_FOUND,
+            "commit_not_found",
+            format!(
+                "the GitOps repository of {project} has no commit {}",
+                commit.short()
+            ),
+            "look at the commits with `git log` in a clone of it",
+        )
+    };
+    let root = state.settings.git_root.as_ref().ok_or_else(missing)?;
+    let _place = PLACES.clone().try_acquire_owned().map_err(|_| {
+        Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "too_many_clones",
+            "too many GitOps repositories are being read at once",
+            "try again in a moment",
+        )
+        .retry_after(1)
+    })?;
+    let mut child = git()
+        .arg("--git-dir")
+        .arg(root.join(format!("{project}.git")))
+        .args([
+            "show",
+            "--format=",
+            "--patch",
+            "--no-color",
+            "--no-ext-diff",
+        ])
+        .args(["--no-textconv", "--diff-merges=first-parent"])
+        .arg(commit.as_str())
+        .arg("--")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|e| Problem::internal(&e))?;
+    let mut text = Vec::new();
+    if let Some(stdout) = &mut child.stdout {
+        let read = tokio::io::AsyncReadExt::take(stdout, DIFF_MAX);
+        tokio::pin!(read);
+        read.read_to_end(&mut text)
+            .await
+            .map_err(|e| Problem::internal(&e))?;
+    }
+    if text.len() as u64 == DIFF_MAX {
+        return Ok(text);
+    }
+    let ended = child.wait().await.map_err(|e| Problem::internal(&e))?;
+    if ended.success() {
+        Ok(text)
+    } else {
+        Err(missing())
+    }
+}
+
 /// One run of `git upload-pack`.
 struct Run {
     repository: PathBuf,
@@ -244,21 +329,11 @@ impl Run {
                 "too many clones at once; try again in a moment",
             )
         })?;
-        let mut command = Command::new("git");
-        command
-            .env_clear()
-            .env("LC_ALL", "C")
-            .env("GIT_CONFIG_NOSYSTEM", "1")
-            .env("GIT_CONFIG_GLOBAL", "/dev/null")
-            .env("GIT_TERMINAL_PROMPT", "0");
-        if let Some(path) = std::env::var_os("PATH") {
-            command.env("PATH", path);
-        }
+        let mut command = git();
         if let Some(protocol) = &self.protocol {
             command.env("GIT_PROTOCOL", protocol);
         }
-        // The folder was named by this server and not by the caller, whoever owns it.
-        command.args(["-c", "safe.directory=*", "upload-pack", "--stateless-rpc"]);
+        command.args(["upload-pack", "--stateless-rpc"]);
         if self.advertise {
             command.arg("--advertise-refs");
         }

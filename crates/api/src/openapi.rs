@@ -192,6 +192,7 @@ sent! {
     view::ProjectList, view::ProjectView, view::ProjectionsReport, view::ReadinessReport, view::ServiceList,
     view::ServiceView, view::StateView, state::Part, commands::RunOverrides,
     routes::events::EventPage, routes::events::StoredEvent, routes::logs::LogLine,
+    routes::gitops::GitopsView, routes::gitops::Decided,
     routes::projects::CreateProject, routes::projects::DefineService,
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
     routes::deployments::CreateDeployment, routes::deployments::Why,

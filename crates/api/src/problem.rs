@@ -152,6 +152,8 @@ fn status_of(code: &str) -> StatusCode {
         | "nothing_to_roll_back"
         | "target_not_running"
         | "target_not_ready"
+        | "foreign_commit_decided"
+        | "not_rewritten"
         | "stale_attempt" => StatusCode::CONFLICT,
         c if c.ends_with("_exists") => StatusCode::CONFLICT,
         c if c.ends_with("_not_found") => StatusCode::NOT_FOUND,

@@ -120,6 +120,17 @@ impl Client {
         read(self.send(request).await?).await
     }
 
+    /// GET of what is no JSON.
+    pub async fn text(&self, path: &str) -> Result<String, Failure> {
+        let request = self
+            .http
+            .get(format!("{}{path}", self.base))
+            .header("Daybook-Min-Position", self.seen.load(Ordering::Relaxed))
+            .timeout(Duration::from_secs(30));
+        let answer = self.send(request).await?;
+        answer.text().await.map_err(|e| self.unreachable(&e))
+    }
+
     /// POST, PUT or DELETE with a body. The request has an idempotency key of its own, so that it
     /// is repeated safely when the answer is lost.
     pub async fn command<T: DeserializeOwned>(

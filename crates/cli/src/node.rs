@@ -24,7 +24,7 @@ use daybook_workers::builder::port::BuiltImages;
 use daybook_workers::crew::Crew;
 use daybook_workers::driver::DriverOptions;
 use daybook_workers::gateway::Gateway;
-use daybook_workers::gitops::GitopsRepositories;
+use daybook_workers::gitops::{GitopsRepositories, SigningKey};
 use daybook_workers::image::layout::Layout;
 use daybook_workers::image::local::LayoutStore;
 use daybook_workers::image::registry::{RegistryOptions, RegistryStore};
@@ -42,6 +42,9 @@ use tokio_util::sync::CancellationToken;
 use crate::commands::keys_unusable as unusable;
 use crate::exit::{Code, Failure};
 use crate::roles::Role;
+
+/// The key that GitOps commits are signed with, in the data folder.
+pub const GITOPS_KEY: &str = "keys/gitops";
 
 /// What a node is to be. Parsed and checked before anything is opened.
 #[derive(Debug, Clone)]
@@ -80,6 +83,10 @@ pub struct NodeOptions {
     pub tlog_keys: Option<PathBuf>,
     /// The ledger's name for auditors, for when its first key is made.
     pub origin: Option<String>,
+    /// The key that GitOps commits are signed with, if not the one in the data folder.
+    pub gitops_key: Option<PathBuf>,
+    /// How often GitOps repositories are looked over for commits of others.
+    pub gitops_watch: Duration,
     /// Whether sources may be paths of this machine and private addresses.
     pub allow_local_sources: bool,
 }
@@ -108,6 +115,8 @@ impl NodeOptions {
             tlog: None,
             tlog_keys: None,
             origin: None,
+            gitops_key: None,
+            gitops_watch: Duration::from_secs(15),
             allow_local_sources: true,
         }
     }
@@ -343,13 +352,15 @@ impl Node {
             let sources = SourceRepositories::new(data.join("sources"), transport(&options));
             crew.build(Arc::new(sources), Arc::new(builder(&data, &images)));
         }
-        let repositories: Arc<dyn ports::Repositories> = Arc::new(GitopsRepositories::new(
-            data.join("git"),
-            HashMap::new(),
-            transport(&options),
-        ));
+        let mut repositories =
+            GitopsRepositories::new(data.join("git"), HashMap::new(), transport(&options))
+                .anchoring(tree.clone());
+        if has(Role::Package) || has(Role::Sync) {
+            repositories = repositories.signing(Arc::new(gitops_key(&data, &options)?));
+        }
+        let repositories: Arc<dyn ports::Repositories> = Arc::new(repositories);
         if has(Role::Package) {
-            crew.package(repositories.clone());
+            crew.package_watching(repositories.clone(), options.gitops_watch);
         }
         if has(Role::Route) {
             crew.route();
@@ -701,6 +712,16 @@ fn transport(options: &NodeOptions) -> GitTransport {
         SourcePolicy::default()
     };
     GitTransport::new(TransportConfig::with_policy(policy))
+}
+
+/// The key that GitOps commits are signed with.
+fn gitops_key(data: &Path, options: &NodeOptions) -> Result<SigningKey, Failure> {
+    let path = options
+        .gitops_key
+        .clone()
+        .unwrap_or_else(|| data.join(GITOPS_KEY));
+    SigningKey::open_or_create(path)
+        .map_err(|e| Failure::new(Code::Failure, e.code(), chain(&e)).hint(e.remedy()))
 }
 
 /// Builders for whatever a service asks for.

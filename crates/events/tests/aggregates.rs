@@ -177,10 +177,9 @@ fn a_build_that_ended_says_why() {
 
 #[test]
 fn a_cause_has_one_commit() {
-    let [created, committed, foreign]: [GitopsEvent; 3] =
-        samples::gitops_events(&samples::shop(), samples::deployment_id(1))
-            .try_into()
-            .unwrap();
+    let mut events = samples::gitops_events(&samples::shop(), samples::deployment_id(1));
+    events.truncate(3);
+    let [created, committed, foreign]: [GitopsEvent; 3] = events.try_into().unwrap();
     given::<Gitops>([])
         .when(|s| gitops::decide(s, committed.clone()))
         .then_refused("repository_not_found");
@@ -207,6 +206,157 @@ fn a_cause_has_one_commit() {
         panic!()
     };
     assert_eq!(state.commit_of(c.cause), Some(&c.commit));
+}
+
+/// A repository of which these commits of others were found.
+fn with_foreign(numbers: &[u64]) -> Given<Gitops> {
+    let created = samples::gitops_events(&samples::shop(), samples::deployment_id(1));
+    let mut given = given::<Gitops>([created.into_iter().next().unwrap()]);
+    for number in numbers {
+        let mut found = samples::foreign_commit(*number);
+        found.ordinal = Some(number + 1);
+        found.environments = vec![samples::shop().environment];
+        given = given.and(GitopsEvent::ForeignCommitFound(Box::new(found)));
+    }
+    given
+}
+
+#[test]
+fn the_newest_commit_is_the_head_in_whatever_order_they_are_recorded() {
+    let (instance, production) = (samples::shop(), samples::shop().environment);
+    let commits: Vec<_> = (1..=4)
+        .map(|number| {
+            let change = Change::EnvironmentCreated {};
+            let mut commit =
+                samples::committed(&instance, samples::deployment_id(number), number, change);
+            commit.ordinal = Some(number + 1);
+            // No chain of parents to tell by.
+            commit.parent = None;
+            commit
+        })
+        .collect();
+    for order in [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1]] {
+        let mut given = with_foreign(&[]);
+        for number in order {
+            given = given.and(GitopsEvent::Committed(Box::new(commits[number].clone())));
+        }
+        let state = given.state.unwrap();
+        assert_eq!(state.head, samples::commit(4), "{order:?}");
+        assert_eq!(state.environments[&production], samples::commit(4));
+        assert_eq!(state.commits, 5);
+    }
+}
+
+#[test]
+fn a_commit_of_somebody_else_is_adopted_or_undone() {
+    let adopted = GitopsEvent::ForeignCommitAdopted(gitops::ForeignCommitAdopted {
+        commit: samples::commit(1),
+        reason: None,
+    });
+    let revert = GitopsEvent::RevertRequested(gitops::RevertRequested {
+        commit: samples::commit(1),
+        reason: None,
+    });
+    let failed = GitopsEvent::RevertFailed(gitops::RevertFailed {
+        commit: samples::commit(1),
+        code: "revert_conflicts".into(),
+        message: "it conflicts".into(),
+        remedy: "undo it by hand".into(),
+    });
+    with_foreign(&[2])
+        .when(|s| gitops::decide(s, adopted.clone()))
+        .then_refused("foreign_commit_not_found");
+    let production = samples::shop().environment;
+    let given = with_foreign(&[1, 2]);
+    assert_eq!(given.state.as_ref().unwrap().undecided().count(), 2);
+    // Nobody accepted it: nothing of it is synced.
+    assert!(given.state.as_ref().unwrap().environments.is_empty());
+    let given = given
+        .when(|s| gitops::decide(s, adopted.clone()))
+        .then(adopted.clone())
+        .when(|s| gitops::decide(s, adopted.clone()))
+        .then_nothing();
+    let state = given.state.clone().unwrap();
+    assert_eq!(state.undecided().count(), 1);
+    assert_eq!(state.environments[&production], samples::commit(1));
+    let given = given
+        .when(|s| gitops::decide(s, revert.clone()))
+        .then(revert.clone())
+        .when(|s| gitops::decide(s, revert.clone()))
+        .then_nothing()
+        .when(|s| gitops::decide(s, adopted.clone()))
+        .then_refused("foreign_commit_decided")
+        .when(|s| gitops::decide(s, failed.clone()))
+        .then(failed.clone())
+        .when(|s| gitops::decide(s, failed.clone()))
+        .then_nothing();
+    let state = given.state.unwrap();
+    let known = state.foreign_commit(&samples::commit(1)).unwrap();
+    assert_eq!(known.status, gitops::ForeignStatus::Found);
+    assert_eq!(known.problem.as_deref(), Some("it conflicts"));
+}
+
+#[test]
+fn a_rewritten_history_is_put_back_or_accepted() {
+    let rewritten = GitopsEvent::HistoryRewritten(gitops::HistoryRewritten {
+        expected: samples::commit(2),
+        found: samples::commit(9),
+        found_ordinal: 2,
+        common: None,
+    });
+    let accept = |number| {
+        GitopsEvent::RewriteAccepted(gitops::RewriteAccepted {
+            commit: samples::commit(number),
+            reason: None,
+        })
+    };
+    let restored = GitopsEvent::HistoryRestored(gitops::HistoryRestored {
+        found: samples::commit(2),
+    });
+    let given = with_foreign(&[1, 2])
+        .when(|s| gitops::decide(s, restored.clone()))
+        .then_nothing()
+        .when(|s| gitops::decide(s, rewritten.clone()))
+        .then(rewritten.clone())
+        .when(|s| gitops::decide(s, rewritten.clone()))
+        .then_nothing()
+        .when(|s| gitops::decide(s, accept(8)))
+        .then_refused("not_rewritten");
+    let back = given
+        .clone()
+        .when(|s| gitops::decide(s, restored.clone()))
+        .then(restored.clone());
+    let state = back.state.unwrap();
+    assert_eq!((state.rewritten, state.head), (None, samples::commit(2)));
+    let accepted = given
+        .when(|s| gitops::decide(s, accept(9)))
+        .then(accept(9))
+        .when(|s| gitops::decide(s, accept(9)))
+        .then_nothing();
+    let state = accepted.state.unwrap();
+    assert_eq!(
+        (&state.rewritten, &state.head),
+        (&None, &samples::commit(9))
+    );
+    assert_eq!(state.head_ordinal, Some(2));
+}
+
+#[test]
+fn only_so_many_commits_of_others_are_kept_and_the_undecided_ones_longest() {
+    let mut given = with_foreign(&(1..=256).collect::<Vec<_>>());
+    given = given.and(GitopsEvent::ForeignCommitAdopted(
+        gitops::ForeignCommitAdopted {
+            commit: samples::commit(100),
+            reason: None,
+        },
+    ));
+    let mut one_more = samples::foreign_commit(300);
+    one_more.ordinal = Some(301);
+    given = given.and(GitopsEvent::ForeignCommitFound(Box::new(one_more)));
+    let state = given.state.unwrap();
+    assert_eq!(state.foreign.len(), 256);
+    assert!(state.foreign_commit(&samples::commit(100)).is_none());
+    assert!(state.foreign_commit(&samples::commit(1)).is_some());
 }
 
 #[test]

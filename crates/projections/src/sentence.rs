@@ -342,14 +342,71 @@ fn gitops<'a>(out: &mut String, event: &'a GitopsEvent) -> Said<'a> {
                 )
             }
         }
-        GitopsEvent::ForeignCommitFound(e) => plain(
+        GitopsEvent::ForeignCommitFound(e) => Said {
+            environment: e.environments.first(),
+            ..plain(
+                out,
+                format_args!(
+                    "Commit {} by {} was found, which Daybook did not make: {}",
+                    e.commit.short(),
+                    e.author,
+                    e.message
+                ),
+            )
+        },
+        GitopsEvent::SignerAdded(e) => plain(
+            out,
+            format_args!("Commits are signed with key {}.", e.fingerprint),
+        ),
+        GitopsEvent::ForeignCommitAdopted(e) => because(
+            out,
+            format_args!("Commit {} was adopted.", e.commit.short()),
+            e.reason.as_ref(),
+        ),
+        GitopsEvent::RevertRequested(e) => because(
+            out,
+            format_args!("Commit {} is to be undone.", e.commit.short()),
+            e.reason.as_ref(),
+        ),
+        GitopsEvent::Reverted(e) => Said {
+            environment: e.environments.first(),
+            ..plain(
+                out,
+                format_args!("Commit {}: {}", e.commit.short(), e.message),
+            )
+        },
+        GitopsEvent::RevertFailed(e) => because(
             out,
             format_args!(
-                "Commit {} by {} was found, which Daybook did not make: {}",
+                "Commit {} could not be undone ({}).",
                 e.commit.short(),
-                e.author,
-                e.message
+                e.code
             ),
+            Some(&e.message),
+        ),
+        GitopsEvent::HistoryRewritten(e) => plain(
+            out,
+            format_args!(
+                "The history was rewritten: the branch is at {} and no longer contains {}, which \
+                 the ledger records. Nothing is committed until somebody decides.",
+                e.found.short(),
+                e.expected.short()
+            ),
+        ),
+        GitopsEvent::HistoryRestored(e) => plain(
+            out,
+            format_args!(
+                "The branch is at {} and contains again what the ledger records.",
+                e.found.short()
+            ),
+        ),
+        GitopsEvent::RewriteAccepted(e) => because(
+            out,
+            format_args!(
+                "The rewritten history up to {} was accepted.",
+                e.commit.short()
+            ),
+            e.reason.as_ref(),
         ),
     }
 }

@@ -21,7 +21,7 @@ use crate::slot::Shared;
 use crate::table::{Table, TableError, Unusable, Way, decode};
 
 /// The version of rows and keys. A store of another one is thrown away and rebuilt.
-const FORMAT: &[u8] = b"3";
+const FORMAT: &[u8] = b"4";
 
 /// With more events than this in a batch, the fold catches up, and states are not shared with
 /// readers: they would be copied at the next batch.

@@ -1,6 +1,7 @@
 //! Starts the workers that a process takes on, and ends them together.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -9,6 +10,7 @@ use crate::driver::{self, DriverOptions, Worker};
 use crate::gateway::Gateway;
 use crate::pipeline::build::Builds;
 use crate::pipeline::follow::{FollowBuild, FollowDeployment};
+use crate::pipeline::foreign::{self, Decisions, Nudge};
 use crate::pipeline::package::Package;
 use crate::pipeline::probe::{Probe, ProbeDeployment, ProbeRoutes};
 use crate::pipeline::queue::Queue;
@@ -70,12 +72,28 @@ impl Crew {
         self.hire(FollowDeployment(self.bench.clone()));
     }
 
-    /// Makes GitOps commits.
+    /// Makes GitOps commits, and looks every 15 seconds for those of others.
     pub fn package(&self, repositories: Arc<dyn Repositories>) {
-        self.hire(Package {
+        self.package_watching(repositories, Duration::from_secs(15));
+    }
+
+    /// The same, looking this often.
+    pub fn package_watching(&self, repositories: Arc<dyn Repositories>, every: Duration) {
+        let nudge = Nudge::default();
+        let package = Package {
             bench: self.bench.clone(),
+            repositories: repositories.clone(),
+            nudge: nudge.clone(),
+        };
+        self.hire(Decisions(package.clone()));
+        self.hire(package);
+        self.tasks.spawn(foreign::watch(
+            self.bench.clone(),
             repositories,
-        });
+            every,
+            nudge,
+            self.cancel.clone(),
+        ));
     }
 
     /// Looks after a cluster.

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
 use daybook_events::deployment::SourceCommit;
-use daybook_events::gitops::Change;
+use daybook_events::gitops::{Change, SignerAdded};
 use daybook_events::spec::{ImageReference, PinnedImage};
 use daybook_events::{
     ClusterName, CommitId, DeploymentId, Digest, EnvironmentName, EventId, GitRef, ImageRepository,
@@ -21,9 +21,10 @@ use sha2::Digest as _;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::gitops::survey;
 use crate::ports::{
-    BuildInput, BuiltImage, GitopsChange, GitopsCommit, Images, Output, Repositories, Sources,
-    StepError,
+    BuildInput, BuiltImage, GitopsChange, GitopsCommit, GitopsRevert, GitopsReverted, Images,
+    Output, Repositories, Sources, StepError,
 };
 use crate::target::{AppRef, AppStatus, InstanceStatus, ReleaseStatus, Target, TargetError};
 use crate::values::EnvironmentValues;
@@ -199,10 +200,45 @@ impl Repositories for IdleRepositories {
             author: change.author,
             files: BTreeMap::new(),
             files_digest: Digest::of(b""),
+            ordinal: repository.by_cause.len() as u64 + 2,
+            ledger: None,
+            signer: None,
+            unchanged: false,
         };
         repository.head = Some(made.commit.clone());
         repository.by_cause.insert(change.cause, made.clone());
         Ok(made)
+    }
+
+    fn signer(&self) -> Result<Option<SignerAdded>, StepError> {
+        Ok(None)
+    }
+
+    async fn revert(&self, _: &ProjectName, _: GitopsRevert) -> Result<GitopsReverted, StepError> {
+        Err(StepError::fatal(
+            "nothing_to_revert",
+            "nobody else commits to a repository in memory",
+            "",
+        ))
+    }
+
+    async fn survey(
+        &self,
+        project: &ProjectName,
+        _: survey::Request,
+    ) -> Result<survey::Survey, StepError> {
+        let (_, first) = self.ensure(project).await?;
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(survey::Survey {
+            head: all
+                .get(project)
+                .and_then(|r| r.head.clone())
+                .unwrap_or(first),
+            rewritten: None,
+            recorded: Vec::new(),
+            unknown: Vec::new(),
+            more: false,
+        })
     }
 
     async fn read(

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use async_trait::async_trait;
 use daybook_events::deployment::SourceCommit;
-use daybook_events::gitops::Change;
+use daybook_events::gitops::{Change, DiffSummary, LedgerAnchor, SignerAdded};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage};
 use daybook_events::{
     BuildId, CommitId, DeploymentId, Digest, EnvironmentName, EventId, GitRef, ImageRepository,
@@ -14,6 +14,7 @@ use daybook_events::{
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::gitops::survey;
 use crate::values::{EnvironmentValues, ReleaseValues};
 
 /// Why a step did not succeed, in the form in which it is recorded and shown.
@@ -150,6 +151,32 @@ pub struct GitopsChange {
     pub cause: EventId,
     /// The deployment that it is about.
     pub deployment: DeploymentId,
+    /// What the ledger knows of the repository.
+    pub known: KnownHistory,
+}
+
+/// What the ledger knows of a GitOps repository, for whoever commits to it.
+#[derive(Debug, Clone, Default)]
+pub struct KnownHistory {
+    /// The newest commit that it records. A branch that does not contain it is left alone.
+    pub head: Option<CommitId>,
+    /// The public keys that commits were and are signed with.
+    pub signers: Vec<String>,
+}
+
+/// A commit that is to be undone by a further one.
+#[derive(Debug, Clone)]
+pub struct GitopsRevert {
+    /// The commit.
+    pub commit: CommitId,
+    /// Who asked for it.
+    pub author: String,
+    /// Why.
+    pub reason: Option<String>,
+    /// The event that causes the new commit: its mark.
+    pub cause: EventId,
+    /// What the ledger knows of the repository.
+    pub known: KnownHistory,
 }
 
 /// A commit that was made, or found to have been made by an earlier try.
@@ -167,6 +194,25 @@ pub struct GitopsCommit {
     pub files: std::collections::BTreeMap<String, Option<Digest>>,
     /// Digest over `files`, as [`daybook_events::gitops::Committed`] defines it.
     pub files_digest: Digest,
+    /// How many commits its history has, itself included.
+    pub ordinal: u64,
+    /// The ledger's tree when it was made.
+    pub ledger: Option<LedgerAnchor>,
+    /// Fingerprint of the key that it is signed with.
+    pub signer: Option<String>,
+    /// Nothing was to be changed, and this is an older commit that has it so already.
+    pub unchanged: bool,
+}
+
+/// A commit that undoes another one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GitopsReverted {
+    /// The commit.
+    pub made: GitopsCommit,
+    /// How much it changes.
+    pub diff: DiffSummary,
+    /// Environments whose files it changes.
+    pub environments: Vec<EnvironmentName>,
 }
 
 /// The projects' GitOps repositories.
@@ -181,6 +227,24 @@ pub trait Repositories: Send + Sync + 'static {
         project: &ProjectName,
         change: GitopsChange,
     ) -> Result<GitopsCommit, StepError>;
+
+    /// The key that commits are signed with now; none if they are not signed, and then nothing is
+    /// known of who else commits either.
+    fn signer(&self) -> Result<Option<SignerAdded>, StepError>;
+
+    /// Undoes a commit. One whose `cause` has its commit already returns that one.
+    async fn revert(
+        &self,
+        project: &ProjectName,
+        revert: GitopsRevert,
+    ) -> Result<GitopsReverted, StepError>;
+
+    /// Looks over the branch for commits that are not known. Makes no repository.
+    async fn survey(
+        &self,
+        project: &ProjectName,
+        request: survey::Request,
+    ) -> Result<survey::Survey, StepError>;
 
     /// The desired state of an environment at a commit.
     async fn read(

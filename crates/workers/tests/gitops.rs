@@ -8,6 +8,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use daybook_events::gitops::LedgerAnchor;
 use daybook_events::spec::{PinnedImage, RunSpec};
 use daybook_events::{
     ClusterName, CommitId, DeploymentId, Digest, EnvironmentName, EventId, ImageRepository,
@@ -19,7 +20,7 @@ use daybook_workers::git_transport::{
 };
 use daybook_workers::gitops::{
     Author, Change, CommitRequest, Committed, GitopsError, GitopsRepositories, GitopsRepository,
-    LedgerPoint, Remote,
+    LedgerPoint, Remote, Witness,
 };
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
 use jiff::Timestamp;
@@ -67,7 +68,7 @@ fn request(environment: &str, n: u128, change: Change) -> CommitRequest {
         at: Timestamp::from_second(1_700_000_000).unwrap(),
         event: event(n),
         body: None,
-        ledger: None,
+        witness: Witness::default(),
     }
 }
 
@@ -146,16 +147,25 @@ async fn git_accepts_what_is_made() {
     let (folder, repository) = repository().await;
     let mut first = deploy("development", 1, "a1b2c3d");
     first.body = Some("Requested by pipeline 7.\n\nDaybook-Event: forged".into());
-    first.ledger = Some(LedgerPoint {
-        size: 17,
-        root: Digest::of(b"root"),
+    first.witness.ledger = Some(LedgerPoint {
+        anchor: LedgerAnchor {
+            size: 17,
+            root: "cm9vdA==".to_owned(),
+        },
+        checkpoint: "a signed checkpoint\n".into(),
     });
     let done = commit(&repository, first).await.unwrap();
     let path = repository.path();
 
     check(path);
     assert_eq!(git(path, &["symbolic-ref", "HEAD"]), "refs/heads/main");
-    assert_eq!(git(path, &["config", "core.fsyncObjectFiles"]), "true");
+    let setting = &[
+        "config",
+        "--file",
+        "daybook.config",
+        "core.fsyncObjectFiles",
+    ];
+    assert_eq!(git(path, setting), "true");
     let format = "%H%n%P%n%T%n%an <%ae> %at%n%cn%n%s%n%B";
     assert_eq!(
         git(path, &["log", "-1", &format!("--format={format}")]),
@@ -164,13 +174,12 @@ async fn git_accepts_what_is_made() {
              deploy(development): api a1b2c3d\ndeploy(development): api a1b2c3d\n\n\
              Requested by pipeline 7.\n\nDaybook-Event: forged\n\n\
              Daybook-Deployment: {}\nDaybook-Event: {}\n\
-             Daybook-Ledger-Size: 17\nDaybook-Ledger-Root: {}",
+             Daybook-Ledger-Size: 17\nDaybook-Ledger-Root: cm9vdA==",
             done.commit,
             done.parent.as_ref().unwrap(),
             done.tree,
             deployment(1),
             event(1),
-            Digest::of(b"root"),
         )
     );
     assert_eq!(done.title, "deploy(development): api a1b2c3d");
@@ -186,6 +195,7 @@ async fn git_accepts_what_is_made() {
     assert_eq!(
         listed.lines().collect::<Vec<_>>(),
         [
+            ".daybook/checkpoint",
             "README.md",
             "base/Chart.yaml",
             "base/values.yaml",
@@ -196,10 +206,22 @@ async fn git_accepts_what_is_made() {
     let file = "environments/development/values.yaml";
     let digest = Digest::of(&fs::read(clone.join(file)).unwrap());
     assert_eq!(done.files[file].as_ref(), Some(&digest));
-    assert_eq!(done.files.len(), 1);
+    assert_eq!(done.files.len(), 2);
+    let checkpoint = Digest::of(b"a signed checkpoint\n");
     assert_eq!(
         done.files_digest,
-        Digest::of(format!("{digest}  {file}\n").as_bytes())
+        Digest::of(
+            // As `sort` puts them.
+            [
+                format!("{digest}  {file}\n"),
+                format!("{checkpoint}  .daybook/checkpoint\n"),
+            ]
+            .into_iter()
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect::<String>()
+            .as_bytes()
+        )
     );
     let chart = fs::read_to_string(clone.join("base/Chart.yaml")).unwrap();
     assert!(chart.starts_with("apiVersion: v2\nname: shop\n"), "{chart}");
@@ -330,6 +352,32 @@ async fn each_change_has_its_message_and_its_effect() {
     assert_eq!(log[9].files, ["environments/pr-142/values.yaml"]);
     assert_eq!(log[4].deployment, Some(deployment(4)));
     assert_eq!(log[4].event, Some(event(4)));
+}
+
+#[tokio::test]
+async fn a_release_that_is_removed_leaves_no_image_behind() {
+    let (_folder, repository) = repository().await;
+    for (n, tag) in [(3, "one"), (1, "two"), (2, "bad")] {
+        commit(&repository, deploy("development", n, tag))
+            .await
+            .unwrap();
+    }
+    // The image of the newest release that is left, whatever the order of their ids; then none.
+    for (n, of, expected) in [(4, 2, Some("two")), (5, 1, Some("one")), (6, 3, None)] {
+        let change = Change::Remove {
+            service: api(),
+            deployment: deployment(of),
+        };
+        let done = commit(&repository, request("development", n, change))
+            .await
+            .unwrap();
+        let values = repository
+            .read_environment(&done.commit, &env("development"))
+            .await
+            .unwrap();
+        let image = values.services[&api()].image.as_ref();
+        assert_eq!(image.map(|i| i.tag.as_str()), expected);
+    }
 }
 
 #[tokio::test]
@@ -1213,6 +1261,7 @@ async fn the_pipeline_has_one_repository_a_project() {
         author: "alice".into(),
         cause: event(n),
         deployment: deployment(1),
+        known: Default::default(),
     };
     let change = Asked::Deploy {
         service: api(),

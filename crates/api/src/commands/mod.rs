@@ -7,6 +7,7 @@
 
 mod check;
 mod deploy;
+mod gitops;
 mod lifecycle;
 mod project;
 mod traffic;

@@ -84,7 +84,7 @@ impl CommandBody for CreateDeployment {}
 #[serde(deny_unknown_fields)]
 pub(crate) struct Why {
     /// In the caller's words.
-    reason: Option<String>,
+    pub(crate) reason: Option<String>,
 }
 impl CommandBody for Why {
     fn absent() -> Option<Self> {

@@ -2,6 +2,7 @@
 
 pub(crate) mod deployments;
 pub(crate) mod events;
+pub(crate) mod gitops;
 pub(crate) mod history;
 pub(crate) mod logs;
 pub(crate) mod operations;
@@ -71,6 +72,10 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(tlog::ledger))
         .routes(routes!(tlog::checkpoint))
         .routes(routes!(tlog::keys))
+        .routes(routes!(gitops::get_gitops))
+        .routes(routes!(gitops::commit_diff))
+        .routes(routes!(gitops::adopt_commit))
+        .routes(routes!(gitops::revert_commit))
         .routes(routes!(git::advertise))
         .routes(routes!(git::upload_pack))
         .split_for_parts()

@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use daybook_store::tlog::{KeyFileError, KeyRing};
 use serde_json::{Value, json};
 
+use super::gitops_key::{self, GitopsKeyCommand};
 use super::{Outcome, ServerArgs};
 use crate::client::Client;
 use crate::exit::{Code, Failure};
@@ -126,6 +127,9 @@ pub enum KeysCommand {
     Rotate(KeysArgs),
     /// End a rotation: only the newest key signs from the next start on. Public keys stay.
     Retire(KeysArgs),
+    /// The key that GitOps commits are signed with.
+    #[command(subcommand)]
+    Gitops(GitopsKeyCommand),
 }
 
 /// Where keys are.
@@ -176,6 +180,7 @@ pub fn keys(command: KeysCommand) -> Outcome {
             KeyRing::retire(&args.folder()?),
             "Only the newest key signs from the next start of the notary on.",
         ),
+        KeysCommand::Gitops(command) => return gitops_key::run(command),
     };
     let ring = ring.map_err(|e| unusable(&e))?;
     let signing: Vec<String> = ring

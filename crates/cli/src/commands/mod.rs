@@ -4,6 +4,8 @@
 mod demo;
 mod deploy;
 mod events;
+mod gitops;
+mod gitops_key;
 mod history;
 mod ledger;
 mod lifecycle;
@@ -141,9 +143,12 @@ pub enum Command {
     /// Look after the ledger itself.
     #[command(subcommand)]
     Ledger(ledger::LedgerCommand),
-    /// Look after the keys that the ledger is signed with.
+    /// Look after the keys that the ledger and GitOps commits are signed with.
     #[command(subcommand)]
     Keys(ledger::KeysCommand),
+    /// Look at a GitOps repository, and decide about commits that Daybook did not make.
+    #[command(subcommand)]
+    Gitops(gitops::GitopsCommand),
     /// Print the JSON Schemas of events, and the OpenAPI document.
     Schema(schema::SchemaArgs),
     /// Print a completion script for a shell.
@@ -182,6 +187,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Projections(command) => replay::projections(command).await,
         Command::Ledger(command) => ledger::run(command).await,
         Command::Keys(command) => ledger::keys(command),
+        Command::Gitops(command) => gitops::run(command).await,
         Command::Schema(args) => schema::run(args),
         Command::Completion { shell } => {
             clap_complete::generate(

@@ -72,7 +72,34 @@ pub async fn overview(client: &Client, query: &[(&str, Option<String>)]) -> Resu
     let overview: Overview = serde_json::from_value(state)
         .map_err(|e| Failure::new(Code::Failure, "unexpected_answer", e.to_string()))?;
     print_overview(&overview);
+    print_gitops(client, query, &overview).await;
     Ok(())
+}
+
+/// Says which GitOps repositories need somebody's decision: of the projects that are shown.
+async fn print_gitops(client: &Client, query: &[(&str, Option<String>)], overview: &Overview) {
+    let asked = query
+        .iter()
+        .find(|(name, _)| *name == "project")
+        .and_then(|(_, project)| project.clone());
+    let mut projects: Vec<String> = overview
+        .instances
+        .iter()
+        .filter_map(|i| i.id.split('.').next().map(str::to_owned))
+        .chain(asked)
+        .collect();
+    projects.sort();
+    projects.dedup();
+    for project in projects {
+        let path = format!("/api/v1/projects/{project}/gitops");
+        // A project without a repository has nothing to decide about.
+        let Ok(found) = client.get::<Value>(&path, &[]).await else {
+            continue;
+        };
+        for line in super::gitops::attention(&project, &found) {
+            output::line(&output::style().warn(&line));
+        }
+    }
 }
 
 fn print_overview(overview: &Overview) {

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 
@@ -69,6 +70,13 @@ pub struct NodeArgs {
     /// localhost if not given.
     #[arg(long, env = "DAYBOOK_ORIGIN", value_name = "NAME")]
     pub origin: Option<String>,
+    /// The key that GitOps commits are signed with, in OpenSSH's form; `keys/gitops` in the data
+    /// folder if not given. Processes that commit on several machines share one.
+    #[arg(long, env = "DAYBOOK_GITOPS_KEY", value_name = "FILE")]
+    pub gitops_key: Option<PathBuf>,
+    /// How often GitOps repositories are looked over for commits that Daybook did not make.
+    #[arg(long, default_value_t = 15, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub gitops_watch: u64,
     /// Credentials file for NATS.
     #[arg(long, env = "DAYBOOK_NATS_CREDS", value_name = "FILE")]
     pub nats_creds: Option<PathBuf>,
@@ -127,6 +135,8 @@ impl NodeArgs {
         options.tlog = self.tlog.clone();
         options.tlog_keys = self.tlog_keys.clone();
         options.origin = self.origin.clone();
+        options.gitops_key = self.gitops_key.clone();
+        options.gitops_watch = Duration::from_secs(self.gitops_watch);
         options.nats_creds = self.nats_creds.clone();
         options.nats_stream = self.nats_stream.clone();
         options.nats_replicas = self.nats_replicas.into();

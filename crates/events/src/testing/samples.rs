@@ -330,6 +330,28 @@ pub fn committed(
         cause: EventId::derived(deployment.0, &number.to_string()),
         files_digest: Digest::of(format!("{content}  {path}\n").as_bytes()),
         files: BTreeMap::from([(path, Some(content))]),
+        ordinal: None,
+        ledger: None,
+        signer: None,
+        unchanged: false,
+    }
+}
+
+/// The number-th commit of somebody else.
+pub fn foreign_commit(number: u64) -> gitops::ForeignCommitFound {
+    gitops::ForeignCommitFound {
+        commit: commit(number),
+        author: "Bob <bob@example.com>".to_owned(),
+        message: "try something".to_owned(),
+        files: vec!["base/values.yaml".to_owned()],
+        parents: Vec::new(),
+        ordinal: None,
+        committer: None,
+        committed_at: None,
+        signature: None,
+        diff: None,
+        environments: Vec::new(),
+        reverts: None,
     }
 }
 
@@ -350,11 +372,55 @@ pub fn gitops_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<Gi
                 deployment,
             },
         ))),
-        GitopsEvent::ForeignCommitFound(gitops::ForeignCommitFound {
+        GitopsEvent::ForeignCommitFound(Box::new(foreign_commit(2))),
+        GitopsEvent::ForeignCommitAdopted(gitops::ForeignCommitAdopted {
             commit: commit(2),
-            author: "Bob <bob@example.com>".to_owned(),
-            message: "try something".to_owned(),
-            files: vec!["base/values.yaml".to_owned()],
+            reason: Some("it was urgent".to_owned()),
+        }),
+        GitopsEvent::RevertRequested(gitops::RevertRequested {
+            commit: commit(2),
+            reason: Some("it was wrong".to_owned()),
+        }),
+        GitopsEvent::RevertFailed(gitops::RevertFailed {
+            commit: commit(2),
+            code: "revert_conflicts".to_owned(),
+            message: "later commits changed the same lines".to_owned(),
+            remedy: "undo it by hand".to_owned(),
+        }),
+        GitopsEvent::Reverted(Box::new(gitops::Reverted {
+            reverts: commit(2),
+            commit: commit(3),
+            parent: Some(commit(2)),
+            ordinal: 4,
+            message: "revert(production): try something".to_owned(),
+            author: "Alice <alice@example.com>".to_owned(),
+            cause: EventId::derived(deployment.0, "revert"),
+            diff: gitops::DiffSummary {
+                files: 1,
+                insertions: 1,
+                deletions: 2,
+                files_digest: Digest::of(b"files"),
+            },
+            environments: vec![instance.environment.clone()],
+            ledger: None,
+            signer: None,
+        })),
+        GitopsEvent::SignerAdded(gitops::SignerAdded {
+            public_key:
+                "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGPKSUTyz1HwHReFVvD5obVsALAgJRNarH4TRpNePnAS"
+                    .to_owned(),
+            fingerprint: "SHA256:UCUiLr7Pjs9wFFJMDByLgc3NrtdU344OgUM45wZPcIQ".to_owned(),
+        }),
+        GitopsEvent::HistoryRestored(gitops::HistoryRestored { found: commit(3) }),
+        GitopsEvent::HistoryRewritten(gitops::HistoryRewritten {
+            expected: commit(3),
+            found: commit(9),
+            found_ordinal: 3,
+            common: Some(commit(1)),
+        }),
+        GitopsEvent::RewriteAccepted(gitops::RewriteAccepted {
+            commit: commit(9),
+            reason: Some("the history had a secret".to_owned()),
         }),
     ]
 }

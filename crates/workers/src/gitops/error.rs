@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use daybook_events::{CommitId, DeploymentId, EnvironmentName, ProjectName, ServiceName};
 
+use super::signing::KeyError;
 use crate::git_transport::TransportError;
 
 /// Why a GitOps repository could not be read or changed.
@@ -79,6 +80,42 @@ pub enum GitopsError {
         /// The remote's.
         remote: CommitId,
     },
+    /// The branch does not contain what the ledger records.
+    #[error(
+        "the branch is at {found}, which does not contain {expected}, which the ledger records"
+    )]
+    HistoryRewritten {
+        /// The newest commit that the ledger records.
+        expected: CommitId,
+        /// Where the branch is.
+        found: CommitId,
+    },
+    /// A commit cannot be undone on what came after it.
+    #[error("{commit} cannot be undone: later commits changed the same lines of {}", .paths.join(", "))]
+    RevertConflicts {
+        /// The commit.
+        commit: CommitId,
+        /// Where.
+        paths: Vec<String>,
+    },
+    /// A commit is a merge, and there is no saying which side of it is to stay.
+    #[error("{commit} is a merge, which cannot be undone as a whole")]
+    RevertOfMerge {
+        /// The commit.
+        commit: CommitId,
+    },
+    /// Undoing a commit would change nothing.
+    #[error("what {commit} changed is undone already")]
+    NothingToRevert {
+        /// The commit.
+        commit: CommitId,
+    },
+    /// The key that commits are signed with cannot be used.
+    #[error("the commit could not be signed")]
+    Key(#[from] KeyError),
+    /// A signature could not be made.
+    #[error("the commit could not be signed")]
+    Signing(#[source] ssh_key::Error),
     /// The remote understood the push and refuses it.
     #[error("the GitOps remote refuses the push: {reason}")]
     PushRefused {
@@ -122,6 +159,12 @@ impl GitopsError {
             Self::NotARepository { .. } => "gitops_not_a_repository",
             Self::Contended { .. } => "gitops_contended",
             Self::Diverged { .. } => "gitops_diverged",
+            Self::HistoryRewritten { .. } => "gitops_history_rewritten",
+            Self::RevertConflicts { .. } => "revert_conflicts",
+            Self::RevertOfMerge { .. } => "revert_of_merge",
+            Self::NothingToRevert { .. } => "nothing_to_revert",
+            Self::Key(e) => e.code(),
+            Self::Signing(_) => "gitops_signing_failed",
             Self::PushRefused { .. } => "gitops_push_refused",
             Self::Remote(e) => match e {
                 TransportError::NotAllowed { .. }
@@ -147,7 +190,10 @@ impl GitopsError {
     /// its operator at any time, so waiting for it makes sense.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Contended { .. } | Self::PushRefused { .. } | Self::Disk { .. } => true,
+            Self::Contended { .. }
+            | Self::PushRefused { .. }
+            | Self::Key(_)
+            | Self::Disk { .. } => true,
             Self::Remote(e) => matches!(
                 e,
                 TransportError::Unavailable { .. }
@@ -191,6 +237,16 @@ impl GitopsError {
                 "Somebody rewrote the remote's history. Push {local} back to it, or remove the \
                  local repository to accept the remote's."
             ),
+            Self::HistoryRewritten { expected, .. } => format!(
+                "Put {expected} back onto the branch, or accept what it is now with `daybook \
+                 gitops adopt`; then deploy again."
+            ),
+            Self::RevertConflicts { .. } | Self::RevertOfMerge { .. } => {
+                "Undo it by hand in a clone, push that, and adopt the result.".into()
+            }
+            Self::NothingToRevert { .. } => "Adopt it: nothing of it is left.".into(),
+            Self::Key(e) => e.remedy(),
+            Self::Signing(_) => "Make a new key with `daybook keys gitops rotate`.".into(),
             Self::PushRefused { .. } => {
                 "Allow Daybook to push to the branch (protected branch, hook, quota).".into()
             }

@@ -8,6 +8,7 @@ use git2::{DiffOptions, Oid, Repository, Sort};
 use jiff::Timestamp;
 
 use super::message::{self, COMMITTER};
+use super::signing::{self, Verdict};
 use crate::git_transport::printable;
 
 /// How many commits a request looks back over for the one that it made earlier.
@@ -61,24 +62,53 @@ pub struct CommitRecord {
 #[derive(Debug, Default)]
 pub(super) struct EventIndex {
     head: Option<Oid>,
-    commits: HashMap<EventId, Oid>,
+    /// How many commits the head's history has, itself included.
+    ordinal: u64,
+    /// Oldest last.
+    commits: HashMap<EventId, Vec<Oid>>,
 }
 
 impl EventIndex {
-    /// The commit in the history of `head` that an event caused.
+    /// The commit in the history of `head` that an event caused. With `signers`, only one that is
+    /// signed with one of these keys counts: anybody who may push can write a trailer.
     pub(super) fn find(
         &mut self,
         repository: &Repository,
         head: Oid,
         event: EventId,
+        signers: Option<&[String]>,
     ) -> Result<Option<Oid>, git2::Error> {
-        if self.head != Some(head) {
-            self.advance(repository, head)?;
+        self.bring_to(repository, head)?;
+        // Of two the older one is the effect, the newer one a copy.
+        for commit in self.commits.get(&event).into_iter().flatten().rev() {
+            let counts = match signers {
+                None => true,
+                Some(keys) => matches!(
+                    signing::verify(repository, *commit, keys)?,
+                    Verdict::Good(_)
+                ),
+            };
+            if counts {
+                return Ok(Some(*commit));
+            }
         }
-        Ok(self.commits.get(&event).copied())
+        Ok(None)
     }
 
-    fn advance(&mut self, repository: &Repository, head: Oid) -> Result<(), git2::Error> {
+    /// How many commits the history of `head` has, itself included.
+    pub(super) fn ordinal(
+        &mut self,
+        repository: &Repository,
+        head: Oid,
+    ) -> Result<u64, git2::Error> {
+        self.bring_to(repository, head)?;
+        Ok(self.ordinal)
+    }
+
+    fn bring_to(&mut self, repository: &Repository, head: Oid) -> Result<(), git2::Error> {
+        if self.head == Some(head) {
+            return Ok(());
+        }
         let known = match self.head {
             Some(known)
                 if self.commits.len() < 2 * MEMORY && is_ancestor(repository, known, head)? =>
@@ -89,6 +119,7 @@ impl EventIndex {
             // is promised.
             _ => {
                 self.commits.clear();
+                self.ordinal = 0;
                 None
             }
         };
@@ -98,16 +129,43 @@ impl EventIndex {
         if let Some(known) = known {
             walk.hide(known)?;
         }
-        for id in walk.take(MEMORY) {
+        let (mut found, mut walked) = (Vec::new(), 0);
+        for id in walk {
             let id = id?;
-            if let Some(event) = trailers_of(&repository.find_commit(id)?).event {
-                // Newest first; of two the older one is the effect, the newer one a copy.
-                self.commits.insert(event, id);
+            walked += 1;
+            if walked <= MEMORY
+                && let Some(event) = trailers_of(&repository.find_commit(id)?).event
+            {
+                found.push((event, id));
             }
         }
+        for (event, id) in found {
+            let all = self.commits.entry(event).or_default();
+            // What was known before is older than what is new.
+            let at = all.iter().position(|known| *known == id);
+            if at.is_none() {
+                match known {
+                    Some(_) => all.insert(0, id),
+                    None => all.push(id),
+                }
+            }
+        }
+        self.ordinal += walked as u64;
         self.head = Some(head);
         Ok(())
     }
+}
+
+/// How many commits the history of a commit has, itself included.
+pub(super) fn ordinal_of(repository: &Repository, commit: Oid) -> Result<u64, git2::Error> {
+    let mut walk = repository.revwalk()?;
+    walk.push(commit)?;
+    let mut count = 0;
+    for id in walk {
+        id?;
+        count += 1;
+    }
+    Ok(count)
 }
 
 /// Whether `old` is `new` or in its history.
@@ -128,7 +186,7 @@ pub(super) fn is_ancestor(
 
 /// What a commit of ours says about where it comes from; nothing for a commit of somebody else,
 /// such as a cherry-pick, which keeps the message and has another committer.
-fn trailers_of(commit: &git2::Commit<'_>) -> message::Trailers {
+pub(super) fn trailers_of(commit: &git2::Commit<'_>) -> message::Trailers {
     if commit.committer().name_bytes() != COMMITTER.as_bytes() {
         return message::Trailers::default();
     }
@@ -172,7 +230,11 @@ fn record(repository: &Repository, commit: &git2::Commit<'_>) -> Result<CommitRe
 
 /// The author as `Name <address>`.
 pub(super) fn author_of(commit: &git2::Commit<'_>) -> String {
-    let author = commit.author();
+    person(&commit.author())
+}
+
+/// A person as `Name <address>`.
+pub(super) fn person(author: &git2::Signature<'_>) -> String {
     printable(&format!(
         "{} <{}>",
         String::from_utf8_lossy(author.name_bytes()),
@@ -223,7 +285,7 @@ pub(super) fn files_between(
     changed_files(repository, &tree_diff(repository, from, to)?)
 }
 
-fn tree_diff(
+pub(super) fn tree_diff(
     repository: &Repository,
     from: Option<Oid>,
     to: Oid,
@@ -247,7 +309,7 @@ fn path_of(delta: &git2::DiffDelta<'_>) -> String {
     printable(&path.unwrap_or(Path::new("")).to_string_lossy())
 }
 
-fn changed_files(
+pub(super) fn changed_files(
     repository: &Repository,
     difference: &git2::Diff<'_>,
 ) -> Result<BTreeMap<String, ChangedFile>, git2::Error> {

@@ -1,6 +1,11 @@
 //! Commit messages, their authors and their trailers.
 
-use daybook_events::{DeploymentId, Digest, EnvironmentName, EventId};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use bytes::Bytes;
+use daybook_events::gitops::LedgerAnchor;
+use daybook_events::tree::SignedHead;
+use daybook_events::{CommitId, DeploymentId, EnvironmentName, EventId};
 
 use super::change::Change;
 
@@ -13,6 +18,14 @@ const EVENT: &str = "Daybook-Event";
 const DEPLOYMENT: &str = "Daybook-Deployment";
 const LEDGER_SIZE: &str = "Daybook-Ledger-Size";
 const LEDGER_ROOT: &str = "Daybook-Ledger-Root";
+
+/// The file with the newest signed checkpoint of the ledger.
+pub const CHECKPOINT: &str = ".daybook/checkpoint";
+/// The file with the public keys that Daybook's commits are signed with.
+pub const ALLOWED_SIGNERS: &str = ".daybook/allowed_signers";
+
+/// What `git revert` writes before the commit that it undoes.
+const REVERTS: &str = "This reverts commit ";
 
 /// The longest body, in bytes.
 const MAX_BODY: usize = 4 * 1024;
@@ -84,13 +97,25 @@ impl std::fmt::Display for Author {
     }
 }
 
-/// How far the ledger was when a commit was made.
+/// How far the ledger was signed when a commit was made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LedgerPoint {
-    /// How many events it had.
-    pub size: u64,
-    /// The root of its tree.
-    pub root: Digest,
+    /// Size and root, for the trailers.
+    pub anchor: LedgerAnchor,
+    /// The signed checkpoint that says so, for the file [`CHECKPOINT`].
+    pub checkpoint: Bytes,
+}
+
+impl From<SignedHead> for LedgerPoint {
+    fn from(published: SignedHead) -> Self {
+        Self {
+            anchor: LedgerAnchor {
+                size: published.head.size,
+                root: BASE64.encode(published.head.root),
+            },
+            checkpoint: published.note,
+        }
+    }
 }
 
 /// The first line of a commit's message. `tag` is the image tag of the release that it is about.
@@ -129,7 +154,7 @@ pub(super) fn compose(
     body: Option<&str>,
     event: EventId,
     deployment: Option<DeploymentId>,
-    ledger: Option<&LedgerPoint>,
+    ledger: Option<&LedgerAnchor>,
 ) -> String {
     let mut message = format!("{title}\n\n");
     let body: String = body
@@ -155,10 +180,11 @@ pub(super) fn compose(
 }
 
 /// What a message says about where it comes from.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Trailers {
     pub(super) event: Option<EventId>,
     pub(super) deployment: Option<DeploymentId>,
+    pub(super) ledger: Option<LedgerAnchor>,
 }
 
 /// Reads the last paragraph of a message, if it has anything before it.
@@ -167,14 +193,40 @@ pub(super) fn trailers(message: &str) -> Trailers {
     let Some((_, last)) = message.trim_end().rsplit_once("\n\n") else {
         return found;
     };
+    let (mut size, mut root) = (None, None);
     for line in last.lines() {
         match line.split_once(": ") {
             Some((EVENT, id)) => found.event = id.trim().parse().ok(),
             Some((DEPLOYMENT, id)) => found.deployment = id.trim().parse().ok(),
+            Some((LEDGER_SIZE, n)) => size = n.trim().parse().ok(),
+            Some((LEDGER_ROOT, hash)) => root = Some(hash.trim().to_owned()),
             _ => {}
         }
     }
+    if let (Some(size), Some(root)) = (size, root) {
+        found.ledger = Some(LedgerAnchor { size, root });
+    }
     found
+}
+
+/// The first line of the message of a commit that undoes another one, in these environments.
+pub(super) fn revert_title(environments: &[EnvironmentName], undone: &str) -> String {
+    let place = match environments {
+        [one] => one.as_str(),
+        _ => "all",
+    };
+    format!("revert({place}): {undone}")
+}
+
+/// The line by which git, and people, know what a commit undoes.
+pub(super) fn revert_line(commit: &CommitId) -> String {
+    format!("{REVERTS}{commit}.")
+}
+
+/// The commit that a message says it undoes.
+pub(super) fn reverts(message: &str) -> Option<CommitId> {
+    let (_, rest) = message.split_once(REVERTS)?;
+    CommitId::parse(rest.get(..40)?).ok()
 }
 
 #[cfg(test)]

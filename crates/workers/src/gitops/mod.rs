@@ -31,12 +31,16 @@ mod message;
 mod port;
 mod publish;
 mod repository;
+mod signing;
+pub mod survey;
 mod template;
+pub mod witness;
 
 pub use change::Change;
 pub use error::GitopsError;
 pub use history::{ChangedFile, CommitRecord, Diff, MEMORY};
-pub use message::{Author, COMMITTER, LedgerPoint};
+pub use message::{ALLOWED_SIGNERS, Author, CHECKPOINT, COMMITTER, LedgerPoint};
 pub use port::GitopsRepositories;
 pub use publish::Remote;
-pub use repository::{BRANCH, CommitRequest, Committed, GitopsRepository};
+pub use repository::{BRANCH, CommitRequest, Committed, GitopsRepository, RevertRequest, Witness};
+pub use signing::{KeyError, Signer, SigningKey, Verdict, allowed_signers};

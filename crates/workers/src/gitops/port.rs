@@ -5,15 +5,21 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use daybook_events::gitops::Change as AskedChange;
+use daybook_events::gitops::{Change as AskedChange, SignerAdded};
+use daybook_events::tree::PublishedTree;
 use daybook_events::{CommitId, EnvironmentName, ProjectName, RepositoryUrl};
 use jiff::Timestamp;
 use tokio::sync::{Mutex, OnceCell};
 use tokio_util::sync::CancellationToken;
 
-use super::{Author, BRANCH, Change, CommitRequest, GitopsError, GitopsRepository, Remote};
+use super::{
+    Author, BRANCH, Change, CommitRequest, Committed, GitopsError, GitopsRepository, LedgerPoint,
+    Remote, RevertRequest, SigningKey, Witness, survey,
+};
 use crate::git_transport::GitTransport;
-use crate::ports::{GitopsChange, GitopsCommit, Repositories, StepError};
+use crate::ports::{
+    GitopsChange, GitopsCommit, GitopsRevert, GitopsReverted, KnownHistory, Repositories, StepError,
+};
 use crate::values::EnvironmentValues;
 
 /// The GitOps repositories of all projects: bare repositories `<project>.git` in one folder.
@@ -22,6 +28,8 @@ pub struct GitopsRepositories {
     folder: PathBuf,
     remotes: HashMap<ProjectName, RepositoryUrl>,
     transport: GitTransport,
+    key: Option<Arc<SigningKey>>,
+    tree: Option<Arc<dyn PublishedTree>>,
     open: Mutex<HashMap<ProjectName, Arc<OnceCell<GitopsRepository>>>>,
 }
 
@@ -36,7 +44,33 @@ impl GitopsRepositories {
             folder: folder.into(),
             remotes,
             transport,
+            key: None,
+            tree: None,
             open: Mutex::default(),
+        }
+    }
+
+    /// Signs every commit with this key.
+    pub fn signing(mut self, key: Arc<SigningKey>) -> Self {
+        self.key = Some(key);
+        self
+    }
+
+    /// Anchors the newest published head of this tree in every commit.
+    pub fn anchoring(mut self, tree: Arc<dyn PublishedTree>) -> Self {
+        self.tree = Some(tree);
+        self
+    }
+
+    fn witness(&self, known: KnownHistory) -> Witness {
+        Witness {
+            ledger: self
+                .tree
+                .as_ref()
+                .and_then(|tree| tree.head())
+                .map(LedgerPoint::from),
+            signers: known.signers,
+            after: known.head,
         }
     }
 
@@ -64,7 +98,8 @@ impl GitopsRepositories {
                 url: url.clone(),
                 transport: self.transport.clone(),
             });
-            GitopsRepository::open_or_create(self.path(project), project, remote).await
+            let key = self.key.clone();
+            GitopsRepository::open_signing(self.path(project), project, remote, key).await
         })
         .await
         .cloned()
@@ -112,21 +147,69 @@ impl Repositories for GitopsRepositories {
             at: Timestamp::now(),
             event: change.cause,
             body: None,
-            ledger: None,
+            witness: self.witness(change.known.clone()),
             change: as_change(change)?,
         };
         // Dropping the future stops the work.
         let done = repository
             .commit(request, &CancellationToken::new())
             .await?;
-        Ok(GitopsCommit {
-            commit: done.commit,
-            parent: done.parent,
-            message: done.title,
-            author: done.author,
-            files: done.files,
-            files_digest: done.files_digest,
+        Ok(done.into())
+    }
+
+    fn signer(&self) -> Result<Option<SignerAdded>, StepError> {
+        let Some(key) = &self.key else {
+            return Ok(None);
+        };
+        let signer = key.signer().map_err(GitopsError::from)?;
+        Ok(Some(SignerAdded {
+            public_key: signer.public_key,
+            fingerprint: signer.fingerprint,
+        }))
+    }
+
+    async fn revert(
+        &self,
+        project: &ProjectName,
+        revert: GitopsRevert,
+    ) -> Result<GitopsReverted, StepError> {
+        let repository = self.open(project).await?;
+        let request = RevertRequest {
+            commit: revert.commit,
+            author: Author::parse(&revert.author),
+            at: Timestamp::now(),
+            event: revert.cause,
+            reason: revert.reason,
+            witness: self.witness(revert.known),
+        };
+        let done = repository
+            .revert(request, &CancellationToken::new())
+            .await?;
+        let (diff, environments) = repository.summary(&done.commit).await?;
+        Ok(GitopsReverted {
+            made: done.into(),
+            diff,
+            environments,
         })
+    }
+
+    async fn survey(
+        &self,
+        project: &ProjectName,
+        request: survey::Request,
+    ) -> Result<survey::Survey, StepError> {
+        let path = self.path(project);
+        if !path.exists() && !self.remotes.contains_key(project) {
+            return Err(StepError::passing(
+                "gitops_missing",
+                format!("the GitOps repository {} is not there", path.display()),
+                "Restore it from a clone or a backup.",
+            ));
+        }
+        let repository = self.open(project).await?;
+        Ok(repository
+            .survey(request, &CancellationToken::new())
+            .await?)
     }
 
     async fn read(
@@ -137,6 +220,23 @@ impl Repositories for GitopsRepositories {
     ) -> Result<EnvironmentValues, StepError> {
         let repository = self.open(project).await?;
         Ok(repository.read_environment(commit, environment).await?)
+    }
+}
+
+impl From<Committed> for GitopsCommit {
+    fn from(done: Committed) -> Self {
+        Self {
+            commit: done.commit,
+            parent: done.parent,
+            message: done.title,
+            author: done.author,
+            files: done.files,
+            files_digest: done.files_digest,
+            ordinal: done.ordinal,
+            ledger: done.ledger,
+            signer: done.signer,
+            unchanged: done.unchanged,
+        }
     }
 }
 

@@ -6,20 +6,29 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use daybook_events::{CommitId, Digest, EnvironmentName, EventId, ProjectName};
+use daybook_events::gitops::{DiffSummary, LedgerAnchor};
+use daybook_events::spec::PinnedImage;
+use daybook_events::{CommitId, Digest, EnvironmentName, EventId, ProjectName, ServiceName};
 use git2::build::TreeUpdateBuilder;
-use git2::{ErrorCode, FileMode, ObjectType, Oid, Repository, RepositoryInitOptions, Signature};
+use git2::{
+    Config, ConfigLevel, ErrorCode, FileMode, ObjectType, Oid, Repository, RepositoryInitOptions,
+    Signature,
+};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::change::{self, After, CannotChange, Change};
 use super::history::{self, ChangedFile, CommitRecord, Diff, EventIndex, commit_id};
-use super::message::{self, Author, COMMITTER, COMMITTER_ADDRESS, LedgerPoint};
+use super::message::{
+    self, ALLOWED_SIGNERS, Author, CHECKPOINT, COMMITTER, COMMITTER_ADDRESS, LedgerPoint,
+};
 use super::publish::{Moved, Remote, swap};
-use super::{GitopsError, template};
+use super::signing::{self, SigningKey, allowed_signers};
+use super::{GitopsError, survey, template};
 use crate::file_lock::FileLock;
 use crate::git_transport::{
     GitTransport, Session, TransportConfig, TransportError, in_background, prepare_process,
+    printable,
 };
 use crate::values::EnvironmentValues;
 
@@ -29,6 +38,12 @@ pub(super) const BRANCH_REF: &str = "refs/heads/main";
 
 /// How often a change is made anew because the branch moved.
 const MAX_ATTEMPTS: u32 = 12;
+
+/// Settings that are libgit2's alone.
+const SYNCED: &str = "daybook.config";
+
+/// How many commits are looked through for the image that a service had before.
+const IMAGE_MEMORY: usize = 500;
 
 /// The setting of the repository that names its project.
 const PROJECT_SETTING: &str = "daybook.project";
@@ -48,8 +63,38 @@ pub struct CommitRequest {
     pub event: EventId,
     /// Text for the message; what would make it another message is taken out.
     pub body: Option<String>,
-    /// How far the ledger is.
+    /// What the commit is to witness of the ledger.
+    pub witness: Witness,
+}
+
+/// What a commit is to witness of the ledger, and what the ledger knows of the repository.
+#[derive(Debug, Clone, Default)]
+pub struct Witness {
+    /// How far the ledger is signed.
     pub ledger: Option<LedgerPoint>,
+    /// The public keys that the ledger lists for this repository. A commit that an earlier try
+    /// made is known by its signature with one of them, or with the key that signs now.
+    pub signers: Vec<String>,
+    /// The newest commit that the ledger records. Where the branch does not contain it, nothing
+    /// is committed.
+    pub after: Option<CommitId>,
+}
+
+/// A commit that is to be undone.
+#[derive(Debug, Clone)]
+pub struct RevertRequest {
+    /// The commit.
+    pub commit: CommitId,
+    /// Who asked for it.
+    pub author: Author,
+    /// When they did.
+    pub at: Timestamp,
+    /// The event that the new commit is the effect of. The same event makes no second commit.
+    pub event: EventId,
+    /// Why; what would make it another message is taken out.
+    pub reason: Option<String>,
+    /// What the commit is to witness of the ledger.
+    pub witness: Witness,
 }
 
 /// What a request led to.
@@ -71,6 +116,12 @@ pub struct Committed {
     pub files: BTreeMap<String, Option<Digest>>,
     /// SHA-256 over the lines `<digest or "-">  <path>\n` of `files`, sorted.
     pub files_digest: Digest,
+    /// How many commits its history has, itself included.
+    pub ordinal: u64,
+    /// What its trailers say of the ledger.
+    pub ledger: Option<LedgerAnchor>,
+    /// Fingerprint of the key that it is signed with, if Daybook signs.
+    pub signer: Option<String>,
     /// An earlier try had made the commit.
     pub found: bool,
     /// Everything was as it should be already; there is no commit of this request.
@@ -87,6 +138,7 @@ struct Inner {
     path: PathBuf,
     project: ProjectName,
     remote: Option<Remote>,
+    key: Option<Arc<SigningKey>>,
     /// For sessions that need no network.
     no_network: GitTransport,
     /// Open handles. One is used by one thread at a time.
@@ -106,17 +158,28 @@ impl std::fmt::Debug for Inner {
 
 impl GitopsRepository {
     /// Opens a project's repository, or makes it with a first commit. With a remote, what the
-    /// remote has is taken over, and an empty remote is given what is here.
+    /// remote has is taken over, and an empty remote is given what is here. Commits are not signed.
     pub async fn open_or_create(
         path: impl Into<PathBuf>,
         project: &ProjectName,
         remote: Option<Remote>,
+    ) -> Result<Self, GitopsError> {
+        Self::open_signing(path, project, remote, None).await
+    }
+
+    /// The same, with every commit signed with this key.
+    pub async fn open_signing(
+        path: impl Into<PathBuf>,
+        project: &ProjectName,
+        remote: Option<Remote>,
+        key: Option<Arc<SigningKey>>,
     ) -> Result<Self, GitopsError> {
         let this = Self {
             inner: Arc::new(Inner {
                 path: path.into(),
                 project: project.clone(),
                 remote,
+                key,
                 no_network: GitTransport::new(TransportConfig::default()),
                 handles: Mutex::default(),
                 index: Mutex::default(),
@@ -151,7 +214,73 @@ impl GitopsRepository {
         in_background(cancel, move |cancel| {
             let session = inner.session(&cancel);
             let _lock = inner.lock(&session)?;
-            inner.with(|repository| inner.commit(repository, &session, &request))
+            inner.with(|repository| {
+                let tried = Tried {
+                    event: request.event,
+                    author: request.author.to_string(),
+                    witness: &request.witness,
+                };
+                inner.commit(repository, &session, &tried, |base| {
+                    inner.prepare(repository, base, &request)
+                })
+            })
+        })
+        .await
+    }
+
+    /// Undoes a commit by a further one, or finds that it was undone for the same event.
+    pub async fn revert(
+        &self,
+        request: RevertRequest,
+        cancel: &CancellationToken,
+    ) -> Result<Committed, GitopsError> {
+        let inner = self.inner.clone();
+        in_background(cancel, move |cancel| {
+            let session = inner.session(&cancel);
+            let _lock = inner.lock(&session)?;
+            inner.with(|repository| {
+                let tried = Tried {
+                    event: request.event,
+                    author: request.author.to_string(),
+                    witness: &request.witness,
+                };
+                inner.commit(repository, &session, &tried, |base| {
+                    inner.prepare_revert(repository, base, &request)
+                })
+            })
+        })
+        .await
+    }
+
+    /// What is on the branch that `known` does not list, in the order of history, and whether the
+    /// branch still contains `expected`. What is in the history of `since` is not looked at. With
+    /// a remote, what others pushed there is taken over first.
+    pub async fn survey(
+        &self,
+        request: survey::Request,
+        cancel: &CancellationToken,
+    ) -> Result<survey::Survey, GitopsError> {
+        let inner = self.inner.clone();
+        in_background(cancel, move |cancel| {
+            let session = inner.session(&cancel);
+            inner.with(|repository| {
+                let mut head = None;
+                if let Some(remote) = &inner.remote {
+                    let _lock = inner.lock(&session)?;
+                    head = match remote.follow(repository, &session) {
+                        // Where the remote is, and not where the branch was left here.
+                        Err(GitopsError::Diverged { remote, .. }) => {
+                            Some(find(repository, &remote)?)
+                        }
+                        other => other?,
+                    };
+                }
+                let head = match head {
+                    Some(head) => head,
+                    None => inner.head(repository)?,
+                };
+                survey::take(repository, head, &request)
+            })
         })
         .await
     }
@@ -253,6 +382,18 @@ impl GitopsRepository {
         .await
     }
 
+    /// How much a commit changes against its first parent, and in which environments.
+    pub async fn summary(
+        &self,
+        commit: &CommitId,
+    ) -> Result<(DiffSummary, Vec<EnvironmentName>), GitopsError> {
+        let commit = commit.clone();
+        self.read(move |_, repository| {
+            Ok(survey::summarise(repository, find(repository, &commit)?)?)
+        })
+        .await
+    }
+
     async fn read<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Inner, &Repository) -> Result<T, GitopsError> + Send + 'static,
@@ -274,7 +415,7 @@ impl Inner {
         let kept = self.handles().pop();
         let repository = match kept {
             Some(repository) => repository,
-            None => Repository::open_bare(&self.path)?,
+            None => open(&self.path)?,
         };
         let done = work(&repository)?;
         self.handles().push(repository);
@@ -344,16 +485,13 @@ impl Inner {
             .initial_head(BRANCH);
         let repository = Repository::init_opts(&fresh, &options)?;
         let mut config = repository.config()?;
-        // libgit2 then syncs objects and refs before it reports them as written.
-        config.set_bool("core.fsyncObjectFiles", true)?;
         // Whoever pushes here by hand can add to the history, and not rewrite it.
         config.set_bool("receive.denyNonFastForwards", true)?;
         config.set_bool("receive.denyDeletes", true)?;
         config.set_str(PROJECT_SETTING, self.project.as_str())?;
         drop(repository);
 
-        // Opened again, because settings are read when a repository is opened.
-        let repository = Repository::open_bare(&fresh)?;
+        let repository = open(&fresh)?;
         match &self.remote {
             None => {
                 let first = self.first_commit(&repository)?;
@@ -398,10 +536,15 @@ impl Inner {
         for (path, content) in template::files(&self.project) {
             update.upsert(path, repository.blob(content.as_bytes())?, FileMode::Blob);
         }
+        if let Some(key) = &self.key {
+            let text = allowed_signers([key.signer()?.public_key.as_str()]);
+            let blob = repository.blob(text.as_bytes())?;
+            update.upsert(ALLOWED_SIGNERS, blob, FileMode::Blob);
+        }
         let tree = update.create_updated(repository, &empty)?;
         let message = format!("init: {}\n", self.project);
         let daybook = committer(Timestamp::now())?;
-        write_commit(repository, &daybook, &daybook, &message, tree, None)
+        self.write_commit(repository, &daybook, &daybook, &message, tree, None)
     }
 
     /// Refuses what is no GitOps repository, or another project's.
@@ -410,7 +553,13 @@ impl Inner {
             path: self.path.clone(),
             reason: reason.to_owned(),
         };
-        let config = repository.config()?.snapshot()?;
+        let mut config = repository.config()?;
+        // Repositories of older versions have it where git warns about it.
+        let mut local = config.open_level(ConfigLevel::Local)?;
+        if local.get_bool("core.fsyncobjectfiles").is_ok() {
+            local.remove("core.fsyncobjectfiles")?;
+        }
+        let config = config.snapshot()?;
         let project = config
             .get_str(PROJECT_SETTING)
             .map_err(|_| not_one("it was not made by Daybook"))?;
@@ -442,25 +591,52 @@ impl Inner {
         &self,
         repository: &Repository,
         session: &Session,
-        request: &CommitRequest,
+        tried: &Tried<'_>,
+        prepare: impl Fn(Oid) -> Result<Prepared, GitopsError>,
     ) -> Result<Committed, GitopsError> {
+        let signers = self.signers(tried.witness)?;
         for attempt in 0..MAX_ATTEMPTS {
             session.check_cancelled()?;
             let base = self.head(repository)?;
-            if let Some(made) = self.index().find(repository, base, request.event)? {
+            if let Some(expected) = &tried.witness.after
+                && !contains(repository, base, expected)?
+            {
+                // Another machine may have recorded what it pushed before it is known here.
+                match &self.remote {
+                    Some(remote) if attempt == 0 => {
+                        remote.follow(repository, session)?;
+                        continue;
+                    }
+                    _ => {
+                        return Err(GitopsError::HistoryRewritten {
+                            expected: expected.clone(),
+                            found: commit_id(base)?,
+                        });
+                    }
+                }
+            }
+            let (made, ordinal) = {
+                let mut index = self.index();
+                (
+                    index.find(repository, base, tried.event, signers.as_deref())?,
+                    index.ordinal(repository, base)?,
+                )
+            };
+            if let Some(made) = made {
+                let ordinal = history::ordinal_of(repository, made)?;
                 return Ok(Committed {
                     found: true,
-                    ..committed(repository, made)?
+                    ..self.committed(repository, made, ordinal)?
                 });
             }
-            let next = match self.prepare(repository, base, request)? {
+            let next = match prepare(base)? {
                 Prepared::Commit(next) => next,
                 Prepared::Nothing { title } => {
-                    let head = committed(repository, base)?;
+                    let head = self.committed(repository, base, ordinal)?;
                     return Ok(Committed {
                         message: title.clone(),
                         title,
-                        author: request.author.to_string(),
+                        author: tried.author.clone(),
                         files: BTreeMap::new(),
                         files_digest: digest_of(&BTreeMap::new()),
                         unchanged: true,
@@ -473,7 +649,7 @@ impl Inner {
                 Some(remote) => remote.publish(repository, session, base, next)?,
             };
             if moved == Moved::Yes {
-                return committed(repository, next);
+                return self.committed(repository, next, ordinal + 1);
             }
             if let Some(remote) = &self.remote {
                 if attempt > 0 {
@@ -485,6 +661,94 @@ impl Inner {
         Err(GitopsError::Contended {
             attempts: MAX_ATTEMPTS,
         })
+    }
+
+    /// The keys whose signatures count; none if nothing is signed here.
+    fn signers(&self, witness: &Witness) -> Result<Option<Vec<String>>, GitopsError> {
+        let Some(key) = &self.key else {
+            return Ok(None);
+        };
+        let mut signers = witness.signers.clone();
+        let own = key.signer()?.public_key;
+        if !signers.contains(&own) {
+            signers.push(own);
+        }
+        Ok(Some(signers))
+    }
+
+    /// Puts in what the commit witnesses of the ledger.
+    fn witness(
+        &self,
+        repository: &Repository,
+        base: &git2::Commit<'_>,
+        witness: &Witness,
+        update: &mut TreeUpdateBuilder,
+    ) -> Result<(), GitopsError> {
+        if let Some(ledger) = &witness.ledger {
+            let blob = repository.blob(&ledger.checkpoint)?;
+            update.upsert(CHECKPOINT, blob, FileMode::Blob);
+        }
+        if let Some(signers) = self.signers(witness)? {
+            let text = allowed_signers(signers.iter().map(String::as_str));
+            let there = base.tree()?.get_path(Path::new(ALLOWED_SIGNERS)).ok();
+            let same = there.is_some_and(|entry| {
+                repository
+                    .find_blob(entry.id())
+                    .is_ok_and(|blob| blob.content() == text.as_bytes())
+            });
+            if !same {
+                let blob = repository.blob(text.as_bytes())?;
+                update.upsert(ALLOWED_SIGNERS, blob, FileMode::Blob);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the commit that undoes another one on a base, without moving the branch.
+    fn prepare_revert(
+        &self,
+        repository: &Repository,
+        base: Oid,
+        request: &RevertRequest,
+    ) -> Result<Prepared, GitopsError> {
+        let commit = request.commit.clone();
+        let undone = repository.find_commit(find(repository, &commit)?)?;
+        if undone.parent_count() > 1 {
+            return Err(GitopsError::RevertOfMerge { commit });
+        }
+        let base = repository.find_commit(base)?;
+        let mut index = repository.revert_commit(&undone, &base, 0, None)?;
+        if index.has_conflicts() {
+            let paths = conflicts(&index)?;
+            return Err(GitopsError::RevertConflicts { commit, paths });
+        }
+        let reverted = repository.find_tree(index.write_tree_to(repository)?)?;
+        if reverted.id() == base.tree_id() {
+            return Err(GitopsError::NothingToRevert { commit });
+        }
+        let difference =
+            repository.diff_tree_to_tree(Some(&base.tree()?), Some(&reverted), None)?;
+        let environments = survey::environments(difference.deltas());
+        let mut update = TreeUpdateBuilder::new();
+        self.witness(repository, &base, &request.witness, &mut update)?;
+        let tree = update.create_updated(repository, &reverted)?;
+        let line = message::revert_line(&commit);
+        let body = match request.reason.as_deref().map(str::trim) {
+            None | Some("") => line,
+            Some(reason) => format!("{reason}\n\n{line}"),
+        };
+        let undone = format!("{} {}", commit.short(), history::title_of(&undone));
+        let text = message::compose(
+            &message::revert_title(&environments, undone.trim_end()),
+            Some(&body),
+            request.event,
+            None,
+            request.witness.ledger.as_ref().map(|l| &l.anchor),
+        );
+        let author = signature(&request.author, request.at)?;
+        let committer = committer(Timestamp::now())?;
+        let next = self.write_commit(repository, &author, &committer, &text, tree, Some(&base))?;
+        Ok(Prepared::Commit(next))
     }
 
     /// Makes the commit of a change on a base, without moving the branch.
@@ -500,13 +764,18 @@ impl Inner {
             Some(name) => self.values(repository, base, name)?,
             None => None,
         };
-        let changed = change::make(
+        let mut changed = change::make(
             &request.change,
             EnvironmentValues::new(self.project.clone(), environment.clone(), false),
             current.as_ref().map(|(values, _)| values),
             other.as_ref().map(|(values, _)| values),
         )
         .map_err(|why| cannot(why, request))?;
+        if let (Change::Remove { service, .. }, After::Values(values)) =
+            (&request.change, &mut changed.after)
+        {
+            self.settle_image(repository, base, environment, service, values)?;
+        }
         let tag = changed.image.as_ref().map(|i| i.tag.as_str());
         let title = message::title(environment, &request.change, tag);
         let base_commit = repository.find_commit(base)?;
@@ -538,21 +807,18 @@ impl Inner {
                 update.remove(folder);
             }
         }
+        self.witness(repository, &base_commit, &request.witness, &mut update)?;
         let tree = update.create_updated(repository, &base_commit.tree()?)?;
         let text = message::compose(
             &title,
             request.body.as_deref(),
             request.event,
             request.change.deployment(),
-            request.ledger.as_ref(),
+            request.witness.ledger.as_ref().map(|l| &l.anchor),
         );
-        let author = Signature::new(
-            request.author.name(),
-            request.author.email(),
-            &git2::Time::new(request.at.as_second(), 0),
-        )?;
+        let author = signature(&request.author, request.at)?;
         let committer = committer(Timestamp::now())?;
-        let next = write_commit(
+        let next = self.write_commit(
             repository,
             &author,
             &committer,
@@ -561,6 +827,53 @@ impl Inner {
             Some(&base_commit),
         )?;
         Ok(Prepared::Commit(next))
+    }
+
+    /// What a service was deployed with last, after a release was removed: if none that is left has
+    /// that image, the newest one before that one of them has. A deployment that failed so leaves
+    /// nothing behind that could be promoted.
+    fn settle_image(
+        &self,
+        repository: &Repository,
+        base: Oid,
+        environment: &EnvironmentName,
+        service: &ServiceName,
+        values: &mut EnvironmentValues,
+    ) -> Result<(), GitopsError> {
+        let Some(left) = values.services.get_mut(service) else {
+            return Ok(());
+        };
+        let runs = |image: &PinnedImage| left.releases.values().any(|r| r.image == *image);
+        if left.image.as_ref().is_none_or(runs) {
+            return Ok(());
+        }
+        let mut found = None;
+        let mut at = (!left.releases.is_empty()).then_some(base);
+        let mut seen = None;
+        for _ in 0..IMAGE_MEMORY {
+            let Some(commit) = at else { break };
+            let commit = repository.find_commit(commit)?;
+            at = commit.parent_ids().next();
+            let blob = commit
+                .tree()?
+                .get_path(Path::new(&values_path(environment)))
+                .map(|entry| entry.id())
+                .ok();
+            if blob == seen {
+                continue;
+            }
+            seen = blob;
+            // Somebody may have broken it then.
+            if let Ok(Some((then, _))) = self.values(repository, commit.id(), environment)
+                && let Some(image) = then.services.get(service).and_then(|s| s.image.clone())
+                && runs(&image)
+            {
+                found = Some(image);
+                break;
+            }
+        }
+        left.image = found.or_else(|| left.releases.values().next().map(|r| r.image.clone()));
+        Ok(())
     }
 
     /// An environment's values at a commit, with their text; none if it is not there.
@@ -599,9 +912,73 @@ impl Inner {
         Ok(Some((values, text)))
     }
 
+    /// Writes a commit object, signed if there is a key.
+    fn write_commit(
+        &self,
+        repository: &Repository,
+        author: &Signature<'_>,
+        committer: &Signature<'_>,
+        message: &str,
+        tree: Oid,
+        parent: Option<&git2::Commit<'_>>,
+    ) -> Result<Oid, GitopsError> {
+        let parents: Vec<_> = parent.into_iter().collect();
+        let tree = repository.find_tree(tree)?;
+        let text = repository.commit_create_buffer(author, committer, message, &tree, &parents)?;
+        let Some(key) = &self.key else {
+            return Ok(repository.odb()?.write(ObjectType::Commit, &text)?);
+        };
+        let text = std::str::from_utf8(&text)
+            .map_err(|_| git2::Error::from_str("the text of a commit is not UTF-8"))?;
+        let signature = key.load()?.sign(text).map_err(GitopsError::Signing)?;
+        Ok(repository.commit_signed(text, &signature, None)?)
+    }
+
+    /// What is reported of a commit, read from the repository: the same for the one who made it
+    /// and for the one who finds it.
+    fn committed(
+        &self,
+        repository: &Repository,
+        id: Oid,
+        ordinal: u64,
+    ) -> Result<Committed, GitopsError> {
+        let commit = repository.find_commit(id)?;
+        let parent = commit.parent_ids().next();
+        let files: BTreeMap<String, Option<Digest>> =
+            history::files_between(repository, parent, id)?
+                .into_iter()
+                .map(|(path, ChangedFile { after, .. })| (path, after))
+                .collect();
+        Ok(Committed {
+            commit: commit_id(id)?,
+            parent: parent.map(commit_id).transpose()?,
+            tree: commit.tree_id().to_string(),
+            title: history::title_of(&commit),
+            message: String::from_utf8_lossy(commit.message_bytes()).into_owned(),
+            author: history::author_of(&commit),
+            files_digest: digest_of(&files),
+            files,
+            ordinal,
+            ledger: history::trailers_of(&commit).ledger,
+            signer: match &self.key {
+                None => None,
+                Some(_) => signing::signer_of(repository, id)?,
+            },
+            found: false,
+            unchanged: false,
+        })
+    }
+
     fn index(&self) -> std::sync::MutexGuard<'_, EventIndex> {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a request is known by.
+struct Tried<'a> {
+    event: EventId,
+    author: String,
+    witness: &'a Witness,
 }
 
 enum Prepared {
@@ -609,56 +986,12 @@ enum Prepared {
     Nothing { title: String },
 }
 
-/// Writes a commit object. Here is the text that a signature is made over: a signed commit is
-/// written by [`Repository::commit_signed`] with the same text.
-fn write_commit(
-    repository: &Repository,
-    author: &Signature<'_>,
-    committer: &Signature<'_>,
-    message: &str,
-    tree: Oid,
-    parent: Option<&git2::Commit<'_>>,
-) -> Result<Oid, GitopsError> {
-    let parents: Vec<_> = parent.into_iter().collect();
-    let text = repository.commit_create_buffer(
-        author,
-        committer,
-        message,
-        &repository.find_tree(tree)?,
-        &parents,
-    )?;
-    Ok(repository.odb()?.write(ObjectType::Commit, &text)?)
-}
-
 fn committer(at: Timestamp) -> Result<Signature<'static>, GitopsError> {
     let time = git2::Time::new(at.as_second(), 0);
     Ok(Signature::new(COMMITTER, COMMITTER_ADDRESS, &time)?)
 }
 
-/// What is reported of a commit, read from the repository: the same for the one who made it and
-/// for the one who finds it.
-fn committed(repository: &Repository, id: Oid) -> Result<Committed, GitopsError> {
-    let commit = repository.find_commit(id)?;
-    let parent = commit.parent_ids().next();
-    let files: BTreeMap<String, Option<Digest>> = history::files_between(repository, parent, id)?
-        .into_iter()
-        .map(|(path, ChangedFile { after, .. })| (path, after))
-        .collect();
-    Ok(Committed {
-        commit: commit_id(id)?,
-        parent: parent.map(commit_id).transpose()?,
-        tree: commit.tree_id().to_string(),
-        title: history::title_of(&commit),
-        message: String::from_utf8_lossy(commit.message_bytes()).into_owned(),
-        author: history::author_of(&commit),
-        files_digest: digest_of(&files),
-        files,
-        found: false,
-        unchanged: false,
-    })
-}
-
-fn digest_of(files: &BTreeMap<String, Option<Digest>>) -> Digest {
+pub(super) fn digest_of(files: &BTreeMap<String, Option<Digest>>) -> Digest {
     let mut lines: Vec<String> = files
         .iter()
         .map(|(path, digest)| {
@@ -668,6 +1001,30 @@ fn digest_of(files: &BTreeMap<String, Option<Digest>>) -> Digest {
         .collect();
     lines.sort();
     Digest::of(lines.concat().as_bytes())
+}
+
+fn signature(author: &Author, at: Timestamp) -> Result<Signature<'static>, GitopsError> {
+    let time = git2::Time::new(at.as_second(), 0);
+    Ok(Signature::new(author.name(), author.email(), &time)?)
+}
+
+/// Whether a commit is in the history of another one.
+fn contains(repository: &Repository, head: Oid, commit: &CommitId) -> Result<bool, GitopsError> {
+    let commit = Oid::from_str(commit.as_str())?;
+    Ok(history::is_ancestor(repository, commit, head)?)
+}
+
+fn conflicts(index: &git2::Index) -> Result<Vec<String>, GitopsError> {
+    let mut paths = Vec::new();
+    for conflict in index.conflicts()? {
+        let conflict = conflict?;
+        let entry = conflict.our.or(conflict.their).or(conflict.ancestor);
+        if let Some(entry) = entry {
+            paths.push(printable(&String::from_utf8_lossy(&entry.path)));
+        }
+    }
+    paths.dedup();
+    Ok(paths)
 }
 
 fn cannot(why: CannotChange, request: &CommitRequest) -> GitopsError {
@@ -708,7 +1065,7 @@ fn cannot(why: CannotChange, request: &CommitRequest) -> GitopsError {
     }
 }
 
-fn find(repository: &Repository, commit: &CommitId) -> Result<Oid, GitopsError> {
+pub(super) fn find(repository: &Repository, commit: &CommitId) -> Result<Oid, GitopsError> {
     let missing = || GitopsError::CommitMissing {
         commit: commit.clone(),
     };
@@ -722,6 +1079,27 @@ fn find(repository: &Repository, commit: &CommitId) -> Result<Oid, GitopsError> 
 
 fn values_path(environment: &EnvironmentName) -> String {
     format!("environments/{environment}/values.yaml")
+}
+
+/// Opens a repository so that objects and refs are synced before they are reported as written.
+/// libgit2's setting for that is one that git warns about wherever it meets it, so it stands in a
+/// file of its own, which git does not read.
+fn open(path: &Path) -> Result<Repository, GitopsError> {
+    let repository = Repository::open_bare(path)?;
+    if repository.config()?.get_entry(PROJECT_SETTING).is_err() {
+        // It is not ours, and is left as it is.
+        return Ok(repository);
+    }
+    let synced = path.join(SYNCED);
+    if !synced.exists() {
+        fs::write(&synced, "[core]\n\tfsyncObjectFiles = true\n")
+            .map_err(GitopsError::disk(&synced))?;
+    }
+    let mut config = Config::new()?;
+    config.add_file(&path.join("config"), ConfigLevel::Local, false)?;
+    config.add_file(&synced, ConfigLevel::App, false)?;
+    repository.set_config(&config)?;
+    Ok(repository)
 }
 
 /// A path beside another one: `shop.git` and `shop.git.lock`.

@@ -7,6 +7,7 @@
 //! build    runs a build: clone, build, push
 //! follow   mirrors a build's steps to the deployments that wait for it
 //! package  makes the GitOps commit → deploying; later: stop, start, remove, clean up
+//! foreign  finds commits of others in the GitOps repositories, and undoes those that are not wanted
 //! sync     hands a commit to a cluster
 //! observe  records what a cluster shows
 //! route    ready → routes switched → applied → succeeded; stopped, started, terminated, failed
@@ -18,6 +19,7 @@
 
 pub mod build;
 pub mod follow;
+pub mod foreign;
 pub mod gateway;
 pub mod observe;
 pub mod package;

@@ -11,22 +11,30 @@ use async_trait::async_trait;
 use daybook_events::deployment::{ChangeCommitted, DeployingStarted, DeploymentEvent, Status};
 use daybook_events::gitops::{self, Change, Committed, Gitops, GitopsEvent, RepositoryCreated};
 use daybook_events::spec::PinnedImage;
-use daybook_events::{AggregateKind, CommitId, ProjectName, Subject, SubjectFilter};
+use daybook_events::{Actor, AggregateKind, CommitId, Event, ProjectName, Subject, SubjectFilter};
 use daybook_projections::DeploymentRow;
+use uuid::Uuid;
 
+use super::foreign::Nudge;
 use super::{Bench, Stop, give_up, settle};
 use crate::driver::{Activation, Outcome, Worker};
-use crate::ports::{GitopsChange, Repositories};
+use crate::ports::{GitopsChange, KnownHistory, Repositories, StepError};
 use crate::values::ReleaseValues;
 
 const ROLE: &str = "package";
 
+/// The code of a step that meets a rewritten history.
+pub(super) const REWRITTEN: &str = "gitops_history_rewritten";
+
 /// The worker that writes GitOps repositories.
+#[derive(Clone)]
 pub struct Package {
     /// Shared.
     pub bench: Bench,
     /// The repositories.
     pub repositories: Arc<dyn Repositories>,
+    /// Has the branch looked over when somebody else was seen to have committed.
+    pub nudge: Nudge,
 }
 
 #[async_trait]
@@ -69,9 +77,20 @@ impl Package {
         let Subject::Deployment(_, _, id) = a.subject else {
             return Ok(());
         };
-        let Some(row) = self.bench.row(id)? else {
-            return Ok(());
-        };
+        match self.bench.row(id)? {
+            Some(row) => self.carry_out(&row, Some(&a.event)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Commits what a deployment's status calls for. `event` is what led to it, where it is at
+    /// hand.
+    pub(super) async fn carry_out(
+        &self,
+        row: &DeploymentRow,
+        event: Option<&Event>,
+    ) -> Result<(), Stop> {
+        let id = row.id;
         let service = row.state.request.instance.service.clone();
         let Some(image) = row.state.image.clone() else {
             return Ok(());
@@ -109,11 +128,17 @@ impl Package {
             }
             Status::Terminating => (remove, None),
             // It may have been committed although the event that says so was never accepted.
-            Status::Failed | Status::Cancelled if self.is_listed(&row)? => (remove, None),
+            Status::Failed | Status::Cancelled if self.is_listed(row)? => (remove, None),
             _ => return Ok(()),
         };
-        let author = self.author(a, &row).await?;
-        let commit = self.commit(&row, change, &image, author).await?;
+        let author = self.author(event, row).await?;
+        let commit = match self.commit(row, change, &image, author).await {
+            // Only a deployment can fail. The rest of its life waits for somebody's decision.
+            Err(Stop::Fail(e)) if e.code == REWRITTEN && row.state.status != Status::Packaging => {
+                return Err(Stop::Retry(format!("{}: {}", e.code, e.message)));
+            }
+            other => other?,
+        };
         let event = if row.state.status == Status::Packaging {
             DeploymentEvent::DeployingStarted(DeployingStarted {
                 commit: commit.clone(),
@@ -124,7 +149,7 @@ impl Package {
                 replicas,
             })
         };
-        match self.bench.advance(ROLE, &row, "committed", event).await {
+        match self.bench.advance(ROLE, row, "committed", event).await {
             // It was cancelled while the commit was made: its ending event wakes this worker
             // again, which then takes the release out.
             Err(Stop::Moved(_)) => Ok(()),
@@ -132,16 +157,13 @@ impl Package {
         }
     }
 
+    fn gitops(&self, project: &ProjectName) -> Result<Option<Gitops>, Stop> {
+        Ok(self.bench.ledger.projections().gitops(project)?)
+    }
+
     fn is_listed(&self, row: &DeploymentRow) -> Result<bool, Stop> {
-        let project = &row.state.request.instance.project;
-        let gitops = self
-            .bench
-            .ledger
-            .projections()
-            .folded::<Gitops>(&Subject::Gitops(project.clone()))?;
-        Ok(gitops
-            .state
-            .is_some_and(|g| g.releases.contains_key(&row.id)))
+        let gitops = self.gitops(&row.state.request.instance.project)?;
+        Ok(gitops.is_some_and(|g| g.releases.contains_key(&row.id)))
     }
 
     /// Makes the commit and records it.
@@ -154,8 +176,8 @@ impl Package {
     ) -> Result<CommitId, Stop> {
         let instance = &row.state.request.instance;
         let subject = Subject::Gitops(instance.project.clone());
-        self.ensure_repository(&instance.project, &subject, row)
-            .await?;
+        let known = self.known(&instance.project, row).await?;
+        let head = known.head.clone();
         let release = matches!(change, Change::Deploy { .. }).then(|| ReleaseValues {
             image: image.clone(),
             clusters: row.state.request.clusters.clone(),
@@ -173,9 +195,23 @@ impl Package {
                     author,
                     cause: row.state.status_event,
                     deployment: row.id,
+                    known,
                 },
             )
-            .await?;
+            .await;
+        let made = match made {
+            Ok(made) => made,
+            Err(e) => {
+                if e.code == REWRITTEN {
+                    self.nudge.give();
+                }
+                return Err(e.into());
+            }
+        };
+        // Somebody else committed in between, or a process whose record is still to come.
+        if made.parent != head {
+            self.nudge.give();
+        }
         self.bench
             .say(
                 row.id,
@@ -186,6 +222,7 @@ impl Package {
         let event = GitopsEvent::Committed(Box::new(Committed {
             commit: made.commit.clone(),
             parent: made.parent,
+            ordinal: Some(made.ordinal),
             environment: instance.environment.clone(),
             change,
             message: made.message,
@@ -193,6 +230,9 @@ impl Package {
             cause: row.state.status_event,
             files: made.files,
             files_digest: made.files_digest,
+            ledger: made.ledger,
+            signer: made.signer,
+            unchanged: made.unchanged,
         }));
         let context =
             self.bench
@@ -205,29 +245,72 @@ impl Package {
         Ok(made.commit)
     }
 
-    async fn ensure_repository(
+    /// What the ledger knows of a project's repository, which is made if need be. The key that
+    /// signs is recorded before it signs.
+    pub(super) async fn known(
         &self,
         project: &ProjectName,
-        subject: &Subject,
         row: &DeploymentRow,
-    ) -> Result<(), Stop> {
-        if self
-            .bench
-            .ledger
-            .projections()
-            .folded::<Gitops>(subject)?
-            .state
-            .is_some()
+    ) -> Result<KnownHistory, Stop> {
+        let subject = Subject::Gitops(project.clone());
+        let found = self.gitops(project)?;
+        let (head, mut signers) = match found {
+            Some(gitops) => {
+                if let Some(rewritten) = gitops.rewritten {
+                    return Err(Stop::Fail(StepError::fatal(
+                        REWRITTEN,
+                        format!(
+                            "the GitOps history was rewritten: the branch is at {} and no longer \
+                             contains {}",
+                            rewritten.found.short(),
+                            rewritten.expected.short()
+                        ),
+                        "put the branch back, or accept what it is with `daybook gitops adopt`; \
+                         then deploy again",
+                    )));
+                }
+                (Some(gitops.head), gitops.signers)
+            }
+            None => {
+                let (branch, commit) = self.repositories.ensure(project).await?;
+                let event = GitopsEvent::RepositoryCreated(RepositoryCreated {
+                    commit: commit.clone(),
+                    branch,
+                });
+                let context = self.bench.follow_up(
+                    ROLE,
+                    row.state.status_event,
+                    row.id.0,
+                    "repository_created",
+                );
+                self.record(&subject, &context, event).await?;
+                (Some(commit), Vec::new())
+            }
+        };
+        if let Some(signer) = self.repositories.signer()?
+            && !signers.contains(&signer.public_key)
         {
-            return Ok(());
+            let seed = Uuid::new_v5(&Uuid::NAMESPACE_OID, project.as_str().as_bytes());
+            let mut context =
+                self.bench
+                    .follow_up(ROLE, row.state.status_event, row.id.0, "signer_added");
+            context.id =
+                daybook_events::EventId::derived(seed, &format!("signer {}", signer.fingerprint));
+            signers.push(signer.public_key.clone());
+            self.record(&subject, &context, GitopsEvent::SignerAdded(signer))
+                .await?;
         }
-        let (branch, commit) = self.repositories.ensure(project).await?;
-        let event = GitopsEvent::RepositoryCreated(RepositoryCreated { commit, branch });
-        let context =
-            self.bench
-                .follow_up(ROLE, row.state.status_event, row.id.0, "repository_created");
+        Ok(KnownHistory { head, signers })
+    }
+
+    async fn record(
+        &self,
+        subject: &Subject,
+        context: &daybook_events::Context,
+        event: GitopsEvent,
+    ) -> Result<(), Stop> {
         self.bench
-            .append::<Gitops>(subject, &context, |state| {
+            .append::<Gitops>(subject, context, |state| {
                 gitops::decide(state, event.clone())
             })
             .await?;
@@ -235,13 +318,11 @@ impl Package {
     }
 
     /// The person behind a commit: who asked for the operation, or for the deployment.
-    async fn author(&self, a: &Activation, row: &DeploymentRow) -> Result<String, Stop> {
+    async fn author(&self, event: Option<&Event>, row: &DeploymentRow) -> Result<String, Stop> {
         let actor = match row.state.status {
-            Status::Stopping | Status::Starting | Status::Terminating
-                if a.event.id == row.state.status_event =>
-            {
-                Some(a.event.actor())
-            }
+            Status::Stopping | Status::Starting | Status::Terminating => event
+                .filter(|event| event.id == row.state.status_event)
+                .map(Event::actor),
             Status::Packaging => self
                 .bench
                 .ledger
@@ -253,10 +334,15 @@ impl Package {
                 .map(|e| e.actor()),
             _ => None,
         };
-        let id = actor.map_or_else(|| "daybook".to_owned(), |a| a.id);
-        Ok(match id.split_once('@') {
-            Some((name, _)) => format!("{name} <{id}>"),
-            None => format!("{id} <{id}@users.noreply.daybook.dev>"),
-        })
+        Ok(author_of(actor))
+    }
+}
+
+/// An actor as the author of a commit; Daybook itself, if there is none.
+pub(super) fn author_of(actor: Option<Actor>) -> String {
+    let id = actor.map_or_else(|| "daybook".to_owned(), |a| a.id);
+    match id.split_once('@') {
+        Some((name, _)) => format!("{name} <{id}>"),
+        None => format!("{id} <{id}@users.noreply.daybook.dev>"),
     }
 }

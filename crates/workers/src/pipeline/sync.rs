@@ -39,7 +39,13 @@ impl Worker for Sync {
         SubjectFilter::of(AggregateKind::Gitops)
     }
     fn wants(&self, kind: &str) -> bool {
-        kind == "gitops.committed.v1"
+        matches!(
+            kind,
+            "gitops.committed.v1"
+                | "gitops.reverted.v1"
+                | "gitops.foreign_commit_adopted.v1"
+                | "gitops.rewrite_accepted.v1"
+        )
     }
     async fn activate(&self, a: &Activation) -> Outcome {
         let Some(project) = a.subject.project() else {

@@ -442,6 +442,10 @@ impl SampleProject {
             cause: EventId(Uuid::now_v7()),
             files: BTreeMap::from([(file, Some(content.clone()))]),
             files_digest: content,
+            ordinal: None,
+            ledger: None,
+            signer: None,
+            unchanged: false,
         };
         let gitops = Subject::Gitops(self.project.clone());
         self.record(&gitops, run, GitopsEvent::Committed(Box::new(committed)))?;

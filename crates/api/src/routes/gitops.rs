@@ -1,0 +1,199 @@
+//! GitOps repositories: what the ledger knows of them, and what people decide about commits that
+//! Daybook did not make.
+
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use daybook_events::gitops::{
+    ForeignCommit, ForeignSignature, ForeignStatus, Gitops, HistoryRewritten,
+};
+use daybook_events::{CommitId, EnvironmentName, ProjectName, Refusal};
+use jiff::Timestamp;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use super::deployments::Why;
+use crate::answer::Answer;
+use crate::commands::Commands;
+use crate::extract::{Command, Named, NoParams, Params};
+use crate::git;
+use crate::problem::Problem;
+use crate::state::AppState;
+
+/// A GitOps repository, as the ledger knows it.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct GitopsView {
+    /// The project.
+    project: ProjectName,
+    /// Its branch.
+    branch: String,
+    /// The newest commit that the ledger records.
+    head: CommitId,
+    /// How many commits it records.
+    commits: u64,
+    /// Public keys that commits were or are signed with, oldest first.
+    signers: Vec<String>,
+    /// Commits that Daybook did not make, oldest first, at most 256.
+    foreign: Vec<ForeignView>,
+    /// How many of them wait for somebody's decision.
+    undecided: usize,
+    /// Set while the branch does not contain what the ledger records: nothing is committed then.
+    rewritten: Option<HistoryRewritten>,
+}
+
+/// A commit that Daybook did not make.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct ForeignView {
+    /// The commit.
+    commit: CommitId,
+    /// How many commits its history has, itself included.
+    ordinal: Option<u64>,
+    /// Author as `Name <address>`; whoever commits can write anything here.
+    author: String,
+    /// First line of its message.
+    message: String,
+    /// Environments whose files it changes.
+    environments: Vec<EnvironmentName>,
+    /// The commit that it says it reverts.
+    reverts: Option<CommitId>,
+    /// Whose signature it carries.
+    signature: ForeignSignature,
+    /// When it was found.
+    found_at: Timestamp,
+    /// What became of it.
+    status: ForeignStatus,
+    /// Why it could not be undone, when that was tried last.
+    problem: Option<String>,
+}
+
+impl From<ForeignCommit> for ForeignView {
+    fn from(f: ForeignCommit) -> Self {
+        Self {
+            commit: f.commit,
+            ordinal: f.ordinal,
+            author: f.author,
+            message: f.message,
+            environments: f.environments,
+            reverts: f.reverts,
+            signature: f.signature,
+            found_at: f.found,
+            status: f.status,
+            problem: f.problem,
+        }
+    }
+}
+
+/// A decision that was recorded.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Decided {
+    /// The commit.
+    commit: CommitId,
+    /// What becomes of it.
+    status: ForeignStatus,
+}
+
+type Handled<T> = Result<Answer<T>, Problem>;
+
+fn repository(commands: &Commands, project: &ProjectName) -> Result<Gitops, Problem> {
+    commands.project(project)?;
+    let found = commands.ledger().projections().gitops(project)?;
+    Ok(found.ok_or_else(|| {
+        Refusal::new(
+            "repository_not_found",
+            format!("the project {project} has no GitOps repository yet"),
+            "deploy something, which makes it",
+        )
+    })?)
+}
+
+/// What the ledger knows of a project's GitOps repository, and which commits it did not make.
+#[utoipa::path(get, path = "/api/v1/projects/{project}/gitops", tag = "gitops",
+    params(("project" = String, Path, description = "The project.")),
+    responses((status = 200, description = "The repository.", body = GitopsView)))]
+pub(crate) async fn get_gitops(
+    State(state): State<AppState>,
+    Named(project): Named<ProjectName>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Handled<GitopsView> {
+    let gitops = repository(&state.commands, &project)?;
+    Ok(Answer::ok(GitopsView {
+        project,
+        undecided: gitops.undecided().count(),
+        branch: gitops.branch,
+        head: gitops.head,
+        commits: gitops.commits,
+        signers: gitops.signers,
+        foreign: gitops.foreign.into_iter().map(Into::into).collect(),
+        rewritten: gitops.rewritten,
+    }))
+}
+
+/// What a commit of a project's GitOps repository changes, as `git` shows it; at most one mebibyte.
+#[utoipa::path(get, path = "/api/v1/projects/{project}/gitops/commits/{commit}/diff",
+    tag = "gitops",
+    params(
+        ("project" = String, Path, description = "The project."),
+        ("commit" = String, Path, description = "The commit: forty hexadecimal digits."),
+    ),
+    responses((status = 200, description = "The difference to its first parent.", body = String,
+        content_type = "text/x-diff")))]
+pub(crate) async fn commit_diff(
+    State(state): State<AppState>,
+    Named((project, commit)): Named<(ProjectName, CommitId)>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Result<Response, Problem> {
+    repository(&state.commands, &project)?;
+    let diff = git::diff(&state, &project, &commit).await?;
+    let headers = [
+        (header::CONTENT_TYPE, "text/x-diff; charset=utf-8"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    ];
+    Ok((headers, diff).into_response())
+}
+
+/// Accepts a commit that Daybook did not make: what it changes is synced from here on. For a
+/// history that was rewritten, the commit that the branch is at accepts what it is now.
+#[utoipa::path(post, path = "/api/v1/projects/{project}/gitops/commits/{commit}/adopt",
+    tag = "gitops",
+    params(
+        ("project" = String, Path, description = "The project."),
+        ("commit" = String, Path, description = "The commit: forty hexadecimal digits."),
+    ),
+    request_body = Option<Why>,
+    responses((status = 200, description = "It is adopted.", body = Decided)))]
+pub(crate) async fn adopt_commit(
+    State(state): State<AppState>,
+    Named((project, commit)): Named<(ProjectName, CommitId)>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<Why>,
+) -> Handled<Decided> {
+    let done = state
+        .commands
+        .adopt_commit(&caller, &project, &commit, body.reason)
+        .await?;
+    let status = ForeignStatus::Adopted;
+    Ok(Answer::done(&done, Decided { commit, status }))
+}
+
+/// Asks for a commit that Daybook did not make to be undone by a further, signed one.
+#[utoipa::path(post, path = "/api/v1/projects/{project}/gitops/commits/{commit}/revert",
+    tag = "gitops",
+    params(
+        ("project" = String, Path, description = "The project."),
+        ("commit" = String, Path, description = "The commit: forty hexadecimal digits."),
+    ),
+    request_body = Option<Why>,
+    responses((status = 200, description = "It is being undone.", body = Decided)))]
+pub(crate) async fn revert_commit(
+    State(state): State<AppState>,
+    Named((project, commit)): Named<(ProjectName, CommitId)>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<Why>,
+) -> Handled<Decided> {
+    let done = state
+        .commands
+        .revert_commit(&caller, &project, &commit, body.reason)
+        .await?;
+    let status = ForeignStatus::Reverting;
+    Ok(Answer::done(&done, Decided { commit, status }))
+}

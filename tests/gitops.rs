@@ -1,0 +1,127 @@
+//! GitOps repositories as people meet them: commits by hand, and what is decided about them.
+
+use std::fs;
+use std::path::Path;
+
+use daybook_testkit::git::{git, git_command};
+
+use crate::support::{Server, Settings, site, until};
+
+/// Commits by hand into a bare repository.
+fn by_hand(repository: &Path, file: &str, text: &str) -> String {
+    let clone = tempfile::tempdir().unwrap();
+    let at = clone.path();
+    git(at, &["clone", "--quiet", repository.to_str().unwrap(), "."]);
+    fs::write(at.join(file), text).unwrap();
+    git(at, &["add", "--all"]);
+    git(at, &["commit", "--quiet", "-m", &format!("write {file}")]);
+    git(at, &["push", "--quiet", "origin", "HEAD:main"]);
+    git(at, &["rev-parse", "HEAD"])
+}
+
+#[test]
+fn commits_by_hand_are_shown_adopted_and_undone() {
+    let server = Server::start(Settings::default().arg("--gitops-watch").arg("1"));
+    let source = site("one");
+    server.define("shop", "web", &source, &[]);
+    server.deploy("shop.production.web", &[]);
+    let repository = server.gitops("shop");
+
+    // Every commit is signed, and nothing that git says about the repository is a warning.
+    let clone = tempfile::tempdir().unwrap();
+    let url = format!("{}/git/shop.git", server.url());
+    for from in [url.as_str(), repository.to_str().unwrap()] {
+        let into = clone.path().join(from.replace('/', "_"));
+        let cloned = git_command(clone.path())
+            .args(["clone", "--quiet", from, into.to_str().unwrap()])
+            .output()
+            .unwrap();
+        assert!(cloned.status.success());
+        assert_eq!(String::from_utf8_lossy(&cloned.stderr), "");
+    }
+    let allowed = server.ok(&["gitops", "allowed-signers", "shop"]).stdout;
+    let file = clone.path().join("allowed_signers");
+    fs::write(&file, allowed).unwrap();
+    let verify = |commit: &str| {
+        let setting = format!("gpg.ssh.allowedSignersFile={}", file.display());
+        let verdict = git_command(&repository)
+            .args(["-c", &setting, "verify-commit", commit])
+            .output()
+            .unwrap();
+        assert!(verdict.status.success(), "{commit}: {verdict:?}");
+    };
+    let signs = std::process::Command::new("ssh-keygen").arg("-?").output();
+    match &signs {
+        Ok(_) => git(&repository, &["rev-list", "main"])
+            .lines()
+            .for_each(verify),
+        Err(_) => daybook_testkit::left_out("ssh-keygen is not installed"),
+    }
+    let anchored = git(&repository, &["show", "main:.daybook/checkpoint"]);
+    assert!(anchored.lines().count() >= 5, "{anchored}");
+
+    let first = by_hand(&repository, "NOTES", "a\nb\n");
+    let second = by_hand(&repository, "OTHER", "c\n");
+    let show = || server.json(&["gitops", "show", "shop"]);
+    until("both are found", || {
+        (show()["undecided"].as_u64() == Some(2)).then_some(())
+    });
+    let shown = server.ok(&["gitops", "show", "shop"]).stdout;
+    assert!(
+        shown.contains("write NOTES") && shown.contains(&first[..7]),
+        "{shown}"
+    );
+    let status = server.ok(&["status"]).stdout;
+    assert!(
+        status.contains("2 commits in the GitOps repository of shop"),
+        "{status}"
+    );
+    let diff = server.ok(&["gitops", "diff", "shop", &first[..9]]).stdout;
+    assert!(
+        diff.contains("+++ b/NOTES") && diff.contains("+a\n+b"),
+        "{diff}"
+    );
+    let kinds: Vec<_> = server.events();
+    let found = kinds
+        .iter()
+        .filter(|e| {
+            e["type"]
+                .as_str()
+                .unwrap()
+                .ends_with("foreign_commit_found.v1")
+        })
+        .count();
+    assert_eq!(found, 2);
+
+    server.ok(&["gitops", "adopt", "shop", &first, "--reason", "agreed"]);
+    server.ok(&["gitops", "revert", "shop", &second[..7], "--reason", "no"]);
+    let shown = until("one is adopted and one undone", || {
+        let shown = show();
+        let of = |n: usize| shown["foreign"][n]["status"].as_str().map(str::to_owned);
+        (of(0).as_deref() == Some("adopted") && of(1).as_deref() == Some("reverted"))
+            .then_some(shown)
+    });
+    let head = shown["head"].as_str().unwrap();
+    assert_eq!(git(&repository, &["rev-parse", "main"]), head);
+    let listed = git(&repository, &["ls-tree", "--name-only", "main"]);
+    assert!(
+        listed.contains("NOTES") && !listed.contains("OTHER"),
+        "{listed}"
+    );
+    if signs.is_ok() {
+        verify(head);
+    }
+    let refused = server.cli(&["gitops", "adopt", "shop", &second]);
+    assert_eq!(refused.code, 5, "{refused:?}");
+    let unknown = "0".repeat(40);
+    assert_eq!(server.cli(&["gitops", "adopt", "shop", &unknown]).code, 4);
+    assert_eq!(server.cli(&["gitops", "diff", "shop", &unknown]).code, 4);
+    assert_eq!(server.cli(&["gitops", "adopt", "shop", "nonsense"]).code, 2);
+    assert_eq!(server.cli(&["gitops", "show", "nothing"]).code, 4);
+
+    // The next deployment commits on top.
+    source.commit("Two", &[("index.html", "two")]);
+    server.deploy("shop.production.web", &[]);
+    assert_eq!(git(&repository, &["rev-parse", "main^"]), head);
+    server.check_replay();
+}
