@@ -190,6 +190,7 @@ impl World {
             switch,
             reason: None,
             redeploy_of: None,
+            secrets: BTreeMap::new(),
         }));
         self.apply(id, event).await;
         id

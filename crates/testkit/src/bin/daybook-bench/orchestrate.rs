@@ -197,6 +197,7 @@ impl World {
             switch: SwitchMode::Automatic,
             reason: None,
             redeploy_of: None,
+            secrets: BTreeMap::new(),
         }));
         let context = context(id.0);
         let begun = Instant::now();
