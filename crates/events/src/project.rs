@@ -196,7 +196,10 @@ pub fn decide(
             None => Err(Refusal::new(
                 "secret_not_found",
                 format!("the project {} has no secret {}", p.name, e.secret),
-                format!("`daybook secret list {}` shows all with their scopes", p.name),
+                format!(
+                    "`daybook secret list {}` shows all with their scopes",
+                    p.name
+                ),
             )),
             Some(s) if !s.is_set => Ok(Decision::Nothing),
             Some(s) if s.version != e.version => Err(Refusal::new(

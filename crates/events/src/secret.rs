@@ -22,17 +22,7 @@ use crate::names::{EnvKey, EnvironmentName, InstanceRef, InvalidName, ServiceNam
 /// Whom a secret is for: everything in its project, or only one environment, one service, or one
 /// service in one environment.
 #[derive(
-    Debug,
-    Clone,
-    PartialEq,
-    Eq,
-    PartialOrd,
-    Ord,
-    Hash,
-    Default,
-    Serialize,
-    Deserialize,
-    JsonSchema,
+    Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema,
 )]
 #[serde(deny_unknown_fields)]
 pub struct SecretScope {

@@ -1,6 +1,6 @@
 //! Values in a folder of this machine, which several processes may share.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use daybook_events::ProjectName;
 use daybook_events::secret::{SecretId, SecretRef};
+use daybook_events::{EnvKey, ProjectName};
 
 use crate::cipher::Cipher;
 use crate::masker::Masker;
@@ -125,21 +125,27 @@ impl SecretStore for SecretFolder {
         .await
     }
 
-    async fn get(
+    async fn resolve(
         &self,
         project: &ProjectName,
-        reference: &SecretRef,
-    ) -> Result<SecretValue, SecretError> {
-        let (project, reference) = (project.clone(), reference.clone());
+        references: &BTreeMap<EnvKey, SecretRef>,
+    ) -> Result<BTreeMap<EnvKey, SecretValue>, SecretError> {
+        if references.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let (project, references) = (project.clone(), references.clone());
         self.with(move |folder| {
-            let id = reference.id();
-            let found = folder.read(&project)?;
-            found
-                .and_then(|secrets| secrets.find(&id, &reference.commitment))
-                .ok_or(SecretError::Missing {
-                    id,
-                    version: reference.version,
-                })
+            let secrets = folder.read(&project)?;
+            let value = |(variable, reference): (EnvKey, SecretRef)| {
+                let id = reference.id();
+                let found = secrets
+                    .as_ref()
+                    .and_then(|s| s.find(&id, &reference.commitment));
+                let version = reference.version;
+                let value = found.ok_or(SecretError::Missing { id, version })?;
+                Ok((variable, value))
+            };
+            references.into_iter().map(value).collect()
         })
         .await
     }
@@ -387,6 +393,17 @@ mod tests {
         }
     }
 
+    async fn get(
+        store: &SecretFolder,
+        project: &ProjectName,
+        reference: &SecretRef,
+    ) -> Result<SecretValue, SecretError> {
+        let variable = reference.secret.clone();
+        let wanted = BTreeMap::from([(variable.clone(), reference.clone())]);
+        let mut found = store.resolve(project, &wanted).await?;
+        Ok(found.remove(&variable).unwrap())
+    }
+
     #[tokio::test]
     async fn values_are_kept_by_their_commitment_and_only_for_this_user() {
         let dir = tempfile::tempdir().unwrap();
@@ -424,9 +441,7 @@ mod tests {
         // Another process finds them.
         let store = SecretFolder::new(&folder, None);
         for (committed, text) in [(&one, "correct horse"), (&two, "battery staple")] {
-            let found = store
-                .get(&shop, &reference(&key, &committed.commitment))
-                .await;
+            let found = get(&store, &shop, &reference(&key, &committed.commitment)).await;
             assert_eq!(found.unwrap().expose(), text);
         }
         for entry in fs::read_dir(&folder).unwrap() {
@@ -453,10 +468,10 @@ mod tests {
             .await
             .unwrap();
         let wanted = reference(&key, &kept.commitment);
-        let missing = store.get(&project("other"), &wanted).await.unwrap_err();
+        let missing = get(&store, &project("other"), &wanted).await.unwrap_err();
         assert_eq!(missing.code(), "secret_missing");
         store.erase(&shop, &key).await.unwrap();
-        let missing = store.get(&shop, &wanted).await.unwrap_err();
+        let missing = get(&store, &shop, &wanted).await.unwrap_err();
         assert_eq!(missing.code(), "secret_missing");
 
         // A key that is forgotten takes the meaning of all commitments with it.
@@ -498,7 +513,7 @@ mod tests {
         let swapped = fs::read(&of_other).unwrap();
         for bad in [&flipped, &swapped, &good[..20].to_vec(), &Vec::new()] {
             fs::write(&of_shop, bad).unwrap();
-            let error = store.get(&shop, &wanted).await.unwrap_err();
+            let error = get(&store, &shop, &wanted).await.unwrap_err();
             assert_eq!(error.code(), "secrets_damaged");
             let store: &dyn SecretStore = &store;
             let shown = store
@@ -508,7 +523,7 @@ mod tests {
             assert!(shown.contains("withheld"), "{shown}");
         }
         fs::write(&of_shop, &good).unwrap();
-        assert!(store.get(&shop, &wanted).await.is_ok());
+        assert!(get(&store, &shop, &wanted).await.is_ok());
 
         // A key that is lost is not replaced in silence.
         fs::remove_file(dir.path().join("key")).unwrap();
@@ -571,9 +586,7 @@ mod tests {
         let store = SecretFolder::new(dir.path(), None);
         while let Some(done) = tasks.join_next().await {
             let (id, value, committed) = done.unwrap();
-            let found = store
-                .get(&shop, &reference(&id, &committed.commitment))
-                .await;
+            let found = get(&store, &shop, &reference(&id, &committed.commitment)).await;
             assert_eq!(found.unwrap(), value);
         }
     }

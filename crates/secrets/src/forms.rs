@@ -9,7 +9,7 @@ use crate::value::{SecretValue, VALUE_MIN};
 
 /// The longest pattern, in bytes. Longer forms are looked for piece by piece, so that one that is
 /// cut somewhere is recognised up to the cut.
-pub(crate) const PATTERN_MAX: usize = 1024;
+pub const PATTERN_MAX: usize = 1024;
 
 /// Columns at which tools break base64.
 const WRAPS: [usize; 2] = [64, 76];

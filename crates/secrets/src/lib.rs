@@ -18,6 +18,7 @@ mod store;
 mod value;
 
 pub use folder::SecretFolder;
+pub use forms::PATTERN_MAX;
 pub use masked_lines::{MaskedLines, ProjectOf};
 pub use masker::{MASK, Masker};
 pub use store::{Committed, NoSecrets, SecretError, SecretStore};

@@ -82,6 +82,30 @@ impl Masker {
         self.masked(text, 1, VALUE_MIN)
     }
 
+    /// Where secrets stand in some bytes, in order and apart from each other. None if that cannot
+    /// be said, because the values cannot be read.
+    pub fn find(&self, bytes: &[u8]) -> Option<Vec<Range<usize>>> {
+        if self.withholds {
+            return None;
+        }
+        let Some(search) = &self.search else {
+            return Some(Vec::new());
+        };
+        let mut found: Vec<Range<usize>> = Vec::new();
+        let mut all: Vec<_> = search
+            .find_overlapping_iter(bytes)
+            .map(|m| m.range())
+            .collect();
+        all.sort_by_key(|r| r.start);
+        for range in all {
+            match found.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => found.push(range),
+            }
+        }
+        Some(found)
+    }
+
     fn masked<'a>(&self, text: &'a str, head_min: usize, tail_min: usize) -> Cow<'a, str> {
         if self.withholds {
             return Cow::Borrowed(WITHHELD);
@@ -204,6 +228,7 @@ mod tests {
         let masker = masker(&["abcdefgh", "fghijklm", "cdefgh"]);
         assert_eq!(masker.mask("<abcdefghijklm>"), "<***>");
         assert_eq!(masker.mask("<abcdefgh fghijklm>"), "<*** ***>");
+        assert_eq!(masker.find(b"\xff<abcdefghijklm>"), Some(vec![2..15]));
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! The port to where values are kept.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use daybook_events::ProjectName;
 use daybook_events::secret::{Commitment, SecretId, SecretRef};
+use daybook_events::{EnvKey, ProjectName};
 use uuid::Uuid;
 
 use crate::masker::Masker;
@@ -53,12 +54,13 @@ pub trait SecretStore: Send + Sync + fmt::Debug + 'static {
         request: &[u8],
     ) -> Result<String, SecretError>;
 
-    /// The value of a version.
-    async fn get(
+    /// The values of what a deployment runs with, by variable: all of them, or the first that is
+    /// missing.
+    async fn resolve(
         &self,
         project: &ProjectName,
-        reference: &SecretRef,
-    ) -> Result<SecretValue, SecretError>;
+        references: &BTreeMap<EnvKey, SecretRef>,
+    ) -> Result<BTreeMap<EnvKey, SecretValue>, SecretError>;
 
     /// Erases all values of a secret.
     async fn erase(&self, project: &ProjectName, id: &SecretId) -> Result<(), SecretError>;
@@ -177,8 +179,16 @@ impl SecretStore for NoSecrets {
     async fn request_digest(&self, _: &ProjectName, _: &[u8]) -> Result<String, SecretError> {
         Err(SecretError::None)
     }
-    async fn get(&self, _: &ProjectName, _: &SecretRef) -> Result<SecretValue, SecretError> {
-        Err(SecretError::None)
+    async fn resolve(
+        &self,
+        _: &ProjectName,
+        references: &BTreeMap<EnvKey, SecretRef>,
+    ) -> Result<BTreeMap<EnvKey, SecretValue>, SecretError> {
+        if references.is_empty() {
+            Ok(BTreeMap::new())
+        } else {
+            Err(SecretError::None)
+        }
     }
     async fn erase(&self, _: &ProjectName, _: &SecretId) -> Result<(), SecretError> {
         Ok(())

@@ -91,6 +91,7 @@ impl World {
         let bench = Bench {
             ledger: ledger.clone(),
             lines,
+            secrets: Arc::new(daybook_secrets::NoSecrets),
             settings: Arc::new(Settings {
                 worker: "test".into(),
                 domain: Hostname::parse("localhost").unwrap(),
@@ -190,7 +191,7 @@ impl World {
             switch,
             reason: None,
             redeploy_of: None,
-            secrets: BTreeMap::new(),
+            secrets: std::collections::BTreeMap::new(),
         }));
         self.apply(id, event).await;
         id

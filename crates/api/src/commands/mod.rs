@@ -9,6 +9,7 @@ mod check;
 mod deploy;
 mod lifecycle;
 mod project;
+mod secrets;
 mod traffic;
 
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use daybook_events::{
     Refusal, Subject,
 };
 use daybook_projections::{ExecuteError, Executed, Ledger, QueryError};
+use daybook_secrets::{SecretError, SecretStore};
 use jiff::Timestamp;
 use uuid::Uuid;
 
@@ -29,6 +31,7 @@ use crate::state::Settings;
 
 pub use deploy::{Deploy, Deployed, Redeploy, RunOverrides, What};
 pub use lifecycle::{Lifecycle, Operated};
+pub use secrets::Verified;
 pub use traffic::Switched;
 
 /// How long a command waits for its own event to be folded, so that whoever asks next sees it.
@@ -139,6 +142,9 @@ pub enum CommandError {
     /// The log could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The secret store cannot be used now.
+    #[error("the secret store cannot be used")]
+    Secrets(#[source] SecretError),
 }
 
 impl From<ExecuteError> for CommandError {
@@ -155,6 +161,7 @@ impl From<ExecuteError> for CommandError {
 pub struct Commands {
     ledger: Ledger,
     settings: Arc<Settings>,
+    secrets: Option<Arc<dyn SecretStore>>,
     appended: Arc<AtomicU64>,
 }
 
@@ -170,8 +177,15 @@ impl Commands {
         Self {
             ledger,
             settings,
+            secrets: None,
             appended: Arc::default(),
         }
+    }
+
+    /// The same with a place to keep the values of secrets.
+    pub fn with_secrets(mut self, secrets: Arc<dyn SecretStore>) -> Self {
+        self.secrets = Some(secrets);
+        self
     }
 
     /// The ledger underneath.

@@ -11,6 +11,7 @@ mod logs;
 mod manage;
 mod replay;
 mod schema;
+mod secret;
 mod serve;
 mod status;
 mod up;
@@ -106,6 +107,9 @@ pub enum Command {
     /// Create and list the environments of a project.
     #[command(subcommand, alias = "environment")]
     Env(manage::EnvCommand),
+    /// Set and take away secret variables, without ever showing them.
+    #[command(subcommand)]
+    Secret(secret::SecretCommand),
     /// Deploy a git ref or an image, and follow it until it is live.
     Deploy(deploy::DeployArgs),
     /// What runs where, with the three readiness answers.
@@ -164,6 +168,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Project(command) => manage::project(command).await,
         Command::Service(command) => manage::service(command).await,
         Command::Env(command) => manage::environment(command).await,
+        Command::Secret(command) => secret::run(command).await,
         Command::Deploy(args) => deploy::run(args).await,
         Command::Status(args) => status::run(args).await,
         Command::History(args) => history::run(args).await,

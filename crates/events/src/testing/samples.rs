@@ -16,8 +16,8 @@ use crate::names::{
     BuildId, ClusterName, CommitId, DeploymentId, Digest, EventId, Hostname, InstanceRef,
 };
 use crate::project::{self, ProjectEvent};
-use crate::secret::{Commitment, SecretId, SecretScope, SecretSet, SecretUnset};
 use crate::routing::{self, Backend, MainChange, RouteChange, RoutingEvent, Stickiness};
+use crate::secret::{Commitment, SecretId, SecretScope, SecretSet, SecretUnset};
 use crate::spec::{BuildSpec, PinnedImage, RunSpec, ServiceSpec, SourceSpec};
 
 /// The number-th commit id.

@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use daybook_events::ClusterName;
 use daybook_events::lines::{LineKind, LineLog, LineSource, NewLine};
 use daybook_events::log::ReadError;
+use daybook_events::{ClusterName, ProjectName};
+use daybook_secrets::{Masker, PATTERN_MAX, SecretError, SecretStore};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -42,7 +43,7 @@ pub(super) fn file(dir: &Path, run: u64) -> PathBuf {
 }
 
 /// The last lines of a file, joined into one, for a message.
-pub(super) fn last_lines(path: &Path) -> io::Result<String> {
+pub(super) fn last_lines(path: &Path, masker: &Masker) -> io::Result<String> {
     const LINES: usize = 4;
     const BYTES: u64 = 2048;
     let file = File::open(path)?;
@@ -50,6 +51,12 @@ pub(super) fn last_lines(path: &Path) -> io::Result<String> {
     let mut end = vec![0; usize::try_from(length.min(BYTES)).unwrap_or(0)];
     file.read_exact_at(&mut end, length.saturating_sub(BYTES))?;
     let text = String::from_utf8_lossy(&end);
+    // It may begin in the middle of a secret.
+    let text = if length > BYTES {
+        masker.mask_end(&text)
+    } else {
+        masker.mask(&text)
+    };
     let lines: Vec<&str> = text
         .lines()
         .map(|l| l.trim_matches(|c: char| c.is_control() || c.is_whitespace()))
@@ -107,6 +114,8 @@ struct Pending {
 pub(super) struct Output {
     pub(super) dir: PathBuf,
     pub(super) lines: Arc<dyn LineLog>,
+    pub(super) secrets: Arc<dyn SecretStore>,
+    pub(super) project: ProjectName,
     pub(super) source: LineSource,
     pub(super) cluster: ClusterName,
     pub(super) instance: String,
@@ -200,6 +209,7 @@ impl Output {
                     dropped: true,
                 }
             } else {
+                self.overwrite_secrets(&file, mark.offset)?;
                 let chunk = read_chunk(&file, mark.offset, CHUNK)?;
                 let at_end = chunk.len() < CHUNK;
                 let parsed = parse(&chunk, mark.in_cut, complete && at_end);
@@ -249,6 +259,20 @@ impl Output {
             cut_out(&file, mark.offset);
         }
         Ok(true)
+    }
+
+    /// Puts asterisks in the place of secrets in what is read next. The file keeps its length, so
+    /// that lines stay where they are.
+    fn overwrite_secrets(&self, file: &File, offset: u64) -> Result<(), Forward> {
+        let masker = self.secrets.masker(Some(&self.project))?;
+        // A secret may begin in one chunk and end in the next.
+        let chunk = read_chunk(file, offset, CHUNK + PATTERN_MAX)?;
+        let found = masker.find(&chunk).ok_or(Forward::Unchecked)?;
+        for range in found {
+            let asterisks = vec![b'*'; range.len()];
+            file.write_all_at(&asterisks, offset + range.start as u64)?;
+        }
+        Ok(())
     }
 
     /// The lines of `pending`, the same each time.
@@ -325,6 +349,10 @@ enum Forward {
     File(#[from] io::Error),
     #[error(transparent)]
     Lines(#[from] ReadError),
+    #[error("secrets in it cannot be masked: {}", .0.to_line())]
+    Secrets(#[from] SecretError),
+    #[error("secrets in it cannot be masked: there are too many")]
+    Unchecked,
 }
 
 fn read_chunk(file: &File, offset: u64, length: usize) -> io::Result<Vec<u8>> {
@@ -455,9 +483,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         std::fs::write(&path, "a\n\nb\nc\nd\r\ne\n").unwrap();
-        assert_eq!(last_lines(&path).unwrap(), "b | c | d | e");
+        assert_eq!(
+            last_lines(&path, &Masker::default()).unwrap(),
+            "b | c | d | e"
+        );
         std::fs::write(&path, "ä".repeat(5000)).unwrap();
-        let cut = last_lines(&path).unwrap();
+        let cut = last_lines(&path, &Masker::default()).unwrap();
         assert!(cut.starts_with('…') && cut.len() <= 504);
     }
 
@@ -486,6 +517,8 @@ mod tests {
         let output = Output {
             dir: dir.path().into(),
             lines: lines.clone(),
+            secrets: Arc::new(daybook_secrets::NoSecrets),
+            project: ProjectName::parse("shop").unwrap(),
             source: LineSource::Deployment(id),
             cluster: ClusterName::parse("one").unwrap(),
             instance: "web-0".into(),

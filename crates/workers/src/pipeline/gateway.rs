@@ -184,12 +184,15 @@ impl Applier {
             }
             // Somebody applied a newer one in between; that one is reported.
             Err(ApplyError::Stale { .. }) => return Ok(()),
-            Err(error @ ApplyError::HostTaken { .. }) => Command::ReportRejected(Rejected {
-                gateway: self.name.clone(),
-                table: routing.table,
-                code: "hostname_taken".into(),
-                message: error.to_string(),
-            }),
+            Err(error @ ApplyError::HostTaken { .. }) => {
+                let rejected = Rejected {
+                    gateway: self.name.clone(),
+                    table: routing.table,
+                    code: "hostname_taken".into(),
+                    message: error.to_string(),
+                };
+                Command::ReportRejected(self.bench.masked(&subject, rejected))
+            }
         };
         if routing.table == 0 || routing.applied.get(&self.name) == Some(&routing.table) {
             return Ok(());

@@ -189,6 +189,11 @@ async fn append(
     row: &DeploymentRow,
     observed: WorkloadObserved,
 ) -> Result<(), Stop> {
+    let event = DeploymentEvent::WorkloadObserved(observed);
+    let event = bench.masked(&row.subject, event);
+    let DeploymentEvent::WorkloadObserved(observed) = &event else {
+        return Ok(());
+    };
     let before = row.state.observed.get(&observed.cluster);
     let unchanged = before.is_some_and(|o| {
         o.wanted == observed.wanted
@@ -199,7 +204,7 @@ async fn append(
         return Ok(());
     }
     let cluster = observed.cluster.clone();
-    let text = describe(&observed);
+    let text = describe(observed);
     // The same thing may be seen again later, so an observation's id says nothing but that it is
     // this one.
     let context = Context {
@@ -211,7 +216,6 @@ async fn append(
         traceparent: None,
         request_digest: None,
     };
-    let event = DeploymentEvent::WorkloadObserved(observed);
     let done = bench
         .append::<Deployment>(&row.subject, &context, |state| {
             deployment::decide(state, event.clone())

@@ -5,18 +5,20 @@
 //! that it follows on, so that after a crash in between the same commit is found and not made
 //! again. All commits of a project are made one after the other.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use daybook_events::deployment::{ChangeCommitted, DeployingStarted, DeploymentEvent, Status};
 use daybook_events::gitops::{self, Change, Committed, Gitops, GitopsEvent, RepositoryCreated};
+use daybook_events::secret::SecretRef;
 use daybook_events::spec::PinnedImage;
-use daybook_events::{AggregateKind, CommitId, ProjectName, Subject, SubjectFilter};
+use daybook_events::{AggregateKind, CommitId, EnvKey, ProjectName, Subject, SubjectFilter};
 use daybook_projections::DeploymentRow;
 
 use super::{Bench, Stop, give_up, settle};
 use crate::driver::{Activation, Outcome, Worker};
-use crate::ports::{GitopsChange, Repositories};
+use crate::ports::{GitopsChange, Repositories, StepError};
 use crate::values::ReleaseValues;
 
 const ROLE: &str = "package";
@@ -112,6 +114,9 @@ impl Package {
             Status::Failed | Status::Cancelled if self.is_listed(&row)? => (remove, None),
             _ => return Ok(()),
         };
+        if row.state.status == Status::Packaging {
+            self.check_secrets(&row).await?;
+        }
         let author = self.author(a, &row).await?;
         let commit = self.commit(&row, change, &image, author).await?;
         let event = if row.state.status == Status::Packaging {
@@ -130,6 +135,37 @@ impl Package {
             Err(Stop::Moved(_)) => Ok(()),
             other => other.map(|_| ()),
         }
+    }
+
+    /// Makes sure that all secrets can be found before anything is changed, and says which of them
+    /// the main deployment does not have like that.
+    async fn check_secrets(&self, row: &DeploymentRow) -> Result<(), Stop> {
+        let request = &row.state.request;
+        let project = &request.instance.project;
+        let found = self.bench.secrets.resolve(project, &request.secrets).await;
+        found.map_err(|e| StepError {
+            code: e.code().to_owned(),
+            message: e.to_line(),
+            remedy: e.remedy().to_owned(),
+            retryable: e.is_retryable(),
+        })?;
+        let routing = self.bench.ledger.projections().routing(project)?;
+        let main = routing
+            .and_then(|r| r.traffic(&request.instance)?.main)
+            .filter(|main| *main != row.id);
+        let Some(main) = main.map(|id| self.bench.row(id)).transpose()?.flatten() else {
+            return Ok(());
+        };
+        let before = &main.state.request.secrets;
+        let changes = changed_secrets(before, &request.secrets);
+        if !changes.is_empty() {
+            let text = format!(
+                "secrets changed since the main deployment: {}",
+                changes.join(", ")
+            );
+            self.bench.say(row.id, None, text).await;
+        }
+        Ok(())
     }
 
     fn is_listed(&self, row: &DeploymentRow) -> Result<bool, Stop> {
@@ -159,6 +195,7 @@ impl Package {
         let release = matches!(change, Change::Deploy { .. }).then(|| ReleaseValues {
             image: image.clone(),
             clusters: row.state.request.clusters.clone(),
+            secret_env: row.state.request.secrets.clone(),
             run: row.state.request.run.clone(),
         });
         let made = self
@@ -259,4 +296,23 @@ impl Package {
             None => format!("{id} <{id}@users.noreply.daybook.dev>"),
         })
     }
+}
+
+/// How the secrets of one deployment differ from those of another, in words.
+fn changed_secrets(
+    before: &BTreeMap<EnvKey, SecretRef>,
+    now: &BTreeMap<EnvKey, SecretRef>,
+) -> Vec<String> {
+    let names: BTreeSet<&EnvKey> = before.keys().chain(now.keys()).collect();
+    let change = |name: &EnvKey| match (before.get(name), now.get(name)) {
+        (Some(old), Some(new)) if old == new => None,
+        (Some(old), Some(new)) => Some(format!(
+            "{name} version {} (was {})",
+            new.version, old.version
+        )),
+        (None, Some(new)) => Some(format!("{name} version {} (new)", new.version)),
+        (Some(_), None) => Some(format!("{name} (taken away)")),
+        (None, None) => None,
+    };
+    names.into_iter().filter_map(change).collect()
 }
