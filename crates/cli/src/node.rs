@@ -591,7 +591,8 @@ pub async fn open_log(
         let failure = Failure::new(Code::Failure, "log_unavailable", chain(&e));
         match &options.nats {
             Some(url) => failure.hint(format!(
-                "check that a nats-server with JetStream answers at {url}"
+                "check that a nats-server with JetStream answers at {}",
+                daybook_events::without_credentials(url)
             )),
             None => failure.hint(
                 "another `daybook up` may have this data folder; name another with --data DIR",

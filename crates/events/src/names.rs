@@ -20,10 +20,30 @@ pub struct InvalidName {
     pub what: &'static str,
     /// A stable code for programs: `invalid_project_name`.
     pub code: &'static str,
-    /// The refused text, cut to 80 characters.
+    /// The refused text, without credentials and cut to 80 characters.
     pub value: String,
     /// The rule that it breaks, in words.
     pub rule: &'static str,
+}
+
+/// A text as it may be shown: what stands before an `@` in it, as users and passwords do in
+/// addresses, is left out, and so is what follows on a `?` or `#`.
+pub fn without_credentials(text: &str) -> String {
+    let Some(end) = text.rfind('@') else {
+        return match text.split_once("://") {
+            Some((_, rest)) if rest.contains(['?', '#']) => {
+                let end = text.find(['?', '#']).unwrap_or(text.len());
+                format!("{}…", &text[..end])
+            }
+            _ => text.to_owned(),
+        };
+    };
+    let start = text[..end].find("://").map_or(0, |at| at + "://".len());
+    let rest = &text[end + 1..];
+    match rest.find(['?', '#']) {
+        Some(cut) => format!("{}…@{}…", &text[..start], &rest[..cut]),
+        None => format!("{}…@{rest}", &text[..start]),
+    }
 }
 
 macro_rules! validated {
@@ -58,7 +78,7 @@ macro_rules! validated {
                     Err(rule) => Err(InvalidName {
                         what: $what,
                         code: $code,
-                        value: value.chars().take(80).collect(),
+                        value: without_credentials(&value).chars().take(80).collect(),
                         rule,
                     }),
                 }

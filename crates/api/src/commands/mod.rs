@@ -19,8 +19,8 @@ use std::time::Duration;
 use daybook_events::aggregate::At;
 use daybook_events::log::ReadError;
 use daybook_events::{
-    Actor, Aggregate, Context, Decision, DeploymentId, Event, EventId, InvalidName, Position,
-    Refusal, Subject,
+    Actor, Aggregate, Context, Decision, DeploymentId, Event, EventId, InvalidName, Payload,
+    Position, Refusal, Subject,
 };
 use daybook_projections::{ExecuteError, Executed, Ledger, QueryError};
 use daybook_secrets::{SecretError, SecretStore};
@@ -232,6 +232,13 @@ impl Commands {
         }
         let id = caller.event_id();
         let context = caller.context(id, correlation.unwrap_or(id.0));
+        let decide = |state: Option<&A>| {
+            let decision = decide(state)?;
+            if let Decision::Append(event) = &decision {
+                self.refuse_secrets(subject, event)?;
+            }
+            Ok(decision)
+        };
         let executed = self.ledger.execute(subject, &context, decide).await;
         let projections = self.ledger.projections();
         match executed {
@@ -274,6 +281,27 @@ impl Commands {
                 None => Err(refusal.into()),
             },
             Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Refuses to record what contains the value of a secret of the project.
+    fn refuse_secrets(&self, subject: &Subject, event: &impl Payload) -> Result<(), Refusal> {
+        let (Some(store), Some(project)) = (&self.secrets, subject.project()) else {
+            return Ok(());
+        };
+        // Where the values cannot be read, nothing can be said against it.
+        let found = store
+            .masker(Some(project))
+            .ok()
+            .zip(event.encode().ok())
+            .and_then(|(masker, payload)| masker.find(payload.get().as_bytes()));
+        match found {
+            Some(found) if !found.is_empty() => Err(Refusal::new(
+                "contains_secret",
+                "the request contains the value of a secret, which would stay in the ledger for ever",
+                "leave it out; a value that is an ordinary word or number is better no secret",
+            )),
+            _ => Ok(()),
         }
     }
 

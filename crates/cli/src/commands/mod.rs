@@ -81,6 +81,7 @@ pub struct ServerArgs {
     #[arg(
         long,
         env = "DAYBOOK_URL",
+        hide_env_values = true,
         default_value = "http://127.0.0.1:7070",
         value_name = "URL"
     )]

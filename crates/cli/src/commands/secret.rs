@@ -61,7 +61,7 @@ pub enum SecretCommand {
         value: ValueArgs,
         /// The version to compare with; the newest if not given.
         #[arg(long, value_name = "N")]
-        version: Option<u32>,
+        of_version: Option<u32>,
     },
 }
 
@@ -131,8 +131,8 @@ pub async fn run(command: SecretCommand) -> Outcome {
         SecretCommand::Verify {
             secret,
             value,
-            version,
-        } => verify(&secret, &value, version).await,
+            of_version,
+        } => verify(&secret, &value, of_version).await,
     }
 }
 

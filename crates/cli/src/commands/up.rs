@@ -149,7 +149,7 @@ pub struct UpArgs {
     #[command(flatten)]
     node: NodeArgs,
     /// Use this NATS server for the log instead of the embedded one.
-    #[arg(long, env = "DAYBOOK_NATS", value_name = "URL")]
+    #[arg(long, env = "DAYBOOK_NATS", hide_env_values = true, value_name = "URL")]
     nats: Option<String>,
     /// Leave the deployments' processes running at the end; the next `up` takes them over.
     #[arg(long)]

@@ -6,6 +6,7 @@
 //! they have arrived. What was read is cut out of the file, so that a file that grows for months
 //! takes no space on disk.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -16,7 +17,7 @@ use std::time::Duration;
 use daybook_events::lines::{LineKind, LineLog, LineSource, NewLine};
 use daybook_events::log::ReadError;
 use daybook_events::{ClusterName, ProjectName};
-use daybook_secrets::{Masker, PATTERN_MAX, SecretError, SecretStore};
+use daybook_secrets::{MASK, Masker, PATTERN_MAX, SecretError, SecretStore};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -27,6 +28,8 @@ use super::state_file;
 /// The longest line, in bytes, with the note that it was cut.
 const MAX_LINE: usize = 16 * 1024;
 const CUT: &str = " [cut: the line is longer than 16 KiB]";
+/// What a secret is overwritten with, behind [`MASK`].
+const FILLER: u8 = 0;
 /// Read at once.
 const CHUNK: usize = 256 * 1024;
 /// Output that waits longer than this much more output is dropped, and a line says so.
@@ -51,6 +54,7 @@ pub(super) fn last_lines(path: &Path, masker: &Masker) -> io::Result<String> {
     let mut end = vec![0; usize::try_from(length.min(BYTES)).unwrap_or(0)];
     file.read_exact_at(&mut end, length.saturating_sub(BYTES))?;
     let text = String::from_utf8_lossy(&end);
+    let text = without_filler(&text);
     // It may begin in the middle of a secret.
     let text = if length > BYTES {
         masker.mask_end(&text)
@@ -261,16 +265,17 @@ impl Output {
         Ok(true)
     }
 
-    /// Puts asterisks in the place of secrets in what is read next. The file keeps its length, so
-    /// that lines stay where they are.
+    /// Puts marks in the place of secrets in what is read next. The file keeps its length, so that
+    /// lines stay where they are.
     fn overwrite_secrets(&self, file: &File, offset: u64) -> Result<(), Forward> {
         let masker = self.secrets.masker(Some(&self.project))?;
         // A secret may begin in one chunk and end in the next.
         let chunk = read_chunk(file, offset, CHUNK + PATTERN_MAX)?;
         let found = masker.find(&chunk).ok_or(Forward::Unchecked)?;
         for range in found {
-            let asterisks = vec![b'*'; range.len()];
-            file.write_all_at(&asterisks, offset + range.start as u64)?;
+            let mut mark = vec![FILLER; range.len()];
+            mark[..MASK.len()].copy_from_slice(MASK.as_bytes());
+            file.write_all_at(&mark, offset + range.start as u64)?;
         }
         Ok(())
     }
@@ -414,7 +419,27 @@ fn text_of(line: &[u8]) -> String {
         text.truncate(text.floor_char_boundary(MAX_LINE - CUT.len()));
         text.push_str(CUT);
     }
-    text
+    match without_filler(&text) {
+        Cow::Owned(without) => without,
+        Cow::Borrowed(_) => text,
+    }
+}
+
+/// A text without what fills up the place of a secret behind its mark.
+fn without_filler(text: &str) -> Cow<'_, str> {
+    const FILLED: &str = "***\0";
+    if !text.contains(FILLED) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find(FILLED) {
+        let (shown, filled) = rest.split_at(at + MASK.len());
+        out.push_str(shown);
+        rest = filled.trim_start_matches(char::from(FILLER));
+    }
+    out.push_str(rest);
+    Cow::Owned(out)
 }
 
 /// Gives the space of what was read back to the file system, where it can do that.
@@ -438,6 +463,17 @@ mod tests {
     fn lines(chunk: &[u8], in_cut: bool, complete: bool) -> (Vec<String>, usize, bool) {
         let parsed = parse(chunk, in_cut, complete);
         (parsed.lines, parsed.bytes, parsed.in_cut)
+    }
+
+    #[test]
+    fn a_secret_leaves_a_mark_that_does_not_tell_its_length() {
+        for (line, text) in [
+            ("a ***\0\0\0 b ***\0", "a *** b ***"),
+            ("***\0\0", "***"),
+            ("*** \0 ****", "*** \0 ****"),
+        ] {
+            assert_eq!(text_of(line.as_bytes()), text);
+        }
     }
 
     #[test]
