@@ -7,6 +7,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use aho_corasick::AhoCorasick;
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE};
 use daybook_testkit::git::{SourceRepository, git_command};
@@ -81,7 +82,9 @@ fn forms(text: &str) -> Vec<Vec<u8>> {
 
 /// Looks for canaries, and remembers where it looked.
 struct Search {
-    forms: Vec<(String, Vec<u8>)>,
+    /// Which canary each pattern of `forms` is one of.
+    texts: Vec<&'static str>,
+    forms: AhoCorasick,
     seen: usize,
     found: Vec<String>,
 }
@@ -94,9 +97,12 @@ impl Search {
             .chain(lines)
             // Also if it is cut: its beginning.
             .chain(["sk-Canary/1\"quo", "sk-Canary/2 rot"]);
-        let forms = texts.flat_map(|t| forms(t).into_iter().map(move |f| (t.to_owned(), f)));
+        let (texts, forms): (Vec<_>, Vec<_>) = texts
+            .flat_map(|t| forms(t).into_iter().map(move |f| (t, f)))
+            .unzip();
         Self {
-            forms: forms.collect(),
+            texts,
+            forms: AhoCorasick::new(forms).unwrap(),
             seen: 0,
             found: Vec::new(),
         }
@@ -104,15 +110,13 @@ impl Search {
 
     fn look(&mut self, place: &str, bytes: &[u8]) {
         self.seen += 1;
-        for (text, form) in &self.forms {
-            if let Some(at) = bytes.windows(form.len()).position(|w| w == form) {
-                let from = at.saturating_sub(60);
-                let to = (at + form.len() + 20).min(bytes.len());
-                let around = String::from_utf8_lossy(&bytes[from..to]);
-                self.found
-                    .push(format!("{text:?} is in {place} at {at}: {around:?}"));
-                return;
-            }
+        if let Some(found) = self.forms.find(bytes) {
+            let from = found.start().saturating_sub(60);
+            let to = (found.end() + 20).min(bytes.len());
+            let around = String::from_utf8_lossy(&bytes[from..to]);
+            let text = self.texts[found.pattern().as_usize()];
+            self.found
+                .push(format!("{text:?} is in {place}: {around:?}"));
         }
     }
 

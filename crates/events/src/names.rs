@@ -27,22 +27,18 @@ pub struct InvalidName {
 }
 
 /// A text as it may be shown: what stands before an `@` in it, as users and passwords do in
-/// addresses, is left out, and so is what follows on a `?` or `#`.
+/// addresses, is left out, and so is what follows on a `?` or `#` of an address.
 pub fn without_credentials(text: &str) -> String {
-    let Some(end) = text.rfind('@') else {
-        return match text.split_once("://") {
-            Some((_, rest)) if rest.contains(['?', '#']) => {
-                let end = text.find(['?', '#']).unwrap_or(text.len());
-                format!("{}…", &text[..end])
-            }
-            _ => text.to_owned(),
-        };
+    let start = text.find("://").map_or(0, |at| at + "://".len());
+    let (scheme, rest) = text.split_at(start);
+    let (user, rest) = match rest.rsplit_once('@') {
+        Some((_, rest)) => ("…@", rest),
+        None => ("", rest),
     };
-    let start = text[..end].find("://").map_or(0, |at| at + "://".len());
-    let rest = &text[end + 1..];
-    match rest.find(['?', '#']) {
-        Some(cut) => format!("{}…@{}…", &text[..start], &rest[..cut]),
-        None => format!("{}…@{rest}", &text[..start]),
+    let query = rest.find(['?', '#']).filter(|_| rest.contains('/'));
+    match query {
+        Some(end) => format!("{scheme}{user}{}…", &rest[..end]),
+        None => format!("{scheme}{user}{rest}"),
     }
 }
 

@@ -18,7 +18,7 @@ use crate::keys;
 use crate::table::{Table, TableError, Unusable, Way};
 
 /// The version of rows and keys. A store of another one is thrown away and rebuilt.
-const FORMAT: &[u8] = b"2";
+const FORMAT: &[u8] = b"3";
 
 /// Folds of the ledger with their queries. Cheap to clone: all clones are the same store.
 #[derive(Clone)]
