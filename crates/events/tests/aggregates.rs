@@ -316,7 +316,7 @@ fn secrets_have_versions_and_the_nearest_one_wins() {
         commitment: samples::commitment(1),
         key: uuid::Uuid::from_u128(1),
         is_set,
-        changed_at: samples::time(0),
+        changed_at: "2026-01-01T00:00:00Z".parse().unwrap(),
         changed_by: Position(1),
     };
     let mut secrets = Vec::new();
