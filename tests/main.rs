@@ -16,4 +16,5 @@ mod kill;
 mod ledger;
 mod life;
 mod nats;
+mod secrets;
 mod support;

@@ -6,14 +6,16 @@ use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use daybook_events::{
-    Actor, CommitId, DeploymentId, Digest, EnvironmentName, InstanceRef, Position, ProjectName,
-    ServiceName,
+    Actor, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, InstanceRef, Position,
+    ProjectName, ServiceName,
 };
+use daybook_secrets::SecretStore;
 use futures_util::StreamExt;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use zeroize::Zeroizing;
 
-use crate::commands::{Caller, RequestKey};
+use crate::commands::{Caller, CommandError, RequestKey};
 use crate::problem::Problem;
 
 /// Says who asks. Nobody checks it: a server that trusts it listens on loopback only.
@@ -45,7 +47,8 @@ segment!(
     EnvironmentName,
     ServiceName,
     InstanceRef,
-    CommitId
+    CommitId,
+    EnvKey
 );
 
 impl Segment for DeploymentId {
@@ -219,6 +222,70 @@ impl<S: Send + Sync, T: CommandBody> FromRequest<S> for Command<T> {
             traceparent,
         };
         Ok(Self { caller, body })
+    }
+}
+
+/// A command whose body holds a secret: who asks, and what for. Nothing that is wrong with it is
+/// answered with a part of the body, and its digest is made with a key that the secret store has.
+pub(crate) struct SecretCommand<T> {
+    pub(crate) body: T,
+    caller: Caller,
+    key: Option<String>,
+    operation: String,
+    canonical: Zeroizing<String>,
+}
+
+impl<T> SecretCommand<T> {
+    /// The caller, with the digest of the request if there is a key to need it.
+    pub(crate) async fn caller(
+        &self,
+        project: &ProjectName,
+        store: &dyn SecretStore,
+    ) -> Result<Caller, CommandError> {
+        let mut caller = self.caller.clone();
+        if let Some(key) = &self.key {
+            let request = self.canonical.as_bytes();
+            let digest = store.request_digest(project, request).await?;
+            let key = RequestKey::new(&caller.actor, &self.operation, key, digest);
+            caller.key = Some(key);
+        }
+        Ok(caller)
+    }
+}
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for SecretCommand<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
+        let (parts, body) = request.into_parts();
+        let caller = Caller {
+            traceparent: traceparent(&parts.headers),
+            ..Caller::new(actor(&parts.headers)?)
+        };
+        let key = idempotency_key(&parts.headers)?.map(str::to_owned);
+        let bytes = Zeroizing::new(read_body(&parts.headers, body).await?);
+        check_media_type(&parts.headers)?;
+        // What serde says about a value that does not fit quotes it.
+        let unfit = |e: serde_json::Error| {
+            Problem::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "invalid_body",
+                format!(
+                    "the body does not fit at line {}, column {}",
+                    e.line(),
+                    e.column()
+                ),
+                "GET /openapi.json says what the body looks like",
+            )
+        };
+        let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(unfit)?;
+        Ok(Self {
+            body: serde_json::from_slice(&bytes).map_err(unfit)?,
+            caller,
+            key,
+            operation: format!("{} {}", parts.method, parts.uri.path()),
+            canonical: Zeroizing::new(canonical(&value)),
+        })
     }
 }
 

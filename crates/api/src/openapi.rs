@@ -189,7 +189,8 @@ sent! {
     view::AuditList, view::DeploymentAccepted, view::DeploymentDetail, view::DeploymentList,
     view::EnvironmentList, view::EnvironmentView, view::Health, view::HistoryList,
     view::InstanceDetail, view::InstanceList, view::MainSwitched, view::OperationAccepted,
-    view::ProjectList, view::ProjectView, view::ProjectionsReport, view::ReadinessReport, view::ServiceList,
+    view::ProjectList, view::ProjectView, view::ProjectionsReport, view::ReadinessReport, view::SecretChanged,
+    view::SecretList, view::SecretVerified, view::ServiceList,
     view::ServiceView, view::StateView, state::Part, commands::RunOverrides,
     routes::events::EventPage, routes::events::StoredEvent, routes::logs::LogLine,
     routes::gitops::GitopsView, routes::gitops::Decided,
@@ -197,5 +198,6 @@ sent! {
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
     routes::deployments::CreateDeployment, routes::deployments::Why,
     routes::deployments::MarkMain, routes::deployments::RedeployOptions,
-    routes::deployments::RollbackTo, tlog::LedgerReport,
+    routes::deployments::RollbackTo, routes::secrets::SetSecret, routes::secrets::VerifySecret,
+    tlog::LedgerReport,
 }

@@ -282,6 +282,16 @@ impl From<CommandError> for Problem {
             CommandError::Execute(e) => e.into(),
             CommandError::Query(e) => e.into(),
             CommandError::Read(e) => e.into(),
+            CommandError::Secrets(e) => {
+                tracing::error!(error = e.to_line(), "the secret store cannot be used");
+                Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    e.code(),
+                    "the secret store cannot be used now",
+                    e.remedy(),
+                )
+                .retry_after(5)
+            }
         }
     }
 }

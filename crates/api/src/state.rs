@@ -8,6 +8,7 @@ use std::time::Duration;
 use daybook_events::lines::LineLog;
 use daybook_events::{ClusterName, Hostname, ImageRepository, PublishedTree};
 use daybook_projections::{Ledger, Projections};
+use daybook_secrets::SecretStore;
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -175,6 +176,12 @@ impl AppState {
     /// The same, publishing this transparency log under `/tlog/`.
     pub fn with_tree(mut self, tree: Arc<dyn PublishedTree>) -> Self {
         self.tree = Some(tree);
+        self
+    }
+
+    /// The same with a place to keep the values of secrets. Without one, secrets are refused.
+    pub fn with_secrets(mut self, secrets: Arc<dyn SecretStore>) -> Self {
+        self.commands = self.commands.with_secrets(secrets);
         self
     }
 

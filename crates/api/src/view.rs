@@ -9,9 +9,10 @@ use daybook_events::deployment::{
 use daybook_events::environment::{Environment, EnvironmentSpec};
 use daybook_events::project::Project;
 use daybook_events::routing::{Routing, Stickiness};
+use daybook_events::secret::{self, Commitment, Secret, SecretId, SecretRef};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec, ServiceSpec};
 use daybook_events::{
-    BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvironmentName, Hostname,
+    Actor, BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, Hostname,
     ImageRepository, Position, ProjectName, ServiceName,
 };
 use daybook_projections::{AuditRow, views};
@@ -19,6 +20,7 @@ use daybook_projections::{Counters, DeploymentRow, HistoryRow, Projections, Quer
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
+use uuid::Uuid;
 
 use crate::state::{Gateway, Part};
 
@@ -369,6 +371,83 @@ pub(crate) struct Snapshot {
     pub(crate) image_repository: Option<ImageRepository>,
     /// How it runs.
     pub(crate) run: RunSpec,
+    /// The secrets that it runs with, by variable, and whether they have changed since.
+    pub(crate) secrets: BTreeMap<EnvKey, SecretUse>,
+}
+
+/// The version of a secret that a deployment runs with.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct SecretUse {
+    /// The version.
+    #[serde(flatten)]
+    pub(crate) reference: SecretRef,
+    /// The version that a deployment gets now; none if the secret is no longer set.
+    pub(crate) newest_version: Option<u32>,
+}
+
+/// A secret, without its value.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct SecretView {
+    /// The variable that it becomes.
+    pub(crate) name: EnvKey,
+    /// Only deployments to this environment get it.
+    pub(crate) environment: Option<EnvironmentName>,
+    /// Only deployments of this service get it.
+    pub(crate) service: Option<ServiceName>,
+    /// Its version: one more with each change.
+    pub(crate) version: u32,
+    /// What the ledger holds of its value.
+    pub(crate) commitment: Commitment,
+    /// The key of the commitment.
+    pub(crate) key: Uuid,
+    /// When it was changed last.
+    pub(crate) changed_at: Timestamp,
+    /// By whom.
+    pub(crate) changed_by: Actor,
+}
+
+impl SecretView {
+    pub(crate) fn new(secret: Secret, changed_by: Actor) -> Self {
+        let SecretId { name, scope } = secret.id;
+        Self {
+            name,
+            environment: scope.environment,
+            service: scope.service,
+            version: secret.version,
+            commitment: secret.commitment,
+            key: secret.key,
+            changed_at: secret.changed_at,
+            changed_by,
+        }
+    }
+}
+
+/// The secrets of a project.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct SecretList {
+    /// By name and scope.
+    pub(crate) secrets: Vec<SecretView>,
+}
+
+/// What setting or unsetting a secret came to.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct SecretChanged {
+    /// The secret as it is now, or as it was last.
+    #[serde(flatten)]
+    pub(crate) secret: SecretView,
+    /// Whether anything changed. Deployments that run keep what they have.
+    pub(crate) changed: bool,
+}
+
+/// What a comparison with a committed value came to.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct SecretVerified {
+    /// The variable.
+    pub(crate) name: EnvKey,
+    /// The version that the value was compared with.
+    pub(crate) version: u32,
+    /// Whether it is that version's value.
+    pub(crate) matches: bool,
 }
 
 /// A deployment was accepted.
@@ -482,6 +561,7 @@ impl<'a> Shown<'a> {
         let hostnames = self.hostnames(row)?;
         let state = &row.state;
         let newest = state.change.as_ref().map(|c| c.commit.clone());
+        let secrets = self.secrets(row)?;
         Ok(DeploymentDetail {
             entry: entry(row, &hostnames),
             state_since: state.status_since,
@@ -522,9 +602,30 @@ impl<'a> Shown<'a> {
                 build: state.request.build.clone(),
                 image_repository: state.request.image_repository.clone(),
                 run: state.request.run.clone(),
+                secrets,
             },
             event_revision: row.revision,
         })
+    }
+
+    /// The secrets that a deployment runs with, beside what it would get now.
+    fn secrets(&self, row: &DeploymentRow) -> Result<BTreeMap<EnvKey, SecretUse>, QueryError> {
+        let request = &row.state.request;
+        if request.secrets.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let project = self.projections.project(&request.instance.project)?;
+        let secrets = project.map_or_else(Vec::new, |p| p.secrets);
+        let now = secret::applicable(&secrets, &request.instance);
+        let uses = request.secrets.iter().map(|(variable, reference)| {
+            let newest = now.get(variable);
+            let seen = SecretUse {
+                reference: reference.clone(),
+                newest_version: newest.map(|n| n.version),
+            };
+            (variable.clone(), seen)
+        });
+        Ok(uses.collect())
     }
 
     /// The addresses of a deployment, those that mean the most to people first.

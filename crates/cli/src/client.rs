@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use daybook_events::without_credentials;
 use eventsource_stream::Eventsource;
 use futures_util::{Stream, StreamExt};
 use reqwest::{Method, Response, StatusCode};
@@ -40,7 +41,10 @@ impl Client {
             return Err(Failure::new(
                 Code::Usage,
                 "invalid_server",
-                format!("{base:?} is not the URL of a server"),
+                format!(
+                    "{:?} is not the URL of a server",
+                    without_credentials(&base)
+                ),
             )
             .hint("use http://HOST:PORT or https://HOST, in --server or DAYBOOK_URL"));
         }
@@ -96,7 +100,10 @@ impl Client {
         Failure::new(
             Code::Unreachable,
             "server_unreachable",
-            format!("the server {} cannot be reached: {cause}", self.base),
+            format!(
+                "the server {} cannot be reached: {cause}",
+                without_credentials(&self.base)
+            ),
         )
         .hint("start one with `daybook up`, or name another with --server or DAYBOOK_URL")
     }

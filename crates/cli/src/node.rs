@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_api::{AppState, Gateway as PublicGateway, Parts, Settings as ApiSettings};
-use daybook_events::lines::LineLog;
+use daybook_events::lines::{LineLog, LineSource};
 use daybook_events::tree::{PublishedTree, TreeCondition};
 use daybook_events::{ClusterName, EventLog, Hostname, ImageRepository};
 use daybook_projections::runner::{self, RunError};
 use daybook_projections::{Ledger, OpenError, Projections};
+use daybook_secrets::{MaskedLines, SecretFolder, SecretStore};
 use daybook_store::jetstream::{LineOptions, LogOptions, NatsAuth, NatsOptions};
 use daybook_store::tlog::{
     FolderStorage, FolderTree, GuardedLog, KeyFileError, KeyRing, Notary, NotaryError,
@@ -53,6 +54,10 @@ pub struct NodeOptions {
     pub roles: BTreeSet<Role>,
     /// Where it keeps things.
     pub data: PathBuf,
+    /// Where the values of secrets are kept; in the data folder if not given.
+    pub secrets: Option<PathBuf>,
+    /// The key file of the secrets; in their folder if not given.
+    pub secrets_key: Option<PathBuf>,
     /// Where the HTTP interface listens.
     pub listen: SocketAddr,
     /// Names in `Host` headers that the HTTP interface answers to, beside localhost.
@@ -100,6 +105,8 @@ impl NodeOptions {
         Self {
             roles: Role::all(),
             data,
+            secrets: None,
+            secrets_key: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
             hosts: Vec::new(),
             gateway: SocketAddr::from(([127, 0, 0, 1], 7080)),
@@ -314,6 +321,9 @@ impl Node {
             fail.clone(),
         )));
         let ledger = Ledger::new(log.clone(), projections.clone());
+        let secrets = open_secrets(&options, &data);
+        crate::output::mask(secrets.clone());
+        let lines = masked(lines, &secrets, &projections);
 
         let gateway_url = gateway
             .as_ref()
@@ -325,6 +335,7 @@ impl Node {
         let bench = Bench {
             ledger: ledger.clone(),
             lines: lines.clone(),
+            secrets: secrets.clone(),
             settings: Arc::new(Settings {
                 worker: format!("{}/{}", host(), std::process::id()),
                 domain: domain.clone(),
@@ -379,6 +390,7 @@ impl Node {
                     cluster.clone(),
                     images.clone(),
                     lines.clone(),
+                    secrets.clone(),
                     crew.clone(),
                     repositories.clone(),
                     held.clone(),
@@ -404,7 +416,9 @@ impl Node {
             settings.git_root = Some(data.join("git"));
             settings.known_clusters = clusters;
             settings.image_prefix = Some(image_prefix);
-            let state = AppState::new(ledger, lines, settings, parts).with_tree(tree.clone());
+            let state = AppState::new(ledger, lines, settings, parts)
+                .with_tree(tree.clone())
+                .with_secrets(secrets);
             let (cancel, fail) = (cancel.clone(), fail.clone());
             tasks.push(tokio::spawn(async move {
                 if let Err(error) = daybook_api::serve(listener, state, cancel).await {
@@ -612,13 +626,38 @@ pub async fn open_log(
         let failure = Failure::new(Code::Failure, "log_unavailable", chain(&e));
         match &options.nats {
             Some(url) => failure.hint(format!(
-                "check that a nats-server with JetStream answers at {url}"
+                "check that a nats-server with JetStream answers at {}",
+                daybook_events::without_credentials(url)
             )),
             None => failure.hint(
                 "another `daybook up` may have this data folder; name another with --data DIR",
             ),
         }
     })
+}
+
+/// The folder with the values of secrets. Nothing is made before there is one to keep.
+fn open_secrets(options: &NodeOptions, data: &Path) -> Arc<dyn SecretStore> {
+    let dir = options.secrets.clone();
+    let dir = dir.unwrap_or_else(|| data.join("secrets"));
+    Arc::new(SecretFolder::new(dir, options.secrets_key.clone()))
+}
+
+/// Output is masked against the secrets of the project that it belongs to.
+fn masked(
+    lines: Arc<dyn LineLog>,
+    secrets: &Arc<dyn SecretStore>,
+    projections: &Projections,
+) -> Arc<dyn LineLog> {
+    let projections = projections.clone();
+    let project_of = Arc::new(move |source: LineSource| match source {
+        LineSource::Build(id) => Some(projections.build(id).ok()??.0),
+        LineSource::Deployment(id) => {
+            let row = projections.deployment(id).ok()??;
+            Some(row.state.request.instance.project)
+        }
+    });
+    Arc::new(MaskedLines::new(lines, secrets.clone(), project_of))
 }
 
 /// Projections are this process's own; several processes may share a data folder.
@@ -755,6 +794,7 @@ async fn look_after(
     name: ClusterName,
     images: Arc<Images>,
     lines: Arc<dyn LineLog>,
+    secrets: Arc<dyn SecretStore>,
     crew: Arc<Crew>,
     repositories: Arc<dyn ports::Repositories>,
     held: Arc<std::sync::Mutex<Vec<Arc<LocalCluster>>>>,
@@ -764,13 +804,14 @@ async fn look_after(
 ) {
     let part = format!("cluster {name}");
     loop {
-        let options = LocalOptions::new(
+        let mut options = LocalOptions::new(
             root.join(name.as_str()),
             name.clone(),
             images.clone(),
             lines.clone(),
             foundations.clone(),
         );
+        options.secrets = secrets.clone();
         match LocalCluster::open(options).await {
             Ok(cluster) => {
                 let cluster = Arc::new(cluster);

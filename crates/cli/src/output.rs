@@ -1,10 +1,11 @@
 //! How things are printed: tables and colours for people, JSON for programs.
 
-use std::io::IsTerminal;
-use std::sync::OnceLock;
+use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use clap::ValueEnum;
+use daybook_secrets::SecretStore;
 use tracing_subscriber::EnvFilter;
 
 use crate::commands::Global;
@@ -36,13 +37,48 @@ pub fn init(global: &Global) {
     let filter = EnvFilter::try_from_env("DAYBOOK_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| MaskedStderr)
         .with_ansi(std::io::stderr().is_terminal() && colour)
         .with_target(false);
     if global.log_json {
         builder.json().init();
     } else {
         builder.init();
+    }
+}
+
+static SECRETS: OnceLock<Arc<dyn SecretStore>> = OnceLock::new();
+
+/// From now on the secrets in this store are masked in the log of the program itself: what is
+/// logged often quotes what others have said.
+pub fn mask(secrets: Arc<dyn SecretStore>) {
+    let _ = SECRETS.set(secrets);
+}
+
+/// Standard error, for whole records of the log.
+struct MaskedStderr;
+
+impl Write for MaskedStderr {
+    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
+        let mut stderr = io::stderr().lock();
+        match SECRETS.get() {
+            None => stderr.write_all(record)?,
+            Some(secrets) => {
+                let text = String::from_utf8_lossy(record);
+                let (text, end) = match text.strip_suffix('\n') {
+                    Some(text) => (text, "\n"),
+                    None => (&*text, ""),
+                };
+                let shown = secrets.masker_or_withhold(None).mask(text);
+                stderr.write_all(shown.as_bytes())?;
+                stderr.write_all(end.as_bytes())?;
+            }
+        }
+        Ok(record.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
     }
 }
 
@@ -112,7 +148,6 @@ pub fn hold_on() {
     reason = "a client holds nothing that must be put in order"
 )]
 pub fn line(text: &str) {
-    use std::io::Write;
     let mut out = std::io::stdout().lock();
     let written = writeln!(out, "{text}").and_then(|()| out.flush());
     if written.is_err() && !HOLDS_ON.load(Ordering::Relaxed) {

@@ -10,15 +10,17 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeStruct as _;
+use serde::{Deserialize, Serialize, Serializer};
 use uuid::Uuid;
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::envelope::Payload;
 use crate::names::{
-    BuildId, ClusterName, CommitId, DeploymentId, EventId, GitRef, Hostname, InstanceRef,
+    BuildId, ClusterName, CommitId, DeploymentId, EnvKey, EventId, GitRef, Hostname, InstanceRef,
     RepositoryUrl,
 };
+use crate::secret::SecretRef;
 use crate::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
 use crate::subject::AggregateKind;
 
@@ -374,7 +376,7 @@ pub enum SwitchMode {
 }
 
 /// Somebody asked for a deployment. Carries the snapshot of everything that it will be made from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 pub struct Requested {
     /// What is deployed to.
     pub instance: InstanceRef,
@@ -394,6 +396,32 @@ pub struct Requested {
     pub reason: Option<String>,
     /// The deployment whose snapshot this repeats.
     pub redeploy_of: Option<DeploymentId>,
+    /// The secrets that it runs with, by variable: the newest versions when it was asked for.
+    #[serde(default)]
+    pub secrets: BTreeMap<EnvKey, SecretRef>,
+}
+
+/// As derived, but that JSON leaves out `secrets` where there are none, as events did before there
+/// were any. Rows of projections, which are not self-describing, always have it.
+impl Serialize for Requested {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let left_out = serializer.is_human_readable() && self.secrets.is_empty();
+        let fields = if left_out { 9 } else { 10 };
+        let mut out = serializer.serialize_struct("Requested", fields)?;
+        out.serialize_field("instance", &self.instance)?;
+        out.serialize_field("version", &self.version)?;
+        out.serialize_field("clusters", &self.clusters)?;
+        out.serialize_field("build", &self.build)?;
+        out.serialize_field("image_repository", &self.image_repository)?;
+        out.serialize_field("run", &self.run)?;
+        out.serialize_field("switch", &self.switch)?;
+        out.serialize_field("reason", &self.reason)?;
+        out.serialize_field("redeploy_of", &self.redeploy_of)?;
+        if !left_out {
+            out.serialize_field("secrets", &self.secrets)?;
+        }
+        out.end()
+    }
 }
 
 /// It was admitted to the pipeline: no other one of its instance runs.

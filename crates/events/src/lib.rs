@@ -19,6 +19,7 @@ pub mod memory;
 pub mod names;
 pub mod project;
 pub mod routing;
+pub mod secret;
 pub mod spec;
 pub mod subject;
 #[cfg(any(test, feature = "testing"))]

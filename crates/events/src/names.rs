@@ -20,10 +20,26 @@ pub struct InvalidName {
     pub what: &'static str,
     /// A stable code for programs: `invalid_project_name`.
     pub code: &'static str,
-    /// The refused text, cut to 80 characters.
+    /// The refused text, without credentials and cut to 80 characters.
     pub value: String,
     /// The rule that it breaks, in words.
     pub rule: &'static str,
+}
+
+/// A text as it may be shown: what stands before an `@` in it, as users and passwords do in
+/// addresses, is left out, and so is what follows on a `?` or `#` of an address.
+pub fn without_credentials(text: &str) -> String {
+    let start = text.find("://").map_or(0, |at| at + "://".len());
+    let (scheme, rest) = text.split_at(start);
+    let (user, rest) = match rest.rsplit_once('@') {
+        Some((_, rest)) => ("…@", rest),
+        None => ("", rest),
+    };
+    let query = rest.find(['?', '#']).filter(|_| rest.contains('/'));
+    match query {
+        Some(end) => format!("{scheme}{user}{}…", &rest[..end]),
+        None => format!("{scheme}{user}{rest}"),
+    }
 }
 
 macro_rules! validated {
@@ -58,7 +74,7 @@ macro_rules! validated {
                     Err(rule) => Err(InvalidName {
                         what: $what,
                         code: $code,
-                        value: value.chars().take(80).collect(),
+                        value: without_credentials(&value).chars().take(80).collect(),
                         rule,
                     }),
                 }

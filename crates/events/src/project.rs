@@ -1,4 +1,4 @@
-//! The project aggregate: a project and its services.
+//! The project aggregate: a project, its services and its secret variables.
 
 use std::collections::BTreeMap;
 
@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::envelope::Payload;
 use crate::names::{ProjectName, ServiceName};
+use crate::secret::{self, Secret, SecretId, SecretSet, SecretUnset};
 use crate::spec::ServiceSpec;
 use crate::subject::AggregateKind;
 
@@ -37,6 +38,10 @@ events! {
         Created(Created) = "project.created.v1",
         /// A service was added or redefined.
         ServiceDefined(Box<ServiceDefined>) = "project.service_defined.v1",
+        /// A secret was given a value.
+        SecretSet(SecretSet) = "project.secret_set.v1",
+        /// A secret was taken away.
+        SecretUnset(SecretUnset) = "project.secret_unset.v1",
     }
 }
 
@@ -51,6 +56,23 @@ pub struct Project {
     pub created_at: Timestamp,
     /// Its services.
     pub services: BTreeMap<ServiceName, ServiceSpec>,
+    /// Its secrets, by name and scope; also those that are no longer set, for their versions.
+    pub secrets: Vec<Secret>,
+}
+
+impl Project {
+    /// What is known of a secret, whether it is still set or not.
+    pub fn secret(&self, id: &SecretId) -> Option<&Secret> {
+        let found = self.secrets.binary_search_by(|s| s.id.cmp(id)).ok()?;
+        self.secrets.get(found)
+    }
+
+    fn change_secret(&mut self, secret: Secret) {
+        match self.secrets.binary_search_by(|s| s.id.cmp(&secret.id)) {
+            Ok(found) => self.secrets[found] = secret,
+            Err(place) => self.secrets.insert(place, secret),
+        }
+    }
 }
 
 impl Aggregate for Project {
@@ -64,12 +86,13 @@ impl Aggregate for Project {
                 description: e.description,
                 created_at: at.time,
                 services: BTreeMap::new(),
+                secrets: Vec::new(),
             }),
             other => Err(Illegal::new(other.kind(), "a project that does not exist")),
         }
     }
 
-    fn apply(&mut self, event: ProjectEvent, _: At) -> Result<(), Illegal> {
+    fn apply(&mut self, event: ProjectEvent, at: At) -> Result<(), Illegal> {
         match event {
             ProjectEvent::Created(_) => {
                 return Err(Illegal::new("project.created.v1", "a project that exists"));
@@ -77,13 +100,44 @@ impl Aggregate for Project {
             ProjectEvent::ServiceDefined(e) => {
                 self.services.insert(e.name, e.spec);
             }
+            ProjectEvent::SecretSet(e) => {
+                let last = self.secret(&e.secret).map_or(0, |s| s.version);
+                if Some(e.version) != last.checked_add(1) {
+                    let state = format!("version {last} of {}", e.secret);
+                    return Err(Illegal::new("project.secret_set.v1", state));
+                }
+                self.change_secret(Secret {
+                    id: e.secret,
+                    version: e.version,
+                    commitment: e.commitment,
+                    key: e.key,
+                    is_set: true,
+                    changed_at: at.time,
+                    changed_by: at.position,
+                });
+            }
+            ProjectEvent::SecretUnset(e) => match self.secret(&e.secret) {
+                Some(secret) if secret.is_set && secret.version == e.version => {
+                    self.change_secret(Secret {
+                        is_set: false,
+                        changed_at: at.time,
+                        changed_by: at.position,
+                        ..secret.clone()
+                    });
+                }
+                _ => {
+                    let state = format!("no version {} of {}", e.version, e.secret);
+                    return Err(Illegal::new("project.secret_unset.v1", state));
+                }
+            },
         }
         Ok(())
     }
 }
 
 /// Decides whether `event` may be appended. Creating what exists already is refused; defining a
-/// service exactly as it is changes nothing.
+/// service exactly as it is changes nothing, and so does setting a secret to the value that it
+/// has.
 pub fn decide(
     state: Option<&Project>,
     event: ProjectEvent,
@@ -113,5 +167,47 @@ pub fn decide(
                 Ok(Decision::Append(event))
             }
         }
+        (Some(p), ProjectEvent::SecretSet(e)) => {
+            secret::check_name(&e.secret.name)?;
+            if let Some(service) = &e.secret.scope.service
+                && !p.services.contains_key(service)
+            {
+                return Err(Refusal::new(
+                    "service_not_found",
+                    format!("the project {} has no service {service}", p.name),
+                    "define the service first, or leave it out to set the secret for all",
+                ));
+            }
+            let last = p.secret(&e.secret);
+            if last.is_some_and(|s| s.is_set && s.commitment == e.commitment) {
+                return Ok(Decision::Nothing);
+            }
+            let next = last.map_or(1, |s| s.version.saturating_add(1));
+            if e.version != next {
+                return Err(Refusal::new(
+                    "stale_secret_version",
+                    format!("the next version of {} is {next}", e.secret),
+                    "look at the secret again and repeat the command",
+                ));
+            }
+            Ok(Decision::Append(event))
+        }
+        (Some(p), ProjectEvent::SecretUnset(e)) => match p.secret(&e.secret) {
+            None => Err(Refusal::new(
+                "secret_not_found",
+                format!("the project {} has no secret {}", p.name, e.secret),
+                format!(
+                    "`daybook secret list {}` shows all with their scopes",
+                    p.name
+                ),
+            )),
+            Some(s) if !s.is_set => Ok(Decision::Nothing),
+            Some(s) if s.version != e.version => Err(Refusal::new(
+                "stale_secret_version",
+                format!("{} is at version {} by now", e.secret, s.version),
+                "look at the secret again and repeat the command",
+            )),
+            Some(_) => Ok(Decision::Append(event)),
+        },
     }
 }

@@ -10,8 +10,9 @@ use daybook_events::project::{self, Project, ProjectEvent};
 use daybook_events::routing::{
     self, Applied, Command, Rejected, Routing, RoutingEvent, SwitchReason, Switched, Target,
 };
+use daybook_events::secret::{Secret, SecretId, SecretScope, SecretSet, applicable};
 use daybook_events::testing::{Given, given, samples};
-use daybook_events::{DeploymentId, Hostname, InstanceRef};
+use daybook_events::{DeploymentId, Hostname, InstanceRef, Position};
 
 fn of_attempt(name: &str, attempt: u32) -> BuildEvent {
     let index = [
@@ -403,8 +404,91 @@ fn releases_are_what_the_commits_left() {
 }
 
 #[test]
+fn secrets_have_versions_and_the_nearest_one_wins() {
+    let [created, defined, set, unset]: [ProjectEvent; 4] =
+        samples::project_events().try_into().unwrap();
+    let other = |version, commitment| {
+        ProjectEvent::SecretSet(SecretSet {
+            secret: samples::secret(),
+            version,
+            commitment: samples::commitment(commitment),
+            key: uuid::Uuid::from_u128(1),
+        })
+    };
+    given::<Project>([created.clone()])
+        .when(|s| project::decide(s, set.clone()))
+        .then_refused("service_not_found")
+        .when(|s| project::decide(s, unset.clone()))
+        .then_refused("secret_not_found");
+    given::<Project>([created.clone(), defined.clone()])
+        .when(|s| project::decide(s, other(2, 1)))
+        .then_refused("stale_secret_version")
+        .when(|s| project::decide(s, set.clone()))
+        .then(set.clone())
+        // The same value again, under whatever number, is no change.
+        .when(|s| project::decide(s, other(2, 1)))
+        .then_nothing()
+        .when(|s| project::decide(s, unset.clone()))
+        .then(unset.clone())
+        .when(|s| project::decide(s, unset.clone()))
+        .then_nothing()
+        // Numbers go on, also when the value is the one before.
+        .when(|s| project::decide(s, other(2, 1)))
+        .then(other(2, 1))
+        .when(|s| project::decide(s, unset.clone()))
+        .then_refused("stale_secret_version");
+    let reserved = |name: &str| {
+        let mut secret = samples::secret();
+        secret.name = name.parse().unwrap();
+        ProjectEvent::SecretSet(SecretSet {
+            secret,
+            version: 1,
+            commitment: samples::commitment(1),
+            key: uuid::Uuid::from_u128(1),
+        })
+    };
+    for name in ["PORT", "PATH", "DAYBOOK_PROJECT"] {
+        given::<Project>([created.clone(), defined.clone()])
+            .when(|s| project::decide(s, reserved(name)))
+            .then_refused("reserved_secret_name");
+    }
+
+    // Of several scopes the narrowest wins, and what is unset wins over nothing.
+    let scoped = |environment: Option<&str>, service: Option<&str>, version, is_set| Secret {
+        id: SecretId {
+            name: "KEY".parse().unwrap(),
+            scope: SecretScope {
+                environment: environment.map(|e| e.parse().unwrap()),
+                service: service.map(|s| s.parse().unwrap()),
+            },
+        },
+        version,
+        commitment: samples::commitment(1),
+        key: uuid::Uuid::from_u128(1),
+        is_set,
+        changed_at: "2026-01-01T00:00:00Z".parse().unwrap(),
+        changed_by: Position(1),
+    };
+    let mut secrets = Vec::new();
+    for (secret, chosen) in [
+        (scoped(Some("staging"), None, 9, true), None),
+        (scoped(None, Some("web"), 9, true), None),
+        (scoped(None, None, 1, true), Some(1)),
+        (scoped(Some("production"), None, 2, true), Some(2)),
+        (scoped(None, Some("api"), 3, true), Some(3)),
+        (scoped(Some("production"), Some("api"), 4, false), Some(3)),
+        (scoped(Some("production"), Some("api"), 5, true), Some(5)),
+    ] {
+        secrets.push(secret);
+        let found = applicable(&secrets, &samples::shop());
+        let version = found.get(&"KEY".parse().unwrap()).map(|r| r.version);
+        assert_eq!(version, chosen);
+    }
+}
+
+#[test]
 fn projects_and_services_are_made_once() {
-    let [created, defined]: [ProjectEvent; 2] = samples::project_events().try_into().unwrap();
+    let [created, defined, ..]: [ProjectEvent; 4] = samples::project_events().try_into().unwrap();
     given::<Project>([])
         .when(|s| project::decide(s, defined.clone()))
         .then_refused("project_not_found")

@@ -388,3 +388,20 @@ fn subjects_that_are_none() {
     }
     assert_eq!(AggregateKind::ALL.len(), 7);
 }
+
+#[test]
+fn what_is_refused_is_shown_without_credentials() {
+    use daybook_events::without_credentials;
+    for (text, shown) in [
+        ("https://ada:hunter2@host/x", "https://…@host/x"),
+        ("https://ada:hun/ter@2@host/x?y", "https://…@host/x…"),
+        ("https://host/x?token=hunter2", "https://host/x…"),
+        ("ada:hunter2@host:x.git", "…@host:x.git"),
+        ("host/x?token=hunter2", "host/x…"),
+        ("plain text?", "plain text?"),
+    ] {
+        assert_eq!(without_credentials(text), shown);
+        let refused = RepositoryUrl::parse(text).unwrap_err().to_string();
+        assert!(!refused.contains("hun"), "{refused}");
+    }
+}

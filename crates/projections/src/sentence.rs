@@ -87,6 +87,19 @@ fn because<'a>(
 fn project<'a>(out: &mut String, event: &'a ProjectEvent) -> Said<'a> {
     match event {
         ProjectEvent::Created(e) => plain(out, format_args!("Project {} was created.", e.name)),
+        ProjectEvent::SecretSet(e) => Said {
+            environment: e.secret.scope.environment.as_ref(),
+            service: e.secret.scope.service.as_ref(),
+            ..plain(
+                out,
+                format_args!("Secret {} was set: version {}.", e.secret, e.version),
+            )
+        },
+        ProjectEvent::SecretUnset(e) => Said {
+            environment: e.secret.scope.environment.as_ref(),
+            service: e.secret.scope.service.as_ref(),
+            ..plain(out, format_args!("Secret {} was taken away.", e.secret))
+        },
         ProjectEvent::ServiceDefined(e) => Said {
             service: Some(&e.name),
             ..plain(out, format_args!("Service {} was defined.", e.name))

@@ -23,8 +23,11 @@
 
 use std::collections::BTreeMap;
 
+use daybook_events::secret::SecretRef;
 use daybook_events::spec::{PinnedImage, RunSpec};
-use daybook_events::{ClusterName, DeploymentId, EnvironmentName, ProjectName, ServiceName};
+use daybook_events::{
+    ClusterName, DeploymentId, EnvKey, EnvironmentName, ProjectName, ServiceName,
+};
 use serde::ser::{SerializeMap as _, SerializeSeq as _};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
@@ -71,6 +74,14 @@ pub struct ReleaseValues {
     pub image: PinnedImage,
     /// Where it runs: a cluster that is not listed leaves it alone.
     pub clusters: Vec<ClusterName>,
+    /// The secrets that it gets in its environment, by variable: references, never values. A chart
+    /// makes a `secretKeyRef` of each.
+    #[serde(
+        rename = "secretEnv",
+        default,
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    pub secret_env: BTreeMap<EnvKey, SecretRef>,
     /// How it runs. `replicas: 0` is a stopped release.
     #[serde(flatten)]
     pub run: RunSpec,
@@ -215,8 +226,9 @@ impl Serialize for Sorted<'_> {
 
 #[cfg(test)]
 mod tests {
+    use daybook_events::secret::{Commitment, SecretScope};
     use daybook_events::spec::HealthSpec;
-    use daybook_events::{Digest, EnvKey, ImageRepository, ImageTag};
+    use daybook_events::{Digest, ImageRepository, ImageTag};
     use proptest::prelude::*;
 
     use super::*;
@@ -328,10 +340,28 @@ mod tests {
     }
 
     prop_compose! {
-        fn release()(image in image(), run in run(), clusters in prop::collection::vec(name(), 0..3))
-            -> ReleaseValues
+        fn secret()(name in "[A-Z_][A-Z0-9_]{0,8}|y|no", version in 1..u32::MAX, scoped in any::<bool>())
+            -> (EnvKey, SecretRef)
         {
+            let secret = EnvKey::parse(name).unwrap();
+            let scope = SecretScope {
+                environment: scoped.then(|| EnvironmentName::parse("no").unwrap()),
+                service: None,
+            };
+            let commitment = Commitment::from_hmac(&[7; 32]);
+            (secret.clone(), SecretRef { secret, scope, version, commitment })
+        }
+    }
+
+    prop_compose! {
+        fn release()(
+            image in image(),
+            run in run(),
+            clusters in prop::collection::vec(name(), 0..3),
+            secrets in prop::collection::vec(secret(), 0..3),
+        ) -> ReleaseValues {
             ReleaseValues {
+                secret_env: secrets.into_iter().collect(),
                 image,
                 clusters: clusters.into_iter().map(|c| ClusterName::parse(c).unwrap()).collect(),
                 run,

@@ -50,6 +50,7 @@ fn deployment(n: u128) -> DeploymentId {
 
 fn release(tag: &str) -> ReleaseValues {
     ReleaseValues {
+        secret_env: std::collections::BTreeMap::new(),
         image: PinnedImage {
             repository: ImageRepository::parse("localhost:5000/shop/api").unwrap(),
             tag: ImageTag::parse(tag).unwrap(),

@@ -92,6 +92,7 @@ impl World {
         let bench = Bench {
             ledger: ledger.clone(),
             lines,
+            secrets: Arc::new(daybook_secrets::NoSecrets),
             settings: Arc::new(Settings {
                 worker: "test".into(),
                 domain: Hostname::parse("localhost").unwrap(),
@@ -201,6 +202,7 @@ impl World {
             switch,
             reason: None,
             redeploy_of: None,
+            secrets: std::collections::BTreeMap::new(),
         }));
         self.apply(id, event).await;
         id

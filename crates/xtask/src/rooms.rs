@@ -17,21 +17,26 @@ Dependencies of tests alone are free.
 ";
 
 /// Which crates of the workspace a crate may build on.
-const MAY_USE: [(&str, &[&str]); 8] = [
+const MAY_USE: [(&str, &[&str]); 9] = [
     ("daybook-events", &[]),
     ("daybook-store", &["daybook-events"]),
     ("daybook-projections", &["daybook-events"]),
+    ("daybook-secrets", &["daybook-events"]),
     (
         "daybook-workers",
-        &["daybook-events", "daybook-projections"],
+        &["daybook-events", "daybook-projections", "daybook-secrets"],
     ),
-    ("daybook-api", &["daybook-events", "daybook-projections"]),
+    (
+        "daybook-api",
+        &["daybook-events", "daybook-projections", "daybook-secrets"],
+    ),
     (
         "daybook",
         &[
             "daybook-api",
             "daybook-events",
             "daybook-projections",
+            "daybook-secrets",
             "daybook-store",
             "daybook-workers",
         ],
@@ -42,6 +47,7 @@ const MAY_USE: [(&str, &[&str]); 8] = [
         &[
             "daybook-events",
             "daybook-projections",
+            "daybook-secrets",
             "daybook-store",
             "daybook-workers",
         ],
@@ -50,7 +56,7 @@ const MAY_USE: [(&str, &[&str]); 8] = [
 ];
 
 /// Libraries that only some crates may name, so that what they stand for can be exchanged there.
-const ONLY_IN: [(&[&str], &[&str], &str); 8] = [
+const ONLY_IN: [(&[&str], &[&str], &str); 9] = [
     (
         &["async-nats"],
         &["daybook-store", "daybook", "daybook-testkit"],
@@ -99,8 +105,14 @@ const ONLY_IN: [(&[&str], &[&str], &str); 8] = [
         "the terminal is the command line's business",
     ),
     (
+        &["chacha20poly1305", "hmac", "aho-corasick"],
+        &["daybook-secrets"],
+        "values of secrets are encrypted, committed to and masked in one place",
+    ),
+    (
         &["tokio", "reqwest", "hyper", "rustix"],
         &[
+            "daybook-secrets",
             "daybook-store",
             "daybook-projections",
             "daybook-workers",

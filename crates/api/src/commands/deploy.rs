@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use daybook_events::deployment::{
     self, Deployment, DeploymentEvent, Requested, SwitchMode, Version,
 };
+use daybook_events::secret::{self, SecretRef};
 use daybook_events::spec::{HealthSpec, ImageReference, ServiceSpec};
 use daybook_events::{
     ClusterName, DeploymentId, Digest, EnvKey, GitRef, ImageRepository, ImageTag, InstanceRef,
@@ -104,6 +105,15 @@ impl Commands {
             replicas,
             health,
         } = wish.run;
+        let secrets = self.applicable_secrets(&wish.instance).await?;
+        if let Some(name) = env.keys().find(|name| secrets.contains_key(name)) {
+            return Err(Refusal::new(
+                "variable_is_secret",
+                format!("{name} is a secret of this deployment; its value does not belong here"),
+                "leave the variable out, or change it with `daybook secret set`",
+            )
+            .into());
+        }
         run.port = port.unwrap_or(run.port);
         run.command = command.unwrap_or(run.command);
         run.env.extend(env);
@@ -120,12 +130,14 @@ impl Commands {
             switch: wish.switch.unwrap_or(environment.spec.switch),
             reason: wish.reason,
             redeploy_of: None,
+            secrets,
         };
         self.request(caller, id, request).await
     }
 
     /// Requests a deployment of exactly what an older one was made from: its image where it had
-    /// one, else its commit, with its configuration and its clusters.
+    /// one, else its commit, with its configuration and its clusters. Only its secrets are those
+    /// of now: an older password does not come back with older code.
     pub async fn redeploy(
         &self,
         caller: &Caller,
@@ -145,9 +157,25 @@ impl Commands {
             switch: wish.switch.unwrap_or(environment.spec.switch),
             reason: wish.reason,
             redeploy_of: Some(wish.of),
+            secrets: self.applicable_secrets(&old.request.instance).await?,
             ..old.request
         };
         self.request(caller, id, request).await
+    }
+
+    /// The newest versions of the secrets that a deployment of an instance gets, all of which can
+    /// be found.
+    async fn applicable_secrets(
+        &self,
+        instance: &InstanceRef,
+    ) -> Result<BTreeMap<EnvKey, SecretRef>, CommandError> {
+        let project = self.project(&instance.project)?;
+        let secrets = secret::applicable(&project.secrets, instance);
+        if !secrets.is_empty() {
+            let store = self.secret_store()?;
+            store.resolve(&instance.project, &secrets).await?;
+        }
+        Ok(secrets)
     }
 
     async fn request(

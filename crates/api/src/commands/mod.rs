@@ -10,6 +10,7 @@ mod deploy;
 mod gitops;
 mod lifecycle;
 mod project;
+mod secrets;
 mod traffic;
 
 use std::sync::Arc;
@@ -19,10 +20,11 @@ use std::time::Duration;
 use daybook_events::aggregate::At;
 use daybook_events::log::ReadError;
 use daybook_events::{
-    Actor, Aggregate, Context, Decision, DeploymentId, Event, EventId, InvalidName, Position,
-    Refusal, Subject,
+    Actor, Aggregate, Context, Decision, DeploymentId, Event, EventId, InvalidName, Payload,
+    Position, Refusal, Subject,
 };
 use daybook_projections::{ExecuteError, Executed, Ledger, QueryError};
+use daybook_secrets::{SecretError, SecretStore};
 use jiff::Timestamp;
 use uuid::Uuid;
 
@@ -30,6 +32,7 @@ use crate::state::Settings;
 
 pub use deploy::{Deploy, Deployed, Redeploy, RunOverrides, What};
 pub use lifecycle::{Lifecycle, Operated};
+pub use secrets::Verified;
 pub use traffic::Switched;
 
 /// How long a command waits for its own event to be folded, so that whoever asks next sees it.
@@ -140,6 +143,9 @@ pub enum CommandError {
     /// The log could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The secret store cannot be used now.
+    #[error("the secret store cannot be used")]
+    Secrets(#[source] SecretError),
 }
 
 impl From<ExecuteError> for CommandError {
@@ -156,6 +162,7 @@ impl From<ExecuteError> for CommandError {
 pub struct Commands {
     ledger: Ledger,
     settings: Arc<Settings>,
+    secrets: Option<Arc<dyn SecretStore>>,
     appended: Arc<AtomicU64>,
 }
 
@@ -171,8 +178,15 @@ impl Commands {
         Self {
             ledger,
             settings,
+            secrets: None,
             appended: Arc::default(),
         }
+    }
+
+    /// The same with a place to keep the values of secrets.
+    pub fn with_secrets(mut self, secrets: Arc<dyn SecretStore>) -> Self {
+        self.secrets = Some(secrets);
+        self
     }
 
     /// The ledger underneath.
@@ -219,6 +233,13 @@ impl Commands {
         }
         let id = caller.event_id();
         let context = caller.context(id, correlation.unwrap_or(id.0));
+        let decide = |state: Option<&A>| {
+            let decision = decide(state)?;
+            if let Decision::Append(event) = &decision {
+                self.refuse_secrets(subject, event)?;
+            }
+            Ok(decision)
+        };
         let executed = self.ledger.execute(subject, &context, decide).await;
         let projections = self.ledger.projections();
         match executed {
@@ -261,6 +282,27 @@ impl Commands {
                 None => Err(refusal.into()),
             },
             Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Refuses to record what contains the value of a secret of the project.
+    fn refuse_secrets(&self, subject: &Subject, event: &impl Payload) -> Result<(), Refusal> {
+        let (Some(store), Some(project)) = (&self.secrets, subject.project()) else {
+            return Ok(());
+        };
+        // Where the values cannot be read, nothing can be said against it.
+        let found = store
+            .masker(Some(project))
+            .ok()
+            .zip(event.encode().ok())
+            .and_then(|(masker, payload)| masker.find(payload.get().as_bytes()));
+        match found {
+            Some(found) if !found.is_empty() => Err(Refusal::new(
+                "contains_secret",
+                "the request contains the value of a secret, which would stay in the ledger for ever",
+                "leave it out; a value that is an ordinary word or number is better no secret",
+            )),
+            _ => Ok(()),
         }
     }
 

@@ -7,6 +7,7 @@ pub(crate) mod history;
 pub(crate) mod logs;
 pub(crate) mod operations;
 pub(crate) mod projects;
+pub(crate) mod secrets;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -42,6 +43,9 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
             projects::get_environment,
             projects::change_environment
         ))
+        .routes(routes!(secrets::list_secrets))
+        .routes(routes!(secrets::set_secret, secrets::unset_secret))
+        .routes(routes!(secrets::verify_secret))
         .routes(routes!(history::list_instances))
         .routes(routes!(history::get_instance))
         .routes(routes!(

@@ -14,6 +14,7 @@ mod manage;
 mod repair;
 mod replay;
 mod schema;
+mod secret;
 mod serve;
 mod status;
 mod up;
@@ -83,6 +84,7 @@ pub struct ServerArgs {
     #[arg(
         long,
         env = "DAYBOOK_URL",
+        hide_env_values = true,
         default_value = "http://127.0.0.1:7070",
         value_name = "URL"
     )]
@@ -109,6 +111,9 @@ pub enum Command {
     /// Create and list the environments of a project.
     #[command(subcommand, alias = "environment")]
     Env(manage::EnvCommand),
+    /// Set and take away secret variables, without ever showing them.
+    #[command(subcommand)]
+    Secret(secret::SecretCommand),
     /// Deploy a git ref or an image, and follow it until it is live.
     Deploy(deploy::DeployArgs),
     /// What runs where, with the three readiness answers.
@@ -170,6 +175,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Project(command) => manage::project(command).await,
         Command::Service(command) => manage::service(command).await,
         Command::Env(command) => manage::environment(command).await,
+        Command::Secret(command) => secret::run(command).await,
         Command::Deploy(args) => deploy::run(args).await,
         Command::Status(args) => status::run(args).await,
         Command::History(args) => history::run(args).await,

@@ -33,7 +33,7 @@ pub enum ProjectionsCommand {
         #[command(flatten)]
         node: Box<super::up::NodeArgs>,
         /// Use this NATS server for the log instead of the embedded one.
-        #[arg(long, env = "DAYBOOK_NATS", value_name = "URL")]
+        #[arg(long, env = "DAYBOOK_NATS", hide_env_values = true, value_name = "URL")]
         nats: Option<String>,
     },
     /// How far the server's projections are, and a digest over their rows.

@@ -18,7 +18,7 @@ pub struct ServeArgs {
     #[arg(long = "role", value_enum, required = true, value_delimiter = ',')]
     roles: Vec<Role>,
     /// The NATS server that has the log.
-    #[arg(long, env = "DAYBOOK_NATS", value_name = "URL")]
+    #[arg(long, env = "DAYBOOK_NATS", hide_env_values = true, value_name = "URL")]
     nats: String,
     /// Where the gateway answers from here, for the `probe` role, if another process runs it.
     #[arg(long, env = "DAYBOOK_GATEWAY_URL", value_name = "URL")]

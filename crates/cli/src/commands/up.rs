@@ -17,6 +17,14 @@ pub struct NodeArgs {
     /// Where everything is kept.
     #[arg(long, env = "DAYBOOK_DATA", value_name = "DIR")]
     pub data: Option<PathBuf>,
+    /// Where the values of secrets are kept, encrypted; `secrets` in the data folder if not given.
+    /// Processes that share projects need the same folder.
+    #[arg(long, env = "DAYBOOK_SECRETS", value_name = "DIR")]
+    pub secrets: Option<PathBuf>,
+    /// The key file of the secrets, made when the first one is set; `key` in their folder if not
+    /// given.
+    #[arg(long, env = "DAYBOOK_SECRETS_KEY", value_name = "FILE")]
+    pub secrets_key: Option<PathBuf>,
     /// Where the HTTP interface listens.
     #[arg(
         long,
@@ -125,6 +133,8 @@ impl NodeArgs {
     /// The options of the node.
     pub fn options(&self) -> Result<NodeOptions, Failure> {
         let mut options = NodeOptions::everything(data_dir(self.data.as_ref())?);
+        options.secrets = self.secrets.clone();
+        options.secrets_key = self.secrets_key.clone();
         options.listen = self.listen;
         options.gateway = self.gateway;
         options.hosts = self.hosts.clone();
@@ -158,7 +168,7 @@ pub struct UpArgs {
     #[command(flatten)]
     node: NodeArgs,
     /// Use this NATS server for the log instead of the embedded one.
-    #[arg(long, env = "DAYBOOK_NATS", value_name = "URL")]
+    #[arg(long, env = "DAYBOOK_NATS", hide_env_values = true, value_name = "URL")]
     nats: Option<String>,
     /// Leave the deployments' processes running at the end; the next `up` takes them over.
     #[arg(long)]

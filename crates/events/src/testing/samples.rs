@@ -19,6 +19,7 @@ use crate::names::{
 };
 use crate::project::{self, ProjectEvent};
 use crate::routing::{self, Backend, MainChange, RouteChange, RoutingEvent, Stickiness};
+use crate::secret::{Commitment, SecretId, SecretScope, SecretSet, SecretUnset};
 use crate::spec::{BuildSpec, PinnedImage, RunSpec, ServiceSpec, SourceSpec};
 
 /// The number-th commit id.
@@ -96,7 +97,24 @@ pub fn request(instance: InstanceRef) -> deployment::Requested {
         switch: SwitchMode::Automatic,
         reason: Some("the spring sale begins".to_owned()),
         redeploy_of: None,
+        secrets: BTreeMap::new(),
     }
+}
+
+/// The secret `DATABASE_URL` of the service `api` in production.
+pub fn secret() -> SecretId {
+    SecretId {
+        name: "DATABASE_URL".parse().expect("a name"),
+        scope: SecretScope {
+            environment: Some("production".parse().expect("an environment")),
+            service: Some("api".parse().expect("a service")),
+        },
+    }
+}
+
+/// The number-th commitment.
+pub fn commitment(number: u8) -> Commitment {
+    Commitment::from_hmac(&[number; 32])
 }
 
 /// The events of a project.
@@ -117,6 +135,16 @@ pub fn project_events() -> Vec<ProjectEvent> {
                 ..ServiceSpec::default()
             },
         })),
+        ProjectEvent::SecretSet(SecretSet {
+            secret: secret(),
+            version: 1,
+            commitment: commitment(1),
+            key: uuid::Uuid::from_u128(1),
+        }),
+        ProjectEvent::SecretUnset(SecretUnset {
+            secret: secret(),
+            version: 1,
+        }),
     ]
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -24,13 +25,21 @@ const INHERITED: &[&str] = &[
     "USER",
 ];
 
-/// A command line that can be run.
-#[derive(Debug)]
+/// A command line that can be run. Its environment holds secrets.
 pub(super) struct Launch {
     pub(super) program: PathBuf,
     pub(super) args: Vec<OsString>,
     pub(super) env: BTreeMap<OsString, OsString>,
     pub(super) dir: PathBuf,
+}
+
+impl fmt::Debug for Launch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Launch")
+            .field("program", &self.program)
+            .field("dir", &self.dir)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Why there is nothing to run.

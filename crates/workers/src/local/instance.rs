@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use daybook_events::EnvKey;
 use daybook_events::lines::{LineKind, LineSource, NewLine};
+use daybook_secrets::SecretValue;
 use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -110,6 +112,8 @@ impl Instance {
         let output = Output {
             dir: dir.clone(),
             lines: cluster.lines.clone(),
+            secrets: cluster.secrets.clone(),
+            project: record.spec.app.project.clone(),
             source: LineSource::Deployment(record.spec.deployment),
             cluster: cluster.name.clone(),
             instance: name.clone(),
@@ -227,13 +231,19 @@ impl Instance {
             .get(&spec.image, spec.deployment)
             .await
             .map_err(|e| problems::image(&spec.image, &e, self.is_hopeless()))?;
+        let secrets = self
+            .cluster
+            .secrets
+            .resolve(&spec.app.project, &spec.secrets)
+            .await
+            .map_err(|e| problems::secrets(&e, self.is_hopeless()))?;
         self.choose_port()?;
         let port = self.port.as_ref().map_or(0, Port::number);
         let spec = &self.record.spec;
         let launch = command::launch(
             &unpacked,
             &spec.run.command,
-            &self.environment(port),
+            &self.environment(port, &secrets),
             &self.cluster.static_server,
         )
         .map_err(|e| problems::start(&e))?;
@@ -296,7 +306,12 @@ impl Instance {
             .map(|(_, value)| value.as_str())
     }
 
-    fn environment(&self, port: u16) -> BTreeMap<String, String> {
+    /// Variables of the release, over which its secrets win; those that say who it is win over all.
+    fn environment(
+        &self,
+        port: u16,
+        secrets: &BTreeMap<EnvKey, SecretValue>,
+    ) -> BTreeMap<String, String> {
         let spec = &self.record.spec;
         let own = [("HOST", "127.0.0.1".to_owned()), ("PORT", port.to_string())];
         let identity = [
@@ -308,10 +323,14 @@ impl Instance {
             ("DAYBOOK_INSTANCE", self.name.clone()),
         ];
         let wanted = spec.run.env.iter().map(|(k, v)| (k.to_string(), v.clone()));
+        let secrets = secrets
+            .iter()
+            .map(|(k, v)| (k.to_string(), v.expose().to_owned()));
         let named = |(k, v): (&str, String)| (k.to_owned(), v);
         own.into_iter()
             .map(named)
             .chain(wanted)
+            .chain(secrets)
             .chain(identity.into_iter().map(named))
             .collect()
     }
@@ -418,7 +437,9 @@ impl Instance {
         self.ended();
         let mut carried = self.carried.clone();
         let _ = tokio::time::timeout(OUTPUT_SETTLES, carried.wait_for(|n| *n >= run)).await;
-        let last = output::last_lines(&output::file(&self.dir, run)).unwrap_or_default();
+        let project = &self.record.spec.app.project;
+        let masker = self.cluster.secrets.masker_or_withhold(Some(project));
+        let last = output::last_lines(&output::file(&self.dir, run), &masker).unwrap_or_default();
         let taken = !was_ready && self.port.as_ref().is_some_and(Port::is_taken);
         if taken && self.fixed_port().is_none() && self.lost_ports < MAX_PORTS {
             self.lost_ports += 1;
@@ -606,6 +627,8 @@ pub(super) async fn end(cluster: &Cluster, dir: PathBuf, mut record: Record) {
     let output = Output {
         dir,
         lines: cluster.lines.clone(),
+        secrets: cluster.secrets.clone(),
+        project: record.spec.app.project.clone(),
         source: LineSource::Deployment(record.spec.deployment),
         cluster: cluster.name.clone(),
         instance: record.spec.name(),

@@ -41,6 +41,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use daybook_events::lines::LineLog;
 use daybook_events::{ClusterName, CommitId, DeploymentId};
+use daybook_secrets::{NoSecrets, SecretStore};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -68,8 +69,10 @@ pub struct LocalOptions {
     pub name: ClusterName,
     /// Where images come from.
     pub images: Arc<dyn ImageStore>,
-    /// Where the output of instances goes.
+    /// Where the output of instances goes. Whoever keeps it masks it.
     pub lines: Arc<dyn LineLog>,
+    /// Where the values of secrets are; by default there are none.
+    pub secrets: Arc<dyn SecretStore>,
     /// Ends the looking after instances, which keep running. See [`LocalCluster::shutdown`] for
     /// how to end them too.
     pub cancel: CancellationToken,
@@ -95,6 +98,7 @@ impl LocalOptions {
             name,
             images,
             lines,
+            secrets: Arc::new(NoSecrets),
             cancel,
             static_server: vec![this.into(), "static-server".into()],
             grace: Duration::from_secs(10),
@@ -179,6 +183,7 @@ struct Cluster {
     releases: PathBuf,
     images: Images,
     lines: Arc<dyn LineLog>,
+    secrets: Arc<dyn SecretStore>,
     static_server: Vec<OsString>,
     grace: Duration,
     leave: CancellationToken,
@@ -234,6 +239,7 @@ impl LocalCluster {
             releases: dir.join("releases"),
             images: Images::new(dir.join("images"), options.images),
             lines: options.lines,
+            secrets: options.secrets,
             static_server: options.static_server,
             grace: options.grace,
             leave: leave.clone(),

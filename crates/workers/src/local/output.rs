@@ -6,6 +6,7 @@
 //! they have arrived. What was read is cut out of the file, so that a file that grows for months
 //! takes no space on disk.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -13,9 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use daybook_events::ClusterName;
 use daybook_events::lines::{LineKind, LineLog, LineSource, NewLine};
 use daybook_events::log::ReadError;
+use daybook_events::{ClusterName, ProjectName};
+use daybook_secrets::{MASK, Masker, PATTERN_MAX, SecretError, SecretStore};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -26,6 +28,8 @@ use super::state_file;
 /// The longest line, in bytes, with the note that it was cut.
 const MAX_LINE: usize = 16 * 1024;
 const CUT: &str = " [cut: the line is longer than 16 KiB]";
+/// What a secret is overwritten with, behind [`MASK`].
+const FILLER: u8 = 0;
 /// Read at once.
 const CHUNK: usize = 256 * 1024;
 /// Output that waits longer than this much more output is dropped, and a line says so.
@@ -42,7 +46,7 @@ pub(super) fn file(dir: &Path, run: u64) -> PathBuf {
 }
 
 /// The last lines of a file, joined into one, for a message.
-pub(super) fn last_lines(path: &Path) -> io::Result<String> {
+pub(super) fn last_lines(path: &Path, masker: &Masker) -> io::Result<String> {
     const LINES: usize = 4;
     const BYTES: u64 = 2048;
     let file = File::open(path)?;
@@ -50,6 +54,13 @@ pub(super) fn last_lines(path: &Path) -> io::Result<String> {
     let mut end = vec![0; usize::try_from(length.min(BYTES)).unwrap_or(0)];
     file.read_exact_at(&mut end, length.saturating_sub(BYTES))?;
     let text = String::from_utf8_lossy(&end);
+    let text = without_filler(&text);
+    // It may begin in the middle of a secret.
+    let text = if length > BYTES {
+        masker.mask_end(&text)
+    } else {
+        masker.mask(&text)
+    };
     let lines: Vec<&str> = text
         .lines()
         .map(|l| l.trim_matches(|c: char| c.is_control() || c.is_whitespace()))
@@ -107,6 +118,8 @@ struct Pending {
 pub(super) struct Output {
     pub(super) dir: PathBuf,
     pub(super) lines: Arc<dyn LineLog>,
+    pub(super) secrets: Arc<dyn SecretStore>,
+    pub(super) project: ProjectName,
     pub(super) source: LineSource,
     pub(super) cluster: ClusterName,
     pub(super) instance: String,
@@ -200,6 +213,7 @@ impl Output {
                     dropped: true,
                 }
             } else {
+                self.overwrite_secrets(&file, mark.offset)?;
                 let chunk = read_chunk(&file, mark.offset, CHUNK)?;
                 let at_end = chunk.len() < CHUNK;
                 let parsed = parse(&chunk, mark.in_cut, complete && at_end);
@@ -249,6 +263,21 @@ impl Output {
             cut_out(&file, mark.offset);
         }
         Ok(true)
+    }
+
+    /// Puts marks in the place of secrets in what is read next. The file keeps its length, so that
+    /// lines stay where they are.
+    fn overwrite_secrets(&self, file: &File, offset: u64) -> Result<(), Forward> {
+        let masker = self.secrets.masker(Some(&self.project))?;
+        // A secret may begin in one chunk and end in the next.
+        let chunk = read_chunk(file, offset, CHUNK + PATTERN_MAX)?;
+        let found = masker.find(&chunk).ok_or(Forward::Unchecked)?;
+        for range in found {
+            let mut mark = vec![FILLER; range.len()];
+            mark[..MASK.len()].copy_from_slice(MASK.as_bytes());
+            file.write_all_at(&mark, offset + range.start as u64)?;
+        }
+        Ok(())
     }
 
     /// The lines of `pending`, the same each time.
@@ -325,6 +354,10 @@ enum Forward {
     File(#[from] io::Error),
     #[error(transparent)]
     Lines(#[from] ReadError),
+    #[error("secrets in it cannot be masked: {}", .0.to_line())]
+    Secrets(#[from] SecretError),
+    #[error("secrets in it cannot be masked: there are too many")]
+    Unchecked,
 }
 
 fn read_chunk(file: &File, offset: u64, length: usize) -> io::Result<Vec<u8>> {
@@ -386,7 +419,27 @@ fn text_of(line: &[u8]) -> String {
         text.truncate(text.floor_char_boundary(MAX_LINE - CUT.len()));
         text.push_str(CUT);
     }
-    text
+    match without_filler(&text) {
+        Cow::Owned(without) => without,
+        Cow::Borrowed(_) => text,
+    }
+}
+
+/// A text without what fills up the place of a secret behind its mark.
+fn without_filler(text: &str) -> Cow<'_, str> {
+    const FILLED: &str = "***\0";
+    if !text.contains(FILLED) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find(FILLED) {
+        let (shown, filled) = rest.split_at(at + MASK.len());
+        out.push_str(shown);
+        rest = filled.trim_start_matches(char::from(FILLER));
+    }
+    out.push_str(rest);
+    Cow::Owned(out)
 }
 
 /// Gives the space of what was read back to the file system, where it can do that.
@@ -410,6 +463,17 @@ mod tests {
     fn lines(chunk: &[u8], in_cut: bool, complete: bool) -> (Vec<String>, usize, bool) {
         let parsed = parse(chunk, in_cut, complete);
         (parsed.lines, parsed.bytes, parsed.in_cut)
+    }
+
+    #[test]
+    fn a_secret_leaves_a_mark_that_does_not_tell_its_length() {
+        for (line, text) in [
+            ("a ***\0\0\0 b ***\0", "a *** b ***"),
+            ("***\0\0", "***"),
+            ("*** \0 ****", "*** \0 ****"),
+        ] {
+            assert_eq!(text_of(line.as_bytes()), text);
+        }
     }
 
     #[test]
@@ -455,9 +519,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         std::fs::write(&path, "a\n\nb\nc\nd\r\ne\n").unwrap();
-        assert_eq!(last_lines(&path).unwrap(), "b | c | d | e");
+        assert_eq!(
+            last_lines(&path, &Masker::default()).unwrap(),
+            "b | c | d | e"
+        );
         std::fs::write(&path, "ä".repeat(5000)).unwrap();
-        let cut = last_lines(&path).unwrap();
+        let cut = last_lines(&path, &Masker::default()).unwrap();
         assert!(cut.starts_with('…') && cut.len() <= 504);
     }
 
@@ -486,6 +553,8 @@ mod tests {
         let output = Output {
             dir: dir.path().into(),
             lines: lines.clone(),
+            secrets: Arc::new(daybook_secrets::NoSecrets),
+            project: ProjectName::parse("shop").unwrap(),
             source: LineSource::Deployment(id),
             cluster: ClusterName::parse("one").unwrap(),
             instance: "web-0".into(),

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use daybook_events::spec::PinnedImage;
+use daybook_secrets::SecretError;
 
 use super::command::NoCommand;
 use super::probe::NotReady;
@@ -31,6 +32,17 @@ pub(super) fn image(image: &PinnedImage, error: &ImageError, hopeless: bool) -> 
     }
     let transient = error.is_retryable() && !hopeless;
     problem("ImagePullBackOff", message, error.remedy(), transient)
+}
+
+pub(super) fn secrets(error: &SecretError, hopeless: bool) -> Problem {
+    let transient = error.is_retryable() && !hopeless;
+    let mut remedy = error.remedy().to_owned();
+    remedy[..1].make_ascii_uppercase();
+    let reason = match error {
+        SecretError::Missing { .. } => "SecretMissing",
+        _ => "SecretsUnusable",
+    };
+    problem(reason, error.to_line(), format!("{remedy}."), transient)
 }
 
 pub(super) fn start(error: &NoCommand) -> Problem {

@@ -1,15 +1,18 @@
 //! What is kept on disk about an instance, so that another Daybook can take it over.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use daybook_events::secret::SecretRef;
 use daybook_events::spec::{PinnedImage, RunSpec};
-use daybook_events::{CommitId, DeploymentId, ServiceName};
+use daybook_events::{CommitId, DeploymentId, EnvKey, ServiceName};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::processes::ProcessId;
 use super::state_file;
 use crate::target::AppRef;
+use crate::values::ReleaseValues;
 
 /// What an instance is to run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +26,9 @@ pub(super) struct InstanceSpec {
     pub(super) generation: String,
     pub(super) image: PinnedImage,
     pub(super) run: RunSpec,
+    /// The secrets in its environment, by variable. Their values are only in its processes.
+    #[serde(default)]
+    pub(super) secrets: BTreeMap<EnvKey, SecretRef>,
     /// The GitOps commit that asked for it first.
     pub(super) revision: CommitId,
 }
@@ -44,12 +50,19 @@ impl InstanceSpec {
 
 /// Names a specification: instances of the same one need not be replaced. How many there are is
 /// no part of it.
-pub(super) fn generation(image: &PinnedImage, run: &RunSpec) -> String {
+pub(super) fn generation(values: &ReleaseValues) -> String {
+    let digest = &values.image.digest;
     let same_count = RunSpec {
         replicas: 0,
-        ..run.clone()
+        ..values.run.clone()
     };
-    let text = serde_json::to_vec(&(&image.digest, same_count)).unwrap_or_default();
+    // As it was before there were secrets, so that what runs without them is not replaced.
+    let text = if values.secret_env.is_empty() {
+        serde_json::to_vec(&(digest, same_count))
+    } else {
+        serde_json::to_vec(&(digest, same_count, &values.secret_env))
+    };
+    let text = text.unwrap_or_default();
     daybook_events::Digest::of(&text).hex()[..10].to_owned()
 }
 

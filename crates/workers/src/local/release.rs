@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use daybook_events::secret::SecretRef;
 use daybook_events::spec::{PinnedImage, RunSpec};
-use daybook_events::{CommitId, DeploymentId, Digest, ServiceName};
+use daybook_events::{CommitId, DeploymentId, Digest, EnvKey, ServiceName};
 use tokio::sync::watch;
 use tokio::task::{Id, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -23,6 +24,7 @@ pub(super) struct Goal {
     service: ServiceName,
     image: PinnedImage,
     run: RunSpec,
+    secrets: BTreeMap<EnvKey, SecretRef>,
     generation: String,
     revision: CommitId,
     /// It is to go away, with all that it has.
@@ -35,7 +37,8 @@ impl Goal {
             service,
             image: values.image.clone(),
             run: values.run.clone(),
-            generation: generation(&values.image, &values.run),
+            secrets: values.secret_env.clone(),
+            generation: generation(values),
             revision,
             removed: false,
         }
@@ -47,6 +50,7 @@ impl Goal {
             service: record.spec.service.clone(),
             image: record.spec.image.clone(),
             run: record.spec.run.clone(),
+            secrets: record.spec.secrets.clone(),
             generation: record.spec.generation.clone(),
             revision: record.spec.revision.clone(),
             removed: true,
@@ -153,6 +157,7 @@ impl Release {
                     generation: goal.generation.clone(),
                     image: goal.image.clone(),
                     run: goal.run.clone(),
+                    secrets: goal.secrets.clone(),
                     revision: goal.revision.clone(),
                 });
             }

@@ -92,6 +92,7 @@ struct Attempt<'a> {
 impl Attempt<'_> {
     async fn append(&self, step: &str, event: BuildEvent) -> Result<(), Stop> {
         let bench = &self.worker.bench;
+        let event = bench.masked(self.subject, event);
         let step = format!("{step}-{}", self.number);
         let context = bench.follow_up(ROLE, self.cause, self.correlation, &step);
         bench

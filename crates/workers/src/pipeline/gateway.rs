@@ -146,12 +146,15 @@ impl Applier {
             // Somebody applied a newer one in between; that one is reported.
             Err(ApplyError::Stale { .. }) => return Ok(()),
             Err(error @ ApplyError::Missed { .. }) => return Err(Stop::Retry(error.to_string())),
-            Err(error @ ApplyError::HostTaken { .. }) => Some(Rejected {
-                gateway: self.name.clone(),
-                table,
-                code: "hostname_taken".into(),
-                message: error.to_string(),
-            }),
+            Err(error @ ApplyError::HostTaken { .. }) => {
+                let rejected = Rejected {
+                    gateway: self.name.clone(),
+                    table,
+                    code: "hostname_taken".into(),
+                    message: error.to_string(),
+                };
+                Some(self.bench.masked(&subject, rejected))
+            }
         };
         if table == 0 || routing.applied.get(&self.name) == Some(&table) {
             return Ok(());

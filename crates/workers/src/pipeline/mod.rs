@@ -28,7 +28,9 @@ pub mod queue;
 pub mod route;
 pub mod source;
 pub mod sync;
+mod texts;
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -41,19 +43,23 @@ use daybook_events::{
 };
 use daybook_projections::{DeploymentRow, QueryError};
 use daybook_projections::{ExecuteError, Executed, Ledger};
+use daybook_secrets::SecretStore;
 use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::driver::{Activation, Outcome};
 use crate::ports::StepError;
+use texts::Texts;
 
 /// What all steps share.
 #[derive(Debug, Clone)]
 pub struct Bench {
     /// The ledger.
     pub ledger: Ledger,
-    /// Where output goes.
+    /// Where output goes. Whoever keeps it masks it.
     pub lines: Arc<dyn LineLog>,
+    /// Where the values of secrets are.
+    pub secrets: Arc<dyn SecretStore>,
     /// Settings.
     pub settings: Arc<Settings>,
 }
@@ -146,6 +152,7 @@ impl Bench {
         step: &str,
         event: DeploymentEvent,
     ) -> Result<DeploymentRow, Stop> {
+        let event = self.masked(&row.subject, event);
         let context = self.follow_up(role, row.state.status_event, row.id.0, step);
         let executed = self
             .append::<Deployment>(&row.subject, &context, |state| {
@@ -153,6 +160,19 @@ impl Bench {
             })
             .await?;
         self.reread(row, executed.position()).await
+    }
+
+    /// An event with the secrets of its project masked in whatever was not written by Daybook
+    /// itself. To be done before it is decided on: what is compared with the state is then what
+    /// the state can be.
+    pub(crate) fn masked<E: Texts>(&self, subject: &Subject, mut event: E) -> E {
+        let masker = self.secrets.masker_or_withhold(subject.project());
+        event.texts(&mut |text| {
+            if let Cow::Owned(masked) = masker.mask(text) {
+                *text = masked;
+            }
+        });
+        event
     }
 
     /// The row with at least this position folded.

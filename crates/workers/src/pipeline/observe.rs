@@ -380,6 +380,11 @@ async fn append(
     state: &Deployment,
     observed: WorkloadObserved,
 ) -> Result<(), Stop> {
+    let event = DeploymentEvent::WorkloadObserved(observed);
+    let event = bench.masked(subject, event);
+    let DeploymentEvent::WorkloadObserved(observed) = &event else {
+        return Ok(());
+    };
     let before = state.observed.get(&observed.cluster);
     let unchanged = before.is_some_and(|o| {
         o.wanted == observed.wanted
@@ -390,7 +395,7 @@ async fn append(
         return Ok(());
     }
     let cluster = observed.cluster.clone();
-    let text = describe(&observed);
+    let text = describe(observed);
     // The same thing may be seen again later, so an observation's id says nothing but that it is
     // this one.
     let context = Context {
@@ -402,7 +407,6 @@ async fn append(
         traceparent: None,
         request_digest: None,
     };
-    let event = DeploymentEvent::WorkloadObserved(observed);
     let done = bench
         .append::<Deployment>(subject, &context, |state| {
             deployment::decide(state, event.clone())

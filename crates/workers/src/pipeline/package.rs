@@ -5,13 +5,17 @@
 //! that it follows on, so that after a crash in between the same commit is found and not made
 //! again. All commits of a project are made one after the other.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use daybook_events::deployment::{ChangeCommitted, DeployingStarted, DeploymentEvent, Status};
 use daybook_events::gitops::{self, Change, Committed, Gitops, GitopsEvent, RepositoryCreated};
+use daybook_events::secret::SecretRef;
 use daybook_events::spec::PinnedImage;
-use daybook_events::{Actor, AggregateKind, CommitId, Event, ProjectName, Subject, SubjectFilter};
+use daybook_events::{
+    Actor, AggregateKind, CommitId, EnvKey, Event, ProjectName, Subject, SubjectFilter,
+};
 use daybook_projections::DeploymentRow;
 use uuid::Uuid;
 
@@ -131,6 +135,9 @@ impl Package {
             Status::Failed | Status::Cancelled if self.is_listed(row)? => (remove, None),
             _ => return Ok(()),
         };
+        if row.state.status == Status::Packaging {
+            self.check_secrets(row).await?;
+        }
         let author = self.author(event, row).await?;
         let commit = match self.commit(row, change, &image, author).await {
             // Only a deployment can fail. The rest of its life waits for somebody's decision.
@@ -161,6 +168,37 @@ impl Package {
         Ok(self.bench.ledger.projections().gitops(project)?)
     }
 
+    /// Makes sure that all secrets can be found before anything is changed, and says which of them
+    /// the main deployment does not have like that.
+    async fn check_secrets(&self, row: &DeploymentRow) -> Result<(), Stop> {
+        let request = &row.state.request;
+        let project = &request.instance.project;
+        let found = self.bench.secrets.resolve(project, &request.secrets).await;
+        found.map_err(|e| StepError {
+            code: e.code().to_owned(),
+            message: e.to_line(),
+            remedy: e.remedy().to_owned(),
+            retryable: e.is_retryable(),
+        })?;
+        let routing = self.bench.ledger.projections().routing(project)?;
+        let main = routing
+            .and_then(|r| r.traffic(&request.instance)?.main)
+            .filter(|main| *main != row.id);
+        let Some(main) = main.map(|id| self.bench.row(id)).transpose()?.flatten() else {
+            return Ok(());
+        };
+        let before = &main.state.request.secrets;
+        let changes = changed_secrets(before, &request.secrets);
+        if !changes.is_empty() {
+            let text = format!(
+                "secrets changed since the main deployment: {}",
+                changes.join(", ")
+            );
+            self.bench.say(row.id, None, text).await;
+        }
+        Ok(())
+    }
+
     fn is_listed(&self, row: &DeploymentRow) -> Result<bool, Stop> {
         let gitops = self.gitops(&row.state.request.instance.project)?;
         Ok(gitops.is_some_and(|g| g.releases.contains_key(&row.id)))
@@ -181,6 +219,7 @@ impl Package {
         let release = matches!(change, Change::Deploy { .. }).then(|| ReleaseValues {
             image: image.clone(),
             clusters: row.state.request.clusters.clone(),
+            secret_env: row.state.request.secrets.clone(),
             run: row.state.request.run.clone(),
         });
         let made = self
@@ -345,4 +384,23 @@ pub(super) fn author_of(actor: Option<Actor>) -> String {
         Some((name, _)) => format!("{name} <{id}>"),
         None => format!("{id} <{id}@users.noreply.daybook.dev>"),
     }
+}
+
+/// How the secrets of one deployment differ from those of another, in words.
+fn changed_secrets(
+    before: &BTreeMap<EnvKey, SecretRef>,
+    now: &BTreeMap<EnvKey, SecretRef>,
+) -> Vec<String> {
+    let names: BTreeSet<&EnvKey> = before.keys().chain(now.keys()).collect();
+    let change = |name: &EnvKey| match (before.get(name), now.get(name)) {
+        (Some(old), Some(new)) if old == new => None,
+        (Some(old), Some(new)) => Some(format!(
+            "{name} version {} (was {})",
+            new.version, old.version
+        )),
+        (None, Some(new)) => Some(format!("{name} version {} (new)", new.version)),
+        (Some(_), None) => Some(format!("{name} (taken away)")),
+        (None, None) => None,
+    };
+    names.into_iter().filter_map(change).collect()
 }

@@ -297,6 +297,7 @@ impl Probe {
     }
 
     async fn append(&self, row: &DeploymentRow, event: DeploymentEvent) -> Result<(), Stop> {
+        let event = self.bench.masked(&row.subject, event);
         let context = Context {
             id: EventId(Uuid::now_v7()),
             time: Timestamp::now(),

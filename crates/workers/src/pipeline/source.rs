@@ -95,6 +95,7 @@ impl Source {
                 .await?;
         }
         let source = self.sources.resolve(&url, &git_ref).await?;
+        let source = self.bench.masked(&row.subject, source);
         let summary = source.message.lines().next().unwrap_or_default();
         self.bench
             .say(

@@ -195,6 +195,7 @@ impl Bench {
         let mut command = vec!["./web".to_owned()];
         command.extend(flags.iter().map(|f| (*f).to_owned()));
         ReleaseValues {
+            secret_env: std::collections::BTreeMap::new(),
             image: self.image("v1"),
             clusters: vec![ClusterName::parse("one").unwrap()],
             run: RunSpec {

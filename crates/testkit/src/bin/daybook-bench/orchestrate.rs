@@ -130,6 +130,7 @@ impl World {
         let bench = Bench {
             ledger: ledger.clone(),
             lines,
+            secrets: Arc::new(daybook_secrets::NoSecrets),
             settings: Arc::new(Settings {
                 worker: "bench".into(),
                 domain: Hostname::parse("localhost")?,
@@ -235,6 +236,7 @@ impl World {
             switch: SwitchMode::Automatic,
             reason: None,
             redeploy_of: None,
+            secrets: std::collections::BTreeMap::new(),
         }));
         let context = context(id.0);
         let begun = Instant::now();

@@ -193,6 +193,7 @@ impl SampleProject {
                 switch: SwitchMode::Automatic,
                 reason: Some(format!("release {} of {instance}", self.counter)),
                 redeploy_of: None,
+                secrets: BTreeMap::new(),
             })),
         )?;
         self.record(

@@ -1,0 +1,89 @@
+//! Which texts of an event may come from outside: from processes, servers, repositories and
+//! people. Secrets are masked in them before the event is appended.
+
+use daybook_events::build::BuildEvent;
+use daybook_events::deployment::{DeploymentEvent, SourceCommit};
+use daybook_events::routing::Rejected;
+
+/// An event with texts from outside.
+pub(crate) trait Texts {
+    /// Shows each of them.
+    fn texts(&mut self, see: &mut dyn FnMut(&mut String));
+}
+
+impl Texts for DeploymentEvent {
+    fn texts(&mut self, see: &mut dyn FnMut(&mut String)) {
+        match self {
+            Self::SourceResolved(e) => e.source.texts(see),
+            Self::WorkloadObserved(e) => {
+                if let Some(problem) = &mut e.problem {
+                    see(&mut problem.message);
+                    see(&mut problem.remedy);
+                }
+            }
+            Self::EndpointObserved(e) => e.message.iter_mut().for_each(see),
+            Self::OpenapiFound(e) => {
+                e.title.iter_mut().for_each(&mut *see);
+                e.version.iter_mut().for_each(see);
+            }
+            Self::Failed(e) => {
+                see(&mut e.message);
+                see(&mut e.remedy);
+            }
+            Self::Cancelled(e) => see(&mut e.message),
+            Self::StopFailed(e) | Self::StartFailed(e) | Self::TerminateFailed(e) => {
+                see(&mut e.message);
+                see(&mut e.remedy);
+            }
+            // What people write is masked where it comes in.
+            Self::CancelRequested(_)
+            | Self::StopRequested(_)
+            | Self::StartRequested(_)
+            | Self::TerminateRequested(_)
+            | Self::Deleted(_)
+            | Self::Requested(_)
+            // Nothing but names, numbers and digests.
+            | Self::Queued(_)
+            | Self::CloningStarted(_)
+            | Self::BuildingStarted(_)
+            | Self::PushingStarted(_)
+            | Self::ImagePinned(_)
+            | Self::DeployingStarted(_)
+            | Self::Succeeded(_)
+            | Self::Stopped(_)
+            | Self::RestartDone(_)
+            | Self::Terminated(_)
+            | Self::ChangeCommitted(_) => {}
+        }
+    }
+}
+
+impl Texts for BuildEvent {
+    fn texts(&mut self, see: &mut dyn FnMut(&mut String)) {
+        match self {
+            Self::Requested(e) => e.commit.texts(see),
+            Self::PushStarted(e) => see(&mut e.detected),
+            Self::Failed(e) => {
+                see(&mut e.message);
+                see(&mut e.remedy);
+            }
+            Self::Cancelled(e) => see(&mut e.message),
+            Self::Started(_) | Self::BuilderStarted(_) | Self::Succeeded(_) => {}
+        }
+    }
+}
+
+impl Texts for SourceCommit {
+    fn texts(&mut self, see: &mut dyn FnMut(&mut String)) {
+        see(&mut self.message);
+        see(&mut self.author_name);
+        see(&mut self.author_email);
+        see(&mut self.url);
+    }
+}
+
+impl Texts for Rejected {
+    fn texts(&mut self, see: &mut dyn FnMut(&mut String)) {
+        see(&mut self.message);
+    }
+}
