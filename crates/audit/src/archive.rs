@@ -187,7 +187,10 @@ impl Reader {
         }
         if let Some(byte) = block.iter().position(|b| *b != 0) {
             let offset = begin + (BLOCK + byte) as u64;
-            return Err(Stop::malformed(offset, "the end of the archive is not zero"));
+            return Err(Stop::malformed(
+                offset,
+                "the end of the archive is not zero",
+            ));
         }
         let end = self.offset;
         if self.fill(&mut block[..1])? > 0 {
@@ -228,7 +231,9 @@ impl Reader {
         let mut left = member.len;
         let mut buffer = vec![0; 64 << 10];
         while left > 0 {
-            let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            let most = buffer
+                .len()
+                .min(usize::try_from(left).unwrap_or(usize::MAX));
             let read = self.fill(&mut buffer[..most])?;
             if read < most {
                 let end = member.offset + member.len - left + read as u64;
@@ -295,11 +300,11 @@ mod tests {
     }
 
     /// All files of an archive, or what is wrong with it.
-    fn read(bytes: &[u8]) -> Result<Vec<(String, Bytes)>, Finding> {
+    fn read(bytes: &[u8]) -> Result<Vec<(String, Bytes)>, Box<Finding>> {
         let mut reader = Reader::new(Box::new(io::Cursor::new(bytes.to_vec())));
         let mut files = Vec::new();
         let broken = |stop| match stop {
-            Stop::Broken(finding) => *finding,
+            Stop::Broken(finding) => finding,
             Stop::Io(e) => panic!("{e}"),
         };
         loop {

@@ -114,7 +114,8 @@ pub async fn export(
     for repository in &sorted {
         let name = format!("{GITOPS}{}", repository.project);
         if let Some(signers) = &repository.allowed_signers {
-            out.file(&format!("{name}{SIGNERS}"), signers).map_err(failed)?;
+            out.file(&format!("{name}{SIGNERS}"), signers)
+                .map_err(failed)?;
         }
         out.file(&format!("{name}{BUNDLE}"), &repository.bundle)
             .map_err(failed)?;
@@ -130,7 +131,9 @@ pub async fn export(
     }
     drop(read);
     let files = out.files + 1;
-    let bytes = out.finish(&checkpoint.origin, &head, exported, path).map_err(failed)?;
+    let bytes = out
+        .finish(&checkpoint.origin, &head, exported, path)
+        .map_err(failed)?;
     Ok(Exported {
         origin: checkpoint.origin,
         size: head.size,
@@ -206,7 +209,9 @@ impl Output {
         let (len, whole) = manifest.finish(origin, head, exported)?;
         archive.file(manifest::NAME, len, whole)?;
         let buffered = archive.finish()?;
-        let file = buffered.into_inner().map_err(io::IntoInnerError::into_error)?;
+        let file = buffered
+            .into_inner()
+            .map_err(io::IntoInnerError::into_error)?;
         file.as_file().sync_all()?;
         let bytes = file.as_file().metadata()?.len();
         file.persist(path).map_err(|e| e.error)?;

@@ -320,10 +320,13 @@ impl Findings {
 
     /// Adds all of others.
     pub(crate) fn merge(&mut self, others: Self) {
-        let dropped = others.kept.iter().fold(others.counts.clone(), |mut rest, f| {
-            rest.entry(f.kind).and_modify(|count| *count -= 1);
-            rest
-        });
+        let dropped = others
+            .kept
+            .iter()
+            .fold(others.counts.clone(), |mut rest, f| {
+                rest.entry(f.kind).and_modify(|count| *count -= 1);
+                rest
+            });
         for finding in others.kept {
             self.add(finding);
         }

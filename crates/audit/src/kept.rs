@@ -59,7 +59,8 @@ impl Keeper {
             .collect();
         // Origins that look alike have folders of their own.
         let hash = hex::encode(&Sha256::digest(origin)[..4]);
-        self.0.join(format!("{}-{hash}", name.trim_start_matches('.')))
+        self.0
+            .join(format!("{}-{hash}", name.trim_start_matches('.')))
     }
 
     /// What was kept of a log, if anything was.

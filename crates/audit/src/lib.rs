@@ -9,21 +9,28 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod archive;
+mod archive_tiles;
+mod consistency;
 mod entry;
 mod export;
 pub mod finding;
 mod fold;
+mod gitops;
 mod kept;
 mod layout;
 mod manifest;
 mod pipeline;
+pub mod receipt;
 mod schema;
 mod source;
 mod tree;
 mod verify;
 
+pub use archive_tiles::ArchiveTiles;
+pub use consistency::{Consistency, ConsistencyError, consistency};
 pub use export::{ExportError, Exported, export};
 pub use finding::{Finding, Findings, Kind, Place, Severity};
+pub use gitops::{CompareRepository, Compared, Difference};
 pub use kept::{KeepError, Keeper, Kept};
 pub use manifest::FORMAT;
 pub use source::{OpenError, ReadFiles, Repository, Source};

@@ -86,7 +86,9 @@ impl ManifestWriter {
         let end = format!("\nsha256 {}\n", hex::encode(hash.finalize()));
         lines.rewind()?;
         let len = begin.len() as u64 + listed + end.len() as u64;
-        let whole = io::Cursor::new(begin).chain(lines).chain(io::Cursor::new(end));
+        let whole = io::Cursor::new(begin)
+            .chain(lines)
+            .chain(io::Cursor::new(end));
         Ok((len, whole))
     }
 }
@@ -222,7 +224,9 @@ impl<R: BufRead> Lines<R> {
     /// The next line. One that is too long, is not text or has no end is none.
     fn next(&mut self) -> io::Result<Option<String>> {
         let mut bytes = Vec::new();
-        let read = (&mut self.input).take(MAX_LINE).read_until(b'\n', &mut bytes)?;
+        let read = (&mut self.input)
+            .take(MAX_LINE)
+            .read_until(b'\n', &mut bytes)?;
         self.number += 1;
         if bytes.pop() != Some(b'\n') {
             return Ok(None);

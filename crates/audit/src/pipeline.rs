@@ -34,6 +34,8 @@ pub(crate) struct Read {
 /// A bundle with the tile over it, hashed and parsed.
 #[derive(Debug)]
 pub(crate) struct Bundle {
+    /// Where it was found.
+    pub(crate) place: Place,
     pub(crate) width: usize,
     /// The root over the entries; none if they could not be read.
     pub(crate) by_entries: Option<Hash>,
@@ -120,11 +122,7 @@ impl Budget {
 }
 
 /// Reads all of a tree. `each` gets every step in order, and ends the reading by returning false.
-pub(crate) fn read(
-    source: Source,
-    plan: &Plan<'_>,
-    mut each: impl FnMut(Step) -> bool,
-) -> Ended {
+pub(crate) fn read(source: Source, plan: &Plan<'_>, mut each: impl FnMut(Step) -> bool) -> Ended {
     let budget = Budget::default();
     let gone = AtomicBool::new(false);
     let (jobs, waiting) = sync_channel::<(u64, usize, Job)>(FILES_ON_THE_WAY + 8);
@@ -155,7 +153,9 @@ pub(crate) fn read(
         gone.store(true, Ordering::Relaxed);
         drop(results);
         budget.give(usize::MAX);
-        reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        reader
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
 
@@ -276,7 +276,11 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
         .map(|entries| entries.iter().map(|e| leaf_hash(e)).collect());
     let by_entries = leaves.as_deref().and_then(root_over);
     let same = leaves.as_deref() == tile;
-    let by_tile = if same { by_entries } else { tile.and_then(root_over) };
+    let by_tile = if same {
+        by_entries
+    } else {
+        tile.and_then(root_over)
+    };
 
     let mut suspects = Vec::new();
     if let (false, Some(leaves), Some(tile)) = (same, &leaves, tile) {
@@ -288,7 +292,13 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
             .enumerate()
             .filter(|(_, (leaf, hash))| leaf != hash)
         {
-            suspects.push(suspect(&places, &tile_place, entries.as_deref(), number, first));
+            suspects.push(suspect(
+                &places,
+                &tile_place,
+                entries.as_deref(),
+                number,
+                first,
+            ));
         }
     }
     // The older tree is judged by the entries, where they can be read.
@@ -311,6 +321,7 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
         _ => Vec::new(),
     };
     Bundle {
+        place: read.entries.as_ref().map(Found::place).unwrap_or_default(),
         width,
         by_entries,
         by_tile,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use daybook_events::catalog;
 use jsonschema::Validator;
@@ -33,6 +33,11 @@ impl Schemas {
     /// Those of this version. What came with a ledger is not asked: a schema can be written such
     /// that asking it never ends.
     pub(crate) fn of_this_version() -> Self {
+        static ALL: LazyLock<Schemas> = LazyLock::new(Schemas::compile);
+        ALL.clone()
+    }
+
+    fn compile() -> Self {
         let mut all = BTreeMap::new();
         for (kind, payload) in catalog::payload_schemas() {
             let schema = catalog::event_schema(kind, payload);

@@ -511,7 +511,9 @@ pub(crate) fn cut(path: TilePath, full: Bytes) -> Bytes {
     let len = match path.kind {
         TileKind::Hashes { .. } => 32 * path.width(),
         TileKind::Entries => (0..path.width()).fold(0, |at, _| {
-            let len = full.get(at..at + 2).map(|b| u16::from_be_bytes([b[0], b[1]]));
+            let len = full
+                .get(at..at + 2)
+                .map(|b| u16::from_be_bytes([b[0], b[1]]));
             at + 2 + usize::from(len.unwrap_or(0))
         }),
     };

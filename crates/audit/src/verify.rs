@@ -10,7 +10,6 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use daybook_events::aggregate::Void;
 use daybook_events::tree::TreeHead;
-use daybook_events::{EventId, Position};
 use daybook_store::tlog::{
     Checkpoint, CheckpointError, Hash, SignatureError, TILE_WIDTH, TileKind, TilePath, VerifierKey,
     parse_verifiers,
@@ -19,10 +18,11 @@ use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
 use crate::archive::Stop;
-use crate::entry::{Checks, Content, Entry, Keys};
+use crate::entry::{Checks, Content, Entry, Keys, Payload};
 use crate::finding::{Finding, Findings, Kind, Place};
 use crate::fold::{Folds, Outcome, at};
-use crate::kept::Kept;
+use crate::gitops::{CompareRepository, Compared, Spool};
+use crate::kept::{KeepError, Keeper, Kept};
 use crate::pipeline::{self, Bundle, Plan, Step, Suspect};
 use crate::schema::Schemas;
 use crate::source::{CHECKPOINT, Found, KEYS, Source};
@@ -53,10 +53,14 @@ pub struct Options {
     pub keys: Vec<VerifierKey>,
     /// What was kept of this log from the last time.
     pub kept: Option<Kept>,
+    /// Where to look for what was kept, if it is not given.
+    pub keeper: Option<Keeper>,
     /// A checkpoint from elsewhere that the ledger must go on from.
     pub earlier: Option<Bytes>,
     /// How thoroughly.
     pub thoroughness: Thoroughness,
+    /// What compares GitOps repositories; without it they are not compared.
+    pub gitops: Option<Arc<dyn CompareRepository>>,
     /// Threads that hash and parse; as many as there are cores if none are given.
     pub threads: Option<usize>,
     /// Ends the verification when it becomes true.
@@ -74,6 +78,9 @@ pub enum VerifyError {
         /// What the system said.
         source: io::Error,
     },
+    /// What was kept from the last time cannot be read.
+    #[error(transparent)]
+    Kept(#[from] KeepError),
     /// It was stopped.
     #[error("the verification was stopped")]
     Stopped,
@@ -170,6 +177,8 @@ pub struct Verified {
     pub exported: Option<Timestamp>,
     /// When the first and the last event say that they were recorded.
     pub period: Option<(Timestamp, Timestamp)>,
+    /// The repositories that were compared with the ledger.
+    pub repositories: Vec<Compared>,
     /// How many there were of what.
     pub counts: Counts,
     /// All that was found.
@@ -242,6 +251,20 @@ impl Verified {
                 ));
             }
         }
+        let kinds = [
+            Kind::CommitUnrecorded,
+            Kind::CommitMissing,
+            Kind::CommitDiffers,
+            Kind::CommitUnsigned,
+            Kind::RepositoryUnreadable,
+        ];
+        if !self.repositories.is_empty() && kinds.iter().all(|k| self.findings.count(*k) == 0) {
+            let commits: u64 = self.repositories.iter().map(|r| r.commits).sum();
+            all.push(format!(
+                "The {commits} commits of {} GitOps repositories and the events about them agree, one to one.",
+                self.repositories.len()
+            ));
+        }
         all
     }
 
@@ -273,9 +296,11 @@ impl Verified {
             Continuity::Continues { .. } | Continuity::Contradicts { .. } => {}
         }
         all.push("The times are what the writers' clocks said; no proof covers a clock.".into());
-        all.push(
-            "That what is recorded did happen is shown only as far as the GitOps repositories bear it out.".into(),
-        );
+        all.push(if self.repositories.is_empty() {
+            "That what is recorded did happen is not shown: no GitOps repository was compared with the events.".into()
+        } else {
+            "That what is recorded did happen is shown only as far as the commits bear it out.".to_owned()
+        });
         if self.thoroughness == Thoroughness::Quick {
             all.push("The events were hashed and not read.".into());
         }
@@ -304,13 +329,13 @@ struct Signed {
     keys: Vec<VerifierKey>,
 }
 
-/// Verifies a ledger. `progress` is told how many entries are done.
+/// Verifies a ledger. `progress` is told how many entries are done, and how many there are.
 ///
 /// What is wrong with the ledger is in the outcome; an error means that it could not be looked at.
 pub fn verify(
     mut source: Source,
     options: &Options,
-    progress: &mut dyn FnMut(u64),
+    progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Verified, VerifyError> {
     let name = source.name().to_owned();
     let is_live = source.is_live();
@@ -322,7 +347,14 @@ pub fn verify(
     let mut broken = None;
     note_stop(source.begin(&mut findings), &mut broken).map_err(failed)?;
     let note = source.small(CHECKPOINT).unwrap_or_default();
-    let signed = judge_checkpoint(&source, &note, options, &mut findings);
+    let kept = match (&options.kept, &options.keeper) {
+        (None, Some(keeper)) => match Checkpoint::parse_unverified(&note) {
+            Ok((checkpoint, _)) => keeper.load(&checkpoint.origin)?,
+            Err(_) => None,
+        },
+        (kept, _) => kept.clone(),
+    };
+    let signed = judge_checkpoint(&source, &note, options, kept.as_ref(), &mut findings);
     let mut verified = Verified {
         source: name.clone(),
         thoroughness: options.thoroughness,
@@ -337,6 +369,7 @@ pub fn verify(
         earlier: None,
         exported: None,
         period: None,
+        repositories: Vec::new(),
         counts: Counts::default(),
         findings: Findings::default(),
         keep: None,
@@ -350,8 +383,7 @@ pub fn verify(
         return Ok(verified);
     };
     let head = signed.checkpoint.head;
-    let kept = options
-        .kept
+    let kept = kept
         .as_ref()
         .and_then(|kept| older(&kept.checkpoint, &signed, "kept", &mut findings));
     let earlier = options
@@ -384,17 +416,19 @@ pub fn verify(
         entries: Some(Edge::default()),
         tiles: Edge::default(),
         tail: (None, None),
-        levels: Levels::default(),
+        levels: Default::default(),
+        doubtful: Vec::new(),
         roots: BTreeMap::new(),
         wanted: older_sizes.clone(),
         suspects: Vec::new(),
+        spool: Spool::new().map_err(failed)?,
         trouble: None,
     };
     if broken.is_none() {
         walk.note_roots();
         let ended = pipeline::read(source, &plan, |step| {
             let goes_on = walk.step(step);
-            progress(walk.counts.entries);
+            progress(walk.counts.entries, head.size);
             goes_on
         });
         let pipeline::Ended {
@@ -426,9 +460,15 @@ pub fn verify(
         walk.findings.add(finding);
     }
     verified.tree_holds = walk.judge_root(&head, read_all);
-    let mut compare = |old: Option<TreeHead>, what| {
-        old.map(|old| walk.continuity(&old, &head, what, is_live))
-    };
+    if let (Some(compare), true, true) = (&options.gitops, read_all, plan.parse) {
+        let repositories = source.repositories();
+        verified.repositories = walk
+            .spool
+            .compare(&repositories, compare.as_ref(), &mut walk.findings)
+            .map_err(failed)?;
+    }
+    let mut compare =
+        |old: Option<TreeHead>, what| old.map(|old| walk.continuity(&old, &head, what, is_live));
     let continuity = compare(kept, "the checkpoint that you kept");
     verified.continuity = continuity.unwrap_or(Continuity::NothingKept);
     verified.earlier = compare(earlier, "the checkpoint that you named");
@@ -465,6 +505,7 @@ fn judge_checkpoint(
     source: &Source,
     note: &Bytes,
     options: &Options,
+    kept: Option<&Kept>,
     findings: &mut Findings,
 ) -> Option<Signed> {
     let place = || Place::file(CHECKPOINT);
@@ -479,7 +520,7 @@ fn judge_checkpoint(
             return None;
         }
     };
-    let kept = options.kept.as_ref().map(|k| k.keys.clone());
+    let kept = kept.map(|k| k.keys.clone());
     let came = came_with(source, findings);
     let (trust, keys) = match (options.keys.is_empty(), kept) {
         (false, _) => (Trust::Given, options.keys.clone()),
@@ -489,7 +530,10 @@ fn judge_checkpoint(
     let mut signed_by = Vec::new();
     let holds = match parsed.verify(&keys) {
         Ok(good) => {
-            signed_by = good.iter().map(|k| format!("{}+{}", k.name(), k.id())).collect();
+            signed_by = good
+                .iter()
+                .map(|k| format!("{}+{}", k.name(), k.id()))
+                .collect();
             let ours = good.iter().any(|k| k.name() == checkpoint.origin);
             if !ours {
                 let message = format!(
@@ -537,12 +581,7 @@ fn came_with(source: &Source, findings: &mut Findings) -> Vec<VerifierKey> {
 }
 
 /// The head of an older checkpoint of the same log.
-fn older(
-    note: &Bytes,
-    signed: &Signed,
-    which: &str,
-    findings: &mut Findings,
-) -> Option<TreeHead> {
+fn older(note: &Bytes, signed: &Signed, which: &str, findings: &mut Findings) -> Option<TreeHead> {
     let origin = &signed.checkpoint.origin;
     let place = || Place::file(format!("the {which} checkpoint"));
     match Checkpoint::open(note, origin, &signed.keys) {
@@ -573,6 +612,13 @@ pub(crate) fn in_one(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// A tile above the leaves, with its first hash that does not follow from what is below it.
+struct Doubtful {
+    tile: Place,
+    by_entries: Option<usize>,
+    by_tiles: Option<usize>,
+}
+
 /// The walk over a tree from its first to its last entry.
 struct Walk {
     findings: Findings,
@@ -585,11 +631,16 @@ struct Walk {
     tiles: Edge,
     /// The root over what is left in the last bundle and tile, unless they are full.
     tail: (Option<Hash>, Option<Hash>),
-    levels: Levels,
+    /// The tiles above, as they follow from the entries, and from the tiles below.
+    levels: (Levels, Levels),
+    /// Tiles above that do not follow from the one or the other.
+    doubtful: Vec<Doubtful>,
     /// Roots of older trees, as they follow from the entries.
     roots: BTreeMap<u64, Hash>,
     wanted: Vec<u64>,
     suspects: Vec<Suspect>,
+    /// The events of GitOps repositories.
+    spool: Spool,
     /// What the system refused.
     trouble: Option<io::Error>,
 }
@@ -619,6 +670,7 @@ impl Walk {
 
     fn bundle(&mut self, bundle: Bundle) -> io::Result<()> {
         let Bundle {
+            place,
             width,
             by_entries,
             by_tile,
@@ -646,20 +698,29 @@ impl Walk {
             }
             if let Some(root) = above {
                 self.tiles.push(root);
-                self.levels.push(root);
+                self.levels.0.push(by_entries.unwrap_or(root));
+                self.levels.1.push(root);
             }
         } else {
             self.tail = (by_entries, above);
         }
         self.counts.entries += width as u64;
         self.note_roots();
-        for entry in entries {
-            self.entry(entry)?;
+        let mut offset = 0;
+        for (number, entry) in entries.into_iter().enumerate() {
+            let len = entry.bytes.len() as u64 + 2;
+            self.entry(entry, &|| Place {
+                file_offset: Some(offset),
+                archive_offset: place.archive_offset.map(|at| at + offset),
+                entry: u16::try_from(number).ok(),
+                ..place.clone()
+            })?;
+            offset += len;
         }
         Ok(())
     }
 
-    fn entry(&mut self, entry: Entry) -> io::Result<()> {
+    fn entry(&mut self, entry: Entry, place: &dyn Fn() -> Place) -> io::Result<()> {
         let Entry {
             position,
             bytes,
@@ -668,7 +729,11 @@ impl Walk {
             broken,
         } = entry;
         self.counts.bytes += bytes.len() as u64;
-        let place = || place_of(position, id);
+        let place = || Place {
+            position: Some(position),
+            event: id,
+            ..place()
+        };
         for (kind, message) in broken {
             match kind {
                 Kind::GapRecorded => self.counts.gaps += 1,
@@ -685,10 +750,17 @@ impl Walk {
         let (first, last) = self.period.unwrap_or((time, time));
         self.period = Some((first.min(time), last.max(time)));
         let step = at(position, id, &read);
+        let of_repository = matches!(read.payload, Payload::Gitops(Ok(_)));
         // The subject is needed where an aggregate begins.
         let subject = read.subject.text(&bytes).to_owned();
         match self.folds.apply(step, read, &subject, bytes.len())? {
-            Outcome::Counted => self.counts.counted += 1,
+            Outcome::Counted => {
+                self.counts.counted += 1;
+                if of_repository {
+                    let project = subject.split('/').next().unwrap_or_default();
+                    self.spool.add(project, &bytes)?;
+                }
+            }
             Outcome::Unknown => {}
             Outcome::NoSubject => {
                 let message = format!("its subject {subject:?} is none of the ledger");
@@ -703,7 +775,8 @@ impl Walk {
                     // Reported when the event was read.
                     Void::Unknown(_) | Void::Unreadable(_) => return Ok(()),
                 };
-                self.findings.push(kind, place(), format!("{subject}: {void}"));
+                self.findings
+                    .push(kind, place(), format!("{subject}: {void}"));
             }
         }
         Ok(())
@@ -714,26 +787,30 @@ impl Walk {
         let TileKind::Hashes { level } = path.kind else {
             return;
         };
-        let expected = self.levels.take(level);
+        let expected = [self.levels.0.take(level), self.levels.1.take(level)];
         let Some(found) = found else { return };
-        if expected.len() != path.width() {
-            // Something below could not be read, and was reported.
+        if expected[0].len() != path.width() || self.doubtful.len() == SUSPECTS {
             return;
         }
         let (hashes, rest) = found.bytes.as_chunks::<32>();
-        let differs = expected.iter().zip(hashes).position(|(a, b)| a != b);
-        if let Some(number) = differs {
-            let mut place = found.place();
-            place.entry = u16::try_from(number).ok();
-            let message = "this hash does not follow from the tile below it";
-            self.findings.push(Kind::TileDiffers, place, message);
-        } else if hashes.len() != expected.len() || !rest.is_empty() {
+        if hashes.len() != path.width() || !rest.is_empty() {
             let message = format!(
                 "it has {} bytes and not {}",
                 found.bytes.len(),
-                32 * expected.len()
+                32 * path.width()
             );
-            self.findings.push(Kind::TileDiffers, found.place(), message);
+            self.findings
+                .push(Kind::TileDiffers, found.place(), message);
+            return;
+        }
+        let differs =
+            expected.map(|expected| expected.iter().zip(hashes).position(|(a, b)| a != b));
+        if differs != [None, None] {
+            self.doubtful.push(Doubtful {
+                tile: found.place(),
+                by_entries: differs[0],
+                by_tiles: differs[1],
+            });
         }
     }
 
@@ -765,6 +842,22 @@ impl Walk {
             };
             self.findings.push(kind, place, message);
         }
+        for doubtful in std::mem::take(&mut self.doubtful) {
+            let hash = if entries_hold {
+                doubtful.by_entries
+            } else {
+                doubtful.by_tiles
+            };
+            if let Some(hash) = hash {
+                let place = Place {
+                    entry: u16::try_from(hash).ok(),
+                    file_offset: Some(32 * hash as u64),
+                    ..doubtful.tile
+                };
+                let message = "this hash does not follow from the tile below it";
+                self.findings.push(Kind::TileDiffers, place, message);
+            }
+        }
         if by_entries.is_some() && !entries_hold && !tiles_hold {
             let computed = by_entries.map(|r| BASE64.encode(r)).unwrap_or_default();
             let signed = BASE64.encode(head.root);
@@ -789,7 +882,11 @@ impl Walk {
         let place = Place::file(CHECKPOINT);
         if size > head.size {
             let message = format!("{what} is of {size} entries, this one of {}", head.size);
-            let kind = if is_live { Kind::RolledBack } else { Kind::Older };
+            let kind = if is_live {
+                Kind::RolledBack
+            } else {
+                Kind::Older
+            };
             self.findings.push(kind, place, message);
             return Continuity::Older { size };
         }
@@ -815,12 +912,5 @@ impl Walk {
             }
             None => Continuity::Unknown { size },
         }
-    }
-}
-
-fn place_of(position: Position, id: Option<EventId>) -> Place {
-    Place {
-        event: id,
-        ..Place::default().position(position)
     }
 }

@@ -17,7 +17,7 @@ Dependencies of tests alone are free.
 ";
 
 /// Which crates of the workspace a crate may build on.
-const MAY_USE: [(&str, &[&str]); 8] = [
+const MAY_USE: [(&str, &[&str]); 9] = [
     ("daybook-events", &[]),
     ("daybook-store", &["daybook-events"]),
     ("daybook-projections", &["daybook-events"]),
@@ -27,9 +27,14 @@ const MAY_USE: [(&str, &[&str]); 8] = [
     ),
     ("daybook-api", &["daybook-events", "daybook-projections"]),
     (
+        "daybook-audit",
+        &["daybook-events", "daybook-projections", "daybook-store"],
+    ),
+    (
         "daybook",
         &[
             "daybook-api",
+            "daybook-audit",
             "daybook-events",
             "daybook-projections",
             "daybook-store",
@@ -40,6 +45,7 @@ const MAY_USE: [(&str, &[&str]); 8] = [
     (
         "daybook-testkit",
         &[
+            "daybook-audit",
             "daybook-events",
             "daybook-projections",
             "daybook-store",

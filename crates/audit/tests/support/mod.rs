@@ -1,6 +1,6 @@
 //! Ledgers to audit: a fleet's legal history, signed, in a folder.
 
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -49,7 +49,11 @@ pub fn history(events: usize) -> Vec<Bytes> {
 /// The key with this number, the same as long as the process runs.
 pub fn key(number: usize) -> SignerKey {
     static KEYS: OnceLock<Vec<SignerKey>> = OnceLock::new();
-    let make = || (0..3).map(|_| SignerKey::generate(ORIGIN).unwrap()).collect();
+    let make = || {
+        (0..3)
+            .map(|_| SignerKey::generate(ORIGIN).unwrap())
+            .collect()
+    };
     KEYS.get_or_init(make)[number].clone()
 }
 
@@ -121,12 +125,12 @@ pub fn trusting() -> Options {
 }
 
 pub fn verified(path: &Path, options: &Options) -> Verified {
-    verify(Source::open(path).unwrap(), options, &mut |_| {}).unwrap()
+    verify(Source::open(path).unwrap(), options, &mut |_, _| {}).unwrap()
 }
 
 /// Verifies an export; an error if it is none.
 pub fn verified_bytes(bytes: Vec<u8>, options: &Options) -> Result<Verified, String> {
     let source = Source::archive("export".into(), Box::new(std::io::Cursor::new(bytes)))
         .map_err(|e| e.to_string())?;
-    verify(source, options, &mut |_| {}).map_err(|e| e.to_string())
+    verify(source, options, &mut |_, _| {}).map_err(|e| e.to_string())
 }
