@@ -138,6 +138,20 @@ impl Client {
         answer.text().await.map_err(|e| self.unreachable(&e))
     }
 
+    /// GET of a file that is what it is; `None` if there is no such file.
+    pub async fn resource(&self, path: &str) -> Result<Option<bytes::Bytes>, Failure> {
+        let request = self
+            .http
+            .get(format!("{}{path}", self.base))
+            .timeout(Duration::from_secs(60));
+        let answer = match self.send(request).await {
+            Err(failure) if failure.code == Code::NotFound => return Ok(None),
+            answer => answer?,
+        };
+        let read = answer.bytes().await;
+        read.map(Some).map_err(|e| self.unreachable(&e))
+    }
+
     /// POST, PUT or DELETE with a body. The request has an idempotency key of its own, so that it
     /// is repeated safely when the answer is lost.
     pub async fn command<T: DeserializeOwned>(

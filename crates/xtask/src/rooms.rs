@@ -31,9 +31,14 @@ const MAY_USE: [(&str, &[&str]); 9] = [
         &["daybook-events", "daybook-projections", "daybook-secrets"],
     ),
     (
+        "daybook-audit",
+        &["daybook-events", "daybook-projections", "daybook-store"],
+    ),
+    (
         "daybook",
         &[
             "daybook-api",
+            "daybook-audit",
             "daybook-events",
             "daybook-projections",
             "daybook-secrets",
@@ -45,6 +50,7 @@ const MAY_USE: [(&str, &[&str]); 9] = [
     (
         "daybook-testkit",
         &[
+            "daybook-audit",
             "daybook-events",
             "daybook-projections",
             "daybook-secrets",

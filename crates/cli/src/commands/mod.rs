@@ -1,6 +1,7 @@
 //! The commands. Help lives on the argument structs; each function calls the library or the
 //! server, and prints what came of it.
 
+mod audit;
 mod demo;
 mod deploy;
 mod events;
@@ -142,6 +143,9 @@ pub enum Command {
     Redeploy(lifecycle::RedeployArgs),
     /// Print the ledger, fold it anew, and compare with what the server says.
     Replay(replay::ReplayArgs),
+    /// Check the ledger without trusting who keeps it. See docs/auditing.md.
+    #[command(subcommand)]
+    Audit(audit::AuditCommand),
     /// Look after the projections.
     #[command(subcommand)]
     Projections(replay::ProjectionsCommand),
@@ -190,6 +194,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Delete(args) => lifecycle::delete(args).await,
         Command::Redeploy(args) => lifecycle::redeploy(args).await,
         Command::Replay(args) => replay::run(args).await,
+        Command::Audit(command) => audit::run(command).await,
         Command::Projections(command) => replay::projections(command).await,
         Command::Ledger(command) => ledger::run(command).await,
         Command::Keys(command) => ledger::keys(command),

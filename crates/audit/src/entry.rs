@@ -1,0 +1,636 @@
+//! Reading the entries of the tree: what each says, and which rules it breaks.
+//!
+//! Daybook writes the attributes of an event always in the same order, so that nearly all events
+//! are read without a parser; whatever is written otherwise is read by one. What is accepted is
+//! the same.
+
+use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
+
+use bytes::Bytes;
+use daybook_events::build::BuildEvent;
+use daybook_events::deployment::DeploymentEvent;
+use daybook_events::envelope::{DecodeError, TYPE_PREFIX};
+use daybook_events::environment::EnvironmentEvent;
+use daybook_events::gitops::GitopsEvent;
+use daybook_events::project::ProjectEvent;
+use daybook_events::routing::RoutingEvent;
+use daybook_events::{AggregateKind, Event, EventId, Payload as _, Position};
+use daybook_store::tlog::is_gap;
+use jiff::Timestamp;
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use crate::finding::Kind;
+use crate::schema::Schemas;
+
+/// An entry as it was read.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) position: Position,
+    pub(crate) bytes: Bytes,
+    /// The event's id, where one can be read.
+    pub(crate) id: Option<EventId>,
+    pub(crate) content: Content,
+    /// Rules that it breaks.
+    pub(crate) broken: Vec<(Kind, String)>,
+}
+
+/// What an entry is.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all entries are events")]
+pub(crate) enum Content {
+    /// An event that a fold takes.
+    Event(Read),
+    /// Nothing is there, and the tree says so.
+    Gap,
+    /// What no fold can take.
+    Other,
+}
+
+/// What a fold needs of an event.
+#[derive(Debug)]
+pub(crate) struct Read {
+    /// Stands for the subject; see [`Keys`].
+    pub(crate) key: u128,
+    /// Where the subject stands in the bytes, if it stands there literally.
+    pub(crate) subject: Subject,
+    pub(crate) time: Timestamp,
+    pub(crate) revision: u32,
+    pub(crate) payload: Payload,
+}
+
+/// The text of a subject.
+#[derive(Debug)]
+pub(crate) enum Subject {
+    In(Range<usize>),
+    Text(String),
+}
+
+impl Subject {
+    pub(crate) fn text<'a>(&'a self, bytes: &'a [u8]) -> &'a str {
+        match self {
+            Self::In(range) => bytes
+                .get(range.clone())
+                .and_then(|b| std::str::from_utf8(b).ok())
+                .unwrap_or_default(),
+            Self::Text(text) => text,
+        }
+    }
+}
+
+/// The payload, by the aggregate that the subject names.
+#[derive(Debug)]
+pub(crate) enum Payload {
+    Project(Result<ProjectEvent, DecodeError>),
+    Environment(Result<EnvironmentEvent, DecodeError>),
+    Build(Result<BuildEvent, DecodeError>),
+    Deployment(Result<DeploymentEvent, DecodeError>),
+    Gitops(Result<GitopsEvent, DecodeError>),
+    Routing(Result<RoutingEvent, DecodeError>),
+    /// The aggregate is of a newer version.
+    Other,
+}
+
+impl Payload {
+    fn decode(aggregate: &str, kind: &str, data: &str) -> Result<Self, serde_json::Error> {
+        let data: &RawValue = serde_json::from_str(data)?;
+        Ok(match aggregate.parse() {
+            Ok(AggregateKind::Project) => Self::Project(ProjectEvent::decode(kind, data)),
+            Ok(AggregateKind::Environment) => {
+                Self::Environment(EnvironmentEvent::decode(kind, data))
+            }
+            Ok(AggregateKind::Build) => Self::Build(BuildEvent::decode(kind, data)),
+            Ok(AggregateKind::Deployment) => Self::Deployment(DeploymentEvent::decode(kind, data)),
+            Ok(AggregateKind::Gitops) => Self::Gitops(GitopsEvent::decode(kind, data)),
+            Ok(AggregateKind::Routing) => Self::Routing(RoutingEvent::decode(kind, data)),
+            Err(_) => Self::Other,
+        })
+    }
+
+    fn error(&self) -> Option<&DecodeError> {
+        match self {
+            Self::Project(r) => r.as_ref().err(),
+            Self::Environment(r) => r.as_ref().err(),
+            Self::Build(r) => r.as_ref().err(),
+            Self::Deployment(r) => r.as_ref().err(),
+            Self::Gitops(r) => r.as_ref().err(),
+            Self::Routing(r) => r.as_ref().err(),
+            Self::Other => None,
+        }
+    }
+}
+
+/// Numbers that stand for subjects. They differ from run to run, so that nobody can choose
+/// subjects that collide.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Keys(RandomState, RandomState);
+
+impl Keys {
+    pub(crate) fn of(&self, subject: &str) -> u128 {
+        u128::from(self.0.hash_one(subject)) << 64 | u128::from(self.1.hash_one(subject))
+    }
+}
+
+/// The attributes of an event that are looked at.
+struct Envelope<'a> {
+    id: Uuid,
+    source: &'a str,
+    kind: &'a str,
+    subject: &'a str,
+    time: Timestamp,
+    content_type: &'a str,
+    revision: u32,
+    authtype: &'a str,
+    authid: &'a str,
+    data: &'a str,
+}
+
+/// How thoroughly events are checked.
+#[derive(Debug, Clone)]
+pub(crate) struct Checks {
+    pub(crate) keys: Keys,
+    pub(crate) schemas: Schemas,
+    /// Whether schemas are asked about events that can be read without them.
+    pub(crate) all_schemas: bool,
+}
+
+impl Checks {
+    /// Reads an entry and checks it by itself.
+    pub(crate) fn read(&self, position: Position, bytes: Bytes) -> Entry {
+        let mut broken = Vec::new();
+        let (id, content) = self.content(position, &bytes, &mut broken);
+        Entry {
+            position,
+            bytes,
+            id,
+            content,
+            broken,
+        }
+    }
+
+    fn content(
+        &self,
+        position: Position,
+        bytes: &Bytes,
+        broken: &mut Vec<(Kind, String)>,
+    ) -> (Option<EventId>, Content) {
+        if is_gap(position, bytes) {
+            broken.push((
+                Kind::GapRecorded,
+                "nothing was there when it was signed".into(),
+            ));
+            return (None, Content::Gap);
+        }
+        if let Some(digest) = too_large(position, bytes) {
+            broken.push((
+                Kind::EventTooLarge,
+                format!("the event did not fit the tree; its digest is {digest}"),
+            ));
+            return (None, Content::Other);
+        }
+        let text = match std::str::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(e) => {
+                broken.push((Kind::EnvelopeInvalid, format!("it is not UTF-8: {e}")));
+                return (None, Content::Other);
+            }
+        };
+        let known = broken.len();
+        let (id, content) = match canonical(text).and_then(|e| self.judge(text, &e, broken).ok()) {
+            Some((id, read)) => (id, Content::Event(read)),
+            None => {
+                broken.truncate(known);
+                match self.by_parser(text, broken) {
+                    Ok((id, read)) => (id, Content::Event(read)),
+                    Err(why) => {
+                        broken.push((Kind::EnvelopeInvalid, why));
+                        return (None, Content::Other);
+                    }
+                }
+            }
+        };
+        (Some(EventId(id)), content)
+    }
+
+    fn by_parser(
+        &self,
+        text: &str,
+        broken: &mut Vec<(Kind, String)>,
+    ) -> Result<(Uuid, Read), String> {
+        let event = Event::from_bytes(text.as_bytes()).map_err(|e| e.to_string())?;
+        let Some(kind) = event.kind.strip_prefix(TYPE_PREFIX) else {
+            return Err(format!("its type {:?} is none of Daybook's", event.kind));
+        };
+        let envelope = Envelope {
+            id: event.id.0,
+            source: &event.source,
+            kind,
+            subject: &event.subject,
+            time: event.time,
+            content_type: &event.datacontenttype,
+            revision: event.revision,
+            authtype: &event.authtype,
+            authid: &event.authid,
+            data: event.data.get(),
+        };
+        let (id, mut read) = self
+            .judge(text, &envelope, broken)
+            .map_err(|e| e.to_string())?;
+        if let Subject::In(_) = read.subject {
+            read.subject = Subject::Text(event.subject.clone());
+        }
+        Ok((id, read))
+    }
+
+    /// Checks an event's rules and reads its payload.
+    fn judge(
+        &self,
+        text: &str,
+        envelope: &Envelope<'_>,
+        broken: &mut Vec<(Kind, String)>,
+    ) -> Result<(Uuid, Read), serde_json::Error> {
+        let Envelope { kind, subject, .. } = *envelope;
+        let mut tokens = subject.splitn(4, '/');
+        let project = tokens.next().unwrap_or_default();
+        let aggregate = tokens.nth(1).unwrap_or_default();
+        let payload = Payload::decode(aggregate, kind, envelope.data)?;
+        let mut rule = |holds: bool, what: &dyn Fn() -> String| {
+            if !holds {
+                broken.push((Kind::EnvelopeInvalid, what()));
+            }
+        };
+        rule(tokens.next().is_some_and(|id| !id.contains('/')), &|| {
+            format!("its subject {subject:?} is not <project>/<environment>/<aggregate>/<id>")
+        });
+        rule(
+            envelope.source.strip_prefix("/projects/") == Some(project),
+            &|| {
+                let source = envelope.source;
+                format!("its source {source:?} is not the project of its subject {subject:?}")
+            },
+        );
+        rule(kind.split('.').next() == Some(aggregate), &|| {
+            format!("its type {kind} is not of the aggregate of its subject {subject:?}")
+        });
+        rule(envelope.content_type == "application/json", &|| {
+            format!("its content type is {:?}", envelope.content_type)
+        });
+        rule(envelope.revision > 0, &|| "its revision is 0".into());
+        rule(
+            !envelope.authtype.is_empty() && !envelope.authid.is_empty(),
+            &|| "it names nobody as its author".into(),
+        );
+        self.judge_payload(text, kind, &payload, broken);
+        let at = subject.as_ptr() as usize;
+        let start = at.wrapping_sub(text.as_ptr() as usize);
+        let read = Read {
+            key: self.keys.of(subject),
+            subject: Subject::In(start..start.wrapping_add(subject.len())),
+            time: envelope.time,
+            revision: envelope.revision,
+            payload,
+        };
+        Ok((envelope.id, read))
+    }
+
+    fn judge_payload(
+        &self,
+        text: &str,
+        kind: &str,
+        payload: &Payload,
+        broken: &mut Vec<(Kind, String)>,
+    ) {
+        let unknown = match payload.error() {
+            None => matches!(payload, Payload::Other),
+            Some(DecodeError::UnknownKind(_)) => true,
+            Some(error) => {
+                broken.push((Kind::EventUnreadable, error.to_string()));
+                false
+            }
+        };
+        if unknown {
+            let what = format!("{kind} is not known to this version: its payload was not checked");
+            broken.push((Kind::KindUnknown, what));
+        }
+        if (self.all_schemas || unknown || payload.error().is_some())
+            && let Some(why) = self.schemas.violation(kind, text)
+        {
+            broken.push((Kind::SchemaViolated, why));
+        }
+    }
+}
+
+/// The digest in the leaf of an event that was too large, if it is one.
+fn too_large(position: Position, bytes: &[u8]) -> Option<&str> {
+    let text = std::str::from_utf8(bytes.strip_prefix(b"daybook.dev/too-large/v1\n")?).ok()?;
+    let (at, digest) = text.split_once('\n')?;
+    let digest = digest.strip_suffix('\n')?;
+    let hash = digest.strip_prefix("sha256:")?;
+    let is_hash = hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_hexdigit());
+    (is_hash && at == position.to_string()).then_some(digest)
+}
+
+/// Reads an event that is written exactly as Daybook writes one. `None` says nothing about it.
+fn canonical(text: &str) -> Option<Envelope<'_>> {
+    let mut rest = text;
+    literal(&mut rest, r#"{"specversion":"1.0","id":""#)?;
+    let id = uuid(&mut rest)?;
+    literal(&mut rest, r#"","source":""#)?;
+    let source = string(&mut rest)?;
+    literal(&mut rest, r#","type":"dev.daybook."#)?;
+    let kind = string(&mut rest)?;
+    literal(&mut rest, r#","subject":""#)?;
+    let subject = string(&mut rest)?;
+    literal(&mut rest, r#","time":""#)?;
+    let time = time(string(&mut rest)?)?;
+    literal(&mut rest, r#","recordedtime":""#)?;
+    self::time(string(&mut rest)?)?;
+    literal(&mut rest, r#","datacontenttype":""#)?;
+    let content_type = string(&mut rest)?;
+    literal(&mut rest, r#","revision":"#)?;
+    let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, after) = rest.split_at(digits);
+    if number.len() > 1 && number.starts_with('0') {
+        return None;
+    }
+    let revision = number.parse().ok()?;
+    rest = after;
+    literal(&mut rest, r#","correlationid":""#)?;
+    uuid(&mut rest)?;
+    literal(&mut rest, "\"")?;
+    if literal(&mut rest, r#","causationid":""#).is_some() {
+        uuid(&mut rest)?;
+        literal(&mut rest, "\"")?;
+    }
+    literal(&mut rest, r#","authtype":""#)?;
+    let authtype = string(&mut rest)?;
+    literal(&mut rest, r#","authid":""#)?;
+    let authid = string(&mut rest)?;
+    for optional in [r#","traceparent":""#, r#","requestdigest":""#] {
+        if literal(&mut rest, optional).is_some() {
+            string(&mut rest)?;
+        }
+    }
+    literal(&mut rest, r#","data":"#)?;
+    // If more follows on the data than the closing brace, the data is no JSON, and the parser is
+    // asked.
+    let data = rest.strip_suffix('}')?;
+    Some(Envelope {
+        id,
+        source,
+        kind,
+        subject,
+        time,
+        content_type,
+        revision,
+        authtype,
+        authid,
+        data,
+    })
+}
+
+fn literal(rest: &mut &str, literal: &str) -> Option<()> {
+    *rest = rest.strip_prefix(literal)?;
+    Some(())
+}
+
+/// A string without escapes, up to its closing quote, which is taken too.
+fn string<'a>(rest: &mut &'a str) -> Option<&'a str> {
+    let end = rest
+        .bytes()
+        .position(|b| b == b'"' || b == b'\\' || b < 0x20)?;
+    let (text, after) = rest.split_at(end);
+    *rest = after.strip_prefix('"')?;
+    Some(text)
+}
+
+/// A UUID in its usual form.
+fn uuid(rest: &mut &str) -> Option<Uuid> {
+    let (text, after) = rest.split_at_checked(36)?;
+    *rest = after;
+    Uuid::try_parse(text).ok()
+}
+
+/// A time in UTC, as Daybook writes it.
+fn time(text: &str) -> Option<Timestamp> {
+    let bytes = text.as_bytes();
+    let number = |range: Range<usize>| -> Option<i64> {
+        bytes.get(range)?.iter().try_fold(0, |number, digit| {
+            digit
+                .is_ascii_digit()
+                .then(|| number * 10 + i64::from(digit - b'0'))
+        })
+    };
+    let is = |at: usize, byte: u8| bytes.get(at) == Some(&byte);
+    let punctuated = is(4, b'-') && is(7, b'-') && is(10, b'T') && is(13, b':') && is(16, b':');
+    let (year, month, day) = (number(0..4)?, number(5..7)?, number(8..10)?);
+    let (hour, minute, second) = (number(11..13)?, number(14..16)?, number(17..19)?);
+    let fraction = bytes.get(19..)?.strip_suffix(b"Z")?;
+    // Days that not every month has, leap seconds and the like are for the library.
+    let plain = (1970..=9999).contains(&year)
+        && (1..=12).contains(&month)
+        && (1..=28).contains(&day)
+        && hour < 24
+        && minute < 60
+        && second < 60
+        && punctuated
+        && fraction.len() <= 10
+        && fraction.len() != 1;
+    if !plain {
+        return text.parse().ok();
+    }
+    let nanos = match fraction.split_first() {
+        None => 0,
+        Some((b'.', digits)) => {
+            let number = number(20..20 + digits.len())?;
+            number * 10_i64.pow(9 - digits.len() as u32)
+        }
+        Some(_) => return None,
+    };
+    // Days since 1970, counted in years that begin in March.
+    let (year, month) = if month > 2 {
+        (year, month - 3)
+    } else {
+        (year - 1, month + 9)
+    };
+    let era = year / 400;
+    let of_era = year % 400;
+    let day_of_year = (153 * month + 2) / 5 + day - 1;
+    let day_of_era = of_era * 365 + of_era / 4 - of_era / 100 + day_of_year;
+    let days = era * 146_097 + day_of_era - 719_468;
+    let seconds = days * 86_400 + hour * 3_600 + minute * 60 + second;
+    Timestamp::new(seconds, i32::try_from(nanos).ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn checks() -> Checks {
+        Checks {
+            keys: Keys::default(),
+            schemas: Schemas::of_this_version(),
+            all_schemas: true,
+        }
+    }
+
+    fn without_schemas() -> Checks {
+        Checks {
+            keys: Keys::default(),
+            schemas: Schemas::default(),
+            all_schemas: false,
+        }
+    }
+
+    fn golden() -> Vec<(String, String)> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../events/tests/golden");
+        let mut all = Vec::new();
+        for file in std::fs::read_dir(folder).unwrap() {
+            let path = file.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            all.push((path.file_stem().unwrap().display().to_string(), text));
+        }
+        assert!(all.len() > 30);
+        all
+    }
+
+    /// As Daybook writes it.
+    fn compact(text: &str) -> String {
+        serde_json::to_string(&Event::from_bytes(text.as_bytes()).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn every_kind_of_event_is_read_in_any_form() {
+        let checks = checks();
+        for (kind, text) in golden() {
+            for text in [compact(&text), text] {
+                let entry = checks.read(Position(1), text.clone().into());
+                assert_eq!(entry.broken, [], "{kind}: {text}");
+                let event = Event::from_bytes(text.as_bytes()).unwrap();
+                assert_eq!(entry.id, Some(event.id));
+                let Content::Event(read) = entry.content else {
+                    panic!("{kind} is no event");
+                };
+                assert_eq!(read.subject.text(text.as_bytes()), event.subject);
+                assert_eq!(
+                    (read.time, read.revision, read.payload.error()),
+                    (event.time, event.revision, None)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_daybook_writes_is_read_without_a_parser() {
+        for (kind, text) in golden() {
+            let text = compact(&text);
+            let envelope = canonical(&text).unwrap_or_else(|| panic!("{kind}: {text}"));
+            let event = Event::from_bytes(text.as_bytes()).unwrap();
+            assert_eq!((envelope.id, envelope.time), (event.id.0, event.time));
+            assert_eq!(envelope.data, event.data.get());
+        }
+    }
+
+    #[test]
+    fn a_broken_rule_is_named() {
+        let (_, text) = golden()
+            .into_iter()
+            .find(|(kind, _)| kind == "deployment.requested.v1")
+            .unwrap();
+        let good = compact(&text);
+        let checks = checks();
+        for (from, to, kind) in [
+            ("/projects/shop", "/projects/shoe", Kind::EnvelopeInvalid),
+            ("\"revision\":1", "\"revision\":0", Kind::EnvelopeInvalid),
+            ("\"revision\":1", "\"revision\":-1", Kind::EnvelopeInvalid),
+            ("/deployment/", "/build/", Kind::EnvelopeInvalid),
+            ("\"1.0\"", "\"0.3\"", Kind::EnvelopeInvalid),
+            ("dev.daybook.", "dev.other.", Kind::EnvelopeInvalid),
+            ("application/json", "text/plain", Kind::EnvelopeInvalid),
+            (
+                "\"authid\":\"alice\"",
+                "\"authid\":\"\"",
+                Kind::EnvelopeInvalid,
+            ),
+            ("requested.v1", "requested.v9", Kind::KindUnknown),
+            ("\"automatic\"", "\"sometimes\"", Kind::EventUnreadable),
+            ("\"data\":{", "\"data\":{{", Kind::EnvelopeInvalid),
+            ("\"data\":{", "\"extra\":1,\"data\":{", Kind::SchemaViolated),
+        ] {
+            let bad = good.replacen(from, to, 1);
+            assert_ne!(bad, good, "{from}");
+            let entry = checks.read(Position(1), bad.clone().into());
+            if kind == Kind::SchemaViolated {
+                // Attributes that others add are allowed, as CloudEvents allows them.
+                assert_eq!(entry.broken, [], "{bad}");
+                continue;
+            }
+            assert!(
+                entry.broken.iter().any(|(k, _)| *k == kind),
+                "{from} -> {to}: {:?}",
+                entry.broken
+            );
+        }
+    }
+
+    #[test]
+    fn gaps_and_digests_are_entries_of_their_position_only() {
+        let checks = checks();
+        let read = |at, text: String| checks.read(Position(at), text.into()).broken;
+        let gap = |at| format!("daybook.dev/gap/v1\n{at}\n");
+        assert_eq!(read(7, gap(7))[0].0, Kind::GapRecorded);
+        assert_eq!(read(8, gap(7))[0].0, Kind::EnvelopeInvalid);
+        let large = |at, digest: &str| format!("daybook.dev/too-large/v1\n{at}\nsha256:{digest}\n");
+        let digest = "ab".repeat(32);
+        assert_eq!(read(7, large(7, &digest))[0].0, Kind::EventTooLarge);
+        assert_eq!(read(8, large(7, &digest))[0].0, Kind::EnvelopeInvalid);
+        assert_eq!(read(7, large(7, "ab"))[0].0, Kind::EnvelopeInvalid);
+    }
+
+    proptest! {
+        #[test]
+        fn times_are_read_as_the_library_reads_them(
+            seconds in -1_000_000_000_i64..5_000_000_000, nanos in 0_i32..1_000_000_000,
+        ) {
+            for nanos in [0, nanos, nanos / 1000 * 1000, nanos / 1_000_000 * 1_000_000] {
+                let at = Timestamp::new(seconds, nanos).unwrap();
+                prop_assert_eq!(time(&at.to_string()), Some(at));
+            }
+        }
+
+        #[test]
+        fn whatever_is_accepted_is_what_the_parser_accepts(
+            at in any::<prop::sample::Index>(), byte: u8, which in any::<prop::sample::Index>(),
+        ) {
+            static GOLDEN: std::sync::OnceLock<Vec<String>> = std::sync::OnceLock::new();
+            let golden = GOLDEN.get_or_init(|| golden().iter().map(|(_, t)| compact(t)).collect());
+            let mut bytes = golden[which.index(golden.len())].clone().into_bytes();
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            let checks = without_schemas();
+            let entry = checks.read(Position(1), bytes.clone().into());
+            let parsed = Event::from_bytes(&bytes);
+            match (&entry.content, parsed) {
+                (Content::Event(read), Ok(event)) => {
+                    prop_assert_eq!(read.time, event.time);
+                    prop_assert_eq!(read.revision, event.revision);
+                    prop_assert_eq!(entry.id, Some(event.id));
+                    prop_assert_eq!(read.subject.text(&bytes), event.subject);
+                }
+                (Content::Other, Err(_)) => {}
+                (Content::Other, Ok(event)) => {
+                    prop_assert!(!event.kind.starts_with(TYPE_PREFIX));
+                }
+                (content, parsed) => prop_assert!(false, "{content:?} {parsed:?}"),
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>, position: u64) {
+            let checks = without_schemas();
+            let _ = checks.read(Position(position), bytes.into());
+        }
+    }
+}

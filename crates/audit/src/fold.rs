@@ -1,0 +1,261 @@
+//! Folding every aggregate, in bounded memory: which events count, and which do not fit.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::str::FromStr;
+
+use daybook_events::aggregate::{At, Void};
+use daybook_events::build::Build;
+use daybook_events::deployment::Deployment;
+use daybook_events::environment::Environment;
+use daybook_events::gitops::Gitops;
+use daybook_events::project::Project;
+use daybook_events::routing::Routing;
+use daybook_events::subject::PREFIX;
+use daybook_events::{AggregateKind, Folded, Position, Subject};
+use serde::{Deserialize, Serialize};
+
+use crate::entry::{Payload, Read};
+
+/// States that are used are kept in memory up to about so many bytes of events that made them.
+const HOT_BYTES: usize = 24 << 20;
+/// What a state costs beyond the events that made it.
+const STATE_BYTES: usize = 1 << 10;
+/// An aggregate with many events is not larger for it.
+const MOST_BYTES: usize = 64 << 10;
+
+/// Hashing of keys, which are hashes.
+#[derive(Debug, Default)]
+struct Already(u64);
+
+impl Hasher for Already {
+    fn write(&mut self, _: &[u8]) {}
+    fn write_u128(&mut self, key: u128) {
+        self.0 = key as u64;
+    }
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+type Map<V> = HashMap<u128, V, BuildHasherDefault<Already>>;
+
+/// The state of one aggregate.
+#[derive(Debug, Serialize, Deserialize)]
+enum State {
+    Project(Box<Folded<Project>>),
+    Environment(Box<Folded<Environment>>),
+    Build(Box<Folded<Build>>),
+    Deployment(Box<Folded<Deployment>>),
+    Gitops(Box<Folded<Gitops>>),
+    Routing(Box<Folded<Routing>>),
+    /// The aggregate is of a newer version.
+    Unknown,
+    /// The subject is none.
+    None,
+}
+
+impl State {
+    /// The state before the first event of a subject, as an envelope has it.
+    fn of(subject: &str) -> Self {
+        let subject = format!("{PREFIX}.{}", subject.replace('/', "."));
+        match Subject::from_str(&subject).map(|s| s.kind()) {
+            Ok(Some(AggregateKind::Project)) => Self::Project(Box::default()),
+            Ok(Some(AggregateKind::Environment)) => Self::Environment(Box::default()),
+            Ok(Some(AggregateKind::Build)) => Self::Build(Box::default()),
+            Ok(Some(AggregateKind::Deployment)) => Self::Deployment(Box::default()),
+            Ok(Some(AggregateKind::Gitops)) => Self::Gitops(Box::default()),
+            Ok(Some(AggregateKind::Routing)) => Self::Routing(Box::default()),
+            Ok(None) => Self::Unknown,
+            Err(_) => Self::None,
+        }
+    }
+
+    fn step(&mut self, at: At, revision: u32, payload: Payload) -> Outcome {
+        let folded = match (self, payload) {
+            (Self::Project(f), Payload::Project(p)) => f.step(at, revision, p),
+            (Self::Environment(f), Payload::Environment(p)) => f.step(at, revision, p),
+            (Self::Build(f), Payload::Build(p)) => f.step(at, revision, p),
+            (Self::Deployment(f), Payload::Deployment(p)) => f.step(at, revision, p),
+            (Self::Gitops(f), Payload::Gitops(p)) => f.step(at, revision, p),
+            (Self::Routing(f), Payload::Routing(p)) => f.step(at, revision, p),
+            (Self::None, _) => return Outcome::NoSubject,
+            _ => return Outcome::Unknown,
+        };
+        match folded {
+            Ok(()) => Outcome::Counted,
+            Err(Void::Unknown(_)) => Outcome::Unknown,
+            Err(void) => Outcome::Void(void),
+        }
+    }
+}
+
+/// What became of an event.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It changed the state of its aggregate.
+    Counted,
+    /// It changed nothing.
+    Void(Void),
+    /// It, or its aggregate, is of a newer version.
+    Unknown,
+    /// Its subject is none.
+    NoSubject,
+}
+
+#[derive(Debug)]
+struct Slot {
+    state: State,
+    bytes: usize,
+}
+
+/// The states of all aggregates. Those that were not used for long are in a file.
+#[derive(Debug)]
+pub(crate) struct Folds {
+    young: Map<Slot>,
+    old: Map<Slot>,
+    young_bytes: usize,
+    cold: Cold,
+    aggregates: u64,
+    hot_bytes: usize,
+}
+
+impl Folds {
+    pub(crate) fn new() -> io::Result<Self> {
+        Self::with(HOT_BYTES)
+    }
+
+    fn with(hot_bytes: usize) -> io::Result<Self> {
+        Ok(Self {
+            young: Map::default(),
+            old: Map::default(),
+            young_bytes: 0,
+            cold: Cold::new()?,
+            aggregates: 0,
+            hot_bytes,
+        })
+    }
+
+    /// How many aggregates there are.
+    pub(crate) fn aggregates(&self) -> u64 {
+        self.aggregates
+    }
+
+    /// Folds an event of so many bytes.
+    pub(crate) fn apply(
+        &mut self,
+        at: At,
+        read: Read,
+        subject: &str,
+        bytes: usize,
+    ) -> io::Result<Outcome> {
+        let key = read.key;
+        if !self.young.contains_key(&key) {
+            let slot = self.find(key, subject)?;
+            self.young_bytes += slot.bytes;
+            self.young.insert(key, slot);
+        }
+        let Some(slot) = self.young.get_mut(&key) else {
+            return Ok(Outcome::NoSubject);
+        };
+        let grown = (slot.bytes + bytes).min(MOST_BYTES.max(slot.bytes));
+        self.young_bytes += grown - slot.bytes;
+        slot.bytes = grown;
+        let outcome = slot.state.step(at, read.revision, read.payload);
+        if self.young_bytes > self.hot_bytes / 2 {
+            self.age()?;
+        }
+        Ok(outcome)
+    }
+
+    fn find(&mut self, key: u128, subject: &str) -> io::Result<Slot> {
+        if let Some(slot) = self.old.remove(&key) {
+            return Ok(slot);
+        }
+        if let Some(state) = self.cold.take(key)? {
+            let bytes = STATE_BYTES + state.len();
+            let state = serde_json::from_slice(&state).map_err(io::Error::other)?;
+            return Ok(Slot { state, bytes });
+        }
+        self.aggregates += 1;
+        Ok(Slot {
+            state: State::of(subject),
+            bytes: STATE_BYTES,
+        })
+    }
+
+    /// What was not used since the last time goes to the file.
+    fn age(&mut self) -> io::Result<()> {
+        let young = std::mem::take(&mut self.young);
+        self.young_bytes = 0;
+        for (key, slot) in std::mem::replace(&mut self.old, young) {
+            self.cold
+                .put(key, |out| serde_json::to_writer(out, &slot.state))?;
+        }
+        self.cold.flush()
+    }
+}
+
+/// States in a file that has no name, and so leaves nothing behind.
+#[derive(Debug)]
+struct Cold {
+    file: File,
+    len: u64,
+    unwritten: Vec<u8>,
+    /// Where each state begins, and how long it is.
+    places: Map<(u64, u32)>,
+}
+
+impl Cold {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            file: tempfile::tempfile()?,
+            len: 0,
+            unwritten: Vec::new(),
+            places: Map::default(),
+        })
+    }
+
+    fn put(
+        &mut self,
+        key: u128,
+        write: impl FnOnce(&mut Vec<u8>) -> serde_json::Result<()>,
+    ) -> io::Result<()> {
+        let begin = self.unwritten.len();
+        write(&mut self.unwritten).map_err(io::Error::other)?;
+        let len = u32::try_from(self.unwritten.len() - begin).map_err(io::Error::other)?;
+        self.places.insert(key, (self.len + begin as u64, len));
+        if self.unwritten.len() > 1 << 20 {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.write_all_at(&self.unwritten, self.len)?;
+        self.len += self.unwritten.len() as u64;
+        self.unwritten.clear();
+        Ok(())
+    }
+
+    fn take(&mut self, key: u128) -> io::Result<Option<Vec<u8>>> {
+        let Some((begin, len)) = self.places.remove(&key) else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0; len as usize];
+        self.file.read_exact_at(&mut bytes, begin)?;
+        Ok(Some(bytes))
+    }
+}
+
+/// Where an event stands, for a fold.
+pub(crate) fn at(position: Position, id: daybook_events::EventId, read: &Read) -> At {
+    At {
+        position,
+        id,
+        time: read.time,
+    }
+}

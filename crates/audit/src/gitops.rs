@@ -1,0 +1,138 @@
+//! Comparing GitOps repositories with what the ledger says of them, through a port: this crate
+//! knows no git.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use daybook_events::Event;
+use daybook_events::gitops::GitopsEvent;
+use serde::Serialize;
+
+use crate::finding::{Findings, Kind, Place};
+use crate::source::Repository;
+
+/// Compares one repository with its events.
+pub trait CompareRepository: fmt::Debug + Send + Sync {
+    /// The events are those of the project's `gitops` aggregate that counted, in the order of the
+    /// ledger, which vouches for them. An error says in a sentence why the repository cannot be
+    /// read.
+    fn compare(
+        &self,
+        repository: &Repository,
+        events: &mut dyn Iterator<Item = GitopsEvent>,
+    ) -> Result<Compared, String>;
+}
+
+/// What a comparison came to.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Compared {
+    /// Whose repository it is.
+    pub project: String,
+    /// Commits on its branch.
+    pub commits: u64,
+    /// Those of them that Daybook made.
+    pub own: u64,
+    /// Those that others made, and that the ledger records as such.
+    pub foreign: u64,
+    /// Those of Daybook's that no signature protects, because they are older than its keys.
+    pub unsigned: u64,
+    /// Where repository and ledger differ.
+    #[serde(skip)]
+    pub differences: Vec<Difference>,
+}
+
+/// A difference between a repository and the ledger.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    /// What kind.
+    pub kind: Kind,
+    /// The commit.
+    pub commit: String,
+    /// What is wrong, in a sentence.
+    pub message: String,
+}
+
+/// The events of all repositories, in a file without a name.
+#[derive(Debug)]
+pub(crate) struct Spool {
+    file: File,
+    len: u64,
+    places: BTreeMap<String, Vec<(u64, u32)>>,
+}
+
+impl Spool {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
+            file: tempfile::tempfile()?,
+            len: 0,
+            places: BTreeMap::new(),
+        })
+    }
+
+    /// Adds an event of a project.
+    pub(crate) fn add(&mut self, project: &str, event: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(event, self.len)?;
+        let place = (self.len, event.len() as u32);
+        match self.places.get_mut(project) {
+            Some(places) => places.push(place),
+            None => {
+                self.places.insert(project.to_owned(), vec![place]);
+            }
+        }
+        self.len += event.len() as u64;
+        Ok(())
+    }
+
+    /// Compares all repositories that came with a ledger.
+    pub(crate) fn compare(
+        &self,
+        repositories: &[Repository],
+        by: &dyn CompareRepository,
+        findings: &mut Findings,
+    ) -> io::Result<Vec<Compared>> {
+        let mut all = Vec::new();
+        for project in self.places.keys() {
+            if !repositories.iter().any(|r| r.project == *project) {
+                let message = format!(
+                    "the ledger has commits of {project}, whose repository did not come with it"
+                );
+                findings.push(Kind::RepositoryMissing, Place::default(), message);
+            }
+        }
+        for repository in repositories {
+            let project = &repository.project;
+            let places = self.places.get(project).map_or(&[][..], Vec::as_slice);
+            let mut trouble = None;
+            let mut events = places.iter().map_while(|(at, len)| {
+                let mut bytes = vec![0; *len as usize];
+                if let Err(e) = self.file.read_exact_at(&mut bytes, *at) {
+                    trouble = Some(e);
+                    return None;
+                }
+                // They were read before, or they would not be here.
+                Event::from_bytes(&bytes).ok()?.payload().ok()
+            });
+            let compared = by.compare(repository, &mut events);
+            if let Some(e) = trouble {
+                return Err(e);
+            }
+            let place = || Place::file(format!("gitops/{project}.bundle"));
+            match compared {
+                Err(why) => findings.push(Kind::RepositoryUnreadable, place(), why),
+                Ok(mut compared) => {
+                    compared.project.clone_from(project);
+                    for difference in std::mem::take(&mut compared.differences) {
+                        let message =
+                            format!("commit {}: {}", difference.commit, difference.message);
+                        findings.push(difference.kind, place(), message);
+                    }
+                    all.push(compared);
+                }
+            }
+        }
+        Ok(all)
+    }
+}

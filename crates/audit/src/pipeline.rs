@@ -1,0 +1,365 @@
+//! Reading a tree on as many cores as there are: one thread reads files in order, some hash and
+//! parse them, and the caller gets the outcome in order again. What is on its way is bounded by
+//! bytes, however large the ledger is.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use daybook_events::Position;
+use daybook_store::tlog::{Hash, TILE_WIDTH, TileKind, TilePath, decode_bundle, leaf_hash};
+
+use crate::archive::Stop;
+use crate::entry::{Checks, Entry};
+use crate::finding::{Findings, Kind, Place};
+use crate::layout::TreeFiles;
+use crate::manifest::Listed;
+use crate::source::{Found, Source};
+use crate::tree::root_over;
+
+/// Bytes of files that are on their way at once. What is parsed of them takes about as much again.
+const BYTES_ON_THE_WAY: usize = 16 << 20;
+const FILES_ON_THE_WAY: usize = 64;
+
+/// A bundle with the tile over it, as they were read.
+#[derive(Debug)]
+pub(crate) struct Read {
+    entries: Option<Found>,
+    tile: Option<Found>,
+    index: u64,
+    width: usize,
+}
+
+/// A bundle with the tile over it, hashed and parsed.
+#[derive(Debug)]
+pub(crate) struct Bundle {
+    /// Where it was found.
+    pub(crate) place: Place,
+    pub(crate) width: usize,
+    /// The root over the entries; none if they could not be read.
+    pub(crate) by_entries: Option<Hash>,
+    /// The root over the hashes of the tile; none if it could not be read.
+    pub(crate) by_tile: Option<Hash>,
+    /// The root over the first leaves, as far as an old tree had them.
+    pub(crate) prefixes: Vec<(usize, Hash)>,
+    pub(crate) entries: Vec<Entry>,
+    /// Entries that are not what the tile says.
+    pub(crate) suspects: Vec<Suspect>,
+    pub(crate) findings: Findings,
+}
+
+/// An entry that is not what the tile over it says: one of the two was changed.
+#[derive(Debug)]
+pub(crate) struct Suspect {
+    pub(crate) entry: Place,
+    pub(crate) tile: Place,
+}
+
+/// One step of reading a tree.
+#[derive(Debug)]
+pub(crate) enum Step {
+    /// A bundle.
+    Bundle(Box<Bundle>),
+    /// A tile above the leaves; none if it is missing.
+    Tile(TilePath, Option<Found>),
+}
+
+enum Job {
+    Bundle(Box<Read>),
+    Tile(TilePath, Option<Found>),
+}
+
+/// What reading came to.
+pub(crate) struct Ended {
+    pub(crate) source: Source,
+    pub(crate) findings: Findings,
+    /// The tiles that there were, in order.
+    pub(crate) listed: Vec<Listed>,
+    /// Why it ended early, if it did.
+    pub(crate) stop: Option<Stop>,
+}
+
+/// How a tree is read.
+pub(crate) struct Plan<'a> {
+    pub(crate) size: u64,
+    /// Sizes of older trees, whose roots are wanted.
+    pub(crate) older: &'a [u64],
+    pub(crate) checks: &'a Checks,
+    /// Whether events are parsed.
+    pub(crate) parse: bool,
+    /// Whether the digests of files are computed too.
+    pub(crate) digests: bool,
+    pub(crate) threads: usize,
+    pub(crate) stop: &'a AtomicBool,
+}
+
+/// A bound on what is on its way.
+#[derive(Debug, Default)]
+struct Budget {
+    taken: Mutex<(usize, usize)>,
+    changed: Condvar,
+}
+
+impl Budget {
+    fn take(&self, bytes: usize) {
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = |(b, files): &mut (usize, usize)| {
+            *files > 0 && (*b + bytes > BYTES_ON_THE_WAY || *files >= FILES_ON_THE_WAY)
+        };
+        let taken = self.changed.wait_while(taken, full);
+        let mut taken = taken.unwrap_or_else(PoisonError::into_inner);
+        taken.0 += bytes;
+        taken.1 += 1;
+    }
+
+    fn give(&self, bytes: usize) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.0 = taken.0.saturating_sub(bytes);
+        taken.1 = taken.1.saturating_sub(1);
+        self.changed.notify_all();
+    }
+}
+
+/// Reads all of a tree. `each` gets every step in order, and ends the reading by returning false.
+pub(crate) fn read(source: Source, plan: &Plan<'_>, mut each: impl FnMut(Step) -> bool) -> Ended {
+    let budget = Budget::default();
+    let gone = AtomicBool::new(false);
+    let (jobs, waiting) = sync_channel::<(u64, usize, Job)>(FILES_ON_THE_WAY + 8);
+    let (done, results) = sync_channel::<(u64, usize, Step)>(FILES_ON_THE_WAY);
+    let waiting = Mutex::new(waiting);
+    std::thread::scope(|scope| {
+        let (budget, gone) = (&budget, &gone);
+        let reader = scope.spawn(move || read_files(source, plan, budget, gone, &jobs));
+        for _ in 0..plan.threads.max(1) {
+            let (waiting, done) = (&waiting, done.clone());
+            scope.spawn(move || work(plan, waiting, &done));
+        }
+        drop(done);
+        let mut early: BTreeMap<u64, (usize, Step)> = BTreeMap::new();
+        let mut due = 0;
+        'all: for (number, bytes, step) in results.iter() {
+            early.insert(number, (bytes, step));
+            while let Some((bytes, step)) = early.remove(&due) {
+                due += 1;
+                let wanted = each(step);
+                budget.give(bytes);
+                if !wanted {
+                    break 'all;
+                }
+            }
+        }
+        // Whoever still sends finds nobody, and ends; whoever waits for room gets it.
+        gone.store(true, Ordering::Relaxed);
+        drop(results);
+        budget.give(usize::MAX);
+        reader
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn read_files(
+    mut source: Source,
+    plan: &Plan<'_>,
+    budget: &Budget,
+    gone: &AtomicBool,
+    jobs: &SyncSender<(u64, usize, Job)>,
+) -> Ended {
+    let mut findings = Findings::default();
+    let mut listed = Vec::new();
+    let mut stop = None;
+    let mut number = 0;
+    let mut bundle: Option<Box<Read>> = None;
+    for path in TreeFiles::new(plan.size) {
+        if gone.load(Ordering::Relaxed) || plan.stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let found = match source.tile(path, plan.size, &mut findings) {
+            Ok(found) => found,
+            Err(why) => {
+                stop = Some(why);
+                break;
+            }
+        };
+        if let Some(found) = &found {
+            listed.push(Listed {
+                name: path.to_string(),
+                len: found.bytes.len() as u64,
+                sha256: plan.digests.then(|| {
+                    use sha2::Digest;
+                    sha2::Sha256::digest(&found.bytes).into()
+                }),
+            });
+        }
+        let job = match (path.kind, bundle.take()) {
+            (TileKind::Entries, _) => {
+                bundle = Some(Box::new(Read {
+                    entries: found,
+                    tile: None,
+                    index: path.index,
+                    width: path.width(),
+                }));
+                continue;
+            }
+            (_, Some(mut read)) => {
+                read.tile = found;
+                Job::Bundle(read)
+            }
+            (_, None) => Job::Tile(path, found),
+        };
+        let bytes = match &job {
+            Job::Bundle(read) => read.entries.as_ref().map_or(0, |f| f.bytes.len()),
+            Job::Tile(_, found) => found.as_ref().map_or(0, |f| f.bytes.len()),
+        };
+        budget.take(bytes);
+        if jobs.send((number, bytes, job)).is_err() {
+            break;
+        }
+        number += 1;
+    }
+    Ended {
+        source,
+        findings,
+        listed,
+        stop,
+    }
+}
+
+fn work(
+    plan: &Plan<'_>,
+    waiting: &Mutex<Receiver<(u64, usize, Job)>>,
+    done: &SyncSender<(u64, usize, Step)>,
+) {
+    loop {
+        let job = waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .recv();
+        let Ok((number, bytes, job)) = job else {
+            return;
+        };
+        let step = match job {
+            Job::Bundle(read) => Step::Bundle(Box::new(hash(plan, *read))),
+            Job::Tile(path, found) => Step::Tile(path, found),
+        };
+        if done.send((number, bytes, step)).is_err() {
+            return;
+        }
+    }
+}
+
+/// Hashes a bundle, compares it with the tile over it, and parses its entries.
+fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
+    let Read { index, width, .. } = read;
+    let mut findings = Findings::default();
+    let first = index * TILE_WIDTH;
+    let entries = read.entries.as_ref().and_then(|found| {
+        let decoded = decode_bundle(&found.bytes, width);
+        decoded
+            .inspect_err(|e| {
+                findings.push(Kind::BundleMalformed, found.place(), e.to_string());
+            })
+            .ok()
+    });
+    let tile = read.tile.as_ref().and_then(|found| {
+        let (hashes, rest) = found.bytes.as_chunks::<32>();
+        if hashes.len() == width && rest.is_empty() {
+            return Some(hashes);
+        }
+        let message = format!("it has {} bytes and not {}", found.bytes.len(), 32 * width);
+        findings.push(Kind::TileDiffers, found.place(), message);
+        None
+    });
+    let leaves: Option<Vec<Hash>> = entries
+        .as_ref()
+        .map(|entries| entries.iter().map(|e| leaf_hash(e)).collect());
+    let by_entries = leaves.as_deref().and_then(root_over);
+    let same = leaves.as_deref() == tile;
+    let by_tile = if same {
+        by_entries
+    } else {
+        tile.and_then(root_over)
+    };
+
+    let mut suspects = Vec::new();
+    if let (false, Some(leaves), Some(tile)) = (same, &leaves, tile) {
+        let places = read.entries.as_ref().map(Found::place).unwrap_or_default();
+        let tile_place = read.tile.as_ref().map(Found::place).unwrap_or_default();
+        for (number, _) in leaves
+            .iter()
+            .zip(tile)
+            .enumerate()
+            .filter(|(_, (leaf, hash))| leaf != hash)
+        {
+            suspects.push(suspect(
+                &places,
+                &tile_place,
+                entries.as_deref(),
+                number,
+                first,
+            ));
+        }
+    }
+    // The older tree is judged by the entries, where they can be read.
+    let mut prefixes = Vec::new();
+    for size in plan.older {
+        let width_then = (size % TILE_WIDTH) as usize;
+        let here = size / TILE_WIDTH == index && width_then > 0;
+        if here
+            && let Some(leaves) = leaves.as_deref().or(tile)
+            && let Some(root) = leaves.get(..width_then).and_then(root_over)
+        {
+            prefixes.push((width_then, root));
+        }
+    }
+    let parsed = match entries {
+        Some(entries) if plan.parse => (first + 1..)
+            .zip(entries)
+            .map(|(position, bytes)| plan.checks.read(Position(position), bytes))
+            .collect(),
+        _ => Vec::new(),
+    };
+    Bundle {
+        place: read.entries.as_ref().map(Found::place).unwrap_or_default(),
+        width,
+        by_entries,
+        by_tile,
+        prefixes,
+        entries: parsed,
+        suspects,
+        findings,
+    }
+}
+
+fn suspect(
+    bundle: &Place,
+    tile: &Place,
+    entries: Option<&[bytes::Bytes]>,
+    number: usize,
+    first: u64,
+) -> Suspect {
+    let before: usize = entries
+        .unwrap_or_default()
+        .iter()
+        .take(number)
+        .map(|e| 2 + e.len())
+        .sum();
+    let event = entries
+        .and_then(|e| e.get(number))
+        .and_then(|e| daybook_events::Event::from_bytes(e).ok());
+    let at = |place: &Place, offset: usize| Place {
+        file_offset: Some(offset as u64),
+        archive_offset: place.archive_offset.map(|at| at + offset as u64),
+        entry: u16::try_from(number).ok(),
+        position: Some(Position(first + number as u64 + 1)),
+        ..place.clone()
+    };
+    Suspect {
+        entry: Place {
+            event: event.map(|e| e.id),
+            ..at(bundle, before)
+        },
+        tile: at(tile, 32 * number),
+    }
+}

@@ -1,0 +1,916 @@
+//! Verifying a whole ledger.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use bytes::Bytes;
+use daybook_events::aggregate::Void;
+use daybook_events::tree::TreeHead;
+use daybook_store::tlog::{
+    Checkpoint, CheckpointError, Hash, SignatureError, TILE_WIDTH, TileKind, TilePath, VerifierKey,
+    parse_verifiers,
+};
+use jiff::Timestamp;
+use serde::{Serialize, Serializer};
+
+use crate::archive::Stop;
+use crate::entry::{Checks, Content, Entry, Keys, Payload};
+use crate::finding::{Finding, Findings, Kind, Place};
+use crate::fold::{Folds, Outcome, at};
+use crate::gitops::{CompareRepository, Compared, Spool};
+use crate::kept::{KeepError, Keeper, Kept};
+use crate::pipeline::{self, Bundle, Plan, Step, Suspect};
+use crate::schema::Schemas;
+use crate::source::{CHECKPOINT, Found, KEYS, Source};
+use crate::tree::{Edge, Levels};
+
+/// Suspects are remembered up to so many; more say nothing new.
+const SUSPECTS: usize = 1000;
+
+/// How thoroughly a ledger is verified.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Thoroughness {
+    /// Signatures, tree and consistency; events are not read.
+    Quick,
+    /// All of that, and every event and every aggregate.
+    #[default]
+    Normal,
+    /// All of that; every event is also held against its JSON Schema, and every file against the
+    /// manifest's digest of it.
+    Full,
+}
+
+/// How a ledger is verified.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Keys that the auditor trusts; if there are none, kept ones are used, and if there are none
+    /// either, those that came with the ledger.
+    pub keys: Vec<VerifierKey>,
+    /// What was kept of this log from the last time.
+    pub kept: Option<Kept>,
+    /// Where to look for what was kept, if it is not given.
+    pub keeper: Option<Keeper>,
+    /// A checkpoint from elsewhere that the ledger must go on from.
+    pub earlier: Option<Bytes>,
+    /// How thoroughly.
+    pub thoroughness: Thoroughness,
+    /// What compares GitOps repositories; without it they are not compared.
+    pub gitops: Option<Arc<dyn CompareRepository>>,
+    /// Threads that hash and parse; as many as there are cores if none are given.
+    pub threads: Option<usize>,
+    /// Ends the verification when it becomes true.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// Why a ledger could not be verified at all.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// It cannot be read, or what it takes to verify it cannot be written.
+    #[error("{name} could not be verified")]
+    Io {
+        /// The ledger.
+        name: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// What was kept from the last time cannot be read.
+    #[error(transparent)]
+    Kept(#[from] KeepError),
+    /// It was stopped.
+    #[error("the verification was stopped")]
+    Stopped,
+}
+
+/// Whose word is taken for the keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Trust {
+    /// The auditor named the keys.
+    Given,
+    /// They are those of the last time.
+    Kept,
+    /// They came with the ledger itself.
+    FirstUse,
+}
+
+/// How the ledger compares with an earlier checkpoint of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "outcome")]
+pub enum Continuity {
+    /// There is none to compare with.
+    NothingKept,
+    /// It begins with the tree of that checkpoint.
+    Continues {
+        /// The size then.
+        size: u64,
+    },
+    /// It ends before that checkpoint.
+    Older {
+        /// The size then.
+        size: u64,
+    },
+    /// It does not begin with the tree of that checkpoint.
+    Contradicts {
+        /// The size then.
+        size: u64,
+    },
+    /// It could not be said, because the tree could not be computed.
+    Unknown {
+        /// The size then.
+        size: u64,
+    },
+}
+
+/// How many there were of what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Counts {
+    /// Leaves that were hashed.
+    pub entries: u64,
+    /// Bytes in them.
+    pub bytes: u64,
+    /// Events that were read.
+    pub events: u64,
+    /// Events that changed the state of their aggregate.
+    pub counted: u64,
+    /// Events that changed nothing.
+    pub void: u64,
+    /// Events of a newer version.
+    pub unknown: u64,
+    /// Positions at which nothing is.
+    pub gaps: u64,
+    /// Aggregates.
+    pub aggregates: u64,
+}
+
+/// What a verification came to.
+#[derive(Debug, Clone, Serialize)]
+pub struct Verified {
+    /// What was verified.
+    pub source: String,
+    /// How thoroughly.
+    pub thoroughness: Thoroughness,
+    /// The log, as its checkpoint names it.
+    pub origin: Option<String>,
+    /// The signed size.
+    pub size: u64,
+    /// The signed root.
+    #[serde(serialize_with = "in_base64")]
+    pub root: Option<Hash>,
+    /// Who signed: names and ids of keys whose signatures hold.
+    pub signed_by: Vec<String>,
+    /// Whose word was taken for the keys.
+    pub trust: Trust,
+    /// Whether a trusted key signed this very checkpoint.
+    pub signature_holds: bool,
+    /// Whether the entries lead to the signed root.
+    pub tree_holds: bool,
+    /// How it compares with the checkpoint of the last time.
+    pub continuity: Continuity,
+    /// How it compares with the checkpoint that was named.
+    pub earlier: Option<Continuity>,
+    /// When the export was made, as it says itself.
+    pub exported: Option<Timestamp>,
+    /// When the first and the last event say that they were recorded.
+    pub period: Option<(Timestamp, Timestamp)>,
+    /// The repositories that were compared with the ledger.
+    pub repositories: Vec<Compared>,
+    /// How many there were of what.
+    pub counts: Counts,
+    /// All that was found.
+    pub findings: Findings,
+    /// What to keep for the next time; none if the ledger does not hold.
+    #[serde(skip)]
+    pub keep: Option<Kept>,
+    /// The checkpoint, as it was found.
+    #[serde(skip)]
+    pub note: Bytes,
+}
+
+fn in_base64<S: Serializer>(root: &Option<Hash>, serializer: S) -> Result<S::Ok, S::Error> {
+    root.map(|root| BASE64.encode(root)).serialize(serializer)
+}
+
+impl Verified {
+    /// Whether everything that was looked at holds.
+    pub fn holds(&self) -> bool {
+        self.findings.problems() == 0 && self.signature_holds && self.tree_holds
+    }
+
+    /// What was proven, in sentences.
+    pub fn proven(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        let origin = self.origin.as_deref().unwrap_or("an unknown log");
+        if self.signature_holds {
+            let who = self.signed_by.join(" and ");
+            all.push(format!(
+                "{who} signed the ledger {origin} as it was at {} entries.",
+                self.size
+            ));
+        }
+        if self.tree_holds {
+            all.push(format!(
+                "The {} entries here are exactly those: none is missing, added, changed or moved.",
+                self.size
+            ));
+        }
+        if let Continuity::Continues { size } = self.continuity {
+            all.push(format!(
+                "The {size} entries that you saw last time are all still there, unchanged and in their places."
+            ));
+        }
+        if let Some(Continuity::Continues { size }) = self.earlier {
+            all.push(format!(
+                "The {size} entries of the checkpoint that you named are all there, unchanged and in their places."
+            ));
+        }
+        if self.thoroughness != Thoroughness::Quick && self.tree_holds {
+            let none = |kinds: &[Kind]| kinds.iter().all(|k| self.findings.count(*k) == 0);
+            if none(&[
+                Kind::EnvelopeInvalid,
+                Kind::EventUnreadable,
+                Kind::SchemaViolated,
+            ]) {
+                let how = match self.thoroughness {
+                    Thoroughness::Full => "and fits its JSON Schema",
+                    _ => "and has the fields that its kind demands",
+                };
+                all.push(format!(
+                    "Each of the {} events names its author, time and aggregate {how}.",
+                    self.counts.events - self.counts.unknown
+                ));
+            }
+            if none(&[Kind::RevisionMissing, Kind::TransitionIllegal]) {
+                all.push(format!(
+                    "In each of the {} aggregates every revision is there, and every event was allowed where it stands.",
+                    self.counts.aggregates
+                ));
+            }
+        }
+        let kinds = [
+            Kind::CommitUnrecorded,
+            Kind::CommitMissing,
+            Kind::CommitDiffers,
+            Kind::CommitUnsigned,
+            Kind::RepositoryUnreadable,
+        ];
+        if !self.repositories.is_empty() && kinds.iter().all(|k| self.findings.count(*k) == 0) {
+            let commits: u64 = self.repositories.iter().map(|r| r.commits).sum();
+            all.push(format!(
+                "The {commits} commits of {} GitOps repositories and the events about them agree, one to one.",
+                self.repositories.len()
+            ));
+        }
+        all
+    }
+
+    /// What was not proven, in sentences.
+    pub fn not_proven(&self) -> Vec<String> {
+        let mut all = vec![format!(
+            "Nothing is said about what happened after entry {}.",
+            self.size
+        )];
+        match self.trust {
+            Trust::FirstUse => all.push(
+                "The keys came with the ledger itself: whoever could replace the one could replace the other. \
+                 Compare them with what the operator tells you by another way, or name them with --key."
+                    .into(),
+            ),
+            Trust::Kept | Trust::Given => {}
+        }
+        match self.continuity {
+            Continuity::NothingKept => all.push(
+                "There was no checkpoint from an earlier audit: that history was not rewritten before this one is not shown."
+                    .into(),
+            ),
+            Continuity::Older { size } => all.push(format!(
+                "You have seen {size} entries before; that these are the beginning of those was not compared."
+            )),
+            Continuity::Unknown { .. } => all.push(
+                "Whether it continues what you saw last time could not be computed.".into(),
+            ),
+            Continuity::Continues { .. } | Continuity::Contradicts { .. } => {}
+        }
+        all.push("The times are what the writers' clocks said; no proof covers a clock.".into());
+        all.push(if self.repositories.is_empty() {
+            "That what is recorded did happen is not shown: no GitOps repository was compared with the events.".into()
+        } else {
+            "That what is recorded did happen is shown only as far as the commits bear it out.".to_owned()
+        });
+        if self.thoroughness == Thoroughness::Quick {
+            all.push("The events were hashed and not read.".into());
+        }
+        if self.counts.gaps > 0 {
+            all.push(format!(
+                "What once was at {} positions is lost, and was before they were signed.",
+                self.counts.gaps
+            ));
+        }
+        if self.counts.unknown > 0 {
+            all.push(format!(
+                "{} events are of kinds that this version does not know: their payloads were not checked.",
+                self.counts.unknown
+            ));
+        }
+        all
+    }
+}
+
+/// The checkpoint, and who is believed to have signed it.
+struct Signed {
+    checkpoint: Checkpoint,
+    holds: bool,
+    signed_by: Vec<String>,
+    trust: Trust,
+    keys: Vec<VerifierKey>,
+}
+
+/// Verifies a ledger. `progress` is told how many entries are done, and how many there are.
+///
+/// What is wrong with the ledger is in the outcome; an error means that it could not be looked at.
+pub fn verify(
+    mut source: Source,
+    options: &Options,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Verified, VerifyError> {
+    let name = source.name().to_owned();
+    let is_live = source.is_live();
+    let failed = |source| VerifyError::Io {
+        name: name.clone(),
+        source,
+    };
+    let mut findings = Findings::default();
+    let mut broken = None;
+    note_stop(source.begin(&mut findings), &mut broken).map_err(failed)?;
+    let note = source.small(CHECKPOINT).unwrap_or_default();
+    let kept = match (&options.kept, &options.keeper) {
+        (None, Some(keeper)) => match Checkpoint::parse_unverified(&note) {
+            Ok((checkpoint, _)) => keeper.load(&checkpoint.origin)?,
+            Err(_) => None,
+        },
+        (kept, _) => kept.clone(),
+    };
+    let signed = judge_checkpoint(&source, &note, options, kept.as_ref(), &mut findings);
+    let mut verified = Verified {
+        source: name.clone(),
+        thoroughness: options.thoroughness,
+        origin: signed.as_ref().map(|s| s.checkpoint.origin.clone()),
+        size: signed.as_ref().map_or(0, |s| s.checkpoint.head.size),
+        root: signed.as_ref().map(|s| s.checkpoint.head.root),
+        signed_by: signed.iter().flat_map(|s| s.signed_by.clone()).collect(),
+        trust: signed.as_ref().map_or(Trust::FirstUse, |s| s.trust),
+        signature_holds: signed.as_ref().is_some_and(|s| s.holds),
+        tree_holds: false,
+        continuity: Continuity::NothingKept,
+        earlier: None,
+        exported: None,
+        period: None,
+        repositories: Vec::new(),
+        counts: Counts::default(),
+        findings: Findings::default(),
+        keep: None,
+        note: note.clone(),
+    };
+    let Some(signed) = signed else {
+        if let Some(finding) = broken {
+            findings.add(finding);
+        }
+        verified.findings = findings;
+        return Ok(verified);
+    };
+    let head = signed.checkpoint.head;
+    let kept = kept
+        .as_ref()
+        .and_then(|kept| older(&kept.checkpoint, &signed, "kept", &mut findings));
+    let earlier = options
+        .earlier
+        .as_ref()
+        .and_then(|note| older(note, &signed, "named", &mut findings));
+    let older_heads: Vec<TreeHead> = [kept, earlier].into_iter().flatten().collect();
+    let older_sizes: Vec<u64> = older_heads.iter().map(|h| h.size).collect();
+
+    let checks = Checks {
+        keys: Keys::default(),
+        schemas: Schemas::of_this_version(),
+        all_schemas: options.thoroughness == Thoroughness::Full,
+    };
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let plan = Plan {
+        size: head.size,
+        older: &older_sizes,
+        checks: &checks,
+        parse: options.thoroughness != Thoroughness::Quick,
+        digests: options.thoroughness == Thoroughness::Full,
+        threads: options.threads.unwrap_or(cores).clamp(1, 16),
+        stop: &options.stop,
+    };
+    let mut walk = Walk {
+        findings,
+        folds: Folds::new().map_err(failed)?,
+        counts: Counts::default(),
+        period: None,
+        entries: Some(Edge::default()),
+        tiles: Edge::default(),
+        tail: (None, None),
+        levels: Default::default(),
+        doubtful: Vec::new(),
+        roots: BTreeMap::new(),
+        wanted: older_sizes.clone(),
+        suspects: Vec::new(),
+        spool: Spool::new().map_err(failed)?,
+        trouble: None,
+    };
+    if broken.is_none() {
+        walk.note_roots();
+        let ended = pipeline::read(source, &plan, |step| {
+            let goes_on = walk.step(step);
+            progress(walk.counts.entries, head.size);
+            goes_on
+        });
+        let pipeline::Ended {
+            source: after,
+            findings: read,
+            listed,
+            stop,
+        } = ended;
+        source = after;
+        walk.findings.merge(read);
+        if let Some(e) = walk.trouble.take() {
+            return Err(failed(e));
+        }
+        if options.stop.load(Ordering::Relaxed) {
+            return Err(VerifyError::Stopped);
+        }
+        note_stop(stop.map_or(Ok(()), Err), &mut broken).map_err(failed)?;
+        let origin = &signed.checkpoint.origin;
+        if broken.is_none() {
+            let end = source.end(origin, &head, listed.into_iter(), &mut walk.findings);
+            match end {
+                Ok(said) => verified.exported = said.and_then(|s| s.exported),
+                Err(stop) => note_stop(Err(stop), &mut broken).map_err(failed)?,
+            }
+        }
+    }
+    let read_all = broken.is_none();
+    if let Some(finding) = broken {
+        walk.findings.add(finding);
+    }
+    verified.tree_holds = walk.judge_root(&head, read_all);
+    if let (Some(compare), true, true) = (&options.gitops, read_all, plan.parse) {
+        let repositories = source.repositories();
+        verified.repositories = walk
+            .spool
+            .compare(&repositories, compare.as_ref(), &mut walk.findings)
+            .map_err(failed)?;
+    }
+    let mut compare =
+        |old: Option<TreeHead>, what| old.map(|old| walk.continuity(&old, &head, what, is_live));
+    let continuity = compare(kept, "the checkpoint that you kept");
+    verified.continuity = continuity.unwrap_or(Continuity::NothingKept);
+    verified.earlier = compare(earlier, "the checkpoint that you named");
+    verified.counts = Counts {
+        aggregates: walk.folds.aggregates(),
+        ..walk.counts
+    };
+    verified.period = walk.period;
+    verified.findings = walk.findings;
+    if verified.holds() {
+        let newer = kept.is_none_or(|old| old.size <= head.size);
+        verified.keep = newer.then(|| Kept {
+            checkpoint: note,
+            keys: signed.keys,
+        });
+    }
+    Ok(verified)
+}
+
+/// Sets aside why an archive could not be read on.
+fn note_stop(read: Result<(), Stop>, broken: &mut Option<Finding>) -> io::Result<()> {
+    match read {
+        Ok(()) => Ok(()),
+        Err(Stop::Broken(finding)) => {
+            *broken = Some(*finding);
+            Ok(())
+        }
+        Err(Stop::Io(e)) => Err(e),
+    }
+}
+
+/// Reads the checkpoint and judges who signed it. `None` if it states no tree.
+fn judge_checkpoint(
+    source: &Source,
+    note: &Bytes,
+    options: &Options,
+    kept: Option<&Kept>,
+    findings: &mut Findings,
+) -> Option<Signed> {
+    let place = || Place::file(CHECKPOINT);
+    if note.is_empty() {
+        findings.push(Kind::FileMissing, place(), "there is no checkpoint");
+        return None;
+    }
+    let (checkpoint, parsed) = match Checkpoint::parse_unverified(note) {
+        Ok(parsed) => parsed,
+        Err(e) => {
+            findings.push(Kind::CheckpointMalformed, place(), in_one(&e));
+            return None;
+        }
+    };
+    let kept = kept.map(|k| k.keys.clone());
+    let came = came_with(source, findings);
+    let (trust, keys) = match (options.keys.is_empty(), kept) {
+        (false, _) => (Trust::Given, options.keys.clone()),
+        (true, Some(keys)) if !keys.is_empty() => (Trust::Kept, keys),
+        _ => (Trust::FirstUse, came),
+    };
+    let mut signed_by = Vec::new();
+    let holds = match parsed.verify(&keys) {
+        Ok(good) => {
+            signed_by = good
+                .iter()
+                .map(|k| format!("{}+{}", k.name(), k.id()))
+                .collect();
+            let ours = good.iter().any(|k| k.name() == checkpoint.origin);
+            if !ours {
+                let message = format!(
+                    "the checkpoint is of {:?}, and signed by the key of {:?}",
+                    checkpoint.origin,
+                    good.first().map_or("", |k| k.name())
+                );
+                findings.push(Kind::OriginDiffers, place(), message);
+            }
+            ours
+        }
+        Err(error @ SignatureError::Invalid { .. }) => {
+            findings.push(Kind::CheckpointForged, place(), error.to_string());
+            false
+        }
+        Err(error) => {
+            findings.push(Kind::CheckpointUntrusted, place(), error.to_string());
+            false
+        }
+    };
+    Some(Signed {
+        checkpoint,
+        holds,
+        signed_by,
+        trust,
+        keys,
+    })
+}
+
+/// The keys that came with the ledger.
+fn came_with(source: &Source, findings: &mut Findings) -> Vec<VerifierKey> {
+    let Some(bytes) = source.small(KEYS) else {
+        return Vec::new();
+    };
+    let text = String::from_utf8_lossy(&bytes);
+    parse_verifiers(&text).unwrap_or_else(|(line, e)| {
+        let place = Place::file(KEYS);
+        findings.push(
+            Kind::ManifestDiffers,
+            place,
+            format!("line {line} is no key: {e}"),
+        );
+        Vec::new()
+    })
+}
+
+/// The head of an older checkpoint of the same log.
+fn older(note: &Bytes, signed: &Signed, which: &str, findings: &mut Findings) -> Option<TreeHead> {
+    let origin = &signed.checkpoint.origin;
+    let place = || Place::file(format!("the {which} checkpoint"));
+    match Checkpoint::open(note, origin, &signed.keys) {
+        Ok(old) => Some(old.head),
+        Err(e @ CheckpointError::Origin { .. }) => {
+            findings.push(Kind::OriginDiffers, place(), e.to_string());
+            None
+        }
+        Err(CheckpointError::Signature(e)) => {
+            findings.push(Kind::CheckpointUntrusted, place(), in_one(&e));
+            None
+        }
+        Err(e) => {
+            findings.push(Kind::CheckpointMalformed, place(), in_one(&e));
+            None
+        }
+    }
+}
+
+/// An error with what caused it, in one line.
+pub(crate) fn in_one(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// A tile above the leaves, with its first hash that does not follow from what is below it.
+struct Doubtful {
+    tile: Place,
+    by_entries: Option<usize>,
+    by_tiles: Option<usize>,
+}
+
+/// The walk over a tree from its first to its last entry.
+struct Walk {
+    findings: Findings,
+    folds: Folds,
+    counts: Counts,
+    period: Option<(Timestamp, Timestamp)>,
+    /// The tree over the entries; none once some of them could not be read.
+    entries: Option<Edge>,
+    /// The tree over the hashes in the tiles.
+    tiles: Edge,
+    /// The root over what is left in the last bundle and tile, unless they are full.
+    tail: (Option<Hash>, Option<Hash>),
+    /// The tiles above, as they follow from the entries, and from the tiles below.
+    levels: (Levels, Levels),
+    /// Tiles above that do not follow from the one or the other.
+    doubtful: Vec<Doubtful>,
+    /// Roots of older trees, as they follow from the entries.
+    roots: BTreeMap<u64, Hash>,
+    wanted: Vec<u64>,
+    suspects: Vec<Suspect>,
+    /// The events of GitOps repositories.
+    spool: Spool,
+    /// What the system refused.
+    trouble: Option<io::Error>,
+}
+
+impl Walk {
+    /// Takes a step; false ends the walk.
+    fn step(&mut self, step: Step) -> bool {
+        let taken = match step {
+            Step::Bundle(bundle) => self.bundle(*bundle),
+            Step::Tile(path, found) => {
+                self.tile(path, found);
+                Ok(())
+            }
+        };
+        self.trouble = taken.err();
+        self.trouble.is_none()
+    }
+
+    /// The roots of older trees that end here.
+    fn note_roots(&mut self) {
+        let here = self.counts.entries;
+        if self.wanted.contains(&here) && here.is_multiple_of(TILE_WIDTH) {
+            let edge = self.entries.as_ref().unwrap_or(&self.tiles);
+            self.roots.insert(here, edge.root(None));
+        }
+    }
+
+    fn bundle(&mut self, bundle: Bundle) -> io::Result<()> {
+        let Bundle {
+            place,
+            width,
+            by_entries,
+            by_tile,
+            prefixes,
+            entries,
+            suspects,
+            findings,
+        } = bundle;
+        self.findings.merge(findings);
+        let room = SUSPECTS.saturating_sub(self.suspects.len());
+        self.suspects.extend(suspects.into_iter().take(room));
+        for (width, tail) in prefixes {
+            let edge = self.entries.as_ref().unwrap_or(&self.tiles);
+            let size = self.counts.entries + width as u64;
+            self.roots.insert(size, edge.root(Some(tail)));
+        }
+        // Where one of the two cannot be read, the other speaks for the tiles above.
+        let above = by_tile.or(by_entries);
+        if by_entries.is_none() {
+            self.entries = None;
+        }
+        if width as u64 == TILE_WIDTH {
+            if let (Some(edge), Some(root)) = (&mut self.entries, by_entries) {
+                edge.push(root);
+            }
+            if let Some(root) = above {
+                self.tiles.push(root);
+                self.levels.0.push(by_entries.unwrap_or(root));
+                self.levels.1.push(root);
+            }
+        } else {
+            self.tail = (by_entries, above);
+        }
+        self.counts.entries += width as u64;
+        self.note_roots();
+        let mut offset = 0;
+        for (number, entry) in entries.into_iter().enumerate() {
+            let len = entry.bytes.len() as u64 + 2;
+            self.entry(entry, &|| Place {
+                file_offset: Some(offset),
+                archive_offset: place.archive_offset.map(|at| at + offset),
+                entry: u16::try_from(number).ok(),
+                ..place.clone()
+            })?;
+            offset += len;
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, entry: Entry, place: &dyn Fn() -> Place) -> io::Result<()> {
+        let Entry {
+            position,
+            bytes,
+            id,
+            content,
+            broken,
+        } = entry;
+        self.counts.bytes += bytes.len() as u64;
+        let place = || Place {
+            position: Some(position),
+            event: id,
+            ..place()
+        };
+        for (kind, message) in broken {
+            match kind {
+                Kind::GapRecorded => self.counts.gaps += 1,
+                Kind::KindUnknown => self.counts.unknown += 1,
+                _ => {}
+            }
+            self.findings.push(kind, place(), message);
+        }
+        let (Content::Event(read), Some(id)) = (content, id) else {
+            return Ok(());
+        };
+        self.counts.events += 1;
+        let time = read.time;
+        let (first, last) = self.period.unwrap_or((time, time));
+        self.period = Some((first.min(time), last.max(time)));
+        let step = at(position, id, &read);
+        let of_repository = matches!(read.payload, Payload::Gitops(Ok(_)));
+        // The subject is needed where an aggregate begins.
+        let subject = read.subject.text(&bytes).to_owned();
+        match self.folds.apply(step, read, &subject, bytes.len())? {
+            Outcome::Counted => {
+                self.counts.counted += 1;
+                if of_repository {
+                    let project = subject.split('/').next().unwrap_or_default();
+                    self.spool.add(project, &bytes)?;
+                }
+            }
+            Outcome::Unknown => {}
+            Outcome::NoSubject => {
+                let message = format!("its subject {subject:?} is none of the ledger");
+                self.findings.push(Kind::EnvelopeInvalid, place(), message);
+            }
+            Outcome::Void(void) => {
+                self.counts.void += 1;
+                let kind = match void {
+                    Void::Overtaken { .. } => Kind::EventOvertaken,
+                    Void::Gap { .. } => Kind::RevisionMissing,
+                    Void::Illegal(_) => Kind::TransitionIllegal,
+                    // Reported when the event was read.
+                    Void::Unknown(_) | Void::Unreadable(_) => return Ok(()),
+                };
+                self.findings
+                    .push(kind, place(), format!("{subject}: {void}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares a tile above the leaves with what follows from those below it.
+    fn tile(&mut self, path: TilePath, found: Option<Found>) {
+        let TileKind::Hashes { level } = path.kind else {
+            return;
+        };
+        let expected = [self.levels.0.take(level), self.levels.1.take(level)];
+        let Some(found) = found else { return };
+        if expected[0].len() != path.width() || self.doubtful.len() == SUSPECTS {
+            return;
+        }
+        let (hashes, rest) = found.bytes.as_chunks::<32>();
+        if hashes.len() != path.width() || !rest.is_empty() {
+            let message = format!(
+                "it has {} bytes and not {}",
+                found.bytes.len(),
+                32 * path.width()
+            );
+            self.findings
+                .push(Kind::TileDiffers, found.place(), message);
+            return;
+        }
+        let differs =
+            expected.map(|expected| expected.iter().zip(hashes).position(|(a, b)| a != b));
+        if differs != [None, None] {
+            self.doubtful.push(Doubtful {
+                tile: found.place(),
+                by_entries: differs[0],
+                by_tiles: differs[1],
+            });
+        }
+    }
+
+    /// Whether the entries lead to the signed root; if not, says what is to blame.
+    fn judge_root(&mut self, head: &TreeHead, read_all: bool) -> bool {
+        let complete = read_all && self.counts.entries == head.size;
+        let by_entries = self.entries.as_ref().filter(|_| complete);
+        let by_entries = by_entries.map(|edge| edge.root(self.tail.0));
+        let by_tiles = complete.then(|| self.tiles.root(self.tail.1));
+        let entries_hold = by_entries == Some(head.root);
+        let tiles_hold = by_tiles == Some(head.root);
+        for suspect in std::mem::take(&mut self.suspects) {
+            let (kind, place, message) = match (entries_hold, tiles_hold) {
+                (true, _) => (
+                    Kind::TileDiffers,
+                    suspect.tile,
+                    "this hash is not that of the entry, which is as it was signed",
+                ),
+                (false, true) => (
+                    Kind::EntryDiffers,
+                    suspect.entry,
+                    "this entry is not the one that was signed",
+                ),
+                (false, false) => (
+                    Kind::EntryDiffers,
+                    suspect.entry,
+                    "this entry and the tile over it differ, and neither leads to the signed root",
+                ),
+            };
+            self.findings.push(kind, place, message);
+        }
+        for doubtful in std::mem::take(&mut self.doubtful) {
+            let hash = if entries_hold {
+                doubtful.by_entries
+            } else {
+                doubtful.by_tiles
+            };
+            if let Some(hash) = hash {
+                let place = Place {
+                    entry: u16::try_from(hash).ok(),
+                    file_offset: Some(32 * hash as u64),
+                    ..doubtful.tile
+                };
+                let message = "this hash does not follow from the tile below it";
+                self.findings.push(Kind::TileDiffers, place, message);
+            }
+        }
+        if by_entries.is_some() && !entries_hold && !tiles_hold {
+            let computed = by_entries.map(|r| BASE64.encode(r)).unwrap_or_default();
+            let signed = BASE64.encode(head.root);
+            let message = format!(
+                "the root over the {} entries is {computed}, and {signed} was signed",
+                head.size
+            );
+            self.findings
+                .push(Kind::RootDiffers, Place::file(CHECKPOINT), message);
+        }
+        entries_hold
+    }
+
+    fn continuity(
+        &mut self,
+        old: &TreeHead,
+        head: &TreeHead,
+        what: &str,
+        is_live: bool,
+    ) -> Continuity {
+        let size = old.size;
+        let place = Place::file(CHECKPOINT);
+        if size > head.size {
+            let message = format!("{what} is of {size} entries, this one of {}", head.size);
+            let kind = if is_live {
+                Kind::RolledBack
+            } else {
+                Kind::Older
+            };
+            self.findings.push(kind, place, message);
+            return Continuity::Older { size };
+        }
+        if size == head.size && old.root != head.root {
+            let message = format!(
+                "{what} and this one are both of {size} entries, are both signed, and have different roots: {} and {}",
+                BASE64.encode(old.root),
+                BASE64.encode(head.root)
+            );
+            self.findings.push(Kind::SplitView, place, message);
+            return Continuity::Contradicts { size };
+        }
+        match self.roots.get(&size) {
+            Some(root) if *root == old.root => Continuity::Continues { size },
+            Some(root) => {
+                let message = format!(
+                    "{what} has the root {} at {size} entries; the first {size} entries here have {}",
+                    BASE64.encode(old.root),
+                    BASE64.encode(root)
+                );
+                self.findings.push(Kind::HistoryRewritten, place, message);
+                Continuity::Contradicts { size }
+            }
+            None => Continuity::Unknown { size },
+        }
+    }
+}

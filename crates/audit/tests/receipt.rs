@@ -1,0 +1,168 @@
+//! Receipts and checkpoints: what they prove, and that no byte of them can be changed.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use bytes::Bytes;
+use daybook_audit::receipt::{ReceiptError, check_receipt, receipt};
+use daybook_audit::{Consistency, Trust, consistency};
+use daybook_events::{DeploymentId, Event};
+use futures_util::FutureExt;
+use support::{Files, Ledger, ORIGIN, history, key};
+
+/// A deployment that came far.
+fn deployment(ledger: &Ledger) -> DeploymentId {
+    let events = ledger.entries.iter().map(|e| Event::from_bytes(e).unwrap());
+    let done = events.filter(|e| e.kind.ends_with("deployment.succeeded.v1"));
+    let subject = done.last().unwrap().subject;
+    subject.split('/').nth(3).unwrap().parse().unwrap()
+}
+
+fn made(ledger: &Ledger, id: DeploymentId) -> Result<Vec<u8>, ReceiptError> {
+    let files = Files(ledger.path().to_owned());
+    let made = receipt(&files, id, &mut |_, _| {}).now_or_never().unwrap();
+    made.map(|(_, bytes)| bytes)
+}
+
+#[test]
+fn a_receipt_proves_the_life_of_a_deployment_by_itself() {
+    let ledger = Ledger::new(700);
+    let id = deployment(&ledger);
+    let bytes = made(&ledger, id).unwrap();
+    let keys = [key(1).verifier().clone()];
+    let checked = check_receipt(&bytes, &keys, |_| Vec::new()).unwrap();
+    assert_eq!(checked.trust, Trust::Given);
+    let statement = checked.statement;
+    assert_eq!((statement.deployment, statement.size), (id, 700));
+    assert!(statement.image.unwrap().contains("@sha256:"));
+    assert_eq!(statement.commit.unwrap().len(), 40);
+    assert!(statement.caveat.contains("cannot prove"));
+    let has = |kind: &str| statement.events.iter().any(|e| e.kind == kind);
+    for kind in [
+        "deployment.requested.v1",
+        "deployment.image_pinned.v1",
+        "gitops.committed.v1",
+        "deployment.succeeded.v1",
+    ] {
+        assert!(has(kind), "{kind}: {:?}", statement.events);
+    }
+    // Every event that names it is in it.
+    let named = ledger.entries.iter().filter(|e| {
+        let event = Event::from_bytes(e).unwrap();
+        event.subject.ends_with(&format!("/deployment/{id}"))
+    });
+    let own = statement
+        .events
+        .iter()
+        .filter(|e| e.kind.starts_with("deployment."));
+    assert_eq!(own.count(), named.count());
+
+    let first_use = check_receipt(&bytes, &[], |_| Vec::new()).unwrap();
+    assert_eq!(first_use.trust, Trust::FirstUse);
+    let kept = check_receipt(&bytes, &[], |_| keys.to_vec()).unwrap();
+    assert_eq!(kept.trust, Trust::Kept);
+    let stranger = [key(2).verifier().clone()];
+    assert!(check_receipt(&bytes, &stranger, |_| Vec::new()).is_err());
+}
+
+#[test]
+fn no_bit_of_a_receipt_can_be_flipped() {
+    let ledger = Ledger::new(120);
+    let events = ledger.entries.iter().map(|e| Event::from_bytes(e).unwrap());
+    // The deployment with the fewest events, so that the receipt is small.
+    let requested = events.filter(|e| e.kind.ends_with("deployment.requested.v1"));
+    let receipts = requested.map(|e| {
+        let id = e.subject.split('/').nth(3).unwrap().parse().unwrap();
+        made(&ledger, id).unwrap()
+    });
+    let good = receipts.min_by_key(Vec::len).unwrap();
+    let keys = [key(1).verifier().clone()];
+    for given in [&keys[..], &[]] {
+        check_receipt(&good, given, |_| Vec::new()).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1 << (at % 8);
+            let broken = check_receipt(&bad, given, |_| Vec::new());
+            let broken = broken.expect_err(&format!("byte {at} of {}", good.len()));
+            assert!(!broken.part.is_empty() && !broken.message.is_empty());
+        }
+    }
+    for len in (0..good.len()).step_by(97) {
+        assert!(check_receipt(&good[..len], &keys, |_| Vec::new()).is_err());
+    }
+}
+
+#[test]
+fn there_is_no_receipt_for_what_was_not_signed() {
+    let ledger = Ledger::new(300);
+    let id = deployment(&ledger);
+    let first = ledger.entries.iter().position(|e| {
+        Event::from_bytes(e)
+            .unwrap()
+            .subject
+            .ends_with(&id.to_string())
+    });
+    ledger.write(first.unwrap());
+    let missing = made(&ledger, id).unwrap_err();
+    assert!(
+        matches!(missing, ReceiptError::NotFound { .. }),
+        "{missing}"
+    );
+    std::fs::remove_file(ledger.path().join("checkpoint")).unwrap();
+    assert!(matches!(
+        made(&ledger, id),
+        Err(ReceiptError::NothingSigned)
+    ));
+}
+
+#[test]
+fn a_split_view_is_told_from_a_ledger_that_grew() {
+    let ledger = Ledger::new(700);
+    let mut entries = history(700);
+    entries.swap(3, 4);
+    let other = Ledger::of(entries);
+    let note = |ledger: &Ledger, size| -> Bytes {
+        ledger.write(size);
+        std::fs::read(ledger.path().join("checkpoint"))
+            .unwrap()
+            .into()
+    };
+    let compare = |old: &Bytes, new: &Bytes, ledger: &Ledger| {
+        let keys = [key(1).verifier().clone()];
+        let files = Files(ledger.path().to_owned());
+        consistency(old, new, ORIGIN, &keys, &files)
+            .now_or_never()
+            .unwrap()
+    };
+    for old in [1, 255, 256, 300, 699] {
+        let (ours, theirs) = (note(&ledger, old), note(&other, old));
+        let now = note(&ledger, 700);
+        for pair in [(&ours, &now), (&now, &ours)] {
+            let found = compare(pair.0, pair.1, &ledger).unwrap();
+            assert!(
+                matches!(found, Consistency::Extends { .. }),
+                "{old}: {found:?}"
+            );
+        }
+        let found = compare(&theirs, &now, &ledger).unwrap();
+        let same_yet = old < 4;
+        assert_eq!(
+            matches!(found, Consistency::SplitView { .. }),
+            !same_yet,
+            "{old}: {found:?}"
+        );
+    }
+    let (ours, theirs) = (note(&ledger, 700), note(&other, 700));
+    assert_eq!(
+        compare(&ours, &ours, &ledger).unwrap(),
+        Consistency::Same { size: 700 }
+    );
+    let split = compare(&ours, &theirs, &ledger).unwrap();
+    assert_eq!(split, Consistency::SplitView { old: 700, new: 700 });
+    // Tiles of another tree prove nothing against the log.
+    let before = note(&ledger, 300);
+    let now = note(&ledger, 700);
+    let found = compare(&before, &now, &other).unwrap();
+    assert_eq!(found, Consistency::TilesDiffer { size: 700 });
+}

@@ -1,0 +1,36 @@
+//! `daybook audit`: what an auditor does, with a file or with a server.
+
+mod consistency;
+mod export;
+mod ledger;
+mod receipt;
+mod verify;
+
+use clap::Subcommand;
+
+use super::Outcome;
+
+/// Check the ledger without trusting who keeps it. See docs/auditing.md.
+#[derive(Debug, Subcommand)]
+pub enum AuditCommand {
+    /// Verify a whole ledger: an export, a folder of tiles, or a server.
+    Verify(verify::VerifyArgs),
+    /// Write one file with all that it takes to verify the ledger offline.
+    Export(export::ExportArgs),
+    /// Write one file that proves what the signed ledger says of a deployment.
+    Receipt(receipt::ReceiptArgs),
+    /// Check a receipt, with nothing but the receipt and a key.
+    CheckReceipt(receipt::CheckReceiptArgs),
+    /// Whether one checkpoint of a ledger is the beginning of another.
+    Consistency(consistency::ConsistencyArgs),
+}
+
+pub async fn run(command: AuditCommand) -> Outcome {
+    match command {
+        AuditCommand::Verify(args) => verify::run(args).await,
+        AuditCommand::Export(args) => export::run(args).await,
+        AuditCommand::Receipt(args) => receipt::make(args).await,
+        AuditCommand::CheckReceipt(args) => receipt::check(args).await,
+        AuditCommand::Consistency(args) => consistency::run(args).await,
+    }
+}
