@@ -85,9 +85,9 @@ fn commits_by_hand_are_shown_adopted_and_undone() {
     let found = kinds
         .iter()
         .filter(|e| {
-            e["type"]
+            e["event"]["type"]
                 .as_str()
-                .unwrap()
+                .unwrap_or_default()
                 .ends_with("foreign_commit_found.v1")
         })
         .count();

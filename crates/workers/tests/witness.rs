@@ -66,6 +66,7 @@ fn change(n: u128, known: KnownHistory) -> GitopsChange {
             },
             clusters: vec![ClusterName::parse("local").unwrap()],
             run: RunSpec::default(),
+            secret_env: BTreeMap::new(),
         }),
         tag,
         author: "ada <ada@example.com>".into(),
@@ -301,6 +302,7 @@ impl World {
             let bench = Bench {
                 ledger: world.ledger.clone(),
                 lines: lines.clone(),
+                secrets: Arc::new(daybook_secrets::NoSecrets),
                 settings: Arc::new(Settings {
                     worker: worker.into(),
                     domain: Hostname::parse("localhost").unwrap(),
