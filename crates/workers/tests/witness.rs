@@ -66,7 +66,7 @@ fn change(n: u128, known: KnownHistory) -> GitopsChange {
             },
             clusters: vec![ClusterName::parse("local").unwrap()],
             run: RunSpec::default(),
-            secret_env: BTreeMap::new(),
+            secret_env: std::collections::BTreeMap::new(),
         }),
         tag,
         author: "ada <ada@example.com>".into(),
