@@ -1,5 +1,6 @@
 //! The store of the projections: opening it, how far it is, waiting for it, and its digest.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,7 +16,8 @@ use tokio::sync::watch;
 
 use crate::fold::{Fold, FoldError};
 use crate::keys;
-use crate::table::{Table, TableError, Unusable, Way};
+use crate::state_hash::StateHash;
+use crate::table::{Table, TableError, Unusable, Way, Write};
 
 /// The version of rows and keys. A store of another one is thrown away and rebuilt.
 const FORMAT: &[u8] = b"2";
@@ -33,7 +35,14 @@ pub(crate) struct Inner {
     fold: Mutex<Fold>,
     position: watch::Sender<Position>,
     counters: Mutex<Counters>,
+    /// The state hashes at the newest positions that were reached, newest last.
+    hashes: Mutex<VecDeque<(Position, StateHash)>>,
+    /// State hashes at past positions that were asked for.
+    pub(crate) past_hashes: Mutex<BTreeMap<Position, StateHash>>,
 }
+
+/// How many positions that were reached keep their state hash at hand.
+const HASHES: usize = 1024;
 
 impl fmt::Debug for Projections {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -152,9 +161,11 @@ impl Projections {
             inner: Arc::new(Inner {
                 table,
                 gate: RwLock::new(()),
-                fold: Mutex::new(fold),
                 position: watch::Sender::new(checkpoint.position),
                 counters: Mutex::new(checkpoint.counters),
+                hashes: Mutex::new([(checkpoint.position, fold.state_hash())].into()),
+                past_hashes: Mutex::default(),
+                fold: Mutex::new(fold),
             }),
         }
     }
@@ -172,6 +183,21 @@ impl Projections {
     /// How many events were folded, and how many changed nothing.
     pub fn counters(&self) -> Counters {
         *lock(&self.inner.counters)
+    }
+
+    /// The state hash at [`Self::position`], with that position.
+    pub fn state_hash(&self) -> (Position, StateHash) {
+        let hashes = lock(&self.inner.hashes);
+        // There is one from the beginning.
+        hashes.back().copied().expect("a position has been reached")
+    }
+
+    /// The state hash at a position at which these projections stood lately, without any work. A
+    /// position in the middle of what was folded at once is not one of them.
+    pub fn recent_state_hash(&self, position: Position) -> Option<StateHash> {
+        let hashes = lock(&self.inner.hashes);
+        let place = hashes.binary_search_by_key(&position, |(p, _)| *p).ok()?;
+        Some(hashes[place].1)
     }
 
     /// Waits until the events up to `position` are folded.
@@ -241,10 +267,17 @@ impl Projections {
             return Ok(());
         }
         let rows = fold.rows(&inner.table)?;
+        let hash = fold.state_hash();
         inner.table.make_room()?;
         let gate = inner.gate.write().unwrap_or_else(PoisonError::into_inner);
         inner.table.apply(rows);
         *lock(&inner.counters) = checkpoint.counters;
+        let mut hashes = lock(&inner.hashes);
+        if hashes.len() == HASHES {
+            hashes.pop_front();
+        }
+        hashes.push_back((checkpoint.position, hash));
+        drop(hashes);
         inner.position.send_replace(checkpoint.position);
         drop(gate);
         Ok(())
@@ -256,18 +289,23 @@ impl Projections {
         let mut fold = lock(&inner.fold);
         let _gate = inner.gate.write().unwrap_or_else(PoisonError::into_inner);
         inner.table.clear()?;
-        let format = (keys::FORMAT.into(), Some(FORMAT.into()));
+        let format = (keys::FORMAT.into(), Write::Put(FORMAT.into()));
         inner.table.apply(vec![format]);
         self.identify(identity);
         *fold = Fold::default();
         *lock(&inner.counters) = Counters::default();
+        *lock(&inner.hashes) = [(Position::ZERO, fold.state_hash())].into();
+        lock(&inner.past_hashes).clear();
         inner.position.send_replace(Position::ZERO);
         Ok(())
     }
 
     /// Notes the identity of the log that this is folded from.
     pub(crate) fn identify(&self, identity: &str) {
-        let row = (keys::IDENTITY.into(), Some(identity.as_bytes().into()));
+        let row = (
+            keys::IDENTITY.into(),
+            Write::Put(identity.as_bytes().into()),
+        );
         self.inner.table.apply(vec![row]);
     }
 
