@@ -179,12 +179,13 @@ impl Slots {
     ) -> Result<Option<(Vec<u8>, IVec)>, TableError> {
         let Slot { subject, kept, .. } = &mut self.slots[number];
         kept.trail.push(position);
-        let (Some(kind), Some(key)) = (subject.kind(), keys::snapshot(subject, position)) else {
-            return Ok(None);
-        };
-        if kept.trail.len() < snapshot_every(kind) {
+        let due = subject.kind().map_or(usize::MAX, snapshot_every);
+        if kept.trail.len() < due {
             return Ok(None);
         }
+        let Some(key) = keys::snapshot(subject, position) else {
+            return Ok(None);
+        };
         let row = through_scratch(|scratch| {
             kept.state.encode(scratch)?;
             if let State::Deployment(_) = kept.state {

@@ -725,7 +725,11 @@ struct Appending<'a>(&'a mut Vec<u8>);
 impl bincode::enc::write::Writer for Appending<'_> {
     #[inline]
     fn write(&mut self, bytes: &[u8]) -> Result<(), bincode::error::EncodeError> {
-        self.0.extend_from_slice(bytes);
+        match bytes {
+            // Most of it is single bytes, which are not worth a call to copy them.
+            [byte] => self.0.push(*byte),
+            _ => self.0.extend_from_slice(bytes),
+        }
         Ok(())
     }
 }
