@@ -354,6 +354,23 @@ impl Server {
         let answer = done.json();
         assert_eq!(answer["same"], json!(true), "{answer}");
         assert_eq!(answer["unreadable"], json!(0), "{answer}");
+        assert!(answer["state_hash"].is_string(), "{answer}");
+        self.check_past(answer["position"].as_u64().unwrap_or_default() / 2);
+    }
+
+    /// Checks that what the server says of a position in the past is what the ledger folds to.
+    #[track_caller]
+    fn check_past(&self, at: u64) {
+        let at = at.to_string();
+        let replayed = self.ok(&["replay", "--quiet", "--at", &at, "--output", "json"]);
+        assert_eq!(replayed.json()["same"], json!(true));
+        let state = self.ok(&["status", "--at", &at, "--output", "json"]).json();
+        assert_eq!(state["position"].to_string(), at);
+        assert_eq!(state["state_hash"], replayed.json()["state_hash"]);
+        let history = self
+            .ok(&["history", "--at", &at, "--output", "json"])
+            .json();
+        assert_eq!(history["position"].to_string(), at);
     }
 
     /// The GitOps repository of a project, on the server's disk.

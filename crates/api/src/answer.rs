@@ -1,8 +1,9 @@
 //! Successful answers: JSON, with the position that they stand on.
 
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daybook_events::Position;
+use daybook_projections::StateHash;
 use serde::Serialize;
 
 use crate::commands::Done;
@@ -10,6 +11,8 @@ use crate::problem::Problem;
 
 /// Says which position of the log an answer takes into account, at least.
 pub(crate) const POSITION: HeaderName = HeaderName::from_static("daybook-position");
+/// The hash over the states of all aggregates at that position.
+pub(crate) const STATE_HASH: HeaderName = HeaderName::from_static("daybook-state-hash");
 /// How many events the newest signed head covers.
 pub(crate) const TREE_SIZE: HeaderName = HeaderName::from_static("daybook-tree-size");
 /// The root of the newest signed head, in hexadecimal digits.
@@ -25,6 +28,7 @@ pub(crate) struct Answer<T> {
     status: StatusCode,
     body: T,
     position: Option<Position>,
+    state_hash: Option<StateHash>,
     replayed: bool,
     location: Option<String>,
 }
@@ -36,6 +40,7 @@ impl<T> Answer<T> {
             status: StatusCode::OK,
             body,
             position: None,
+            state_hash: None,
             replayed: false,
             location: None,
         }
@@ -48,6 +53,13 @@ impl<T> Answer<T> {
             replayed: done.replayed,
             ..Self::ok(body)
         }
+    }
+
+    /// The same, standing on exactly this position of the past, where the states have this hash.
+    pub(crate) fn at(mut self, position: Position, state_hash: Option<StateHash>) -> Self {
+        self.position = Some(position);
+        self.state_hash = state_hash;
+        self
     }
 
     /// The same as `201 Created`, with the address of what was made.
@@ -74,6 +86,9 @@ impl<T: Serialize> IntoResponse for Answer<T> {
         if let Some(position) = self.position {
             headers.insert(POSITION, HeaderValue::from(position.0));
         }
+        if let Some(hash) = self.state_hash {
+            insert_state_hash(headers, hash);
+        }
         if self.replayed {
             headers.insert(REPLAYED, HeaderValue::from_static("true"));
         }
@@ -81,5 +96,12 @@ impl<T: Serialize> IntoResponse for Answer<T> {
             headers.insert(header::LOCATION, location);
         }
         response
+    }
+}
+
+/// Says which hash the states have at the position that the answer stands on.
+pub(crate) fn insert_state_hash(headers: &mut HeaderMap, hash: StateHash) {
+    if let Ok(value) = HeaderValue::try_from(hash.to_string()) {
+        headers.insert(STATE_HASH, value);
     }
 }

@@ -5,15 +5,16 @@ use axum::extract::{Request, State};
 use axum::http::HeaderValue;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use daybook_events::Digest;
+use daybook_events::{Digest, Position};
 
-use crate::answer::{MIN_POSITION, POSITION, TREE_ROOT, TREE_SIZE};
+use crate::answer::{MIN_POSITION, POSITION, STATE_HASH, TREE_ROOT, TREE_SIZE, insert_state_hash};
 use crate::extract;
 use crate::problem::behind;
 use crate::state::AppState;
 
 /// Waits for `Daybook-Min-Position`, within bounds, and says in `Daybook-Position` what the
-/// answer takes into account: everything up to that position, and maybe more. `Daybook-Tree-Size`
+/// answer takes into account: everything up to that position, and maybe more. `Daybook-State-Hash`
+/// is the hash over the states of all aggregates at exactly that position, where it is at hand. `Daybook-Tree-Size`
 /// and `Daybook-Tree-Root` say what was signed by then: positions up to that size are covered.
 pub(crate) async fn positions(
     State(state): State<AppState>,
@@ -35,9 +36,20 @@ pub(crate) async fn positions(
     let signed = state.tree.as_ref().and_then(|tree| tree.head());
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
-    headers
-        .entry(POSITION)
-        .or_insert(HeaderValue::from(position.0));
+    let position = match headers.get(POSITION) {
+        // An answer about the past says its hash itself.
+        Some(own) => own.to_str().ok().and_then(|p| p.parse().ok()).map(Position),
+        None => {
+            headers.insert(POSITION, HeaderValue::from(position.0));
+            Some(position)
+        }
+    };
+    if let Some(position) = position
+        && !headers.contains_key(STATE_HASH)
+        && let Some(hash) = state.projections().recent_state_hash(position)
+    {
+        insert_state_hash(headers, hash);
+    }
     if let Some(signed) = signed {
         let root = Digest::from_sha256(&signed.head.root);
         headers.insert(TREE_SIZE, HeaderValue::from(signed.head.size));

@@ -92,6 +92,7 @@ fn common(path: &str, method: &str, operation: &mut Map<String, Value>) {
         for response in responses.values_mut() {
             let mut headers = json!({
                 "Daybook-Position": { "$ref": "#/components/headers/Position" },
+                "Daybook-State-Hash": { "$ref": "#/components/headers/StateHash" },
                 "Daybook-Tree-Size": { "$ref": "#/components/headers/TreeSize" },
                 "Daybook-Tree-Root": { "$ref": "#/components/headers/TreeRoot" }
             });
@@ -139,6 +140,11 @@ fn headers() -> Value {
         "Position": {
             "description": "The answer takes every event up to this position into account.",
             "schema": { "type": "integer", "minimum": 0 }
+        },
+        "StateHash": {
+            "description": "The hash over the states of all aggregates at exactly that position, \
+                which a replay to it gives too. Missing while it is not at hand.",
+            "schema": { "type": "string", "pattern": "^s1:[0-9a-f]{64}$" }
         },
         "TreeSize": {
             "description": "The newest signed head when the answer was made covers the events up \

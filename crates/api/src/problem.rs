@@ -10,8 +10,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daybook_events::log::{AppendError, ReadError};
 use daybook_events::{InvalidName, Refusal};
-use daybook_projections::ExecuteError;
-use daybook_projections::QueryError;
+use daybook_projections::{ExecuteError, PastError, QueryError};
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -253,6 +252,27 @@ impl From<ReadError> for Problem {
 impl From<QueryError> for Problem {
     fn from(e: QueryError) -> Self {
         Self::internal(&e)
+    }
+}
+
+impl From<PastError> for Problem {
+    fn from(e: PastError) -> Self {
+        match e {
+            PastError::NotYet { .. } => Self::new(
+                StatusCode::NOT_FOUND,
+                "position_not_reached",
+                e.to_string(),
+                "ask for an earlier position, or wait for it with Daybook-Min-Position",
+            ),
+            PastError::Query(e) => e.into(),
+            PastError::Read(e) => e.into(),
+            PastError::Lost(_) => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "event_lost",
+                e.to_string(),
+                "an operator has to look at the log first; waiting does not help",
+            ),
+        }
     }
 }
 

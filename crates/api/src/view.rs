@@ -16,7 +16,9 @@ use daybook_events::{
     ImageRepository, Position, ProjectName, ServiceName,
 };
 use daybook_projections::{AuditRow, views};
-use daybook_projections::{Counters, DeploymentRow, HistoryRow, Projections, QueryError};
+use daybook_projections::{
+    Counters, DeploymentRow, HistoryRow, Projections, QueryError, StateHash,
+};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -31,6 +33,8 @@ pub(crate) struct ProjectionsReport {
     pub(crate) position: Position,
     /// SHA-256 over all rows, in the order of their keys.
     pub(crate) digest: Digest,
+    /// The hash over the states of all aggregates there. A replay gives the same one.
+    pub(crate) state_hash: Option<StateHash>,
     /// How many events were folded, and how many changed nothing.
     pub(crate) counters: Counters,
 }
@@ -514,6 +518,16 @@ pub(crate) struct StateView {
     pub(crate) next: Option<String>,
     /// It is so at this position of the ledger.
     pub(crate) position: Position,
+    /// The hash over the states of all aggregates there. A replay to that position gives the same
+    /// one. Missing while it is being worked out: then ask again.
+    pub(crate) state_hash: Option<StateHash>,
+    /// Events of the ledger that cannot be read and are set aside; the audit lists them.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) set_aside: u64,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// Whether this server can do its work.

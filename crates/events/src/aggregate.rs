@@ -201,10 +201,17 @@ pub enum Decision<E> {
 }
 
 /// Declares the events of one aggregate: the enum, its codec and its schemas.
+///
+/// When a payload has to change its shape, its event gets a new version: the variant's type and
+/// kind become those of the new one, and the old ones move to the list `older`, with a type that
+/// still reads what was written and a `From` of it that says what the old one means today. That
+/// is the only place that knows the old version: it is never written again, and states, folds and
+/// queries meet the new one alone. Its frozen event and its schema stay.
 macro_rules! events {
     (
         $(#[$doc:meta])*
         $name:ident { $( $(#[$vdoc:meta])* $variant:ident($ty:ty) = $kind:literal, )* }
+        $( older { $( $old_variant:ident($old:ty) = $old_kind:literal, )* } )?
     ) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq)]
@@ -225,6 +232,8 @@ macro_rules! events {
             ) -> Result<Self, $crate::envelope::DecodeError> {
                 match kind {
                     $( $kind => $crate::envelope::decode_as(kind, data).map(Self::$variant), )*
+                    $( $( $old_kind => $crate::envelope::decode_as::<$old>(kind, data)
+                        .map(|old| Self::$old_variant(old.into())), )* )?
                     other => Err($crate::envelope::DecodeError::UnknownKind(other.to_owned())),
                 }
             }
@@ -234,9 +243,94 @@ macro_rules! events {
             /// Type (without the common prefix) and payload schema of each event of this
             /// aggregate, in the order of declaration.
             pub fn schemas() -> Vec<(&'static str, schemars::Schema)> {
-                vec![ $( ($kind, schemars::schema_for!($ty)), )* ]
+                vec![
+                    $( ($kind, schemars::schema_for!($ty)), )*
+                    $( $( ($old_kind, schemars::schema_for!($old)), )* )?
+                ]
             }
         }
     };
 }
 pub(crate) use events;
+
+#[cfg(test)]
+mod tests {
+    //! A worked example of a second version: an observation that once had one instance, and now
+    //! has several.
+
+    use schemars::JsonSchema;
+    use serde_json::value::RawValue;
+
+    use super::*;
+
+    /// As it is today.
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+    struct Seen {
+        instances: Vec<String>,
+        ready: u32,
+    }
+
+    /// As it was written at first.
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+    struct SeenV1 {
+        instance: Option<String>,
+        ready: bool,
+    }
+
+    impl From<SeenV1> for Seen {
+        fn from(old: SeenV1) -> Self {
+            Self {
+                ready: u32::from(old.ready && old.instance.is_some()),
+                instances: old.instance.into_iter().collect(),
+            }
+        }
+    }
+
+    events! {
+        /// The events of a thing that is looked at.
+        SightEvent {
+            /// It was looked at.
+            Seen(Seen) = "sight.seen.v2",
+        }
+        older {
+            Seen(SeenV1) = "sight.seen.v1",
+        }
+    }
+
+    fn read(kind: &str, data: &str) -> Result<SightEvent, DecodeError> {
+        SightEvent::decode(kind, &RawValue::from_string(data.to_owned()).unwrap())
+    }
+
+    #[test]
+    fn an_old_version_is_read_as_what_it_means_today() {
+        let old = read("sight.seen.v1", r#"{"instance":"a","ready":true}"#).unwrap();
+        let new = read("sight.seen.v2", r#"{"instances":["a"],"ready":1}"#).unwrap();
+        assert_eq!(old, new);
+        let none = read("sight.seen.v1", r#"{"instance":null,"ready":true}"#).unwrap();
+        let SightEvent::Seen(seen) = &none;
+        assert_eq!((seen.instances.len(), seen.ready), (0, 0));
+    }
+
+    #[test]
+    fn only_the_new_version_is_written_and_both_have_a_schema() {
+        let event = read("sight.seen.v1", r#"{"instance":"a","ready":true}"#).unwrap();
+        assert_eq!(event.kind(), "sight.seen.v2");
+        let data = event.encode().unwrap();
+        assert_eq!(data.get(), r#"{"instances":["a"],"ready":1}"#);
+        let kinds: Vec<_> = SightEvent::schemas().into_iter().map(|(k, _)| k).collect();
+        assert_eq!(kinds, ["sight.seen.v2", "sight.seen.v1"]);
+    }
+
+    #[test]
+    fn a_version_still_to_come_and_a_payload_of_the_other_version_are_told_apart() {
+        let unknown = read("sight.seen.v3", "{}").unwrap_err();
+        assert_eq!(unknown, DecodeError::UnknownKind("sight.seen.v3".into()));
+        for (kind, data) in [
+            ("sight.seen.v1", r#"{"instances":["a"],"ready":1}"#),
+            ("sight.seen.v2", r#"{"instance":"a","ready":true}"#),
+        ] {
+            let refused = read(kind, data).unwrap_err();
+            assert!(matches!(refused, DecodeError::Payload { .. }), "{refused}");
+        }
+    }
+}

@@ -42,7 +42,6 @@ pub(crate) struct Row<'a> {
     pub(crate) correlation: Option<Uuid>,
 }
 
-// What a row has, in the order in which it stands there.
 /// The aggregates of a project. Subjects of others are written as texts.
 const KINDS: [Kind; 6] = [
     Kind::Project,
@@ -53,6 +52,7 @@ const KINDS: [Kind; 6] = [
     Kind::Routing,
 ];
 
+// What a row has, in the order in which it stands there.
 const ID: u8 = 1;
 const ENVIRONMENT: u8 = 2;
 const SERVICE: u8 = 4;
@@ -371,6 +371,19 @@ impl<'a> Reader<'a> {
 
     /// The next row; none at the end.
     pub(crate) fn next(&mut self) -> Result<Option<AuditRow>, TableError> {
+        Ok(self.read()?.map(|(subject, mut row)| {
+            row.subject = readable(&subject.to_string());
+            row
+        }))
+    }
+
+    /// The position and the subject of the next row.
+    pub(crate) fn next_subject(&mut self) -> Result<Option<(Position, Subject)>, TableError> {
+        Ok(self.read()?.map(|(subject, row)| (row.position, subject)))
+    }
+
+    /// The next row but for the text of its subject.
+    fn read(&mut self) -> Result<Option<(Subject, AuditRow)>, TableError> {
         if self.at == self.chunk.len() {
             return Ok(None);
         }
@@ -379,7 +392,6 @@ impl<'a> Reader<'a> {
         let (subject, mut row) = self.subject()?;
         row.position = self.next;
         self.next = self.next.next();
-        row.subject = subject;
         row.time = self.time()?;
         row.recorded = self.time()?;
         row.actor = Actor {
@@ -421,11 +433,11 @@ impl<'a> Reader<'a> {
                 message: self.text()?.to_owned(),
             });
         }
-        Ok(Some(row))
+        Ok(Some((subject, row)))
     }
 
-    /// The subject as people read it, and a row with what it says.
-    fn subject(&mut self) -> Result<(String, AuditRow), TableError> {
+    /// The subject, and a row with what it says.
+    fn subject(&mut self) -> Result<(Subject, AuditRow), TableError> {
         let mut row = AuditRow {
             position: Position::ZERO,
             id: None,
@@ -451,7 +463,9 @@ impl<'a> Reader<'a> {
             let (project, environment) = places(text);
             row.project = project.and_then(|p| ProjectName::parse(p).ok());
             row.environment = environment.and_then(|e| EnvironmentName::parse(e).ok());
-            return Ok((readable(text), row));
+            let subject = text.parse();
+            let subject = subject.unwrap_or_else(|_| Subject::Other(text.to_owned()));
+            return Ok((subject, row));
         };
         let project = ProjectName::parse(self.shared(Role::Project)?).map_err(|_| damaged())?;
         row.project = Some(project.clone());
@@ -474,7 +488,7 @@ impl<'a> Reader<'a> {
                 return Err(damaged());
             }
         };
-        Ok((readable(&subject.to_string()), row))
+        Ok((subject, row))
     }
 
     fn take(&mut self, length: usize) -> Result<&'a [u8], TableError> {

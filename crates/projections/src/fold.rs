@@ -4,7 +4,8 @@
 //! the end of a batch, so that an aggregate with many events in a batch is written once; all
 //! other rows are made from a single event, whatever batch it is in.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use daybook_events::aggregate::{At, Void};
@@ -21,12 +22,13 @@ use crate::audit::VoidView;
 use crate::chunk;
 use crate::decode::{self, Payload};
 use crate::history;
-use crate::keys::{self, BLOCK, CHUNK, Scope};
+use crate::keys::{self, BLOCK, CHUNK, MARK, Scope};
 use crate::query::EventRef;
 use crate::sentence::say;
-use crate::slot::{Marks, Origin, Shared, Slots, State};
+use crate::slot::{DeploymentSlot, Marks, Origin, Shared, Slots, State, is_active};
+use crate::state_hash::{StateHash, Sum};
 use crate::store::Counters;
-use crate::table::{Batch, Table, TableError, decode, encode, encode_json};
+use crate::table::{Batch, Table, TableError, Way, Write, decode, encode, encode_json};
 use crate::terms;
 
 /// Why an event could not be folded. The fold is to be loaded anew then.
@@ -64,6 +66,12 @@ pub(crate) struct Fold {
     terms: Vec<u32>,
     /// What an event says, while it is being folded.
     summary: String,
+    /// The sum over all states, as they were when it was last brought up to date.
+    sum: Sum,
+    /// The active deployments, by the positions of their requests.
+    active: BTreeSet<Position>,
+    /// The last position at which those were written down.
+    listed: Position,
     /// Rows that are finished, but not yet written.
     rows: Batch,
     /// What of those must not be written twice.
@@ -76,6 +84,8 @@ pub(crate) struct Fold {
 struct Effects {
     /// A deployment of this instance was made.
     created: Option<InstanceRef>,
+    /// The deployment that was requested at this position became active, or no longer is.
+    active: Option<(Position, bool)>,
     /// A GitOps commit introduced a deployment.
     introduced: Option<(Subject, String)>,
     /// Deployments that became the main one, or no longer are.
@@ -108,7 +118,19 @@ impl Fold {
                     "the end of chunk {last} of the audit"
                 )));
             }
+            let sum = table
+                .get(keys::SUM)?
+                .ok_or_else(|| TableError::Row("no sum of states".to_owned()))?;
+            fold.sum = Sum::from_bytes(&sum)?;
         }
+        table.scan::<()>(&Scope::All.active(), None, Way::Up, |key, _| {
+            fold.active.extend(keys::position_of(key));
+            ControlFlow::Continue(())
+        })?;
+        let listed = table.scan(b"o", None, Way::Down, |key, _| {
+            ControlFlow::Break(keys::position_of(key))
+        })?;
+        fold.listed = listed.flatten().unwrap_or_default();
         Ok(fold)
     }
 
@@ -136,6 +158,40 @@ impl Fold {
         self.checkpoint.position = position;
         self.checkpoint.counters.events += 1;
         self.end_row(position);
+        self.mark(position)?;
+        Ok(())
+    }
+
+    /// Writes down, from time to time, what past states are found by.
+    fn mark(&mut self, position: Position) -> Result<(), TableError> {
+        if position.0.is_multiple_of(MARK) {
+            self.slots.add_up(&mut self.sum)?;
+            put(&mut self.rows, keys::sum(position), self.sum.to_bytes());
+        }
+        // The more there are, the less often: what is written for an event stays bounded.
+        let often = MARK.max(8 * self.active.len() as u64);
+        if position.0 - self.listed.0 >= often {
+            let active: Vec<u64> = self.active.iter().map(|p| p.0).collect();
+            put(
+                &mut self.rows,
+                keys::were_active(position),
+                encode(&active)?,
+            );
+            self.listed = position;
+        }
+        Ok(())
+    }
+
+    /// The state hash at [`Self::checkpoint`], once its rows are taken.
+    pub(crate) fn state_hash(&self) -> StateHash {
+        self.sum.hash()
+    }
+
+    /// Notes that an event was folded into an aggregate.
+    fn passed(&mut self, slot: usize, position: Position) -> Result<(), TableError> {
+        if let Some((key, snapshot)) = self.slots.passed(slot, position)? {
+            put(&mut self.rows, key, snapshot);
+        }
         Ok(())
     }
 
@@ -148,6 +204,7 @@ impl Fold {
     ) -> Result<(), FoldError> {
         if let Some(slot) = self.slots.find(table, &recorded.subject)? {
             self.slots.change(slot).pass(recorded.position);
+            self.passed(slot, recorded.position)?;
         }
         self.checkpoint.counters.unreadable += 1;
         let actor = Actor::unauthenticated("unknown");
@@ -185,7 +242,7 @@ impl Fold {
         };
         let payload = decode::payload(subject, event);
         let slot = self.slots.find(table, subject)?;
-        let before = slot.map(|number| &self.slots.get(number).state);
+        let before = slot.map(|number| &self.slots.get(number).kept.state);
         let said = say(&mut self.summary, subject, &payload, before);
         self.audit.begin(chunk::Row {
             id: Some(event.id),
@@ -214,6 +271,11 @@ impl Fold {
             }
             Some((State::Build(f), Payload::Build(p))) => Arc::make_mut(f).step(at, revision, p),
             Some((State::Deployment(d), Payload::Deployment(p))) => {
+                let active = |d: &DeploymentSlot| {
+                    let state = d.folded.state.as_ref();
+                    state.is_some_and(|s| is_active(s.status))
+                };
+                let before = active(d);
                 let result = Arc::make_mut(&mut d.folded).step(at, revision, p);
                 if let (Some(state), None) = (&d.folded.state, &d.origin) {
                     effects.created = Some(state.request.instance.clone());
@@ -222,6 +284,9 @@ impl Fold {
                         actor: event.actor(),
                         message: None,
                     });
+                }
+                if let (Some(origin), true) = (&d.origin, active(d) != before) {
+                    effects.active = Some((origin.created, !before));
                 }
                 result
             }
@@ -260,30 +325,43 @@ impl Fold {
         }
         self.audit
             .end(folded.as_ref().err().map(VoidView::from).as_ref());
+        if let Some(slot) = slot {
+            self.passed(slot, position)?;
+        }
+        match effects.active {
+            Some((created, true)) => drop(self.active.insert(created)),
+            Some((created, false)) => drop(self.active.remove(&created)),
+            None => {}
+        }
         if let (Some(instance), Subject::Deployment(_, _, id)) = (&effects.created, subject) {
             self.list(table, instance, *id, position)?;
         }
         if folded.is_ok() {
-            self.follow(table, effects)?;
+            self.follow(table, position, effects)?;
         }
         self.note_request(table, position, subject, event)?;
         Ok(())
     }
 
     /// Marks what an event changes beyond its own aggregate.
-    fn follow(&mut self, table: &Table, effects: Effects) -> Result<(), TableError> {
+    fn follow(
+        &mut self,
+        table: &Table,
+        position: Position,
+        effects: Effects,
+    ) -> Result<(), TableError> {
         if let Some((subject, message)) = effects.introduced
             && let Some(slot) = self.slots.find(table, &subject)?
-            && let State::Deployment(d) = &self.slots.get(slot).state
-            && d.origin.is_some()
+            && let State::Deployment(d) = &self.slots.get(slot).kept.state
+            && d.origin.as_ref().is_some_and(|o| o.message.is_none())
             && let State::Deployment(d) = self.slots.change(slot)
             && let Some(origin) = &mut d.origin
         {
-            origin.message = Some(message);
+            origin.message = Some((position, message));
         }
         for subject in effects.main_changed {
             if let Some(slot) = self.slots.find(table, &subject)?
-                && self.slots.get(slot).state.position() > Position::ZERO
+                && self.slots.get(slot).kept.state.position() > Position::ZERO
             {
                 self.slots.change(slot);
             }
@@ -363,13 +441,15 @@ impl Fold {
         for number in self.slots.take_dirty() {
             self.write_state(table, number)?;
             let slot = self.slots.get(number);
-            let shared = shared.then(|| slot.state.share());
+            let shared = shared.then(|| slot.kept.state.share());
             changed.states.push((slot.subject.clone(), shared));
         }
         if self.audit.rows() > 0 {
             let chunk = keys::chunk_of(self.checkpoint.position);
             put(&mut self.rows, keys::chunk(chunk), self.audit.bytes());
         }
+        self.slots.add_up(&mut self.sum)?;
+        put(&mut self.rows, keys::SUM, self.sum.to_bytes());
         put(&mut self.rows, keys::CHECKPOINT, encode(&self.checkpoint)?);
         self.deployments.clear();
         self.requests.clear();
@@ -378,7 +458,7 @@ impl Fold {
     }
 
     fn write_state(&mut self, table: &Table, number: usize) -> Result<(), TableError> {
-        let main = match &self.slots.get(number).state {
+        let main = match &self.slots.get(number).kept.state {
             State::Deployment(d) => match &d.folded.state {
                 Some(state) => {
                     let project = state.request.instance.project.clone();
@@ -393,8 +473,8 @@ impl Fold {
         let Some(key) = keys::state(&slot.subject) else {
             return Ok(());
         };
-        put(&mut self.rows, key, slot.state.encode()?);
-        if let State::Deployment(d) = &mut slot.state
+        put(&mut self.rows, key, slot.row(&mut self.sum)?);
+        if let State::Deployment(d) = &mut slot.kept.state
             && let Subject::Deployment(_, _, id) = &slot.subject
             && let (Some(state), Some(origin)) = (&d.folded.state, &d.origin)
         {
@@ -410,7 +490,7 @@ impl Fold {
                     if marks.active {
                         put(&mut self.rows, key, listed_value(*id, instance));
                     } else {
-                        remove(&mut self.rows, key);
+                        withdraw(&mut self.rows, key);
                     }
                 }
             }
@@ -428,10 +508,10 @@ impl Fold {
 
     /// The main deployment of a deployment's instance.
     fn main_of(&self, routing: Option<usize>, deployment: usize) -> Option<DeploymentId> {
-        let State::Routing(routing) = &self.slots.get(routing?).state else {
+        let State::Routing(routing) = &self.slots.get(routing?).kept.state else {
             return None;
         };
-        let State::Deployment(d) = &self.slots.get(deployment).state else {
+        let State::Deployment(d) = &self.slots.get(deployment).kept.state else {
             return None;
         };
         main_in(
@@ -442,11 +522,16 @@ impl Fold {
 }
 
 fn put(rows: &mut Batch, key: impl Into<IVec>, value: impl Into<IVec>) {
-    rows.push((key.into(), Some(value.into())));
+    rows.push((key.into(), Write::Put(value.into())));
 }
 
 fn remove(rows: &mut Batch, key: impl Into<IVec>) {
-    rows.push((key.into(), None));
+    rows.push((key.into(), Write::Remove));
+}
+
+/// Removes a row that was written once.
+fn withdraw(rows: &mut Batch, key: impl Into<IVec>) {
+    rows.push((key.into(), Write::Withdraw));
 }
 
 fn scopes(instance: &InstanceRef) -> [Scope<'_>; 4] {

@@ -30,7 +30,7 @@ pub(crate) fn row(
         active,
         timestamp: state.created_at,
         revision: state.commit.clone(),
-        message: origin.message.clone(),
+        message: origin.message.as_ref().map(|(_, m)| m.clone()),
         version: version_text(state),
         source_commit: state.source.as_ref().map(|s| s.commit.clone()),
         source_commit_message: state.source.as_ref().map(|s| s.message.clone()),

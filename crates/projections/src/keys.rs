@@ -19,6 +19,12 @@ pub(crate) const BEGUN: &[u8] = b"mbegun";
 /// How far the rows are, with the counters.
 pub(crate) const CHECKPOINT: &[u8] = b"c";
 
+/// The sum over all states.
+pub(crate) const SUM: &[u8] = b"L";
+
+/// From how many positions to the next the sum over all states is kept.
+pub(crate) const MARK: u64 = 4096;
+
 /// How many events one full row of the audit holds. sled rewrites sixteen neighbouring rows at a
 /// time, and puts what is then larger than 128 KiB into a file of its own.
 pub(crate) const CHUNK: u64 = 32;
@@ -54,6 +60,20 @@ pub(crate) fn state(subject: &Subject) -> Option<Vec<u8>> {
     };
     key.push(b'.');
     key.extend_from_slice(rest.as_bytes());
+    Some(key)
+}
+
+/// A snapshot of an aggregate, as it was after the event at a position; none for an aggregate of
+/// a newer version.
+pub(crate) fn snapshot(subject: &Subject, position: Position) -> Option<Vec<u8>> {
+    Some(placed(snapshots(subject)?, position))
+}
+
+/// What the snapshots of an aggregate start with.
+pub(crate) fn snapshots(subject: &Subject) -> Option<Vec<u8>> {
+    let mut key = state(subject)?;
+    key[0] = b'S';
+    key.push(0);
     Some(key)
 }
 
@@ -173,6 +193,16 @@ pub(crate) fn chunk_of(position: Position) -> u64 {
     position.0.saturating_sub(1) / CHUNK
 }
 
+/// The sum over all states, as it was at a position.
+pub(crate) fn sum(position: Position) -> Vec<u8> {
+    placed(vec![b'H'], position)
+}
+
+/// The deployments that were active at a position, by the positions of their requests.
+pub(crate) fn were_active(position: Position) -> Vec<u8> {
+    placed(vec![b'o'], position)
+}
+
 /// The first position of a chunk.
 pub(crate) fn first_of(chunk: u64) -> Position {
     Position(chunk * CHUNK + 1)
@@ -207,6 +237,10 @@ pub(crate) fn describe(key: &[u8]) -> String {
         Some(b'h') => format!("history of the deployment of event {}", place()),
         Some(b'A') => format!("audit, chunk {}", place()),
         Some(b'T') => format!("terms of the audit, block {}", place()),
+        Some(b'S') => format!("snapshot at event {}", place()),
+        Some(b'H') => format!("sum of states at event {}", place()),
+        Some(b'L') => "sum of states".to_owned(),
+        Some(b'o') => format!("active deployments at event {}", place()),
         Some(b'c') => "checkpoint".to_owned(),
         _ => format!("row {}", String::from_utf8_lossy(key)),
     }

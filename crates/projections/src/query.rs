@@ -1,5 +1,6 @@
 //! The queries. Each is answered from rows that belong to one position.
 
+use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ use crate::keys::{self, Scope};
 use crate::page::{Cursor, Page, PageOf};
 use crate::slot;
 use crate::store::{Projections, QueryError};
-use crate::table::{Way, decode};
+use crate::table::{Way, decode, decode_part};
 use crate::terms;
 use crate::views::{DeploymentView, HistoryRow, InstanceView, Overview, version_text};
 
@@ -50,6 +51,34 @@ pub struct DeploymentRow {
 }
 
 impl DeploymentRow {
+    /// A deployment with its revision, the positions of its last event and of its request, and what
+    /// its project's route table says of it.
+    pub(crate) fn new(
+        id: DeploymentId,
+        subject: Subject,
+        state: Deployment,
+        (revision, position, created): (u32, Position, Position),
+        routing: Option<&Routing>,
+    ) -> Self {
+        let main = routing
+            .and_then(|r| r.traffic(&state.request.instance))
+            .is_some_and(|t| t.main == Some(id));
+        let hostnames = routing.map_or_else(Vec::new, |r| {
+            let found = r.hostnames_of(id).into_iter();
+            found.map(|(hostname, _)| hostname.clone()).collect()
+        });
+        Self {
+            id,
+            subject,
+            state,
+            revision,
+            position,
+            created,
+            main,
+            hostnames,
+        }
+    }
+
     /// The row as it is sent.
     pub fn view(&self) -> DeploymentView {
         DeploymentView::new(self.id, self.created, &self.state, self.hostnames.clone())
@@ -91,6 +120,16 @@ impl DeploymentFilter {
         })
     }
 
+    /// The narrowest index that lists all that may fit.
+    fn scope<'a>(&'a self, instance: Option<&'a InstanceRef>) -> Scope<'a> {
+        match (instance, &self.project, &self.environment) {
+            (Some(i), _, _) => Scope::Instance(i),
+            (None, Some(p), Some(e)) => Scope::Environment(p, e),
+            (None, Some(p), None) => Scope::Project(p),
+            (None, None, _) => Scope::All,
+        }
+    }
+
     fn fits_instance(&self, i: &InstanceRef) -> bool {
         self.project.as_ref().is_none_or(|p| *p == i.project)
             && self
@@ -121,7 +160,7 @@ impl DeploymentFilter {
         self.fits(state.status, &version_text(state), found)
     }
 
-    fn fits_history(&self, row: &HistoryRow) -> bool {
+    pub(crate) fn fits_history(&self, row: &HistoryRow) -> bool {
         let found = Versions {
             tag: row.image_tag.as_ref().map(|t| t.as_str()),
             digest: row.digest.as_ref().map(|d| d.as_str()),
@@ -176,7 +215,7 @@ fn damaged(what: impl Into<String>) -> QueryError {
 }
 
 /// Reads the value of an index row.
-fn listed(value: &[u8]) -> Result<(DeploymentId, InstanceRef), QueryError> {
+pub(crate) fn listed(value: &[u8]) -> Result<(DeploymentId, InstanceRef), QueryError> {
     let bad = || damaged("an index of deployments");
     let (id, instance) = value.split_at_checked(16).ok_or_else(bad)?;
     let id = Uuid::from_slice(id).map_err(|_| bad())?;
@@ -207,8 +246,10 @@ impl Projections {
                 let Some(row) = row.transpose()?.flatten() else {
                     return Ok(None);
                 };
-                let (folded, origin) = slot::deployment(&row)?;
-                (Some(Arc::new(folded)), origin.map(|o| o.created))
+                let mut rest = &row[..];
+                let folded: Arc<Folded<Deployment>> = decode_part(&mut rest)?;
+                let origin: Option<slot::Origin> = decode_part(&mut rest)?;
+                (Some(folded), origin.map(|o| o.created))
             }
         };
         let (Some(folded), Some(created)) = (folded, created) else {
@@ -217,23 +258,8 @@ impl Projections {
         let Some(state) = folded.state.clone() else {
             return Ok(None);
         };
-        let main = routing
-            .and_then(|r| r.traffic(instance))
-            .is_some_and(|t| t.main == Some(id));
-        let hostnames = routing.map_or_else(Vec::new, |r| {
-            let found = r.hostnames_of(id).into_iter();
-            found.map(|(hostname, _)| hostname.clone()).collect()
-        });
-        Ok(Some(DeploymentRow {
-            id,
-            subject,
-            state,
-            revision: folded.revision,
-            position: folded.position,
-            created,
-            main,
-            hostnames,
-        }))
+        let place = (folded.revision, folded.position, created);
+        Ok(Some(DeploymentRow::new(id, subject, state, place, routing)))
     }
 
     fn routing_of(&self, project: &ProjectName) -> Result<Arc<Folded<Routing>>, QueryError> {
@@ -311,6 +337,40 @@ impl Projections {
         })
     }
 
+    /// Deployments of the instances that a filter names, requested before a position, newest first.
+    pub(crate) fn listed_below(
+        &self,
+        below: Position,
+        filter: &DeploymentFilter,
+        most: usize,
+    ) -> Result<Vec<(DeploymentId, InstanceRef, Position)>, QueryError> {
+        let instance = filter.instance();
+        let scope = filter.scope(instance.as_ref());
+        let from = keys::listed(scope, below);
+        let mut found = Vec::new();
+        let mut visit = |key: &[u8], value: &[u8]| -> Result<bool, QueryError> {
+            let (id, instance) = listed(value)?;
+            if filter.fits_instance(&instance) {
+                let created =
+                    keys::position_of(key).ok_or_else(|| damaged("an index of deployments"))?;
+                found.push((id, instance, created));
+            }
+            Ok(found.len() == most)
+        };
+        let ended = self.inner.table.scan(
+            &scope.listed(),
+            Some(&from),
+            Way::Down,
+            |key, value| match visit(key, value) {
+                Ok(false) => ControlFlow::Continue(()),
+                Ok(true) => ControlFlow::Break(Ok(())),
+                Err(e) => ControlFlow::Break(Err(e)),
+            },
+        )?;
+        ended.transpose()?;
+        Ok(found)
+    }
+
     /// Walks the narrowest index for a filter from a page's cursor on.
     fn list<T>(
         &self,
@@ -319,12 +379,7 @@ impl Projections {
         mut make: impl FnMut(DeploymentId, &InstanceRef, Position) -> Result<Option<T>, QueryError>,
     ) -> Result<PageOf<T>, QueryError> {
         let instance = filter.instance();
-        let scope = match (&instance, &filter.project, &filter.environment) {
-            (Some(i), _, _) => Scope::Instance(i),
-            (None, Some(p), Some(e)) => Scope::Environment(p, e),
-            (None, Some(p), None) => Scope::Project(p),
-            (None, None, _) => Scope::All,
-        };
+        let scope = filter.scope(instance.as_ref());
         let only_active =
             !filter.statuses.is_empty() && filter.statuses.iter().all(|s| slot::is_active(*s));
         let prefix = if only_active {
@@ -539,34 +594,11 @@ impl Projections {
         let _gate = self.gate();
         let rows = self.active_where(project, environment)?;
         let position = self.position();
-        let mut by_instance = std::collections::BTreeMap::<InstanceRef, InstanceView>::new();
         let mut routing = Routings::default();
-        for row in rows {
-            let instance = row.state.request.instance.clone();
-            let rolled_back = routing
-                .of(self, &instance.project)?
-                .and_then(|r| r.traffic(&instance))
-                .is_some_and(|t| t.rolled_back);
-            let entry = by_instance
-                .entry(instance.clone())
-                .or_insert_with(|| InstanceView {
-                    id: instance.to_string(),
-                    instance,
-                    rolled_back,
-                    main: None,
-                    others: Vec::new(),
-                });
-            let view = row.view();
-            if row.main {
-                entry.main = Some(view);
-            } else {
-                entry.others.push(view);
-            }
+        for row in &rows {
+            routing.of(self, &row.state.request.instance.project)?;
         }
-        Ok(Overview {
-            instances: by_instance.into_values().collect(),
-            position,
-        })
+        Ok(overview_of(rows, |p| routing.known(p), position))
     }
 
     /// The audit, newest first.
@@ -623,6 +655,40 @@ impl Projections {
     }
 }
 
+/// What runs where, from the active deployments, newest first, and the route tables of their
+/// projects.
+pub(crate) fn overview_of<'a>(
+    rows: impl IntoIterator<Item = DeploymentRow>,
+    routing: impl Fn(&ProjectName) -> Option<&'a Routing>,
+    position: Position,
+) -> Overview {
+    let mut by_instance = BTreeMap::<InstanceRef, InstanceView>::new();
+    for row in rows {
+        let instance = row.state.request.instance.clone();
+        let entry = by_instance
+            .entry(instance.clone())
+            .or_insert_with(|| InstanceView {
+                id: instance.to_string(),
+                rolled_back: routing(&instance.project)
+                    .and_then(|r| r.traffic(&instance))
+                    .is_some_and(|t| t.rolled_back),
+                instance,
+                main: None,
+                others: Vec::new(),
+            });
+        let view = row.view();
+        if row.main {
+            entry.main = Some(view);
+        } else {
+            entry.others.push(view);
+        }
+    }
+    Overview {
+        instances: by_instance.into_values().collect(),
+        position,
+    }
+}
+
 /// The rows of a page so far.
 struct Found {
     items: Vec<AuditRow>,
@@ -647,7 +713,7 @@ impl Found {
 
 /// Route tables that a listing has read.
 #[derive(Default)]
-struct Routings(std::collections::HashMap<ProjectName, Arc<Folded<Routing>>>);
+struct Routings(HashMap<ProjectName, Arc<Folded<Routing>>>);
 
 impl Routings {
     fn of(
@@ -659,6 +725,10 @@ impl Routings {
             let routing = projections.routing_of(project)?;
             self.0.insert(project.clone(), routing);
         }
-        Ok(self.0.get(project).and_then(|r| r.state.as_ref()))
+        Ok(self.known(project))
+    }
+
+    fn known(&self, project: &ProjectName) -> Option<&Routing> {
+        self.0.get(project).and_then(|r| r.state.as_ref())
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use daybook_events::log::ReadError;
 use daybook_events::{EventLog, Position, Recorded, SubjectFilter};
 use futures_util::StreamExt;
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TryRecvError};
 use tokio_util::sync::CancellationToken;
 
 use crate::fold::FoldError;
@@ -22,6 +22,9 @@ const BATCH: usize = 8192;
 const READ: usize = 1024;
 /// How many such reads may wait for the fold.
 const AHEAD: usize = 8;
+
+/// How long a batch that is large already waits for more.
+const LINGER: Duration = Duration::from_millis(2);
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -221,11 +224,22 @@ fn fold_all(
     projections: &Projections,
     mut receiver: mpsc::Receiver<Vec<Recorded>>,
 ) -> Result<(), FoldError> {
+    let runtime = tokio::runtime::Handle::current();
     while let Some(mut batch) = receiver.blocking_recv() {
         while batch.len() + READ <= BATCH {
-            match receiver.try_recv() {
-                Ok(more) => batch.extend(more),
-                Err(_) => break,
+            let more = match receiver.try_recv() {
+                Ok(more) => Some(more),
+                // It is catching up, and has been faster than the log: what an event costs is less
+                // the more of them are folded at once.
+                Err(TryRecvError::Empty) if batch.len() >= READ / 2 => {
+                    let next = async { tokio::time::timeout(LINGER, receiver.recv()).await };
+                    runtime.block_on(next).ok().flatten()
+                }
+                Err(_) => None,
+            };
+            match more {
+                Some(more) => batch.extend(more),
+                None => break,
             }
         }
         projections.take(&batch)?;

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use daybook_events::aggregate::At;
 use daybook_events::build::Build;
 use daybook_events::deployment::{Deployment, Status};
 use daybook_events::environment::Environment;
@@ -10,13 +11,16 @@ use daybook_events::gitops::Gitops;
 use daybook_events::ledger::LedgerRecord;
 use daybook_events::project::Project;
 use daybook_events::routing::Routing;
-use daybook_events::{Actor, Aggregate, BuildId, Folded, Position, Subject};
+use daybook_events::{
+    Actor, Aggregate, AggregateKind, BuildId, EventView, Folded, Position, Recorded, Subject,
+};
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 use sled::IVec;
 
 use crate::keys;
-use crate::table::{Table, TableError, decode, encode};
+use crate::state_hash::{Element, Sum};
+use crate::table::{Table, TableError, append, decode_part, through_scratch, through_scratch_to};
 
 /// What is known of a deployment beyond its own events' state.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -25,8 +29,8 @@ pub(crate) struct Origin {
     pub(crate) created: Position,
     /// Who asked for it.
     pub(crate) actor: Actor,
-    /// Message of the GitOps commit that introduced it.
-    pub(crate) message: Option<String>,
+    /// Message of the GitOps commit that introduced it, with the position of that commit's event.
+    pub(crate) message: Option<(Position, String)>,
 }
 
 /// Which index rows a deployment's state calls for, beside those that every deployment has.
@@ -95,15 +99,41 @@ impl Shared {
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) subject: Subject,
-    pub(crate) state: State,
+    pub(crate) kept: Kept,
     /// Its rows have to be written.
     dirty: bool,
+    /// Its element in the sum of states is to be replaced.
+    stale: bool,
     /// The last batch that looked at it.
     touched: u64,
 }
 
+/// An aggregate as its row holds it.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) state: State,
+    /// Positions of its events since its newest snapshot.
+    pub(crate) trail: Vec<Position>,
+    /// What it contributes to the sum of states; none before its first event.
+    pub(crate) element: Option<Element>,
+}
+
 /// How many aggregates stay decoded between batches.
 const KEPT: usize = 2048;
+
+/// How many events of an aggregate of this kind there are from one snapshot of it to the next. A
+/// past state is the snapshot before it and the events in between, each of which is one read of
+/// the log; the states of the last two kinds are large.
+fn snapshot_every(kind: AggregateKind) -> usize {
+    match kind {
+        AggregateKind::Project
+        | AggregateKind::Environment
+        | AggregateKind::Build
+        | AggregateKind::Deployment
+        | AggregateKind::Ledger => 16,
+        AggregateKind::Gitops | AggregateKind::Routing => 32,
+    }
+}
 
 /// The aggregates that are decoded, by numbers that hold until the end of a batch.
 #[derive(Debug, Default)]
@@ -111,6 +141,7 @@ pub(crate) struct Slots {
     numbers: FxHashMap<Subject, usize>,
     slots: Vec<Slot>,
     dirty: Vec<usize>,
+    stale: Vec<usize>,
     batch: u64,
 }
 
@@ -126,14 +157,15 @@ impl Slots {
             self.slots[*number].touched = self.batch;
             return Ok(Some(*number));
         }
-        let Some(state) = State::load(table, subject)? else {
+        let Some(kept) = Kept::load(table, subject)? else {
             return Ok(None);
         };
         let number = self.slots.len();
         self.slots.push(Slot {
             subject: subject.clone(),
-            state,
+            kept,
             dirty: false,
+            stale: false,
             touched: self.batch,
         });
         self.numbers.insert(subject.clone(), number);
@@ -151,7 +183,38 @@ impl Slots {
             slot.dirty = true;
             self.dirty.push(number);
         }
-        &mut slot.state
+        if !slot.stale {
+            slot.stale = true;
+            self.stale.push(number);
+        }
+        &mut slot.kept.state
+    }
+
+    /// Notes the position of an event that was just folded into an aggregate. Gives a snapshot if
+    /// one is due.
+    pub(crate) fn passed(
+        &mut self,
+        number: usize,
+        position: Position,
+    ) -> Result<Option<(Vec<u8>, IVec)>, TableError> {
+        let Slot { subject, kept, .. } = &mut self.slots[number];
+        kept.trail.push(position);
+        let due = subject.kind().map_or(usize::MAX, snapshot_every);
+        if kept.trail.len() < due {
+            return Ok(None);
+        }
+        let Some(key) = keys::snapshot(subject, position) else {
+            return Ok(None);
+        };
+        let row = through_scratch(|scratch| {
+            kept.state.encode(scratch)?;
+            if let State::Deployment(_) = kept.state {
+                append(scratch, &None::<Origin>)?;
+            }
+            append(scratch, &steps(&kept.trail))
+        })?;
+        kept.trail.clear();
+        Ok(Some((key, row)))
     }
 
     /// An aggregate whose rows are being written.
@@ -165,6 +228,18 @@ impl Slots {
             self.slots[*number].dirty = false;
         }
         std::mem::take(&mut self.dirty)
+    }
+
+    /// Brings a sum of states up to date with what changed.
+    pub(crate) fn add_up(&mut self, sum: &mut Sum) -> Result<(), TableError> {
+        for number in self.stale.drain(..) {
+            let slot = &mut self.slots[number];
+            slot.stale = false;
+            let element = slot.kept.state.element(&slot.subject)?;
+            sum.replace(slot.kept.element, Some(element));
+            slot.kept.element = Some(element);
+        }
+        Ok(())
     }
 
     /// Ends a batch whose rows are all taken: if there are too many aggregates, those go that were
@@ -190,50 +265,144 @@ impl Slots {
     }
 }
 
-impl State {
+impl Slot {
+    /// The row of this aggregate, with which its element in a sum of states is brought up to date.
+    pub(crate) fn row(&mut self, sum: &mut Sum) -> Result<IVec, TableError> {
+        let Self { subject, kept, .. } = self;
+        through_scratch(|scratch| {
+            kept.state.encode(scratch)?;
+            let element = Element::of(subject, scratch);
+            sum.replace(kept.element, Some(element));
+            kept.element = Some(element);
+            if let State::Deployment(d) = &kept.state {
+                append(scratch, &d.origin)?;
+            }
+            append(scratch, &steps(&kept.trail))
+        })
+    }
+}
+
+/// Positions as the distances between them, which are short.
+fn steps(positions: &[Position]) -> Vec<u64> {
+    let before = std::iter::once(0).chain(positions.iter().map(|p| p.0));
+    positions.iter().zip(before).map(|(p, b)| p.0 - b).collect()
+}
+
+/// Positions from the distances between them.
+fn positions(steps: Vec<u64>) -> Vec<Position> {
+    let mut at = 0_u64;
+    let next = |step| {
+        at = at.saturating_add(step);
+        Position(at)
+    };
+    steps.into_iter().map(next).collect()
+}
+
+impl Kept {
     /// Reads an aggregate, or makes an empty one. None for an aggregate of a newer version.
     pub(crate) fn load(table: &Table, subject: &Subject) -> Result<Option<Self>, TableError> {
         let Some(key) = keys::state(subject) else {
             return Ok(None);
         };
-        let row = table.get(&key)?;
-        Ok(match subject {
-            Subject::Project(_) => Some(Self::Project(read(row.as_deref())?)),
-            Subject::Environment(..) => Some(Self::Environment(read(row.as_deref())?)),
-            Subject::Build(..) => Some(Self::Build(read(row.as_deref())?)),
-            Subject::Gitops(_) => Some(Self::Gitops(read(row.as_deref())?)),
-            Subject::Routing(_) => Some(Self::Routing(read(row.as_deref())?)),
-            Subject::Ledger => Some(Self::Ledger(read(row.as_deref())?)),
-            Subject::Deployment(..) => {
-                let slot = match row {
-                    None => DeploymentSlot::default(),
-                    Some(row) => {
-                        let (folded, origin) = deployment(&row)?;
-                        let written = folded.state.as_ref().map(Marks::of);
-                        DeploymentSlot {
-                            folded: Arc::new(folded),
-                            origin,
-                            written,
-                        }
-                    }
-                };
-                Some(Self::Deployment(Box::new(slot)))
-            }
-            Subject::Other(_) => None,
+        match table.get(&key)? {
+            Some(row) => Self::decode(subject, &row),
+            None => Ok(Self::empty(subject)),
+        }
+    }
+
+    /// An aggregate before its first event. None for one of a newer version.
+    pub(crate) fn empty(subject: &Subject) -> Option<Self> {
+        let state = match subject.kind()? {
+            AggregateKind::Project => State::Project(Arc::default()),
+            AggregateKind::Environment => State::Environment(Arc::default()),
+            AggregateKind::Build => State::Build(Arc::default()),
+            AggregateKind::Deployment => State::Deployment(Box::default()),
+            AggregateKind::Gitops => State::Gitops(Arc::default()),
+            AggregateKind::Routing => State::Routing(Arc::default()),
+            AggregateKind::Ledger => State::Ledger(Arc::default()),
+        };
+        Some(Self {
+            state,
+            trail: Vec::new(),
+            element: None,
         })
     }
 
-    /// The row of this aggregate.
-    pub(crate) fn encode(&self) -> Result<IVec, TableError> {
-        match self {
-            Self::Project(f) => encode(&**f),
-            Self::Environment(f) => encode(&**f),
-            Self::Build(f) => encode(&**f),
-            Self::Deployment(d) => encode(&(&*d.folded, &d.origin)),
-            Self::Gitops(f) => encode(&**f),
-            Self::Routing(f) => encode(&**f),
-            Self::Ledger(f) => encode(&**f),
+    /// Reads the row of an aggregate, or a snapshot of it.
+    pub(crate) fn decode(subject: &Subject, row: &[u8]) -> Result<Option<Self>, TableError> {
+        let Some(kind) = subject.kind() else {
+            return Ok(None);
+        };
+        let mut rest = row;
+        let mut state = match kind {
+            AggregateKind::Project => State::Project(decode_part(&mut rest)?),
+            AggregateKind::Environment => State::Environment(decode_part(&mut rest)?),
+            AggregateKind::Build => State::Build(decode_part(&mut rest)?),
+            AggregateKind::Gitops => State::Gitops(decode_part(&mut rest)?),
+            AggregateKind::Routing => State::Routing(decode_part(&mut rest)?),
+            AggregateKind::Ledger => State::Ledger(decode_part(&mut rest)?),
+            AggregateKind::Deployment => State::Deployment(Box::new(DeploymentSlot {
+                folded: decode_part(&mut rest)?,
+                ..DeploymentSlot::default()
+            })),
+        };
+        let folded = &row[..row.len() - rest.len()];
+        if let State::Deployment(d) = &mut state {
+            d.written = d.folded.state.as_ref().map(Marks::of);
+            d.origin = decode_part(&mut rest)?;
         }
+        Ok(Some(Self {
+            state,
+            trail: positions(decode_part(&mut rest)?),
+            element: Some(Element::of(subject, folded)),
+        }))
+    }
+}
+
+impl State {
+    /// What an aggregate in this state contributes to the sum of states.
+    pub(crate) fn element(&self, subject: &Subject) -> Result<Element, TableError> {
+        through_scratch_to(|scratch| {
+            self.encode(scratch)?;
+            Ok(Element::of(subject, scratch))
+        })
+    }
+
+    /// Encodes the folded state.
+    fn encode(&self, out: &mut Vec<u8>) -> Result<(), TableError> {
+        match self {
+            Self::Project(f) => append(out, f),
+            Self::Environment(f) => append(out, f),
+            Self::Build(f) => append(out, f),
+            Self::Deployment(d) => append(out, &d.folded),
+            Self::Gitops(f) => append(out, f),
+            Self::Routing(f) => append(out, f),
+            Self::Ledger(f) => append(out, f),
+        }
+    }
+
+    /// Folds a stored event, and nothing but it.
+    pub(crate) fn replay(&mut self, recorded: &Recorded) {
+        let Ok(event) = EventView::from_bytes(&recorded.bytes) else {
+            return self.pass(recorded.position);
+        };
+        let at = At {
+            position: recorded.position,
+            id: event.id,
+            time: event.time,
+        };
+        // An event that is void changes no more than it says itself.
+        let _ = match self {
+            Self::Project(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
+            Self::Environment(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
+            Self::Build(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
+            Self::Deployment(d) => {
+                Arc::make_mut(&mut d.folded).step(at, event.revision, event.payload())
+            }
+            Self::Gitops(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
+            Self::Routing(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
+            Self::Ledger(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
+        };
     }
 
     /// What readers get.
@@ -279,13 +448,4 @@ impl State {
             Self::Ledger(f) => Arc::make_mut(f).position = position,
         }
     }
-}
-
-fn read<A: Aggregate>(row: Option<&[u8]>) -> Result<Arc<Folded<A>>, TableError> {
-    row.map_or_else(|| Ok(Arc::default()), |row| decode(row).map(Arc::new))
-}
-
-/// Reads a deployment's row.
-pub(crate) fn deployment(row: &[u8]) -> Result<(Folded<Deployment>, Option<Origin>), TableError> {
-    decode(row)
 }

@@ -1,6 +1,6 @@
 //! The store of the projections: opening it, how far it is, waiting for it, and its digest.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,10 +18,11 @@ use crate::feed::{Feed, Feeds};
 use crate::fold::{Changed, Fold, FoldError};
 use crate::keys;
 use crate::slot::Shared;
-use crate::table::{Table, TableError, Unusable, Way, decode};
+use crate::state_hash::StateHash;
+use crate::table::{Table, TableError, Unusable, Way, Write, decode};
 
 /// The version of rows and keys. A store of another one is thrown away and rebuilt.
-const FORMAT: &[u8] = b"4";
+const FORMAT: &[u8] = b"5";
 
 /// With more events than this in a batch, the fold catches up, and states are not shared with
 /// readers: they would be copied at the next batch.
@@ -43,7 +44,14 @@ pub(crate) struct Inner {
     feeds: Feeds,
     position: watch::Sender<Position>,
     counters: Mutex<Counters>,
+    /// The state hashes at the newest positions that were reached, newest last.
+    hashes: Mutex<VecDeque<(Position, StateHash)>>,
+    /// State hashes at past positions that were asked for.
+    pub(crate) past_hashes: Mutex<BTreeMap<Position, StateHash>>,
 }
+
+/// How many positions that were reached keep their state hash at hand.
+const HASHES: usize = 1024;
 
 impl Inner {
     fn write_live(&self) -> RwLockWriteGuard<'_, HashMap<Subject, Shared>> {
@@ -181,11 +189,13 @@ impl Projections {
             inner: Arc::new(Inner {
                 table,
                 gate: RwLock::new(()),
-                fold: Mutex::new(fold),
                 live: RwLock::default(),
                 feeds: Feeds::default(),
                 position: watch::Sender::new(checkpoint.position),
                 counters: Mutex::new(checkpoint.counters),
+                hashes: Mutex::new([(checkpoint.position, fold.state_hash())].into()),
+                past_hashes: Mutex::default(),
+                fold: Mutex::new(fold),
             }),
         }
     }
@@ -233,6 +243,21 @@ impl Projections {
     /// How many events were folded, and how many changed nothing.
     pub fn counters(&self) -> Counters {
         *lock(&self.inner.counters)
+    }
+
+    /// The state hash at [`Self::position`], with that position.
+    pub fn state_hash(&self) -> (Position, StateHash) {
+        let hashes = lock(&self.inner.hashes);
+        // There is one from the beginning.
+        hashes.back().copied().expect("a position has been reached")
+    }
+
+    /// The state hash at a position at which these projections stood lately, without any work. A
+    /// position in the middle of what was folded at once is not one of them.
+    pub fn recent_state_hash(&self, position: Position) -> Option<StateHash> {
+        let hashes = lock(&self.inner.hashes);
+        let place = hashes.binary_search_by_key(&position, |(p, _)| *p).ok()?;
+        Some(hashes[place].1)
     }
 
     /// Waits until the events up to `position` are folded.
@@ -304,11 +329,18 @@ impl Projections {
         }
         let shared = events.len() <= SHARED;
         let (rows, changed) = fold.finish(&inner.table, shared)?;
+        let hash = fold.state_hash();
         inner.table.make_room()?;
         let gate = inner.gate.write().unwrap_or_else(PoisonError::into_inner);
         inner.table.apply(rows);
         inner.share(&changed);
         *lock(&inner.counters) = checkpoint.counters;
+        let mut hashes = lock(&inner.hashes);
+        if hashes.len() == HASHES {
+            hashes.pop_front();
+        }
+        hashes.push_back((checkpoint.position, hash));
+        drop(hashes);
         inner.position.send_replace(checkpoint.position);
         drop(gate);
         inner.feeds.tell(changed.states.iter().map(|(s, _)| s));
@@ -321,12 +353,14 @@ impl Projections {
         let mut fold = lock(&inner.fold);
         let _gate = inner.gate.write().unwrap_or_else(PoisonError::into_inner);
         inner.table.clear()?;
-        let format = (keys::FORMAT.into(), Some(FORMAT.into()));
+        let format = (keys::FORMAT.into(), Write::Put(FORMAT.into()));
         inner.table.apply(vec![format]);
         self.identify(identity);
         inner.write_live().clear();
         *fold = Fold::default();
         *lock(&inner.counters) = Counters::default();
+        *lock(&inner.hashes) = [(Position::ZERO, fold.state_hash())].into();
+        lock(&inner.past_hashes).clear();
         inner.position.send_replace(Position::ZERO);
         inner.feeds.tell_any();
         Ok(())
@@ -334,7 +368,10 @@ impl Projections {
 
     /// Notes the identity of the log that this is folded from.
     pub(crate) fn identify(&self, identity: &str) {
-        let row = (keys::IDENTITY.into(), Some(identity.as_bytes().into()));
+        let row = (
+            keys::IDENTITY.into(),
+            Write::Put(identity.as_bytes().into()),
+        );
         self.inner.table.apply(vec![row]);
     }
 

@@ -24,8 +24,20 @@ use sled::IVec;
 
 use crate::keys;
 
-/// Rows to write at once; `None` removes.
-pub(crate) type Batch = Vec<(IVec, Option<IVec>)>;
+/// What happens to a row.
+#[derive(Debug)]
+pub(crate) enum Write {
+    /// It is written, whatever was there.
+    Put(IVec),
+    /// It is removed.
+    Remove,
+    /// It is removed, and was never written but once: if it is still on its way to the disk, it
+    /// does not have to go there.
+    Withdraw,
+}
+
+/// Rows to write at once.
+pub(crate) type Batch = Vec<(IVec, Write)>;
 
 /// Memory for the pages of sled, in bytes.
 const CACHE: u64 = 16 << 20;
@@ -33,9 +45,9 @@ const CACHE: u64 = 16 << 20;
 /// How long rows may wait to be carried to disk.
 const CADENCE: Duration = Duration::from_secs(1);
 /// So many bytes of waiting rows are carried at once, whatever their age.
-const URGENT: usize = 8 << 20;
+const URGENT: usize = 16 << 20;
 /// With so many bytes of waiting rows, the fold waits too.
-const FULL: usize = 24 << 20;
+const FULL: usize = 32 << 20;
 /// How long it waits before it gives up.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long the end of a table waits for its last rows to be on disk.
@@ -433,10 +445,18 @@ impl Table {
         let layers = &mut *layers;
         let on_disk = layers.disk.is_some();
         for (key, value) in rows {
-            layers.bytes += key.len() + value.as_ref().map_or(0, |v| v.len());
+            let added = key.len()
+                + if let Write::Put(v) = &value {
+                    v.len()
+                } else {
+                    0
+                };
+            layers.bytes += added;
             match value {
-                None if !on_disk => drop(layers.fresh.remove(&key)),
-                value => drop(layers.fresh.insert(key, value)),
+                Write::Put(value) => drop(layers.fresh.insert(key, Some(value))),
+                Write::Remove if !on_disk => drop(layers.fresh.remove(&key)),
+                Write::Withdraw if layers.fresh.remove(&key).is_some() || !on_disk => {}
+                Write::Remove | Write::Withdraw => drop(layers.fresh.insert(key, None)),
             }
         }
         if on_disk {
@@ -679,13 +699,23 @@ thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-fn through_scratch(
-    write: impl FnOnce(&mut Vec<u8>) -> Result<(), String>,
+/// Makes a row in a buffer that is used again and again.
+pub(crate) fn through_scratch(
+    write: impl FnOnce(&mut Vec<u8>) -> Result<(), TableError>,
 ) -> Result<IVec, TableError> {
+    through_scratch_to(|scratch| {
+        write(scratch)?;
+        Ok(IVec::from(scratch.as_slice()))
+    })
+}
+
+/// Makes something of a buffer that is used again and again.
+pub(crate) fn through_scratch_to<T>(
+    make: impl FnOnce(&mut Vec<u8>) -> Result<T, TableError>,
+) -> Result<T, TableError> {
     SCRATCH.with_borrow_mut(|scratch| {
         scratch.clear();
-        write(scratch).map_err(TableError::Row)?;
-        Ok(IVec::from(scratch.as_slice()))
+        make(scratch)
     })
 }
 
@@ -695,28 +725,44 @@ struct Appending<'a>(&'a mut Vec<u8>);
 impl bincode::enc::write::Writer for Appending<'_> {
     #[inline]
     fn write(&mut self, bytes: &[u8]) -> Result<(), bincode::error::EncodeError> {
-        self.0.extend_from_slice(bytes);
+        match bytes {
+            // Most of it is single bytes, which are not worth a call to copy them.
+            [byte] => self.0.push(*byte),
+            _ => self.0.extend_from_slice(bytes),
+        }
         Ok(())
     }
 }
 
+/// Appends a value to a row.
+pub(crate) fn append<T: serde::Serialize>(row: &mut Vec<u8>, value: &T) -> Result<(), TableError> {
+    bincode::serde::encode_into_writer(value, Appending(row), bincode::config::standard())
+        .map_err(|e| TableError::Row(e.to_string()))
+}
+
 /// A row as bytes.
 pub(crate) fn encode<T: serde::Serialize>(value: &T) -> Result<IVec, TableError> {
-    through_scratch(|scratch| {
-        let config = bincode::config::standard();
-        bincode::serde::encode_into_writer(value, Appending(scratch), config)
-            .map_err(|e| e.to_string())
-    })
+    through_scratch(|scratch| append(scratch, value))
 }
 
 /// A row as JSON, for what is sent as it is kept.
 pub(crate) fn encode_json<T: serde::Serialize>(value: &T) -> Result<IVec, TableError> {
-    through_scratch(|scratch| serde_json::to_writer(scratch, value).map_err(|e| e.to_string()))
+    through_scratch(|scratch| {
+        serde_json::to_writer(scratch, value).map_err(|e| TableError::Row(e.to_string()))
+    })
 }
 
 /// The value at the start of a row.
 pub(crate) fn decode<T: serde::de::DeserializeOwned>(row: &[u8]) -> Result<T, TableError> {
-    bincode::serde::decode_from_slice(row, bincode::config::standard())
-        .map(|(value, _)| value)
-        .map_err(|e| TableError::Row(e.to_string()))
+    decode_part(&mut &*row)
+}
+
+/// The value at the start of what is left of a row, which is then shorter by it.
+pub(crate) fn decode_part<T: serde::de::DeserializeOwned>(
+    rest: &mut &[u8],
+) -> Result<T, TableError> {
+    let (value, length) = bincode::serde::decode_from_slice(rest, bincode::config::standard())
+        .map_err(|e| TableError::Row(e.to_string()))?;
+    *rest = &rest[length..];
+    Ok(value)
 }

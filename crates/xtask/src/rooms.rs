@@ -17,7 +17,7 @@ Dependencies of tests alone are free.
 ";
 
 /// Which crates of the workspace a crate may build on.
-const MAY_USE: [(&str, &[&str]); 9] = [
+const MAY_USE: [(&str, &[&str]); 10] = [
     ("daybook-events", &[]),
     ("daybook-store", &["daybook-events"]),
     ("daybook-projections", &["daybook-events"]),

@@ -1,9 +1,14 @@
 //! What was, what is, and who did it.
 
+use std::time::Duration;
+
 use axum::extract::State;
 use axum::http::StatusCode;
-use daybook_events::{EnvironmentName, InstanceRef, ProjectName, Refusal, ServiceName};
-use daybook_projections::{AuditFilter, DeploymentFilter, InvalidPage, Page};
+use daybook_events::{EnvironmentName, InstanceRef, Position, ProjectName, Refusal, ServiceName};
+use daybook_projections::{
+    AuditFilter, DeploymentFilter, HistoryRow, InvalidMoment, InvalidPage, Moment, Page, PageOf,
+    StateHash,
+};
 use jiff::Timestamp;
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -45,6 +50,8 @@ pub(crate) struct HistoryQuery {
     service: Option<String>,
     /// Of this version: a ref, image, tag, digest or (abbreviated) commit.
     version: Option<String>,
+    /// As it was then: a position of the ledger, or a time (RFC 3339).
+    at: Option<String>,
     /// Most rows on a page: 1 to 500, 50 if not given.
     limit: Option<u32>,
     /// Where the list goes on: `next` of the page before.
@@ -94,6 +101,8 @@ pub(crate) struct StateQuery {
     environment: Option<String>,
     /// Of this service.
     service: Option<String>,
+    /// As it was then: a position of the ledger, or a time (RFC 3339).
+    at: Option<String>,
     /// Most instances on a page: 1 to 500, 50 if not given.
     limit: Option<u32>,
     /// Where the list goes on: `next` of the page before.
@@ -137,6 +146,45 @@ pub(crate) fn filter(
         service: service.map(ServiceName::parse).transpose()?,
         ..DeploymentFilter::default()
     })
+}
+
+/// The longest that an answer about the past waits for the state hash there.
+const HASH_WAIT: Duration = Duration::from_millis(100);
+
+/// The position that a moment of the past means.
+fn moment(state: &AppState, text: Option<String>) -> Result<Option<Position>, Problem> {
+    let Some(text) = text else {
+        return Ok(None);
+    };
+    let moment: Moment = text.parse().map_err(|e: InvalidMoment| {
+        Problem::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_at",
+            e.to_string(),
+            "give a position, as Daybook-Position says it, or a time as 2024-01-15T10:30:00Z",
+        )
+    })?;
+    Ok(Some(state.commands.ledger().position_of(moment)?))
+}
+
+/// The state hash at a position of the past, if it is known soon. It is worked out all the same,
+/// and is at hand when it is asked for again.
+async fn past_state_hash(state: &AppState, at: Position) -> Option<StateHash> {
+    let ledger = state.commands.ledger().clone();
+    let cancel = state.cancel.clone();
+    let work = tokio::spawn(async move {
+        tokio::select! {
+            () = cancel.cancelled() => None,
+            hash = ledger.state_hash_at(at) => match hash {
+                Ok(hash) => Some(hash),
+                Err(e) => {
+                    tracing::warn!(error = &e as &dyn std::error::Error, %at, "no state hash");
+                    None
+                }
+            },
+        }
+    });
+    tokio::time::timeout(HASH_WAIT, work).await.ok()?.ok()?
 }
 
 fn time(what: &str, text: Option<String>) -> Result<Option<Timestamp>, Problem> {
@@ -223,7 +271,7 @@ pub(crate) async fn get_instance(
 }
 
 /// What was deployed, newest first: one row for each deployment, with its image, its commits and
-/// how it ended.
+/// how it ended. With `at`, as that was then.
 #[utoipa::path(get, path = "/api/v1/history", tag = "history", params(HistoryQuery),
     responses((status = 200, description = "The history.", body = HistoryList)))]
 pub(crate) async fn list_history(
@@ -240,12 +288,21 @@ pub(crate) async fn list_history(
         )?
     };
     let page = page(query.limit, query.cursor.as_deref())?;
-    let found = state.projections().history(&filter, page)?;
-    Ok(Answer::ok(HistoryList {
+    let shown = |found: PageOf<HistoryRow>| HistoryList {
         history: found.items,
         next: found.next.map(|c| c.to_string()),
         position: found.position,
-    }))
+    };
+    let Some(at) = moment(&state, query.at)? else {
+        let found = state.projections().history(&filter, page)?;
+        return Ok(Answer::ok(shown(found)));
+    };
+    let ledger = state.commands.ledger();
+    let (found, hash) = tokio::join!(
+        ledger.history_at(at, &filter, page),
+        past_state_hash(&state, at)
+    );
+    Ok(Answer::ok(shown(found?)).at(at, hash))
 }
 
 /// Who did what, when, why, and what led to it, newest first: one row for each event.
@@ -284,7 +341,8 @@ pub(crate) async fn list_audit(
     }))
 }
 
-/// What runs where now, with the three answers to "is it up?" for each deployment.
+/// What runs where, now or at a moment of the past, with the three answers to "is it up?" for each
+/// deployment.
 #[utoipa::path(get, path = "/api/v1/state", tag = "history", params(StateQuery),
     responses((status = 200, description = "The state.", body = StateView)))]
 pub(crate) async fn get_state(
@@ -301,9 +359,21 @@ pub(crate) async fn get_state(
         .cursor
         .map(|c| c.parse().map_err(|_| invalid_page(InvalidPage::Cursor)))
         .transpose()?;
-    let overview = state
-        .projections()
-        .overview(project.as_ref(), environment.as_ref())?;
+    let at = moment(&state, query.at)?;
+    let (overview, hash) = match at {
+        None => {
+            let projections = state.projections();
+            let overview = projections.overview(project.as_ref(), environment.as_ref())?;
+            let hash = projections.recent_state_hash(overview.position);
+            (overview, hash)
+        }
+        Some(at) => {
+            let ledger = state.commands.ledger();
+            let overview = ledger.overview_at(at, project.as_ref(), environment.as_ref());
+            let (overview, hash) = tokio::join!(overview, past_state_hash(&state, at));
+            (overview?, hash)
+        }
+    };
     let mut wanted = overview
         .instances
         .into_iter()
@@ -319,9 +389,12 @@ pub(crate) async fn get_state(
         Some(_) => instances.last().map(|i| i.id.clone()),
         None => None,
     };
-    Ok(Answer::ok(StateView {
+    let answer = Answer::ok(StateView {
         instances,
         next,
         position: overview.position,
-    }))
+        state_hash: hash,
+        set_aside: state.projections().counters().unreadable,
+    });
+    Ok(answer.at(overview.position, hash))
 }

@@ -49,6 +49,7 @@ pub(crate) async fn projections(
     Ok(Answer::ok(ProjectionsReport {
         position,
         digest,
+        state_hash: state.projections().recent_state_hash(position),
         counters,
     }))
 }
@@ -73,7 +74,18 @@ pub(crate) async fn readyz(
             let lag = head.0.saturating_sub(state.projections().position().0);
             let behind = (lag > LAG_MAX).then(|| format!("{lag} events are not folded yet"));
             parts.push(part("log", None));
-            parts.push(part("projections", behind));
+            // Nothing stops for an event that cannot be read, but somebody should look at it.
+            let unreadable = state.projections().counters().unreadable;
+            let set_aside = (unreadable > 0).then(|| {
+                format!(
+                    "{unreadable} events cannot be read and are set aside; \
+                     GET /api/v1/audit?void=true lists them"
+                )
+            });
+            parts.push(Part {
+                reason: behind.clone().or(set_aside),
+                ..part("projections", behind)
+            });
         }
         Err(e) => parts.push(part("log", Some(e.to_string()))),
     }

@@ -126,6 +126,10 @@ async fn bad_addresses_are_refused() {
         ("/api/v1/audit?deployment=1", 422, "invalid_deployment_id"),
         ("/api/v1/state?cursor=1", 400, "invalid_cursor"),
         ("/api/v1/state?limit=0", 400, "invalid_limit"),
+        ("/api/v1/state?at=yesterday", 400, "invalid_at"),
+        ("/api/v1/history?at=-1", 400, "invalid_at"),
+        ("/api/v1/state?at=99999999", 404, "position_not_reached"),
+        ("/api/v1/history?at=99999999", 404, "position_not_reached"),
         ("/api/v1/events?after=-1", 400, "invalid_position"),
         (
             "/api/v1/events?after=18446744073709551616",

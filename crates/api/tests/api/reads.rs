@@ -128,6 +128,44 @@ async fn history_audit_and_state_say_what_happened_and_what_is() {
 }
 
 #[tokio::test]
+async fn the_past_is_read_by_position_and_by_time_with_its_state_hash() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    server.make_live(id).await;
+    let then = server.get("/api/v1/state").await;
+    let position = then.position();
+    let hash = then.header("daybook-state-hash").unwrap().to_owned();
+    let history = server.get("/api/v1/history").await;
+    assert_eq!(history.header("daybook-state-hash"), Some(hash.as_str()));
+    let (then, history) = (then.ok(), history.ok());
+    assert_eq!(then["state_hash"], hash.as_str());
+    let written = |audit: serde_json::Value| audit["audit"][0]["recorded"].clone();
+    let time = written(server.get("/api/v1/audit?limit=1").await.ok());
+
+    // Later, something else runs.
+    let other = server.deploy("shop.production.api", "v2").await;
+    server.make_live(other).await;
+    let now = server.get("/api/v1/state").await;
+    assert_ne!(now.header("daybook-state-hash"), Some(hash.as_str()));
+    assert_ne!(now.ok()["instances"], then["instances"]);
+
+    for at in [position.to_string(), time.as_str().unwrap().to_owned()] {
+        let past = server.get(&format!("/api/v1/state?at={at}")).await;
+        assert_eq!(past.position(), position);
+        assert_eq!(past.header("daybook-state-hash"), Some(hash.as_str()));
+        assert_eq!(past.ok(), then, "{at}");
+        let past = server.get(&format!("/api/v1/history?at={at}")).await;
+        assert_eq!(past.position(), position);
+        assert_eq!(past.ok(), history, "{at}");
+    }
+    let nothing = server.get("/api/v1/state?at=0").await.ok();
+    assert_eq!(nothing["instances"], json!([]));
+    let before = server.get("/api/v1/history?at=2000-01-01T00:00:00Z").await;
+    assert_eq!(before.position().0, 0);
+}
+
+#[tokio::test]
 async fn own_writes_are_read_and_positions_are_waited_for() {
     let server = server_with(|settings, _| {
         settings.min_position_wait = std::time::Duration::from_millis(50);

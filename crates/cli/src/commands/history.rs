@@ -1,7 +1,7 @@
 //! `daybook history`
 
 use clap::Args;
-use daybook_projections::HistoryRow;
+use daybook_projections::{HistoryRow, Moment};
 use serde_json::Value;
 
 use super::{Outcome, ServerArgs};
@@ -23,6 +23,9 @@ pub struct HistoryArgs {
     /// Only this service.
     #[arg(long, short)]
     service: Option<String>,
+    /// As it was then: a position of the ledger, or a time such as 2024-01-15T10:30:00Z.
+    #[arg(long, value_name = "POSITION|TIME")]
+    at: Option<Moment>,
     /// At most so many rows.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=500))]
     limit: u32,
@@ -37,6 +40,7 @@ pub async fn run(args: HistoryArgs) -> Outcome {
         ("project", args.project),
         ("environment", args.env),
         ("service", args.service),
+        ("at", args.at.map(|at| at.to_string())),
         ("limit", Some(args.limit.to_string())),
         ("cursor", args.cursor),
     ];

@@ -1,11 +1,11 @@
 //! `daybook replay` and `daybook projections`
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
-use daybook_events::EventLog;
-use daybook_projections::{Projections, replay};
+use daybook_events::{EventLog, Position};
+use daybook_projections::{Moment, Projections, replay};
 use serde_json::{Value, json};
 
 use super::{Outcome, ServerArgs};
@@ -22,6 +22,10 @@ pub struct ReplayArgs {
     /// Only compare; do not print the events.
     #[arg(long, short)]
     quiet: bool,
+    /// Only up to there, a position of the ledger or a time such as 2024-01-15T10:30:00Z: the hash
+    /// over all states is compared with what the server says it was then.
+    #[arg(long, value_name = "POSITION|TIME")]
+    at: Option<Moment>,
 }
 
 /// Look after the projections.
@@ -44,7 +48,83 @@ pub enum ProjectionsCommand {
 }
 
 pub async fn run(args: ReplayArgs) -> Outcome {
-    compare(&Client::new(&args.server)?, !args.quiet).await
+    let client = Client::new(&args.server)?;
+    match args.at {
+        None => compare(&client, !args.quiet).await,
+        Some(at) => compare_past(&client, at, !args.quiet).await,
+    }
+}
+
+/// How often, and after which pause, a server is asked for a state hash that it still works out.
+const HASH_TRIES: u32 = 100;
+const HASH_PAUSE: Duration = Duration::from_millis(100);
+
+/// Folds the events of a server up to a moment, and compares the state hash with the server's.
+async fn compare_past(client: &Client, at: Moment, print: bool) -> Outcome {
+    let query = [
+        ("at", Some(at.to_string())),
+        ("limit", Some("1".to_owned())),
+    ];
+    let mut tries = 0;
+    let (position, theirs) = loop {
+        let state: Value = client.get("/api/v1/state", &query).await?;
+        let position = state.get("position").and_then(Value::as_u64);
+        let hash = state.get("state_hash").and_then(Value::as_str);
+        match (position, hash) {
+            (Some(position), Some(hash)) => break (position, hash.to_owned()),
+            _ if tries < HASH_TRIES => tokio::time::sleep(HASH_PAUSE).await,
+            _ => {
+                return Err(Failure::new(
+                    Code::Failure,
+                    "unexpected_answer",
+                    "the server does not say its state hash",
+                )
+                .hint("its log says why: look for `no state hash`"));
+            }
+        }
+        tries += 1;
+    };
+    let projections = fold(client, position, print).await?;
+    let ours = projections.state_hash().1.to_string();
+    let same = ours == theirs;
+    if output::is_json() {
+        output::json(&json!({
+            "position": position, "same": same,
+            "state_hash": ours, "server_state_hash": theirs,
+        }));
+    } else {
+        let style = output::style();
+        output::line("");
+        output::line(&format!("the states after event {position}"));
+        output::line(&format!("here    {ours}"));
+        output::line(&format!("server  {theirs}"));
+        output::line(&if same {
+            style.good("the same: what the server says of that moment follows from the ledger")
+        } else {
+            style.error(
+                "different: what the server says of that moment does not follow from its ledger",
+            )
+        });
+    }
+    if same {
+        return Ok(Code::Success);
+    }
+    Err(Failure::new(
+        Code::Mismatch,
+        "states_differ",
+        "the server's states of that moment are not what its ledger folds to",
+    )
+    .hint("compare the versions of client and server; then run `daybook projections rebuild` on the server"))
+}
+
+/// Reads the events of a server up to a position, and folds them.
+async fn fold(client: &Client, position: u64, print: bool) -> Result<Projections, Failure> {
+    let log: Arc<dyn EventLog> = Arc::new(RemoteLog::fetch(client, position, print).await?);
+    let projections = Projections::in_memory();
+    replay::fold_to(&projections, &log, Position(position), |_| {})
+        .await
+        .map_err(|e| Failure::new(Code::Mismatch, "ledger_unreadable", e.to_string()))?;
+    Ok(projections)
 }
 
 /// Reads all events of a server, folds them, and compares the digest over every row with the
@@ -68,24 +148,19 @@ pub async fn compare(client: &Client, print: bool) -> Outcome {
         .unwrap_or_default()
         .to_owned();
 
-    let log: Arc<dyn EventLog> = Arc::new(RemoteLog::fetch(client, position, print).await?);
-    let projections = Projections::in_memory();
-    replay::fold_to(
-        &projections,
-        &log,
-        daybook_events::Position(position),
-        |_| {},
-    )
-    .await
-    .map_err(|e| Failure::new(Code::Mismatch, "ledger_unreadable", e.to_string()))?;
+    let their_states = server.get("state_hash").and_then(Value::as_str);
+    let projections = fold(client, position, print).await?;
+    let our_states = projections.state_hash().1.to_string();
     let (_, ours) = projections
         .digest()
         .map_err(|e| Failure::new(Code::Failure, "digest", e.to_string()))?;
     let counters = projections.counters();
-    let same = ours.as_str() == theirs;
+    // The digest is over the rows that the states are in, so the hash cannot differ alone.
+    let same = ours.as_str() == theirs && their_states.is_none_or(|hash| hash == our_states);
     if output::is_json() {
         output::json(&json!({
             "position": position, "same": same, "digest": ours.to_string(), "server_digest": theirs,
+            "state_hash": our_states, "server_state_hash": their_states,
             "void": counters.void, "unknown": counters.unknown, "unreadable": counters.unreadable,
         }));
     } else {
@@ -100,6 +175,7 @@ pub async fn compare(client: &Client, print: bool) -> Outcome {
         ));
         output::line(&format!("here    {ours}"));
         output::line(&format!("server  {theirs}"));
+        output::line(&format!("states  {our_states}"));
         if same {
             output::line(&style.good(
                 "the same: every row that the server answers from follows from the ledger, and nothing else",

@@ -1,6 +1,7 @@
 //! `daybook status`
 
 use clap::Args;
+use daybook_projections::Moment;
 use daybook_projections::views::{DeploymentView, InstanceView, Overview};
 use serde_json::Value;
 
@@ -23,6 +24,9 @@ pub struct StatusArgs {
     /// Only this service.
     #[arg(long, short)]
     service: Option<String>,
+    /// As it was then: a position of the ledger, or a time such as 2024-01-15T10:30:00Z.
+    #[arg(long, value_name = "POSITION|TIME")]
+    at: Option<Moment>,
     /// Everything about one deployment, by its id or the end of it; or one service instance, as
     /// `project.environment.service`.
     deployment: Option<String>,
@@ -37,11 +41,20 @@ pub async fn run(args: StatusArgs) -> Outcome {
             ("project", part()),
             ("environment", part()),
             ("service", part()),
+            ("at", args.at.map(|at| at.to_string())),
         ];
         overview(&client, &query).await?;
         return Ok(Code::Success);
     }
     if let Some(id) = &args.deployment {
+        if args.at.is_some() {
+            return Err(Failure::new(
+                Code::Usage,
+                "at_needs_an_overview",
+                "--at shows what ran where, and no single deployment",
+            )
+            .hint("leave the id out, or name an instance as project.environment.service"));
+        }
         let id = super::lifecycle::find(&client, id).await?;
         let detail: Value = client
             .get(&format!("/api/v1/deployments/{id}"), &[])
@@ -57,6 +70,7 @@ pub async fn run(args: StatusArgs) -> Outcome {
         ("project", args.project),
         ("environment", args.env),
         ("service", args.service),
+        ("at", args.at.map(|at| at.to_string())),
     ];
     overview(&client, &query).await?;
     Ok(Code::Success)
@@ -69,9 +83,17 @@ pub async fn overview(client: &Client, query: &[(&str, Option<String>)]) -> Resu
         output::json(&state);
         return Ok(());
     }
+    let set_aside = state.get("set_aside").and_then(Value::as_u64).unwrap_or(0);
     let overview: Overview = serde_json::from_value(state)
         .map_err(|e| Failure::new(Code::Failure, "unexpected_answer", e.to_string()))?;
     print_overview(&overview);
+    if set_aside > 0 {
+        output::line(&output::style().warn(&format!(
+            "{set_aside} events of the ledger cannot be read and are set aside; \
+             GET {}/api/v1/audit?void=true lists them",
+            client.base()
+        )));
+    }
     print_gitops(client, query, &overview).await;
     Ok(())
 }
