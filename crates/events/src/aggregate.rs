@@ -254,6 +254,8 @@ macro_rules! events {
 pub(crate) use events;
 
 #[cfg(test)]
+// The macro declares what all crates see.
+#[allow(unreachable_pub)]
 mod tests {
     //! A worked example of a second version: an observation that once had one instance, and now
     //! has several.
@@ -265,16 +267,20 @@ mod tests {
 
     /// As it is today.
     #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-    struct Seen {
-        instances: Vec<String>,
-        ready: u32,
+    pub struct Seen {
+        /// The instances.
+        pub instances: Vec<String>,
+        /// How many of them are ready.
+        pub ready: u32,
     }
 
     /// As it was written at first.
     #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-    struct SeenV1 {
-        instance: Option<String>,
-        ready: bool,
+    pub struct SeenV1 {
+        /// The instance.
+        pub instance: Option<String>,
+        /// Whether it is ready.
+        pub ready: bool,
     }
 
     impl From<SeenV1> for Seen {
