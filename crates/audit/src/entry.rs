@@ -13,6 +13,7 @@ use daybook_events::deployment::DeploymentEvent;
 use daybook_events::envelope::{DecodeError, TYPE_PREFIX};
 use daybook_events::environment::EnvironmentEvent;
 use daybook_events::gitops::GitopsEvent;
+use daybook_events::ledger::LedgerEvent;
 use daybook_events::project::ProjectEvent;
 use daybook_events::routing::RoutingEvent;
 use daybook_events::{AggregateKind, Event, EventId, Payload as _, Position};
@@ -88,6 +89,7 @@ pub(crate) enum Payload {
     Deployment(Result<DeploymentEvent, DecodeError>),
     Gitops(Result<GitopsEvent, DecodeError>),
     Routing(Result<RoutingEvent, DecodeError>),
+    Ledger(Result<LedgerEvent, DecodeError>),
     /// The aggregate is of a newer version.
     Other,
 }
@@ -104,6 +106,7 @@ impl Payload {
             Ok(AggregateKind::Deployment) => Self::Deployment(DeploymentEvent::decode(kind, data)),
             Ok(AggregateKind::Gitops) => Self::Gitops(GitopsEvent::decode(kind, data)),
             Ok(AggregateKind::Routing) => Self::Routing(RoutingEvent::decode(kind, data)),
+            Ok(AggregateKind::Ledger) => Self::Ledger(LedgerEvent::decode(kind, data)),
             Err(_) => Self::Other,
         })
     }
@@ -116,6 +119,7 @@ impl Payload {
             Self::Deployment(r) => r.as_ref().err(),
             Self::Gitops(r) => r.as_ref().err(),
             Self::Routing(r) => r.as_ref().err(),
+            Self::Ledger(r) => r.as_ref().err(),
             Self::Other => None,
         }
     }
@@ -263,13 +267,16 @@ impl Checks {
         rule(tokens.next().is_some_and(|id| !id.contains('/')), &|| {
             format!("its subject {subject:?} is not <project>/<environment>/<aggregate>/<id>")
         });
-        rule(
-            envelope.source.strip_prefix("/projects/") == Some(project),
-            &|| {
-                let source = envelope.source;
-                format!("its source {source:?} is not the project of its subject {subject:?}")
-            },
-        );
+        // What is about the ledger itself belongs to no project.
+        let source = envelope.source.strip_prefix("/projects/");
+        let of_project = match project {
+            "_" => envelope.source == "/",
+            project => source == Some(project),
+        };
+        rule(of_project, &|| {
+            let source = envelope.source;
+            format!("its source {source:?} is not the project of its subject {subject:?}")
+        });
         rule(kind.split('.').next() == Some(aggregate), &|| {
             format!("its type {kind} is not of the aggregate of its subject {subject:?}")
         });

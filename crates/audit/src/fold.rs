@@ -12,6 +12,7 @@ use daybook_events::build::Build;
 use daybook_events::deployment::Deployment;
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
+use daybook_events::ledger::LedgerRecord;
 use daybook_events::project::Project;
 use daybook_events::routing::Routing;
 use daybook_events::subject::PREFIX;
@@ -52,6 +53,7 @@ enum State {
     Deployment(Box<Folded<Deployment>>),
     Gitops(Box<Folded<Gitops>>),
     Routing(Box<Folded<Routing>>),
+    Ledger(Box<Folded<LedgerRecord>>),
     /// The aggregate is of a newer version.
     Unknown,
     /// The subject is none.
@@ -69,6 +71,7 @@ impl State {
             Ok(Some(AggregateKind::Deployment)) => Self::Deployment(Box::default()),
             Ok(Some(AggregateKind::Gitops)) => Self::Gitops(Box::default()),
             Ok(Some(AggregateKind::Routing)) => Self::Routing(Box::default()),
+            Ok(Some(AggregateKind::Ledger)) => Self::Ledger(Box::default()),
             Ok(None) => Self::Unknown,
             Err(_) => Self::None,
         }
@@ -82,6 +85,7 @@ impl State {
             (Self::Deployment(f), Payload::Deployment(p)) => f.step(at, revision, p),
             (Self::Gitops(f), Payload::Gitops(p)) => f.step(at, revision, p),
             (Self::Routing(f), Payload::Routing(p)) => f.step(at, revision, p),
+            (Self::Ledger(f), Payload::Ledger(p)) => f.step(at, revision, p),
             (Self::None, _) => return Outcome::NoSubject,
             _ => return Outcome::Unknown,
         };
