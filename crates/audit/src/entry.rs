@@ -267,13 +267,16 @@ impl Checks {
         rule(tokens.next().is_some_and(|id| !id.contains('/')), &|| {
             format!("its subject {subject:?} is not <project>/<environment>/<aggregate>/<id>")
         });
-        rule(
-            envelope.source.strip_prefix("/projects/") == Some(project),
-            &|| {
-                let source = envelope.source;
-                format!("its source {source:?} is not the project of its subject {subject:?}")
-            },
-        );
+        // What is about the ledger itself belongs to no project.
+        let source = envelope.source.strip_prefix("/projects/");
+        let of_project = match project {
+            "_" => envelope.source == "/",
+            project => source == Some(project),
+        };
+        rule(of_project, &|| {
+            let source = envelope.source;
+            format!("its source {source:?} is not the project of its subject {subject:?}")
+        });
         rule(kind.split('.').next() == Some(aggregate), &|| {
             format!("its type {kind} is not of the aggregate of its subject {subject:?}")
         });
