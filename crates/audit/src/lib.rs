@@ -21,10 +21,12 @@ mod layout;
 mod manifest;
 mod pipeline;
 pub mod receipt;
+pub mod report;
 mod schema;
 mod source;
 mod tree;
 mod verify;
+pub mod world;
 
 pub use archive_tiles::ArchiveTiles;
 pub use consistency::{Consistency, ConsistencyError, consistency};
@@ -34,4 +36,7 @@ pub use gitops::{CompareRepository, Compared, Difference};
 pub use kept::{KeepError, Keeper, Kept};
 pub use manifest::FORMAT;
 pub use source::{OpenError, ReadFiles, Repository, Source};
-pub use verify::{Continuity, Counts, Options, Thoroughness, Trust, Verified, VerifyError, verify};
+pub use verify::{
+    Continuity, Counts, Observe, Options, Thoroughness, Trust, Verified, VerifyError, observe,
+    verify,
+};

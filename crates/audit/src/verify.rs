@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
+use daybook_events::Position;
 use daybook_events::aggregate::Void;
 use daybook_events::tree::TreeHead;
 use daybook_store::tlog::{
@@ -65,6 +66,17 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Ends the verification when it becomes true.
     pub stop: Arc<AtomicBool>,
+}
+
+/// Somebody who looks on while a ledger is verified. What is said here is evidence only if the
+/// ledger turns out to hold.
+pub trait Observe: Send {
+    /// An event, in the order of the ledger, and whether it changed the state of its aggregate.
+    fn event(&mut self, position: Position, bytes: &Bytes, counted: bool);
+}
+
+impl Observe for () {
+    fn event(&mut self, _: Position, _: &Bytes, _: bool) {}
 }
 
 /// Why a ledger could not be verified at all.
@@ -201,6 +213,13 @@ impl Verified {
         self.findings.problems() == 0 && self.signature_holds && self.tree_holds
     }
 
+    /// The signed root in base64, as the checkpoint has it.
+    pub fn root_text(&self) -> String {
+        self.root
+            .map(|root| BASE64.encode(root))
+            .unwrap_or_default()
+    }
+
     /// What was proven, in sentences.
     pub fn proven(&self) -> Vec<String> {
         let mut all = Vec::new();
@@ -333,8 +352,18 @@ struct Signed {
 ///
 /// What is wrong with the ledger is in the outcome; an error means that it could not be looked at.
 pub fn verify(
+    source: Source,
+    options: &Options,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Verified, VerifyError> {
+    observe(source, options, &mut (), progress)
+}
+
+/// The same, while somebody looks on.
+pub fn observe(
     mut source: Source,
     options: &Options,
+    observer: &mut dyn Observe,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Verified, VerifyError> {
     let name = source.name().to_owned();
@@ -422,6 +451,7 @@ pub fn verify(
         wanted: older_sizes.clone(),
         suspects: Vec::new(),
         spool: Spool::new().map_err(failed)?,
+        observer,
         trouble: None,
     };
     if broken.is_none() {
@@ -620,7 +650,8 @@ struct Doubtful {
 }
 
 /// The walk over a tree from its first to its last entry.
-struct Walk {
+struct Walk<'o> {
+    observer: &'o mut dyn Observe,
     findings: Findings,
     folds: Folds,
     counts: Counts,
@@ -645,7 +676,7 @@ struct Walk {
     trouble: Option<io::Error>,
 }
 
-impl Walk {
+impl Walk<'_> {
     /// Takes a step; false ends the walk.
     fn step(&mut self, step: Step) -> bool {
         let taken = match step {
@@ -753,7 +784,10 @@ impl Walk {
         let of_repository = matches!(read.payload, Payload::Gitops(Ok(_)));
         // The subject is needed where an aggregate begins.
         let subject = read.subject.text(&bytes).to_owned();
-        match self.folds.apply(step, read, &subject, bytes.len())? {
+        let outcome = self.folds.apply(step, read, &subject, bytes.len())?;
+        let counted = outcome == Outcome::Counted;
+        self.observer.event(position, &bytes, counted);
+        match outcome {
             Outcome::Counted => {
                 self.counts.counted += 1;
                 if of_repository {

@@ -1,9 +1,11 @@
 //! `daybook audit`: what an auditor does, with a file or with a server.
 
 mod consistency;
+mod diff;
 mod export;
 mod ledger;
 mod receipt;
+mod report;
 mod verify;
 
 use clap::Subcommand;
@@ -23,6 +25,10 @@ pub enum AuditCommand {
     CheckReceipt(receipt::CheckReceiptArgs),
     /// Whether one checkpoint of a ledger is the beginning of another.
     Consistency(consistency::ConsistencyArgs),
+    /// What changed between two positions: what runs where, routes, settings.
+    Diff(diff::DiffArgs),
+    /// A report from the whole ledger, which is verified for it.
+    Report(report::ReportArgs),
 }
 
 pub async fn run(command: AuditCommand) -> Outcome {
@@ -32,5 +38,7 @@ pub async fn run(command: AuditCommand) -> Outcome {
         AuditCommand::Receipt(args) => receipt::make(args).await,
         AuditCommand::CheckReceipt(args) => receipt::check(args).await,
         AuditCommand::Consistency(args) => consistency::run(args).await,
+        AuditCommand::Diff(args) => diff::run(args).await,
+        AuditCommand::Report(args) => report::run(args).await,
     }
 }

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use daybook_audit::{Options, Severity, Thoroughness, Trust, Verified, VerifyError, verify};
+use daybook_audit::{
+    Observe, Options, Severity, Thoroughness, Trust, Verified, VerifyError, observe, verify,
+};
 use serde_json::json;
 
 use super::ledger::{LedgerArgs, TrustArgs, blocking, failed, progress_bar, unreadable};
@@ -64,10 +66,7 @@ pub async fn run(args: VerifyArgs) -> Outcome {
             bar.set_length(size);
             bar.set_position(done);
         })
-        .map_err(|e| match e {
-            VerifyError::Stopped => Failure::new(Code::Failure, "stopped", e.to_string()),
-            other => failed("unreadable", &other),
-        })?;
+        .map_err(|e| failure(&e))?;
         bar.finish_and_clear();
         if let (Some(origin), Some(keep)) = (&verified.origin, &verified.keep) {
             keeper
@@ -78,6 +77,44 @@ pub async fn run(args: VerifyArgs) -> Outcome {
     })
     .await?;
     print(&verified, begun.elapsed().as_secs_f64());
+    code_of(&verified)
+}
+
+/// Verifies a ledger while somebody looks on, and gives them back. Nothing is kept for the next
+/// time: that is for `daybook audit verify`.
+pub async fn observed<O: Observe + Send + 'static>(
+    ledger: LedgerArgs,
+    trust: TrustArgs,
+    mut observer: O,
+) -> Result<(Verified, O), Failure> {
+    blocking(move |runtime, stop| {
+        let source = ledger.open(runtime)?;
+        let options = Options {
+            keys: trust.named()?,
+            keeper: Some(trust.keeper()?),
+            stop,
+            ..Options::default()
+        };
+        let bar = progress_bar(0, "events");
+        let verified = observe(source, &options, &mut observer, &mut |done, size| {
+            bar.set_length(size);
+            bar.set_position(done);
+        });
+        bar.finish_and_clear();
+        Ok((verified.map_err(|e| failure(&e))?, observer))
+    })
+    .await
+}
+
+fn failure(error: &VerifyError) -> Failure {
+    match error {
+        VerifyError::Stopped => Failure::new(Code::Failure, "stopped", error.to_string()),
+        other => failed("unreadable", other),
+    }
+}
+
+/// The exit code of what rests on a ledger.
+pub fn code_of(verified: &Verified) -> Outcome {
     Ok(if verified.holds() {
         Code::Success
     } else {

@@ -3,6 +3,7 @@
 //! the servers that it needs.
 
 mod append;
+mod audit;
 mod group_commit_file;
 mod logs;
 mod notarise;
@@ -44,6 +45,8 @@ enum Benchmark {
     Append(append::Options),
     /// Events to signed checkpoints, and what the notary costs
     Notarise(notarise::Options),
+    /// A whole ledger verified offline, against SHA-256 of the same bytes
+    Audit(audit::Options),
     /// Deployments whose build and sync do nothing, from request to success
     Orchestrate(orchestrate::Options),
     /// Projections from nothing, against a raw read of the same stream
@@ -65,6 +68,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     let report = match arguments.benchmark {
         Benchmark::Append(options) => append::run(options).await?,
         Benchmark::Notarise(options) => notarise::run(options).await?,
+        Benchmark::Audit(options) => audit::run(options).await?,
         Benchmark::Orchestrate(options) => orchestrate::run(options).await?,
         Benchmark::Rebuild(options) => rebuild::run(options).await?,
     };

@@ -1,0 +1,182 @@
+//! Reports and differences, from verified ledgers.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::collections::BTreeSet;
+
+use daybook_audit::report::{Collector, Report, Scope, Subject};
+use daybook_audit::world::{Snapshots, differences};
+use daybook_audit::{Source, observe};
+use daybook_events::{Event, Position};
+use support::{Ledger, trusting};
+
+fn report(ledger: &Ledger, subject: Subject, scope: Scope) -> Report {
+    let mut collector = Collector::new(subject, scope);
+    let source = Source::open(ledger.path()).unwrap();
+    let verified = observe(source, &trusting(), &mut collector, &mut |_, _| {}).unwrap();
+    collector.report(&verified)
+}
+
+fn events(ledger: &Ledger) -> Vec<Event> {
+    let read = |e| Event::from_bytes(e).unwrap();
+    ledger.entries.iter().map(|e| read(e)).collect()
+}
+
+#[test]
+fn a_population_is_complete_and_says_so() {
+    let ledger = Ledger::new(900);
+    let all = events(&ledger);
+    let requested: Vec<&Event> = all
+        .iter()
+        .filter(|e| e.kind.ends_with("deployment.requested.v1"))
+        .collect();
+    let population = report(&ledger, Subject::Population, Scope::default());
+    assert_eq!(population.rows.len(), requested.len());
+    assert_eq!((population.position, population.size), (900, 900));
+    assert!(population.ledger_holds && !population.root.is_empty());
+    assert!(
+        population
+            .statement
+            .iter()
+            .any(|s| s.contains("positions 1 to 900"))
+    );
+    let width = population.columns.len();
+    assert!(population.rows.iter().all(|row| row.len() == width));
+    // A period, a project, and their complements cover it.
+    let middle = requested[requested.len() / 2].time;
+    let before = Scope {
+        to: Some(middle),
+        ..Scope::default()
+    };
+    let after = Scope {
+        from: Some(middle),
+        ..Scope::default()
+    };
+    let count = |scope| report(&ledger, Subject::Population, scope).rows.len();
+    let (before, after) = (count(before), count(after));
+    assert!(before > 0 && after > 0);
+    assert_eq!(before + after, requested.len());
+    let of = |project: &str| {
+        count(Scope {
+            project: Some(project.into()),
+            ..Scope::default()
+        })
+    };
+    assert_eq!(of("shop-0") + of("shop-1"), requested.len());
+    // As values for a spreadsheet: as many lines as rows, a heading and comments.
+    let csv = population.to_csv();
+    let lines = csv.lines().filter(|l| !l.starts_with('#')).count();
+    assert_eq!(lines, requested.len() + 1);
+}
+
+#[test]
+fn evidence_has_every_event_of_a_deployment() {
+    let ledger = Ledger::new(900);
+    let all = events(&ledger);
+    let first = all
+        .iter()
+        .find(|e| e.kind.ends_with("deployment.requested.v1"))
+        .unwrap();
+    let id = first.subject.split('/').nth(3).unwrap();
+    let evidence = report(
+        &ledger,
+        Subject::Evidence(id.parse().unwrap()),
+        Scope::default(),
+    );
+    let shown: BTreeSet<&str> = evidence.rows.iter().map(|row| row[5].as_str()).collect();
+    for event in all.iter().filter(|e| e.subject.ends_with(id)) {
+        assert!(
+            shown.contains(event.id.to_string().as_str()),
+            "{}",
+            event.kind
+        );
+    }
+}
+
+#[test]
+fn failures_duties_and_approvals_are_reported() {
+    let ledger = Ledger::new(3000);
+    let all = events(&ledger);
+    let of = |kind: &str| all.iter().filter(|e| e.kind.ends_with(kind)).count();
+    let failures = report(&ledger, Subject::FailuresAndRollbacks, Scope::default());
+    let what = |what: &str| failures.rows.iter().filter(|row| row[2] == what).count();
+    assert!(of("deployment.failed.v1") + of("deployment.cancelled.v1") > 0);
+    assert_eq!(what("failed"), of("deployment.failed.v1"));
+    assert_eq!(what("cancelled"), of("deployment.cancelled.v1"));
+    let requested = of("deployment.requested.v1");
+    let none = |r: &Report| {
+        r.statement
+            .iter()
+            .any(|s| s.contains("No event of this ledger is about approvals"))
+    };
+    for subject in [Subject::SegregationOfDuties, Subject::Unapproved] {
+        let found = report(&ledger, subject, Scope::default());
+        assert!(found.rows.len() >= requested, "nobody approved any of them");
+        assert!(none(&found), "{:?}", found.statement);
+    }
+    let emergencies = report(&ledger, Subject::Emergency, Scope::default());
+    assert!(emergencies.rows.is_empty() && none(&emergencies));
+    assert_eq!(
+        report(&ledger, Subject::Integrity, Scope::default())
+            .rows
+            .len(),
+        0
+    );
+}
+
+#[test]
+fn a_report_from_a_ledger_that_does_not_hold_says_so() {
+    let ledger = Ledger::new(300);
+    let path = ledger.path().join("tile/entries/000");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[500] ^= 1;
+    std::fs::write(path, bytes).unwrap();
+    let found = report(&ledger, Subject::Integrity, Scope::default());
+    assert!(!found.ledger_holds);
+    assert!(found.rows.iter().any(|row| row[0] == "entry_differs"));
+    assert!(found.statement.iter().any(|s| s.contains("no evidence")));
+}
+
+#[test]
+fn differences_lead_from_one_state_to_the_other() {
+    let ledger = Ledger::new(900);
+    let facts = |at: &[u64]| {
+        let mut snapshots = Snapshots::new(at.iter().map(|p| Position(*p)));
+        let source = Source::open(ledger.path()).unwrap();
+        observe(source, &trusting(), &mut snapshots, &mut |_, _| {}).unwrap();
+        at.iter()
+            .map(|p| snapshots.facts(Position(*p)))
+            .collect::<Vec<_>>()
+    };
+    let all = facts(&[0, 450, 900]);
+    assert!(all[0].is_empty() && all[1] != all[2]);
+    // What a snapshot has does not depend on what is asked for beside it.
+    let half = Ledger::of(ledger.entries[..450].to_vec());
+    let mut end = Snapshots::new([]);
+    let source = Source::open(half.path()).unwrap();
+    observe(source, &trusting(), &mut end, &mut |_, _| {}).unwrap();
+    assert_eq!(all[1], end.facts(Position(450)));
+    let mut state = all[1].clone();
+    for change in differences(&all[1], &all[2]) {
+        assert_eq!(state.get(&change.what), change.before.as_ref());
+        match change.after {
+            Some(after) => state.insert(change.what, after),
+            None => state.remove(&change.what),
+        };
+    }
+    assert_eq!(state, all[2]);
+    // What runs at the end is what the report says.
+    let newest = events(&ledger)
+        .iter()
+        .map(|e| e.recordedtime)
+        .max()
+        .unwrap();
+    let ran = report(&ledger, Subject::WhatRan(newest), Scope::default());
+    let running = all[2]
+        .keys()
+        .filter(|k| k.starts_with("deployment "))
+        .count();
+    assert_eq!(ran.rows.len(), running);
+}
