@@ -225,7 +225,7 @@ mod tests {
             .filter_map(|line| line.strip_prefix("$ "))
             .filter(|line| line.starts_with("daybook "))
             .map(|line| {
-                let line = line.split([';', '|', '>', '&']).next().unwrap();
+                let line = line.split([';', '|', '<', '>', '&']).next().unwrap();
                 shlex::split(line).unwrap_or_else(|| panic!("quotes do not match: {line}"))
             })
             .collect()
