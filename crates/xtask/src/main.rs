@@ -4,6 +4,7 @@ mod bench;
 mod ci;
 mod command;
 mod deny;
+mod fuzz;
 mod left_out;
 mod rooms;
 mod schemas;
@@ -32,6 +33,7 @@ Tasks:
   rooms    Check that no crate knows what it must not know
   schemas  Generate schemas/, or check that it is up to date
   bench    Run a benchmark against its yardstick and print the ratios
+  fuzz     Fuzz what reads bytes from strangers
 
 `cargo xtask <TASK> --help` says more about each.
 ";
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Some("rooms") => (rooms::HELP, rooms::run),
         Some("schemas") => (schemas::HELP, schemas::run),
         Some("bench") => (bench::HELP, bench::run),
+        Some("fuzz") => (fuzz::HELP, fuzz::run),
         None | Some("help" | "--help" | "-h") => {
             print!("{HELP}");
             return ExitCode::SUCCESS;

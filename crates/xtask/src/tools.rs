@@ -25,6 +25,8 @@ was built are printed, one a line.
 
 /// The version of cargo-deny that deny.toml is written for.
 const CARGO_DENY: &str = "0.20.2";
+/// The version of cargo-fuzz.
+const CARGO_FUZZ: &str = "0.13.1";
 
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
     let all = ["nats", "nats-oldest", "judge", "deny"];
@@ -150,25 +152,34 @@ fn pinned<'a>(go_mod: &'a str, module: &str) -> Option<&'a str> {
 
 /// A cargo-deny of the pinned version: from PATH, from the cache, or installed there now.
 pub(crate) fn cargo_deny() -> Result<PathBuf, Failure> {
-    let root = folder()?.join(format!("cargo-deny-{CARGO_DENY}"));
-    let cached = root.join("bin/cargo-deny");
-    let candidates = [on_path("cargo-deny"), Some(cached.clone())];
-    if let Some(found) = candidates.into_iter().flatten().find(|c| is_pinned_deny(c)) {
+    cargo_program("cargo-deny", CARGO_DENY, &["--version"])
+}
+
+/// A cargo-fuzz of the pinned version: from PATH, from the cache, or installed there now.
+pub(crate) fn cargo_fuzz() -> Result<PathBuf, Failure> {
+    cargo_program("cargo-fuzz", CARGO_FUZZ, &["fuzz", "--version"])
+}
+
+/// A program for cargo of one version, which `ask` makes it print.
+fn cargo_program(name: &str, version: &str, ask: &[&str]) -> Result<PathBuf, Failure> {
+    let root = folder()?.join(format!("{name}-{version}"));
+    let cached = root.join("bin").join(name);
+    let is_pinned = |program: &PathBuf| {
+        is_executable(program)
+            && output(Command::new(program).args(ask))
+                .is_ok_and(|said| said.split_whitespace().nth(1) == Some(version))
+    };
+    let candidates = [on_path(name), Some(cached.clone())];
+    if let Some(found) = candidates.into_iter().flatten().find(is_pinned) {
         return Ok(found);
     }
     run_command(
         cargo()
-            .args(["install", "--quiet", "--locked", "--version", CARGO_DENY])
+            .args(["install", "--quiet", "--locked", "--version", version])
             .arg("--root")
-            .args([root.as_os_str(), "cargo-deny".as_ref()]),
+            .args([root.as_os_str(), name.as_ref()]),
     )?;
     Ok(cached)
-}
-
-fn is_pinned_deny(program: &Path) -> bool {
-    is_executable(program)
-        && output(Command::new(program).arg("--version"))
-            .is_ok_and(|said| said.split_whitespace().nth(1) == Some(CARGO_DENY))
 }
 
 #[cfg(test)]
