@@ -16,7 +16,7 @@ use crate::archive::Writer;
 use crate::layout::TreeFiles;
 use crate::manifest::{self, ManifestWriter};
 use crate::schema;
-use crate::source::{BUNDLE, CHECKPOINT, GITOPS, KEYS, Repository, SCHEMAS, SIGNERS};
+use crate::source::{BUNDLE, CHECKPOINT, GITOPS, KEYS, Repository, SCHEMAS, SIGNERS, STATE};
 
 /// Tiles that are asked for at once.
 const AHEAD: usize = 8;
@@ -102,6 +102,10 @@ pub async fn export(
     out.bytes(CHECKPOINT, &note).map_err(failed)?;
     if let Some(keys) = keys {
         out.bytes(KEYS, &keys).map_err(failed)?;
+    }
+    // What the server claims about its state, for the auditor to contradict.
+    if let Some(state) = resource(tiles, STATE).await? {
+        out.bytes(STATE, &state).map_err(failed)?;
     }
     let mut schemas = schema::published();
     schemas.sort_unstable();

@@ -17,6 +17,7 @@ use daybook_events::project::Project;
 use daybook_events::routing::Routing;
 use daybook_events::subject::PREFIX;
 use daybook_events::{AggregateKind, Folded, Position, Subject};
+use daybook_projections::{StateHash, StateSum};
 use serde::{Deserialize, Serialize};
 
 use crate::entry::{Payload, Read};
@@ -60,21 +61,42 @@ enum State {
     None,
 }
 
+/// A subject, as an envelope has it.
+fn parsed(subject: &str) -> Option<Subject> {
+    Subject::from_str(&format!("{PREFIX}.{}", subject.replace('/', "."))).ok()
+}
+
 impl State {
     /// The state before the first event of a subject, as an envelope has it.
     fn of(subject: &str) -> Self {
-        let subject = format!("{PREFIX}.{}", subject.replace('/', "."));
-        match Subject::from_str(&subject).map(|s| s.kind()) {
-            Ok(Some(AggregateKind::Project)) => Self::Project(Box::default()),
-            Ok(Some(AggregateKind::Environment)) => Self::Environment(Box::default()),
-            Ok(Some(AggregateKind::Build)) => Self::Build(Box::default()),
-            Ok(Some(AggregateKind::Deployment)) => Self::Deployment(Box::default()),
-            Ok(Some(AggregateKind::Gitops)) => Self::Gitops(Box::default()),
-            Ok(Some(AggregateKind::Routing)) => Self::Routing(Box::default()),
-            Ok(Some(AggregateKind::Ledger)) => Self::Ledger(Box::default()),
-            Ok(None) => Self::Unknown,
-            Err(_) => Self::None,
+        match parsed(subject).map(|s| s.kind()) {
+            Some(Some(AggregateKind::Project)) => Self::Project(Box::default()),
+            Some(Some(AggregateKind::Environment)) => Self::Environment(Box::default()),
+            Some(Some(AggregateKind::Build)) => Self::Build(Box::default()),
+            Some(Some(AggregateKind::Deployment)) => Self::Deployment(Box::default()),
+            Some(Some(AggregateKind::Gitops)) => Self::Gitops(Box::default()),
+            Some(Some(AggregateKind::Routing)) => Self::Routing(Box::default()),
+            Some(Some(AggregateKind::Ledger)) => Self::Ledger(Box::default()),
+            Some(None) => Self::Unknown,
+            None => Self::None,
         }
+    }
+
+    fn add_to(&self, subject: &str, sum: &mut StateSum) -> io::Result<()> {
+        let Some(subject) = parsed(subject) else {
+            return Ok(());
+        };
+        match self {
+            Self::Project(f) => sum.add(&subject, f),
+            Self::Environment(f) => sum.add(&subject, f),
+            Self::Build(f) => sum.add(&subject, f),
+            Self::Deployment(f) => sum.add(&subject, f),
+            Self::Gitops(f) => sum.add(&subject, f),
+            Self::Routing(f) => sum.add(&subject, f),
+            Self::Ledger(f) => sum.add(&subject, f),
+            Self::Unknown | Self::None => Ok(()),
+        }
+        .map_err(io::Error::other)
     }
 
     fn step(&mut self, at: At, revision: u32, payload: Payload) -> Outcome {
@@ -112,6 +134,8 @@ pub(crate) enum Outcome {
 
 #[derive(Debug)]
 struct Slot {
+    /// As an envelope has it.
+    subject: Box<str>,
     state: State,
     bytes: usize,
 }
@@ -175,17 +199,37 @@ impl Folds {
         Ok(outcome)
     }
 
+    /// The hash over the states of all aggregates that this version knows.
+    pub(crate) fn state_hash(&self) -> io::Result<StateHash> {
+        let mut sum = StateSum::default();
+        for slot in self.young.values().chain(self.old.values()) {
+            slot.state.add_to(&slot.subject, &mut sum)?;
+        }
+        for (at, len) in self.cold.places.values() {
+            let bytes = self.cold.read(*at, *len)?;
+            let (subject, state): (Box<str>, State) =
+                serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+            state.add_to(&subject, &mut sum)?;
+        }
+        Ok(sum.hash())
+    }
+
     fn find(&mut self, key: u128, subject: &str) -> io::Result<Slot> {
         if let Some(slot) = self.old.remove(&key) {
             return Ok(slot);
         }
         if let Some(state) = self.cold.take(key)? {
             let bytes = STATE_BYTES + state.len();
-            let state = serde_json::from_slice(&state).map_err(io::Error::other)?;
-            return Ok(Slot { state, bytes });
+            let (subject, state) = serde_json::from_slice(&state).map_err(io::Error::other)?;
+            return Ok(Slot {
+                subject,
+                state,
+                bytes,
+            });
         }
         self.aggregates += 1;
         Ok(Slot {
+            subject: subject.into(),
             state: State::of(subject),
             bytes: STATE_BYTES,
         })
@@ -196,8 +240,9 @@ impl Folds {
         let young = std::mem::take(&mut self.young);
         self.young_bytes = 0;
         for (key, slot) in std::mem::replace(&mut self.old, young) {
-            self.cold
-                .put(key, |out| serde_json::to_writer(out, &slot.state))?;
+            self.cold.put(key, |out| {
+                serde_json::to_writer(out, &(&slot.subject, &slot.state))
+            })?;
         }
         self.cold.flush()
     }
@@ -249,9 +294,14 @@ impl Cold {
         let Some((begin, len)) = self.places.remove(&key) else {
             return Ok(None);
         };
+        self.read(begin, len).map(Some)
+    }
+
+    /// Reads a state; all of them are written at the end of [`Folds::age`].
+    fn read(&self, begin: u64, len: u32) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; len as usize];
         self.file.read_exact_at(&mut bytes, begin)?;
-        Ok(Some(bytes))
+        Ok(bytes)
     }
 }
 
@@ -261,5 +311,48 @@ pub(crate) fn at(position: Position, id: daybook_events::EventId, read: &Read) -
         position,
         id,
         time: read.time,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::entry::{Checks, Content, Keys};
+    use crate::schema::Schemas;
+    use daybook_events::testing::fleet::{Fleet, Size, choices};
+
+    /// Folds a history with so much memory; returns what became of each event and the hash.
+    fn folded(hot_bytes: usize) -> (Vec<Outcome>, u64, StateHash, usize) {
+        let checks = Checks {
+            keys: Keys::default(),
+            schemas: Schemas::default(),
+            all_schemas: false,
+        };
+        let mut fleet = Fleet::new(Size::default());
+        let mut choose = choices(11);
+        let mut folds = Folds::with(hot_bytes).unwrap();
+        let mut outcomes = Vec::new();
+        for number in 1..=2000 {
+            let bytes = fleet.next(&mut choose).bytes;
+            let entry = checks.read(Position(number), bytes.clone());
+            let (Content::Event(read), Some(id)) = (entry.content, entry.id) else {
+                panic!("{number} is no event");
+            };
+            let subject = read.subject.text(&bytes).to_owned();
+            let at = at(Position(number), id, &read);
+            outcomes.push(folds.apply(at, read, &subject, bytes.len()).unwrap());
+        }
+        let hash = folds.state_hash().unwrap();
+        (outcomes, folds.aggregates(), hash, folds.cold.places.len())
+    }
+
+    #[test]
+    fn states_that_went_to_the_file_are_the_same_when_they_come_back() {
+        let (outcomes, aggregates, hash, cold) = folded(HOT_BYTES);
+        assert!(outcomes.iter().all(|o| *o == Outcome::Counted));
+        assert_eq!(cold, 0);
+        let small = folded(20 << 10);
+        assert!(small.3 > 10, "{} states are in the file", small.3);
+        assert_eq!((small.0, small.1, small.2), (outcomes, aggregates, hash));
     }
 }

@@ -39,6 +39,8 @@ pub struct Compared {
     pub foreign: u64,
     /// Those of Daybook's that no signature protects, because they are older than its keys.
     pub unsigned: u64,
+    /// Commits of the ledger that were made after the repository was copied, and not compared.
+    pub newer: u64,
     /// Where repository and ledger differ.
     #[serde(skip)]
     pub differences: Vec<Difference>,
@@ -124,6 +126,13 @@ impl Spool {
                 Err(why) => findings.push(Kind::RepositoryUnreadable, place(), why),
                 Ok(mut compared) => {
                     compared.project.clone_from(project);
+                    if compared.newer > 0 {
+                        let message = format!(
+                            "{} commits of the ledger are newer than this copy",
+                            compared.newer
+                        );
+                        findings.push(Kind::RepositoryBehind, place(), message);
+                    }
                     for difference in std::mem::take(&mut compared.differences) {
                         let message =
                             format!("commit {}: {}", difference.commit, difference.message);

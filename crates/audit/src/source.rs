@@ -19,6 +19,8 @@ use crate::manifest::{self, Listed};
 /// Names of files that every ledger has.
 pub(crate) const CHECKPOINT: &str = "checkpoint";
 pub(crate) const KEYS: &str = "keys";
+/// What the server says that the state hash is: `<position> <hash>`.
+pub(crate) const STATE: &str = "state_hash";
 /// Folders of an export.
 pub(crate) const SCHEMAS: &str = "schemas/";
 pub(crate) const GITOPS: &str = "gitops/";
@@ -159,7 +161,7 @@ impl Source {
     /// A ledger whose files are read by name.
     pub fn files(name: String, mut files: Box<dyn ReadFiles>) -> Result<Self, OpenError> {
         let mut front = Front::default();
-        for small in [CHECKPOINT, KEYS] {
+        for small in [CHECKPOINT, KEYS, STATE] {
             let found = files.get(small, MAX_SMALL).map_err(OpenError::io(&name))?;
             if let Some(bytes) = found {
                 front.take_small(small, bytes);
@@ -239,7 +241,7 @@ impl Source {
                 findings.push(Kind::FileOutOfOrder, place.clone(), message);
             }
             let known = match member.name.as_str() {
-                CHECKPOINT | KEYS => true,
+                CHECKPOINT | KEYS | STATE => true,
                 name => name.starts_with(SCHEMAS) || repository_of(name).is_some(),
             };
             if !known || front.listed.len() == MAX_OTHERS {
@@ -334,8 +336,9 @@ fn rank(name: &str) -> (u8, &str) {
     let rank = match name {
         CHECKPOINT => 0,
         KEYS => 1,
-        name if name.starts_with(SCHEMAS) => 2,
-        _ => 3,
+        STATE => 2,
+        name if name.starts_with(SCHEMAS) => 3,
+        _ => 4,
     };
     (rank, name)
 }

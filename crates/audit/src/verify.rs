@@ -11,6 +11,7 @@ use bytes::Bytes;
 use daybook_events::Position;
 use daybook_events::aggregate::Void;
 use daybook_events::tree::TreeHead;
+use daybook_projections::StateHash;
 use daybook_store::tlog::{
     Checkpoint, CheckpointError, Hash, SignatureError, TILE_WIDTH, TileKind, TilePath, VerifierKey,
     parse_verifiers,
@@ -26,7 +27,7 @@ use crate::gitops::{CompareRepository, Compared, Spool};
 use crate::kept::{KeepError, Keeper, Kept};
 use crate::pipeline::{self, Bundle, Plan, Step, Suspect};
 use crate::schema::Schemas;
-use crate::source::{CHECKPOINT, Found, KEYS, Source};
+use crate::source::{CHECKPOINT, Found, KEYS, STATE, Source};
 use crate::tree::{Edge, Levels};
 
 /// Suspects are remembered up to so many; more say nothing new.
@@ -189,6 +190,11 @@ pub struct Verified {
     pub exported: Option<Timestamp>,
     /// When the first and the last event say that they were recorded.
     pub period: Option<(Timestamp, Timestamp)>,
+    /// The hash over the states of all aggregates, as it follows from the events; none if it was
+    /// not computed, which it is where the server claims one, and if all is checked.
+    pub state_hash: Option<StateHash>,
+    /// What the server claims that it is.
+    pub claimed_state_hash: Option<String>,
     /// The repositories that were compared with the ledger.
     pub repositories: Vec<Compared>,
     /// How many there were of what.
@@ -269,6 +275,12 @@ impl Verified {
                     self.counts.aggregates
                 ));
             }
+        }
+        if self.claimed_state_hash.is_some()
+            && self.tree_holds
+            && self.findings.count(Kind::StateDiffers) == 0
+        {
+            all.push("The state that the server shows follows from these events: the hash over all states is the same.".into());
         }
         let kinds = [
             Kind::CommitUnrecorded,
@@ -398,6 +410,8 @@ pub fn observe(
         earlier: None,
         exported: None,
         period: None,
+        state_hash: None,
+        claimed_state_hash: None,
         repositories: Vec::new(),
         counts: Counts::default(),
         findings: Findings::default(),
@@ -486,6 +500,9 @@ pub fn observe(
         }
     }
     let read_all = broken.is_none();
+    if read_all && plan.parse && walk.findings.count(Kind::EnvelopeInvalid) == 0 {
+        walk.judge_state(&source, &mut verified).map_err(failed)?;
+    }
     if let Some(finding) = broken {
         walk.findings.add(finding);
     }
@@ -903,6 +920,34 @@ impl Walk<'_> {
                 .push(Kind::RootDiffers, Place::file(CHECKPOINT), message);
         }
         entries_hold
+    }
+
+    /// Computes the hash over all states where it is asked for, and compares it with what the
+    /// server claims.
+    fn judge_state(&mut self, source: &Source, verified: &mut Verified) -> io::Result<()> {
+        let claim = source.small(STATE);
+        let claim = claim.as_deref().map(String::from_utf8_lossy);
+        if claim.is_none() && verified.thoroughness != Thoroughness::Full {
+            return Ok(());
+        }
+        let hash = self.folds.state_hash()?;
+        verified.state_hash = Some(hash);
+        let Some(claim) = claim else { return Ok(()) };
+        let (position, claimed) = claim.trim_end().split_once(' ').unwrap_or_default();
+        verified.claimed_state_hash = Some(claimed.to_owned());
+        if position != verified.size.to_string() {
+            let message = format!(
+                "the claim is about position {position:?}, and not about {}",
+                verified.size
+            );
+            self.findings
+                .push(Kind::StateDiffers, Place::file(STATE), message);
+        } else if claimed != hash.to_string() {
+            let message = format!("the server claims {claimed}; the events lead to {hash}");
+            self.findings
+                .push(Kind::StateDiffers, Place::file(STATE), message);
+        }
+        Ok(())
     }
 
     fn continuity(

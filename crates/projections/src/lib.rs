@@ -35,6 +35,6 @@ pub use ledger::{ExecuteError, Executed, Ledger};
 pub use page::{Cursor, InvalidPage, Page, PageOf};
 pub use past::{InvalidMoment, Moment, PastError};
 pub use query::{DeploymentFilter, DeploymentRow, EventRef};
-pub use state_hash::{InvalidStateHash, StateHash};
+pub use state_hash::{InvalidStateHash, StateHash, StateSum};
 pub use store::{Behind, Counters, OpenError, Projections, QueryError};
 pub use views::HistoryRow;

@@ -10,11 +10,12 @@
 use std::fmt;
 use std::str::FromStr;
 
-use daybook_events::Subject;
+use daybook_events::{Aggregate, Folded, Subject};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::table::TableError;
+use crate::store::QueryError;
+use crate::table::{TableError, append, through_scratch_to};
 
 /// Numbers in an element.
 const LANES: usize = 1024;
@@ -180,6 +181,31 @@ impl Sum {
         let mut hash = blake3::Hasher::new_derive_key(SUM);
         hash.update(&self.to_bytes());
         StateHash(hash.finalize().into())
+    }
+}
+
+/// Adds up the states of aggregates that somebody folded without projections, such as an auditor.
+#[derive(Debug, Default)]
+pub struct StateSum(Sum);
+
+impl StateSum {
+    /// Adds the state of an aggregate, which must not have been added before.
+    pub fn add<A: Aggregate>(
+        &mut self,
+        subject: &Subject,
+        folded: &Folded<A>,
+    ) -> Result<(), QueryError> {
+        let element = through_scratch_to(|scratch| {
+            append(scratch, folded)?;
+            Ok(Element::of(subject, scratch))
+        })?;
+        self.0.replace(None, Some(element));
+        Ok(())
+    }
+
+    /// The hash over the states that were added.
+    pub fn hash(&self) -> StateHash {
+        self.0.hash()
     }
 }
 

@@ -52,7 +52,7 @@ pub async fn run(args: ExportArgs) -> Outcome {
                 if !args.without_repositories {
                     repositories = bundles(&client, &folder).await?;
                 }
-                let tiles = ServerTiles(client);
+                let tiles = ServerTiles::new(client);
                 export(&tiles, &repositories, now(), &args.out, &mut progress).await
             }
         };

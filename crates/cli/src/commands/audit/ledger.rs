@@ -2,8 +2,8 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -108,7 +108,7 @@ impl LedgerArgs {
     /// Its tree, for those who read single tiles. An export is read by its index.
     pub fn tiles(&self) -> Result<Box<dyn ReadTiles>, Failure> {
         Ok(match &self.file {
-            None => Box::new(ServerTiles(Client::new(&self.server)?)),
+            None => Box::new(ServerTiles::new(Client::new(&self.server)?)),
             Some(path) if path.is_dir() => Box::new(FolderStorage::new(path)),
             Some(path) => Box::new(ArchiveTiles::open(path).map_err(|e| unreadable(path, &e))?),
         })
@@ -122,7 +122,7 @@ impl LedgerArgs {
                 let client = Client::new(&self.server)?;
                 let name = client.base().to_owned();
                 let files = Online {
-                    tiles: ServerTiles(client),
+                    tiles: ServerTiles::new(client),
                     runtime: runtime.clone(),
                 };
                 Source::files(name, Box::new(files))
@@ -151,15 +151,49 @@ pub fn origin_of(note: &[u8]) -> Option<String> {
 
 /// The tree that a server publishes.
 #[derive(Debug, Clone)]
-pub struct ServerTiles(pub Client);
+pub struct ServerTiles {
+    client: Client,
+    checkpoint: Arc<OnceLock<Option<Bytes>>>,
+}
 
 #[async_trait]
 impl ReadTiles for ServerTiles {
     async fn get(&self, path: &str) -> io::Result<Option<Bytes>> {
-        self.0
-            .resource(&format!("/tlog/{path}"))
-            .await
-            .map_err(|failure| io::Error::other(failure.message))
+        let failed = |failure: Failure| io::Error::other(failure.message);
+        if path == "state_hash" {
+            return self.state_hash().await.map_err(failed);
+        }
+        let found = self.client.resource(&format!("/tlog/{path}")).await;
+        let mut found = found.map_err(failed)?;
+        if path == "checkpoint" {
+            // A newer one may be published while the older one is still being looked at.
+            let first = self.checkpoint.get_or_init(|| found.clone());
+            found.clone_from(first);
+        }
+        Ok(found)
+    }
+}
+
+impl ServerTiles {
+    /// The tree of a server, at the checkpoint that it has when it is first asked.
+    pub fn new(client: Client) -> Self {
+        Self {
+            client,
+            checkpoint: Arc::default(),
+        }
+    }
+
+    /// What the server says of the states at the checkpoint; none if it does not say it.
+    async fn state_hash(&self) -> Result<Option<Bytes>, Failure> {
+        let size = self.checkpoint.get().and_then(Option::as_ref);
+        let size = size.and_then(|note| Checkpoint::parse_unverified(note).ok());
+        let Some(size) = size.map(|(checkpoint, _)| checkpoint.head.size) else {
+            return Ok(None);
+        };
+        let at = [("at", Some(size.to_string()))];
+        let state: serde_json::Value = self.client.get("/api/v1/state", &at).await?;
+        let hash = state.get("state_hash").and_then(serde_json::Value::as_str);
+        Ok(hash.map(|hash| format!("{size} {hash}\n").into()))
     }
 }
 

@@ -3,6 +3,7 @@
 mod consistency;
 mod diff;
 mod export;
+mod gitops;
 mod ledger;
 mod receipt;
 mod report;

@@ -1,6 +1,7 @@
 //! `daybook audit verify`
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
@@ -9,6 +10,7 @@ use daybook_audit::{
 };
 use serde_json::json;
 
+use super::gitops::ByGit;
 use super::ledger::{LedgerArgs, TrustArgs, blocking, failed, progress_bar, unreadable};
 use crate::commands::Outcome;
 use crate::exit::{Code, Failure};
@@ -51,6 +53,7 @@ pub async fn run(args: VerifyArgs) -> Outcome {
         let keeper = args.trust.keeper()?;
         let options = Options {
             keeper: Some(keeper.clone()),
+            gitops: Some(Arc::new(ByGit)),
             keys: args.trust.named()?,
             earlier,
             thoroughness: match (args.full, args.quick) {
