@@ -2,7 +2,7 @@
 //! checkout, once.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use crate::Failure;

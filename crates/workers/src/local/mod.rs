@@ -211,6 +211,21 @@ struct Identity {
     cluster: ClusterName,
 }
 
+/// Asks for a claim until it is given, for half a second at most. A process that another one is just
+/// starting has a copy of its parent's open files from `fork` to `exec`, and with it the claim of a
+/// parent that was killed in between.
+async fn claim(path: &Path) -> std::io::Result<Claimed> {
+    let deadline = tokio::time::Instant::now() + Duration::from_millis(500);
+    loop {
+        match Claim::take(path)? {
+            Claimed::Held(_) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            answer => return Ok(answer),
+        }
+    }
+}
+
 impl LocalCluster {
     /// Opens the cluster, or says who has it. Instances that still run are taken over, those that
     /// ended are started again, and what is no longer wanted is stopped.
@@ -227,7 +242,7 @@ impl LocalCluster {
             make_private(folder).map_err(unusable(folder))?;
         }
         let dir = dir.canonicalize().map_err(unusable(dir))?;
-        let claim = match Claim::take(&dir.join("owner")).map_err(unusable(&dir))? {
+        let claim = match claim(&dir.join("owner")).await.map_err(unusable(&dir))? {
             Claimed::Ours(claim) => claim,
             Claimed::Held(pid) => return Err(OpenError::Held { dir, pid }),
         };
