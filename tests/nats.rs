@@ -66,52 +66,85 @@ fn everything_in_one_process_survives_a_restart_of_the_server_and_a_kill_of_its_
     });
 }
 
-#[test]
-fn a_build_worker_killed_in_the_middle_of_a_build_is_replaced_by_another() {
-    on_each(|_, nats| {
+/// Everything but builds in one process, and a build that goes on until it is told to end.
+struct Building {
+    server: Server,
+    env: [(String, String); 1],
+    go: std::path::PathBuf,
+}
+
+impl Building {
+    fn on(nats: &NatsServer) -> Self {
         let settings = Settings {
             roles: Some("api,gateway,route,probe,package,sync"),
             ..Settings::default()
         };
         let server = Server::start(settings.env("DAYBOOK_NATS", nats.url()));
-        let env = [("DAYBOOK_NATS".to_owned(), nats.url().to_owned())];
-        let worker = || Process::start(server.folder(), &["serve", "--role", "build"], &env);
-        let first = worker();
-
-        // The build waits until a file is there, so that it is certainly killed in its middle.
         let go = server.folder().path().join("go");
-        let spec = build_that_waits_for(&server, &go);
+        let command = format!(
+            "echo begun; while [ ! -e {} ]; do sleep 0.05; done",
+            go.display()
+        );
+        let spec = server.folder().path().join("service.json");
+        let build = json!({ "build": { "command": ["/bin/sh", "-c", command] } });
+        std::fs::write(&spec, build.to_string()).unwrap();
         let source = application("--text one");
-        server.define("shop", "web", &source, &["--file", &spec]);
-        let id = server.begin(INSTANCE, &[]);
+        server.define("shop", "web", &source, &["--file", spec.to_str().unwrap()]);
+        Self {
+            server,
+            env: [("DAYBOOK_NATS".to_owned(), nats.url().to_owned())],
+            go,
+        }
+    }
+
+    fn worker(&self) -> Process {
+        Process::start(
+            self.server.folder(),
+            &["serve", "--role", "build"],
+            &self.env,
+        )
+    }
+
+    /// Begins a deployment, and waits until its builder runs: in the middle of the build.
+    fn begin(&self) -> String {
+        let id = self.server.begin(INSTANCE, &[]);
         until("the builder runs", || {
-            (count(&server.events(), "build.builder_started.v1") == 1).then_some(())
+            (count(&self.server.events(), "build.builder_started.v1") == 1).then_some(())
         });
-        let second = worker();
-        first.kill();
-        std::fs::write(&go, "").unwrap();
-        server.wait_for(&id, "started");
-        server.get_from(HOST, "/", &id);
-        let events = server.events();
+        id
+    }
+
+    fn finish(&self, id: &str) {
+        std::fs::write(&self.go, "").unwrap();
+        self.server.wait_for(id, "started");
+        self.server.get_from(HOST, "/", id);
+    }
+
+    /// Two attempts, and each effect once.
+    fn was_built_once(&self) {
+        let events = self.server.events();
         assert_eq!(count(&events, "build.started.v1"), 2);
         assert_eq!(count(&events, "build.succeeded.v1"), 1);
+        assert_eq!(count(&events, "build.failed.v1"), 0);
         assert_eq!(count(&events, "deployment.building_started.v1"), 1);
+        assert_eq!(count(&events, "deployment.succeeded.v1"), 1);
         assert_eq!(count(&events, "gitops.committed.v1"), 1);
-        server.check_replay();
-        assert!(second.stop().success());
-    });
+        self.server.check_replay();
+    }
 }
 
-/// The build waits until a file is there.
-fn build_that_waits_for(server: &Server, go: &std::path::Path) -> String {
-    let command = format!(
-        "echo begun; while [ ! -e {} ]; do sleep 0.05; done",
-        go.display()
-    );
-    let spec = server.folder().path().join("service.json");
-    let build = json!({ "build": { "command": ["/bin/sh", "-c", command] } });
-    std::fs::write(&spec, build.to_string()).unwrap();
-    spec.to_str().unwrap().to_owned()
+#[test]
+fn a_build_worker_killed_in_the_middle_of_a_build_is_replaced_by_another() {
+    on_each(|_, nats| {
+        let building = Building::on(&nats);
+        let first = building.worker();
+        let id = building.begin();
+        let second = building.worker();
+        first.kill();
+        building.finish(&id);
+        building.was_built_once();
+        assert!(second.stop().success());
+    });
 }
 
 #[test]
@@ -121,43 +154,23 @@ fn a_worker_that_slept_past_its_deadline_changes_nothing_when_it_wakes_up() {
     };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let nats = runtime.block_on(NatsServer::start(&binary));
-    let settings = Settings {
-        roles: Some("api,gateway,route,probe,package,sync"),
-        ..Settings::default()
-    };
-    let server = Server::start(settings.env("DAYBOOK_NATS", nats.url()));
-    let env = [("DAYBOOK_NATS".to_owned(), nats.url().to_owned())];
-    let worker = || Process::start(server.folder(), &["serve", "--role", "build"], &env);
-    let sleeper = worker();
-    let go = server.folder().path().join("go");
-    let spec = build_that_waits_for(&server, &go);
-    let source = application("--text one");
-    server.define("shop", "web", &source, &["--file", &spec]);
-    let id = server.begin(INSTANCE, &[]);
-    until("the builder runs", || {
-        (count(&server.events(), "build.builder_started.v1") == 1).then_some(())
-    });
+    let building = Building::on(&nats);
+    let sleeper = building.worker();
+    let id = building.begin();
     sleeper.signal(Signal::STOP);
-    let second = worker();
+    let second = building.worker();
     until("another one takes the build over", || {
-        (count(&server.events(), "build.started.v1") == 2).then_some(())
+        (count(&building.server.events(), "build.started.v1") == 2).then_some(())
     });
-    std::fs::write(&go, "").unwrap();
-    server.wait_for(&id, "started");
-    server.get_from(HOST, "/", &id);
+    building.finish(&id);
 
-    // The first one believes that its build has just ended well.
+    // The first one finds that its own build has just ended well, and is refused.
     sleeper.signal(Signal::CONT);
-    let next = server.deploy(INSTANCE, &[]);
-    server.get_from(HOST, "/", &next);
+    until("the first one finds that it is too late", || {
+        sleeper.log().contains("came too late").then_some(())
+    });
+    building.was_built_once();
     assert!(sleeper.stop().success());
-    let events = server.events();
-    assert_eq!(count(&events, "build.started.v1"), 2);
-    assert_eq!(count(&events, "build.succeeded.v1"), 1);
-    assert_eq!(count(&events, "build.failed.v1"), 0);
-    assert_eq!(count(&events, "gitops.committed.v1"), 2);
-    assert_eq!(count(&events, "deployment.succeeded.v1"), 2);
-    server.check_replay();
     assert!(second.stop().success());
 }
 

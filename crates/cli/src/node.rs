@@ -9,6 +9,7 @@ use std::time::Duration;
 use daybook_api::{AppState, Gateway as PublicGateway, Parts, Settings as ApiSettings};
 use daybook_events::lines::{LineLog, LineSource};
 use daybook_events::tree::{PublishedTree, TreeCondition};
+use daybook_events::with_causes;
 use daybook_events::{ClusterName, EventLog, Hostname, ImageRepository};
 use daybook_projections::runner::{self, RunError};
 use daybook_projections::{Ledger, OpenError, Projections};
@@ -176,21 +177,6 @@ fn wrong(code: &str, message: impl Into<String>, hint: &str) -> Failure {
     Failure::new(Code::Usage, code, message).hint(hint)
 }
 
-/// An error with its causes, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        source = error.source();
-    }
-    text
-}
-
 impl Node {
     /// Starts a node. When this returns everything listens and the projections are up to date.
     pub async fn start(options: NodeOptions) -> Result<Self, Failure> {
@@ -292,7 +278,7 @@ impl Node {
             let notary = Notary::open(log.clone(), storage, keys, NotaryOptions::default())
                 .await
                 .map_err(|e| {
-                    Failure::new(Code::Failure, "notary_unusable", chain(&e))
+                    Failure::new(Code::Failure, "notary_unusable", with_causes(&e))
                         .hint("check the folders of --tlog and --tlog-keys")
                 })?;
             let tree = notary.tree();
@@ -422,7 +408,10 @@ impl Node {
             let (cancel, fail) = (cancel.clone(), fail.clone());
             tasks.push(tokio::spawn(async move {
                 if let Err(error) = daybook_api::serve(listener, state, cancel).await {
-                    let _ = fail.send(Some(format!("the HTTP interface ended: {}", chain(&error))));
+                    let _ = fail.send(Some(format!(
+                        "the HTTP interface ended: {}",
+                        with_causes(&error)
+                    )));
                 }
             }));
         }
@@ -623,7 +612,7 @@ pub async fn open_log(
         }
     };
     daybook_store::open(config).await.map_err(|e| {
-        let failure = Failure::new(Code::Failure, "log_unavailable", chain(&e));
+        let failure = Failure::new(Code::Failure, "log_unavailable", with_causes(&e));
         match &options.nats {
             Some(url) => failure.hint(format!(
                 "check that a nats-server with JetStream answers at {}",
@@ -663,7 +652,7 @@ fn masked(
 /// Projections are this process's own; several processes may share a data folder.
 fn open_projections(data: &Path, options: &NodeOptions) -> Result<Projections, Failure> {
     let unusable = |e: &OpenError| {
-        Failure::new(Code::Failure, "projections_unusable", chain(e))
+        Failure::new(Code::Failure, "projections_unusable", with_causes(e))
             .hint("they can be rebuilt: delete the folder `projections` in the data folder")
     };
     if options.nats.is_none() {
@@ -719,9 +708,9 @@ async fn sign_log(notary: Notary, cancel: CancellationToken, parts: Parts) {
     if let Err(error) = notary.run(cancel).await {
         // A breach is shown as the state of the ledger.
         if !matches!(error, NotaryError::Breach(_)) {
-            parts.not_ready("notary", chain(&error));
+            parts.not_ready("notary", with_causes(&error));
         }
-        tracing::error!(error = chain(&error), "the notary ended");
+        tracing::error!(error = with_causes(&error), "the notary ended");
     }
 }
 
@@ -733,7 +722,7 @@ async fn follow_log(
     fail: tokio::sync::watch::Sender<Option<String>>,
 ) {
     if let Err(error) = runner::run(projections, log, cancel).await {
-        let why = format!("the projections ended: {}", chain(&error));
+        let why = format!("the projections ended: {}", with_causes(&error));
         parts.not_ready("projection runner", why.clone());
         // A log that is not what it was leaves what was folded for people to look at.
         if matches!(&error, RunError::Read(_) | RunError::Incomplete { .. }) {
@@ -760,7 +749,7 @@ fn gitops_key(data: &Path, options: &NodeOptions) -> Result<SigningKey, Failure>
         .clone()
         .unwrap_or_else(|| data.join(GITOPS_KEY));
     SigningKey::open_or_create(path)
-        .map_err(|e| Failure::new(Code::Failure, e.code(), chain(&e)).hint(e.remedy()))
+        .map_err(|e| Failure::new(Code::Failure, e.code(), with_causes(&e)).hint(e.remedy()))
 }
 
 /// Builders for whatever a service asks for.
@@ -777,7 +766,7 @@ fn builder(data: &Path, images: &Arc<Images>) -> BuiltImages {
 
 fn open_images(data: &Path) -> Result<Arc<Images>, Failure> {
     let unusable = |e: daybook_workers::image::ImageError| {
-        Failure::new(Code::Failure, "images_unusable", chain(&e))
+        Failure::new(Code::Failure, "images_unusable", with_causes(&e))
             .hint("check the folder `images` in the data folder")
     };
     let local =
@@ -824,7 +813,7 @@ async fn look_after(
             }
             Err(error) => {
                 tracing::debug!(cluster = %name, %error, "not looked after by this process");
-                parts.not_ready(&part, chain(&error));
+                parts.not_ready(&part, with_causes(&error));
             }
         }
         tokio::select! {

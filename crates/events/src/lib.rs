@@ -7,6 +7,7 @@
 pub mod aggregate;
 pub mod build;
 pub mod catalog;
+pub mod causes;
 pub mod deployment;
 pub mod envelope;
 pub mod environment;
@@ -27,6 +28,7 @@ pub mod testing;
 pub mod tree;
 
 pub use aggregate::{Aggregate, Decision, Folded, Refusal};
+pub use causes::with_causes;
 pub use envelope::{Actor, Context, Event, EventView, NewEvent, Payload};
 pub use log::{EventLog, Position, Recorded};
 pub use names::*;

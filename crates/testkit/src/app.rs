@@ -1,6 +1,6 @@
 //! The application that tests run, as a process.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ impl TestApp {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
             // Somebody else may take the port before the application does: then another.
-            if let Some(app) = Self::start_on(free_addr(), flags) {
+            if let Some(app) = Self::start_on(crate::free_addr(), flags) {
                 return app;
             }
             assert!(Instant::now() < deadline, "the application does not start");
@@ -71,12 +71,4 @@ impl Drop for TestApp {
     fn drop(&mut self) {
         self.kill();
     }
-}
-
-/// An address on this machine where nobody listens at the moment.
-pub fn free_addr() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener
-        .local_addr()
-        .expect("a bound socket has an address")
 }

@@ -11,9 +11,11 @@ mod app;
 pub mod git;
 pub mod judge;
 pub mod nats;
+mod port;
 pub mod registry;
 
-pub use app::{TESTAPP, TestApp, free_addr};
+pub use app::{TESTAPP, TestApp};
+pub use port::{free_addr, free_port};
 
 /// Says that a test, or a part of one, is left out because something is not there.
 ///

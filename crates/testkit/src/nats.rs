@@ -8,13 +8,14 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use tempfile::TempDir;
+
+use crate::free_port;
 
 /// How long a server may take to be ready, or to end after it was asked to.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -177,7 +178,7 @@ impl NatsServer {
             binary: binary.clone(),
             settings,
             folder: Some(folder),
-            port: 0,
+            port: free_port(),
             member,
             process: None,
             paused: false,
@@ -277,29 +278,19 @@ impl NatsServer {
         }
     }
 
-    /// Writes the configuration and starts the process, on the port that it had before if it had
-    /// one.
+    /// Writes the configuration and starts the process.
     fn launch(&mut self) {
         let folder = self.folder().to_owned();
         let store = folder.join("store");
         let log = folder.join("server.log");
-        let ports = folder.join("ports");
-        fs::create_dir_all(&ports).expect("a folder can be made");
-        for old in fs::read_dir(&ports).into_iter().flatten().flatten() {
-            let _ = fs::remove_file(old.path());
-        }
-        let listen = match self.port {
-            0 => "-1".to_owned(),
-            port => port.to_string(),
-        };
+        let port = self.port;
         let sync = if self.settings.sync_always {
             "sync_interval: always"
         } else {
             ""
         };
         let mut config = format!(
-            "listen: \"127.0.0.1:{listen}\"\n\
-             ports_file_dir: {ports:?}\n\
+            "listen: \"127.0.0.1:{port}\"\n\
              jetstream {{ store_dir: {store:?}, max_memory_store: 268435456, \
              max_file_store: 10737418240\n{sync} }}\n\
              {}\n",
@@ -329,7 +320,6 @@ impl NatsServer {
 
     async fn wait_until_ready(&mut self) {
         let since = Instant::now();
-        self.port = self.wait_for_port(since).await;
         let mut options = async_nats::ConnectOptions::new();
         if let Some((user, password)) = &self.settings.user {
             options = options.user_and_password(user.clone(), password.clone());
@@ -346,28 +336,6 @@ impl NatsServer {
         }
     }
 
-    async fn wait_for_port(&mut self, since: Instant) -> u16 {
-        loop {
-            if let Some(port) = self.announced_port() {
-                return port;
-            }
-            self.give_up_after(since, "it announces no port");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-
-    /// The port that the server wrote into its ports file once it listened.
-    fn announced_port(&self) -> Option<u16> {
-        let pid = self.process.as_ref()?.id();
-        let files = fs::read_dir(self.folder().join("ports")).ok()?;
-        let file = files
-            .flatten()
-            .map(|entry| entry.path())
-            .find(|path| path.to_string_lossy().ends_with(&format!("_{pid}.ports")))?;
-        let ports: serde_json::Value = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
-        ports["nats"][0].as_str()?.rsplit_once(':')?.1.parse().ok()
-    }
-
     fn give_up_after(&mut self, since: Instant, what: &str) {
         let ended = self
             .process
@@ -375,10 +343,6 @@ impl NatsServer {
             .and_then(|process| process.try_wait().ok().flatten());
         if let Some(status) = ended {
             self.process = None;
-            // While it was stopped, a connection of somebody else may have got its port.
-            if since.elapsed() < PATIENCE && port_was_taken(&self.log()) {
-                return self.launch();
-            }
             panic!(
                 "{} ended with {status}; its log:\n{}",
                 self.binary,
@@ -407,12 +371,6 @@ impl Drop for NatsServer {
             );
         }
     }
-}
-
-/// Whether a server's log ends because it could not listen.
-fn port_was_taken(log: &str) -> bool {
-    let mut last_lines = log.lines().rev().take(5);
-    last_lines.any(|line| line.contains("address already in use"))
 }
 
 fn pid_of(process: &Child) -> Pid {
@@ -465,7 +423,7 @@ impl NatsCluster {
     /// # Panics
     /// If they do not get ready; the message has a log.
     pub async fn start(binary: &NatsBinary) -> Self {
-        let all_ports = free_ports(3);
+        let all_ports: Vec<u16> = (0..3).map(|_| free_port()).collect();
         let mut nodes = Vec::new();
         for (number, &port) in all_ports.iter().enumerate() {
             let member = ClusterMember {
@@ -542,15 +500,4 @@ impl NatsCluster {
             server.wait_until_ready().await;
         }
     }
-}
-
-/// Ports that are free now. They are asked for together, so that they differ.
-fn free_ports(count: usize) -> Vec<u16> {
-    let listeners: Vec<TcpListener> = (0..count)
-        .map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port can be had"))
-        .collect();
-    listeners
-        .iter()
-        .map(|listener| listener.local_addr().expect("it is bound").port())
-        .collect()
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use daybook_events::with_causes;
 use daybook_workers::gitops::SigningKey;
 use serde_json::json;
 
@@ -54,9 +55,8 @@ pub fn run(command: &GitopsKeyCommand) -> Outcome {
             (path, key)
         }
     };
-    let signer = signer.map_err(|e| {
-        Failure::new(Code::Failure, e.code(), crate::node::chain(&e)).hint(e.remedy())
-    })?;
+    let signer = signer
+        .map_err(|e| Failure::new(Code::Failure, e.code(), with_causes(&e)).hint(e.remedy()))?;
     if output::is_json() {
         output::json(&json!({
             "file": path,

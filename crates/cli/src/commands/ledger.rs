@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use daybook_events::with_causes;
 use daybook_store::tlog::{KeyFileError, KeyRing};
 use serde_json::{Value, json};
 
@@ -216,5 +217,5 @@ pub fn unusable(error: &KeyFileError) -> Failure {
         KeyFileError::Exposed { .. } => ("keys_exposed", "chmod 600 the file with private keys"),
         _ => ("keys_unusable", "name the folder with --keys DIR"),
     };
-    Failure::new(Code::Failure, code, node::chain(error)).hint(hint)
+    Failure::new(Code::Failure, code, with_causes(error)).hint(hint)
 }

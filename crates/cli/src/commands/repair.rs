@@ -7,6 +7,7 @@ use clap::Args;
 use daybook_events::ledger::{self, FoundBreach, LedgerEvent, LedgerRecord, Repaired};
 use daybook_events::log::{Append, Expected};
 use daybook_events::tree::{PublishedTree, TreeCondition};
+use daybook_events::with_causes;
 use daybook_events::{
     Actor, Context, Decision, Digest, EventId, EventLog, Folded, NewEvent, Subject,
 };
@@ -19,7 +20,7 @@ use uuid::Uuid;
 
 use super::Outcome;
 use crate::exit::{Code, Failure};
-use crate::node::{self, NodeOptions, chain};
+use crate::node::{self, NodeOptions};
 use crate::output;
 
 /// Where the new log of a data folder is until it takes the place of the old one.
@@ -105,7 +106,7 @@ async fn embedded(
     }
     let target = EmbeddedLog::open(&new, EmbeddedConfig::default())
         .await
-        .map_err(|e| Failure::new(Code::Failure, "new_log_unusable", chain(&e)))?;
+        .map_err(|e| Failure::new(Code::Failure, "new_log_unusable", with_causes(&e)))?;
     let done = restore(storage, keys, &target).await?;
     target.close().await;
     drop(target);
@@ -170,10 +171,10 @@ async fn on_nats(
         .ok_or_else(|| unavailable("no NATS server is named".to_owned()))?;
     let connection = Connection::open(nats)
         .await
-        .map_err(|e| unavailable(chain(&e)))?;
+        .map_err(|e| unavailable(with_causes(&e)))?;
     set_aside(&connection, &old)
         .await
-        .map_err(|e| unavailable(chain(&e)))?;
+        .map_err(|e| unavailable(with_causes(&e)))?;
     let mut log = LogOptions {
         stream: new.clone(),
         ..LogOptions::default()
@@ -181,7 +182,7 @@ async fn on_nats(
     log.replicas = options.nats_replicas;
     let target = JetStreamLog::open(connection, &log)
         .await
-        .map_err(|e| unavailable(chain(&e)))?;
+        .map_err(|e| unavailable(with_causes(&e)))?;
     let done = restore(storage, keys, &target).await?;
     Ok((
         done,
@@ -224,13 +225,13 @@ async fn restore(
         },
         // A repair that was cut off had come to its end.
         Err(RepairError::SameLog { identity }) => return said(target, &identity).await,
-        Err(error) => return Err(failed(chain(&error))),
+        Err(error) => return Err(failed(with_causes(&error))),
     };
     let subject = Subject::Ledger;
     let events = target
         .read_aggregate(&subject)
         .await
-        .map_err(|e| failed(chain(&e)))?;
+        .map_err(|e| failed(with_causes(&e)))?;
     let folded = Folded::<LedgerRecord>::replay(events.iter());
     let event = LedgerEvent::Repaired(repaired.clone());
     let decision = ledger::decide(folded.state.as_ref(), event)
@@ -263,7 +264,10 @@ async fn restore(
         expected: Expected::Last(folded.position),
         bytes,
     };
-    target.append(append).await.map_err(|e| failed(chain(&e)))?;
+    target
+        .append(append)
+        .await
+        .map_err(|e| failed(with_causes(&e)))?;
     Ok(repaired)
 }
 
@@ -272,7 +276,7 @@ async fn said(target: &dyn EventLog, identity: &str) -> Result<Repaired, Failure
     let events = target
         .read_aggregate(&Subject::Ledger)
         .await
-        .map_err(|e| Failure::new(Code::Failure, "log_unavailable", chain(&e)))?;
+        .map_err(|e| Failure::new(Code::Failure, "log_unavailable", with_causes(&e)))?;
     Folded::<LedgerRecord>::replay(events.iter())
         .state
         .map(|record| record.last)

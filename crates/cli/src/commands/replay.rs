@@ -222,10 +222,7 @@ pub async fn projections(command: ProjectionsCommand) -> Outcome {
                 replay::rebuild(&data.join("projections"), &log, |p| bar.set_position(p.0))
                     .await
                     .map_err(|e| {
-                        let mut text = e.to_string();
-                        if let Some(source) = std::error::Error::source(&e) {
-                            text = format!("{text}: {source}");
-                        }
+                        let text = daybook_events::with_causes(&e);
                         Failure::new(Code::Failure, "rebuild_failed", text).hint(
                             "stop `daybook up` first; nothing may use the data folder meanwhile",
                         )

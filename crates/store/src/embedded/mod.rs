@@ -33,6 +33,7 @@ use daybook_events::log::{
     LogInfo, MAX_EVENT_BYTES, Position, ReadError, Recorded,
 };
 use daybook_events::subject::{Subject, SubjectFilter};
+use daybook_events::with_causes;
 use futures_util::stream;
 use jiff::Timestamp;
 use tokio::sync::watch;
@@ -121,18 +122,6 @@ impl OpenError {
             },
         }
     }
-}
-
-/// An error and all that led to it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }
 
 /// The log of record in a folder. See the [module](self) for how it is kept.
@@ -402,7 +391,7 @@ impl EventLog for EmbeddedLog {
             return Err(AppendError::TooLarge { bytes });
         }
         let looked_up = self.shared.index.look_up(append.id.0);
-        let looked_up = looked_up.map_err(|e| AppendError::Unavailable(chain(&e)))?;
+        let looked_up = looked_up.map_err(|e| AppendError::Unavailable(with_causes(&e)))?;
         let answered = self.shared.queue.push(append, looked_up)?;
         answered
             .await

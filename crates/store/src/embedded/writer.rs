@@ -13,12 +13,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use daybook_events::log::{Append, AppendError, Appended, Expected, Position};
+use daybook_events::with_causes;
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
+use super::Shared;
 use super::index::{Decision, LookedUp, Round};
 use super::segment::{Appender, CommitError};
-use super::{Shared, chain};
 
 /// The thread waits for the writers of the last group to come back until none came for this long.
 const LINGER: Duration = Duration::from_micros(50);
@@ -279,7 +280,7 @@ impl Writer {
                     expected: expected.unwrap_or_default(),
                     actual: Some(Position(actual)),
                 }),
-                Err(e) => Err(AppendError::Unavailable(chain(&e))),
+                Err(e) => Err(AppendError::Unavailable(with_causes(&e))),
             }
         };
         group.iter().map(decide).collect()

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use daybook_events::log::{EventLog, ReadError, Recorded};
 use daybook_events::subject::SubjectFilter;
 use daybook_events::tree::Breach;
+use daybook_events::with_causes;
 use daybook_events::{Event, Position};
 
 use super::hash::{Hash, complete_root, leaf_hash};
@@ -107,19 +108,7 @@ pub(super) fn judge_tree_error(error: TreeError, position: Option<Position>) -> 
     if error.is_damage() {
         return Mismatch::Breach(tree_damaged(position, error));
     }
-    Mismatch::Passing(chain(&error))
-}
-
-/// An error and all that led to it, in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
+    Mismatch::Passing(with_causes(&error))
 }
 
 /// Whether the log has an event under another subject than its bytes say. The subject is not

@@ -13,6 +13,7 @@ use daybook_events::Position;
 use daybook_events::log::{EventLog, EventStream, ReadError};
 use daybook_events::subject::SubjectFilter;
 use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition, TreeHead};
+use daybook_events::with_causes;
 use futures_util::{FutureExt, StreamExt};
 use jiff::Timestamp;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -20,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::checkpoint::{Checkpoint, CheckpointError};
 use super::compare::{
-    Mismatch, chain, compare_bundle, compare_event, differs, judge_read_error, judge_tree_error,
-    replaced, tree_damaged, truncated,
+    Mismatch, compare_bundle, compare_event, differs, judge_read_error, judge_tree_error, replaced,
+    tree_damaged, truncated,
 };
 use super::growth::Growth;
 use super::hash::{Hash, empty_root};
@@ -117,14 +118,14 @@ impl From<StateError> for Trouble {
     fn from(error: StateError) -> Self {
         match error {
             StateError::Damaged { .. } => Self::Fatal(NotaryError::State(error)),
-            passing => Self::Passing(chain(&passing)),
+            passing => Self::Passing(with_causes(&passing)),
         }
     }
 }
 
 impl From<StorageError> for Trouble {
     fn from(error: StorageError) -> Self {
-        Self::Passing(chain(&error))
+        Self::Passing(with_causes(&error))
     }
 }
 
@@ -221,7 +222,7 @@ impl Notary {
                     return Err(NotaryError::Breach(breach));
                 }
                 Trouble::Fatal(error) => {
-                    self.tree.set(TreeCondition::Unknown(chain(&error)));
+                    self.tree.set(TreeCondition::Unknown(with_causes(&error)));
                     return Err(error);
                 }
                 Trouble::Overtaken => {
@@ -259,7 +260,7 @@ impl Notary {
             "the log is not what was signed"
         );
         if let Err(error) = write_breach(&*self.storage, breach).await {
-            let error = chain(&error);
+            let error = with_causes(&error);
             tracing::error!(error, "other processes could not be told of the breach");
         }
     }

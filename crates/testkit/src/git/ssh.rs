@@ -41,7 +41,7 @@ impl SshServer {
             make_key(&at(key));
         }
         fs::copy(at("identity.pub"), at("authorized_keys")).expect("a file can be copied");
-        let port = crate::free_addr().port();
+        let port = crate::free_port();
         let shown = |name: &str| at(name).display().to_string();
         let config = format!(
             "ListenAddress 127.0.0.1:{port}\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\n\

@@ -1,12 +1,11 @@
 //! Images as the pipeline asks for them: built by a builder, kept by a store.
 
-use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use daybook_events::spec::{ImageReference, PinnedImage};
-use daybook_events::{ImageRepository, ImageTag};
+use daybook_events::{ImageRepository, ImageTag, with_causes};
 use tokio_util::sync::CancellationToken;
 
 use super::{BuildContext, BuildError, Builder};
@@ -108,16 +107,4 @@ impl From<ImageError> for StepError {
             message: with_causes(&error),
         }
     }
-}
-
-/// An error and what led to it, in one sentence.
-fn with_causes(error: &dyn Error) -> String {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        message.push_str(": ");
-        message.push_str(&error.to_string());
-        cause = error.source();
-    }
-    message
 }

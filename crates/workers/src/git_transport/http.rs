@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{Buf as _, Bytes};
+use daybook_events::with_causes;
 use git2::transport::{Service, SmartSubtransport, SmartSubtransportStream};
 use reqwest::StatusCode;
 use reqwest::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, LOCATION};
@@ -389,17 +390,6 @@ fn failed_request(host: &str, error: reqwest::Error) -> TransportError {
         host: host.to_owned(),
         reason: printable(&with_causes(&error)),
     }
-}
-
-fn with_causes(error: &reqwest::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(c) = cause {
-        text.push_str(": ");
-        text.push_str(&c.to_string());
-        cause = c.source();
-    }
-    text
 }
 
 fn content_type(response: &reqwest::Response) -> &str {

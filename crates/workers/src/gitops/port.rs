@@ -108,15 +108,9 @@ impl GitopsRepositories {
 
 impl From<GitopsError> for StepError {
     fn from(error: GitopsError) -> Self {
-        let mut message = error.to_string();
-        let mut cause = std::error::Error::source(&error);
-        while let Some(c) = cause {
-            message = format!("{message}: {c}");
-            cause = c.source();
-        }
         Self {
             code: error.code().to_owned(),
-            message,
+            message: daybook_events::with_causes(&error),
             remedy: error.remedy(),
             retryable: error.is_retryable(),
         }

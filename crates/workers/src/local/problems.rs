@@ -24,12 +24,8 @@ fn problem(reason: &str, message: String, remedy: impl Into<String>, transient: 
 }
 
 pub(super) fn image(image: &PinnedImage, error: &ImageError, hopeless: bool) -> Problem {
-    let mut message = format!("the image {image} cannot be prepared: {error}");
-    let mut cause = std::error::Error::source(error);
-    while let Some(source) = cause {
-        message.push_str(&format!(": {source}"));
-        cause = source.source();
-    }
+    let why = daybook_events::with_causes(error);
+    let message = format!("the image {image} cannot be prepared: {why}");
     let transient = error.is_retryable() && !hopeless;
     problem("ImagePullBackOff", message, error.remedy(), transient)
 }

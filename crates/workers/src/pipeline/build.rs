@@ -58,7 +58,11 @@ impl Worker for Builds {
             return Outcome::Done;
         };
         match self.run(a, id).await {
-            Ok(()) | Err(Stop::Moved(_)) => Outcome::Done,
+            Ok(()) => Outcome::Done,
+            Err(Stop::Moved(refusal)) => {
+                tracing::info!(build.id = %id, code = refusal.code, "what this attempt found came too late");
+                Outcome::Done
+            }
             Err(Stop::Interrupted) => Outcome::Interrupted,
             Err(Stop::Retry(why)) => Outcome::Retry(why),
             Err(Stop::Fail(error)) => self.record_failure(a, id, &error).await,

@@ -37,6 +37,7 @@ use std::sync::Arc;
 use daybook_events::aggregate::{Aggregate, Decision, Refusal};
 use daybook_events::deployment::{self, Deployment, DeploymentEvent, Failed};
 use daybook_events::lines::{LineKind, LineLog, LineSource, NewLine};
+use daybook_events::with_causes;
 use daybook_events::{
     Actor, ClusterName, Context, DeploymentId, Event, EventId, Hostname, ImageRepository, Position,
     Subject,
@@ -97,7 +98,7 @@ pub enum Stop {
 
 impl From<QueryError> for Stop {
     fn from(e: QueryError) -> Self {
-        Self::Retry(e.to_string())
+        Self::Retry(with_causes(&e))
     }
 }
 
@@ -115,7 +116,7 @@ impl From<ExecuteError> for Stop {
     fn from(e: ExecuteError) -> Self {
         match e {
             ExecuteError::Refused(refusal) => Self::Moved(refusal),
-            other => Self::Retry(other.to_string()),
+            other => Self::Retry(with_causes(&other)),
         }
     }
 }

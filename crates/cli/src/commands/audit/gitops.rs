@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 
 use daybook_audit::{CompareRepository, Compared, Difference, Kind, Repository};
 use daybook_events::gitops::GitopsEvent;
+use daybook_events::with_causes;
 use daybook_workers::gitops::BRANCH;
 use daybook_workers::gitops::witness::{Problem, verify_repository};
 
@@ -30,10 +31,7 @@ impl CompareRepository for ByGit {
         git(&arguments, &[&repository.bundle, &bare])?;
         let mut events: Vec<GitopsEvent> = events.collect();
         let newer = newer_than_head(&bare, &mut events)?;
-        let report = verify_repository(&bare, events, None).map_err(|e| {
-            let cause = std::error::Error::source(&e).map(|c| format!(": {c}"));
-            format!("{e}{}", cause.unwrap_or_default())
-        })?;
+        let report = verify_repository(&bare, events, None).map_err(|e| with_causes(&e))?;
         let difference = |finding: daybook_workers::gitops::witness::Finding| Difference {
             kind: kind_of(&finding.problem),
             commit: finding.commit.to_string(),

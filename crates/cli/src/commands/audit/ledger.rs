@@ -90,13 +90,7 @@ impl TrustArgs {
 
 /// An error with all that led to it.
 pub fn failed(kind: &str, error: &dyn std::error::Error) -> Failure {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    Failure::new(Code::Usage, kind, text)
+    Failure::new(Code::Usage, kind, daybook_events::with_causes(error))
 }
 
 pub fn unreadable(path: &Path, error: &io::Error) -> Failure {
