@@ -212,6 +212,13 @@ async fn try_to_open(
                     CreateStreamErrorKind::JetStream(e) if e.code() == 503 => {
                         Setback::Passing(e.to_string())
                     }
+                    // "No suitable peers for placement", because of a member of the cluster that
+                    // is only starting.
+                    CreateStreamErrorKind::JetStream(e)
+                        if e.error_code().0 == 10005 && e.to_string().contains("peer offline") =>
+                    {
+                        Setback::Passing(e.to_string())
+                    }
                     CreateStreamErrorKind::JetStream(e) => not_created(name, e),
                     CreateStreamErrorKind::TimedOut
                     | CreateStreamErrorKind::JetStreamUnavailable
