@@ -1,5 +1,6 @@
 //! The same job on a real nats-server: in one process, and in several that share the work.
 
+use daybook_testkit::git::SourceRepository;
 use daybook_testkit::nats::{NatsBinary, NatsServer};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -71,6 +72,8 @@ struct Building {
     server: Server,
     env: [(String, String); 1],
     go: std::path::PathBuf,
+    /// What is built; gone when it is dropped.
+    _source: SourceRepository,
 }
 
 impl Building {
@@ -94,6 +97,7 @@ impl Building {
             server,
             env: [("DAYBOOK_NATS".to_owned(), nats.url().to_owned())],
             go,
+            _source: source,
         }
     }
 

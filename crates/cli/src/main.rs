@@ -13,6 +13,7 @@ mod node;
 mod output;
 mod remote;
 mod roles;
+mod scratch;
 
 use std::process::ExitCode;
 

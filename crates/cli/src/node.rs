@@ -44,6 +44,7 @@ use tokio_util::sync::CancellationToken;
 use crate::commands::keys_unusable as unusable;
 use crate::exit::{Code, Failure};
 use crate::roles::Role;
+use crate::scratch::Scratch;
 
 /// The key that GitOps commits are signed with, in the data folder.
 pub const GITOPS_KEY: &str = "keys/gitops";
@@ -171,6 +172,8 @@ pub struct Node {
     /// Ends what they stand on.
     foundations: CancellationToken,
     failed: tokio::sync::watch::Receiver<Option<String>>,
+    /// Held as long as anything may work in it.
+    _scratch: Scratch,
 }
 
 fn wrong(code: &str, message: impl Into<String>, hint: &str) -> Failure {
@@ -316,8 +319,14 @@ impl Node {
             .map(|g| format!("http://{}", g.addr()))
             .or_else(|| options.gateway_url.clone())
             .or_else(|| Some(format!("http://{}", options.gateway)));
-        let scratch = data.join("scratch");
-        clear_scratch(&scratch);
+        let scratch = Scratch::claim(&data.join("scratch")).map_err(|e| {
+            Failure::new(
+                Code::Failure,
+                "scratch_unusable",
+                format!("no folder for work in progress can be made: {e}"),
+            )
+            .hint("make the folder `scratch` in the data folder writable")
+        })?;
         let bench = Bench {
             ledger: ledger.clone(),
             lines: lines.clone(),
@@ -326,7 +335,7 @@ impl Node {
                 worker: format!("{}/{}", host(), std::process::id()),
                 domain: domain.clone(),
                 image_prefix: image_prefix.to_string(),
-                scratch,
+                scratch: scratch.path().to_owned(),
                 gateway_url: gateway_url.clone(),
                 builds: options.builds,
             }),
@@ -347,7 +356,10 @@ impl Node {
         let images = open_images(&data)?;
         if has(Role::Build) {
             let sources = SourceRepositories::new(data.join("sources"), transport(&options));
-            crew.build(Arc::new(sources), Arc::new(builder(&data, &images)));
+            crew.build(
+                Arc::new(sources),
+                Arc::new(builder(scratch.path(), &images)),
+            );
         }
         let mut repositories =
             GitopsRepositories::new(data.join("git"), HashMap::new(), transport(&options))
@@ -430,6 +442,7 @@ impl Node {
             cancel,
             foundations,
             failed,
+            _scratch: scratch,
         })
     }
 
@@ -753,12 +766,11 @@ fn gitops_key(data: &Path, options: &NodeOptions) -> Result<SigningKey, Failure>
 }
 
 /// Builders for whatever a service asks for.
-fn builder(data: &Path, images: &Arc<Images>) -> BuiltImages {
-    let scratch = data.join("scratch");
+fn builder(scratch: &Path, images: &Arc<Images>) -> BuiltImages {
     BuiltImages::new(
         Arc::new(AnyBuilder::new(
-            ArchiveBuilder::new(images.clone(), scratch.clone()),
-            DockerfileBuilder::new(scratch),
+            ArchiveBuilder::new(images.clone(), scratch.to_owned()),
+            DockerfileBuilder::new(scratch.to_owned()),
         )),
         images.clone(),
     )
@@ -819,22 +831,6 @@ async fn look_after(
         tokio::select! {
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(Duration::from_millis(500)) => {}
-        }
-    }
-}
-
-/// Removes what attempts of processes that are gone left behind.
-fn clear_scratch(scratch: &Path) {
-    for entry in std::fs::read_dir(scratch).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let pid = name
-            .to_str()
-            .and_then(|n| n.rsplit('-').next())
-            .and_then(|p| p.parse::<u32>().ok());
-        let alive = pid
-            .is_some_and(|p| p != std::process::id() && Path::new(&format!("/proc/{p}")).exists());
-        if !alive {
-            let _ = std::fs::remove_dir_all(entry.path());
         }
     }
 }
