@@ -8,15 +8,8 @@ use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 
 use bytes::Bytes;
-use daybook_events::build::BuildEvent;
-use daybook_events::deployment::DeploymentEvent;
 use daybook_events::envelope::{DecodeError, TYPE_PREFIX};
-use daybook_events::environment::EnvironmentEvent;
-use daybook_events::gitops::GitopsEvent;
-use daybook_events::ledger::LedgerEvent;
-use daybook_events::project::ProjectEvent;
-use daybook_events::routing::RoutingEvent;
-use daybook_events::{AggregateKind, Event, EventId, Payload as _, Position};
+use daybook_events::{AnyPayload, Event, EventId, Position};
 use daybook_store::tlog::is_gap;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
@@ -58,7 +51,7 @@ pub(crate) struct Read {
     pub(crate) subject: Subject,
     pub(crate) time: Timestamp,
     pub(crate) revision: u32,
-    pub(crate) payload: Payload,
+    pub(crate) payload: AnyPayload,
 }
 
 /// The text of a subject.
@@ -76,51 +69,6 @@ impl Subject {
                 .and_then(|b| std::str::from_utf8(b).ok())
                 .unwrap_or_default(),
             Self::Text(text) => text,
-        }
-    }
-}
-
-/// The payload, by the aggregate that the subject names.
-#[derive(Debug)]
-pub(crate) enum Payload {
-    Project(Result<ProjectEvent, DecodeError>),
-    Environment(Result<EnvironmentEvent, DecodeError>),
-    Build(Result<BuildEvent, DecodeError>),
-    Deployment(Result<DeploymentEvent, DecodeError>),
-    Gitops(Result<GitopsEvent, DecodeError>),
-    Routing(Result<RoutingEvent, DecodeError>),
-    Ledger(Result<LedgerEvent, DecodeError>),
-    /// The aggregate is of a newer version.
-    Other,
-}
-
-impl Payload {
-    fn decode(aggregate: &str, kind: &str, data: &str) -> Result<Self, serde_json::Error> {
-        let data: &RawValue = serde_json::from_str(data)?;
-        Ok(match aggregate.parse() {
-            Ok(AggregateKind::Project) => Self::Project(ProjectEvent::decode(kind, data)),
-            Ok(AggregateKind::Environment) => {
-                Self::Environment(EnvironmentEvent::decode(kind, data))
-            }
-            Ok(AggregateKind::Build) => Self::Build(BuildEvent::decode(kind, data)),
-            Ok(AggregateKind::Deployment) => Self::Deployment(DeploymentEvent::decode(kind, data)),
-            Ok(AggregateKind::Gitops) => Self::Gitops(GitopsEvent::decode(kind, data)),
-            Ok(AggregateKind::Routing) => Self::Routing(RoutingEvent::decode(kind, data)),
-            Ok(AggregateKind::Ledger) => Self::Ledger(LedgerEvent::decode(kind, data)),
-            Err(_) => Self::Other,
-        })
-    }
-
-    fn error(&self) -> Option<&DecodeError> {
-        match self {
-            Self::Project(r) => r.as_ref().err(),
-            Self::Environment(r) => r.as_ref().err(),
-            Self::Build(r) => r.as_ref().err(),
-            Self::Deployment(r) => r.as_ref().err(),
-            Self::Gitops(r) => r.as_ref().err(),
-            Self::Routing(r) => r.as_ref().err(),
-            Self::Ledger(r) => r.as_ref().err(),
-            Self::Other => None,
         }
     }
 }
@@ -258,7 +206,8 @@ impl Checks {
         let mut tokens = subject.splitn(4, '/');
         let project = tokens.next().unwrap_or_default();
         let aggregate = tokens.nth(1).unwrap_or_default();
-        let payload = Payload::decode(aggregate, kind, envelope.data)?;
+        let data: &RawValue = serde_json::from_str(envelope.data)?;
+        let payload = AnyPayload::decode(aggregate.parse().ok(), kind, data);
         let mut rule = |holds: bool, what: &dyn Fn() -> String| {
             if !holds {
                 broken.push((Kind::EnvelopeInvalid, what()));
@@ -305,11 +254,11 @@ impl Checks {
         &self,
         text: &str,
         kind: &str,
-        payload: &Payload,
+        payload: &AnyPayload,
         broken: &mut Vec<(Kind, String)>,
     ) {
         let unknown = match payload.error() {
-            None => matches!(payload, Payload::Other),
+            None => matches!(payload, AnyPayload::Other),
             Some(DecodeError::UnknownKind(_)) => true,
             Some(error) => {
                 broken.push((Kind::EventUnreadable, error.to_string()));

@@ -8,19 +8,12 @@ use std::os::unix::fs::FileExt;
 use std::str::FromStr;
 
 use daybook_events::aggregate::{At, Void};
-use daybook_events::build::Build;
-use daybook_events::deployment::Deployment;
-use daybook_events::environment::Environment;
-use daybook_events::gitops::Gitops;
-use daybook_events::ledger::LedgerRecord;
-use daybook_events::project::Project;
-use daybook_events::routing::Routing;
 use daybook_events::subject::PREFIX;
-use daybook_events::{AggregateKind, Folded, Position, Subject};
+use daybook_events::{AnyFolded, AnyPayload, Position, Subject};
 use daybook_projections::{StateHash, StateSum};
-use serde::{Deserialize, Serialize};
+use serde::de::DeserializeSeed;
 
-use crate::entry::{Payload, Read};
+use crate::entry::Read;
 
 /// States that are used are kept in memory up to about so many bytes of events that made them.
 const HOT_BYTES: usize = 24 << 20;
@@ -46,15 +39,9 @@ impl Hasher for Already {
 type Map<V> = HashMap<u128, V, BuildHasherDefault<Already>>;
 
 /// The state of one aggregate.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 enum State {
-    Project(Box<Folded<Project>>),
-    Environment(Box<Folded<Environment>>),
-    Build(Box<Folded<Build>>),
-    Deployment(Box<Folded<Deployment>>),
-    Gitops(Box<Folded<Gitops>>),
-    Routing(Box<Folded<Routing>>),
-    Ledger(Box<Folded<LedgerRecord>>),
+    Known(AnyFolded),
     /// The aggregate is of a newer version.
     Unknown,
     /// The subject is none.
@@ -70,46 +57,26 @@ impl State {
     /// The state before the first event of a subject, as an envelope has it.
     fn of(subject: &str) -> Self {
         match parsed(subject).map(|s| s.kind()) {
-            Some(Some(AggregateKind::Project)) => Self::Project(Box::default()),
-            Some(Some(AggregateKind::Environment)) => Self::Environment(Box::default()),
-            Some(Some(AggregateKind::Build)) => Self::Build(Box::default()),
-            Some(Some(AggregateKind::Deployment)) => Self::Deployment(Box::default()),
-            Some(Some(AggregateKind::Gitops)) => Self::Gitops(Box::default()),
-            Some(Some(AggregateKind::Routing)) => Self::Routing(Box::default()),
-            Some(Some(AggregateKind::Ledger)) => Self::Ledger(Box::default()),
+            Some(Some(kind)) => Self::Known(AnyFolded::new(kind)),
             Some(None) => Self::Unknown,
             None => Self::None,
         }
     }
 
     fn add_to(&self, subject: &str, sum: &mut StateSum) -> io::Result<()> {
-        let Some(subject) = parsed(subject) else {
-            return Ok(());
-        };
-        match self {
-            Self::Project(f) => sum.add(&subject, f),
-            Self::Environment(f) => sum.add(&subject, f),
-            Self::Build(f) => sum.add(&subject, f),
-            Self::Deployment(f) => sum.add(&subject, f),
-            Self::Gitops(f) => sum.add(&subject, f),
-            Self::Routing(f) => sum.add(&subject, f),
-            Self::Ledger(f) => sum.add(&subject, f),
-            Self::Unknown | Self::None => Ok(()),
+        match (self, parsed(subject)) {
+            (Self::Known(folded), Some(subject)) => {
+                sum.add(&subject, folded).map_err(io::Error::other)
+            }
+            _ => Ok(()),
         }
-        .map_err(io::Error::other)
     }
 
-    fn step(&mut self, at: At, revision: u32, payload: Payload) -> Outcome {
-        let folded = match (self, payload) {
-            (Self::Project(f), Payload::Project(p)) => f.step(at, revision, p),
-            (Self::Environment(f), Payload::Environment(p)) => f.step(at, revision, p),
-            (Self::Build(f), Payload::Build(p)) => f.step(at, revision, p),
-            (Self::Deployment(f), Payload::Deployment(p)) => f.step(at, revision, p),
-            (Self::Gitops(f), Payload::Gitops(p)) => f.step(at, revision, p),
-            (Self::Routing(f), Payload::Routing(p)) => f.step(at, revision, p),
-            (Self::Ledger(f), Payload::Ledger(p)) => f.step(at, revision, p),
-            (Self::None, _) => return Outcome::NoSubject,
-            _ => return Outcome::Unknown,
+    fn step(&mut self, at: At, revision: u32, payload: AnyPayload) -> Outcome {
+        let folded = match self {
+            Self::Known(folded) => folded.step(at, revision, payload),
+            Self::Unknown => return Outcome::Unknown,
+            Self::None => return Outcome::NoSubject,
         };
         match folded {
             Ok(()) => Outcome::Counted,
@@ -138,6 +105,37 @@ struct Slot {
     subject: Box<str>,
     state: State,
     bytes: usize,
+}
+
+impl Slot {
+    /// Writes it as it is in the file: the length of the subject, the subject, the state.
+    fn write(&self, out: &mut Vec<u8>) -> io::Result<()> {
+        let len = u32::try_from(self.subject.len()).map_err(io::Error::other)?;
+        out.extend(len.to_le_bytes());
+        out.extend(self.subject.as_bytes());
+        match &self.state {
+            State::Known(folded) => serde_json::to_writer(out, folded).map_err(io::Error::other),
+            State::Unknown | State::None => Ok(()),
+        }
+    }
+
+    fn read(bytes: &[u8]) -> io::Result<Self> {
+        let bad = || io::Error::other("a state in the file is not as it was written");
+        let (len, rest) = bytes.split_first_chunk().ok_or_else(bad)?;
+        let subject_and_state = rest.split_at_checked(u32::from_le_bytes(*len) as usize);
+        let (subject, folded) = subject_and_state.ok_or_else(bad)?;
+        let subject = std::str::from_utf8(subject).map_err(io::Error::other)?;
+        let mut state = State::of(subject);
+        if let State::Known(known) = &mut state {
+            let mut json = serde_json::Deserializer::from_slice(folded);
+            *known = known.kind().deserialize(&mut json)?;
+        }
+        Ok(Self {
+            subject: subject.into(),
+            state,
+            bytes: STATE_BYTES + bytes.len(),
+        })
+    }
 }
 
 /// The states of all aggregates. Those that were not used for long are in a file.
@@ -207,9 +205,8 @@ impl Folds {
         }
         for (at, len) in self.cold.places.values() {
             let bytes = self.cold.read(*at, *len)?;
-            let (subject, state): (Box<str>, State) =
-                serde_json::from_slice(&bytes).map_err(io::Error::other)?;
-            state.add_to(&subject, &mut sum)?;
+            let slot = Slot::read(&bytes)?;
+            slot.state.add_to(&slot.subject, &mut sum)?;
         }
         Ok(sum.hash())
     }
@@ -218,14 +215,8 @@ impl Folds {
         if let Some(slot) = self.old.remove(&key) {
             return Ok(slot);
         }
-        if let Some(state) = self.cold.take(key)? {
-            let bytes = STATE_BYTES + state.len();
-            let (subject, state) = serde_json::from_slice(&state).map_err(io::Error::other)?;
-            return Ok(Slot {
-                subject,
-                state,
-                bytes,
-            });
+        if let Some(bytes) = self.cold.take(key)? {
+            return Slot::read(&bytes);
         }
         self.aggregates += 1;
         Ok(Slot {
@@ -240,9 +231,7 @@ impl Folds {
         let young = std::mem::take(&mut self.young);
         self.young_bytes = 0;
         for (key, slot) in std::mem::replace(&mut self.old, young) {
-            self.cold.put(key, |out| {
-                serde_json::to_writer(out, &(&slot.subject, &slot.state))
-            })?;
+            self.cold.put(key, &slot)?;
         }
         self.cold.flush()
     }
@@ -268,13 +257,9 @@ impl Cold {
         })
     }
 
-    fn put(
-        &mut self,
-        key: u128,
-        write: impl FnOnce(&mut Vec<u8>) -> serde_json::Result<()>,
-    ) -> io::Result<()> {
+    fn put(&mut self, key: u128, slot: &Slot) -> io::Result<()> {
         let begin = self.unwritten.len();
-        write(&mut self.unwritten).map_err(io::Error::other)?;
+        slot.write(&mut self.unwritten)?;
         let len = u32::try_from(self.unwritten.len() - begin).map_err(io::Error::other)?;
         self.places.insert(key, (self.len + begin as u64, len));
         if self.unwritten.len() > 1 << 20 {

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
-use daybook_events::Position;
 use daybook_events::aggregate::Void;
 use daybook_events::tree::TreeHead;
+use daybook_events::{AnyPayload, Position};
 use daybook_projections::StateHash;
 use daybook_store::tlog::{
     Checkpoint, CheckpointError, Hash, SignatureError, TILE_WIDTH, TileKind, TilePath, VerifierKey,
@@ -20,7 +20,7 @@ use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
 use crate::archive::Stop;
-use crate::entry::{Checks, Content, Entry, Keys, Payload};
+use crate::entry::{Checks, Content, Entry, Keys};
 use crate::finding::{Finding, Findings, Kind, Place};
 use crate::fold::{Folds, Outcome, at};
 use crate::gitops::{CompareRepository, Compared, Spool};
@@ -798,7 +798,7 @@ impl Walk<'_> {
         let (first, last) = self.period.unwrap_or((time, time));
         self.period = Some((first.min(time), last.max(time)));
         let step = at(position, id, &read);
-        let of_repository = matches!(read.payload, Payload::Gitops(Ok(_)));
+        let of_repository = matches!(read.payload, AnyPayload::Gitops(Ok(_)));
         // The subject is needed where an aggregate begins.
         let subject = read.subject.text(&bytes).to_owned();
         let outcome = self.folds.apply(step, read, &subject, bytes.len())?;

@@ -2,19 +2,12 @@
 
 use schemars::Schema;
 
-use crate::{build, deployment, environment, gitops, ledger, project, routing};
+use crate::AggregateKind;
 
 /// Every event type (without the common prefix) with the JSON Schema of its payload.
 pub fn payload_schemas() -> Vec<(&'static str, Schema)> {
-    let mut all = Vec::new();
-    all.extend(project::ProjectEvent::schemas());
-    all.extend(environment::EnvironmentEvent::schemas());
-    all.extend(build::BuildEvent::schemas());
-    all.extend(deployment::DeploymentEvent::schemas());
-    all.extend(gitops::GitopsEvent::schemas());
-    all.extend(routing::RoutingEvent::schemas());
-    all.extend(ledger::LedgerEvent::schemas());
-    all
+    let kinds = AggregateKind::ALL.into_iter();
+    kinds.flat_map(|kind| kind.schemas()).collect()
 }
 
 /// The JSON Schema (2020-12) of a whole event of one kind: the CloudEvents envelope with the

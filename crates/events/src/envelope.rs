@@ -190,6 +190,11 @@ impl<'a> EventView<'a> {
         }
     }
 
+    /// The payload as it is written.
+    pub fn data(&self) -> &'a RawValue {
+        self.data
+    }
+
     /// Decodes the payload as the events of one aggregate, upcasting old versions.
     pub fn payload<P: Payload>(&self) -> Result<P, DecodeError> {
         P::decode(self.short_kind(), self.data)

@@ -5,6 +5,7 @@
 //! depends on is passed in, so that the same log always folds to the same state.
 
 pub mod aggregate;
+pub mod any;
 pub mod build;
 pub mod catalog;
 pub mod causes;
@@ -28,6 +29,7 @@ pub mod testing;
 pub mod tree;
 
 pub use aggregate::{Aggregate, Decision, Folded, Refusal};
+pub use any::{AnyFolded, AnyPayload};
 pub use causes::with_causes;
 pub use envelope::{Actor, Context, Event, EventView, NewEvent, Payload};
 pub use log::{EventLog, Position, Recorded};

@@ -8,65 +8,11 @@ use std::str::FromStr;
 
 use uuid::Uuid;
 
+pub use crate::any::AggregateKind;
 use crate::names::{BuildId, DeploymentId, EnvironmentName, ProjectName};
 
 /// What every event subject starts with.
 pub const PREFIX: &str = "daybook.ev";
-
-/// The consistency boundaries of the ledger.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum AggregateKind {
-    /// A project with its services.
-    Project,
-    /// An environment of a project.
-    Environment,
-    /// A build, shared by all deployments of the same commit and configuration.
-    Build,
-    /// One release of one service instance.
-    Deployment,
-    /// The commits in a project's GitOps repository.
-    Gitops,
-    /// The route table of a project.
-    Routing,
-    /// The ledger itself.
-    Ledger,
-}
-
-impl AggregateKind {
-    /// All kinds, in the order in which they depend on each other.
-    pub const ALL: [Self; 7] = [
-        Self::Project,
-        Self::Environment,
-        Self::Build,
-        Self::Deployment,
-        Self::Gitops,
-        Self::Routing,
-        Self::Ledger,
-    ];
-
-    /// The token of this kind in a subject and in an event type.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Project => "project",
-            Self::Environment => "environment",
-            Self::Build => "build",
-            Self::Deployment => "deployment",
-            Self::Gitops => "gitops",
-            Self::Routing => "routing",
-            Self::Ledger => "ledger",
-        }
-    }
-}
-
-impl FromStr for AggregateKind {
-    type Err = InvalidSubject;
-    fn from_str(s: &str) -> Result<Self, InvalidSubject> {
-        Self::ALL
-            .into_iter()
-            .find(|k| k.as_str() == s)
-            .ok_or_else(|| InvalidSubject(s.to_owned()))
-    }
-}
 
 /// The aggregate that an event belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

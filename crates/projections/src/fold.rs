@@ -13,14 +13,13 @@ use daybook_events::envelope::DecodeError;
 use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::routing::RoutingEvent;
 use daybook_events::{
-    Actor, DeploymentId, EventId, EventView, InstanceRef, Position, Recorded, Subject,
+    Actor, AnyPayload, DeploymentId, EventId, EventView, InstanceRef, Position, Recorded, Subject,
 };
 use serde::{Deserialize, Serialize};
 use sled::IVec;
 
 use crate::audit::VoidView;
 use crate::chunk;
-use crate::decode::{self, Payload};
 use crate::history;
 use crate::keys::{self, BLOCK, CHUNK, MARK, Scope};
 use crate::query::EventRef;
@@ -240,7 +239,7 @@ impl Fold {
             id: event.id,
             time: event.time,
         };
-        let payload = decode::payload(subject, event);
+        let payload = AnyPayload::of(subject.kind(), event);
         let slot = self.slots.find(table, subject)?;
         let before = slot.map(|number| &self.slots.get(number).kept.state);
         let said = say(&mut self.summary, subject, &payload, before);
@@ -263,14 +262,14 @@ impl Fold {
         let mut effects = Effects::default();
         let revision = event.revision;
         let folded = match slot.map(|number| (self.slots.change(number), payload)) {
-            Some((State::Project(f), Payload::Project(p))) => {
+            Some((State::Project(f), AnyPayload::Project(p))) => {
                 Arc::make_mut(f).step(at, revision, p)
             }
-            Some((State::Environment(f), Payload::Environment(p))) => {
+            Some((State::Environment(f), AnyPayload::Environment(p))) => {
                 Arc::make_mut(f).step(at, revision, p)
             }
-            Some((State::Build(f), Payload::Build(p))) => Arc::make_mut(f).step(at, revision, p),
-            Some((State::Deployment(d), Payload::Deployment(p))) => {
+            Some((State::Build(f), AnyPayload::Build(p))) => Arc::make_mut(f).step(at, revision, p),
+            Some((State::Deployment(d), AnyPayload::Deployment(p))) => {
                 let active = |d: &DeploymentSlot| {
                     let state = d.folded.state.as_ref();
                     state.is_some_and(|s| is_active(s.status))
@@ -290,11 +289,11 @@ impl Fold {
                 }
                 result
             }
-            Some((State::Gitops(f), Payload::Gitops(p))) => {
+            Some((State::Gitops(f), AnyPayload::Gitops(p))) => {
                 effects.introduced = introduced(subject, p.as_ref().ok());
                 Arc::make_mut(f).step(at, revision, p)
             }
-            Some((State::Routing(f), Payload::Routing(p))) => {
+            Some((State::Routing(f), AnyPayload::Routing(p))) => {
                 let instance = switched(p.as_ref().ok());
                 let main = |f: &daybook_events::Folded<_>| main_in(f, instance.as_ref());
                 let before = main(f);
@@ -309,7 +308,9 @@ impl Fold {
                 }
                 result
             }
-            Some((State::Ledger(f), Payload::Ledger(p))) => Arc::make_mut(f).step(at, revision, p),
+            Some((State::Ledger(f), AnyPayload::Ledger(p))) => {
+                Arc::make_mut(f).step(at, revision, p)
+            }
             // A slot is made for its subject, and so is a payload.
             Some(_) | None => Err(Void::Unknown(event.short_kind().to_owned())),
         };

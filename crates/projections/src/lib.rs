@@ -8,7 +8,6 @@
 
 pub mod audit;
 mod chunk;
-mod decode;
 mod feed;
 mod fold;
 mod history;

@@ -9,9 +9,8 @@ use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::ledger::LedgerEvent;
 use daybook_events::project::ProjectEvent;
 use daybook_events::routing::{RoutingEvent, SwitchReason};
-use daybook_events::{DeploymentId, EnvironmentName, ServiceName, Subject};
+use daybook_events::{AnyPayload, DeploymentId, EnvironmentName, ServiceName, Subject};
 
-use crate::decode::Payload;
 use crate::slot::State;
 
 /// To whom an event belongs, beyond what its subject says, and why it happened.
@@ -28,30 +27,30 @@ pub(crate) struct Said<'a> {
 pub(crate) fn say<'a>(
     summary: &mut String,
     subject: &Subject,
-    payload: &'a Payload,
+    payload: &'a AnyPayload,
     before: Option<&'a State>,
 ) -> Said<'a> {
     summary.clear();
     let s = summary;
     let mut said = match payload {
-        Payload::Project(Ok(e)) => project(s, e),
-        Payload::Environment(Ok(e)) => environment(s, e),
-        Payload::Build(Ok(e)) => build(s, e, before),
-        Payload::Deployment(Ok(e)) => deployment(s, e, before),
-        Payload::Gitops(Ok(e)) => gitops(s, e),
-        Payload::Routing(Ok(e)) => routing(s, e),
-        Payload::Ledger(Ok(LedgerEvent::Repaired(e))) => plain(
+        AnyPayload::Project(Ok(e)) => project(s, e),
+        AnyPayload::Environment(Ok(e)) => environment(s, e),
+        AnyPayload::Build(Ok(e)) => build(s, e, before),
+        AnyPayload::Deployment(Ok(e)) => deployment(s, e, before),
+        AnyPayload::Gitops(Ok(e)) => gitops(s, e),
+        AnyPayload::Routing(Ok(e)) => routing(s, e),
+        AnyPayload::Ledger(Ok(LedgerEvent::Repaired(e))) => plain(
             s,
             format_args!("The log was restored from its {} signed events.", e.size),
         ),
-        Payload::Project(Err(_))
-        | Payload::Environment(Err(_))
-        | Payload::Build(Err(_))
-        | Payload::Deployment(Err(_))
-        | Payload::Gitops(Err(_))
-        | Payload::Routing(Err(_))
-        | Payload::Ledger(Err(_))
-        | Payload::Other => plain(s, format_args!("An event that this version cannot read.")),
+        AnyPayload::Project(Err(_))
+        | AnyPayload::Environment(Err(_))
+        | AnyPayload::Build(Err(_))
+        | AnyPayload::Deployment(Err(_))
+        | AnyPayload::Gitops(Err(_))
+        | AnyPayload::Routing(Err(_))
+        | AnyPayload::Ledger(Err(_))
+        | AnyPayload::Other => plain(s, format_args!("An event that this version cannot read.")),
     };
     if subject.environment().is_some() {
         said.environment = None;

@@ -10,7 +10,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use daybook_events::{Aggregate, Folded, Subject};
+use daybook_events::{AnyFolded, Subject};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -190,11 +190,7 @@ pub struct StateSum(Sum);
 
 impl StateSum {
     /// Adds the state of an aggregate, which must not have been added before.
-    pub fn add<A: Aggregate>(
-        &mut self,
-        subject: &Subject,
-        folded: &Folded<A>,
-    ) -> Result<(), QueryError> {
+    pub fn add(&mut self, subject: &Subject, folded: &AnyFolded) -> Result<(), QueryError> {
         let element = through_scratch_to(|scratch| {
             append(scratch, folded)?;
             Ok(Element::of(subject, scratch))
