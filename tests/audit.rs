@@ -3,11 +3,28 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::Value;
+use daybook_store::tlog::{Checkpoint, SignerKey};
+use serde_json::{Value, json};
 
 use crate::support::{Done, Server, Settings, daybook, site, until};
 
 const INSTANCE: &str = "shop.production.web";
+
+/// Waits until all that happened is signed.
+fn signed(server: &Server) {
+    until("everything is signed", || {
+        let report = server.read("/api/v1/ledger");
+        (report["head"] == report["signed"]["size"]).then_some(())
+    });
+}
+
+/// Runs `daybook keys` on a server's data, and returns the public keys that it prints.
+fn keys(server: &Server, verb: &str) -> Vec<String> {
+    let data = server.folder().data();
+    let done = Done::of(daybook().args(["keys", verb, "--data", data.to_str().unwrap()]));
+    assert_eq!(done.code, 0, "{done:?}");
+    done.stdout.lines().map(str::to_owned).collect()
+}
 
 /// Runs a command as an auditor with a memory of their own.
 fn auditor(server: &Server, args: &[&str]) -> Done {
@@ -40,18 +57,38 @@ fn an_auditor_gets_from_one_file_to_a_verdict() {
     let site = site("one");
     server.define("shop", "web", &site, &[]);
     let first = server.deploy(INSTANCE, &["--reason", "CHG-1042"]);
-    until("everything is signed", || {
-        let report = server.read("/api/v1/ledger");
-        (report["head"] == report["signed"]["size"]).then_some(())
-    });
+    signed(&server);
     let export = server.folder().path().join("ledger.tar");
     let file = export.to_str().unwrap();
     let done = auditor(&server, &["audit", "export", "--out", file]);
     assert_eq!(done.code, 0, "{done:?}");
     let receipt = server.folder().path().join("receipt.json");
     let receipt = receipt.to_str().unwrap();
-    let done = auditor(&server, &["audit", "receipt", &first, "--out", receipt]);
-    assert_eq!(done.code, 0, "{done:?}");
+    // The end of its id is enough. Where the server says that the events are, there are the same
+    // as a walk over the whole ledger finds.
+    let end = &first[first.len() - 6..];
+    let statement = |more: &[&str], out: &str| -> Value {
+        let args = [
+            &["audit", "receipt", end],
+            more,
+            &["--out", out, "--output", "json"],
+        ]
+        .concat();
+        let done = auditor(&server, &args);
+        assert_eq!(done.code, 0, "{done:?}");
+        done.json_document()
+    };
+    let walked = server.folder().path().join("walked.json");
+    let walked = walked.to_str().unwrap();
+    let (asked, found) = (statement(&[], receipt), statement(&[file], walked));
+    let events = |statement: &Value| statement["events"].as_array().unwrap().clone();
+    let signed_then: Vec<Value> = events(&asked)
+        .into_iter()
+        .filter(|e| e["position"].as_u64() <= found["size"].as_u64())
+        .collect();
+    assert_eq!(signed_then, events(&found));
+    let done = auditor(&server, &["audit", "receipt", "0ff", file, "--out", walked]);
+    assert_eq!(done.code, 2, "{done:?}");
     // Online the same is proven.
     let done = auditor(&server, &["audit", "verify"]);
     assert_eq!(done.code, 0, "{done:?}");
@@ -105,4 +142,112 @@ fn an_auditor_gets_from_one_file_to_a_verdict() {
     fs::write(&forged, text.replacen('7', "8", 1)).unwrap();
     let done = auditor(&["audit", "check-receipt", forged.to_str().unwrap()]);
     assert_ne!(done.code, 0, "{done:?}");
+}
+
+#[test]
+fn keys_change_between_two_audits() {
+    let mut server = Server::start(Settings::default());
+    let verify = |server: &Server, more: &[&str]| {
+        let args = [&["audit", "verify", "--output", "json"], more].concat();
+        let done = auditor(server, &args);
+        (done.code, done.json_document())
+    };
+    let codes = |verdict: &Value| -> Vec<String> {
+        let findings = verdict["findings"].as_array().unwrap().iter();
+        let codes = findings.map(|f| f["code"].as_str().unwrap().to_owned());
+        codes.collect()
+    };
+    server.ok(&["project", "create", "one"]);
+    signed(&server);
+    let [first] = &keys(&server, "show")[..] else {
+        panic!("a ledger begins with one key");
+    };
+    // The first audit believes the key by the operator's word, and keeps it with the checkpoint.
+    let (code, verdict) = verify(&server, &["--key", first]);
+    assert_eq!(code, 0, "{verdict}");
+    let before = verdict["size"].as_u64().unwrap();
+
+    // Both keys sign. Who only knows the old one still believes the ledger, and is told of the
+    // other.
+    server.stop();
+    let both = keys(&server, "rotate");
+    let second = both[1].as_str();
+    assert_eq!((both.len(), &both[0]), (2, first));
+    server.restart();
+    server.ok(&["project", "create", "two"]);
+    signed(&server);
+    let (code, verdict) = verify(&server, &[]);
+    assert_eq!((code, &verdict["trust"]), (0, &json!("kept")), "{verdict}");
+    assert_eq!(
+        verdict["continuity"],
+        json!({"outcome": "continues", "size": before})
+    );
+    assert!(first.starts_with(verdict["signed_by"][0].as_str().unwrap()));
+    assert!(second.starts_with(verdict["strangers"][0].as_str().unwrap()));
+
+    // The old key is retired. Who was not told of the new one believes nothing: it came with the
+    // ledger, and so could a key of anybody else.
+    server.stop();
+    assert_eq!(keys(&server, "retire"), both);
+    server.restart();
+    server.ok(&["project", "create", "three"]);
+    signed(&server);
+    let (code, verdict) = verify(&server, &[]);
+    assert_eq!(code, 8, "{verdict}");
+    assert!(
+        codes(&verdict).contains(&"checkpoint_untrusted".to_owned()),
+        "{verdict}"
+    );
+    // Who is told has an unbroken history, from the checkpoint that the old key signed.
+    let (code, verdict) = verify(&server, &["--key", second]);
+    assert_eq!((code, &verdict["trust"]), (0, &json!("given")), "{verdict}");
+    assert_eq!(verdict["continuity"]["outcome"], "continues", "{verdict}");
+    assert!(
+        verdict["continuity"]["size"].as_u64() > Some(before),
+        "{verdict}"
+    );
+    let (code, verdict) = verify(&server, &[]);
+    assert_eq!((code, &verdict["trust"]), (0, &json!("kept")), "{verdict}");
+
+    // The keys of all times are in every export, and a receipt of the old days stays good.
+    let export = server.folder().path().join("ledger.tar");
+    let export = export.to_str().unwrap();
+    assert_eq!(
+        auditor(&server, &["audit", "export", "--out", export]).code,
+        0
+    );
+    let bytes = fs::read(export).unwrap();
+    for key in &both {
+        assert!(bytes.windows(key.len()).any(|w| w == key.as_bytes()));
+    }
+
+    // Another key of the same name: neither the one that the auditor has, nor the one that signed.
+    let origin = first.split('+').next().unwrap();
+    let foreign = server.folder().path().join("foreign");
+    let foreign = foreign.to_str().unwrap();
+    let made =
+        Done::of(daybook().args(["keys", "generate", "--origin", origin, "--keys", foreign]));
+    let (code, verdict) = verify(&server, &["--key", made.stdout.trim()]);
+    assert_eq!(code, 8, "{verdict}");
+    assert!(
+        codes(&verdict).contains(&"checkpoint_untrusted".to_owned()),
+        "{verdict}"
+    );
+    // The same ledger with a checkpoint that this key signed, and with its public key, is refused
+    // by what the auditor kept.
+    let forged = server.folder().path().join("forged");
+    fs::create_dir(&forged).unwrap();
+    tar::Archive::new(&bytes[..]).unpack(&forged).unwrap();
+    let private = fs::read_to_string(Path::new(foreign).join("notary.key")).unwrap();
+    let signer: SignerKey = private.trim().parse().unwrap();
+    let note = fs::read(forged.join("checkpoint")).unwrap();
+    let (checkpoint, _) = Checkpoint::parse_unverified(&note).unwrap();
+    fs::write(forged.join("keys"), &made.stdout).unwrap();
+    fs::write(forged.join("checkpoint"), checkpoint.sign(&[signer])).unwrap();
+    let (code, verdict) = verify(&server, &[forged.to_str().unwrap()]);
+    assert_eq!(code, 8, "{verdict}");
+    assert!(
+        codes(&verdict).contains(&"checkpoint_untrusted".to_owned()),
+        "{verdict}"
+    );
 }

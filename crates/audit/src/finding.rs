@@ -83,7 +83,7 @@ kinds! {
         "ask for the export again, or for the checkpoint that was published";
     /// No key that is trusted signed the checkpoint.
     CheckpointUntrusted = "checkpoint_untrusted", Problem,
-        "get the log's verifier key from its operator by another way than this file, and name it with --key";
+        "get the log's verifier key from its operator by another way than this file, and name it with --key; keys are changed from time to time";
     /// A signature of a trusted key does not hold.
     CheckpointForged = "checkpoint_forged", Problem,
         "the checkpoint was changed after it was signed: keep the file as evidence, and ask where it came from";

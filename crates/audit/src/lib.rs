@@ -8,6 +8,7 @@
 //! Nothing in here knows HTTP or git: those come through ports.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod about;
 mod archive;
 mod archive_tiles;
 mod consistency;

@@ -12,13 +12,12 @@
 //! Every byte of it is covered: by a signature, by a proof, or by being the only way to write what
 //! was proven.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 
 use bytes::Bytes;
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::DeploymentEvent;
-use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::tree::TreeHead;
 use daybook_events::{DeploymentId, Event, EventId, Position};
 use daybook_store::tlog::{
@@ -28,6 +27,8 @@ use daybook_store::tlog::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::about::{Events, events_of};
+pub use crate::about::{Look, named};
 use crate::archive::{Reader, Stop, Writer};
 use crate::source::{CHECKPOINT, KEYS};
 use crate::verify::{Trust, in_one};
@@ -36,7 +37,7 @@ use crate::verify::{Trust, in_one};
 pub const FORMAT: &str = "daybook.dev/receipt/v1";
 const SUBJECT: &str = "RECEIPT";
 /// No deployment has more events in a receipt.
-const MAX_EVENTS: usize = 10_000;
+pub(crate) const MAX_EVENTS: usize = 10_000;
 /// No file of a receipt is larger.
 const MAX_FILE: u64 = 16 << 20;
 
@@ -94,10 +95,18 @@ pub enum ReceiptError {
     /// The ledger has no such deployment, as far as it was signed.
     #[error("the signed ledger of {size} entries has no deployment {deployment}")]
     NotFound {
-        /// The deployment.
-        deployment: DeploymentId,
+        /// The deployment, or what was given of its id.
+        deployment: String,
         /// How far the ledger was signed.
         size: u64,
+    },
+    /// What was given of an id is the beginning or the end of several.
+    #[error("several deployments have an id like {part}: {}", list(found))]
+    Ambiguous {
+        /// What was given.
+        part: String,
+        /// Two of them, at least.
+        found: Vec<DeploymentId>,
     },
     /// Nothing was signed yet.
     #[error("the ledger has no checkpoint: nothing was signed yet")]
@@ -121,116 +130,9 @@ pub enum ReceiptError {
     Io(#[from] io::Error),
 }
 
-/// The events that a receipt has.
-type Events = BTreeMap<Position, Bytes>;
-
-/// Which events are about a deployment: its own, those of its build that say what was built and
-/// pushed, the commits about it, and the switches of traffic to it.
-#[derive(Debug, Default)]
-struct About {
-    deployment: Option<DeploymentId>,
-    builds: BTreeSet<String>,
-}
-
-impl About {
-    fn of(deployment: DeploymentId) -> Self {
-        Self {
-            deployment: Some(deployment),
-            builds: BTreeSet::new(),
-        }
-    }
-
-    fn has(&mut self, event: &Event) -> bool {
-        let Some(deployment) = self.deployment else {
-            return false;
-        };
-        let mut tokens = event.subject.split('/').skip(2);
-        let (aggregate, id) = (tokens.next(), tokens.next());
-        match aggregate {
-            Some("deployment") if id == Some(deployment.to_string().as_str()) => {
-                if let Ok(DeploymentEvent::SourceResolved(e)) = event.payload() {
-                    self.builds.insert(e.build.to_string());
-                }
-                true
-            }
-            Some("build") => id.is_some_and(|id| self.builds.contains(id)),
-            Some("gitops") => match event.payload() {
-                Ok(GitopsEvent::Committed(e)) => match e.change {
-                    Change::Deploy { deployment: d, .. }
-                    | Change::Scale { deployment: d, .. }
-                    | Change::Remove { deployment: d, .. } => d == deployment,
-                    _ => false,
-                },
-                _ => false,
-            },
-            Some("routing") => event.data.get().contains(&deployment.to_string()),
-            // Of a newer version, and about the same run: an approval, perhaps.
-            _ => event.correlationid == deployment.0,
-        }
-    }
-}
-
-/// Finds the events about a deployment in a ledger that is read from its first entry.
-///
-/// A build may be older than the deployment that shares it; its events are found in a second walk.
-async fn events_of(
-    tree: &TreeReader<'_>,
-    deployment: DeploymentId,
-    progress: &mut (dyn FnMut(u64, u64) + Send),
-) -> Result<Events, ReceiptError> {
-    let size = tree.size();
-    let mut about = About::of(deployment);
-    let mut found = Events::new();
-    let needle = deployment.to_string();
-    for again in [false, true] {
-        let builds: Vec<String> = about.builds.iter().cloned().collect();
-        for bundle in 0..size.div_ceil(256) {
-            for (at, entry) in (bundle * 256 + 1..).zip(tree.entries(bundle).await?) {
-                let position = Position(at);
-                if found.len() == MAX_EVENTS || found.contains_key(&position) {
-                    continue;
-                }
-                let wanted = |text: &str| contains(&entry, text);
-                let candidate = wanted(&needle)
-                    || if again {
-                        builds.iter().any(|b| wanted(b))
-                    } else {
-                        about.builds.iter().any(|b| wanted(b))
-                    };
-                if !candidate {
-                    continue;
-                }
-                if let Ok(event) = Event::from_bytes(&entry)
-                    && about.has(&event)
-                {
-                    found.insert(position, entry);
-                }
-            }
-            if !again {
-                progress((bundle * 256 + 256).min(size), size);
-            }
-        }
-        if about.builds.is_empty() {
-            break;
-        }
-    }
-    if found.is_empty() {
-        return Err(ReceiptError::NotFound { deployment, size });
-    }
-    Ok(found)
-}
-
-fn contains(bytes: &[u8], text: &str) -> bool {
-    // Fast enough: ids begin with hexadecimal digits that most places do not have.
-    let needle = text.as_bytes();
-    let Some((first, _)) = needle.split_first() else {
-        return true;
-    };
-    bytes
-        .iter()
-        .enumerate()
-        .filter(|(_, b)| *b == first)
-        .any(|(at, _)| bytes[at..].starts_with(needle))
+fn list(ids: &[DeploymentId]) -> String {
+    let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
+    ids.join(", ")
 }
 
 /// Makes the receipt of a deployment, as its ledger was signed last. Events that cannot be read
@@ -238,6 +140,7 @@ fn contains(bytes: &[u8], text: &str) -> bool {
 pub async fn receipt(
     tiles: &dyn ReadTiles,
     deployment: DeploymentId,
+    look: &Look,
     progress: &mut (dyn FnMut(u64, u64) + Send),
 ) -> Result<(Statement, Vec<u8>), ReceiptError> {
     let note = tiles.get(CHECKPOINT).await?;
@@ -245,7 +148,7 @@ pub async fn receipt(
     let keys = tiles.get(KEYS).await?.unwrap_or_default();
     let (checkpoint, _) = Checkpoint::parse_unverified(&note)?;
     let tree = TreeReader::new(tiles, checkpoint.head.size);
-    let events = events_of(&tree, deployment, progress).await?;
+    let events = events_of(&tree, deployment, look, progress).await?;
     let statement = state(
         &Signed {
             origin: &checkpoint.origin,

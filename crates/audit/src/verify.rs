@@ -176,6 +176,9 @@ pub struct Verified {
     pub root: Option<Hash>,
     /// Who signed: names and ids of keys whose signatures hold.
     pub signed_by: Vec<String>,
+    /// Who else claims to have signed in the name of the log, with keys that the auditor does not
+    /// know: the next key, perhaps, while keys are being changed.
+    pub strangers: Vec<String>,
     /// Whose word was taken for the keys.
     pub trust: Trust,
     /// Whether a trusted key signed this very checkpoint.
@@ -326,6 +329,13 @@ impl Verified {
             ),
             Continuity::Continues { .. } | Continuity::Contradicts { .. } => {}
         }
+        if !self.strangers.is_empty() {
+            all.push(format!(
+                "{} signed it as well, with a key that you do not know: ask the operator by another way whether it is the \
+                 ledger's next key, and if so name it with --key, beside the old one.",
+                self.strangers.join(" and ")
+            ));
+        }
         all.push("The times are what the writers' clocks said; no proof covers a clock.".into());
         all.push(if self.repositories.is_empty() {
             "That what is recorded did happen is not shown: no GitOps repository was compared with the events.".into()
@@ -356,6 +366,7 @@ struct Signed {
     checkpoint: Checkpoint,
     holds: bool,
     signed_by: Vec<String>,
+    strangers: Vec<String>,
     trust: Trust,
     keys: Vec<VerifierKey>,
 }
@@ -403,6 +414,7 @@ pub fn observe(
         size: signed.as_ref().map_or(0, |s| s.checkpoint.head.size),
         root: signed.as_ref().map(|s| s.checkpoint.head.root),
         signed_by: signed.iter().flat_map(|s| s.signed_by.clone()).collect(),
+        strangers: signed.iter().flat_map(|s| s.strangers.clone()).collect(),
         trust: signed.as_ref().map_or(Trust::FirstUse, |s| s.trust),
         signature_holds: signed.as_ref().is_some_and(|s| s.holds),
         tree_holds: false,
@@ -426,13 +438,16 @@ pub fn observe(
         return Ok(verified);
     };
     let head = signed.checkpoint.head;
-    let kept = kept
-        .as_ref()
-        .and_then(|kept| older(&kept.checkpoint, &signed, "kept", &mut findings));
+    let origin = &signed.checkpoint.origin;
+    // What was kept was believed by the keys of that time.
+    let kept = kept.as_ref().and_then(|kept| {
+        let keys = [&kept.keys[..], &signed.keys].concat();
+        older(&kept.checkpoint, origin, &keys, "kept", &mut findings)
+    });
     let earlier = options
         .earlier
         .as_ref()
-        .and_then(|note| older(note, &signed, "named", &mut findings));
+        .and_then(|note| older(note, origin, &signed.keys, "named", &mut findings));
     let older_heads: Vec<TreeHead> = [kept, earlier].into_iter().flatten().collect();
     let older_sizes: Vec<u64> = older_heads.iter().map(|h| h.size).collect();
 
@@ -490,7 +505,6 @@ pub fn observe(
             return Err(VerifyError::Stopped);
         }
         note_stop(stop.map_or(Ok(()), Err), &mut broken).map_err(failed)?;
-        let origin = &signed.checkpoint.origin;
         if broken.is_none() {
             let end = source.end(origin, &head, listed.into_iter(), &mut walk.findings);
             match end {
@@ -601,7 +615,13 @@ fn judge_checkpoint(
             false
         }
     };
+    let strangers = parsed
+        .signatures
+        .iter()
+        .filter(|s| s.name == checkpoint.origin && keys.iter().all(|k| k.id() != s.id))
+        .map(|s| format!("{}+{}", s.name, s.id));
     Some(Signed {
+        strangers: strangers.collect(),
         checkpoint,
         holds,
         signed_by,
@@ -628,10 +648,15 @@ fn came_with(source: &Source, findings: &mut Findings) -> Vec<VerifierKey> {
 }
 
 /// The head of an older checkpoint of the same log.
-fn older(note: &Bytes, signed: &Signed, which: &str, findings: &mut Findings) -> Option<TreeHead> {
-    let origin = &signed.checkpoint.origin;
+fn older(
+    note: &Bytes,
+    origin: &str,
+    keys: &[VerifierKey],
+    which: &str,
+    findings: &mut Findings,
+) -> Option<TreeHead> {
     let place = || Place::file(format!("the {which} checkpoint"));
-    match Checkpoint::open(note, origin, &signed.keys) {
+    match Checkpoint::open(note, origin, keys) {
         Ok(old) => Some(old.head),
         Err(e @ CheckpointError::Origin { .. }) => {
             findings.push(Kind::OriginDiffers, place(), e.to_string());

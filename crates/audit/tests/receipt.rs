@@ -4,10 +4,12 @@
 
 mod support;
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
-use daybook_audit::receipt::{ReceiptError, check_receipt, receipt};
+use daybook_audit::receipt::{Look, ReceiptError, check_receipt, named, receipt};
 use daybook_audit::{Consistency, Trust, consistency};
-use daybook_events::{DeploymentId, Event};
+use daybook_events::{DeploymentId, Event, Position};
 use futures_util::FutureExt;
 use support::{Files, Ledger, ORIGIN, history, key};
 
@@ -20,9 +22,77 @@ fn deployment(ledger: &Ledger) -> DeploymentId {
 }
 
 fn made(ledger: &Ledger, id: DeploymentId) -> Result<Vec<u8>, ReceiptError> {
+    made_at(ledger, id, &Look::Everywhere)
+}
+
+fn made_at(ledger: &Ledger, id: DeploymentId, look: &Look) -> Result<Vec<u8>, ReceiptError> {
     let files = Files(ledger.path().to_owned());
-    let made = receipt(&files, id, &mut |_, _| {}).now_or_never().unwrap();
-    made.map(|(_, bytes)| bytes)
+    let made = receipt(&files, id, look, &mut |_, _| {}).now_or_never();
+    made.unwrap().map(|(_, bytes)| bytes)
+}
+
+/// All deployments of a ledger.
+fn deployments(ledger: &Ledger) -> Vec<DeploymentId> {
+    let events = ledger.entries.iter().map(|e| Event::from_bytes(e).unwrap());
+    let requests = events.filter(|e| e.kind.ends_with("deployment.requested.v1"));
+    requests
+        .map(|e| e.subject.split('/').nth(3).unwrap().parse().unwrap())
+        .collect()
+}
+
+#[test]
+fn where_somebody_says_the_events_are_the_same_ones_are_found() {
+    let ledger = Ledger::new(700);
+    let all = (1..=700).map(Position).collect();
+    for id in deployments(&ledger) {
+        let everywhere = made(&ledger, id).unwrap();
+        let said = made_at(&ledger, id, &Look::At(BTreeSet::clone(&all))).unwrap();
+        assert_eq!(everywhere, said, "{id}");
+    }
+    // What is not signed yet is not there, and what is about others is passed over.
+    let id = deployment(&ledger);
+    let beyond = Look::At([701, 9_000].map(Position).into());
+    let missing = made_at(&ledger, id, &beyond).unwrap_err();
+    assert!(matches!(missing, ReceiptError::NotFound { .. }));
+    let of_other = deployments(&ledger).into_iter().find(|d| *d != id).unwrap();
+    let foreign = ledger.entries.iter().zip(1..).filter(|(e, _)| {
+        let event = Event::from_bytes(e).unwrap();
+        event.subject.ends_with(&of_other.to_string())
+    });
+    let foreign = Look::At(foreign.map(|(_, at)| Position(at)).collect());
+    let missing = made_at(&ledger, id, &foreign).unwrap_err();
+    assert!(matches!(missing, ReceiptError::NotFound { .. }));
+}
+
+#[test]
+fn a_deployment_is_named_by_the_beginning_or_the_end_of_its_id() {
+    let ledger = Ledger::new(700);
+    let files = Files(ledger.path().to_owned());
+    let find = |part: &str| named(&files, part, &mut |_, _| {}).now_or_never().unwrap();
+    let ids: Vec<String> = deployments(&ledger).iter().map(|d| d.to_string()).collect();
+    for id in &ids {
+        assert_eq!(find(id).unwrap().to_string(), *id);
+        let end = &id[id.len() - 12..];
+        let alike = ids.iter().filter(|other| other.ends_with(end)).count();
+        match find(&end.to_uppercase()) {
+            Ok(found) => assert_eq!((found.to_string(), alike), (id.clone(), 1)),
+            Err(ReceiptError::Ambiguous { .. }) => assert!(alike > 1),
+            Err(other) => panic!("{other}"),
+        }
+    }
+    let begin = &ids[0][..1];
+    let alike = ids
+        .iter()
+        .filter(|id| id.starts_with(begin) || id.ends_with(begin));
+    let found = find(begin);
+    assert_eq!(found.is_ok(), alike.count() == 1, "{found:?}");
+    let several = find("").unwrap_err();
+    assert!(
+        matches!(several, ReceiptError::Ambiguous { .. }),
+        "{several}"
+    );
+    let none = find("zzzz").unwrap_err();
+    assert!(matches!(none, ReceiptError::NotFound { .. }), "{none}");
 }
 
 #[test]

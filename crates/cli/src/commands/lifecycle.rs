@@ -81,21 +81,27 @@ pub struct RedeployArgs {
     detach: bool,
 }
 
-/// The full id of a deployment that was named by its id or by the end of it.
+/// Refuses what is not the id of a deployment, nor at least four digits of one.
+pub fn check_part_of_id(name: &str) -> Result<(), Failure> {
+    let digits = name.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+    if digits && name.len() >= 4 {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::Usage,
+        "invalid_deployment_id",
+        format!("{name:?} is not the id of a deployment"),
+    )
+    .hint("use the id that `daybook status` or `daybook history` shows, or at least the last four digits of it"))
+}
+
+/// The full id of a deployment that was named by its id, or by the beginning or the end of it.
 pub async fn find(client: &Client, name: &str) -> Result<String, Failure> {
     let name = name.to_ascii_lowercase();
     if name.parse::<daybook_events::DeploymentId>().is_ok() {
         return Ok(name);
     }
-    let digits = name.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
-    if !digits || name.len() < 4 {
-        return Err(Failure::new(
-            Code::Usage,
-            "invalid_deployment_id",
-            format!("{name:?} is not the id of a deployment"),
-        )
-        .hint("use the id that `daybook status` or `daybook history` shows, or at least the last four digits of it"));
-    }
+    check_part_of_id(&name)?;
     let mut found = Vec::new();
     let mut cursor: Option<String> = None;
     loop {

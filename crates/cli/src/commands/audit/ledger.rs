@@ -99,6 +99,11 @@ pub fn unreadable(path: &Path, error: &io::Error) -> Failure {
 }
 
 impl LedgerArgs {
+    /// The server, if it is one.
+    pub fn server(&self) -> Option<&ServerArgs> {
+        self.file.is_none().then_some(&self.server)
+    }
+
     /// Its tree, for those who read single tiles. An export is read by its index.
     pub fn tiles(&self) -> Result<Box<dyn ReadTiles>, Failure> {
         Ok(match &self.file {

@@ -1,24 +1,27 @@
 //! `daybook audit receipt` and `daybook audit check-receipt`
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use daybook_audit::Trust;
-use daybook_audit::receipt::{ReceiptError, Statement, check_receipt, receipt};
-use daybook_events::DeploymentId;
-use serde_json::json;
+use daybook_audit::receipt::{Look, ReceiptError, Statement, check_receipt, named, receipt};
+use daybook_events::{DeploymentId, Position};
+use serde::Deserialize;
+use serde_json::{Value, json};
 
 use super::ledger::{LedgerArgs, TrustArgs, failed, progress_bar, unreadable};
-use crate::commands::Outcome;
+use crate::client::Client;
+use crate::commands::{Outcome, lifecycle};
 use crate::exit::{Code, Failure};
 use crate::output::{self, Row, Table};
 
 /// Write one file that proves what the signed ledger says of a deployment.
 #[derive(Debug, Args)]
 pub struct ReceiptArgs {
-    /// The deployment, by its whole id.
-    deployment: DeploymentId,
+    /// The deployment: its id, or at least the first or last four digits of it.
+    deployment: String,
     /// The file; one that is there is replaced when the new one is complete.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -38,23 +41,26 @@ pub struct CheckReceiptArgs {
 pub async fn make(args: ReceiptArgs) -> Outcome {
     let tiles = args.ledger.tiles()?;
     let bar = progress_bar(0, "events");
-    let made = receipt(tiles.as_ref(), args.deployment, &mut |done, size| {
+    let mut progress = |done, size| {
         bar.set_length(size);
         bar.set_position(done);
-    })
-    .await;
-    bar.finish_and_clear();
-    let (statement, bytes) = made.map_err(|e| {
-        let (code, kind) = match &e {
-            ReceiptError::NotFound { .. } => (Code::NotFound, "deployment_not_found"),
-            ReceiptError::NothingSigned => (Code::Refused, "nothing_signed"),
-            _ => (Code::Usage, "ledger_unreadable"),
-        };
-        Failure {
-            code,
-            ..failed(kind, &e)
+    };
+    let (deployment, look) = match args.ledger.server() {
+        Some(server) => {
+            let client = Client::new(server)?;
+            let id = lifecycle::find(&client, &args.deployment).await?;
+            let positions = positions_about(&client, &id).await?;
+            (parsed(&id)?, Look::At(positions))
         }
-    })?;
+        None => {
+            lifecycle::check_part_of_id(&args.deployment)?;
+            let id = named(tiles.as_ref(), &args.deployment, &mut progress).await;
+            (id.map_err(|e| not_made(&e))?, Look::Everywhere)
+        }
+    };
+    let made = receipt(tiles.as_ref(), deployment, &look, &mut progress).await;
+    bar.finish_and_clear();
+    let (statement, bytes) = made.map_err(|e| not_made(&e))?;
     replace(&args.out, &bytes).map_err(|e| {
         let message = format!("{} cannot be written: {e}", args.out.display());
         Failure::new(Code::Failure, "not_written", message)
@@ -69,6 +75,112 @@ pub async fn make(args: ReceiptArgs) -> Outcome {
         ));
     }
     Ok(Code::Success)
+}
+
+fn not_made(error: &ReceiptError) -> Failure {
+    let (code, kind) = match error {
+        ReceiptError::NotFound { .. } => (Code::NotFound, "deployment_not_found"),
+        ReceiptError::Ambiguous { .. } => (Code::Usage, "ambiguous_deployment_id"),
+        ReceiptError::NothingSigned => (Code::Refused, "nothing_signed"),
+        _ => (Code::Usage, "ledger_unreadable"),
+    };
+    let failure = Failure {
+        code,
+        ..failed(kind, error)
+    };
+    match error {
+        ReceiptError::Ambiguous { .. } => failure.hint("give more of its digits"),
+        ReceiptError::NotFound { .. } => failure.hint(
+            "what happened a moment ago is signed within a second; `daybook history` lists all deployments",
+        ),
+        _ => failure,
+    }
+}
+
+fn parsed(id: &str) -> Result<DeploymentId, Failure> {
+    id.parse().map_err(|_| {
+        let message = format!("{id:?} is not the id of a deployment");
+        Failure::new(Code::Usage, "invalid_deployment_id", message)
+    })
+}
+
+/// Where events about a deployment can be, as the server's projections know it. Whether they are
+/// about it is seen in the events themselves.
+async fn positions_about(client: &Client, id: &str) -> Result<BTreeSet<Position>, Failure> {
+    let detail: Value = client
+        .get(&format!("/api/v1/deployments/{id}"), &[])
+        .await?;
+    let text = |name: &str| detail[name].as_str().unwrap_or_default();
+    let (project, service) = (text("project"), text("service"));
+    let mut positions = BTreeSet::new();
+    let mut begun = false;
+    let build = text("build_id");
+    for filter in [
+        &[("deployment", id)][..],
+        &[("correlation", id)],
+        // Traffic that went to others instead.
+        &[
+            ("kind", "routing"),
+            ("project", project),
+            ("service", service),
+            ("from", text("created_at")),
+        ],
+    ] {
+        for row in audit_rows(client, filter).await? {
+            begun |= row.begins(build);
+            positions.insert(row.position);
+        }
+    }
+    // Another deployment began the build, and this one shares it.
+    if !build.is_empty() && !begun {
+        let filter = [
+            ("kind", "build"),
+            ("project", project),
+            ("service", service),
+        ];
+        let rows = audit_rows(client, &filter).await?.into_iter();
+        let of_build = rows.filter(|row| row.subject.ends_with(build));
+        positions.extend(of_build.map(|row| row.position));
+    }
+    Ok(positions)
+}
+
+/// What is looked at of a row of the audit.
+#[derive(Debug, Deserialize)]
+struct AuditRow {
+    position: Position,
+    subject: String,
+    revision: u32,
+}
+
+impl AuditRow {
+    fn begins(&self, build: &str) -> bool {
+        self.revision == 1 && !build.is_empty() && self.subject.ends_with(build)
+    }
+}
+
+/// All rows of the audit that pass a filter.
+async fn audit_rows(client: &Client, filter: &[(&str, &str)]) -> Result<Vec<AuditRow>, Failure> {
+    #[derive(Deserialize)]
+    struct Page {
+        audit: Vec<AuditRow>,
+        next: Option<String>,
+    }
+    let mut rows = Vec::new();
+    let mut cursor = None;
+    loop {
+        let mut query: Vec<_> = filter
+            .iter()
+            .map(|(name, value)| (*name, Some((*value).to_owned())))
+            .collect();
+        query.extend([("limit", Some("500".to_owned())), ("cursor", cursor)]);
+        let page: Page = client.get("/api/v1/audit", &query).await?;
+        rows.extend(page.audit);
+        cursor = page.next;
+        if cursor.is_none() {
+            return Ok(rows);
+        }
+    }
 }
 
 pub async fn check(args: CheckReceiptArgs) -> Outcome {
