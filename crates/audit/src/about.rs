@@ -5,7 +5,6 @@ use std::io;
 
 use aho_corasick::AhoCorasick;
 use bytes::Bytes;
-use daybook_events::build::BuildEvent;
 use daybook_events::deployment::DeploymentEvent;
 use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::{DeploymentId, Event, Position};
@@ -17,7 +16,7 @@ use crate::source::CHECKPOINT;
 /// Where the events about a deployment are looked for.
 #[derive(Debug, Clone, Default)]
 pub enum Look {
-    /// In the whole ledger, as far as any can be there.
+    /// In the whole ledger.
     #[default]
     Everywhere,
     /// At these positions only, because somebody says that the events are there. Those that are
@@ -36,8 +35,6 @@ struct About {
     id: String,
     /// Its builds, and whether the first event of each was seen.
     builds: BTreeMap<String, bool>,
-    /// Whether nothing about it can follow.
-    over: bool,
 }
 
 impl About {
@@ -46,7 +43,6 @@ impl About {
             deployment,
             id: deployment.to_string(),
             builds: BTreeMap::new(),
-            over: false,
         }
     }
 
@@ -55,12 +51,8 @@ impl About {
         let (aggregate, id) = (tokens.next(), tokens.next());
         match aggregate {
             Some("deployment") if id == Some(self.id.as_str()) => {
-                match event.payload() {
-                    Ok(DeploymentEvent::SourceResolved(e)) => {
-                        self.builds.entry(e.build.to_string()).or_default();
-                    }
-                    Ok(DeploymentEvent::Deleted(_)) => self.over = true,
-                    _ => {}
+                if let Ok(DeploymentEvent::SourceResolved(e)) = event.payload() {
+                    self.builds.entry(e.build.to_string()).or_default();
                 }
                 true
             }
@@ -68,7 +60,7 @@ impl About {
                 let Some(begun) = id.and_then(|id| self.builds.get_mut(id)) else {
                     return false;
                 };
-                *begun |= matches!(event.payload(), Ok(BuildEvent::Requested(_)));
+                *begun |= event.revision == 1;
                 true
             }
             Some("gitops") => match event.payload() {
@@ -160,8 +152,8 @@ async fn at(
     Ok(found)
 }
 
-/// Walks from the first entry to where nothing more can be about the deployment, and then back for
-/// builds that are older than it.
+/// Walks from the first entry to the last, as traffic can switch away from a deployment late, and
+/// then back as far as there are builds that are older than what says whose they are.
 async fn everywhere(
     tree: &TreeReader<'_>,
     about: &mut About,
@@ -186,9 +178,6 @@ async fn everywhere(
             }
         }
         progress(((number + 1) * TILE_WIDTH).min(size), size);
-        if about.over {
-            break;
-        }
     }
     let Some(last) = found.keys().next_back().map(|p| (p.0 - 1) / TILE_WIDTH) else {
         return Ok(found);

@@ -7,7 +7,6 @@
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 
-use bytes::Bytes;
 use daybook_events::envelope::{DecodeError, TYPE_PREFIX};
 use daybook_events::{AnyPayload, Event, EventId, Position};
 use daybook_store::tlog::is_gap;
@@ -22,7 +21,8 @@ use crate::schema::Schemas;
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) position: Position,
-    pub(crate) bytes: Bytes,
+    /// Where it is in its bundle.
+    pub(crate) place: Range<usize>,
     /// The event's id, where one can be read.
     pub(crate) id: Option<EventId>,
     pub(crate) content: Content,
@@ -108,13 +108,14 @@ pub(crate) struct Checks {
 }
 
 impl Checks {
-    /// Reads an entry and checks it by itself.
-    pub(crate) fn read(&self, position: Position, bytes: Bytes) -> Entry {
+    /// Reads an entry of a bundle and checks it by itself.
+    pub(crate) fn read(&self, position: Position, bundle: &[u8], place: Range<usize>) -> Entry {
         let mut broken = Vec::new();
-        let (id, content) = self.content(position, &bytes, &mut broken);
+        let bytes = bundle.get(place.clone()).unwrap_or_default();
+        let (id, content) = self.content(position, bytes, &mut broken);
         Entry {
             position,
-            bytes,
+            place,
             id,
             content,
             broken,
@@ -124,7 +125,7 @@ impl Checks {
     fn content(
         &self,
         position: Position,
-        bytes: &Bytes,
+        bytes: &[u8],
         broken: &mut Vec<(Kind, String)>,
     ) -> (Option<EventId>, Content) {
         if is_gap(position, bytes) {
@@ -206,8 +207,11 @@ impl Checks {
         let mut tokens = subject.splitn(4, '/');
         let project = tokens.next().unwrap_or_default();
         let aggregate = tokens.nth(1).unwrap_or_default();
-        let data: &RawValue = serde_json::from_str(envelope.data)?;
-        let payload = AnyPayload::decode(aggregate.parse().ok(), kind, data);
+        let payload = AnyPayload::decode(aggregate.parse().ok(), kind, envelope.data);
+        // What could be read is JSON. What could not may be none at all.
+        if payload.error().is_some() || matches!(payload, AnyPayload::Other) {
+            serde_json::from_str::<&RawValue>(envelope.data)?;
+        }
         let mut rule = |holds: bool, what: &dyn Fn() -> String| {
             if !holds {
                 broken.push((Kind::EnvelopeInvalid, what()));
@@ -353,12 +357,29 @@ fn literal(rest: &mut &str, literal: &str) -> Option<()> {
 
 /// A string without escapes, up to its closing quote, which is taken too.
 fn string<'a>(rest: &mut &'a str) -> Option<&'a str> {
-    let end = rest
-        .bytes()
-        .position(|b| b == b'"' || b == b'\\' || b < 0x20)?;
-    let (text, after) = rest.split_at(end);
+    let (text, after) = rest.split_at(plain(rest.as_bytes()));
     *rest = after.strip_prefix('"')?;
     Some(text)
+}
+
+/// How many bytes there are before the first quote, backslash or control character.
+fn plain(bytes: &[u8]) -> usize {
+    const ONES: u64 = u64::from_ne_bytes([0x01; 8]);
+    const HIGH: u64 = u64::from_ne_bytes([0x80; 8]);
+    // The lowest bit that is set marks a byte that is less. Higher ones may mark others, too.
+    let less = |word: u64, than: u8| word.wrapping_sub(ONES * u64::from(than)) & !word & HIGH;
+    let is = |word: u64, byte: u8| less(word ^ (ONES * u64::from(byte)), 1);
+    let (words, rest) = bytes.as_chunks::<8>();
+    for (number, word) in words.iter().enumerate() {
+        let word = u64::from_le_bytes(*word);
+        let ends = less(word, 0x20) | is(word, b'"') | is(word, b'\\');
+        if ends != 0 {
+            return 8 * number + ends.trailing_zeros() as usize / 8;
+        }
+    }
+    let ends = |b: &u8| matches!(b, b'"' | b'\\' | 0..0x20);
+    let of_rest = rest.iter().position(ends).unwrap_or(rest.len());
+    8 * words.len() + of_rest
 }
 
 /// A UUID in its usual form.
@@ -462,7 +483,7 @@ mod tests {
         let checks = checks();
         for (kind, text) in golden() {
             for text in [compact(&text), text] {
-                let entry = checks.read(Position(1), text.clone().into());
+                let entry = checks.read(Position(1), text.as_bytes(), 0..text.len());
                 assert_eq!(entry.broken, [], "{kind}: {text}");
                 let event = Event::from_bytes(text.as_bytes()).unwrap();
                 assert_eq!(entry.id, Some(event.id));
@@ -517,7 +538,7 @@ mod tests {
         ] {
             let bad = good.replacen(from, to, 1);
             assert_ne!(bad, good, "{from}");
-            let entry = checks.read(Position(1), bad.clone().into());
+            let entry = checks.read(Position(1), bad.as_bytes(), 0..bad.len());
             if kind == Kind::SchemaViolated {
                 // Attributes that others add are allowed, as CloudEvents allows them.
                 assert_eq!(entry.broken, [], "{bad}");
@@ -534,7 +555,11 @@ mod tests {
     #[test]
     fn gaps_and_digests_are_entries_of_their_position_only() {
         let checks = checks();
-        let read = |at, text: String| checks.read(Position(at), text.into()).broken;
+        let read = |at, text: String| {
+            checks
+                .read(Position(at), text.as_bytes(), 0..text.len())
+                .broken
+        };
         let gap = |at| format!("daybook.dev/gap/v1\n{at}\n");
         assert_eq!(read(7, gap(7))[0].0, Kind::GapRecorded);
         assert_eq!(read(8, gap(7))[0].0, Kind::EnvelopeInvalid);
@@ -546,6 +571,20 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_end_of_a_string_is_where_its_first_special_byte_is(bytes: Vec<u8>, special: [u8; 3]) {
+            for byte in [0, 0x1f, b'"', b'\\', 0x20, 0x7f, 0x80, special[0]] {
+                for at in 0..=bytes.len() {
+                    let mut text = bytes.clone();
+                    text.retain(|b| !matches!(b, b'"' | b'\\' | 0..0x20));
+                    text.insert(at.min(text.len()), byte);
+                    text.extend(special);
+                    let first = text.iter().position(|b| matches!(b, b'"' | b'\\' | 0..0x20));
+                    prop_assert_eq!(plain(&text), first.unwrap_or(text.len()));
+                }
+            }
+        }
+
         #[test]
         fn times_are_read_as_the_library_reads_them(
             seconds in -1_000_000_000_i64..5_000_000_000, nanos in 0_i32..1_000_000_000,
@@ -566,7 +605,7 @@ mod tests {
             let at = at.index(bytes.len());
             bytes[at] = byte;
             let checks = without_schemas();
-            let entry = checks.read(Position(1), bytes.clone().into());
+            let entry = checks.read(Position(1), &bytes, 0..bytes.len());
             let parsed = Event::from_bytes(&bytes);
             match (&entry.content, parsed) {
                 (Content::Event(read), Ok(event)) => {
@@ -586,7 +625,7 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(bytes: Vec<u8>, position: u64) {
             let checks = without_schemas();
-            let _ = checks.read(Position(position), bytes.into());
+            let _ = checks.read(Position(position), &bytes, 0..bytes.len());
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Folding every aggregate, in bounded memory: which events count, and which do not fit.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
@@ -11,12 +12,11 @@ use daybook_events::aggregate::{At, Void};
 use daybook_events::subject::PREFIX;
 use daybook_events::{AnyFolded, AnyPayload, Position, Subject};
 use daybook_projections::{StateHash, StateSum};
-use serde::de::DeserializeSeed;
 
 use crate::entry::Read;
 
 /// States that are used are kept in memory up to about so many bytes of events that made them.
-const HOT_BYTES: usize = 24 << 20;
+const HOT_BYTES: usize = 96 << 20;
 /// What a state costs beyond the events that made it.
 const STATE_BYTES: usize = 1 << 10;
 /// An aggregate with many events is not larger for it.
@@ -86,6 +86,19 @@ impl State {
     }
 }
 
+/// An event that is to be folded.
+#[derive(Debug)]
+pub(crate) struct Fold<'a> {
+    /// Stands for the subject; see [`Keys`](crate::entry::Keys).
+    pub(crate) key: u128,
+    /// As the envelope has it.
+    pub(crate) subject: &'a str,
+    /// How long the event is.
+    pub(crate) bytes: usize,
+    pub(crate) revision: u32,
+    pub(crate) payload: AnyPayload,
+}
+
 /// What became of an event.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
@@ -108,13 +121,27 @@ struct Slot {
 }
 
 impl Slot {
+    /// An aggregate before its first event.
+    fn new(subject: &str) -> Self {
+        Self {
+            subject: subject.into(),
+            state: State::of(subject),
+            bytes: STATE_BYTES,
+        }
+    }
+
     /// Writes it as it is in the file: the length of the subject, the subject, the state.
     fn write(&self, out: &mut Vec<u8>) -> io::Result<()> {
         let len = u32::try_from(self.subject.len()).map_err(io::Error::other)?;
         out.extend(len.to_le_bytes());
         out.extend(self.subject.as_bytes());
         match &self.state {
-            State::Known(folded) => serde_json::to_writer(out, folded).map_err(io::Error::other),
+            State::Known(folded) => {
+                let coding = bincode::config::standard();
+                bincode::serde::encode_into_std_write(folded, out, coding)
+                    .map(drop)
+                    .map_err(io::Error::other)
+            }
             State::Unknown | State::None => Ok(()),
         }
     }
@@ -127,8 +154,10 @@ impl Slot {
         let subject = std::str::from_utf8(subject).map_err(io::Error::other)?;
         let mut state = State::of(subject);
         if let State::Known(known) = &mut state {
-            let mut json = serde_json::Deserializer::from_slice(folded);
-            *known = known.kind().deserialize(&mut json)?;
+            let coding = bincode::config::standard();
+            *known = bincode::serde::seed_decode_from_slice(known.kind(), folded, coding)
+                .map_err(io::Error::other)?
+                .0;
         }
         Ok(Self {
             subject: subject.into(),
@@ -170,27 +199,30 @@ impl Folds {
         self.aggregates
     }
 
-    /// Folds an event of so many bytes.
-    pub(crate) fn apply(
-        &mut self,
-        at: At,
-        read: Read,
-        subject: &str,
-        bytes: usize,
-    ) -> io::Result<Outcome> {
-        let key = read.key;
-        if !self.young.contains_key(&key) {
-            let slot = self.find(key, subject)?;
-            self.young_bytes += slot.bytes;
-            self.young.insert(key, slot);
-        }
-        let Some(slot) = self.young.get_mut(&key) else {
-            return Ok(Outcome::NoSubject);
+    /// Folds an event.
+    pub(crate) fn apply(&mut self, at: At, event: Fold<'_>) -> io::Result<Outcome> {
+        let Fold { key, bytes, .. } = event;
+        let slot = match self.young.entry(key) {
+            Entry::Occupied(slot) => slot.into_mut(),
+            Entry::Vacant(place) => {
+                let slot = match self.old.remove(&key) {
+                    Some(slot) => slot,
+                    None => match self.cold.take(key)? {
+                        Some(bytes) => Slot::read(&bytes)?,
+                        None => {
+                            self.aggregates += 1;
+                            Slot::new(event.subject)
+                        }
+                    },
+                };
+                self.young_bytes += slot.bytes;
+                place.insert(slot)
+            }
         };
         let grown = (slot.bytes + bytes).min(MOST_BYTES.max(slot.bytes));
         self.young_bytes += grown - slot.bytes;
         slot.bytes = grown;
-        let outcome = slot.state.step(at, read.revision, read.payload);
+        let outcome = slot.state.step(at, event.revision, event.payload);
         if self.young_bytes > self.hot_bytes / 2 {
             self.age()?;
         }
@@ -209,21 +241,6 @@ impl Folds {
             slot.state.add_to(&slot.subject, &mut sum)?;
         }
         Ok(sum.hash())
-    }
-
-    fn find(&mut self, key: u128, subject: &str) -> io::Result<Slot> {
-        if let Some(slot) = self.old.remove(&key) {
-            return Ok(slot);
-        }
-        if let Some(bytes) = self.cold.take(key)? {
-            return Slot::read(&bytes);
-        }
-        self.aggregates += 1;
-        Ok(Slot {
-            subject: subject.into(),
-            state: State::of(subject),
-            bytes: STATE_BYTES,
-        })
     }
 
     /// What was not used since the last time goes to the file.
@@ -319,13 +336,19 @@ mod tests {
         let mut outcomes = Vec::new();
         for number in 1..=2000 {
             let bytes = fleet.next(&mut choose).bytes;
-            let entry = checks.read(Position(number), bytes.clone());
+            let entry = checks.read(Position(number), &bytes, 0..bytes.len());
             let (Content::Event(read), Some(id)) = (entry.content, entry.id) else {
                 panic!("{number} is no event");
             };
-            let subject = read.subject.text(&bytes).to_owned();
             let at = at(Position(number), id, &read);
-            outcomes.push(folds.apply(at, read, &subject, bytes.len()).unwrap());
+            let event = Fold {
+                key: read.key,
+                subject: read.subject.text(&bytes),
+                bytes: bytes.len(),
+                revision: read.revision,
+                payload: read.payload,
+            };
+            outcomes.push(folds.apply(at, event).unwrap());
         }
         let hash = folds.state_hash().unwrap();
         (outcomes, folds.aggregates(), hash, folds.cold.places.len())

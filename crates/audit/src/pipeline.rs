@@ -3,12 +3,14 @@
 //! bytes, however large the ledger is.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Condvar, Mutex, PoisonError};
 
+use bytes::Bytes;
 use daybook_events::Position;
-use daybook_store::tlog::{Hash, TILE_WIDTH, TileKind, TilePath, decode_bundle, leaf_hash};
+use daybook_store::tlog::{Hash, TILE_WIDTH, TileKind, TilePath, entry_places, leaf_hash};
 
 use crate::archive::Stop;
 use crate::entry::{Checks, Entry};
@@ -44,6 +46,8 @@ pub(crate) struct Bundle {
     /// The root over the first leaves, as far as an old tree had them.
     pub(crate) prefixes: Vec<(usize, Hash)>,
     pub(crate) entries: Vec<Entry>,
+    /// The bytes that they are in.
+    pub(crate) bytes: Bytes,
     /// Entries that are not what the tile says.
     pub(crate) suspects: Vec<Suspect>,
     pub(crate) findings: Findings,
@@ -255,8 +259,7 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
     let mut findings = Findings::default();
     let first = index * TILE_WIDTH;
     let entries = read.entries.as_ref().and_then(|found| {
-        let decoded = decode_bundle(&found.bytes, width);
-        decoded
+        entry_places(&found.bytes, width)
             .inspect_err(|e| {
                 findings.push(Kind::BundleMalformed, found.place(), e.to_string());
             })
@@ -271,9 +274,12 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
         findings.push(Kind::TileDiffers, found.place(), message);
         None
     });
-    let leaves: Option<Vec<Hash>> = entries
-        .as_ref()
-        .map(|entries| entries.iter().map(|e| leaf_hash(e)).collect());
+    let bytes = read.entries.as_ref().map(|found| found.bytes.clone());
+    let bytes = bytes.unwrap_or_default();
+    let leaves: Option<Vec<Hash>> = entries.as_ref().map(|entries| {
+        let hash = |place: &Range<usize>| leaf_hash(&bytes[place.clone()]);
+        entries.iter().map(hash).collect()
+    });
     let by_entries = leaves.as_deref().and_then(root_over);
     let same = leaves.as_deref() == tile;
     let by_tile = if same {
@@ -292,13 +298,10 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
             .enumerate()
             .filter(|(_, (leaf, hash))| leaf != hash)
         {
-            suspects.push(suspect(
-                &places,
-                &tile_place,
-                entries.as_deref(),
-                number,
-                first,
-            ));
+            let entry = entries.as_ref().and_then(|e| e.get(number));
+            let entry = entry.cloned().unwrap_or_default();
+            let position = Position(first + number as u64 + 1);
+            suspects.push(suspect(&places, &tile_place, &bytes, entry, position));
         }
     }
     // The older tree is judged by the entries, where they can be read.
@@ -316,7 +319,7 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
     let parsed = match entries {
         Some(entries) if plan.parse => (first + 1..)
             .zip(entries)
-            .map(|(position, bytes)| plan.checks.read(Position(position), bytes))
+            .map(|(position, place)| plan.checks.read(Position(position), &bytes, place))
             .collect(),
         _ => Vec::new(),
     };
@@ -327,38 +330,35 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
         by_tile,
         prefixes,
         entries: parsed,
+        bytes,
         suspects,
         findings,
     }
 }
 
+/// The entry at a position, which is at `entry` in its bundle, is not what its hash in the tile
+/// says.
 fn suspect(
     bundle: &Place,
     tile: &Place,
-    entries: Option<&[bytes::Bytes]>,
-    number: usize,
-    first: u64,
+    bytes: &[u8],
+    entry: Range<usize>,
+    position: Position,
 ) -> Suspect {
-    let before: usize = entries
-        .unwrap_or_default()
-        .iter()
-        .take(number)
-        .map(|e| 2 + e.len())
-        .sum();
-    let event = entries
-        .and_then(|e| e.get(number))
-        .and_then(|e| daybook_events::Event::from_bytes(e).ok());
-    let at = |place: &Place, offset: usize| Place {
-        file_offset: Some(offset as u64),
-        archive_offset: place.archive_offset.map(|at| at + offset as u64),
+    let number = (position.0 - 1) % TILE_WIDTH;
+    let event = daybook_events::Event::from_bytes(&bytes[entry.clone()]).ok();
+    let at = |place: &Place, offset: u64| Place {
+        file_offset: Some(offset),
+        archive_offset: place.archive_offset.map(|at| at + offset),
         entry: u16::try_from(number).ok(),
-        position: Some(Position(first + number as u64 + 1)),
+        position: Some(position),
         ..place.clone()
     };
     Suspect {
         entry: Place {
             event: event.map(|e| e.id),
-            ..at(bundle, before)
+            // With its length, which comes before it.
+            ..at(bundle, entry.start.saturating_sub(2) as u64)
         },
         tile: at(tile, 32 * number),
     }

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use bytes::Bytes;
 use daybook_events::deployment::{DeploymentEvent, Version};
 use daybook_events::gitops::GitopsEvent;
 use daybook_events::routing::{RoutingEvent, SwitchReason};
@@ -149,7 +148,7 @@ impl Collector {
         }
     }
 
-    fn take(&mut self, position: Position, bytes: &Bytes, event: &Event) {
+    fn take(&mut self, position: Position, bytes: &[u8], event: &Event) {
         let mut tokens = event.subject.split('/');
         let mut token = || tokens.next().unwrap_or_default();
         let (project, environment, aggregate, id) = (token(), token(), token(), token());
@@ -566,7 +565,7 @@ impl Run {
 }
 
 impl Observe for Collector {
-    fn event(&mut self, position: Position, bytes: &Bytes, counted: bool) {
+    fn event(&mut self, position: Position, bytes: &[u8], counted: bool) {
         if !counted && !matches!(self.subject, Subject::Evidence(_)) {
             // Unknown kinds may be approvals of a newer version.
             let text = String::from_utf8_lossy(bytes);

@@ -22,7 +22,7 @@ use serde::{Serialize, Serializer};
 use crate::archive::Stop;
 use crate::entry::{Checks, Content, Entry, Keys};
 use crate::finding::{Finding, Findings, Kind, Place};
-use crate::fold::{Folds, Outcome, at};
+use crate::fold::{Fold, Folds, Outcome, at};
 use crate::gitops::{CompareRepository, Compared, Spool};
 use crate::kept::{KeepError, Keeper, Kept};
 use crate::pipeline::{self, Bundle, Plan, Step, Suspect};
@@ -73,11 +73,11 @@ pub struct Options {
 /// ledger turns out to hold.
 pub trait Observe: Send {
     /// An event, in the order of the ledger, and whether it changed the state of its aggregate.
-    fn event(&mut self, position: Position, bytes: &Bytes, counted: bool);
+    fn event(&mut self, position: Position, bytes: &[u8], counted: bool);
 }
 
 impl Observe for () {
-    fn event(&mut self, _: Position, _: &Bytes, _: bool) {}
+    fn event(&mut self, _: Position, _: &[u8], _: bool) {}
 }
 
 /// Why a ledger could not be verified at all.
@@ -749,6 +749,7 @@ impl Walk<'_> {
             by_tile,
             prefixes,
             entries,
+            bytes,
             suspects,
             findings,
         } = bundle;
@@ -779,28 +780,28 @@ impl Walk<'_> {
         }
         self.counts.entries += width as u64;
         self.note_roots();
-        let mut offset = 0;
         for (number, entry) in entries.into_iter().enumerate() {
-            let len = entry.bytes.len() as u64 + 2;
-            self.entry(entry, &|| Place {
+            // With its length, which comes before it.
+            let offset = entry.place.start.saturating_sub(2) as u64;
+            self.entry(entry, &bytes, &|| Place {
                 file_offset: Some(offset),
                 archive_offset: place.archive_offset.map(|at| at + offset),
                 entry: u16::try_from(number).ok(),
                 ..place.clone()
             })?;
-            offset += len;
         }
         Ok(())
     }
 
-    fn entry(&mut self, entry: Entry, place: &dyn Fn() -> Place) -> io::Result<()> {
+    fn entry(&mut self, entry: Entry, bundle: &[u8], place: &dyn Fn() -> Place) -> io::Result<()> {
         let Entry {
             position,
-            bytes,
             id,
             content,
             broken,
+            ..
         } = entry;
+        let bytes = bundle.get(entry.place).unwrap_or_default();
         self.counts.bytes += bytes.len() as u64;
         let place = || Place {
             position: Some(position),
@@ -824,17 +825,25 @@ impl Walk<'_> {
         self.period = Some((first.min(time), last.max(time)));
         let step = at(position, id, &read);
         let of_repository = matches!(read.payload, AnyPayload::Gitops(Ok(_)));
-        // The subject is needed where an aggregate begins.
-        let subject = read.subject.text(&bytes).to_owned();
-        let outcome = self.folds.apply(step, read, &subject, bytes.len())?;
+        let subject = read.subject.text(bytes);
+        let outcome = self.folds.apply(
+            step,
+            Fold {
+                key: read.key,
+                subject,
+                bytes: bytes.len(),
+                revision: read.revision,
+                payload: read.payload,
+            },
+        )?;
         let counted = outcome == Outcome::Counted;
-        self.observer.event(position, &bytes, counted);
+        self.observer.event(position, bytes, counted);
         match outcome {
             Outcome::Counted => {
                 self.counts.counted += 1;
                 if of_repository {
                     let project = subject.split('/').next().unwrap_or_default();
-                    self.spool.add(project, &bytes)?;
+                    self.spool.add(project, bytes)?;
                 }
             }
             Outcome::Unknown => {}

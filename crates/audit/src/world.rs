@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
-use bytes::Bytes;
 use daybook_events::deployment::{Deployment, Status};
 use daybook_events::environment::Environment;
 use daybook_events::project::Project;
@@ -143,7 +142,7 @@ impl World {
 }
 
 impl Observe for World {
-    fn event(&mut self, position: Position, bytes: &Bytes, _: bool) {
+    fn event(&mut self, position: Position, bytes: &[u8], _: bool) {
         self.take(position, bytes);
     }
 }
@@ -179,7 +178,7 @@ impl Snapshots {
 }
 
 impl Observe for Snapshots {
-    fn event(&mut self, position: Position, bytes: &Bytes, _: bool) {
+    fn event(&mut self, position: Position, bytes: &[u8], _: bool) {
         // Positions at which no event is have the facts of those before.
         for at in &self.at {
             if *at < position && !self.taken.contains_key(at) {

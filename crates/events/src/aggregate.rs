@@ -226,9 +226,9 @@ macro_rules! events {
             fn encode(&self) -> Result<Box<serde_json::value::RawValue>, serde_json::Error> {
                 match self { $( Self::$variant(p) => serde_json::value::to_raw_value(p), )* }
             }
-            fn decode(
+            fn decode_text(
                 kind: &str,
-                data: &serde_json::value::RawValue,
+                data: &str,
             ) -> Result<Self, $crate::envelope::DecodeError> {
                 match kind {
                     $( $kind => $crate::envelope::decode_as(kind, data).map(Self::$variant), )*

@@ -7,7 +7,6 @@ use std::str::FromStr;
 use schemars::Schema;
 use serde::de::DeserializeSeed;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::value::RawValue;
 
 use crate::aggregate::{At, Folded, Void};
 use crate::build::{Build, BuildEvent};
@@ -64,10 +63,13 @@ macro_rules! aggregates {
         }
 
         impl AnyPayload {
-            /// Reads a payload of a type (without the common prefix). Old versions are upcast.
-            pub fn decode(aggregate: Option<AggregateKind>, kind: &str, data: &RawValue) -> Self {
+            /// Reads a payload of a type (without the common prefix) from a text that may be no
+            /// JSON, which is an error as any other. Old versions are upcast.
+            pub fn decode(aggregate: Option<AggregateKind>, kind: &str, data: &str) -> Self {
                 match aggregate {
-                    $( Some(AggregateKind::$kind) => Self::$kind(<$event>::decode(kind, data)), )*
+                    $( Some(AggregateKind::$kind) => {
+                        Self::$kind(<$event>::decode_text(kind, data))
+                    } )*
                     None => Self::Other,
                 }
             }
@@ -156,6 +158,6 @@ aggregates! {
 impl AnyPayload {
     /// Reads the payload of an event on a subject of this kind of aggregate.
     pub fn of(aggregate: Option<AggregateKind>, event: &EventView<'_>) -> Self {
-        Self::decode(aggregate, event.short_kind(), event.data())
+        Self::decode(aggregate, event.short_kind(), event.data().get())
     }
 }

@@ -217,7 +217,11 @@ pub trait Payload: Sized {
     /// The payload as JSON.
     fn encode(&self) -> Result<Box<RawValue>, serde_json::Error>;
     /// Reads the payload of a type. Old versions are upcast here.
-    fn decode(kind: &str, data: &RawValue) -> Result<Self, DecodeError>;
+    fn decode(kind: &str, data: &RawValue) -> Result<Self, DecodeError> {
+        Self::decode_text(kind, data.get())
+    }
+    /// The same from a text that may be no JSON, which is an error as any other.
+    fn decode_text(kind: &str, data: &str) -> Result<Self, DecodeError>;
 }
 
 /// Why an event could not be read.
@@ -241,8 +245,8 @@ pub enum DecodeError {
 }
 
 /// Decodes one payload type, for the `decode` of an aggregate.
-pub fn decode_as<T: DeserializeOwned>(kind: &str, data: &RawValue) -> Result<T, DecodeError> {
-    serde_json::from_str(data.get()).map_err(|e| DecodeError::Payload {
+pub fn decode_as<T: DeserializeOwned>(kind: &str, data: &str) -> Result<T, DecodeError> {
+    serde_json::from_str(data).map_err(|e| DecodeError::Payload {
         kind: kind.into(),
         reason: e.to_string(),
     })

@@ -1,5 +1,7 @@
 //! Entry bundles: big-endian uint16 length and bytes, over and over.
 
+use std::ops::Range;
+
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// Why bytes are not the bundle that they should be.
@@ -42,6 +44,15 @@ pub fn encode_bundle<E: AsRef<[u8]>>(entries: &[E]) -> Result<Bytes, EntryTooLar
 
 /// Reads a bundle of exactly `width` entries, which share its memory.
 pub fn decode_bundle(bundle: &Bytes, width: usize) -> Result<Vec<Bytes>, BundleError> {
+    let places = entry_places(bundle, width)?;
+    Ok(places
+        .into_iter()
+        .map(|place| bundle.slice(place))
+        .collect())
+}
+
+/// Where the entries of a bundle of exactly `width` entries are in it.
+pub fn entry_places(bundle: &[u8], width: usize) -> Result<Vec<Range<usize>>, BundleError> {
     let mut entries = Vec::with_capacity(width.min(256));
     let mut offset = 0;
     while offset < bundle.len() {
@@ -57,7 +68,7 @@ pub fn decode_bundle(bundle: &Bytes, width: usize) -> Result<Vec<Bytes>, BundleE
         if end > bundle.len() {
             return Err(truncated);
         }
-        entries.push(bundle.slice(start..end));
+        entries.push(start..end);
         offset = end;
     }
     if entries.len() != width {

@@ -32,7 +32,7 @@ mod storage;
 mod tests;
 mod verify;
 
-pub use bundle::{BundleError, EntryTooLarge, decode_bundle, encode_bundle};
+pub use bundle::{BundleError, EntryTooLarge, decode_bundle, encode_bundle, entry_places};
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use growth::Growth;
 pub use guard::GuardedLog;
