@@ -193,9 +193,8 @@ impl Shop {
         until(&format!("{wanted} processes"), || {
             (self.workloads().len() == wanted).then_some(())
         });
-        let scratch = self.server.folder().data().join("scratch");
         until("no checkouts left", || {
-            let left = std::fs::read_dir(&scratch).into_iter().flatten().count();
+            let left = self.server.folder().work_in_progress();
             (left == 0).then_some(())
         });
         let recorded = self.kinds_after(0);

@@ -117,6 +117,19 @@ impl Folder {
         self.dir.path().join("data")
     }
 
+    /// How many things are in progress in the folders in which processes work, beside their locks.
+    pub fn work_in_progress(&self) -> usize {
+        let folders = std::fs::read_dir(self.data().join("scratch"));
+        folders
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|folder| std::fs::read_dir(folder.path()).ok())
+            .flat_map(|entries| entries.flatten())
+            .filter(|entry| entry.file_name() != "lock")
+            .count()
+    }
+
     /// For what a test keeps beside the data.
     pub fn path(&self) -> &Path {
         self.dir.path()

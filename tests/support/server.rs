@@ -440,7 +440,6 @@ impl Server {
         until(&format!("the addresses of {id} gone"), || {
             (self.deployment(id)["hostnames"] == json!([])).then_some(())
         });
-        let scratch = self.folder.data().join("scratch");
         until("the files of builds removed", || {
             let busy = self.read("/api/v1/deployments?limit=500");
             let busy = busy["deployments"].as_array()?.iter().any(|d| {
@@ -448,8 +447,7 @@ impl Server {
                     .iter()
                     .any(|s| d["state"] == *s)
             });
-            let left = std::fs::read_dir(&scratch).map_or(0, Iterator::count);
-            (busy || left == 0).then_some(())
+            (busy || self.folder.work_in_progress() == 0).then_some(())
         });
     }
 }
