@@ -3,6 +3,8 @@
 //! The envelope is readable without the payload, so that an event of a newer version can be kept,
 //! shown and skipped. What is stored is exactly [`NewEvent::to_bytes`]; it is never re-serialised.
 
+mod canonical;
+
 use std::borrow::Cow;
 
 use bytes::Bytes;
@@ -171,8 +173,10 @@ impl<'a> EventView<'a> {
     pub fn from_bytes(bytes: &'a [u8]) -> Result<Self, DecodeError> {
         // Checked once as a whole, so that no text in it has to be checked by itself.
         let text = std::str::from_utf8(bytes).map_err(|e| DecodeError::Envelope(e.to_string()))?;
-        let event: Self =
-            serde_json::from_str(text).map_err(|e| DecodeError::Envelope(e.to_string()))?;
+        let event = match canonical::read(text) {
+            Some(event) => event,
+            None => serde_json::from_str(text).map_err(|e| DecodeError::Envelope(e.to_string()))?,
+        };
         must_be_current(&event.specversion)?;
         Ok(event)
     }
