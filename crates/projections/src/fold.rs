@@ -67,6 +67,9 @@ pub(crate) struct Fold {
     summary: String,
     /// The sum over all states, as they were when it was last brought up to date.
     sum: Sum,
+    /// The last position, if the sum is to be kept there: should the rows of the states be written
+    /// there too, they are encoded once for both.
+    due: Option<Position>,
     /// The active deployments, by the positions of their requests.
     active: BTreeSet<Position>,
     /// The last position at which those were written down.
@@ -150,6 +153,7 @@ impl Fold {
                 found: position,
             });
         }
+        self.keep_sum()?;
         match EventView::from_bytes(&recorded.bytes) {
             Ok(event) => self.take(table, recorded, &event)?,
             Err(error) => self.set_aside(table, recorded, &error)?,
@@ -164,8 +168,7 @@ impl Fold {
     /// Writes down, from time to time, what past states are found by.
     fn mark(&mut self, position: Position) -> Result<(), TableError> {
         if position.0.is_multiple_of(MARK) {
-            self.slots.add_up(&mut self.sum)?;
-            put(&mut self.rows, keys::sum(position), self.sum.to_bytes());
+            self.due = Some(position);
         }
         // The more there are, the less often: what is written for an event stays bounded.
         let often = MARK.max(8 * self.active.len() as u64);
@@ -177,6 +180,15 @@ impl Fold {
                 encode(&active)?,
             );
             self.listed = position;
+        }
+        Ok(())
+    }
+
+    /// Keeps the sum over all states, if that is due.
+    fn keep_sum(&mut self) -> Result<(), TableError> {
+        if let Some(position) = self.due.take() {
+            self.slots.add_up(&mut self.sum)?;
+            put(&mut self.rows, keys::sum(position), self.sum.to_bytes());
         }
         Ok(())
     }
@@ -449,6 +461,7 @@ impl Fold {
             let chunk = keys::chunk_of(self.checkpoint.position);
             put(&mut self.rows, keys::chunk(chunk), self.audit.bytes());
         }
+        self.keep_sum()?;
         self.slots.add_up(&mut self.sum)?;
         put(&mut self.rows, keys::SUM, self.sum.to_bytes());
         put(&mut self.rows, keys::CHECKPOINT, encode(&self.checkpoint)?);

@@ -13,11 +13,13 @@ use tokio::sync::mpsc::{self, error::TryRecvError};
 use tokio_util::sync::CancellationToken;
 
 use crate::fold::FoldError;
+use crate::keys::MARK;
 use crate::store::{Projections, QueryError};
 use crate::table::TableError;
 
-/// Most events that are folded before their rows are written.
-const BATCH: usize = 8192;
+/// When so many events are folded, their rows are written at the next position at which the sum of
+/// states is kept: what is encoded for the one serves the other.
+const BATCH: usize = 16 << 10;
 /// Most events that are read at once.
 const READ: usize = 1024;
 /// How many such reads may wait for the fold.
@@ -220,29 +222,42 @@ pub(crate) async fn pump(
     }
 }
 
+/// Folds what comes, and writes rows whenever nothing more is waiting, or a batch is full.
 fn fold_all(
     projections: &Projections,
     mut receiver: mpsc::Receiver<Vec<Recorded>>,
 ) -> Result<(), FoldError> {
     let runtime = tokio::runtime::Handle::current();
-    while let Some(mut batch) = receiver.blocking_recv() {
-        while batch.len() + READ <= BATCH {
-            let more = match receiver.try_recv() {
-                Ok(more) => Some(more),
-                // It is catching up, and has been faster than the log: what an event costs is less
-                // the more of them are folded at once.
-                Err(TryRecvError::Empty) if batch.len() >= READ / 2 => {
-                    let next = async { tokio::time::timeout(LINGER, receiver.recv()).await };
-                    runtime.block_on(next).ok().flatten()
-                }
-                Err(_) => None,
-            };
-            match more {
-                Some(more) => batch.extend(more),
-                None => break,
+    let mut folded = 0;
+    loop {
+        let more = match receiver.try_recv() {
+            Ok(more) => Some(more),
+            Err(TryRecvError::Disconnected) => None,
+            Err(TryRecvError::Empty) if folded == 0 => receiver.blocking_recv(),
+            // It is catching up, and has been faster than the log: what an event costs is less the
+            // more of them are written at once.
+            Err(TryRecvError::Empty) if folded >= READ / 2 => {
+                let next = async { tokio::time::timeout(LINGER, receiver.recv()).await };
+                runtime.block_on(next).ok().flatten()
+            }
+            Err(TryRecvError::Empty) => None,
+        };
+        let Some(more) = more else {
+            if folded == 0 {
+                return Ok(());
+            }
+            projections.commit()?;
+            folded = 0;
+            continue;
+        };
+        let at_mark = |event: &Recorded| event.position.0.is_multiple_of(MARK);
+        for events in more.chunk_by(|event, _| !at_mark(event)) {
+            projections.fold(events)?;
+            folded += events.len();
+            if folded >= BATCH && events.last().is_some_and(at_mark) {
+                projections.commit()?;
+                folded = 0;
             }
         }
-        projections.take(&batch)?;
     }
-    Ok(())
 }

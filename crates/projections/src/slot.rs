@@ -234,7 +234,10 @@ impl Slots {
     pub(crate) fn add_up(&mut self, sum: &mut Sum) -> Result<(), TableError> {
         for number in self.stale.drain(..) {
             let slot = &mut self.slots[number];
-            slot.stale = false;
+            // Whose row was just written is up to date.
+            if !std::mem::take(&mut slot.stale) {
+                continue;
+            }
             let element = slot.kept.state.element(&slot.subject)?;
             sum.replace(slot.kept.element, Some(element));
             slot.kept.element = Some(element);
@@ -269,11 +272,14 @@ impl Slot {
     /// The row of this aggregate, with which its element in a sum of states is brought up to date.
     pub(crate) fn row(&mut self, sum: &mut Sum) -> Result<IVec, TableError> {
         let Self { subject, kept, .. } = self;
+        let stale = std::mem::take(&mut self.stale);
         through_scratch(|scratch| {
             kept.state.encode(scratch)?;
-            let element = Element::of(subject, scratch);
-            sum.replace(kept.element, Some(element));
-            kept.element = Some(element);
+            if stale {
+                let element = Element::of(subject, scratch);
+                sum.replace(kept.element, Some(element));
+                kept.element = Some(element);
+            }
             if let State::Deployment(d) = &kept.state {
                 append(scratch, &d.origin)?;
             }

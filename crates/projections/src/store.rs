@@ -26,7 +26,7 @@ const FORMAT: &[u8] = b"5";
 
 /// With more events than this in a batch, the fold catches up, and states are not shared with
 /// readers: they would be copied at the next batch.
-const SHARED: usize = 256;
+const SHARED: u64 = 256;
 
 /// Folds of the ledger with their queries. Cheap to clone: all clones are the same store.
 #[derive(Clone)]
@@ -305,30 +305,48 @@ impl Projections {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Folds events that follow on [`Self::position`], and applies their rows at once. Events
-    /// before it are passed over. After an error nothing of the batch is folded.
+    /// Folds events that follow on [`Self::position`], and commits them.
+    #[cfg(test)]
     pub(crate) fn take(&self, events: &[Recorded]) -> Result<(), FoldError> {
+        self.fold(events)?;
+        self.commit()
+    }
+
+    /// Folds events that follow on those that were folded before. Events that came already are
+    /// passed over. Nothing of it is seen before [`Self::commit`]; after an error, nothing since the
+    /// last one is folded.
+    pub(crate) fn fold(&self, events: &[Recorded]) -> Result<(), FoldError> {
         let inner = &*self.inner;
         let mut fold = lock(&inner.fold);
-        let result = Self::fold(inner, &mut fold, events);
+        let mut events = events.iter();
+        let result = events.try_for_each(|event| fold.apply(&inner.table, event));
+        self.or_reload(&mut fold, result)
+    }
+
+    /// Applies the rows of all that was folded at once.
+    pub(crate) fn commit(&self) -> Result<(), FoldError> {
+        let mut fold = lock(&self.inner.fold);
+        let result = self.apply(&mut fold);
+        self.or_reload(&mut fold, result)
+    }
+
+    /// After an error, goes back to what the rows say.
+    fn or_reload(&self, fold: &mut Fold, result: Result<(), FoldError>) -> Result<(), FoldError> {
         if result.is_err() {
-            inner.write_live().clear();
-            *fold = Fold::load(&inner.table)?;
+            self.inner.write_live().clear();
+            *fold = Fold::load(&self.inner.table)?;
         }
         result
     }
 
-    fn fold(inner: &Inner, fold: &mut Fold, events: &[Recorded]) -> Result<(), FoldError> {
-        let before = fold.checkpoint().position;
-        for event in events {
-            fold.apply(&inner.table, event)?;
-        }
+    fn apply(&self, fold: &mut Fold) -> Result<(), FoldError> {
+        let inner = &*self.inner;
         let checkpoint = fold.checkpoint();
-        if checkpoint.position == before {
+        let folded = checkpoint.position.0 - self.position().0;
+        if folded == 0 {
             return Ok(());
         }
-        let shared = events.len() <= SHARED;
-        let (rows, changed) = fold.finish(&inner.table, shared)?;
+        let (rows, changed) = fold.finish(&inner.table, folded <= SHARED)?;
         let hash = fold.state_hash();
         inner.table.make_room()?;
         let gate = inner.gate.write().unwrap_or_else(PoisonError::into_inner);

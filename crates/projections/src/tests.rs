@@ -16,6 +16,7 @@ use daybook_events::testing::time;
 use daybook_events::{Aggregate, AggregateKind, DeploymentId, Folded, Position, Recorded, Subject};
 use proptest::prelude::*;
 
+use crate::keys::MARK;
 use crate::slot::is_active;
 use crate::{AuditFilter, Change, DeploymentFilter, Page, Projections};
 
@@ -467,6 +468,45 @@ proptest! {
         }
         prop_assert_eq!(&projections.digest().unwrap(), &expected);
     }
+}
+
+/// Rows are the same whether they are written where the sum of states is kept, before it or behind
+/// it.
+#[test]
+fn rows_do_not_depend_on_where_the_sum_is_kept() {
+    let mark = MARK as usize;
+    let events = history(2 * MARK + 100, 13, true);
+    let expected = folded(&events, 1000);
+    for batch in [mark - 1, mark, mark + 1, events.len()] {
+        let found = folded(&events, batch);
+        assert_eq!(found.state_hash(), expected.state_hash(), "{batch}");
+        assert_eq!(
+            found.digest().unwrap(),
+            expected.digest().unwrap(),
+            "{batch}"
+        );
+    }
+}
+
+/// What is folded is seen when it is committed, and not before; an error takes back what was not.
+#[test]
+fn nothing_is_seen_before_it_is_committed() {
+    let events = history(300, 17, false);
+    let projections = Projections::in_memory();
+    projections.take(&events[..100]).unwrap();
+    let before = projections.digest().unwrap();
+    projections.fold(&events[100..200]).unwrap();
+    assert_eq!(projections.digest().unwrap(), before);
+    projections.fold(&events[201..]).unwrap_err();
+    projections.commit().unwrap();
+    assert_eq!(projections.digest().unwrap(), before);
+    projections.fold(&events[100..200]).unwrap();
+    projections.fold(&events[200..]).unwrap();
+    projections.commit().unwrap();
+    assert_eq!(
+        projections.digest().unwrap(),
+        folded(&events, 300).digest().unwrap()
+    );
 }
 
 /// What is shared with readers is what a replay gives, while aggregates come and go in memory; a
