@@ -507,6 +507,25 @@ impl Drop for OtherDaybook {
     }
 }
 
+/// Whoever records what a cluster shows, and takes away the traffic of what is not ready, starts
+/// once it is open.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_ready_is_ready_as_soon_as_the_cluster_is_open_again() {
+    let bench = Bench::new().await;
+    let (id, release) = (deployment(), bench.release(&[]));
+    let cluster = bench.cluster().await;
+    let mut status = apply(&cluster, 1, &[(id, &release)]).await;
+    wait_ready(&mut status, id, 1).await;
+    cluster.shutdown(Workloads::Leave).await;
+    for _ in 0..5 {
+        let cluster = bench.cluster().await;
+        let shown = cluster.watch(&app()).borrow().clone();
+        assert_eq!(shown.releases[0].ready(), 1, "{shown:?}");
+        cluster.shutdown(Workloads::Leave).await;
+    }
+    bench.cluster().await.shutdown(Workloads::Stop).await;
+}
+
 /// What runs keeps running when its Daybook is killed, the next one takes it over without
 /// starting a second, and the lines that it printed all the while arrive once each.
 #[tokio::test(flavor = "multi_thread")]

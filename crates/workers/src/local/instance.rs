@@ -139,6 +139,11 @@ impl Instance {
 
     async fn live(&mut self, stop: &CancellationToken) -> Left {
         let mut process = self.take_over().await;
+        if process.is_some() && self.record.was_ready {
+            // Nobody is told that it is not ready only because it was not asked yet.
+            let mut probe = Probe::new(self.record.port, &self.record.spec.run.health);
+            self.ready = probe.next().await.is_ok();
+        }
         self.report();
         loop {
             let running = match process.take() {
@@ -342,7 +347,7 @@ impl Instance {
         let mut deadline = std::pin::pin!(deadline);
         let mut overdue = false;
         let mut misses = 0;
-        let mut ready_since = None;
+        let mut ready_since = self.ready.then(Instant::now);
         let mut last_answer = None;
         let leave = self.cluster.leave.clone();
         loop {

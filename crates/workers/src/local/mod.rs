@@ -54,9 +54,13 @@ use crate::values::EnvironmentValues;
 use board::Board;
 use claim::{Claim, Claimed};
 use image::Images;
+use process::Process;
 use record::Record;
 use release::{Goal, Release};
 
+/// How long opening a cluster waits for what is taken over to be asked whether it is ready, so that
+/// nobody sees it as not ready meanwhile, and takes its traffic away.
+const FIRST_LOOK: Duration = Duration::from_secs(3);
 /// Between two tries to get hold of a folder.
 const CLAIM_RETRY: Duration = Duration::from_millis(100);
 
@@ -341,6 +345,7 @@ impl LocalCluster {
             .keep_only(&used)
             .map_err(|e| unusable(&self.cluster.releases, e))?;
         self.cluster.end_strangers(&records).await;
+        let surviving = self.surviving(&saved, &records);
         for app in saved {
             let (revision, desired) = (app.revision, app.desired);
             let app = AppRef {
@@ -353,7 +358,45 @@ impl LocalCluster {
             self.cluster.end_leftover(&record);
         }
         self.cluster.remove_empty_folders();
+        let seen = surviving.into_iter().map(Surviving::shown);
+        let _ = tokio::time::timeout(FIRST_LOOK, futures_util::future::join_all(seen)).await;
         Ok(())
+    }
+
+    /// The instances that are wanted, and whose processes have outlived the last Daybook.
+    fn surviving(&self, saved: &[SavedApp], records: &[Record]) -> Vec<Surviving> {
+        let services = saved.iter().flat_map(|app| app.desired.services.values());
+        let wanted: HashSet<_> = services.flat_map(|s| s.releases.keys()).collect();
+        let records = records.iter().filter(|record| {
+            let process = record.process.as_ref();
+            wanted.contains(&record.spec.deployment)
+                && process.is_some_and(|id| Process::adopt(id, &record.mark).is_some())
+        });
+        let surviving = records.map(|record| Surviving {
+            deployment: record.spec.deployment,
+            name: record.spec.name(),
+            status: self.watch(&record.spec.app),
+        });
+        surviving.collect()
+    }
+}
+
+/// An instance that is being taken over.
+struct Surviving {
+    deployment: DeploymentId,
+    name: String,
+    status: watch::Receiver<AppStatus>,
+}
+
+impl Surviving {
+    /// Waits until it has reported.
+    async fn shown(mut self) {
+        let reported = |status: &AppStatus| {
+            let mut releases = status.releases.iter();
+            let release = releases.find(|r| r.deployment == self.deployment);
+            release.is_some_and(|r| r.instances.iter().any(|i| i.name == self.name))
+        };
+        let _ = self.status.wait_for(reported).await;
     }
 }
 
