@@ -22,6 +22,8 @@ pub mod names;
 pub mod project;
 pub mod routing;
 pub mod secret;
+#[cfg(any(test, feature = "testing"))]
+pub mod simulated;
 pub mod spec;
 pub mod subject;
 #[cfg(any(test, feature = "testing"))]

@@ -214,6 +214,13 @@ pub trait EventLog: Send + Sync + fmt::Debug + 'static {
     /// when the last event of the subject carries that id, whatever `expected` says.
     async fn append(&self, append: Append) -> Result<Appended, AppendError>;
 
+    /// Whether two appends with the same expectation may both be accepted, as the leader of a
+    /// cluster of brokers may do. The first one in log order counts then, and the other is void: so
+    /// whoever appends has to look, once it is folded, whether its event counted.
+    fn may_accept_two(&self) -> bool {
+        false
+    }
+
     /// Position of the last event; [`Position::ZERO`] for an empty log.
     async fn head(&self) -> Result<Position, ReadError>;
 

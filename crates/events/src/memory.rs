@@ -88,6 +88,48 @@ impl MemoryLog {
         self.data().faults.push_back(fault);
     }
 
+    /// Appends, and lets that go wrong. An event that is there already is no occasion for a fault.
+    pub(crate) fn append_with(
+        &self,
+        append: Append,
+        fault: Option<Fault>,
+    ) -> Result<Appended, AppendError> {
+        let bytes = append.bytes.len();
+        if bytes > MAX_EVENT_BYTES {
+            return Err(AppendError::TooLarge { bytes });
+        }
+        let mut data = self.data();
+        if let Some(position) = data.ids.get(&append.id) {
+            return Ok(Appended {
+                position: *position,
+                duplicate: true,
+            });
+        }
+        if fault == Some(Fault::Unavailable) {
+            return Err(AppendError::Unavailable("as it was told".to_owned()));
+        }
+        if let (Expected::Last(expected), true) = (append.expected, fault != Some(Fault::Unchecked))
+        {
+            let actual = data.last.get(&append.subject).copied().unwrap_or_default();
+            if actual != expected {
+                return Err(AppendError::Conflict {
+                    expected,
+                    actual: Some(actual),
+                });
+            }
+        }
+        let position = data.push(append.subject, Some(append.id), append.bytes);
+        drop(data);
+        self.shared.head.send_replace(position);
+        if fault == Some(Fault::LostAck) {
+            return Err(AppendError::Unknown("as it was told".to_owned()));
+        }
+        Ok(Appended {
+            position,
+            duplicate: false,
+        })
+    }
+
     /// Stores bytes as they are, whatever they are: poison, or an event of another version.
     pub fn store(&self, subject: Subject, bytes: impl Into<bytes::Bytes>) -> Position {
         let position = self.data().push(subject, None, bytes.into());
@@ -146,41 +188,14 @@ impl Data {
 #[async_trait]
 impl EventLog for MemoryLog {
     async fn append(&self, append: Append) -> Result<Appended, AppendError> {
-        let bytes = append.bytes.len();
-        if bytes > MAX_EVENT_BYTES {
-            return Err(AppendError::TooLarge { bytes });
-        }
-        let mut data = self.data();
-        if let Some(position) = data.ids.get(&append.id) {
-            return Ok(Appended {
-                position: *position,
-                duplicate: true,
-            });
-        }
-        let fault = data.faults.pop_front();
-        if fault == Some(Fault::Unavailable) {
-            return Err(AppendError::Unavailable("as it was told".to_owned()));
-        }
-        if let (Expected::Last(expected), true) = (append.expected, fault != Some(Fault::Unchecked))
-        {
-            let actual = data.last.get(&append.subject).copied().unwrap_or_default();
-            if actual != expected {
-                return Err(AppendError::Conflict {
-                    expected,
-                    actual: Some(actual),
-                });
+        let fault = {
+            let mut data = self.data();
+            match data.ids.contains_key(&append.id) {
+                true => None,
+                false => data.faults.pop_front(),
             }
-        }
-        let position = data.push(append.subject, Some(append.id), append.bytes);
-        drop(data);
-        self.shared.head.send_replace(position);
-        if fault == Some(Fault::LostAck) {
-            return Err(AppendError::Unknown("as it was told".to_owned()));
-        }
-        Ok(Appended {
-            position,
-            duplicate: false,
-        })
+        };
+        self.append_with(append, fault)
     }
 
     async fn head(&self) -> Result<Position, ReadError> {

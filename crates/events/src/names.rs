@@ -457,6 +457,15 @@ uuid_id! {
     EventId
 }
 
+impl EventId {
+    /// The id under which an event is appended anew whose first one is void: the log never takes
+    /// an id again, and whoever repeats the step has to come to the same one.
+    #[must_use]
+    pub fn in_its_stead(self) -> Self {
+        Self::derived(self.0, "in its stead")
+    }
+}
+
 /// One service in one environment of one project: what is deployed to.
 ///
 /// Its text form is `project.environment.service`; as none of the names contains a dot, two
@@ -483,6 +492,7 @@ impl FromStr for InstanceRef {
     type Err = InvalidName;
     fn from_str(s: &str) -> Result<Self, InvalidName> {
         let mut parts = s.split('.');
+
         let (Some(p), Some(e), Some(v), None) =
             (parts.next(), parts.next(), parts.next(), parts.next())
         else {

@@ -119,7 +119,9 @@ impl Ledger {
     /// The state is never older than what this process itself appended to the subject. The
     /// context's id makes a repetition recognisable: the same command may be executed again after
     /// any error. Nothing is waited for after the append; to read one's own write, wait for its
-    /// position with [`Projections::wait_for`].
+    /// position with [`Projections::wait_for`]. Only where the log may accept two appends on one
+    /// expectation is it waited whether this one counts; if it does not, it is decided again, and
+    /// appended under the id that stands [in its stead](daybook_events::EventId::in_its_stead).
     pub async fn execute<A: Aggregate>(
         &self,
         subject: &Subject,
@@ -127,17 +129,18 @@ impl Ledger {
         decide: impl Fn(Option<&A>) -> Result<Decision<A::Event>, Refusal> + Send + Sync,
     ) -> Result<Executed, ExecuteError> {
         let mut tried = false;
+        let mut id = context.id;
         for _ in 0..DECISIONS {
             if let Some(position) = self.own_append(subject) {
                 self.projections.wait_for(position, PATIENCE).await?;
             }
             let folded = self.projections.shared::<A>(subject)?;
-            if tried && folded.last_id == Some(context.id) {
+            if tried && folded.last_id == Some(id) {
                 let position = folded.position;
                 return Ok(Executed::Duplicate { position });
             }
             if context.request_digest.is_some()
-                && let Some(known) = self.projections.event_by_id(context.id)?
+                && let Some(known) = self.projections.event_by_id(id)?
                 && known.subject == *subject
             {
                 let position = known.position;
@@ -151,12 +154,15 @@ impl Ledger {
             let event = NewEvent {
                 subject: subject.clone(),
                 revision,
-                context: context.clone(),
+                context: Context {
+                    id,
+                    ..context.clone()
+                },
                 payload,
             };
             let append = Append {
                 subject: subject.clone(),
-                id: context.id,
+                id,
                 expected: Expected::Last(folded.position),
                 bytes: event
                     .to_bytes(Timestamp::now())
@@ -167,6 +173,11 @@ impl Ledger {
                 Ok(done) => {
                     let position = done.position;
                     self.remember(subject, position);
+                    if self.log.may_accept_two() && self.is_void(position).await? {
+                        // The log will never take this id again.
+                        id = id.in_its_stead();
+                        continue;
+                    }
                     return Ok(if done.duplicate {
                         Executed::Duplicate { position }
                     } else {
@@ -201,6 +212,13 @@ impl Ledger {
             }
         }
         self.log.append(append).await
+    }
+
+    /// Whether an event that was accepted does not count, because another one was accepted on the
+    /// same expectation and came first.
+    async fn is_void(&self, position: Position) -> Result<bool, ExecuteError> {
+        self.projections.wait_for(position, PATIENCE).await?;
+        Ok(self.projections.is_void(position)?)
     }
 
     fn own_append(&self, subject: &Subject) -> Option<Position> {

@@ -96,6 +96,14 @@ impl Default for Page {
 }
 
 impl Page {
+    /// The page that begins with the row at a position, and has no other.
+    pub(crate) fn just(position: Position) -> Self {
+        Self {
+            limit: 1,
+            after: Some(position.next()),
+        }
+    }
+
     /// A page, as a request asks for it.
     pub fn new(limit: Option<u32>, cursor: Option<&str>) -> Result<Self, InvalidPage> {
         let limit = limit.unwrap_or(DEFAULT_LIMIT);

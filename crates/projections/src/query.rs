@@ -568,20 +568,32 @@ impl Projections {
         Ok(self.routing_of(project)?.state.clone())
     }
 
-    /// The event with this id, if it carried an idempotency key.
-    pub fn event_by_id(&self, id: EventId) -> Result<Option<EventRef>, QueryError> {
-        let Some(row) = self.inner.table.get(&keys::request(id))? else {
-            return Ok(None);
-        };
-        let EventRefRow(position, subject, request_digest, correlation) = decode(&row)?;
-        Ok(Some(EventRef {
-            position,
-            subject: subject
-                .parse()
-                .map_err(|_| damaged("the subject of a request"))?,
-            request_digest,
-            correlation,
-        }))
+    /// The event with this id, if it carried an idempotency key; or, if that one is void, the one
+    /// that was appended in its stead, if there is one yet.
+    pub fn event_by_id(&self, mut id: EventId) -> Result<Option<EventRef>, QueryError> {
+        while let Some(row) = self.inner.table.get(&keys::request(id))? {
+            let EventRefRow(position, subject, request_digest, correlation) = decode(&row)?;
+            if self.is_void(position)? {
+                id = id.in_its_stead();
+                continue;
+            }
+            return Ok(Some(EventRef {
+                position,
+                subject: subject
+                    .parse()
+                    .map_err(|_| damaged("the subject of a request"))?,
+                request_digest,
+                correlation,
+            }));
+        }
+        Ok(None)
+    }
+
+    /// Whether the event at a position changed nothing. Events that are not folded yet are not void.
+    pub fn is_void(&self, position: Position) -> Result<bool, QueryError> {
+        let page = self.audit(&AuditFilter::default(), Page::just(position))?;
+        let row = page.items.first();
+        Ok(row.is_some_and(|row| row.position == position && row.void.is_some()))
     }
 
     /// What runs where: all instances, or those of a project, or of one of its environments.

@@ -44,6 +44,7 @@ impl Default for LogOptions {
 pub struct JetStreamLog {
     handle: EventStreamHandle,
     publisher: Publisher,
+    replicated: bool,
     notes: Vec<String>,
 }
 
@@ -74,6 +75,7 @@ impl JetStreamLog {
         Ok(Self {
             publisher: Publisher::new(handle.connection.clone(), handle.stream.clone()),
             handle,
+            replicated: opened.replicated,
             notes: opened.notes,
         })
     }
@@ -154,6 +156,11 @@ impl EventLog for JetStreamLog {
             Err(PublishFailure::Unknown(reason)) => Err(AppendError::Unknown(reason)),
             Err(PublishFailure::Hopeless(reason)) => Err(AppendError::Stopped(reason)),
         }
+    }
+
+    fn may_accept_two(&self) -> bool {
+        // The leader looks at expectations before the others have agreed on what came before.
+        self.replicated
     }
 
     async fn head(&self) -> Result<Position, ReadError> {

@@ -43,6 +43,8 @@ pub(super) struct OpenedStream {
     /// In nanoseconds since 1970.
     pub(super) created: i128,
     pub(super) allow_direct: bool,
+    /// Several servers have to agree on what is stored.
+    pub(super) replicated: bool,
     /// In which harmless ways it is not what was wanted.
     pub(super) notes: Vec<String>,
 }
@@ -238,6 +240,7 @@ async fn try_to_open(
     }
     let created = info.created.unix_timestamp_nanos();
     let allow_direct = info.config.allow_direct;
+    let replicated = info.config.num_replicas > 1;
     let stream = context
         .get_stream_no_info(name)
         .await
@@ -246,6 +249,7 @@ async fn try_to_open(
         stream,
         created,
         allow_direct,
+        replicated,
         notes,
     })
 }

@@ -79,6 +79,10 @@ impl EventLog for GuardedLog {
         self.log.append(append).await
     }
 
+    fn may_accept_two(&self) -> bool {
+        self.log.may_accept_two()
+    }
+
     async fn head(&self) -> Result<Position, ReadError> {
         self.log.head().await
     }
