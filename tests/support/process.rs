@@ -309,6 +309,11 @@ impl Process {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
     /// Kills it with SIGKILL, and waits until it is gone. What it started stays.
     pub fn kill(mut self) {
         let _ = self.child.kill();

@@ -239,14 +239,17 @@ impl Shared {
             }
             layers.leaving.clone()
         };
+        daybook_failpoints::reached("projections.before");
         if !rows.is_empty() {
             put(&disk.db, &rows)?;
+            daybook_failpoints::reached("projections.written");
             let mut layers = self.write();
             if layers.generation() == Some(disk.generation) {
                 layers.leaving = Arc::default();
             }
         }
         disk.db.flush()?;
+        daybook_failpoints::reached("projections.after");
         Ok(())
     }
 

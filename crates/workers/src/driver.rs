@@ -269,6 +269,7 @@ impl Driver {
         mut turn: Turn,
         cancel: CancellationToken,
     ) {
+        let kind = daybook_failpoints::ARMED.then(|| event.short_kind().to_owned());
         let outcome = {
             let work = self.work(&delivery, event, &mut turn, &cancel);
             tokio::pin!(work);
@@ -287,6 +288,7 @@ impl Driver {
         };
         self.end_turn(&turn);
         drop(turn);
+        self.answering("ack.before", kind.as_deref(), &outcome);
         let answered = match outcome {
             Some(Outcome::Done) => delivery.reply.ack().await,
             Some(Outcome::Wait(delay)) => delivery.reply.nak(delay).await,
@@ -294,8 +296,18 @@ impl Driver {
             Some(Outcome::Interrupted) => delivery.reply.nak(Duration::ZERO).await,
             None => delivery.reply.term().await,
         };
+        self.answering("ack.after", kind.as_deref(), &outcome);
         if let Err(error) = answered {
             tracing::debug!(worker = %self.worker.name(), %error, "an answer was lost; the event will come again");
+        }
+    }
+
+    /// A failpoint beside an acknowledgement.
+    fn answering(&self, place: &str, kind: Option<&str>, outcome: &Option<Outcome>) {
+        if matches!(outcome, Some(Outcome::Done)) {
+            daybook_failpoints::reached_for(place, || {
+                format!("{} {}", self.worker.name(), kind.unwrap_or_default())
+            });
         }
     }
 

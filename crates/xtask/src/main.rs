@@ -6,6 +6,7 @@ mod command;
 mod deny;
 mod fuzz;
 mod left_out;
+mod matrix;
 mod rooms;
 mod schemas;
 mod servers;
@@ -27,6 +28,7 @@ Usage: cargo xtask <TASK> [ARGUMENTS]
 
 Tasks:
   test     Run all tests, after finding or installing the servers that they need
+  matrix   Kill the binary at each failpoint, and check what is left
   ci       Run everything that must be green before a merge, with the time of each step
   tools    Build the pinned servers and tools into a cache outside the checkout
   deny     Check licences, sources, bans and advisories of all dependencies
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = arguments.collect();
     let (help, run): (&str, Task) = match task.as_deref() {
         Some("test") => (test::HELP, test::run),
+        Some("matrix") => (matrix::HELP, matrix::run),
         Some("ci") => (ci::HELP, ci::run),
         Some("tools") => (tools::HELP, tools::run),
         Some("deny") => (deny::HELP, deny::run),

@@ -17,14 +17,23 @@ Dependencies of tests alone are free.
 ";
 
 /// Which crates of the workspace a crate may build on.
-const MAY_USE: [(&str, &[&str]); 10] = [
+const MAY_USE: [(&str, &[&str]); 11] = [
     ("daybook-events", &[]),
-    ("daybook-store", &["daybook-events"]),
-    ("daybook-projections", &["daybook-events"]),
+    ("daybook-failpoints", &[]),
+    ("daybook-store", &["daybook-events", "daybook-failpoints"]),
+    (
+        "daybook-projections",
+        &["daybook-events", "daybook-failpoints"],
+    ),
     ("daybook-secrets", &["daybook-events"]),
     (
         "daybook-workers",
-        &["daybook-events", "daybook-projections", "daybook-secrets"],
+        &[
+            "daybook-events",
+            "daybook-failpoints",
+            "daybook-projections",
+            "daybook-secrets",
+        ],
     ),
     (
         "daybook-api",
@@ -40,6 +49,7 @@ const MAY_USE: [(&str, &[&str]); 10] = [
             "daybook-api",
             "daybook-audit",
             "daybook-events",
+            "daybook-failpoints",
             "daybook-projections",
             "daybook-secrets",
             "daybook-store",
@@ -118,6 +128,7 @@ const ONLY_IN: [(&[&str], &[&str], &str); 9] = [
     (
         &["tokio", "reqwest", "hyper", "rustix"],
         &[
+            "daybook-failpoints",
             "daybook-secrets",
             "daybook-store",
             "daybook-projections",

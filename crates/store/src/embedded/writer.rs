@@ -215,7 +215,10 @@ impl Writer {
         let answers = self.decide(group);
         let last = self.appender.next() - 1;
         let result = if last > synced {
-            self.appender.commit()
+            daybook_failpoints::reached("log.sync.before");
+            let result = self.appender.commit();
+            daybook_failpoints::reached("log.sync.after");
+            result
         } else {
             Ok(())
         };

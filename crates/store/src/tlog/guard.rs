@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use daybook_events::Event;
 use daybook_events::log::{
     Append, AppendError, Appended, Consumer, ConsumerConfig, EventLog, EventStream, LogInfo,
     Position, ReadError, Recorded,
@@ -67,6 +68,12 @@ impl GuardedLog {
     }
 }
 
+/// The kind of the event that is appended, as failpoints are told apart by it.
+fn kind_of(append: &Append) -> String {
+    let event = Event::from_bytes(&append.bytes);
+    event.map_or_else(|_| "unreadable".to_owned(), |e| e.short_kind().to_owned())
+}
+
 #[async_trait]
 impl EventLog for GuardedLog {
     async fn append(&self, append: Append) -> Result<Appended, AppendError> {
@@ -76,7 +83,11 @@ impl EventLog for GuardedLog {
                 breach.message, breach.code, breach.remedy
             )));
         }
-        self.log.append(append).await
+        let kind = daybook_failpoints::ARMED.then(|| kind_of(&append));
+        daybook_failpoints::reached_for("append.before", || kind.clone().unwrap_or_default());
+        let appended = self.log.append(append).await;
+        daybook_failpoints::reached_for("append.after", || kind.clone().unwrap_or_default());
+        appended
     }
 
     fn may_accept_two(&self) -> bool {

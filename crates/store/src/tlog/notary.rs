@@ -487,6 +487,7 @@ impl Notary {
         let files = files.map_err(|e| Trouble::Fatal(NotaryError::Entry(e.to_string())))?;
         let newest = edge.growth.newest_leaf();
         let named = |(path, bytes): (TilePath, _)| (path.to_string(), bytes);
+        daybook_failpoints::reached("checkpoint.before");
         let stored = self
             .storage
             .put(files.into_iter().map(named).collect())
@@ -496,10 +497,13 @@ impl Notary {
             number: edge.claimed.number + 1,
             head,
         };
+        daybook_failpoints::reached("checkpoint.stored");
         if !claimed.claim(&*self.storage).await? {
             return Err(Trouble::Overtaken);
         }
+        daybook_failpoints::reached("checkpoint.claimed");
         self.publish(claimed).await?;
+        daybook_failpoints::reached("checkpoint.after");
         self.tree.set(TreeCondition::Sound);
         edge.claimed = claimed;
         edge.newest = newest;

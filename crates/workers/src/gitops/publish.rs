@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use daybook_events::RepositoryUrl;
+use daybook_failpoints::reached;
 use git2::{
     AutotagOption, Direction, ErrorCode, FetchOptions, Oid, PushOptions, RemoteCallbacks,
     Repository,
@@ -129,10 +130,13 @@ impl Remote {
         from: Option<Oid>,
         to: Oid,
     ) -> Result<Moved, GitopsError> {
-        match local_path(&self.url) {
+        reached("gitops.push.before");
+        let moved = match local_path(&self.url) {
             Some(path) => self.push_locally(&path, repository, session, from, to),
             None => self.push_over_network(repository, session, from, to),
-        }
+        };
+        reached("gitops.push.after");
+        moved
     }
 
     fn push_over_network(

@@ -9,6 +9,7 @@ use std::time::Duration;
 use daybook_events::gitops::{DiffSummary, LedgerAnchor};
 use daybook_events::spec::PinnedImage;
 use daybook_events::{CommitId, Digest, EnvironmentName, EventId, ProjectName, ServiceName};
+use daybook_failpoints::reached;
 use git2::build::TreeUpdateBuilder;
 use git2::{
     Config, ConfigLevel, ErrorCode, FileMode, ObjectType, Oid, Repository, RepositoryInitOptions,
@@ -500,11 +501,15 @@ impl Inner {
             Some(remote) => self.begin_with(remote, &repository, session)?,
         }
         drop(repository);
+        reached("gitops.create.before");
         fs::rename(&fresh, &self.path).map_err(GitopsError::disk(&self.path))?;
         let parent = self.path.parent().unwrap_or(Path::new("/"));
+        reached("gitops.create.renamed");
         fs::File::open(parent)
             .and_then(|folder| folder.sync_all())
-            .map_err(GitopsError::disk(parent))
+            .map_err(GitopsError::disk(parent))?;
+        reached("gitops.create.after");
+        Ok(())
     }
 
     /// Gives an empty repository the history of its remote or, where that is empty too, both of
@@ -629,6 +634,7 @@ impl Inner {
                     ..self.committed(repository, made, ordinal)?
                 });
             }
+            reached("gitops.commit.before");
             let next = match prepare(base)? {
                 Prepared::Commit(next) => next,
                 Prepared::Nothing { title } => {
@@ -644,10 +650,12 @@ impl Inner {
                     });
                 }
             };
+            reached("gitops.commit.written");
             let moved = match &self.remote {
                 None => swap(repository, Some(base), next)?,
                 Some(remote) => remote.publish(repository, session, base, next)?,
             };
+            reached("gitops.commit.after");
             if moved == Moved::Yes {
                 return self.committed(repository, next, ordinal + 1);
             }

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use daybook_events::Digest;
+use daybook_failpoints::reached;
 use oci_spec::image::{
     ANNOTATION_REF_NAME, Descriptor, ImageIndex, ImageIndexBuilder, MediaType, OciLayout,
     OciLayoutBuilder,
@@ -469,7 +470,9 @@ fn publish(file: tempfile::NamedTempFile, to: &Path) -> io::Result<()> {
             .set_permissions(fs::Permissions::from_mode(0o644))?;
     }
     file.as_file().sync_all()?;
+    reached("image.file.before");
     file.persist(to).map_err(|e| e.error)?;
+    reached("image.file.after");
     if let Some(folder) = to.parent() {
         File::open(folder)?.sync_all()?;
     }

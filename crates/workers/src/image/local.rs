@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use daybook_events::spec::{ImageReference, PinnedImage};
 use daybook_events::{Digest, ImageRepository, ImageTag};
+use daybook_failpoints::reached;
 
 use super::ImageError;
 use super::layout::{Layout, from_oci};
@@ -52,7 +53,9 @@ impl ImageStore for LayoutStore {
         };
         let (layout, from) = (self.layout.clone(), image.layout.clone());
         let (name, digest) = (format!("{repository}:{tag}"), image.digest.clone());
+        reached("image.push.before");
         blocking(move |_| copy_image(&from, &layout, &digest, Some(&name))).await?;
+        reached("image.push.after");
         progress.send(format!("stored {pinned}")).await;
         Ok(pinned)
     }
@@ -146,7 +149,10 @@ fn copy_image(
         }
     }
     match name {
-        Some(name) => to.set_reference(name, digest, document.media_type()),
+        Some(name) => {
+            reached("image.push.copied");
+            to.set_reference(name, digest, document.media_type())
+        }
         None => Ok(()),
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use daybook_events::spec::PinnedImage;
 use daybook_events::{DeploymentId, Digest};
+use daybook_failpoints::reached;
 
 use super::state_file;
 use crate::image::ImageError;
@@ -78,7 +79,9 @@ impl Images {
         self.store.unpack(image, &partial.0.join("root")).await?;
         let config = self.store.config(image).await?;
         state_file::write(&partial.0.join("image.json"), &config).map_err(refused)?;
+        reached("unpack.before");
         std::fs::rename(&partial.0, &folder).map_err(refused)?;
+        reached("unpack.after");
         Ok(Unpacked { root, config })
     }
 

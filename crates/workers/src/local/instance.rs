@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use daybook_events::EnvKey;
 use daybook_events::lines::{LineKind, LineSource, NewLine};
+use daybook_failpoints::reached;
 use daybook_secrets::SecretValue;
 use jiff::Timestamp;
 use tokio::sync::watch;
@@ -262,7 +263,9 @@ impl Instance {
         self.record
             .write(&self.dir)
             .map_err(|e| problems::folder(&self.dir, &e))?;
+        reached("process.start.before");
         let started = self.spawn(&launch).await;
+        reached("process.start.spawned");
         self.runs.send_replace(Runs {
             newest: self.record.run,
             ended: started.is_err(),
@@ -270,6 +273,7 @@ impl Instance {
         let process = started?;
         self.record.process = Some(process.id().clone());
         self.save();
+        reached("process.start.after");
         self.report();
         Ok(process)
     }
@@ -504,8 +508,11 @@ impl Instance {
             self.report();
             tokio::time::sleep(UNROUTE).await;
         }
+        reached("process.stop.before");
         let exit = process.stop(self.cluster.grace).await;
+        reached("process.stop.ended");
         self.ended();
+        reached("process.stop.after");
         let mut carried = self.carried.clone();
         let run = self.record.run;
         let _ = tokio::time::timeout(OUTPUT_SETTLES, carried.wait_for(|n| *n >= run)).await;

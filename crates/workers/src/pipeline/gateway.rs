@@ -135,11 +135,13 @@ impl Applier {
         let Some(routing) = &folded.state else {
             return Ok(());
         };
+        daybook_failpoints::reached("route.before");
         let applied = match self.switch(project, routing)? {
             // The gap is no longer known: the table as a whole closes it.
             Err(ApplyError::Missed { .. }) => self.replace(project, routing)?,
             other => other,
         };
+        daybook_failpoints::reached("route.after");
         let table = routing.table;
         let rejected = match applied {
             Ok(_) => None,

@@ -115,19 +115,19 @@ impl Sync {
             let text = format!("syncing {} to {cluster}", commit.short());
             self.bench.say(id, Some(cluster.clone()), text).await;
         }
-        self.target
-            .apply(&app, commit, &desired)
-            .await
-            .map_err(|e| match e {
-                TargetError::Unavailable(why) => {
-                    Stop::Retry(format!("cluster_unavailable: {cluster}: {why}"))
-                }
-                TargetError::Refused(why) => Stop::Fail(StepError::fatal(
-                    "sync_refused",
-                    format!("{cluster} refused the commit {}: {why}", commit.short()),
-                    "look at the environment's values file in the GitOps repository",
-                )),
-            })
+        daybook_failpoints::reached("sync.before");
+        let applied = self.target.apply(&app, commit, &desired).await;
+        daybook_failpoints::reached("sync.after");
+        applied.map_err(|e| match e {
+            TargetError::Unavailable(why) => {
+                Stop::Retry(format!("cluster_unavailable: {cluster}: {why}"))
+            }
+            TargetError::Refused(why) => Stop::Fail(StepError::fatal(
+                "sync_refused",
+                format!("{cluster} refused the commit {}: {why}", commit.short()),
+                "look at the environment's values file in the GitOps repository",
+            )),
+        })
     }
 
     /// Brings the cluster to where the ledger says it should be. Called once when a process takes

@@ -1,0 +1,39 @@
+//! `cargo xtask matrix`: the whole scenario once for each failpoint, killed there.
+
+use std::process::ExitCode;
+
+use crate::Failure;
+use crate::command::{cargo, exit_code, status};
+
+pub(crate) const HELP: &str = "\
+Kill the binary at each failpoint, and check that nothing is lost, doubled or left behind
+
+Usage: cargo xtask matrix [--all] [--nats] [PLACE]...
+
+  cargo xtask matrix               each place once, when there is traffic to disturb
+  cargo xtask matrix --all         each place also when it is reached for the first time
+  cargo xtask matrix --nats        on JetStream, with the workers in processes of their own
+  cargo xtask matrix image.push    places with `image.push` in their name
+
+An undisturbed run of the scenario (two deployments, a switch, the way back, a stop, a termination)
+finds the places; ARCHITECTURE.md says how to add one. The table of places with what came of each is
+printed; it is a failure if one run does not end where the undisturbed one ended.
+";
+
+pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
+    let unknown = arguments
+        .iter()
+        .find(|a| a.starts_with('-') && *a != "--all" && *a != "--nats");
+    if let Some(unknown) = unknown {
+        return Err(format!("unknown argument {unknown:?}; see --help").into());
+    }
+    status(&mut command(arguments)).map(exit_code)
+}
+
+fn command(arguments: &[String]) -> std::process::Command {
+    let mut test = cargo();
+    test.args(["test", "-p", "daybook", "--features", "failpoints"])
+        .args(["--test", "matrix", "--"])
+        .args(arguments);
+    test
+}
