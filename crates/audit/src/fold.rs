@@ -9,11 +9,13 @@ use std::os::unix::fs::FileExt;
 use std::str::FromStr;
 
 use daybook_events::aggregate::{At, Void};
+use daybook_events::envelope::DecodeError;
+use daybook_events::outline::Step;
 use daybook_events::subject::PREFIX;
-use daybook_events::{AnyFolded, AnyPayload, Position, Subject};
+use daybook_events::{AnyFolded, AnyPayload, Outline, Position, Subject};
 use daybook_projections::{StateHash, StateSum};
 
-use crate::entry::Read;
+use crate::entry::{Payload, Read};
 
 /// States that are used are kept in memory up to about so many bytes of events that made them.
 const HOT_BYTES: usize = 96 << 20;
@@ -73,15 +75,40 @@ impl State {
     }
 
     fn step(&mut self, at: At, revision: u32, payload: AnyPayload) -> Outcome {
-        let folded = match self {
-            Self::Known(folded) => folded.step(at, revision, payload),
-            Self::Unknown => return Outcome::Unknown,
-            Self::None => return Outcome::NoSubject,
-        };
-        match folded {
-            Ok(()) => Outcome::Counted,
-            Err(Void::Unknown(_)) => Outcome::Unknown,
-            Err(void) => Outcome::Void(void),
+        match self {
+            Self::Known(folded) => folded.step(at, revision, payload).into(),
+            Self::Unknown => Outcome::Unknown,
+            Self::None => Outcome::NoSubject,
+        }
+    }
+}
+
+/// An aggregate of which only what decides about its events is remembered. In memory it is no
+/// larger than the place in a file would be at which it is put aside.
+#[derive(Debug)]
+enum Sketch {
+    Known(Outline),
+    /// The aggregate is of a newer version.
+    Unknown,
+    /// The subject is none.
+    None,
+}
+
+impl Sketch {
+    fn of(subject: &str) -> Self {
+        match parsed(subject).map(|s| s.kind()) {
+            Some(kind) => kind
+                .and_then(Outline::new)
+                .map_or(Self::Unknown, Self::Known),
+            None => Self::None,
+        }
+    }
+
+    fn step(&mut self, revision: u32, step: Result<Step, DecodeError>) -> Outcome {
+        match self {
+            Self::Known(outline) => outline.step(revision, step).into(),
+            Self::Unknown => Outcome::Unknown,
+            Self::None => Outcome::NoSubject,
         }
     }
 }
@@ -96,7 +123,7 @@ pub(crate) struct Fold<'a> {
     /// How long the event is.
     pub(crate) bytes: usize,
     pub(crate) revision: u32,
-    pub(crate) payload: AnyPayload,
+    pub(crate) payload: Payload,
 }
 
 /// What became of an event.
@@ -110,6 +137,16 @@ pub(crate) enum Outcome {
     Unknown,
     /// Its subject is none.
     NoSubject,
+}
+
+impl From<Result<(), Void>> for Outcome {
+    fn from(folded: Result<(), Void>) -> Self {
+        match folded {
+            Ok(()) => Self::Counted,
+            Err(Void::Unknown(_)) => Self::Unknown,
+            Err(void) => Self::Void(void),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -168,8 +205,14 @@ impl Slot {
 }
 
 /// The states of all aggregates. Those that were not used for long are in a file.
+///
+/// Where nobody asks for the states themselves, only outlines are kept of the aggregates that have
+/// one: what becomes of each event is the same.
 #[derive(Debug)]
 pub(crate) struct Folds {
+    /// Whether outlines are enough.
+    outlines: bool,
+    sketches: Map<Sketch>,
     young: Map<Slot>,
     old: Map<Slot>,
     young_bytes: usize,
@@ -179,12 +222,15 @@ pub(crate) struct Folds {
 }
 
 impl Folds {
-    pub(crate) fn new() -> io::Result<Self> {
-        Self::with(HOT_BYTES)
+    /// With outlines, there is no [`state_hash`](Self::state_hash).
+    pub(crate) fn new(outlines: bool) -> io::Result<Self> {
+        Self::with(outlines, HOT_BYTES)
     }
 
-    fn with(hot_bytes: usize) -> io::Result<Self> {
+    fn with(outlines: bool, hot_bytes: usize) -> io::Result<Self> {
         Ok(Self {
+            outlines,
+            sketches: Map::default(),
             young: Map::default(),
             old: Map::default(),
             young_bytes: 0,
@@ -201,7 +247,21 @@ impl Folds {
 
     /// Folds an event.
     pub(crate) fn apply(&mut self, at: At, event: Fold<'_>) -> io::Result<Outcome> {
-        let Fold { key, bytes, .. } = event;
+        let Fold {
+            key,
+            bytes,
+            revision,
+            ..
+        } = event;
+        let payload = match event.payload {
+            Payload::Step(step) => return Ok(self.sketch(key, event.subject, revision, Ok(step))),
+            Payload::Whole(payload) => *payload,
+        };
+        if self.outlines
+            && let Some(step) = Step::of(&payload)
+        {
+            return Ok(self.sketch(key, event.subject, revision, step));
+        }
         let slot = match self.young.entry(key) {
             Entry::Occupied(slot) => slot.into_mut(),
             Entry::Vacant(place) => {
@@ -222,11 +282,28 @@ impl Folds {
         let grown = (slot.bytes + bytes).min(MOST_BYTES.max(slot.bytes));
         self.young_bytes += grown - slot.bytes;
         slot.bytes = grown;
-        let outcome = slot.state.step(at, event.revision, event.payload);
+        let outcome = slot.state.step(at, revision, payload);
         if self.young_bytes > self.hot_bytes / 2 {
             self.age()?;
         }
         Ok(outcome)
+    }
+
+    fn sketch(
+        &mut self,
+        key: u128,
+        subject: &str,
+        revision: u32,
+        step: Result<Step, DecodeError>,
+    ) -> Outcome {
+        let sketch = match self.sketches.entry(key) {
+            Entry::Occupied(sketch) => sketch.into_mut(),
+            Entry::Vacant(place) => {
+                self.aggregates += 1;
+                place.insert(Sketch::of(subject))
+            }
+        };
+        sketch.step(revision, step)
     }
 
     /// The hash over the states of all aggregates that this version knows.
@@ -323,32 +400,41 @@ mod tests {
     use crate::schema::Schemas;
     use daybook_events::testing::fleet::{Fleet, Size, choices};
 
-    /// Folds a history with so much memory; returns what became of each event and the hash.
-    fn folded(hot_bytes: usize) -> (Vec<Outcome>, u64, StateHash, usize) {
-        let checks = Checks {
+    fn checks(outlines: bool) -> Checks {
+        Checks {
             keys: Keys::default(),
             schemas: Schemas::default(),
             all_schemas: false,
+            outlines,
+        }
+    }
+
+    fn fold(checks: &Checks, folds: &mut Folds, position: u64, bytes: &[u8]) -> Outcome {
+        let entry = checks.read(Position(position), bytes, 0..bytes.len());
+        let (Content::Event(read), Some(id)) = (entry.content, entry.id) else {
+            panic!("{position} is no event");
         };
+        let at = at(Position(position), id, &read);
+        let event = Fold {
+            key: read.key,
+            subject: read.subject.text(bytes),
+            bytes: bytes.len(),
+            revision: read.revision,
+            payload: read.payload,
+        };
+        folds.apply(at, event).unwrap()
+    }
+
+    /// Folds a history with so much memory; returns what became of each event and the hash.
+    fn folded(hot_bytes: usize) -> (Vec<Outcome>, u64, StateHash, usize) {
+        let checks = checks(false);
         let mut fleet = Fleet::new(Size::default());
         let mut choose = choices(11);
-        let mut folds = Folds::with(hot_bytes).unwrap();
+        let mut folds = Folds::with(false, hot_bytes).unwrap();
         let mut outcomes = Vec::new();
         for number in 1..=2000 {
             let bytes = fleet.next(&mut choose).bytes;
-            let entry = checks.read(Position(number), &bytes, 0..bytes.len());
-            let (Content::Event(read), Some(id)) = (entry.content, entry.id) else {
-                panic!("{number} is no event");
-            };
-            let at = at(Position(number), id, &read);
-            let event = Fold {
-                key: read.key,
-                subject: read.subject.text(&bytes),
-                bytes: bytes.len(),
-                revision: read.revision,
-                payload: read.payload,
-            };
-            outcomes.push(folds.apply(at, event).unwrap());
+            outcomes.push(fold(&checks, &mut folds, number, &bytes));
         }
         let hash = folds.state_hash().unwrap();
         (outcomes, folds.aggregates(), hash, folds.cold.places.len())
@@ -362,5 +448,68 @@ mod tests {
         let small = folded(20 << 10);
         assert!(small.3 > 10, "{} states are in the file", small.3);
         assert_eq!((small.0, small.1, small.2), (outcomes, aggregates, hash));
+    }
+
+    /// A history in which some events are missing, twice there, late, of a version to come, of a
+    /// subject that is none, or claim the revision that is due.
+    fn disturbed(seed: u64) -> Vec<Vec<u8>> {
+        let mut fleet = Fleet::new(Size::default());
+        let mut choose = choices(seed);
+        let mut history: Vec<Vec<u8>> = Vec::new();
+        let mut late = Vec::new();
+        for _ in 0..1500 {
+            let bytes = fleet.next(&mut choose).bytes.to_vec();
+            let replace = |from: &str, to: &str| {
+                let text = String::from_utf8(bytes.clone()).unwrap();
+                text.replacen(from, to, 1).into_bytes()
+            };
+            match choose(40) {
+                0 => continue,
+                1 => history.extend([bytes.clone(), bytes]),
+                2 => late.push(bytes),
+                3 => history.push(replace(".v1\"", ".v9\"")),
+                4 => history.push(replace("\"subject\":\"shop-0/", "\"subject\":\"sh*p/")),
+                5 => history.push(replace("\"attempt\":1", "\"attempt\":\"one\"")),
+                6 => {
+                    let mut next = late.pop().unwrap_or(bytes);
+                    let digit = next
+                        .windows(11)
+                        .position(|w| w == b"\"revision\":")
+                        .unwrap()
+                        + 11;
+                    next[digit] = b'2' + (choose(4) as u8);
+                    history.push(next);
+                }
+                _ => history.push(bytes),
+            }
+        }
+        history
+    }
+
+    #[test]
+    fn what_becomes_of_events_is_the_same_by_outlines_as_by_states() {
+        let (mut void, mut unknown, mut none) = (0, 0, 0);
+        for seed in 0..8 {
+            let mut by = [false, true].map(|o| (checks(o), Folds::with(o, HOT_BYTES).unwrap()));
+            for (number, bytes) in (1..).zip(disturbed(seed)) {
+                let [states, outlines] = by
+                    .each_mut()
+                    .map(|(checks, folds)| fold(checks, folds, number, &bytes));
+                assert_eq!(states, outlines, "{}", String::from_utf8_lossy(&bytes));
+                match states {
+                    Outcome::Counted => {}
+                    Outcome::Void(_) => void += 1,
+                    Outcome::Unknown => unknown += 1,
+                    Outcome::NoSubject => none += 1,
+                }
+            }
+            let [states, outlines] = by.map(|(_, folds)| (folds.aggregates(), folds.young.len()));
+            assert_eq!(states.0, outlines.0);
+            assert!(states.1 > outlines.1);
+        }
+        assert!(
+            void > 100 && unknown > 10 && none > 10,
+            "{void} {unknown} {none}"
+        );
     }
 }

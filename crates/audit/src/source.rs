@@ -34,7 +34,8 @@ const MAX_SMALL: u64 = 1 << 20;
 const MAX_BUNDLE: u64 = 256 * (65_535 + 2);
 /// No export has more schemas and repositories.
 const MAX_OTHERS: usize = 10_000;
-const READ_BUFFER: usize = 1 << 20;
+/// Bundles are much larger, and so are read into their own memory at once.
+const READ_BUFFER: usize = 8 << 10;
 
 /// Files that are read by name: those of a folder, or those of a server.
 pub trait ReadFiles: Send {

@@ -20,7 +20,7 @@ use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
 use crate::archive::Stop;
-use crate::entry::{Checks, Content, Entry, Keys};
+use crate::entry::{Checks, Content, Entry, Keys, Payload};
 use crate::finding::{Finding, Findings, Kind, Place};
 use crate::fold::{Fold, Folds, Outcome, at};
 use crate::gitops::{CompareRepository, Compared, Spool};
@@ -451,10 +451,13 @@ pub fn observe(
     let older_heads: Vec<TreeHead> = [kept, earlier].into_iter().flatten().collect();
     let older_sizes: Vec<u64> = older_heads.iter().map(|h| h.size).collect();
 
+    // The states are needed only for their hash.
+    let outlines = options.thoroughness == Thoroughness::Normal && source.small(STATE).is_none();
     let checks = Checks {
         keys: Keys::default(),
         schemas: Schemas::of_this_version(),
         all_schemas: options.thoroughness == Thoroughness::Full,
+        outlines,
     };
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let plan = Plan {
@@ -468,7 +471,7 @@ pub fn observe(
     };
     let mut walk = Walk {
         findings,
-        folds: Folds::new().map_err(failed)?,
+        folds: Folds::new(outlines).map_err(failed)?,
         counts: Counts::default(),
         period: None,
         entries: Some(Edge::default()),
@@ -824,7 +827,10 @@ impl Walk<'_> {
         let (first, last) = self.period.unwrap_or((time, time));
         self.period = Some((first.min(time), last.max(time)));
         let step = at(position, id, &read);
-        let of_repository = matches!(read.payload, AnyPayload::Gitops(Ok(_)));
+        let of_repository = matches!(
+            &read.payload,
+            Payload::Whole(p) if matches!(**p, AnyPayload::Gitops(Ok(_)))
+        );
         let subject = read.subject.text(bytes);
         let outcome = self.folds.apply(
             step,

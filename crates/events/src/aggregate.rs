@@ -129,23 +129,12 @@ impl<A: Aggregate> Folded<A> {
         payload: Result<A::Event, DecodeError>,
     ) -> Result<(), Void> {
         self.position = at.position;
-        if revision <= self.revision {
-            return Err(Void::Overtaken { revision });
+        let before = self.revision;
+        let payload = count(&mut self.revision, revision, payload);
+        if self.revision != before {
+            self.last_id = Some(at.id);
         }
-        if revision - 1 != self.revision {
-            return Err(Void::Gap {
-                last: self.revision,
-                found: revision,
-            });
-        }
-        // From here on the revision is taken, even if its event says nothing to this version:
-        // the next writer, who may be newer, counts on from it.
-        self.revision = revision;
-        self.last_id = Some(at.id);
-        let payload = payload.map_err(|e| match e {
-            DecodeError::UnknownKind(kind) => Void::Unknown(kind),
-            other => Void::Unreadable(other),
-        })?;
+        let payload = payload?;
         match &mut self.state {
             Some(state) => state.apply(payload, at)?,
             none => *none = Some(A::first(payload, at)?),
@@ -166,6 +155,30 @@ impl<A: Aggregate> Folded<A> {
         }
         folded
     }
+}
+
+/// Counts an event as the next one of its aggregate, if its revision is the next one.
+pub(crate) fn count<P>(
+    last: &mut u32,
+    revision: u32,
+    payload: Result<P, DecodeError>,
+) -> Result<P, Void> {
+    if revision <= *last {
+        return Err(Void::Overtaken { revision });
+    }
+    if revision - 1 != *last {
+        return Err(Void::Gap {
+            last: *last,
+            found: revision,
+        });
+    }
+    // From here on the revision is taken, even if its event says nothing to this version: the
+    // next writer, who may be newer, counts on from it.
+    *last = revision;
+    payload.map_err(|e| match e {
+        DecodeError::UnknownKind(kind) => Void::Unknown(kind),
+        other => Void::Unreadable(other),
+    })
 }
 
 /// A command that was refused: what is wrong, and the way out.

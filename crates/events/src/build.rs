@@ -226,6 +226,7 @@ impl Aggregate for Build {
     const KIND: AggregateKind = AggregateKind::Build;
 
     fn first(event: BuildEvent, at: At) -> Result<Self, Illegal> {
+        Step::from(&event).follow(None)?;
         match event {
             BuildEvent::Requested(r) => Ok(Self::begin(*r, at.time, 1, 0)),
             other => Err(Illegal::new(other.kind(), "a build that does not exist")),
@@ -233,36 +234,30 @@ impl Aggregate for Build {
     }
 
     fn apply(&mut self, event: BuildEvent, at: At) -> Result<(), Illegal> {
-        legal(self, &event)?;
+        let Standing { status, attempt } = legal(self, &event)?;
+        self.status = status;
+        self.attempt = attempt;
         match event {
             BuildEvent::Requested(r) => {
                 *self = Self::begin(*r, at.time, self.requests + 1, self.attempt);
             }
-            BuildEvent::Started(e) => {
-                self.status = BuildStatus::Cloning;
-                self.attempt = e.attempt;
-                self.worker = Some(e.worker);
-            }
-            BuildEvent::BuilderStarted(_) => self.status = BuildStatus::Building,
+            BuildEvent::Started(e) => self.worker = Some(e.worker),
+            BuildEvent::BuilderStarted(_) => {}
             BuildEvent::PushStarted(e) => {
-                self.status = BuildStatus::Pushing;
                 self.digest = Some(e.digest);
                 self.detected = Some(e.detected);
             }
             BuildEvent::Succeeded(e) => {
-                self.status = BuildStatus::Succeeded;
                 self.image = Some(e.image);
                 self.log = e.log;
                 self.ended_at = Some(at.time);
             }
             BuildEvent::Failed(e) => {
-                self.status = BuildStatus::Failed;
                 self.log = e.log.clone();
                 self.failure = Some(e);
                 self.ended_at = Some(at.time);
             }
             BuildEvent::Cancelled(e) => {
-                self.status = BuildStatus::Cancelled;
                 self.log = e.log.clone();
                 self.failure = Some(Failed {
                     attempt: e.attempt,
@@ -278,36 +273,120 @@ impl Aggregate for Build {
     }
 }
 
-/// Which event may follow on which state: the build's transition table.
-fn legal(state: &Build, event: &BuildEvent) -> Result<(), Illegal> {
-    let running = !state.status.is_final() && state.status > BuildStatus::Requested;
-    let ok = match event {
-        // A build that failed or was given up may be asked for again; one that succeeded is shared.
-        BuildEvent::Requested(_) => {
-            matches!(state.status, BuildStatus::Failed | BuildStatus::Cancelled)
+/// An event of a build with its attempt, as far as the table knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Step {
+    Requested,
+    Started(u32),
+    BuilderStarted(u32),
+    PushStarted(u32),
+    Succeeded(u32),
+    Failed(u32),
+    Cancelled(u32),
+}
+
+impl From<&BuildEvent> for Step {
+    fn from(event: &BuildEvent) -> Self {
+        match event {
+            BuildEvent::Requested(_) => Self::Requested,
+            BuildEvent::Started(e) => Self::Started(e.attempt),
+            BuildEvent::BuilderStarted(e) => Self::BuilderStarted(e.attempt),
+            BuildEvent::PushStarted(e) => Self::PushStarted(e.attempt),
+            BuildEvent::Succeeded(e) => Self::Succeeded(e.attempt),
+            BuildEvent::Failed(e) => Self::Failed(e.attempt),
+            BuildEvent::Cancelled(e) => Self::Cancelled(e.attempt),
         }
-        BuildEvent::Started(e) => !state.status.is_final() && e.attempt == state.attempt + 1,
-        BuildEvent::BuilderStarted(e) => {
-            state.status == BuildStatus::Cloning && e.attempt == state.attempt
+    }
+}
+
+/// What of a build decides which event may follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    status: BuildStatus,
+    attempt: u32,
+}
+
+impl Step {
+    /// The event's type.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Requested => "build.requested.v1",
+            Self::Started(_) => "build.started.v1",
+            Self::BuilderStarted(_) => "build.builder_started.v1",
+            Self::PushStarted(_) => "build.push_started.v1",
+            Self::Succeeded(_) => "build.succeeded.v1",
+            Self::Failed(_) => "build.failed.v1",
+            Self::Cancelled(_) => "build.cancelled.v1",
         }
-        BuildEvent::PushStarted(e) => {
-            state.status == BuildStatus::Building && e.attempt == state.attempt
-        }
-        BuildEvent::Succeeded(e) => {
-            state.status == BuildStatus::Pushing && e.attempt == state.attempt
-        }
+    }
+
+    /// Where it leads to, if it may follow: the build's transition table.
+    pub fn follow(self, on: Option<Standing>) -> Result<Standing, Illegal> {
+        let Some(Standing { status, attempt }) = on else {
+            return match self {
+                Self::Requested => Ok(Standing {
+                    status: BuildStatus::Requested,
+                    attempt: 0,
+                }),
+                _ => Err(Illegal::new(self.kind(), "a build that does not exist")),
+            };
+        };
+        let over = status.is_final();
         // Before an attempt of this request has begun, only attempt 0 can end it: an attempt of
         // an earlier request that is still at it somewhere must not.
-        BuildEvent::Failed(Failed { attempt, .. })
-        | BuildEvent::Cancelled(Cancelled { attempt, .. }) => {
-            !state.status.is_final() && *attempt == if running { state.attempt } else { 0 }
+        let ending = if !over && status > BuildStatus::Requested {
+            attempt
+        } else {
+            0
+        };
+        let (ok, to) = match self {
+            // A build that failed or was given up may be asked for again; one that succeeded is
+            // shared.
+            Self::Requested => (
+                matches!(status, BuildStatus::Failed | BuildStatus::Cancelled),
+                BuildStatus::Requested,
+            ),
+            Self::Started(new) => (
+                !over && Some(new) == attempt.checked_add(1),
+                BuildStatus::Cloning,
+            ),
+            Self::BuilderStarted(of) => (
+                status == BuildStatus::Cloning && of == attempt,
+                BuildStatus::Building,
+            ),
+            Self::PushStarted(of) => (
+                status == BuildStatus::Building && of == attempt,
+                BuildStatus::Pushing,
+            ),
+            Self::Succeeded(of) => (
+                status == BuildStatus::Pushing && of == attempt,
+                BuildStatus::Succeeded,
+            ),
+            Self::Failed(of) => (!over && of == ending, BuildStatus::Failed),
+            Self::Cancelled(of) => (!over && of == ending, BuildStatus::Cancelled),
+        };
+        if !ok {
+            return Err(Illegal::new(self.kind(), status.as_str()));
         }
-    };
-    if ok {
-        Ok(())
-    } else {
-        Err(Illegal::new(event.kind(), state.status.as_str()))
+        let attempt = match self {
+            Self::Started(new) => new,
+            _ => attempt,
+        };
+        Ok(Standing {
+            status: to,
+            attempt,
+        })
     }
+}
+
+/// Where an event leads to from a state, if it may follow on it.
+fn legal(state: &Build, event: &BuildEvent) -> Result<Standing, Illegal> {
+    let standing = Standing {
+        status: state.status,
+        attempt: state.attempt,
+    };
+    Step::from(event).follow(Some(standing))
 }
 
 /// Decides whether `event` may be appended to a build in this state.
@@ -321,7 +400,7 @@ pub fn decide(state: Option<&Build>, event: BuildEvent) -> Result<Decision<Build
         )),
         (Some(b), BuildEvent::Requested(_)) if legal(b, &event).is_err() => Ok(Decision::Nothing),
         (Some(b), _) => match legal(b, &event) {
-            Ok(()) => Ok(Decision::Append(event)),
+            Ok(_) => Ok(Decision::Append(event)),
             Err(illegal) => Err(Refusal::new(
                 "stale_attempt",
                 format!("{illegal}: another worker took the build on, or it has ended"),

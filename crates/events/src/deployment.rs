@@ -303,6 +303,81 @@ pub fn transition(kind: &str) -> Option<&'static Transition> {
     TRANSITIONS.iter().find(|t| t.kind == kind)
 }
 
+/// An event of a deployment, as far as the table knows it.
+#[derive(Debug, Clone, Copy)]
+pub struct Step {
+    kind: &'static str,
+    row: Option<&'static Transition>,
+}
+
+impl PartialEq for Step {
+    fn eq(&self, other: &Self) -> bool {
+        self.kind == other.kind
+    }
+}
+impl Eq for Step {}
+
+impl From<&DeploymentEvent> for Step {
+    fn from(event: &DeploymentEvent) -> Self {
+        let kind = event.kind();
+        Self {
+            kind,
+            row: transition(kind),
+        }
+    }
+}
+
+impl Step {
+    /// For the compiler, to which time is no matter.
+    pub(crate) const fn of(kind: &'static str) -> Self {
+        let mut row = 0;
+        while row < TRANSITIONS.len() {
+            if same(TRANSITIONS[row].kind, kind) {
+                return Self {
+                    kind,
+                    row: Some(&TRANSITIONS[row]),
+                };
+            }
+            row += 1;
+        }
+        Self { kind, row: None }
+    }
+
+    /// The event's type.
+    pub fn kind(self) -> &'static str {
+        self.kind
+    }
+
+    /// The status that it leads to from another one, or from none.
+    pub fn follow(self, status: Option<Status>) -> Result<Status, Illegal> {
+        match (status, self.row) {
+            (None, _) if self.kind == REQUESTED => Ok(Status::Requested),
+            (None, _) => Err(Illegal::new(self.kind, "a deployment that does not exist")),
+            (Some(status), Some(row)) if row.from.contains(&status) => Ok(row.to.unwrap_or(status)),
+            (Some(status), _) => Err(Illegal::new(self.kind, status.as_str())),
+        }
+    }
+}
+
+/// The type of the only event that a deployment can begin with.
+const REQUESTED: &str = "deployment.requested.v1";
+
+/// Whether two texts are the same, for the compiler.
+const fn same(one: &str, other: &str) -> bool {
+    let (one, other) = (one.as_bytes(), other.as_bytes());
+    if one.len() != other.len() {
+        return false;
+    }
+    let mut at = 0;
+    while at < one.len() {
+        if one[at] != other[at] {
+            return false;
+        }
+        at += 1;
+    }
+    true
+}
+
 /// What a person can do to a deployment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -945,11 +1020,9 @@ impl Aggregate for Deployment {
     const KIND: AggregateKind = AggregateKind::Deployment;
 
     fn first(event: DeploymentEvent, at: At) -> Result<Self, Illegal> {
+        let status = Step::from(&event).follow(None)?;
         let DeploymentEvent::Requested(request) = event else {
-            return Err(Illegal::new(
-                event.kind(),
-                "a deployment that does not exist",
-            ));
+            return Err(Illegal::new(event.kind(), status.as_str()));
         };
         let pending = || Readiness {
             state: ReadinessState::Pending,
@@ -962,7 +1035,7 @@ impl Aggregate for Deployment {
             request: *request,
             requested_by_event: at.id,
             created_at: at.time,
-            status: Status::Requested,
+            status,
             status_event: at.id,
             status_since: at.time,
             milestones: Milestones {
@@ -986,12 +1059,9 @@ impl Aggregate for Deployment {
     }
 
     fn apply(&mut self, event: DeploymentEvent, at: At) -> Result<(), Illegal> {
-        let kind = event.kind();
-        let row = transition(kind).ok_or_else(|| Illegal::new(kind, self.status.as_str()))?;
-        if !row.from.contains(&self.status) {
-            return Err(Illegal::new(kind, self.status.as_str()));
-        }
-        if let Some(to) = row.to {
+        let step = Step::from(&event);
+        let to = step.follow(Some(self.status))?;
+        if step.row.is_some_and(|row| row.to.is_some()) {
             self.status = to;
             self.status_event = at.id;
             self.status_since = at.time;

@@ -68,8 +68,7 @@ macro_rules! validated {
             /// Parses a name; the error says which rule it breaks.
             pub fn parse(value: impl Into<String>) -> Result<Self, InvalidName> {
                 let value = value.into();
-                let check: fn(&str) -> Result<(), &'static str> = $check;
-                match check(&value) {
+                match Self::rule(&value) {
                     Ok(()) => Ok(Self(value)),
                     Err(rule) => Err(InvalidName {
                         what: $what,
@@ -78,6 +77,12 @@ macro_rules! validated {
                         rule,
                     }),
                 }
+            }
+
+            /// The rule that a text breaks, if it breaks one.
+            pub(crate) fn rule(text: &str) -> Result<(), &'static str> {
+                let check: fn(&str) -> Result<(), &'static str> = $check;
+                check(text)
             }
 
             /// The name as text.
@@ -333,6 +338,9 @@ validated! {
         if s.is_empty() || s.len() > 1024 {
             return Err("it must have 1 to 1024 characters");
         }
+        if is_plain_address(s) {
+            return Ok(());
+        }
         if s.chars().any(|c| c.is_control() || c.is_whitespace()) {
             return Err("white space and control characters are not allowed");
         }
@@ -371,6 +379,32 @@ validated! {
         }
         Ok(())
     }
+}
+
+/// Whether a text is an `https` URL of an ordinary form, which needs no parser to be known as one:
+/// a host of labels that begin with letters, and a path of letters, digits and `-._~/`.
+fn is_plain_address(s: &str) -> bool {
+    let Some((host, path)) = s
+        .strip_prefix("https://")
+        .and_then(|rest| rest.split_once('/'))
+    else {
+        return false;
+    };
+    let is_label = |label: &str| {
+        label.starts_with(|c: char| c.is_ascii_lowercase())
+            && label.len() < 64
+            && !label.ends_with('-')
+            // What has two hyphens may be an encoded one.
+            && !label.contains("--")
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    };
+    host.len() < 254
+        && host.split('.').all(is_label)
+        && path
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~' | b'/'))
 }
 
 impl CommitId {

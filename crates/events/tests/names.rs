@@ -270,6 +270,21 @@ fn instances_with_joined_names_do_not_collide() {
     assert_ne!(one.to_string(), other.to_string());
 }
 
+proptest! {
+    /// Addresses of an ordinary form are judged without a parser; all others, and so each of these
+    /// with a port, by one.
+    #[test]
+    fn ordinary_repository_urls_are_urls(
+        host in prop_oneof!["[a-z0-9.-]{1,20}", "(xn--)?[a-z]{1,5}(\\.[a-z0-9-]{1,6}){0,3}"],
+        path in "[a-zA-Z0-9._~/%-]{0,20}",
+    ) {
+        let accepted = |text: String| RepositoryUrl::parse(text).is_ok();
+        let plain = accepted(format!("https://{host}/{path}"));
+        let parsed = accepted(format!("https://{host}:8443/{path}"));
+        prop_assert_eq!(plain, parsed);
+    }
+}
+
 fn name() -> impl Strategy<Value = String> {
     "[a-z]([a-z0-9-]{0,10}[a-z0-9])?"
 }

@@ -39,23 +39,34 @@ pub(crate) struct Options {
 
 pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
     let folder = temporary_folder(options.folder.as_deref())?;
-    let (path, key, bytes) = prepare(folder.path(), options.events).await?;
+    let Prepared {
+        path,
+        with_claim,
+        key,
+        bytes,
+    } = prepare(folder.path(), options.events).await?;
     let events = options.events as f64;
-    let mut all = Vec::new();
+    let (mut all, mut claimed) = (vec![], vec![]);
     let (mut one, mut both, mut quick, mut memory) = (vec![], vec![], vec![], vec![]);
     // What is measured is not the disk: whoever comes first would pay for it.
     hash(&path, 1)?;
     for round in 0..options.rounds {
-        for turn in 0..4 {
+        for turn in 0..5 {
             let start = Instant::now();
             let rate = |start: Instant| events / start.elapsed().as_secs_f64();
-            match (round + turn) % 4 {
+            match (round + turn) % 5 {
                 0 => {
-                    reset_peak()?;
-                    let before = peak()?;
-                    audit(&path, &key, Thoroughness::Normal, options.events)?;
+                    memory.push(audit(&path, &key, Thoroughness::Normal, options.events)?);
                     all.push(rate(start));
-                    memory.push((peak()? - before).max(1.0));
+                }
+                3 => {
+                    memory.push(audit(
+                        &with_claim,
+                        &key,
+                        Thoroughness::Normal,
+                        options.events,
+                    )?);
+                    claimed.push(rate(start));
                 }
                 1 => {
                     hash(&path, 1)?;
@@ -95,6 +106,13 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
             comparison(verified, "sha2, one core", &all, &one, limit),
             comparison(verified, "sha2, all cores", &all, &both, limit),
             comparison(
+                "the same, and the hash over all states",
+                "sha2, all cores",
+                &claimed,
+                &both,
+                None,
+            ),
+            comparison(
                 "signature and tree alone",
                 "sha2, all cores",
                 &quick,
@@ -116,8 +134,19 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Writes a signed ledger, and the export of it.
-async fn prepare(folder: &Path, events: usize) -> Result<(PathBuf, SignerKey, u64), Failure> {
+/// A ledger, as an auditor gets it.
+struct Prepared {
+    /// Its export.
+    path: PathBuf,
+    /// Its export as a server makes it, which claims to know the hash over all states.
+    with_claim: PathBuf,
+    key: SignerKey,
+    /// How many bytes its events have.
+    bytes: u64,
+}
+
+/// Writes a signed ledger, and the exports of it.
+async fn prepare(folder: &Path, events: usize) -> Result<Prepared, Failure> {
     let tiles = folder.join("tiles");
     let mut projects = (0..PROJECTS)
         .map(SampleProject::new)
@@ -155,17 +184,36 @@ async fn prepare(folder: &Path, events: usize) -> Result<(PathBuf, SignerKey, u6
     )?;
     let path = folder.join("export.tar");
     let storage = FolderStorage::new(&tiles);
-    export(&storage, &[], Timestamp::UNIX_EPOCH, &path, &mut |_, _| {}).await?;
+    let made = Timestamp::UNIX_EPOCH;
+    export(&storage, &[], made, &path, &mut |_, _| {}).await?;
+    // A wrong claim is told what is right.
+    let with_claim = folder.join("claimed.tar");
+    let claim = |hash: &str| fs::write(tiles.join("state_hash"), format!("{events} {hash}\n"));
+    claim("unknown")?;
+    export(&storage, &[], made, &with_claim, &mut |_, _| {}).await?;
+    let options = Audit::default();
+    let verified = verify(Source::open(&with_claim)?, &options, &mut |_, _| {})?;
+    let hash = verified.state_hash.ok_or("there is no state hash")?;
+    fs::remove_file(&with_claim)?;
+    claim(&hash.to_string())?;
+    export(&storage, &[], made, &with_claim, &mut |_, _| {}).await?;
     fs::remove_dir_all(tiles)?;
-    Ok((path, key, bytes))
+    Ok(Prepared {
+        path,
+        with_claim,
+        key,
+        bytes,
+    })
 }
 
+/// Verifies a ledger; returns how many MiB of memory this process had at most meanwhile.
 fn audit(
     path: &Path,
     key: &SignerKey,
     thoroughness: Thoroughness,
     events: usize,
-) -> Result<(), Failure> {
+) -> Result<f64, Failure> {
+    reset_peak()?;
     let options = Audit {
         keys: vec![key.verifier().clone()],
         thoroughness,
@@ -180,7 +228,7 @@ fn audit(
         let found = verified.findings.list().next();
         return Err(format!("the ledger does not hold: {read} of {events}, {found:?}").into());
     }
-    Ok(())
+    peak()
 }
 
 /// Hashes a file in as many parts as there are threads.
