@@ -11,6 +11,7 @@ mod cancelling;
 mod commands;
 mod concurrent;
 mod demo;
+mod environments;
 mod gitops;
 mod images;
 mod kill;

@@ -62,6 +62,12 @@ impl<T> Answer<T> {
         self
     }
 
+    /// The same as `202 Accepted`: it is under way.
+    pub(crate) fn accepted(mut self) -> Self {
+        self.status = StatusCode::ACCEPTED;
+        self
+    }
+
     /// The same as `201 Created`, with the address of what was made.
     pub(crate) fn created(mut self, location: String) -> Self {
         self.status = StatusCode::CREATED;

@@ -204,6 +204,6 @@ sent! {
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
     routes::deployments::CreateDeployment, routes::deployments::Why,
     routes::deployments::MarkMain, routes::deployments::RedeployOptions,
-    routes::deployments::RollbackTo, routes::secrets::SetSecret, routes::secrets::VerifySecret,
+    routes::deployments::RollbackTo, routes::deployments::PromoteTo, routes::secrets::SetSecret, routes::secrets::VerifySecret,
     tlog::LedgerReport,
 }

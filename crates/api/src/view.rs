@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use daybook_events::deployment::{
-    Cancelled, Deployment, Operation, Phase, Readiness, Status, SwitchMode, Version,
+    Cancelled, Deployment, Operation, Phase, PromotedFrom, Readiness, Status, SwitchMode, Version,
     WorkloadObserved,
 };
-use daybook_events::environment::{Environment, EnvironmentSpec};
+use daybook_events::environment::{Environment, EnvironmentSpec, EnvironmentStatus};
 use daybook_events::project::Project;
 use daybook_events::routing::{Routing, Stickiness};
 use daybook_events::secret::{self, Commitment, Secret, SecretId, SecretRef};
@@ -98,6 +98,11 @@ pub(crate) struct EnvironmentView {
     pub(crate) name: EnvironmentName,
     /// When it was created.
     pub(crate) created_at: Timestamp,
+    /// Whether it can be deployed to.
+    pub(crate) status: EnvironmentStatus,
+    /// The environment that it was made from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) from: Option<EnvironmentName>,
     /// What it is.
     #[serde(flatten)]
     pub(crate) spec: EnvironmentSpec,
@@ -109,6 +114,8 @@ impl From<Environment> for EnvironmentView {
             project: e.project,
             name: e.name,
             created_at: e.created_at,
+            status: e.status,
+            from: e.from,
             spec: e.spec,
         }
     }
@@ -240,6 +247,9 @@ pub(crate) struct DeploymentDetail {
     pub(crate) reason: Option<String>,
     /// The deployment whose snapshot it repeats.
     pub(crate) redeploy_of: Option<DeploymentId>,
+    /// The deployment of another environment whose image it runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) promoted_from: Option<PromotedFrom>,
     /// What it is made from, as it was when it was asked for.
     pub(crate) snapshot: Snapshot,
     /// How manieth event of it this shows.
@@ -611,6 +621,7 @@ impl<'a> Shown<'a> {
             switch: state.request.switch,
             reason: state.request.reason.clone(),
             redeploy_of: state.request.redeploy_of,
+            promoted_from: state.request.promoted_from.clone(),
             snapshot: Snapshot {
                 version: state.request.version.clone(),
                 build: state.request.build.clone(),

@@ -8,6 +8,7 @@
 
 mod client;
 mod commands;
+mod confirm;
 mod exit;
 mod node;
 mod output;

@@ -17,8 +17,8 @@ use uuid::Uuid;
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::envelope::Payload;
 use crate::names::{
-    BuildId, ClusterName, CommitId, DeploymentId, EnvKey, EventId, GitRef, Hostname, InstanceRef,
-    RepositoryUrl,
+    BuildId, ClusterName, CommitId, DeploymentId, EnvKey, EnvironmentName, EventId, GitRef,
+    Hostname, InstanceRef, RepositoryUrl,
 };
 use crate::secret::SecretRef;
 use crate::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
@@ -450,6 +450,15 @@ pub enum SwitchMode {
     Manual,
 }
 
+/// Where the image of a promotion was taken from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PromotedFrom {
+    /// The environment.
+    pub environment: EnvironmentName,
+    /// The deployment there.
+    pub deployment: DeploymentId,
+}
+
 /// Somebody asked for a deployment. Carries the snapshot of everything that it will be made from.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 pub struct Requested {
@@ -474,14 +483,20 @@ pub struct Requested {
     /// The secrets that it runs with, by variable: the newest versions when it was asked for.
     #[serde(default)]
     pub secrets: BTreeMap<EnvKey, SecretRef>,
+    /// The deployment of another environment whose image, by its digest, this one runs.
+    #[serde(default)]
+    pub promoted_from: Option<PromotedFrom>,
 }
 
-/// As derived, but that JSON leaves out `secrets` where there are none, as events did before there
-/// were any. Rows of projections, which are not self-describing, always have it.
+/// As derived, but that JSON leaves out `secrets` and `promoted_from` where there are none, as
+/// events did before there were any. Rows of projections, which are not self-describing, always
+/// have them.
 impl Serialize for Requested {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let left_out = serializer.is_human_readable() && self.secrets.is_empty();
-        let fields = if left_out { 9 } else { 10 };
+        let json = serializer.is_human_readable();
+        let secrets = !(json && self.secrets.is_empty());
+        let promoted_from = !(json && self.promoted_from.is_none());
+        let fields = 9 + usize::from(secrets) + usize::from(promoted_from);
         let mut out = serializer.serialize_struct("Requested", fields)?;
         out.serialize_field("instance", &self.instance)?;
         out.serialize_field("version", &self.version)?;
@@ -492,8 +507,11 @@ impl Serialize for Requested {
         out.serialize_field("switch", &self.switch)?;
         out.serialize_field("reason", &self.reason)?;
         out.serialize_field("redeploy_of", &self.redeploy_of)?;
-        if !left_out {
+        if secrets {
             out.serialize_field("secrets", &self.secrets)?;
+        }
+        if promoted_from {
+            out.serialize_field("promoted_from", &self.promoted_from)?;
         }
         out.end()
     }

@@ -1,4 +1,8 @@
-//! The environment aggregate: where a project's services run.
+//! The environment aggregate: where a project's services run, from its creation to its end.
+//!
+//! An environment is deleted in two steps. From the moment when that is asked for, nothing new is
+//! deployed to it; once nothing of it runs or is routed, and its folder is out of the GitOps
+//! repository, it is gone, and its name can be used again.
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -7,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::deployment::SwitchMode;
 use crate::envelope::Payload;
-use crate::names::{ClusterName, EnvironmentName, ProjectName};
+use crate::names::{ClusterName, CommitId, EnvironmentName, EventId, ProjectName};
 use crate::subject::AggregateKind;
 
 /// What an environment is.
@@ -38,6 +42,9 @@ pub struct Created {
     pub name: EnvironmentName,
     /// What it is.
     pub spec: EnvironmentSpec,
+    /// The environment that it was made from: whatever takes the traffic there is promoted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<EnvironmentName>,
 }
 
 /// Its definition was replaced.
@@ -47,6 +54,20 @@ pub struct Changed {
     pub spec: EnvironmentSpec,
 }
 
+/// Somebody asked to delete it, with all that runs in it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct DeletionRequested {
+    /// Why, in the caller's words.
+    pub reason: Option<String>,
+}
+
+/// Nothing of it is left.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Deleted {
+    /// The GitOps commit that took its folder out; none if there never was one.
+    pub commit: Option<CommitId>,
+}
+
 events! {
     /// The events of an environment.
     EnvironmentEvent {
@@ -54,7 +75,23 @@ events! {
         Created(Created) = "environment.created.v1",
         /// It was redefined.
         Changed(Changed) = "environment.changed.v1",
+        /// It is to be deleted.
+        DeletionRequested(DeletionRequested) = "environment.deletion_requested.v1",
+        /// It is deleted.
+        Deleted(Deleted) = "environment.deleted.v1",
     }
+}
+
+/// Whether an environment is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EnvironmentStatus {
+    /// It can be deployed to.
+    Active,
+    /// What runs in it is being removed.
+    Deleting,
+    /// It is gone.
+    Deleted,
 }
 
 /// The state of an environment.
@@ -66,8 +103,41 @@ pub struct Environment {
     pub name: EnvironmentName,
     /// What it is.
     pub spec: EnvironmentSpec,
+    /// The environment that it was made from.
+    pub from: Option<EnvironmentName>,
     /// When it was created.
     pub created_at: Timestamp,
+    /// Whether it is there.
+    pub status: EnvironmentStatus,
+    /// The event that made the status what it is.
+    pub status_event: EventId,
+}
+
+impl Environment {
+    fn new(e: Created, at: At) -> Self {
+        Self {
+            project: e.project,
+            name: e.name,
+            spec: e.spec,
+            from: e.from,
+            created_at: at.time,
+            status: EnvironmentStatus::Active,
+            status_event: at.id,
+        }
+    }
+
+    /// Refuses whatever only an environment can be asked for that is there to stay.
+    pub fn must_be_active(&self) -> Result<(), Refusal> {
+        match self.status {
+            EnvironmentStatus::Active => Ok(()),
+            EnvironmentStatus::Deleting => Err(Refusal::new(
+                "environment_deleting",
+                format!("the environment {} is being deleted", self.name),
+                "wait until it is gone and create it again, or use another one",
+            )),
+            EnvironmentStatus::Deleted => Err(not_found()),
+        }
+    }
 }
 
 impl Aggregate for Environment {
@@ -76,12 +146,7 @@ impl Aggregate for Environment {
 
     fn first(event: EnvironmentEvent, at: At) -> Result<Self, Illegal> {
         match event {
-            EnvironmentEvent::Created(e) => Ok(Self {
-                project: e.project,
-                name: e.name,
-                spec: e.spec,
-                created_at: at.time,
-            }),
+            EnvironmentEvent::Created(e) => Ok(Self::new(e, at)),
             other => Err(Illegal::new(
                 other.kind(),
                 "an environment that does not exist",
@@ -89,38 +154,78 @@ impl Aggregate for Environment {
         }
     }
 
-    fn apply(&mut self, event: EnvironmentEvent, _: At) -> Result<(), Illegal> {
-        match event {
-            EnvironmentEvent::Created(_) => Err(Illegal::new(
-                "environment.created.v1",
-                "an environment that exists",
-            )),
-            EnvironmentEvent::Changed(e) => {
-                self.spec = e.spec;
-                Ok(())
+    fn apply(&mut self, event: EnvironmentEvent, at: At) -> Result<(), Illegal> {
+        use EnvironmentStatus::{Active, Deleted, Deleting};
+        let kind = event.kind();
+        match (self.status, event) {
+            (Deleted, EnvironmentEvent::Created(e)) => *self = Self::new(e, at),
+            (Active, EnvironmentEvent::Changed(e)) => self.spec = e.spec,
+            (Active, EnvironmentEvent::DeletionRequested(_)) => {
+                (self.status, self.status_event) = (Deleting, at.id);
+            }
+            (Deleting, EnvironmentEvent::Deleted(_)) => {
+                (self.status, self.status_event) = (Deleted, at.id);
+            }
+            (status, _) => {
+                let state = match status {
+                    Active => "an environment that exists",
+                    Deleting => "an environment that is being deleted",
+                    Deleted => "an environment that was deleted",
+                };
+                return Err(Illegal::new(kind, state));
             }
         }
+        Ok(())
     }
 }
 
-/// Decides whether `event` may be appended.
+fn not_found() -> Refusal {
+    Refusal::new(
+        "environment_not_found",
+        "there is no such environment",
+        "create it with `daybook env create PROJECT NAME`",
+    )
+}
+
+/// Decides whether `event` may be appended. Deleting what is being deleted, or is deleted, changes
+/// nothing.
 pub fn decide(
     state: Option<&Environment>,
     event: EnvironmentEvent,
 ) -> Result<Decision<EnvironmentEvent>, Refusal> {
+    use EnvironmentStatus::{Active, Deleted, Deleting};
+    let status = state.map_or(Deleted, |e| e.status);
     match (state, &event) {
-        (None, EnvironmentEvent::Created(_)) => Ok(Decision::Append(event)),
-        (None, _) => Err(Refusal::new(
-            "environment_not_found",
-            "there is no such environment",
-            "create it with `daybook env create PROJECT NAME`",
-        )),
-        (Some(e), EnvironmentEvent::Created(_)) => Err(Refusal::new(
-            "environment_exists",
-            format!("the environment {} exists already", e.name),
-            "use it, or choose another name",
-        )),
-        (Some(s), EnvironmentEvent::Changed(e)) if s.spec == e.spec => Ok(Decision::Nothing),
-        (Some(_), _) => Ok(Decision::Append(event)),
+        (_, EnvironmentEvent::Created(_)) if status == Deleted => Ok(Decision::Append(event)),
+        (Some(e), EnvironmentEvent::Created(_)) => {
+            e.must_be_active()?;
+            Err(Refusal::new(
+                "environment_exists",
+                format!("the environment {} exists already", e.name),
+                "use it, or choose another name",
+            ))
+        }
+        (None, _) => Err(not_found()),
+        (Some(s), EnvironmentEvent::Changed(e)) => {
+            s.must_be_active()?;
+            Ok(if s.spec == e.spec {
+                Decision::Nothing
+            } else {
+                Decision::Append(event)
+            })
+        }
+        (Some(_), EnvironmentEvent::DeletionRequested(_)) => Ok(match status {
+            Active => Decision::Append(event),
+            Deleting | Deleted => Decision::Nothing,
+        }),
+        (Some(_), EnvironmentEvent::Deleted(_)) => match status {
+            Deleting => Ok(Decision::Append(event)),
+            Deleted => Ok(Decision::Nothing),
+            Active => Err(Refusal::new(
+                "environment_active",
+                "nobody asked to delete the environment",
+                "ask for it with `daybook env delete PROJECT NAME`",
+            )),
+        },
     }
 }

@@ -35,6 +35,9 @@ pub enum Change {
         service: ServiceName,
         /// The deployment.
         deployment: DeploymentId,
+        /// The environment that its image was promoted from.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<EnvironmentName>,
     },
     /// A release was scaled; 0 stops it.
     Scale {
@@ -53,7 +56,11 @@ pub enum Change {
         deployment: DeploymentId,
     },
     /// An environment was added.
-    EnvironmentCreated {},
+    EnvironmentCreated {
+        /// The environment whose services it began with.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<EnvironmentName>,
+    },
     /// An environment was removed.
     EnvironmentDeleted {},
 }
@@ -527,7 +534,7 @@ impl Gitops {
             Change::Remove { deployment, .. } => {
                 self.releases.remove_mut(&deployment);
             }
-            Change::EnvironmentCreated {} | Change::EnvironmentDeleted {} => {}
+            Change::EnvironmentCreated { .. } | Change::EnvironmentDeleted {} => {}
         }
         if matches!(e.change, Change::EnvironmentDeleted {}) {
             self.environments.remove(&e.environment);

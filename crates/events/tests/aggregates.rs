@@ -227,7 +227,7 @@ fn the_newest_commit_is_the_head_in_whatever_order_they_are_recorded() {
     let (instance, production) = (samples::shop(), samples::shop().environment);
     let commits: Vec<_> = (1..=4)
         .map(|number| {
-            let change = Change::EnvironmentCreated {};
+            let change = Change::EnvironmentCreated { from: None };
             let mut commit =
                 samples::committed(&instance, samples::deployment_id(number), number, change);
             commit.ordinal = Some(number + 1);
@@ -370,6 +370,7 @@ fn releases_are_what_the_commits_left() {
             Change::Deploy {
                 service: service.clone(),
                 deployment: id,
+                from: None,
             },
             Some(None),
         ),

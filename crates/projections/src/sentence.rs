@@ -108,10 +108,20 @@ fn project<'a>(out: &mut String, event: &'a ProjectEvent) -> Said<'a> {
 
 fn environment<'a>(out: &mut String, event: &'a EnvironmentEvent) -> Said<'a> {
     match event {
-        EnvironmentEvent::Created(e) => {
-            plain(out, format_args!("Environment {} was created.", e.name))
-        }
+        EnvironmentEvent::Created(e) => match &e.from {
+            Some(from) => plain(
+                out,
+                format_args!("Environment {} was created from {from}.", e.name),
+            ),
+            None => plain(out, format_args!("Environment {} was created.", e.name)),
+        },
         EnvironmentEvent::Changed(_) => plain(out, format_args!("The environment was redefined.")),
+        EnvironmentEvent::DeletionRequested(e) => because(
+            out,
+            format_args!("The environment is to be deleted, with all that runs in it."),
+            e.reason.as_ref(),
+        ),
+        EnvironmentEvent::Deleted(_) => plain(out, format_args!("The environment is deleted.")),
     }
 }
 
@@ -168,6 +178,23 @@ fn deployment<'a>(
 ) -> Said<'a> {
     use DeploymentEvent as E;
     match event {
+        E::Requested(e) if e.promoted_from.is_some() => {
+            let from = e.promoted_from.as_ref().map(|p| &p.environment);
+            let i = &e.instance;
+            Said {
+                service: Some(&i.service),
+                ..because(
+                    out,
+                    format_args!(
+                        "A promotion of {} from {} to {} was asked for.",
+                        i.service,
+                        from.map_or("", |f| f.as_str()),
+                        i.environment
+                    ),
+                    e.reason.as_ref(),
+                )
+            }
+        }
         E::Requested(e) => {
             let what: &dyn fmt::Display = match &e.version {
                 Version::Git { git_ref, .. } => git_ref,
@@ -332,6 +359,7 @@ fn gitops<'a>(out: &mut String, event: &'a GitopsEvent) -> Said<'a> {
                 Change::Deploy {
                     service,
                     deployment,
+                    ..
                 }
                 | Change::Scale {
                     service,
@@ -342,7 +370,7 @@ fn gitops<'a>(out: &mut String, event: &'a GitopsEvent) -> Said<'a> {
                     service,
                     deployment,
                 } => (Some(service), Some(*deployment)),
-                Change::EnvironmentCreated {} | Change::EnvironmentDeleted {} => (None, None),
+                Change::EnvironmentCreated { .. } | Change::EnvironmentDeleted {} => (None, None),
             };
             Said {
                 environment: Some(&e.environment),

@@ -9,6 +9,7 @@ use tokio_util::task::TaskTracker;
 use crate::driver::{self, DriverOptions, Worker};
 use crate::gateway::Gateway;
 use crate::pipeline::build::Builds;
+use crate::pipeline::environment::{EnvironmentEnds, Environments};
 use crate::pipeline::follow::{FollowBuild, FollowDeployment};
 use crate::pipeline::foreign::{self, Decisions, Nudge};
 use crate::pipeline::package::Package;
@@ -86,6 +87,8 @@ impl Crew {
             nudge: nudge.clone(),
         };
         self.hire(Decisions(package.clone()));
+        self.hire(Environments(package.clone()));
+        self.hire(EnvironmentEnds(package.clone()));
         self.hire(package);
         self.tasks.spawn(foreign::watch(
             self.bench.clone(),

@@ -161,6 +161,7 @@ impl Repositories for IdleRepositories {
                 Change::Deploy {
                     service,
                     deployment,
+                    ..
                 },
                 Some(release),
             ) => {
@@ -196,7 +197,7 @@ impl Repositories for IdleRepositories {
         let made = GitopsCommit {
             commit: commit_id(&change.cause.to_string()),
             parent: repository.head.clone(),
-            message: format!("deploy({}): {}", change.environment, change.tag),
+            message: format!("change of {}", change.environment),
             author: change.author,
             files: BTreeMap::new(),
             files_digest: Digest::of(b""),

@@ -143,14 +143,12 @@ pub struct GitopsChange {
     pub change: Change,
     /// The release's values, for [`Change::Deploy`].
     pub release: Option<ReleaseValues>,
-    /// The tag that the message names.
-    pub tag: ImageTag,
     /// Who asked for it.
     pub author: String,
+    /// Whether it goes away with its pull request, for [`Change::EnvironmentCreated`].
+    pub ephemeral: bool,
     /// The event that causes the commit: its mark.
     pub cause: EventId,
-    /// The deployment that it is about.
-    pub deployment: DeploymentId,
     /// What the ledger knows of the repository.
     pub known: KnownHistory,
 }

@@ -1258,15 +1258,15 @@ async fn the_pipeline_has_one_repository_a_project() {
         environment: env("production"),
         change,
         release,
-        tag: ImageTag::parse("one").unwrap(),
         author: "alice".into(),
+        ephemeral: false,
         cause: event(n),
-        deployment: deployment(1),
         known: Default::default(),
     };
     let change = Asked::Deploy {
         service: api(),
         deployment: deployment(1),
+        from: None,
     };
     let done = all
         .commit(&project(), asked(1, change.clone(), Some(release("one"))))

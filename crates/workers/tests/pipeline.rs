@@ -162,6 +162,7 @@ impl World {
                 live: true,
                 ..EnvironmentSpec::default()
             },
+            from: None,
         });
         let subject = Subject::Environment(i.project.clone(), i.environment.clone());
         self.ledger
@@ -202,6 +203,7 @@ impl World {
             switch,
             reason: None,
             redeploy_of: None,
+            promoted_from: None,
             secrets: std::collections::BTreeMap::new(),
         }));
         self.apply(id, event).await;

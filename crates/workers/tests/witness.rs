@@ -57,6 +57,7 @@ fn change(n: u128, known: KnownHistory) -> GitopsChange {
         change: Change::Deploy {
             service: ServiceName::parse("api").unwrap(),
             deployment: deployment(n),
+            from: None,
         },
         release: Some(ReleaseValues {
             image: PinnedImage {
@@ -68,10 +69,9 @@ fn change(n: u128, known: KnownHistory) -> GitopsChange {
             run: RunSpec::default(),
             secret_env: std::collections::BTreeMap::new(),
         }),
-        tag,
         author: "ada <ada@example.com>".into(),
+        ephemeral: false,
         cause: cause(n),
-        deployment: deployment(n),
         known,
     }
 }

@@ -1,6 +1,6 @@
 //! What is checked before an aggregate is asked: bounds of texts, and names that must exist.
 
-use daybook_events::environment::Environment;
+use daybook_events::environment::{Environment, EnvironmentStatus};
 use daybook_events::project::Project;
 use daybook_events::spec::{RunSpec, ServiceSpec};
 use daybook_events::{
@@ -27,6 +27,7 @@ impl Commands {
         name: &EnvironmentName,
     ) -> Result<Environment, CommandError> {
         let found = self.ledger.projections().environment(project, name)?;
+        let found = found.filter(|e| e.status != EnvironmentStatus::Deleted);
         Ok(found.ok_or_else(|| environment_not_found(project, name))?)
     }
 
@@ -39,13 +40,14 @@ impl Commands {
         Ok(found.ok_or_else(|| service_not_found(project, name))?)
     }
 
-    /// The service's definition and the environment of an instance.
+    /// The service's definition and the environment of an instance, which can be deployed to.
     pub(crate) fn instance(
         &self,
         instance: &InstanceRef,
     ) -> Result<(ServiceSpec, Environment), CommandError> {
         let service = self.service(&instance.project, &instance.service)?;
         let environment = self.environment(&instance.project, &instance.environment)?;
+        environment.must_be_active()?;
         Ok((service, environment))
     }
 
@@ -86,7 +88,7 @@ fn project_not_found(name: &ProjectName) -> Refusal {
     )
 }
 
-fn environment_not_found(project: &ProjectName, name: &EnvironmentName) -> Refusal {
+pub(super) fn environment_not_found(project: &ProjectName, name: &EnvironmentName) -> Refusal {
     Refusal::new(
         "environment_not_found",
         format!("the project {project} has no environment {name}"),

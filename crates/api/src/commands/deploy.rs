@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use daybook_events::deployment::{
-    self, Deployment, DeploymentEvent, Requested, SwitchMode, Version,
+    self, Deployment, DeploymentEvent, PromotedFrom, Requested, Status, SwitchMode, Version,
 };
 use daybook_events::secret::{self, SecretRef};
 use daybook_events::spec::{HealthSpec, ImageReference, ServiceSpec};
 use daybook_events::{
-    ClusterName, DeploymentId, Digest, EnvKey, GitRef, ImageRepository, ImageTag, InstanceRef,
-    Refusal, Subject,
+    ClusterName, DeploymentId, Digest, EnvKey, EnvironmentName, GitRef, ImageRepository, ImageTag,
+    InstanceRef, Refusal, Subject,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -75,6 +75,25 @@ pub struct Redeploy {
     pub reason: Option<String>,
 }
 
+/// A wish to deploy to one environment what runs in another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Promote {
+    /// The instance that has it.
+    pub from: InstanceRef,
+    /// The environment that gets it.
+    pub to: EnvironmentName,
+    /// The deployment of `from`; its main one if not given.
+    pub deployment: Option<DeploymentId>,
+    /// Where it is to run; the environment's clusters if not given.
+    pub clusters: Option<Vec<ClusterName>>,
+    /// Whether traffic follows by itself; as the environment says if not given.
+    pub switch: Option<SwitchMode>,
+    /// What runs differently from the service's definition.
+    pub run: RunOverrides,
+    /// Why.
+    pub reason: Option<String>,
+}
+
 /// A requested deployment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deployed {
@@ -92,11 +111,98 @@ impl Commands {
         if let Some((done, _)) = self.earlier(caller).await? {
             return Ok(Deployed { id, done });
         }
+        let (service, _) = self.instance(&wish.instance)?;
+        let version = self.version(&wish.instance, &service, wish.what.clone())?;
+        self.release(caller, id, wish, version, None).await
+    }
+
+    /// Requests a deployment of the image, by its digest, that a deployment of another environment
+    /// runs. How it runs is for the service's definition to say, and for the wish: what belongs to
+    /// the other environment stays there.
+    pub async fn promote(&self, caller: &Caller, wish: Promote) -> Result<Deployed, CommandError> {
+        let id = caller.deployment_id();
+        if let Some((done, _)) = self.earlier(caller).await? {
+            return Ok(Deployed { id, done });
+        }
+        let source = match wish.deployment {
+            Some(source) => source,
+            None => self.main_deployment(&wish.from)?,
+        };
+        let row = self.deployment(source)?;
+        let of = &row.state.request.instance;
+        if *of != wish.from {
+            return Err(Refusal::new(
+                "other_instance",
+                format!("deployment {source} belongs to {of}, not to {}", wish.from),
+                "name a deployment of this instance; `daybook history` lists them",
+            )
+            .into());
+        }
+        if wish.to == wish.from.environment {
+            return Err(Refusal::new(
+                "same_environment",
+                format!("it is in {} already", wish.to),
+                "name another environment; `daybook redeploy` repeats a deployment in its own",
+            )
+            .into());
+        }
+        if !matches!(row.state.status, Status::Started | Status::Stopped) {
+            return Err(Refusal::new(
+                "not_promotable",
+                format!(
+                    "deployment {source} is {}: only what has been live is promoted",
+                    row.state.status.as_str()
+                ),
+                "wait until it is started, or name another one with `--deployment`",
+            )
+            .into());
+        }
+        let version = pinned_version(source, &row.state)?;
+        let promoted_from = PromotedFrom {
+            environment: wish.from.environment.clone(),
+            deployment: source,
+        };
+        let wish = Deploy {
+            instance: InstanceRef {
+                environment: wish.to,
+                ..wish.from
+            },
+            what: What::Default,
+            clusters: wish.clusters,
+            switch: wish.switch,
+            run: wish.run,
+            reason: wish.reason,
+        };
+        self.release(caller, id, wish, version, Some(promoted_from))
+            .await
+    }
+
+    fn main_deployment(&self, instance: &InstanceRef) -> Result<DeploymentId, CommandError> {
+        self.instance(instance)?;
+        let routing = self.ledger.projections().routing(&instance.project)?;
+        let traffic = routing.as_ref().and_then(|r| r.traffic(instance));
+        Ok(traffic.and_then(|t| t.main).ok_or_else(|| {
+            Refusal::new(
+                "nothing_to_promote",
+                format!("{instance} has no main deployment"),
+                "deploy to that environment first, or name a deployment with `--deployment`",
+            )
+        })?)
+    }
+
+    /// Requests a deployment of a version, made from the service's definition and the wish.
+    async fn release(
+        &self,
+        caller: &Caller,
+        id: DeploymentId,
+        wish: Deploy,
+        version: Version,
+        promoted_from: Option<PromotedFrom>,
+    ) -> Result<Deployed, CommandError> {
         check::text("reason", wish.reason.as_deref())?;
         let (service, environment) = self.instance(&wish.instance)?;
         let clusters = wish.clusters.unwrap_or(environment.spec.clusters);
         self.clusters(&clusters)?;
-        let version = self.version(&wish.instance, &service, wish.what)?;
         let mut run = service.run;
         let RunOverrides {
             port,
@@ -131,6 +237,7 @@ impl Commands {
             reason: wish.reason,
             redeploy_of: None,
             secrets,
+            promoted_from,
         };
         self.request(caller, id, request).await
     }
@@ -157,6 +264,7 @@ impl Commands {
             switch: wish.switch.unwrap_or(environment.spec.switch),
             reason: wish.reason,
             redeploy_of: Some(wish.of),
+            promoted_from: None,
             secrets: self.applicable_secrets(&old.request.instance).await?,
             ..old.request
         };

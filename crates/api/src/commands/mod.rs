@@ -30,7 +30,7 @@ use uuid::Uuid;
 
 use crate::state::Settings;
 
-pub use deploy::{Deploy, Deployed, Redeploy, RunOverrides, What};
+pub use deploy::{Deploy, Deployed, Promote, Redeploy, RunOverrides, What};
 pub use lifecycle::{Lifecycle, Operated};
 pub use secrets::Verified;
 pub use traffic::Switched;

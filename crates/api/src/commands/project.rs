@@ -1,6 +1,6 @@
 //! Projects, their services and their environments.
 
-use daybook_events::environment::{self, EnvironmentEvent, EnvironmentSpec};
+use daybook_events::environment::{self, Environment, EnvironmentEvent, EnvironmentSpec};
 use daybook_events::project::{self, ProjectEvent};
 use daybook_events::spec::ServiceSpec;
 use daybook_events::{EnvironmentName, ProjectName, ServiceName, Subject};
@@ -45,26 +45,62 @@ impl Commands {
         .await
     }
 
-    /// Creates an environment.
+    /// Creates an environment. If it is made from another one, the workers promote into it what
+    /// takes the traffic there.
     pub async fn create_environment(
         &self,
         caller: &Caller,
         project: ProjectName,
         name: EnvironmentName,
         spec: EnvironmentSpec,
+        from: Option<EnvironmentName>,
     ) -> Result<Done, CommandError> {
+        if let Some((done, _)) = self.earlier(caller).await? {
+            return Ok(done);
+        }
         self.clusters(&spec.clusters)?;
         self.project(&project)?;
+        if let Some(from) = &from {
+            self.environment(&project, from)?.must_be_active()?;
+        }
         let subject = Subject::Environment(project.clone(), name.clone());
         let event = environment::Created {
             project,
             name,
             spec,
+            from,
         };
         self.run(caller, &subject, None, |state| {
             environment::decide(state, EnvironmentEvent::Created(event.clone()))
         })
         .await
+    }
+
+    /// Asks for the end of an environment. The workers remove what runs in it, and its folder in
+    /// the GitOps repository then. Its history stays in the ledger.
+    pub async fn delete_environment(
+        &self,
+        caller: &Caller,
+        project: ProjectName,
+        name: EnvironmentName,
+        reason: Option<String>,
+    ) -> Result<(Done, Environment), CommandError> {
+        let done = match self.earlier(caller).await? {
+            Some((done, _)) => done,
+            None => {
+                check::text("reason", reason.as_deref())?;
+                self.environment(&project, &name)?;
+                let event = environment::DeletionRequested { reason };
+                let subject = Subject::Environment(project.clone(), name.clone());
+                self.run(caller, &subject, None, |state| {
+                    environment::decide(state, EnvironmentEvent::DeletionRequested(event.clone()))
+                })
+                .await?
+            }
+        };
+        let found = self.ledger.projections().environment(&project, &name)?;
+        let found = found.ok_or_else(|| check::environment_not_found(&project, &name))?;
+        Ok((done, found))
     }
 
     /// Replaces what an environment is. Deployments stay where they are.

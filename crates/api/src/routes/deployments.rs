@@ -11,7 +11,9 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use crate::answer::Answer;
-use crate::commands::{Deploy, Deployed, Lifecycle, Redeploy, RunOverrides, Switched, What};
+use crate::commands::{
+    Deploy, Deployed, Lifecycle, Promote, Redeploy, RunOverrides, Switched, What,
+};
 use crate::extract::{Command, CommandBody, Named, NoParams, Params, deployment_id};
 use crate::problem::Problem;
 use crate::routes::history::{filter, page};
@@ -78,6 +80,33 @@ pub(crate) struct CreateDeployment {
     reason: Option<String>,
 }
 impl CommandBody for CreateDeployment {}
+
+/// What is promoted: the main deployment of a service in one environment, or the deployment that is
+/// named, to another environment.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PromoteTo {
+    /// The project.
+    project: String,
+    /// The service.
+    service: String,
+    /// The environment that has it.
+    from: String,
+    /// The environment that gets it.
+    to: String,
+    /// The deployment; the main one if not given.
+    deployment: Option<String>,
+    /// The clusters; the environment's if not given.
+    clusters: Option<Vec<ClusterName>>,
+    /// Whether traffic follows by itself; as the environment says if not given.
+    switch: Option<SwitchMode>,
+    /// What runs differently from the service's definition.
+    #[serde(default)]
+    run: RunOverrides,
+    /// Why.
+    reason: Option<String>,
+}
+impl CommandBody for PromoteTo {}
 
 /// Why something is asked for.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
@@ -448,4 +477,36 @@ pub(crate) async fn rollback(
         .rollback(&caller, instance, to, body.reason)
         .await?;
     Ok(switched(done))
+}
+
+/// Deploys to one environment what runs in another: the same image, by its digest.
+#[utoipa::path(post, path = "/api/v1/promote", tag = "deployments",
+    request_body = PromoteTo,
+    responses((status = 201, description = "It is accepted.", body = DeploymentAccepted)))]
+pub(crate) async fn promote(
+    State(state): State<AppState>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<PromoteTo>,
+) -> Handled<DeploymentAccepted> {
+    let from = InstanceRef {
+        project: ProjectName::parse(body.project)?,
+        environment: EnvironmentName::parse(body.from)?,
+        service: ServiceName::parse(body.service)?,
+    };
+    let to = EnvironmentName::parse(body.to)?;
+    let instance = InstanceRef {
+        environment: to.clone(),
+        ..from.clone()
+    };
+    let wish = Promote {
+        from,
+        to,
+        deployment: body.deployment.as_deref().map(deployment_id).transpose()?,
+        clusters: body.clusters,
+        switch: body.switch,
+        run: body.run,
+        reason: body.reason,
+    };
+    let deployed = state.commands.promote(&caller, wish).await?;
+    Ok(accepted(&deployed, &instance))
 }

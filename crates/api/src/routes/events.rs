@@ -200,7 +200,7 @@ fn service_of(
                 Change::Deploy { service, .. }
                 | Change::Scale { service, .. }
                 | Change::Remove { service, .. } => Some(service),
-                Change::EnvironmentCreated {} | Change::EnvironmentDeleted {} => None,
+                Change::EnvironmentCreated { .. } | Change::EnvironmentDeleted {} => None,
             },
             _ => None,
         },

@@ -41,7 +41,8 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         ))
         .routes(routes!(
             projects::get_environment,
-            projects::change_environment
+            projects::change_environment,
+            projects::delete_environment
         ))
         .routes(routes!(secrets::list_secrets))
         .routes(routes!(secrets::set_secret, secrets::unset_secret))
@@ -63,6 +64,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(deployments::mark_main))
         .routes(routes!(deployments::redeploy))
         .routes(routes!(deployments::rollback))
+        .routes(routes!(deployments::promote))
         .routes(routes!(logs::deployment_logs))
         .routes(routes!(history::list_history))
         .routes(routes!(history::list_audit))

@@ -2,7 +2,7 @@
 
 use axum::extract::State;
 use daybook_events::deployment::SwitchMode;
-use daybook_events::environment::{Environment, EnvironmentSpec};
+use daybook_events::environment::{Environment, EnvironmentSpec, EnvironmentStatus};
 use daybook_events::project::Project;
 use daybook_events::spec::ServiceSpec;
 use daybook_events::{ClusterName, EnvironmentName, ProjectName, ServiceName};
@@ -12,6 +12,7 @@ use serde::Deserialize;
 use crate::answer::Answer;
 use crate::extract::{Command, CommandBody, Named, NoParams, Params};
 use crate::problem::Problem;
+use crate::routes::deployments::Why;
 use crate::state::AppState;
 use crate::view::{
     EnvironmentList, EnvironmentView, ProjectList, ProjectView, ServiceList, ServiceView,
@@ -52,6 +53,8 @@ pub(crate) struct CreateEnvironment {
     /// Whether it goes away with its pull request.
     #[serde(default)]
     ephemeral: bool,
+    /// The environment that it is made from: whatever takes the traffic there is promoted.
+    from: Option<EnvironmentName>,
 }
 impl CommandBody for CreateEnvironment {}
 
@@ -188,7 +191,11 @@ pub(crate) async fn list_environments(
     state.commands.project(&project)?;
     let environments = state.projections().environments(&project)?;
     Ok(Answer::ok(EnvironmentList {
-        environments: environments.into_iter().map(Into::into).collect(),
+        environments: environments
+            .into_iter()
+            .filter(|e| e.status != EnvironmentStatus::Deleted)
+            .map(Into::into)
+            .collect(),
     }))
 }
 
@@ -218,7 +225,7 @@ pub(crate) async fn create_environment(
     };
     let commands = &state.commands;
     let done = commands
-        .create_environment(&caller, project.clone(), name.clone(), spec)
+        .create_environment(&caller, project.clone(), name.clone(), spec, body.from)
         .await?;
     let created: Environment = commands.created(&done).await?;
     let location = format!("/api/v1/projects/{project}/environments/{name}");
@@ -262,12 +269,32 @@ pub(crate) async fn change_environment(
     let done = commands
         .change_environment(&caller, project.clone(), name.clone(), spec.clone())
         .await?;
-    let created_at = commands.environment(&project, &name)?.created_at;
-    let view = EnvironmentView {
-        project,
-        name,
-        created_at,
+    let changed = Environment {
         spec,
+        ..commands.environment(&project, &name)?
     };
-    Ok(Answer::done(&done, view))
+    Ok(Answer::done(&done, changed.into()))
+}
+
+/// Deletes an environment, with all that runs in it: routes first, processes then, and its folder
+/// in the GitOps repository last. It is gone when it is not found any more; its history stays.
+#[utoipa::path(delete, path = "/api/v1/projects/{project}/environments/{environment}",
+    tag = "projects",
+    params(
+        ("project" = String, Path, description = "The project."),
+        ("environment" = String, Path, description = "The environment."),
+    ),
+    request_body = Why,
+    responses((status = 202, description = "It is being deleted.", body = EnvironmentView)))]
+pub(crate) async fn delete_environment(
+    State(state): State<AppState>,
+    Named((project, name)): Named<(ProjectName, EnvironmentName)>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<Why>,
+) -> Handled<EnvironmentView> {
+    let (done, environment) = state
+        .commands
+        .delete_environment(&caller, project, name, body.reason)
+        .await?;
+    Ok(Answer::done(&done, environment.into()).accepted())
 }

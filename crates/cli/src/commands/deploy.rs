@@ -53,6 +53,105 @@ pub struct DeployArgs {
     detach: bool,
 }
 
+/// Deploys to one environment what runs in another: the same image, by its digest.
+#[derive(Debug, Args)]
+pub struct PromoteArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// What has it, in one word: `project.environment.service`.
+    #[arg(required_unless_present_all = ["project", "from", "service"])]
+    instance: Option<String>,
+    /// The project.
+    #[arg(long, short, env = "DAYBOOK_PROJECT", conflicts_with = "instance")]
+    project: Option<String>,
+    /// The service.
+    #[arg(long, short, conflicts_with = "instance")]
+    service: Option<String>,
+    /// The environment that has it.
+    #[arg(long, value_name = "ENVIRONMENT", conflicts_with = "instance")]
+    from: Option<String>,
+    /// The environment that gets it.
+    #[arg(long, value_name = "ENVIRONMENT")]
+    to: String,
+    /// The deployment there, if not the main one: its id, or the end of it.
+    #[arg(long, value_name = "ID")]
+    deployment: Option<String>,
+    /// Run it beside the main deployment; traffic follows with `daybook mark-main`.
+    #[arg(long)]
+    no_switch: bool,
+    /// Why, for the ledger.
+    #[arg(long)]
+    reason: Option<String>,
+    /// Names this request: repeating it with the same key deploys once.
+    #[arg(long, value_name = "KEY")]
+    idempotency_key: Option<String>,
+    /// Return as soon as it is accepted.
+    #[arg(long)]
+    detach: bool,
+}
+
+/// The three parts of `project.environment.service`.
+fn parts(instance: &str) -> Result<[&str; 3], Failure> {
+    let parts: Vec<_> = instance.split('.').collect();
+    <[&str; 3]>::try_from(parts).map_err(|_| {
+        Failure::new(
+            Code::Usage,
+            "invalid_instance_id",
+            format!("{instance:?} is not project.environment.service"),
+        )
+    })
+}
+
+pub async fn promote(args: PromoteArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    let (project, from, service) = match &args.instance {
+        Some(instance) => {
+            let [project, from, service] = parts(instance)?.map(Some);
+            (project, from, service)
+        }
+        None => (
+            args.project.as_deref(),
+            args.from.as_deref(),
+            args.service.as_deref(),
+        ),
+    };
+    let mut body = json!({
+        "project": project, "service": service, "from": from, "to": args.to,
+        "reason": args.reason,
+    });
+    if let Some(deployment) = &args.deployment {
+        body["deployment"] = super::lifecycle::find(&client, deployment).await?.into();
+    }
+    if args.no_switch {
+        body["switch"] = "manual".into();
+    }
+    let key = args.idempotency_key.as_deref();
+    let answer: Value = client
+        .command(Method::POST, "/api/v1/promote", &body, key)
+        .await?;
+    accepted(&client, &answer, args.detach).await
+}
+
+/// Follows what was accepted, unless that is not wanted.
+async fn accepted(client: &Client, answer: &Value, detach: bool) -> Outcome {
+    let Some(id) = answer.get("id").and_then(Value::as_str) else {
+        return Err(Failure::new(
+            Code::Failure,
+            "unexpected_answer",
+            "the server did not say which deployment it made",
+        ));
+    };
+    if detach {
+        if output::is_json() {
+            output::json(answer);
+        } else {
+            output::line(id);
+        }
+        return Ok(Code::Success);
+    }
+    follow(client, id, Follow::Deployment).await
+}
+
 pub async fn run(args: DeployArgs) -> Outcome {
     let client = Client::new(&args.server)?;
     let mut body = json!({});
@@ -63,14 +162,7 @@ pub async fn run(args: DeployArgs) -> Outcome {
     };
     match &args.instance {
         Some(instance) => {
-            let parts: Vec<_> = instance.split('.').collect();
-            let [project, environment, service] = parts[..] else {
-                return Err(Failure::new(
-                    Code::Usage,
-                    "invalid_instance_id",
-                    format!("{instance:?} is not project.environment.service"),
-                ));
-            };
+            let [project, environment, service] = parts(instance)?;
             set("project", Some(project.into()));
             set("environment", Some(environment.into()));
             set("service", Some(service.into()));
@@ -98,22 +190,7 @@ pub async fn run(args: DeployArgs) -> Outcome {
             args.idempotency_key.as_deref(),
         )
         .await?;
-    let Some(id) = answer.get("id").and_then(Value::as_str) else {
-        return Err(Failure::new(
-            Code::Failure,
-            "unexpected_answer",
-            "the server did not say which deployment it made",
-        ));
-    };
-    if args.detach {
-        if output::is_json() {
-            output::json(&answer);
-        } else {
-            output::line(id);
-        }
-        return Ok(Code::Success);
-    }
-    follow(&client, id, Follow::Deployment).await
+    accepted(&client, &answer, args.detach).await
 }
 
 /// What is being followed.

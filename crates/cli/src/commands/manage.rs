@@ -1,6 +1,7 @@
 //! `daybook project|service|env`
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use reqwest::Method;
@@ -8,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Outcome, ServerArgs};
 use crate::client::Client;
+use crate::confirm::confirm;
 use crate::exit::{Code, Failure};
 use crate::output::{self, Row, Table};
 
@@ -130,7 +132,12 @@ pub enum EnvCommand {
         /// New deployments run beside the main one until `daybook mark-main`.
         #[arg(long)]
         manual_switch: bool,
+        /// An environment to make it from: whatever takes the traffic there is promoted.
+        #[arg(long, value_name = "ENVIRONMENT")]
+        from: Option<String>,
     },
+    /// Delete an environment, with all that runs in it. Its history stays in the ledger.
+    Delete(DeleteEnvArgs),
     /// List the environments of a project.
     List {
         #[command(flatten)]
@@ -139,6 +146,29 @@ pub enum EnvCommand {
         project: String,
     },
 }
+
+/// An environment that is to go.
+#[derive(Debug, Args)]
+pub struct DeleteEnvArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// The project.
+    project: String,
+    /// Its name.
+    name: String,
+    /// Why, for the ledger.
+    #[arg(long)]
+    reason: Option<String>,
+    /// Do not ask.
+    #[arg(long, short)]
+    yes: bool,
+    /// Return as soon as it is accepted.
+    #[arg(long)]
+    detach: bool,
+}
+
+/// How often it is asked whether an environment is gone.
+const ASK_EVERY: Duration = Duration::from_millis(200);
 
 /// Prints what was made.
 fn made(what: &str, answer: &Value) -> Outcome {
@@ -315,6 +345,7 @@ pub async fn environment(command: EnvCommand) -> Outcome {
             clusters,
             live,
             manual_switch,
+            from,
         } => {
             let path = format!("/api/v1/projects/{}/environments", segment(&project)?);
             let switch = if manual_switch { "manual" } else { "automatic" };
@@ -326,19 +357,24 @@ pub async fn environment(command: EnvCommand) -> Outcome {
             if !clusters.is_empty() {
                 body["clusters"] = clusters.into();
             }
+            if let Some(from) = from {
+                body["from"] = from.into();
+            }
             let answer = Client::new(&server)?.post(&path, &body).await?;
             made(&format!("environment {name} of project {project}"), &answer)
         }
+        EnvCommand::Delete(args) => delete_environment(args).await,
         EnvCommand::List { server, project } => {
             let path = format!("/api/v1/projects/{}/environments", segment(&project)?);
             list(
                 &server,
                 &path,
                 "environments",
-                ["NAME", "CLUSTERS", "LIVE", "SWITCH"],
+                ["NAME", "STATUS", "CLUSTERS", "LIVE", "SWITCH"],
                 |e| {
                     vec![
                         text(e, "name"),
+                        text(e, "status"),
                         join(e, "clusters"),
                         text(e, "live"),
                         text(e, "switch"),
@@ -348,6 +384,41 @@ pub async fn environment(command: EnvCommand) -> Outcome {
             .await
         }
     }
+}
+
+async fn delete_environment(args: DeleteEnvArgs) -> Outcome {
+    let DeleteEnvArgs { project, name, .. } = &args;
+    let path = format!(
+        "/api/v1/projects/{}/environments/{}",
+        segment(project)?,
+        segment(name)?
+    );
+    let client = Client::new(&args.server)?;
+    if !args.yes {
+        let what = format!("the environment {name} of {project} is deleted with all it runs");
+        confirm(&what, name)?;
+    }
+    let body = json!({ "reason": args.reason });
+    let answer: Value = client.command(Method::DELETE, &path, &body, None).await?;
+    if !args.detach {
+        loop {
+            match client.get::<Value>(&path, &[]).await {
+                Err(gone) if gone.kind == "environment_not_found" => break,
+                Err(failure) => return Err(failure),
+                Ok(_) => tokio::time::sleep(ASK_EVERY).await,
+            }
+        }
+    }
+    if output::is_json() {
+        output::json(&answer);
+    } else {
+        let word = if args.detach { "deleting" } else { "deleted" };
+        output::line(&format!(
+            "{} environment {name} of project {project}; its history stays in the ledger",
+            output::style().dim(word)
+        ));
+    }
+    Ok(Code::Success)
 }
 
 async fn list<const N: usize>(

@@ -117,6 +117,8 @@ pub enum Command {
     Secret(secret::SecretCommand),
     /// Deploy a git ref or an image, and follow it until it is live.
     Deploy(deploy::DeployArgs),
+    /// Deploy to one environment what runs in another.
+    Promote(deploy::PromoteArgs),
     /// What runs where, with the three readiness answers.
     Status(status::StatusArgs),
     /// What was deployed when, by whom, and what became of it.
@@ -181,6 +183,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Env(command) => manage::environment(command).await,
         Command::Secret(command) => secret::run(command).await,
         Command::Deploy(args) => deploy::run(args).await,
+        Command::Promote(args) => deploy::promote(args).await,
         Command::Status(args) => status::run(args).await,
         Command::History(args) => history::run(args).await,
         Command::Logs(args) => logs::run(args).await,

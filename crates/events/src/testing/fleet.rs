@@ -377,6 +377,7 @@ impl Shop {
             _ => Change::Deploy {
                 service,
                 deployment,
+                from: None,
             },
         };
         let commit = samples::committed(instance, deployment, *position, change);

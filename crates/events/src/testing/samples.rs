@@ -98,6 +98,7 @@ pub fn request(instance: InstanceRef) -> deployment::Requested {
         reason: Some("the spring sale begins".to_owned()),
         redeploy_of: None,
         secrets: BTreeMap::new(),
+        promoted_from: None,
     }
 }
 
@@ -160,12 +161,19 @@ pub fn environment_events() -> Vec<EnvironmentEvent> {
             project: "shop".parse().unwrap(),
             name: "production".parse().unwrap(),
             spec: spec.clone(),
+            from: None,
         }),
         EnvironmentEvent::Changed(environment::Changed {
             spec: EnvironmentSpec {
                 switch: SwitchMode::Manual,
                 ..spec
             },
+        }),
+        EnvironmentEvent::DeletionRequested(environment::DeletionRequested {
+            reason: Some("its pull request was closed".to_owned()),
+        }),
+        EnvironmentEvent::Deleted(environment::Deleted {
+            commit: Some(commit(3)),
         }),
     ]
 }
@@ -398,6 +406,7 @@ pub fn gitops_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<Gi
             Change::Deploy {
                 service,
                 deployment,
+                from: None,
             },
         ))),
         GitopsEvent::ForeignCommitFound(Box::new(foreign_commit(2))),

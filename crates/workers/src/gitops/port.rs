@@ -239,17 +239,29 @@ fn as_change(asked: GitopsChange) -> Result<Change, StepError> {
         AskedChange::Deploy {
             service,
             deployment,
-        } => Change::Deploy {
-            service,
-            deployment,
-            release: asked.release.ok_or_else(|| {
+            from,
+        } => {
+            let release = asked.release.ok_or_else(|| {
                 StepError::fatal(
                     "release_missing",
                     "a deployment's commit needs the values of its release",
                     "Report this; it is a fault of Daybook.",
                 )
-            })?,
-        },
+            })?;
+            match from {
+                Some(from) => Change::Promote {
+                    from,
+                    service,
+                    deployment,
+                    release,
+                },
+                None => Change::Deploy {
+                    service,
+                    deployment,
+                    release,
+                },
+            }
+        }
         AskedChange::Scale {
             service,
             deployment,
@@ -266,9 +278,9 @@ fn as_change(asked: GitopsChange) -> Result<Change, StepError> {
             service,
             deployment,
         },
-        AskedChange::EnvironmentCreated {} => Change::CreateEnvironment {
-            from: None,
-            ephemeral: false,
+        AskedChange::EnvironmentCreated { from } => Change::CreateEnvironment {
+            from,
+            ephemeral: asked.ephemeral,
         },
         AskedChange::EnvironmentDeleted {} => Change::DeleteEnvironment,
     })

@@ -181,7 +181,7 @@ impl Story {
                     Change::Deploy { deployment, .. }
                     | Change::Scale { deployment, .. }
                     | Change::Remove { deployment, .. } => Some(deployment),
-                    Change::EnvironmentCreated {} | Change::EnvironmentDeleted {} => None,
+                    Change::EnvironmentCreated { .. } | Change::EnvironmentDeleted {} => None,
                 };
                 let fact = Fact {
                     parents: Some(e.parent.into_iter().collect()),

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::package::{Package, author_of};
-use super::{Bench, Stop};
+use super::{Bench, Stop, outcome};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::gitops::survey;
 use crate::ports::{GitopsRevert, KnownHistory, Repositories, StepError};
@@ -334,12 +334,7 @@ impl Worker for Decisions {
             Ok(_) => self.go_on(project).await,
             Err(_) => Ok(()),
         };
-        match done {
-            Ok(()) | Err(Stop::Moved(_)) => Outcome::Done,
-            Err(Stop::Retry(why)) => Outcome::Retry(why),
-            Err(Stop::Fail(e)) => Outcome::Retry(format!("{}: {}", e.code, e.message)),
-            Err(Stop::Interrupted) => Outcome::Interrupted,
-        }
+        outcome(done)
     }
     async fn give_up(&self, a: &Activation, why: &str) {
         let (Subject::Gitops(project), Ok(GitopsEvent::RevertRequested(e))) =

@@ -7,6 +7,7 @@
 //! build    runs a build: clone, build, push
 //! follow   mirrors a build's steps to the deployments that wait for it
 //! package  makes the GitOps commit → deploying; later: stop, start, remove, clean up
+//! environment  fills a new environment from another, and empties one that is deleted
 //! foreign  finds commits of others in the GitOps repositories, and undoes those that are not wanted
 //! sync     hands a commit to a cluster
 //! observe  records what a cluster shows
@@ -18,6 +19,7 @@
 //! present status and the step's name. Whoever takes the step, however often: it is one event.
 
 pub mod build;
+pub mod environment;
 pub mod follow;
 pub mod foreign;
 pub mod gateway;
@@ -269,6 +271,17 @@ impl Bench {
     }
 }
 
+/// Turns what a step came to into the driver's outcome, where there is no deployment that could
+/// fail for it.
+pub(crate) fn outcome(result: Result<(), Stop>) -> Outcome {
+    match result {
+        Ok(()) | Err(Stop::Moved(_)) => Outcome::Done,
+        Err(Stop::Retry(why)) => Outcome::Retry(why),
+        Err(Stop::Fail(e)) => Outcome::Retry(format!("{}: {}", e.code, e.message)),
+        Err(Stop::Interrupted) => Outcome::Interrupted,
+    }
+}
+
 /// Turns what a deployment's step came to into the driver's outcome, recording a failure.
 pub async fn settle(
     bench: &Bench,
@@ -276,26 +289,14 @@ pub async fn settle(
     id: DeploymentId,
     result: Result<(), Stop>,
 ) -> Outcome {
-    match result {
-        Ok(()) | Err(Stop::Moved(_)) => Outcome::Done,
-        Err(Stop::Retry(why)) => Outcome::Retry(why),
-        Err(Stop::Interrupted) => Outcome::Interrupted,
-        Err(Stop::Fail(error)) => {
-            let recorded = match bench.row(id) {
-                Ok(Some(row)) if row.state.status.in_pipeline() => {
-                    bench.fail(role, &row, &error).await
-                }
-                Ok(_) => Ok(()),
-                Err(e) => Err(e),
-            };
-            match recorded {
-                Ok(()) | Err(Stop::Moved(_)) => Outcome::Done,
-                Err(Stop::Retry(why)) => Outcome::Retry(why),
-                Err(Stop::Fail(e)) => Outcome::Retry(e.message),
-                Err(Stop::Interrupted) => Outcome::Interrupted,
-            }
-        }
-    }
+    let Err(Stop::Fail(error)) = result else {
+        return outcome(result);
+    };
+    outcome(match bench.row(id) {
+        Ok(Some(row)) if row.state.status.in_pipeline() => bench.fail(role, &row, &error).await,
+        Ok(_) => Ok(()),
+        Err(e) => Err(e),
+    })
 }
 
 /// Records that a step was tried to the bound and given up.

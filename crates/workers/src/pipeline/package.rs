@@ -12,9 +12,9 @@ use async_trait::async_trait;
 use daybook_events::deployment::{ChangeCommitted, DeployingStarted, DeploymentEvent, Status};
 use daybook_events::gitops::{self, Change, Committed, Gitops, GitopsEvent, RepositoryCreated};
 use daybook_events::secret::SecretRef;
-use daybook_events::spec::PinnedImage;
 use daybook_events::{
-    Actor, AggregateKind, CommitId, EnvKey, Event, ProjectName, Subject, SubjectFilter,
+    Actor, AggregateKind, Context, EnvKey, EnvironmentName, Event, EventId, ProjectName, Subject,
+    SubjectFilter,
 };
 use daybook_projections::DeploymentRow;
 use uuid::Uuid;
@@ -22,7 +22,7 @@ use uuid::Uuid;
 use super::foreign::Nudge;
 use super::{Bench, Stop, give_up, settle};
 use crate::driver::{Activation, Outcome, Worker};
-use crate::ports::{GitopsChange, KnownHistory, Repositories, StepError};
+use crate::ports::{GitopsChange, GitopsCommit, KnownHistory, Repositories, StepError};
 use crate::values::ReleaseValues;
 
 const ROLE: &str = "package";
@@ -39,6 +39,38 @@ pub struct Package {
     pub repositories: Arc<dyn Repositories>,
     /// Has the branch looked over when somebody else was seen to have committed.
     pub nudge: Nudge,
+}
+
+/// What a commit follows on.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Occasion {
+    /// The event that it is made for.
+    pub(super) cause: EventId,
+    /// The run that it belongs to.
+    pub(super) correlation: Uuid,
+}
+
+impl Occasion {
+    /// What a deployment's status calls for.
+    fn of(row: &DeploymentRow) -> Self {
+        Self {
+            cause: row.state.status_event,
+            correlation: row.id.0,
+        }
+    }
+}
+
+/// A commit to be made.
+pub(super) struct CommitWork<'a> {
+    pub(super) project: &'a ProjectName,
+    pub(super) environment: &'a EnvironmentName,
+    pub(super) change: Change,
+    /// What runs, for [`Change::Deploy`].
+    pub(super) release: Option<ReleaseValues>,
+    /// For [`Change::EnvironmentCreated`].
+    pub(super) ephemeral: bool,
+    pub(super) author: String,
+    pub(super) occasion: Occasion,
 }
 
 #[async_trait]
@@ -96,6 +128,7 @@ impl Package {
     ) -> Result<(), Stop> {
         let id = row.id;
         let service = row.state.request.instance.service.clone();
+        let promoted_from = row.state.request.promoted_from.clone();
         let Some(image) = row.state.image.clone() else {
             return Ok(());
         };
@@ -108,6 +141,7 @@ impl Package {
                 Change::Deploy {
                     service,
                     deployment: id,
+                    from: promoted_from.map(|p| p.environment),
                 },
                 Some(row.state.request.run.replicas),
             ),
@@ -139,7 +173,28 @@ impl Package {
             self.check_secrets(row).await?;
         }
         let author = self.author(event, row).await?;
-        let commit = match self.commit(row, change, &image, author).await {
+        let release = (row.state.status == Status::Packaging).then(|| ReleaseValues {
+            image,
+            clusters: row.state.request.clusters.clone(),
+            secret_env: row.state.request.secrets.clone(),
+            run: row.state.request.run.clone(),
+        });
+        let instance = &row.state.request.instance;
+        let work = CommitWork {
+            project: &instance.project,
+            environment: &instance.environment,
+            change,
+            release,
+            ephemeral: false,
+            author,
+            occasion: Occasion::of(row),
+        };
+        let made = self.commit(work).await;
+        if let Ok(made) = &made {
+            let text = format!("committed {}: {}", made.commit.short(), made.message);
+            self.bench.say(row.id, None, text).await;
+        }
+        let commit = match made.map(|made| made.commit) {
             // Only a deployment can fail. The rest of its life waits for somebody's decision.
             Err(Stop::Fail(e)) if e.code == REWRITTEN && row.state.status != Status::Packaging => {
                 return Err(Stop::Retry(format!("{}: {}", e.code, e.message)));
@@ -204,36 +259,25 @@ impl Package {
         Ok(gitops.is_some_and(|g| g.releases.contains_key(&row.id)))
     }
 
-    /// Makes the commit and records it.
-    async fn commit(
-        &self,
-        row: &DeploymentRow,
-        change: Change,
-        image: &PinnedImage,
-        author: String,
-    ) -> Result<CommitId, Stop> {
-        let instance = &row.state.request.instance;
-        let subject = Subject::Gitops(instance.project.clone());
-        let known = self.known(&instance.project, row).await?;
+    /// Makes a commit and records it.
+    pub(super) async fn commit(&self, work: CommitWork<'_>) -> Result<GitopsCommit, Stop> {
+        let CommitWork {
+            project, occasion, ..
+        } = work;
+        let subject = Subject::Gitops(project.clone());
+        let known = self.known(project, occasion).await?;
         let head = known.head.clone();
-        let release = matches!(change, Change::Deploy { .. }).then(|| ReleaseValues {
-            image: image.clone(),
-            clusters: row.state.request.clusters.clone(),
-            secret_env: row.state.request.secrets.clone(),
-            run: row.state.request.run.clone(),
-        });
         let made = self
             .repositories
             .commit(
-                &instance.project,
+                project,
                 GitopsChange {
-                    environment: instance.environment.clone(),
-                    change: change.clone(),
-                    release,
-                    tag: image.tag.clone(),
-                    author,
-                    cause: row.state.status_event,
-                    deployment: row.id,
+                    environment: work.environment.clone(),
+                    change: work.change.clone(),
+                    release: work.release,
+                    author: work.author,
+                    ephemeral: work.ephemeral,
+                    cause: occasion.cause,
                     known,
                 },
             )
@@ -251,45 +295,37 @@ impl Package {
         if made.parent != head {
             self.nudge.give();
         }
-        self.bench
-            .say(
-                row.id,
-                None,
-                format!("committed {}: {}", made.commit.short(), made.message),
-            )
-            .await;
         let event = GitopsEvent::Committed(Box::new(Committed {
             commit: made.commit.clone(),
-            parent: made.parent,
+            parent: made.parent.clone(),
             ordinal: Some(made.ordinal),
-            environment: instance.environment.clone(),
-            change,
-            message: made.message,
-            author: made.author,
-            cause: row.state.status_event,
-            files: made.files,
-            files_digest: made.files_digest,
-            ledger: made.ledger,
-            signer: made.signer,
+            environment: work.environment.clone(),
+            change: work.change,
+            message: made.message.clone(),
+            author: made.author.clone(),
+            cause: occasion.cause,
+            files: made.files.clone(),
+            files_digest: made.files_digest.clone(),
+            ledger: made.ledger.clone(),
+            signer: made.signer.clone(),
             unchanged: made.unchanged,
         }));
-        let context =
-            self.bench
-                .follow_up(ROLE, row.state.status_event, row.id.0, "gitops_committed");
-        self.bench
-            .append::<Gitops>(&subject, &context, |state| {
-                gitops::decide(state, event.clone())
-            })
-            .await?;
-        Ok(made.commit)
+        let context = self.context(occasion, "gitops_committed");
+        self.record(&subject, &context, event).await?;
+        Ok(made)
+    }
+
+    fn context(&self, occasion: Occasion, step: &str) -> Context {
+        let Occasion { cause, correlation } = occasion;
+        self.bench.follow_up(ROLE, cause, correlation, step)
     }
 
     /// What the ledger knows of a project's repository, which is made if need be. The key that
     /// signs is recorded before it signs.
-    pub(super) async fn known(
+    async fn known(
         &self,
         project: &ProjectName,
-        row: &DeploymentRow,
+        occasion: Occasion,
     ) -> Result<KnownHistory, Stop> {
         let subject = Subject::Gitops(project.clone());
         let found = self.gitops(project)?;
@@ -316,12 +352,7 @@ impl Package {
                     commit: commit.clone(),
                     branch,
                 });
-                let context = self.bench.follow_up(
-                    ROLE,
-                    row.state.status_event,
-                    row.id.0,
-                    "repository_created",
-                );
+                let context = self.context(occasion, "repository_created");
                 self.record(&subject, &context, event).await?;
                 (Some(commit), Vec::new())
             }
@@ -330,11 +361,8 @@ impl Package {
             && !signers.contains(&signer.public_key)
         {
             let seed = Uuid::new_v5(&Uuid::NAMESPACE_OID, project.as_str().as_bytes());
-            let mut context =
-                self.bench
-                    .follow_up(ROLE, row.state.status_event, row.id.0, "signer_added");
-            context.id =
-                daybook_events::EventId::derived(seed, &format!("signer {}", signer.fingerprint));
+            let mut context = self.context(occasion, "signer_added");
+            context.id = EventId::derived(seed, &format!("signer {}", signer.fingerprint));
             signers.push(signer.public_key.clone());
             self.record(&subject, &context, GitopsEvent::SignerAdded(signer))
                 .await?;
@@ -345,7 +373,7 @@ impl Package {
     async fn record(
         &self,
         subject: &Subject,
-        context: &daybook_events::Context,
+        context: &Context,
         event: GitopsEvent,
     ) -> Result<(), Stop> {
         self.bench

@@ -12,6 +12,7 @@ use daybook_projections::DeploymentRow;
 
 use super::{Bench, Stop, give_up, settle};
 use crate::driver::{Activation, Outcome, Worker};
+use crate::ports::StepError;
 
 const ROLE: &str = "queue";
 
@@ -97,6 +98,9 @@ impl Queue {
             moved_is_fine(self.cancel(&older, Some(&newest), message).await)?;
         }
         if !running {
+            if let Some(gone) = self.gone(&newest)? {
+                return moved_is_fine(self.0.fail(ROLE, &newest, &gone).await);
+            }
             let admitted = self
                 .0
                 .advance(ROLE, &newest, "queued", DeploymentEvent::Queued(Queued {}))
@@ -104,6 +108,15 @@ impl Queue {
             moved_is_fine(admitted.map(|_| ()))?;
         }
         Ok(())
+    }
+
+    /// Why it cannot be deployed to its environment any more: somebody deleted that in between.
+    fn gone(&self, row: &DeploymentRow) -> Result<Option<StepError>, Stop> {
+        let instance = &row.state.request.instance;
+        let projections = self.0.ledger.projections();
+        let environment = projections.environment(&instance.project, &instance.environment)?;
+        let refused = environment.and_then(|e| e.must_be_active().err());
+        Ok(refused.map(|r| StepError::fatal(r.code, r.message, r.remedy)))
     }
 
     async fn cancel(

@@ -21,7 +21,7 @@ use daybook_projections::DeploymentRow;
 use futures_util::StreamExt;
 use jiff::Timestamp;
 
-use super::{Bench, Stop, give_up, settle};
+use super::{Bench, Stop, give_up, outcome, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::StepError;
 
@@ -128,12 +128,7 @@ impl Worker for RouteApplied {
         let Subject::Routing(project) = &a.subject else {
             return Outcome::Done;
         };
-        match self.applied(project, a).await {
-            Ok(()) | Err(Stop::Moved(_)) => Outcome::Done,
-            Err(Stop::Retry(why)) => Outcome::Retry(why),
-            Err(Stop::Fail(e)) => Outcome::Retry(e.message),
-            Err(Stop::Interrupted) => Outcome::Interrupted,
-        }
+        outcome(self.applied(project, a).await)
     }
     async fn give_up(&self, a: &Activation, why: &str) {
         tracing::error!(subject = %a.subject, %why, "the end of a switch was not recorded");

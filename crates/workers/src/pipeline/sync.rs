@@ -3,19 +3,21 @@
 //! A commit replaces all before it, so what is applied is always the newest one that the ledger
 //! knows of an environment, never the one that happened to wake the worker.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use daybook_events::gitops::Gitops;
+use daybook_events::gitops::{Change, Gitops, GitopsEvent};
 use daybook_events::{
     AggregateKind, CommitId, DeploymentId, EnvironmentName, ProjectName, Subject, SubjectFilter,
 };
 
-use super::{Bench, Stop, give_up, settle};
+use super::{Bench, Stop, give_up, outcome, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{Repositories, StepError};
 use crate::target::{AppRef, Target, TargetError};
+use crate::values::EnvironmentValues;
 
 const ROLE: &str = "sync";
 
@@ -52,6 +54,11 @@ impl Worker for Sync {
             return Outcome::Done;
         };
         let id = DeploymentId(a.event.correlationid);
+        if let Ok(GitopsEvent::Committed(e)) = a.event.payload()
+            && e.change == (Change::EnvironmentDeleted {})
+        {
+            return outcome(self.leave(project, &e.environment, &e.commit).await);
+        }
         settle(
             &self.bench,
             ROLE,
@@ -86,6 +93,27 @@ impl Sync {
         Ok(())
     }
 
+    /// Runs nothing any more for an environment that is out of the repository.
+    async fn leave(
+        &self,
+        project: &ProjectName,
+        environment: &EnvironmentName,
+        commit: &CommitId,
+    ) -> Result<(), Stop> {
+        let gitops = self.bench.ledger.projections().gitops(project)?;
+        // It may be there again by now.
+        if gitops.is_some_and(|g| g.environments.contains_key(environment)) {
+            return Ok(());
+        }
+        let nothing = EnvironmentValues {
+            project: project.clone(),
+            environment: environment.clone(),
+            ephemeral: false,
+            services: BTreeMap::new(),
+        };
+        self.apply(project, environment, commit, &nothing).await
+    }
+
     async fn converge(
         &self,
         project: &ProjectName,
@@ -115,8 +143,23 @@ impl Sync {
             let text = format!("syncing {} to {cluster}", commit.short());
             self.bench.say(id, Some(cluster.clone()), text).await;
         }
+        self.apply(project, environment, commit, &desired).await
+    }
+
+    async fn apply(
+        &self,
+        project: &ProjectName,
+        environment: &EnvironmentName,
+        commit: &CommitId,
+        desired: &EnvironmentValues,
+    ) -> Result<(), Stop> {
+        let cluster = self.target.cluster();
+        let app = AppRef {
+            project: project.clone(),
+            environment: environment.clone(),
+        };
         daybook_failpoints::reached("sync.before");
-        let applied = self.target.apply(&app, commit, &desired).await;
+        let applied = self.target.apply(&app, commit, desired).await;
         daybook_failpoints::reached("sync.after");
         applied.map_err(|e| match e {
             TargetError::Unavailable(why) => {

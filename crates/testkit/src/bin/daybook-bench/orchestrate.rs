@@ -236,6 +236,7 @@ impl World {
             switch: SwitchMode::Automatic,
             reason: None,
             redeploy_of: None,
+            promoted_from: None,
             secrets: std::collections::BTreeMap::new(),
         }));
         let context = context(id.0);

@@ -158,6 +158,7 @@ impl SampleProject {
                 live: true,
                 ..EnvironmentSpec::default()
             },
+            from: None,
         };
         self.record(&environment, run, EnvironmentEvent::Created(created))?;
         let created = gitops::RepositoryCreated {
@@ -193,6 +194,7 @@ impl SampleProject {
                 switch: SwitchMode::Automatic,
                 reason: Some(format!("release {} of {instance}", self.counter)),
                 redeploy_of: None,
+                promoted_from: None,
                 secrets: BTreeMap::new(),
             })),
         )?;
@@ -225,6 +227,7 @@ impl SampleProject {
         let deploy = Change::Deploy {
             service: service.clone(),
             deployment: id,
+            from: None,
         };
         let commit = self.committed(run, "deploy", &service, deploy)?;
         let deploying = deployment::DeployingStarted {

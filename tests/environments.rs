@@ -1,0 +1,144 @@
+//! Environments from their creation to their end, and what is promoted between them.
+
+use serde_json::Value;
+
+use crate::support::{Server, Settings, application, processes_of, replace_flags, until};
+
+const STAGING: &str = "shop.staging.web";
+const PRODUCTION: &str = "shop.production.web";
+
+/// A project with the environments `staging` and `production`, and one service.
+fn shop(server: &Server, source: &daybook_testkit::git::SourceRepository) {
+    server.define("shop", "web", source, &[]);
+    server.ok(&["env", "create", "shop", "staging"]);
+}
+
+fn messages(server: &Server) -> Vec<String> {
+    let log = daybook_testkit::git::git(
+        server.gitops("shop").as_path(),
+        &["log", "--format=%s", "--reverse", "main"],
+    );
+    log.lines().map(str::to_owned).collect()
+}
+
+fn files(server: &Server) -> String {
+    daybook_testkit::git::git(
+        server.gitops("shop").as_path(),
+        &["ls-tree", "-r", "--name-only", "main"],
+    )
+}
+
+fn of_service(server: &Server, environment: &str) -> Vec<Value> {
+    let path = format!("/api/v1/deployments?project=shop&environment={environment}");
+    let found = server.read(&path)["deployments"].as_array().cloned();
+    found.unwrap_or_default()
+}
+
+#[test]
+fn a_promotion_runs_the_same_image_and_names_where_it_comes_from() {
+    let source = application("--text one");
+    let server = Server::start(Settings::default());
+    shop(&server, &source);
+
+    let early = server.cli(&["promote", STAGING, "--to", "production"]);
+    assert_eq!(early.error()["code"], "nothing_to_promote");
+    let first = server.deploy(STAGING, &[]);
+    // What is not deployed there yet makes no difference to what is promoted.
+    replace_flags(&source, "--text two");
+    let done = server.ok(&[
+        "promote", "--project", "shop", "--service", "web", "--from", "staging", "--to",
+        "production", "--idempotency-key", "promotion-1", "--output", "json",
+    ]);
+    let promoted = done.json()["id"].as_str().unwrap().to_owned();
+    assert_eq!(server.get_from("web.shop.localhost", "/", &promoted).body, "one");
+
+    let (before, after) = (server.deployment(&first), server.deployment(&promoted));
+    assert_eq!(before["image"], after["image"]);
+    assert_eq!(after["promoted_from"]["environment"], "staging");
+    assert_eq!(after["promoted_from"]["deployment"], first.as_str());
+    assert!(server.kinds(&promoted).iter().all(|k| !k.contains("building")));
+    let last = messages(&server).pop().unwrap();
+    assert!(last.starts_with("promote(production): web "), "{last}");
+    assert!(last.ends_with(" from staging"), "{last}");
+
+    // Repeated under the same key it is the same promotion.
+    let again = server.json(&[
+        "promote", STAGING, "--to", "production", "--idempotency-key", "promotion-1", "--detach",
+    ]);
+    assert_eq!(again["id"], promoted.as_str());
+    for (args, code) in [
+        (vec!["promote", STAGING, "--to", "staging"], "same_environment"),
+        (vec!["promote", STAGING, "--to", "moon"], "environment_not_found"),
+        (
+            vec!["promote", STAGING, "--to", "production", "--deployment", promoted.as_str()],
+            "other_instance",
+        ),
+        (vec!["promote", "shop.staging", "--to", "production"], "invalid_instance_id"),
+    ] {
+        assert_eq!(server.cli(&args).error()["code"], code, "{args:?}");
+    }
+    server.check_replay();
+}
+
+#[test]
+fn an_environment_made_from_another_runs_what_runs_there_and_leaves_nothing_behind() {
+    let source = application("--text one");
+    let server = Server::start(Settings::default());
+    shop(&server, &source);
+    let main = server.deploy(STAGING, &[]);
+    // Beside it, and not the main one: it is not copied.
+    replace_flags(&source, "--text two");
+    server.deploy(STAGING, &["--no-switch"]);
+
+    server.ok(&["env", "create", "shop", "pr-142", "--from", "staging"]);
+    let copy = until("the new environment runs something", || {
+        let found = of_service(&server, "pr-142");
+        found.first().map(|d| d["id"].as_str().unwrap().to_owned())
+    });
+    server.wait_for(&copy, "started");
+    assert_eq!(of_service(&server, "pr-142").len(), 1);
+    let host = "web.pr-142.shop.localhost";
+    assert_eq!(server.get_from(host, "/", &copy).body, "one");
+    assert_eq!(server.deployment(&copy)["promoted_from"]["deployment"], main.as_str());
+    assert!(messages(&server).contains(&"env(create): pr-142 from staging".to_owned()));
+
+    let unsure = server.cli(&["env", "delete", "shop", "pr-142"]);
+    assert_eq!(unsure.error()["code"], "not_confirmed");
+    server.ok(&["env", "delete", "shop", "pr-142", "--yes", "--reason", "merged"]);
+    assert_eq!(server.deployment(&copy)["state"], "terminated");
+    assert_eq!(server.get(host, "/").status, 404);
+    assert!(processes_of(&copy).is_empty());
+    assert_eq!(messages(&server).pop().unwrap(), "env(delete): pr-142");
+    assert!(!files(&server).contains("environments/pr-142"), "{}", files(&server));
+    let late = server.cli(&["deploy", "shop.pr-142.web"]);
+    assert_eq!(late.error()["code"], "environment_not_found");
+    let again = server.cli(&["env", "delete", "shop", "pr-142", "--yes"]);
+    assert_eq!(again.error()["code"], "environment_not_found");
+    // The other environments are as they were.
+    assert_eq!(server.get("web.staging.shop.localhost", "/").by(), Some(main.as_str()));
+
+    // Its name can be used again.
+    server.ok(&["env", "create", "shop", "pr-142"]);
+    let next = server.deploy("shop.pr-142.web", &[]);
+    assert_eq!(server.get_from(host, "/", &next).body, "two");
+    server.check_replay();
+}
+
+#[test]
+fn an_environment_is_deleted_in_the_middle_of_a_build() {
+    let source = application("--text one");
+    let server = Server::start(Settings::default());
+    let spec = server.folder().path().join("service.json");
+    let build = serde_json::json!({ "build": { "command": ["/bin/sh", "-c", "sleep 600"] } });
+    std::fs::write(&spec, build.to_string()).unwrap();
+    server.define("shop", "web", &source, &["--file", spec.to_str().unwrap()]);
+    let id = server.begin(PRODUCTION, &[]);
+    until("it is being built", || {
+        (server.deployment(&id)["state"] == "building").then_some(())
+    });
+    server.ok(&["env", "delete", "shop", "production", "--yes"]);
+    let ended = server.deployment(&id);
+    assert_eq!(ended["state"], "cancelled");
+    assert_eq!(server.cli(&["env", "list", "shop"]).stdout, "no environments\n");
+    server.check_replay();
+}
