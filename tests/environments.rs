@@ -13,6 +13,12 @@ fn shop(server: &Server, source: &daybook_testkit::git::SourceRepository) {
     server.ok(&["env", "create", "shop", "staging"]);
 }
 
+/// The code that a command is refused with.
+fn refused(server: &Server, command: &[&str]) -> String {
+    let done = server.cli(&[command, &["--output", "json"]].concat());
+    done.error()["code"].as_str().unwrap().to_owned()
+}
+
 fn messages(server: &Server) -> Vec<String> {
     let log = daybook_testkit::git::git(
         server.gitops("shop").as_path(),
@@ -40,42 +46,83 @@ fn a_promotion_runs_the_same_image_and_names_where_it_comes_from() {
     let server = Server::start(Settings::default());
     shop(&server, &source);
 
-    let early = server.cli(&["promote", STAGING, "--to", "production"]);
-    assert_eq!(early.error()["code"], "nothing_to_promote");
+    let promote = ["promote", STAGING, "--to", "production"];
+    assert_eq!(refused(&server, &promote), "nothing_to_promote");
     let first = server.deploy(STAGING, &[]);
     // What is not deployed there yet makes no difference to what is promoted.
     replace_flags(&source, "--text two");
     let done = server.ok(&[
-        "promote", "--project", "shop", "--service", "web", "--from", "staging", "--to",
-        "production", "--idempotency-key", "promotion-1", "--output", "json",
+        "promote",
+        "--project",
+        "shop",
+        "--service",
+        "web",
+        "--from",
+        "staging",
+        "--to",
+        "production",
+        "--idempotency-key",
+        "promotion-1",
+        "--output",
+        "json",
     ]);
     let promoted = done.json()["id"].as_str().unwrap().to_owned();
-    assert_eq!(server.get_from("web.shop.localhost", "/", &promoted).body, "one");
+    assert_eq!(
+        server.get_from("web.shop.localhost", "/", &promoted).body,
+        "one"
+    );
 
     let (before, after) = (server.deployment(&first), server.deployment(&promoted));
     assert_eq!(before["image"], after["image"]);
     assert_eq!(after["promoted_from"]["environment"], "staging");
     assert_eq!(after["promoted_from"]["deployment"], first.as_str());
-    assert!(server.kinds(&promoted).iter().all(|k| !k.contains("building")));
+    assert!(
+        server
+            .kinds(&promoted)
+            .iter()
+            .all(|k| !k.contains("building"))
+    );
     let last = messages(&server).pop().unwrap();
     assert!(last.starts_with("promote(production): web "), "{last}");
     assert!(last.ends_with(" from staging"), "{last}");
 
     // Repeated under the same key it is the same promotion.
     let again = server.json(&[
-        "promote", STAGING, "--to", "production", "--idempotency-key", "promotion-1", "--detach",
+        "promote",
+        STAGING,
+        "--to",
+        "production",
+        "--idempotency-key",
+        "promotion-1",
+        "--detach",
     ]);
     assert_eq!(again["id"], promoted.as_str());
     for (args, code) in [
-        (vec!["promote", STAGING, "--to", "staging"], "same_environment"),
-        (vec!["promote", STAGING, "--to", "moon"], "environment_not_found"),
         (
-            vec!["promote", STAGING, "--to", "production", "--deployment", promoted.as_str()],
+            vec!["promote", STAGING, "--to", "staging"],
+            "same_environment",
+        ),
+        (
+            vec!["promote", STAGING, "--to", "moon"],
+            "environment_not_found",
+        ),
+        (
+            vec![
+                "promote",
+                STAGING,
+                "--to",
+                "production",
+                "--deployment",
+                promoted.as_str(),
+            ],
             "other_instance",
         ),
-        (vec!["promote", "shop.staging", "--to", "production"], "invalid_instance_id"),
+        (
+            vec!["promote", "shop.staging", "--to", "production"],
+            "invalid_instance_id",
+        ),
     ] {
-        assert_eq!(server.cli(&args).error()["code"], code, "{args:?}");
+        assert_eq!(refused(&server, &args), code, "{args:?}");
     }
     server.check_replay();
 }
@@ -99,23 +146,37 @@ fn an_environment_made_from_another_runs_what_runs_there_and_leaves_nothing_behi
     assert_eq!(of_service(&server, "pr-142").len(), 1);
     let host = "web.pr-142.shop.localhost";
     assert_eq!(server.get_from(host, "/", &copy).body, "one");
-    assert_eq!(server.deployment(&copy)["promoted_from"]["deployment"], main.as_str());
+    assert_eq!(
+        server.deployment(&copy)["promoted_from"]["deployment"],
+        main.as_str()
+    );
     assert!(messages(&server).contains(&"env(create): pr-142 from staging".to_owned()));
 
-    let unsure = server.cli(&["env", "delete", "shop", "pr-142"]);
-    assert_eq!(unsure.error()["code"], "not_confirmed");
-    server.ok(&["env", "delete", "shop", "pr-142", "--yes", "--reason", "merged"]);
+    let delete = ["env", "delete", "shop", "pr-142"];
+    assert_eq!(refused(&server, &delete), "not_confirmed");
+    server.ok(&[
+        "env", "delete", "shop", "pr-142", "--yes", "--reason", "merged",
+    ]);
     assert_eq!(server.deployment(&copy)["state"], "terminated");
     assert_eq!(server.get(host, "/").status, 404);
     assert!(processes_of(&copy).is_empty());
     assert_eq!(messages(&server).pop().unwrap(), "env(delete): pr-142");
-    assert!(!files(&server).contains("environments/pr-142"), "{}", files(&server));
-    let late = server.cli(&["deploy", "shop.pr-142.web"]);
-    assert_eq!(late.error()["code"], "environment_not_found");
-    let again = server.cli(&["env", "delete", "shop", "pr-142", "--yes"]);
-    assert_eq!(again.error()["code"], "environment_not_found");
+    assert!(
+        !files(&server).contains("environments/pr-142"),
+        "{}",
+        files(&server)
+    );
+    for late in [
+        vec!["deploy", "shop.pr-142.web"],
+        vec!["env", "delete", "shop", "pr-142", "--yes"],
+    ] {
+        assert_eq!(refused(&server, &late), "environment_not_found");
+    }
     // The other environments are as they were.
-    assert_eq!(server.get("web.staging.shop.localhost", "/").by(), Some(main.as_str()));
+    assert_eq!(
+        server.get("web.staging.shop.localhost", "/").by(),
+        Some(main.as_str())
+    );
 
     // Its name can be used again.
     server.ok(&["env", "create", "shop", "pr-142"]);
@@ -139,6 +200,9 @@ fn an_environment_is_deleted_in_the_middle_of_a_build() {
     server.ok(&["env", "delete", "shop", "production", "--yes"]);
     let ended = server.deployment(&id);
     assert_eq!(ended["state"], "cancelled");
-    assert_eq!(server.cli(&["env", "list", "shop"]).stdout, "no environments\n");
+    assert_eq!(
+        server.cli(&["env", "list", "shop"]).stdout,
+        "no environments\n"
+    );
     server.check_replay();
 }

@@ -511,10 +511,13 @@ fn projects_and_services_are_made_once() {
 }
 
 #[test]
-fn environments_are_made_once_and_changed() {
-    let [created, changed]: [_; 2] = samples::environment_events().try_into().unwrap();
+fn environments_are_made_once_changed_and_deleted_in_two_steps() {
+    let [created, changed, asked, deleted]: [_; 4] =
+        samples::environment_events().try_into().unwrap();
     given::<Environment>([])
         .when(|s| environment::decide(s, changed.clone()))
+        .then_refused("environment_not_found")
+        .when(|s| environment::decide(s, asked.clone()))
         .then_refused("environment_not_found")
         .when(|s| environment::decide(s, created.clone()))
         .then(created.clone())
@@ -523,7 +526,27 @@ fn environments_are_made_once_and_changed() {
         .when(|s| environment::decide(s, changed.clone()))
         .then(changed.clone())
         .when(|s| environment::decide(s, changed.clone()))
-        .then_nothing();
+        .then_nothing()
+        .when(|s| environment::decide(s, deleted.clone()))
+        .then_refused("environment_active")
+        .when(|s| environment::decide(s, asked.clone()))
+        .then(asked.clone())
+        .when(|s| environment::decide(s, asked.clone()))
+        .then_nothing()
+        .when(|s| environment::decide(s, created.clone()))
+        .then_refused("environment_deleting")
+        .when(|s| environment::decide(s, changed.clone()))
+        .then_refused("environment_deleting")
+        .when(|s| environment::decide(s, deleted.clone()))
+        .then(deleted.clone())
+        .when(|s| environment::decide(s, deleted.clone()))
+        .then_nothing()
+        .when(|s| environment::decide(s, changed.clone()))
+        .then_refused("environment_not_found")
+        .when(|s| environment::decide(s, created.clone()))
+        .then(created.clone())
+        .when(|s| environment::decide(s, changed.clone()))
+        .then(changed);
 }
 
 fn target(number: u64, instance: &InstanceRef) -> Target {

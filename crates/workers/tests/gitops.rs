@@ -1296,6 +1296,7 @@ async fn the_pipeline_has_one_repository_a_project() {
     let change = Asked::Deploy {
         service: api(),
         deployment: deployment(1),
+        from: None,
     };
     all.commit(&project(), asked(1, change, Some(release("one"))))
         .await

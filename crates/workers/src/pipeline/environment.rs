@@ -109,11 +109,7 @@ impl Package {
         project: &ProjectName,
         name: &EnvironmentName,
     ) -> Result<Option<Environment>, Stop> {
-        Ok(self
-            .bench
-            .ledger
-            .projections()
-            .environment(project, name)?)
+        Ok(self.bench.ledger.projections().environment(project, name)?)
     }
 
     /// Gives a new environment what the one that it is made from has.
@@ -207,11 +203,8 @@ impl Package {
             instance: instance.clone(),
             ..source
         };
-        let subject = Subject::Deployment(
-            instance.project.clone(),
-            instance.environment.clone(),
-            id,
-        );
+        let subject =
+            Subject::Deployment(instance.project.clone(), instance.environment.clone(), id);
         let context = self.bench.follow_up(ROLE, a.event.id, id.0, &step);
         let event = Box::new(request);
         let asked = self
@@ -280,9 +273,12 @@ impl Package {
     async fn withdraw(&self, row: &DeploymentRow) -> Result<(), Stop> {
         let instance = &row.state.request.instance;
         let subject = Subject::Routing(instance.project.clone());
-        let context =
-            self.bench
-                .follow_up(ROLE, row.state.status_event, row.id.0, "environment_withdraws");
+        let context = self.bench.follow_up(
+            ROLE,
+            row.state.status_event,
+            row.id.0,
+            "environment_withdraws",
+        );
         let command = routing::Command::Withdraw {
             deployment: row.id,
             instance: instance.clone(),
@@ -345,9 +341,9 @@ impl Package {
         } else {
             None
         };
-        let context = self
-            .bench
-            .follow_up(ROLE, cause, occasion.correlation, "environment_deleted");
+        let context =
+            self.bench
+                .follow_up(ROLE, cause, occasion.correlation, "environment_deleted");
         let event = EnvironmentEvent::Deleted(Deleted { commit });
         self.bench
             .append::<Environment>(&subject, &context, |state| {

@@ -322,11 +322,7 @@ impl Package {
 
     /// What the ledger knows of a project's repository, which is made if need be. The key that
     /// signs is recorded before it signs.
-    async fn known(
-        &self,
-        project: &ProjectName,
-        occasion: Occasion,
-    ) -> Result<KnownHistory, Stop> {
+    async fn known(&self, project: &ProjectName, occasion: Occasion) -> Result<KnownHistory, Stop> {
         let subject = Subject::Gitops(project.clone());
         let found = self.gitops(project)?;
         let (head, mut signers) = match found {
