@@ -124,6 +124,15 @@ fn live(app: &Application) {
 
     the_commands_agree(&server, app, (&first, &commit_one), (&second, &commit_two));
 
+    // What is gone back to is started first, where that is asked for.
+    server.ok(&["stop", &first]);
+    let refused = server.cli(&["rollback", INSTANCE, "--output", "json"]);
+    assert_eq!(refused.error()["code"], "target_not_running");
+    server.ok(&["rollback", INSTANCE, "--start", "--reason", "still too loud"]);
+    assert_eq!(server.get_from(&hosts[0], "/", &first).body, "one");
+    server.ok(&["mark-main", &second]);
+    assert_eq!(server.get_from(&hosts[0], "/", &second).body, "two");
+
     // The main one is not stopped under its traffic; the other is stopped and started again.
     let tail = &first[28..];
     assert_eq!(server.cli(&["terminate", tail]).code, 5);

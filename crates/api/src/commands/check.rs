@@ -40,13 +40,22 @@ impl Commands {
         Ok(found.ok_or_else(|| service_not_found(project, name))?)
     }
 
-    /// The service's definition and the environment of an instance, which can be deployed to.
+    /// The service's definition and the environment of an instance.
     pub(crate) fn instance(
         &self,
         instance: &InstanceRef,
     ) -> Result<(ServiceSpec, Environment), CommandError> {
         let service = self.service(&instance.project, &instance.service)?;
         let environment = self.environment(&instance.project, &instance.environment)?;
+        Ok((service, environment))
+    }
+
+    /// The same of an instance that can be deployed to.
+    pub(super) fn deployable(
+        &self,
+        instance: &InstanceRef,
+    ) -> Result<(ServiceSpec, Environment), CommandError> {
+        let (service, environment) = self.instance(instance)?;
         environment.must_be_active()?;
         Ok((service, environment))
     }

@@ -111,7 +111,7 @@ impl Commands {
         if let Some((done, _)) = self.earlier(caller).await? {
             return Ok(Deployed { id, done });
         }
-        let (service, _) = self.instance(&wish.instance)?;
+        let (service, _) = self.deployable(&wish.instance)?;
         let version = self.version(&wish.instance, &service, wish.what.clone())?;
         self.release(caller, id, wish, version, None).await
     }
@@ -200,7 +200,7 @@ impl Commands {
         promoted_from: Option<PromotedFrom>,
     ) -> Result<Deployed, CommandError> {
         check::text("reason", wish.reason.as_deref())?;
-        let (service, environment) = self.instance(&wish.instance)?;
+        let (service, environment) = self.deployable(&wish.instance)?;
         let clusters = wish.clusters.unwrap_or(environment.spec.clusters);
         self.clusters(&clusters)?;
         let mut run = service.run;
@@ -256,7 +256,7 @@ impl Commands {
         }
         check::text("reason", wish.reason.as_deref())?;
         let old = self.deployment(wish.of)?.state;
-        let (_, environment) = self.instance(&old.request.instance)?;
+        let (_, environment) = self.deployable(&old.request.instance)?;
         self.clusters(&old.request.clusters)?;
         let version = pinned_version(wish.of, &old)?;
         let request = Requested {

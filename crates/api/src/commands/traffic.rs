@@ -52,7 +52,7 @@ impl Commands {
             return self.switched(instance, done).await;
         }
         check::text("reason", note.as_deref())?;
-        self.instance(&instance)?;
+        self.deployable(&instance)?;
         let to = match to {
             Some(to) => to,
             None => self.former_main(&instance)?,

@@ -6,6 +6,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::deploy::{Follow, follow};
+use super::manage::segment;
 use super::{Outcome, ServerArgs};
 use crate::client::Client;
 use crate::exit::{Code, Failure};
@@ -61,6 +62,9 @@ pub struct RollbackArgs {
     /// The deployment to go back to; the main one before if not given.
     #[arg(long, value_name = "ID")]
     to: Option<String>,
+    /// Start it first if it is stopped, and wait until it is ready.
+    #[arg(long)]
+    start: bool,
     /// Why, for the ledger.
     #[arg(long)]
     reason: Option<String>,
@@ -235,6 +239,20 @@ pub async fn rollback(args: RollbackArgs) -> Outcome {
     if let Some(to) = &args.to {
         body["to"] = find(&client, to).await?.into();
     }
+    if args.start {
+        let to = match body["to"].as_str() {
+            Some(to) => Some(to.to_owned()),
+            None => former_main(&client, &body).await?,
+        };
+        if let Some(to) = to {
+            let started = start_if_stopped(&client, &to, args.reason.as_deref()).await?;
+            if started != Code::Success {
+                return Ok(started);
+            }
+            // What was started is what is gone back to, whatever was switched meanwhile.
+            body["to"] = to.into();
+        }
+    }
     let answer = client.post("/api/v1/rollback", &body).await?;
     let id = answer
         .get("id")
@@ -242,6 +260,31 @@ pub async fn rollback(args: RollbackArgs) -> Outcome {
         .unwrap_or_default()
         .to_owned();
     switched(&answer, &id)
+}
+
+/// The main deployment before; none if there is none, which the server says better.
+async fn former_main(client: &Client, wish: &Value) -> Result<Option<String>, Failure> {
+    let text = |key: &str| wish[key].as_str().unwrap_or_default().to_owned();
+    let instance = match wish["instance_id"].as_str() {
+        Some(instance) => instance.to_owned(),
+        None => [text("project"), text("environment"), text("service")].join("."),
+    };
+    let path = format!("/api/v1/instances/{}", segment(&instance)?);
+    let detail: Value = client.get(&path, &[]).await?;
+    let former = detail["former"].as_array().and_then(|f| f.last());
+    Ok(former.and_then(Value::as_str).map(str::to_owned))
+}
+
+async fn start_if_stopped(client: &Client, id: &str, reason: Option<&str>) -> Outcome {
+    let path = format!("/api/v1/deployments/{id}");
+    let detail: Value = client.get(&path, &[]).await?;
+    if !matches!(detail["state"].as_str(), Some("stopped" | "start_error")) {
+        return Ok(Code::Success);
+    }
+    client
+        .post(&format!("{path}/start"), &json!({ "reason": reason }))
+        .await?;
+    follow(client, id, Follow::Operation).await
 }
 
 fn switched(answer: &Value, id: &str) -> Outcome {
