@@ -4,6 +4,7 @@
 //! ran before runs on in the same processes, and the ledger folds to what the server says.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 use std::thread;
@@ -14,7 +15,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::support::{
-    PATIENCE, Server, Settings, application, processes_in, replace_flags, request, until,
+    PATIENCE, Server, Settings, application, processes_in, processes_of, replace_flags, request,
+    until,
 };
 
 const INSTANCE: &str = "shop.production.web";
@@ -307,4 +309,51 @@ fn killed_during_operations() {
     shop.operate_killed_at("deployment.stopped", &second, "stop", "stopped");
     shop.operate_killed_at("gitops.committed", &second, "terminate", "terminated");
     shop.server.get_from("web.shop.localhost", "/", &first);
+}
+
+#[test]
+fn a_build_command_ends_with_its_worker_and_instances_do_not() {
+    let mut server = Server::start(Settings::default());
+    let source = application("--text one");
+    server.define("shop", "web", &source, &[]);
+    let first = server.deploy(INSTANCE, &[]);
+    let instances = processes_of(&first);
+    assert!(!instances.is_empty());
+
+    // A command that would take for ever, with a child that would too; the second time it does not.
+    let folder = server.folder().path();
+    let (pids, definition) = (folder.join("pids"), folder.join("service.json"));
+    let script = format!(
+        "[ -e {0} ] && exit 0; sleep 1000 & echo $$ $! > {0}; wait",
+        pids.display()
+    );
+    let definition_of = json!({ "build": { "command": ["sh", "-c", script] } });
+    fs::write(&definition, definition_of.to_string()).unwrap();
+    let definition = definition.display().to_string();
+    server.service("shop", "web", &source, &["--file", &definition]);
+    let second = server.begin(INSTANCE, &[]);
+    let building: Vec<i32> = until("the build command runs", || {
+        let text = fs::read_to_string(&pids).ok()?;
+        let pids: Vec<_> = text
+            .split_whitespace()
+            .map(|p| p.parse().unwrap())
+            .collect();
+        (pids.len() == 2).then_some(pids)
+    });
+    server.kill();
+    until("the build command is gone", || {
+        building.iter().all(|pid| !runs(*pid)).then_some(())
+    });
+    assert!(instances.iter().all(|pid| runs(*pid)));
+
+    server.restart();
+    server.wait_for(&second, "started");
+    assert_eq!(processes_of(&first), instances);
+}
+
+/// Whether a process is there and does not only wait to be reaped.
+fn runs(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit(')').next().unwrap_or_default();
+    !matches!(state.trim_start().chars().next(), None | Some('Z' | 'X'))
 }

@@ -132,7 +132,8 @@ pub(crate) fn is_executable(file: &Path) -> bool {
 ///
 /// When the command has ended, processes of its group that it left behind are killed. When
 /// `cancel` is cancelled, the group is told to end (SIGTERM), killed if it does not, and this
-/// returns when the command is gone. When the future is dropped the group is killed.
+/// returns when the command is gone. When the future is dropped the group is killed, and also
+/// when this process is, however it ends.
 pub async fn run(
     mut command: Command,
     output: &LineSender,
@@ -141,10 +142,11 @@ pub async fn run(
     if cancel.is_cancelled() {
         return Err(RunError::Cancelled);
     }
+    let guard = Guard::start()?;
     // One pipe for both, so that the lines stay in order.
     let (reader, writer) = io::pipe()?;
     command
-        .process_group(0)
+        .process_group(guard.group)
         .stdin(Stdio::null())
         .stdout(writer.try_clone()?)
         .stderr(writer)
@@ -155,7 +157,6 @@ pub async fn run(
     })?;
     // It holds the pipe's other end, which must close for the output to end.
     drop(command);
-    let group = Group::of(&child);
     let reader = pipe::Receiver::from_owned_fd(reader.into())?;
 
     let mut tail = VecDeque::new();
@@ -166,9 +167,9 @@ pub async fn run(
         tokio::select! {
             biased;
             () = cancel.cancelled() => {
-                group.signal(Signal::TERM);
+                guard.signal(Signal::TERM);
                 let gone = tokio::time::timeout(GRACE, child.wait()).await;
-                group.signal(Signal::KILL);
+                guard.signal(Signal::KILL);
                 if gone.is_err() {
                     child.wait().await?;
                 }
@@ -181,7 +182,7 @@ pub async fn run(
             status = child.wait() => break status?,
         }
     };
-    group.signal(Signal::KILL);
+    guard.signal(Signal::KILL);
     if !forwarded {
         ended.cancel();
         tokio::select! {
@@ -196,24 +197,47 @@ pub async fn run(
     })
 }
 
-/// A process group, killed when this is dropped.
-struct Group(Option<Pid>);
+/// The leader of a process group, which kills the group, itself included, as soon as nobody holds
+/// the other end of its standard input any more: when this is dropped, and when this process ends
+/// in whatever way. It is there before the command is, which so never runs unguarded.
+struct Guard {
+    group: i32,
+    _leader: tokio::process::Child,
+}
 
-impl Group {
-    fn of(child: &tokio::process::Child) -> Self {
-        let pid = child.id().and_then(|id| i32::try_from(id).ok());
-        Self(pid.and_then(Pid::from_raw))
+impl Guard {
+    /// Waits for the end of its input, whatever the group is told meanwhile.
+    const SCRIPT: &str = "trap '' HUP INT QUIT TERM; read -r _; kill -KILL 0";
+
+    fn start() -> io::Result<Self> {
+        let leader = Command::new("/bin/sh")
+            .args(["-c", Self::SCRIPT])
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()?;
+        let id = leader.id().and_then(|id| i32::try_from(id).ok());
+        let group = id.ok_or_else(|| io::Error::other("a process has no id"))?;
+        Ok(Self {
+            group,
+            _leader: leader,
+        })
     }
 
+    /// The group's id stays taken: its leader is waited for only after this is dropped.
     fn signal(&self, signal: Signal) {
-        if let Some(group) = self.0 {
+        if let Some(group) = Pid::from_raw(self.group) {
             // A group that is gone already needs no signal.
             let _ = kill_process_group(group, signal);
         }
     }
 }
 
-impl Drop for Group {
+impl Drop for Guard {
     fn drop(&mut self) {
         self.signal(Signal::KILL);
     }
