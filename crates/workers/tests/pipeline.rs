@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -15,18 +16,23 @@ use daybook_events::environment::{Environment, EnvironmentEvent, EnvironmentSpec
 use daybook_events::project::{Project, ProjectEvent};
 use daybook_events::routing::{self, Hostnames, Routing, Target as RouteTarget};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
+use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition};
 use daybook_events::{
     Actor, ClusterName, Context, DeploymentId, EventId, EventLog, GitRef, Hostname, InstanceRef,
     Position, Subject, SubjectFilter, deployment, environment, project,
 };
 use daybook_projections::{Ledger, Projections};
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLines, EmbeddedLog, LineRetention};
+use daybook_store::tlog::GuardedLog;
 use daybook_workers::crew::Crew;
 use daybook_workers::driver::DriverOptions;
 use daybook_workers::gateway::Gateway;
 use daybook_workers::idle::{IdleImages, IdleRepositories, IdleSources, IdleTarget};
 use daybook_workers::pipeline::{Bench, Settings};
-use daybook_workers::ports::{BuildInput, BuiltImage, Images, Output, Sources, StepError};
+use daybook_workers::ports::{
+    BuildInput, BuiltImage, Images, Output, Repositories, Sources, StepError,
+};
+use daybook_workers::target::{AppRef, Target};
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -47,6 +53,36 @@ struct Ports {
     images: Arc<dyn Images>,
     repositories: Arc<IdleRepositories>,
     target: Arc<IdleTarget>,
+    tree: Arc<Breakable>,
+}
+
+/// A tree that says what it is told to say of the log.
+#[derive(Debug, Default)]
+struct Breakable {
+    broken: AtomicBool,
+    asked: AtomicUsize,
+}
+
+#[async_trait]
+impl PublishedTree for Breakable {
+    fn head(&self) -> Option<SignedHead> {
+        None
+    }
+    fn condition(&self) -> TreeCondition {
+        if !self.broken.load(SeqCst) {
+            return TreeCondition::Sound;
+        }
+        self.asked.fetch_add(1, SeqCst);
+        TreeCondition::Broken(Breach {
+            code: "log_truncated",
+            position: None,
+            message: "the log was cut".into(),
+            remedy: "repair it".into(),
+        })
+    }
+    async fn resource(&self, _: &str) -> std::io::Result<Option<bytes::Bytes>> {
+        Ok(None)
+    }
 }
 
 impl Default for Ports {
@@ -56,6 +92,7 @@ impl Default for Ports {
             images: Arc::new(IdleImages),
             repositories: Arc::default(),
             target: Arc::new(IdleTarget::new(cluster())),
+            tree: Arc::default(),
         }
     }
 }
@@ -72,7 +109,8 @@ impl World {
     async fn start(dir: &Path, ports: &Ports) -> Self {
         let embedded = EmbeddedLog::open(dir.join("log"), EmbeddedConfig::default());
         let embedded = Arc::new(embedded.await.unwrap());
-        let log: Arc<dyn EventLog> = embedded.clone();
+        let log: Arc<dyn EventLog> =
+            Arc::new(GuardedLog::new(embedded.clone(), ports.tree.clone()));
         let lines = Arc::new(
             EmbeddedLines::open(dir.join("lines"), LineRetention::default())
                 .await
@@ -672,5 +710,99 @@ async fn every_event_of_a_run_says_what_led_to_it() {
         }
         known.insert(event.id);
     }
+    world.stop().await;
+}
+
+/// What is logged on this thread.
+#[derive(Clone, Default)]
+struct Told(Arc<Mutex<Vec<String>>>);
+
+impl Told {
+    fn times(&self, text: &str) -> usize {
+        let told = self.0.lock().unwrap();
+        told.iter().filter(|t| t.contains(text)).count()
+    }
+}
+
+impl tracing::Subscriber for Told {
+    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut text = String::new();
+        event.record(
+            &mut |field: &tracing::field::Field, value: &dyn std::fmt::Debug| {
+                text += &format!("{field}={value:?} ");
+            },
+        );
+        self.0.lock().unwrap().push(text);
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[tokio::test]
+async fn an_observation_that_is_refused_is_told_once_and_recorded_in_the_end() {
+    let told = Told::default();
+    let _guard = tracing::subscriber::set_default(told.clone());
+    let dir = tempfile::tempdir().unwrap();
+    let ports = Ports::default();
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let id = world.request("main", SwitchMode::Automatic).await;
+    let started = world.reach(id, Status::Started).await;
+    let observed = started.observed[&cluster()].clone();
+    assert_eq!(observed.wanted, 1);
+
+    // The ledger is stopped, and then the cluster shows something else.
+    ports.tree.broken.store(true, SeqCst);
+    let app = AppRef {
+        project: instance().project,
+        environment: instance().environment,
+    };
+    let read = ports
+        .repositories
+        .read(&app.project, &app.environment, &observed.revision);
+    let mut values = read.await.unwrap();
+    let service = values.services.get_mut(&instance().service).unwrap();
+    service.releases.get_mut(&id).unwrap().run.replicas = 3;
+    ports
+        .target
+        .apply(&app, &observed.revision, &values)
+        .await
+        .unwrap();
+    tokio::time::timeout(Duration::from_secs(30), async {
+        while ports.tree.asked.load(SeqCst) < 3 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(told.times("observations are not recorded yet"), 1);
+    assert_eq!(told.times("the log was cut"), 1);
+    assert_eq!(told.times("observations are recorded again"), 0);
+
+    ports.tree.broken.store(false, SeqCst);
+    let mut changes = world.ledger.projections().changes();
+    tokio::time::timeout(Duration::from_secs(30), async {
+        loop {
+            let row = world.ledger.projections().deployment(id).unwrap().unwrap();
+            if row.state.observed[&cluster()].wanted == 3 {
+                break;
+            }
+            changes.changed().await.unwrap();
+        }
+        while told.times("observations are recorded again") == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(told.times("observations are not recorded yet"), 1);
     world.stop().await;
 }

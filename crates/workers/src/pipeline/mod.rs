@@ -31,6 +31,7 @@ pub mod route;
 pub mod source;
 pub mod sync;
 mod texts;
+mod trouble;
 
 use std::borrow::Cow;
 use std::path::PathBuf;

@@ -19,10 +19,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
+use super::trouble::Trouble;
 use super::{Bench, Stop};
 use crate::target::{AppRef, AppStatus, InstanceStatus, ReleaseStatus, Target};
 
-/// When what could not be recorded is tried again.
+/// When the environments are listed again if that was not possible.
 const AGAIN: Duration = Duration::from_millis(500);
 /// So many observations are appended at once: they share the log's syncs.
 const AT_ONCE: usize = 16;
@@ -125,6 +126,8 @@ struct Watch {
     /// Looked at, but what is seen is ahead of what the ledger has, or the other way round: to be
     /// looked at again when either moves.
     later: HashSet<DeploymentId>,
+    /// What keeps observations from being recorded.
+    trouble: Trouble,
 }
 
 /// What came of looking at a release.
@@ -145,6 +148,7 @@ impl Watch {
             seen: HashMap::new(),
             dirty: HashSet::new(),
             later: HashSet::new(),
+            trouble: Trouble::default(),
         }
     }
 
@@ -153,15 +157,16 @@ impl Watch {
         let mut status = self.target.watch(&self.app);
         let mut all = true;
         loop {
-            if all {
-                all = self.mark_all().is_err();
-            }
+            let listed = if all { self.mark_all() } else { Ok(()) };
+            all = listed.is_err();
             let looks = {
                 let now = status.borrow_and_update();
                 self.mark_differences(&now);
                 self.looks(&now)
             };
-            let again = self.look(looks).await || all;
+            let looked = self.look(looks).await;
+            let unlisted = listed.err().map(|error| error.to_string());
+            let again = self.tell(unlisted.or(looked));
             tokio::select! {
                 changed = status.changed() => {
                     if changed.is_err() {
@@ -174,7 +179,7 @@ impl Watch {
                     Some(Change::Any) => all = true,
                     None => return,
                 },
-                () = tokio::time::sleep(AGAIN), if again => {}
+                () = tokio::time::sleep(self.trouble.pause()), if again => {}
             }
             while let Some(change) = self.feed.next_now() {
                 match change {
@@ -188,9 +193,8 @@ impl Watch {
     /// Marks all deployments that this cluster may show something of.
     fn mark_all(&mut self) -> Result<(), QueryError> {
         let projections = self.bench.ledger.projections();
-        let rows = projections
-            .active_deployments(Some(&self.app.project), Some(&self.app.environment))
-            .inspect_err(|error| tracing::warn!(%error, "the deployments could not be listed"))?;
+        let rows =
+            projections.active_deployments(Some(&self.app.project), Some(&self.app.environment))?;
         self.dirty.extend(rows.into_iter().map(|row| row.id));
         self.dirty.extend(self.seen.keys());
         Ok(())
@@ -263,9 +267,27 @@ impl Watch {
         self.dirty.drain().map(look).collect()
     }
 
-    /// Looks at releases, and says whether that is to be tried again.
-    async fn look(&mut self, looks: Vec<Look>) -> bool {
-        let mut again = false;
+    /// Tells people what keeps observations from being recorded, and when nothing does any more.
+    /// Says whether anything does.
+    fn tell(&mut self, why: Option<String>) -> bool {
+        let (cluster, app) = (self.target.cluster(), &self.app);
+        match &why {
+            Some(why) if self.trouble.met(why) => {
+                tracing::warn!(%cluster, project = %app.project, environment = %app.environment, %why,
+                    "observations are not recorded yet");
+            }
+            None if self.trouble.over() => {
+                tracing::info!(%cluster, project = %app.project, environment = %app.environment,
+                    "observations are recorded again");
+            }
+            _ => {}
+        }
+        why.is_some()
+    }
+
+    /// Looks at releases, and says why some are to be looked at again.
+    async fn look(&mut self, looks: Vec<Look>) -> Option<String> {
+        let mut again = None;
         let results: Vec<_> = futures_util::stream::iter(looks)
             .map(|look| {
                 let (bench, target, app) = (&self.bench, &*self.target, &self.app);
@@ -279,12 +301,13 @@ impl Watch {
                 Ok(Looked::Settled) | Err(Stop::Moved(_)) => drop(self.later.remove(&id)),
                 Ok(Looked::Later) => drop(self.later.insert(id)),
                 Err(stop) => {
-                    if let Stop::Retry(why) = &stop {
-                        tracing::warn!(cluster = %self.target.cluster(), deployment.id = %id, %why,
-                            "an observation was not recorded yet");
-                    }
                     self.dirty.insert(id);
-                    again = true;
+                    let why = match stop {
+                        Stop::Retry(why) => why,
+                        other => format!("{other:?}"),
+                    };
+                    // The same one each time, in whatever order they are looked at.
+                    again = again.into_iter().chain([why]).min();
                 }
             }
         }
