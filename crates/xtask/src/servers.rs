@@ -25,6 +25,11 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
     )?);
     let sshd = locate("DAYBOOK_SSHD", sshd);
     found.extend(entered(left_out, "DAYBOOK_SSHD", "sshd", sshd)?);
+    // git asks it whether a commit's signature is good. It is looked for on PATH only.
+    if let Err(why) = installed("ssh-keygen", "openssh-client") {
+        let what = "ssh-keygen, which judges the signatures of commits";
+        left_out.add(what, &why.to_string())?;
+    }
     let buildah = locate("DAYBOOK_BUILDAH", || installed("buildah", "buildah"));
     found.extend(entered(left_out, "DAYBOOK_BUILDAH", "buildah", buildah)?);
     let judge = locate("DAYBOOK_TLOG_JUDGE", || GoProgram::JUDGE.build());
