@@ -8,6 +8,7 @@ mod group_commit_file;
 mod logs;
 mod notarise;
 mod orchestrate;
+mod package;
 mod raw_publish;
 mod rebuild;
 mod report;
@@ -49,6 +50,8 @@ enum Benchmark {
     Audit(audit::Options),
     /// Deployments whose build and sync do nothing, from request to success
     Orchestrate(orchestrate::Options),
+    /// Signed GitOps commits into a repository of 10,000 files, against the `git` CLI
+    Package(package::Options),
     /// Projections from nothing, against a raw read of the same stream
     Rebuild(rebuild::Options),
 }
@@ -70,6 +73,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         Benchmark::Notarise(options) => notarise::run(options).await?,
         Benchmark::Audit(options) => audit::run(options).await?,
         Benchmark::Orchestrate(options) => orchestrate::run(options).await?,
+        Benchmark::Package(options) => package::run(options).await?,
         Benchmark::Rebuild(options) => rebuild::run(options).await?,
     };
     print!("{report}");
