@@ -14,6 +14,8 @@
 //!   the twenty bytes of its commit id.
 //! - `files_digest` is the SHA-256 over the lines `<digest or ->  <path>` (two spaces, a line break
 //!   after each), sorted by their bytes.
+//! - Where an event has `***` in the first line of a message or in an author, a secret was masked:
+//!   what stands before it is the beginning of the commit's own text.
 //! - The signature is made over the commit object without its header `gpgsig`, in namespace `git`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +23,7 @@ use std::path::Path;
 
 use daybook_events::gitops::{ForeignSignature, GitopsEvent, LedgerAnchor};
 use daybook_events::{CommitId, DeploymentId, Digest, EventId};
+use daybook_secrets::MASK;
 use git2::{Oid, Repository, Sort};
 
 use super::history::{self, commit_id};
@@ -387,11 +390,10 @@ fn compare(
         let found = ordinal;
         problems.push(Problem::Ordinal { recorded, found });
     }
-    // What is recorded of others is bounded.
     let differs = |recorded: &Option<String>, found: String| {
         recorded
             .as_ref()
-            .is_some_and(|recorded| cut(recorded.clone()) != cut(found))
+            .is_some_and(|recorded| !says(recorded, found))
     };
     if differs(&fact.message, history::title_of(&commit)) {
         problems.push(Problem::Message);
@@ -500,4 +502,13 @@ fn differing(
         .take(20)
         .cloned()
         .collect()
+}
+
+/// Whether a text of a commit is what was recorded of it. What is recorded is bounded, and has
+/// marks in the place of secrets: only what stands before the first mark is compared then.
+fn says(recorded: &str, found: String) -> bool {
+    match recorded.split_once(MASK) {
+        None => cut(recorded.to_owned()) == cut(found),
+        Some((start, _)) => found.starts_with(start),
+    }
 }

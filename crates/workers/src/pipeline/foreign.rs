@@ -270,6 +270,8 @@ async fn record(
     step: &str,
     event: GitopsEvent,
 ) -> Result<(), Stop> {
+    let subject = Subject::Gitops(project.clone());
+    let event = bench.masked(&subject, event);
     let seed = Uuid::new_v5(&Uuid::NAMESPACE_OID, project.as_str().as_bytes());
     let id = EventId::derived(seed, step);
     let context = Context {
@@ -282,7 +284,7 @@ async fn record(
         request_digest: None,
     };
     bench
-        .append::<Gitops>(&Subject::Gitops(project.clone()), &context, |state| {
+        .append::<Gitops>(&subject, &context, |state| {
             gitops::decide(state, event.clone())
         })
         .await?;
@@ -431,9 +433,11 @@ impl Decisions {
         event: GitopsEvent,
     ) -> Result<(), Stop> {
         let bench = &self.0.bench;
+        let subject = Subject::Gitops(project.clone());
+        let event = bench.masked(&subject, event);
         let context = bench.follow_up(ROLE, a.event.id, a.event.correlationid, step);
         bench
-            .append::<Gitops>(&Subject::Gitops(project.clone()), &context, |state| {
+            .append::<Gitops>(&subject, &context, |state| {
                 gitops::decide(state, event.clone())
             })
             .await?;

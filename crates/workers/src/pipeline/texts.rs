@@ -3,6 +3,7 @@
 
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::{DeploymentEvent, SourceCommit};
+use daybook_events::gitops::GitopsEvent;
 use daybook_events::routing::Rejected;
 
 /// An event with texts from outside.
@@ -69,6 +70,34 @@ impl Texts for BuildEvent {
             }
             Self::Cancelled(e) => see(&mut e.message),
             Self::Started(_) | Self::BuilderStarted(_) | Self::Succeeded(_) => {}
+        }
+    }
+}
+
+impl Texts for GitopsEvent {
+    fn texts(&mut self, see: &mut dyn FnMut(&mut String)) {
+        match self {
+            Self::ForeignCommitFound(e) => {
+                see(&mut e.author);
+                see(&mut e.message);
+                e.files.iter_mut().for_each(&mut *see);
+                e.committer.iter_mut().for_each(see);
+            }
+            // Its title quotes that of the commit which it undoes.
+            Self::Reverted(e) => see(&mut e.message),
+            Self::RevertFailed(e) => {
+                see(&mut e.message);
+                see(&mut e.remedy);
+            }
+            // What people write is masked where it comes in; the rest is Daybook's own.
+            Self::RepositoryCreated(_)
+            | Self::Committed(_)
+            | Self::SignerAdded(_)
+            | Self::ForeignCommitAdopted(_)
+            | Self::RevertRequested(_)
+            | Self::HistoryRewritten(_)
+            | Self::HistoryRestored(_)
+            | Self::RewriteAccepted(_) => {}
         }
     }
 }
