@@ -196,7 +196,7 @@ sent! {
     view::EnvironmentList, view::EnvironmentView, view::Health, view::HistoryList,
     view::InstanceDetail, view::InstanceList, view::MainSwitched, view::OperationAccepted,
     view::ProjectList, view::ProjectView, view::ProjectionsReport, view::ReadinessReport, view::SecretChanged,
-    view::SecretList, view::SecretVerified, view::ServiceList,
+    view::SecretList, view::SecretVerified, view::SecretsErased, view::ServiceList,
     view::ServiceView, view::StateView, state::Part, commands::RunOverrides,
     routes::events::EventPage, routes::events::StoredEvent, routes::logs::LogLine,
     routes::gitops::GitopsView, routes::gitops::Decided,

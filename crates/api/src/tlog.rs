@@ -126,6 +126,8 @@ pub(crate) struct LedgerReport {
     pub(crate) unavailable: Option<String>,
     /// The events up to here are folded.
     pub(crate) position: Position,
+    /// How many of them cannot be read and are set aside. `GET /api/v1/audit?void=true` lists them.
+    pub(crate) set_aside: u64,
     /// What an acknowledged event survives: `synced` (the loss of power), `buffered` (the death of
     /// the process), `unknown`.
     pub(crate) durability: String,
@@ -220,6 +222,7 @@ pub(crate) async fn ledger(
         head,
         unavailable,
         position: state.projections().position(),
+        set_aside: state.projections().counters().unreadable,
         durability,
         warnings: info.map(|i| i.warnings).unwrap_or_default(),
         signed: signed.map(|s| SignedReport {

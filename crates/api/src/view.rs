@@ -453,6 +453,13 @@ pub(crate) struct SecretChanged {
     pub(crate) changed: bool,
 }
 
+/// The secrets of a project were erased.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct SecretsErased {
+    /// The project.
+    pub(crate) project: ProjectName,
+}
+
 /// What a comparison with a committed value came to.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct SecretVerified {

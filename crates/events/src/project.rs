@@ -1,15 +1,16 @@
 //! The project aggregate: a project, its services and its secret variables.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::envelope::Payload;
 use crate::names::{ProjectName, ServiceName};
-use crate::secret::{self, Secret, SecretId, SecretSet, SecretUnset};
+use crate::secret::{self, Secret, SecretId, SecretSet, SecretUnset, SecretsErased};
 use crate::spec::ServiceSpec;
 use crate::subject::AggregateKind;
 
@@ -42,6 +43,8 @@ events! {
         SecretSet(SecretSet) = "project.secret_set.v1",
         /// A secret was taken away.
         SecretUnset(SecretUnset) = "project.secret_unset.v1",
+        /// All secrets were taken away, and their values and keys erased.
+        SecretsErased(SecretsErased) = "project.secrets_erased.v1",
     }
 }
 
@@ -65,6 +68,11 @@ impl Project {
     pub fn secret(&self, id: &SecretId) -> Option<&Secret> {
         let found = self.secrets.binary_search_by(|s| s.id.cmp(id)).ok()?;
         self.secrets.get(found)
+    }
+
+    /// The keys that the newest versions of its secrets are committed under.
+    pub fn secret_keys(&self) -> BTreeSet<Uuid> {
+        self.secrets.iter().map(|s| s.key).collect()
     }
 
     fn change_secret(&mut self, secret: Secret) {
@@ -130,6 +138,16 @@ impl Aggregate for Project {
                     return Err(Illegal::new("project.secret_unset.v1", state));
                 }
             },
+            ProjectEvent::SecretsErased(e) => {
+                if e.keys != self.secret_keys() {
+                    return Err(Illegal::new("project.secrets_erased.v1", "other keys"));
+                }
+                for secret in self.secrets.iter_mut().filter(|s| s.is_set) {
+                    secret.is_set = false;
+                    secret.changed_at = at.time;
+                    secret.changed_by = at.position;
+                }
+            }
         }
         Ok(())
     }
@@ -209,5 +227,22 @@ pub fn decide(
             )),
             Some(_) => Ok(Decision::Append(event)),
         },
+        (Some(p), ProjectEvent::SecretsErased(e)) => {
+            if p.secrets.is_empty() {
+                return Err(Refusal::new(
+                    "no_secrets",
+                    format!("the project {} never had a secret", p.name),
+                    "there is nothing to erase",
+                ));
+            }
+            if e.keys != p.secret_keys() {
+                return Err(Refusal::new(
+                    "stale_secret_keys",
+                    format!("a secret of {} was set meanwhile", p.name),
+                    "repeat the command if that one is to be erased too",
+                ));
+            }
+            Ok(Decision::Append(event))
+        }
     }
 }

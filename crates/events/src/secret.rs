@@ -7,7 +7,7 @@
 //! nothing, not even to somebody who can guess the value. Erasing the key makes all of them
 //! meaningless for good.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use jiff::Timestamp;
@@ -198,6 +198,14 @@ pub struct SecretUnset {
     pub secret: SecretId,
     /// Its last version.
     pub version: u32,
+}
+
+/// All secrets of a project were taken away, and their values with the keys of their commitments
+/// were ordered to be erased. The commitments stay in the ledger and say nothing any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SecretsErased {
+    /// The keys that the newest versions of the project's secrets were committed under.
+    pub keys: BTreeSet<Uuid>,
 }
 
 /// What is known of a secret.

@@ -406,7 +406,7 @@ fn releases_are_what_the_commits_left() {
 
 #[test]
 fn secrets_have_versions_and_the_nearest_one_wins() {
-    let [created, defined, set, unset]: [ProjectEvent; 4] =
+    let [created, defined, set, unset, erased]: [ProjectEvent; 5] =
         samples::project_events().try_into().unwrap();
     let other = |version, commitment| {
         ProjectEvent::SecretSet(SecretSet {
@@ -437,7 +437,26 @@ fn secrets_have_versions_and_the_nearest_one_wins() {
         .when(|s| project::decide(s, other(2, 1)))
         .then(other(2, 1))
         .when(|s| project::decide(s, unset.clone()))
-        .then_refused("stale_secret_version");
+        .then_refused("stale_secret_version")
+        // Erasing takes all away, and may be asked for again in case values were left over.
+        .when(|s| project::decide(s, erased.clone()))
+        .then(erased.clone())
+        .when(|s| project::decide(s, other(2, 1)))
+        .then_refused("stale_secret_version")
+        .when(|s| project::decide(s, erased.clone()))
+        .then(erased.clone());
+    given::<Project>([created.clone(), defined.clone()])
+        .when(|s| project::decide(s, erased.clone()))
+        .then_refused("no_secrets");
+    let rekeyed = ProjectEvent::SecretSet(SecretSet {
+        secret: samples::secret(),
+        version: 2,
+        commitment: samples::commitment(2),
+        key: uuid::Uuid::from_u128(2),
+    });
+    given::<Project>([created.clone(), defined.clone(), set.clone(), rekeyed])
+        .when(|s| project::decide(s, erased.clone()))
+        .then_refused("stale_secret_keys");
     let reserved = |name: &str| {
         let mut secret = samples::secret();
         secret.name = name.parse().unwrap();

@@ -99,6 +99,10 @@ fn project<'a>(out: &mut String, event: &'a ProjectEvent) -> Said<'a> {
             service: e.secret.scope.service.as_ref(),
             ..plain(out, format_args!("Secret {} was taken away.", e.secret))
         },
+        ProjectEvent::SecretsErased(_) => plain(
+            out,
+            format_args!("All secrets were taken away, and their values and keys erased."),
+        ),
         ProjectEvent::ServiceDefined(e) => Said {
             service: Some(&e.name),
             ..plain(out, format_args!("Service {} was defined.", e.name))

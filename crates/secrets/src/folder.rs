@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -244,6 +244,8 @@ impl Folder {
     fn forget(&self, project: &ProjectName) -> Result<(), SecretError> {
         let _lock = self.lock()?;
         let path = self.path(project);
+        // Where the file system writes in place, nothing of it is left on the disk either.
+        overwrite(&path).map_err(|e| unusable(&path, e))?;
         match fs::remove_file(&path) {
             Ok(()) => sync_folder(&self.dir).map_err(|e| unusable(&self.dir, e)),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -309,6 +311,18 @@ impl Folder {
         maskers.insert(key, remembered);
         Ok(masker)
     }
+}
+
+/// Puts zeros in the place of what is in a file, if there is one.
+fn overwrite(path: &Path) -> io::Result<()> {
+    let mut file = match OpenOptions::new().write(true).open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    let length = file.metadata()?.len();
+    io::copy(&mut io::repeat(0).take(length), &mut file)?;
+    file.sync_data()
 }
 
 fn stamp(path: &Path) -> io::Result<Option<Stamp>> {

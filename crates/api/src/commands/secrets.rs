@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use daybook_events::project::{self, Project, ProjectEvent};
-use daybook_events::secret::{self, Secret, SecretId, SecretSet, SecretUnset};
+use daybook_events::secret::{self, Secret, SecretId, SecretSet, SecretUnset, SecretsErased};
 use daybook_events::{Aggregate, Event, Position, ProjectName, Refusal, Subject, SubjectFilter};
 use daybook_secrets::{SecretError, SecretStore, SecretValue};
 
@@ -117,6 +117,27 @@ impl Commands {
         if erase {
             store.erase(&project, &id).await?;
         }
+        Ok(done)
+    }
+
+    /// Takes all secrets of a project away, and erases their values, of all versions, with the key
+    /// of their commitments. It is recorded first: whoever repeats it after a crash in between
+    /// erases what was left.
+    pub async fn erase_secrets(
+        &self,
+        caller: &Caller,
+        project: ProjectName,
+    ) -> Result<Done, CommandError> {
+        self.project(&project)?;
+        let store = self.secret_store()?.clone();
+        let subject = Subject::Project(project.clone());
+        let done = self
+            .run(caller, &subject, None, |state: Option<&Project>| {
+                let keys = state.map(Project::secret_keys).unwrap_or_default();
+                project::decide(state, ProjectEvent::SecretsErased(SecretsErased { keys }))
+            })
+            .await?;
+        store.forget(&project).await?;
         Ok(done)
     }
 

@@ -44,7 +44,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
             projects::change_environment,
             projects::delete_environment
         ))
-        .routes(routes!(secrets::list_secrets))
+        .routes(routes!(secrets::list_secrets, secrets::erase_secrets))
         .routes(routes!(secrets::set_secret, secrets::unset_secret))
         .routes(routes!(secrets::verify_secret))
         .routes(routes!(history::list_instances))

@@ -14,7 +14,7 @@ use crate::commands::Done;
 use crate::extract::{Command, CommandBody, Named, NoParams, Params, SecretCommand};
 use crate::problem::Problem;
 use crate::state::AppState;
-use crate::view::{SecretChanged, SecretList, SecretVerified, SecretView};
+use crate::view::{SecretChanged, SecretList, SecretVerified, SecretView, SecretsErased};
 
 /// The value of a secret, and whom it is for.
 #[derive(Deserialize, JsonSchema)]
@@ -177,6 +177,23 @@ pub(crate) async fn unset_secret(
         .unset_secret(&caller, project.clone(), id.clone(), query.erase)
         .await?;
     changed(&state, &project, &id, &done).await
+}
+
+/// Takes all secrets of a project away and erases their values, of all versions, with the key of
+/// their commitments. Nothing brings them back, and nobody can say any more whether a value is the
+/// one that was committed to. Deployments that run with them cannot be started again.
+#[utoipa::path(delete, path = "/api/v1/projects/{project}/secrets", tag = "secrets",
+    params(("project" = String, Path, description = "The project.")),
+    responses((status = 200, description = "They are erased.", body = SecretsErased)))]
+pub(crate) async fn erase_secrets(
+    State(state): State<AppState>,
+    Named(project): Named<ProjectName>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, .. }: Command<Nothing>,
+) -> Handled<SecretsErased> {
+    let commands = &state.commands;
+    let done = commands.erase_secrets(&caller, project.clone()).await?;
+    Ok(Answer::done(&done, SecretsErased { project }))
 }
 
 /// Says whether a value is the one that a version of a secret is committed to.

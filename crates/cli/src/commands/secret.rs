@@ -53,6 +53,20 @@ pub enum SecretCommand {
         #[arg(long)]
         erase: bool,
     },
+    /// Erase all values of a project, and the key of its commitments, for ever.
+    ///
+    /// The ledger still says who set which version when, and nobody can find out any more to what.
+    /// Deployments that run with them cannot be started again, and their output is no longer
+    /// masked. Copies of the secret store, such as backups, are yours to erase.
+    Erase {
+        #[command(flatten)]
+        server: ServerArgs,
+        /// The project.
+        project: String,
+        /// Do not ask.
+        #[arg(long, short)]
+        yes: bool,
+    },
     /// Ask whether a value is the one that a secret has, or had in some version.
     Verify {
         #[command(flatten)]
@@ -127,6 +141,11 @@ pub async fn run(command: SecretCommand) -> Outcome {
             idempotency_key,
         } => set(&secret, &value, idempotency_key.as_deref()).await,
         SecretCommand::List { server, project } => list(&server, &project).await,
+        SecretCommand::Erase {
+            server,
+            project,
+            yes,
+        } => erase(&server, &project, yes).await,
         SecretCommand::Unset { secret, erase } => unset(&secret, erase).await,
         SecretCommand::Verify {
             secret,
@@ -180,6 +199,51 @@ async fn unset(args: &SecretArgs, erase: bool) -> Outcome {
     let what = if erase { "unset and erased" } else { "unset" };
     output::line(&format!("{} {}", output::style().good(what), args.name));
     Ok(Code::Success)
+}
+
+async fn erase(server: &ServerArgs, project: &str, yes: bool) -> Outcome {
+    let path = format!("/api/v1/projects/{}/secrets", segment(project)?);
+    let client = Client::new(server)?;
+    if !yes {
+        confirm(project)?;
+    }
+    let answer: Value = client
+        .command(Method::DELETE, &path, &json!({}), None)
+        .await?;
+    if output::is_json() {
+        output::json(&answer);
+        return Ok(Code::Success);
+    }
+    let style = output::style();
+    output::line(&format!(
+        "{} all secrets of {project}, and the key of their commitments",
+        style.good("erased")
+    ));
+    Ok(Code::Success)
+}
+
+/// Asks the person at the terminal for the project's name: what follows cannot be undone.
+fn confirm(project: &str) -> Result<(), Failure> {
+    let stdin = io::stdin();
+    if !stdin.is_terminal() {
+        return Err(Failure::new(
+            Code::Usage,
+            "not_confirmed",
+            "erasing secrets cannot be undone, and there is nobody to ask",
+        )
+        .hint("confirm it with --yes"));
+    }
+    eprint!("this cannot be undone; type the project's name to erase all of its secrets: ");
+    let mut answer = String::new();
+    stdin.read_line(&mut answer)?;
+    if answer.trim() != project {
+        return Err(Failure::new(
+            Code::Refused,
+            "not_confirmed",
+            "nothing was erased: that is not the project's name",
+        ));
+    }
+    Ok(())
 }
 
 async fn verify(args: &SecretArgs, value: &ValueArgs, version: Option<u32>) -> Outcome {

@@ -19,7 +19,7 @@ use crate::names::{
 };
 use crate::project::{self, ProjectEvent};
 use crate::routing::{self, Backend, MainChange, RouteChange, RoutingEvent, Stickiness};
-use crate::secret::{Commitment, SecretId, SecretScope, SecretSet, SecretUnset};
+use crate::secret::{Commitment, SecretId, SecretScope, SecretSet, SecretUnset, SecretsErased};
 use crate::spec::{BuildSpec, PinnedImage, RunSpec, ServiceSpec, SourceSpec};
 
 /// The number-th commit id.
@@ -145,6 +145,9 @@ pub fn project_events() -> Vec<ProjectEvent> {
         ProjectEvent::SecretUnset(SecretUnset {
             secret: secret(),
             version: 1,
+        }),
+        ProjectEvent::SecretsErased(SecretsErased {
+            keys: [uuid::Uuid::from_u128(1)].into(),
         }),
     ]
 }
