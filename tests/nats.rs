@@ -211,3 +211,83 @@ fn clusters_are_taken_over_with_what_runs_in_them() {
         assert!(second.stop().success());
     });
 }
+
+/// What somebody with access to NATS may put there, by mistake or on purpose.
+const POISON: [(&str, &[u8]); 3] = [
+    (
+        "daybook.ev.shop.production.environment.production",
+        b"\xff\xfe no JSON",
+    ),
+    (
+        "daybook.ev.shop._.project.shop",
+        b"{\"specversion\":\"1.0\"}",
+    ),
+    ("daybook.ev.shop._.routing.shop", b""),
+];
+
+#[test]
+fn poisonous_events_are_set_aside_and_reported_and_stop_nothing() {
+    on_each(|runtime, nats| {
+        let mut server = Server::start(Settings::default().env("DAYBOOK_NATS", nats.url()));
+        let source = application("--text one");
+        server.define("shop", "web", &source, &[]);
+        let first = server.deploy(INSTANCE, &[]);
+        let ready = server.read("/readyz").to_string();
+        assert!(!ready.contains("set aside"), "{ready}");
+        runtime.block_on(async {
+            let client = async_nats::connect(nats.url()).await.unwrap();
+            let jetstream = async_nats::jetstream::new(client);
+            for (subject, bytes) in POISON {
+                let sent = jetstream.publish(subject, bytes.into()).await.unwrap();
+                sent.await.unwrap();
+            }
+        });
+
+        // Everything goes on, also after a new start.
+        replace_flags(&source, "--text two");
+        let second = server.deploy(INSTANCE, &[]);
+        server.get_from(HOST, "/", &second);
+        reports_the_poison(&server);
+        server.stop();
+        server.restart();
+        server.get_from(HOST, "/", &second);
+        until("the older one is ready again", || {
+            let done = server.cli(&["rollback", INSTANCE, "--reason", "the poison"]);
+            (done.code == 0).then_some(())
+        });
+        server.get_from(HOST, "/", &first);
+        reports_the_poison(&server);
+        let replayed = server.json(&["replay", "--quiet"]);
+        assert_eq!(replayed["same"], json!(true), "{replayed}");
+        assert_eq!(replayed["unreadable"], json!(POISON.len()), "{replayed}");
+    });
+}
+
+#[track_caller]
+fn reports_the_poison(server: &Server) {
+    let count = POISON.len();
+    let ready = server.read("/readyz");
+    assert_eq!(ready["ready"], json!(true));
+    let told = format!("{count} events cannot be read and are set aside");
+    for (place, text) in [
+        ("readyz", ready.to_string()),
+        (
+            "status",
+            server.ok(&["status"]).stdout.replace(" of the ledger", ""),
+        ),
+        ("ledger status", server.ok(&["ledger", "status"]).stdout),
+    ] {
+        assert!(text.contains(&told), "{place}: {text}");
+    }
+    let audit = server.read("/api/v1/audit?void=true");
+    let rows = audit["audit"].as_array().unwrap();
+    let unreadable = rows.iter().filter(|r| r["void"]["code"] == "unreadable");
+    assert_eq!(unreadable.count(), count, "{audit}");
+    let page = server.read("/api/v1/events?limit=500");
+    let first = page["events"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|e| e["bytes"].is_string());
+    assert!(first.is_some(), "{page}");
+}

@@ -4,6 +4,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use daybook_events::log::{
     Append, AppendError, Appended, Consumer, ConsumerConfig, Durability, EventLog, EventStream,
@@ -35,8 +37,30 @@ struct Entry {
     position: u64,
     subject: String,
     stored_at: Timestamp,
-    /// The exact stored bytes.
-    event: Box<RawValue>,
+    /// The exact stored bytes, if they are JSON.
+    event: Option<Box<RawValue>>,
+    /// The stored bytes in Base64, if they are not.
+    bytes: Option<String>,
+}
+
+impl Entry {
+    fn stored(self) -> Result<Bytes, Failure> {
+        let unreadable = || {
+            let what = format!(
+                "the server does not say what is stored at {}",
+                self.position
+            );
+            Failure::new(Code::Mismatch, "ledger_incomplete", what)
+        };
+        match (self.event, self.bytes) {
+            (Some(event), _) => Ok(Bytes::from(String::from(Box::<str>::from(event)))),
+            (None, Some(bytes)) => {
+                let bytes = BASE64.decode(bytes).map_err(|_| unreadable())?;
+                Ok(bytes.into())
+            }
+            (None, None) => Err(unreadable()),
+        }
+    }
 }
 
 impl RemoteLog {
@@ -62,7 +86,10 @@ impl RemoteLog {
                         format!("event {} came where {expected} was due", entry.position),
                     ));
                 }
-                if print && let Ok(value) = serde_json::from_str(entry.event.get()) {
+                if print
+                    && let Some(event) = &entry.event
+                    && let Ok(value) = serde_json::from_str(event.get())
+                {
                     print_event(entry.position, &value);
                 }
                 let subject = Subject::from_str(&entry.subject).map_err(|e| {
@@ -72,7 +99,7 @@ impl RemoteLog {
                     position: Position(entry.position),
                     subject,
                     stored_at: entry.stored_at,
-                    bytes: Bytes::from(entry.event.get().to_owned()),
+                    bytes: entry.stored()?,
                 });
             }
         }

@@ -79,6 +79,18 @@ async fn status(args: StatusArgs) -> Outcome {
             report["head"], report["position"]
         ));
     }
+    if let Some(count @ 1..) = report["set_aside"].as_u64() {
+        let events = match count {
+            1 => "one event cannot be read and is",
+            _ => "{} events cannot be read and are",
+        };
+        let events = events.replace("{}", &count.to_string());
+        output::line(&format!(
+            "           {} set aside; GET {}/api/v1/audit?void=true says which",
+            style.warn(&events),
+            client.shown()
+        ));
+    }
     match &report["signed"] {
         Value::Null => output::line("signed     nothing yet"),
         signed => {
