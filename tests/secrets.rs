@@ -3,18 +3,18 @@
 //! for in every artefact, in every form.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use aho_corasick::AhoCorasick;
-use base64::Engine as _;
-use base64::engine::general_purpose::{STANDARD, URL_SAFE};
-use daybook_testkit::git::{SourceRepository, git_command};
+use daybook_testkit::git::{SourceRepository, git, git_command};
 use reqwest::Method;
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::{Value, json};
 
-use crate::support::{Done, Server, Settings, application, processes_of, request, until};
+use crate::support::{Done, Search, Server, Settings, application, processes_of, request, until};
 
 const INSTANCE: &str = "shop.production.web";
 const HOST: &str = "web.shop.localhost";
@@ -24,6 +24,8 @@ const API_KEY: &str = "sk-Canary/1\"quoted\\+7Qx%zz&ü=end";
 const API_KEY_2: &str = "sk-Canary/2 rotated: Wq8+!";
 const PEM: &str = "-----BEGIN CANARY-----\nMIICanaryLineOne0123456789\nCanaryLineTwo9876543210==\n-----END CANARY-----";
 const IN_ADDRESS: &str = "CanaryInAddress4711";
+/// What only a commit of somebody else may have.
+const IN_MESSAGE: &str = "CanaryInMessage0042";
 const IN_HEADER: &str = "CanaryInHeader0815";
 
 impl Server {
@@ -57,95 +59,20 @@ impl Server {
     }
 }
 
-/// The forms of a text that give it away.
-fn forms(text: &str) -> Vec<Vec<u8>> {
-    let json = serde_json::to_string(text).unwrap();
-    let json = json[1..json.len() - 1].to_owned();
-    let percent: String = text
-        .bytes()
-        .map(|b| match b {
-            b if b.is_ascii_alphanumeric() || b"-._~".contains(&b) => char::from(b).to_string(),
-            b => format!("%{b:02X}"),
-        })
-        .collect();
-    let hex: String = text.bytes().map(|b| format!("{b:02x}")).collect();
-    let mut all = vec![text.to_owned(), json, percent, hex];
-    for before in ["", ".", ".."] {
-        let whole = format!("{before}{text}");
-        // Characters that what stands before and behind it has no part in.
-        let (from, to) = ((8 * before.len()).div_ceil(6), 8 * whole.len() / 6);
-        all.push(STANDARD.encode(&whole)[from..to].to_owned());
-        all.push(URL_SAFE.encode(&whole)[from..to].to_owned());
-    }
-    all.into_iter().map(String::into_bytes).collect()
+/// Looks for all of them.
+fn canaries() -> Search {
+    Search::new(texts().chain([IN_MESSAGE]))
 }
 
-/// Looks for canaries, and remembers where it looked.
-struct Search {
-    /// Which canary each pattern of `forms` is one of.
-    texts: Vec<&'static str>,
-    forms: AhoCorasick,
-    seen: usize,
-    found: Vec<String>,
-}
-
-impl Search {
-    fn new() -> Self {
-        let lines = PEM.lines().filter(|l| l.contains("Line"));
-        let texts = [API_KEY, API_KEY_2, IN_ADDRESS, IN_HEADER]
-            .into_iter()
-            .chain(lines)
-            // Also if it is cut: its beginning.
-            .chain(["sk-Canary/1\"quo", "sk-Canary/2 rot"]);
-        let (texts, forms): (Vec<_>, Vec<_>) = texts
-            .flat_map(|t| forms(t).into_iter().map(move |f| (t, f)))
-            .unzip();
-        Self {
-            texts,
-            forms: AhoCorasick::new(forms).unwrap(),
-            seen: 0,
-            found: Vec::new(),
-        }
-    }
-
-    fn look(&mut self, place: &str, bytes: &[u8]) {
-        self.seen += 1;
-        if let Some(found) = self.forms.find(bytes) {
-            let from = found.start().saturating_sub(60);
-            let to = (found.end() + 20).min(bytes.len());
-            let around = String::from_utf8_lossy(&bytes[from..to]);
-            let text = self.texts[found.pattern().as_usize()];
-            self.found
-                .push(format!("{text:?} is in {place}: {around:?}"));
-        }
-    }
-
-    fn look_in(&mut self, folder: &Path, except: &Path) {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            let kind = fs::symlink_metadata(&path).unwrap().file_type();
-            if path == except || kind.is_symlink() {
-                continue;
-            }
-            if kind.is_dir() {
-                self.look_in(&path, except);
-            } else if kind.is_file() {
-                let bytes = fs::read(&path).unwrap_or_default();
-                let place = path.display().to_string();
-                self.look(&place, &bytes);
-                if bytes.starts_with(&[0x1f, 0x8b]) {
-                    let unpacked = Command::new("gzip").arg("-dc").arg(&path).output();
-                    self.look(&format!("{place}, unpacked"), &unpacked.unwrap().stdout);
-                }
-            }
-        }
-    }
-
-    #[track_caller]
-    fn found_nothing(self, at_least: usize) {
-        assert_eq!(self.found, Vec::<String>::new());
-        assert!(self.seen >= at_least, "looked at {} places only", self.seen);
-    }
+/// Those that are not even in a commit.
+fn texts() -> impl Iterator<Item = &'static str> {
+    let lines = PEM.lines().filter(|l| l.contains("Line"));
+    [API_KEY, API_KEY_2, IN_ADDRESS, IN_HEADER]
+        .into_iter()
+        .chain(lines)
+        // Also if it is cut: its beginning, or its end.
+        .chain(["sk-Canary/1\"quo", "sk-Canary/2 rot"])
+        .chain(["Qx%zz&ü=end", "rotated: Wq8+!"])
 }
 
 /// An application that prints its secrets in every form before it serves.
@@ -159,36 +86,120 @@ printf '%s' "$TLS_KEY" | od -An -tx1 | tr -d ' \n'; echo
 printf 'first half %s' "sk-Canary/1"; sleep 0.4; printf '%s\n' "${API_KEY#sk-Canary/1}"
 printf '%16360s%s and more\n' '' "$API_KEY"
 printf 'login failed for https://user:%s@db.example/\n' "$API_KEY" >&2
-exec ./bin/app
+exec ./bin/app --describe "$API_KEY"
 "#;
     source.write("talk.sh", script);
     source.write("Procfile", "web: exec sh ./talk.sh\n");
-    source.commit_all("Talk too much");
+    source.commit_all(&format!("Talk too much: {API_KEY}"));
 }
 
+/// An application whose last words are so long that what is told of them begins within a secret.
 fn failing(source: &SourceRepository) {
-    let script = "echo \"$TLS_KEY\"\necho \"cannot connect with $API_KEY\" >&2\nexit 3\n";
+    let script = r#"echo "$TLS_KEY"
+printf '%s %431s\n' "$API_KEY" . >&2
+echo "cannot connect with $API_KEY" >&2
+exit 3
+"#;
     source.write("fail.sh", script);
     source.write("Procfile", "web: exec sh ./fail.sh\n");
     source.commit_all("Fail loudly");
 }
 
+/// A source whose build command, which gets no secrets, knows one all the same.
+fn unbuildable(source: &SourceRepository) {
+    // The source itself is in images, and does not have it in one piece.
+    let (start, rest) = API_KEY.split_at(6);
+    let (middle, end) = rest.split_once('x').unwrap();
+    let script = format!(
+        "printf '%s%sx%s\\n' '{start}' '{middle}' '{end}'\n\
+         printf '%16350s%s%sx%s and more\\n' '' '{start}' '{middle}' '{end}'\nexit 4\n"
+    );
+    source.write("build.sh", script);
+    source.commit_all("Build loudly");
+}
+
+/// A registry that quotes a secret wherever it refuses something: `refused/…` for good, `busy/…`
+/// for now, and of `half/…` everything but the manifest. Returns its address.
+fn quoting_registry() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for mut connection in listener.incoming().map_while(Result::ok) {
+            let mut request = Vec::new();
+            let mut buffer = [0; 4096];
+            while !request.ends_with(b"\r\n\r\n") {
+                match connection.read(&mut buffer) {
+                    Ok(n) if n > 0 => request.extend_from_slice(&buffer[..n]),
+                    _ => break,
+                }
+            }
+            let request = String::from_utf8_lossy(&request).into_owned();
+            let path = request.split(' ').nth(1).unwrap_or_default();
+            let (status, kind, body) = if path.starts_with("/v2/half/")
+                && path.contains("/manifests/")
+            {
+                (
+                    "200 OK",
+                    "application/vnd.oci.image.manifest.v1+json",
+                    manifest(),
+                )
+            } else if path == "/v2/" {
+                ("200 OK", "application/json", json!({}))
+            } else {
+                let message = format!("not with {API_KEY}");
+                let errors = json!({ "errors": [{ "code": "UNSUPPORTED", "message": message }] });
+                let status = match path.starts_with("/v2/busy/") {
+                    true => "503 Service Unavailable",
+                    false => "400 Bad Request",
+                };
+                (status, "application/json", errors)
+            };
+            let body = body.to_string();
+            let length = body.len();
+            let body = if request.starts_with("HEAD ") {
+                ""
+            } else {
+                &body
+            };
+            let _ = write!(
+                connection,
+                "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\
+                 Connection: close\r\n\r\n{body}"
+            );
+        }
+    });
+    address
+}
+
+/// Of an image of which there is nothing else.
+fn manifest() -> Value {
+    let blob = |kind: &str, digit: &str| {
+        json!({
+            "mediaType": format!("application/vnd.oci.image.{kind}"),
+            "digest": format!("sha256:{}", digit.repeat(64)),
+            "size": 100,
+        })
+    };
+    json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": blob("config.v1+json", "1"),
+        "layers": [blob("layer.v1.tar+gzip", "2")],
+    })
+}
+
 #[test]
 fn canaries_are_nowhere_but_where_they_belong() {
     let settings = Settings::default().env("DAYBOOK_LOG", "debug");
+    let settings = settings.arg("--gitops-watch").arg("1");
     let mut server = Server::start(settings);
     let source = application("--text unused");
     talkative(&source);
     server.define("shop", "web", &source, &["--health-deadline", "6"]);
-    let mut search = Search::new();
-    let tell = |search: &mut Search, what: &str, done: &Done| {
-        search.look(&format!("stdout of {what}"), done.stdout.as_bytes());
-        search.look(&format!("stderr of {what}"), done.stderr.as_bytes());
-    };
-
+    let mut search = canaries();
     let done = server.secret(&["set", "shop", "API_KEY"], &format!("{API_KEY}\n"));
     assert_eq!(done.code, 0, "{done:?}");
-    tell(&mut search, "secret set", &done);
+    search.look_at("secret set", &done);
     let file = server.folder().path().join("pem");
     fs::write(&file, PEM).unwrap();
     let path = file.display().to_string();
@@ -205,7 +216,7 @@ fn canaries_are_nowhere_but_where_they_belong() {
 
     // The application gets them, and prints them; people who visit it may see them, nobody else.
     let done = server.ok(&["deploy", INSTANCE]);
-    tell(&mut search, "deploy", &done);
+    search.look_at("deploy", &done);
     assert!(done.stdout.contains("API_KEY=***"), "{done:?}");
     let id = server.json(&["status", INSTANCE])["main"].clone();
     let first = match id.as_str() {
@@ -229,6 +240,77 @@ fn canaries_are_nowhere_but_where_they_belong() {
     let message = message.as_str().unwrap().to_owned();
     assert!(message.contains("cannot connect with ***"), "{message}");
 
+    // So does a build.
+    unbuildable(&source);
+    let definition = server.folder().path().join("service.json");
+    let command = json!({ "build": { "command": ["sh", "build.sh"] } });
+    fs::write(&definition, command.to_string()).unwrap();
+    let definition = definition.display().to_string();
+    server.service("shop", "web", &source, &["--file", &definition]);
+    let unbuilt = server.begin(INSTANCE, &[]);
+    assert_eq!(server.wait_for_failure(&unbuilt), "build_command_failed");
+    let message = server.deployment(&unbuilt)["failure"]["message"].clone();
+    assert!(message.as_str().unwrap().contains("***"), "{message}");
+    server.service("shop", "web", &source, &["--health-deadline", "6"]);
+
+    // And a registry quotes one: while it is asked for a digest, for good and for now, and while a
+    // cluster fetches from it.
+    let registry = quoting_registry();
+    let image = |name: &str| format!("{registry}/{name}/web:v1");
+    let refused = server.begin(INSTANCE, &["--image", &image("refused")]);
+    server.wait_for_failure(&refused);
+    let message = server.deployment(&refused)["failure"]["message"].clone();
+    assert!(
+        message.as_str().unwrap().contains("not with ***"),
+        "{message}"
+    );
+    let busy = server.begin(INSTANCE, &["--image", &image("busy")]);
+    until("it is tried again", || {
+        let log = server.process().log();
+        let told = log
+            .lines()
+            .any(|l| l.contains("will be tried again") && l.contains("***"));
+        told.then_some(())
+    });
+    server.ok(&["cancel", &busy]);
+    let half = server.begin(INSTANCE, &["--image", &image("half")]);
+    server.wait_for_failure(&half);
+    let message = server.deployment(&half)["failure"]["message"].clone();
+    assert!(
+        message.as_str().unwrap().contains("not with ***"),
+        "{message}"
+    );
+
+    server.set_secret("NOTE", IN_MESSAGE, &[]);
+    // Somebody writes one into the GitOps repository, where everybody with access to it sees it.
+    // The ledger does not repeat it.
+    let by_hand = server.folder().path().join("by-hand");
+    let path = by_hand.display().to_string();
+    let gitops = server.gitops("shop").display().to_string();
+    git(
+        server.folder().path(),
+        &["clone", "--quiet", &gitops, &path],
+    );
+    fs::write(by_hand.join("note"), "nothing secret").unwrap();
+    git(&by_hand, &["add", "note"]);
+    let author = format!("Eve{IN_MESSAGE} <eve@example.com>");
+    let message = format!("rotate to {IN_MESSAGE}");
+    git(
+        &by_hand,
+        &["commit", "--quiet", "--author", &author, "-m", &message],
+    );
+    git(&by_hand, &["push", "--quiet", "origin", "main"]);
+    fs::remove_dir_all(&by_hand).unwrap();
+    until("the commit is found", || {
+        let kinds = server.events().into_iter();
+        let mut found =
+            kinds.filter(|e| e["event"]["type"] == "dev.daybook.gitops.foreign_commit_found.v1");
+        let event = found.next()?["event"]["data"].clone();
+        assert_eq!(event["message"], "rotate to ***");
+        assert_eq!(event["author"], "Eve*** <eve@example.com>");
+        Some(())
+    });
+
     // Another value: nothing restarts, the next deployment gets it and says so.
     let before = processes_of(&first);
     let told = server.set_secret("API_KEY", API_KEY_2, &[]);
@@ -236,7 +318,7 @@ fn canaries_are_nowhere_but_where_they_belong() {
     assert_eq!(processes_of(&first), before);
     talkative(&source);
     let done = server.ok(&["deploy", INSTANCE]);
-    tell(&mut search, "deploy", &done);
+    search.look_at("deploy", &done);
     assert!(
         done.stdout
             .contains("secrets changed since the main deployment: API_KEY version 2 (was 1)"),
@@ -253,7 +335,7 @@ fn canaries_are_nowhere_but_where_they_belong() {
     // The older one still runs with what it was started with, and its words are still masked.
     assert!(server.get(&own, "/env").body.contains(API_KEY));
     server.get(&own, &format!("/print?again {}", "sk-Canary/1"));
-    tell(&mut search, "status", &server.ok(&["status", &first]));
+    search.look_at("status", &server.ok(&["status", &first]));
     let detail = server.deployment(&first);
     assert_eq!(detail["snapshot"]["secrets"]["API_KEY"]["version"], 1);
     assert_eq!(
@@ -277,14 +359,10 @@ fn canaries_are_nowhere_but_where_they_belong() {
             "KEY=sk-Canary/2 rotated: Wq8+!",
         ],
         vec!["status", "--server", &in_address],
-        vec!["up", "--nats", "nats://ada:CanaryInAddress4711@127.0.0.1:1"],
     ] {
-        if args[0] == "up" {
-            continue;
-        }
         let done = server.cli(&args);
         assert_ne!(done.code, 0, "{done:?}");
-        tell(&mut search, args[0], &done);
+        search.look_at(args[0], &done);
     }
     let secrets = format!("{}/api/v1/projects/shop/secrets", server.url());
     let key = format!("{secrets}/API_KEY");
@@ -328,7 +406,10 @@ fn canaries_are_nowhere_but_where_they_belong() {
         );
     }
 
-    look_at_answers(&server, &mut search, &[&first, &second, &failed]);
+    let authorization = format!("Bearer {IN_HEADER}");
+    for deployment in [&first, &second, &failed, &unbuilt, &refused, &busy, &half] {
+        search.look_at_answers(&server, deployment, &authorization);
+    }
     server.check_replay();
     let logs = server.ok(&["logs", &second]).stdout;
     assert!(logs.matches("***").count() > 5, "{logs}");
@@ -342,44 +423,12 @@ fn newest(server: &Server) -> String {
     page["deployments"][0]["id"].as_str().unwrap().to_owned()
 }
 
-/// Everything that can be asked.
-fn look_at_answers(server: &Server, search: &mut Search, deployments: &[&String]) {
-    let document = server.read("/openapi.json");
-    let paths = document["paths"].as_object().unwrap();
-    let mut asked = 0;
-    for (path, operations) in paths {
-        if operations.get("get").is_none() || path.starts_with("/git/") {
-            continue;
-        }
-        for deployment in deployments {
-            let path = path
-                .replace("{project}", "shop")
-                .replace("{environment}", "production")
-                .replace("{service}", "web")
-                .replace("{instance}", INSTANCE)
-                .replace("{position}", "5")
-                .replace("{id}", deployment);
-            let url = format!("{}{path}", server.url());
-            let authorization = format!("Bearer {IN_HEADER}");
-            let headers = [("Authorization", authorization.as_str())];
-            let answer = request(Method::GET, &url, &headers, None).unwrap();
-            search.look(&format!("GET {path}"), format!("{answer:?}").as_bytes());
-            search.look(&format!("GET {path}"), answer.body.as_bytes());
-            asked += u32::from(answer.status == 200);
-        }
-    }
-    assert!(asked > 20, "{asked} answers");
-    for event in server.events() {
-        search.look("an event", event.to_string().as_bytes());
-    }
-}
-
 /// Everything that is on disk but the secret store: the ledger, lines, projections, images, the
 /// clusters' files, the program's own log; and the GitOps repository, unpacked.
 fn look_at_files(server: &Server, search: &mut Search) {
     let data = server.folder().data();
     let store = data.join("secrets");
-    let mut of_store = Search::new();
+    let mut of_store = canaries();
     of_store.look_in(&store, Path::new(""));
     of_store.found_nothing(2);
     search.look_in(server.folder().path(), &store);
@@ -389,7 +438,9 @@ fn look_at_files(server: &Server, search: &mut Search) {
         .unwrap();
     let text = String::from_utf8_lossy(&objects.stdout);
     assert!(text.contains("secretEnv:"), "{text}");
-    search.look("the GitOps repository", &objects.stdout);
+    let mut of_repository = Search::new(texts());
+    of_repository.look("the GitOps repository", &objects.stdout);
+    of_repository.found_nothing(1);
 }
 
 #[test]
@@ -481,4 +532,102 @@ fn a_secret_is_set_listed_verified_and_taken_away() {
     let done = server.secret(&["set", "shop", "KEY", "--output", "json"], "short");
     assert_eq!(done.error()["code"], "secret_too_short");
     server.check_replay();
+}
+
+#[test]
+fn erased_secrets_cannot_be_found_out_any_more() {
+    let server = Server::start(Settings::default());
+    let source = application("--text hello");
+    server.define("shop", "web", &source, &[]);
+    let done = server.cli(&["secret", "erase", "shop", "--yes", "--output", "json"]);
+    assert_eq!(done.error()["code"], "no_secrets");
+    server.set_secret("KEY", "the first value", &[]);
+    server.set_secret("KEY", "the second value", &[]);
+    server.set_secret("OTHER", "another value", &["--env", "production"]);
+    let id = server.deploy(INSTANCE, &[]);
+    let file = server.folder().data().join("secrets/shop.secrets");
+    let kept = fs::File::open(&file).unwrap();
+
+    let done = server.cli(&["secret", "erase", "shop", "--output", "json"]);
+    assert_eq!(
+        (done.code, &done.error()["code"]),
+        (2, &json!("not_confirmed"))
+    );
+    assert!(file.exists());
+    let erased = server.ok(&["secret", "erase", "shop", "--yes"]).stdout;
+    assert!(erased.contains("erased"), "{erased}");
+
+    // Not even whoever still holds the file open can read it.
+    assert!(!file.exists());
+    let bytes: Vec<u8> = kept.bytes().map(Result::unwrap).collect();
+    assert!(bytes.len() > 100 && bytes.iter().all(|b| *b == 0));
+    let listed = server.json(&["secret", "list", "shop"]);
+    assert_eq!(listed["secrets"], json!([]));
+    for version in ["1", "2"] {
+        let args = [
+            "verify",
+            "shop",
+            "KEY",
+            "--of-version",
+            version,
+            "--output",
+            "json",
+        ];
+        let done = server.secret(&args, "the second value");
+        assert_eq!(done.error()["code"], "secret_key_erased", "{done:?}");
+    }
+    // What was deployed cannot be started again, and says so; what comes has no secrets.
+    let env = server.get_from(HOST, "/env", &id).body;
+    assert!(env.contains("KEY=the second value\n"), "{env}");
+    let next = server.deploy(INSTANCE, &[]);
+    let env = server.get_from(HOST, "/env", &next).body;
+    assert!(!env.contains("KEY="), "{env}");
+
+    // The ledger says what happened, under whatever key is next.
+    let of = |kind: &str| -> Vec<Value> {
+        let kind = format!("dev.daybook.project.{kind}.v1");
+        let events = server.events().into_iter();
+        let of_kind = events.filter(|e| e["event"]["type"] == kind);
+        of_kind.map(|e| e["event"]["data"].clone()).collect()
+    };
+    let set = of("secret_set");
+    assert_eq!(of("secrets_erased"), [json!({ "keys": [set[0]["key"]] })]);
+    for event in &set {
+        let commitment = event["commitment"].as_str().unwrap();
+        assert!(commitment.starts_with("hmac-sha256:") && commitment.len() == 76);
+    }
+    let told = server.set_secret("KEY", "the third value", &[]);
+    assert!(told.contains("version 3"), "{told}");
+    assert_ne!(of("secret_set").last().unwrap()["key"], set[0]["key"]);
+    server.ok(&["secret", "erase", "shop", "--yes"]);
+    server.check_replay();
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_crash_leaves_no_memory_behind() {
+    let limitless = Rlimit {
+        current: None,
+        maximum: None,
+    };
+    let folder = crate::support::Folder::new();
+    let mut other = Command::new("sleep")
+        .arg("1000")
+        .current_dir(folder.path())
+        .spawn()
+        .unwrap();
+    let pid = |pid: u32| Pid::from_raw(i32::try_from(pid).unwrap());
+    let may = prlimit(pid(other.id()), Resource::Core, limitless.clone()).is_ok();
+    kill_process(pid(other.id()).unwrap(), Signal::ABORT).unwrap();
+    if !may || !other.wait().unwrap().core_dumped() {
+        daybook_testkit::left_out("core files: this machine writes none");
+        return;
+    }
+    let mut server = Server::start(Settings::default());
+    server.ok(&["project", "create", "shop"]);
+    server.set_secret("API_KEY", API_KEY, &[]);
+    prlimit(pid(server.process().pid()), Resource::Core, limitless).unwrap();
+    server.process().signal(Signal::ABORT);
+    let ended = server.stop();
+    assert_eq!((ended.signal(), ended.core_dumped()), (Some(6), false));
 }

@@ -8,12 +8,14 @@
 
 mod http;
 mod process;
+mod search;
 mod server;
 mod source;
 mod watch;
 
 pub use http::{Answer, request};
 pub use process::{Done, Folder, Process, Refused, daybook, processes_in, processes_of};
+pub use search::Search;
 pub use server::{PATIENCE, Server, Settings, until};
 pub use source::{application, replace_flags, site};
 pub use watch::Visitor;

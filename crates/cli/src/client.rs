@@ -72,7 +72,12 @@ impl Client {
         self.seen.fetch_max(position, Ordering::Relaxed);
     }
 
-    /// The server's URL.
+    /// The server's URL, as it may be shown.
+    pub fn shown(&self) -> String {
+        without_credentials(&self.base)
+    }
+
+    /// The server's URL, with what it may have of credentials.
     pub fn base(&self) -> &str {
         &self.base
     }
@@ -100,10 +105,7 @@ impl Client {
         Failure::new(
             Code::Unreachable,
             "server_unreachable",
-            format!(
-                "the server {} cannot be reached: {cause}",
-                without_credentials(&self.base)
-            ),
+            format!("the server {} cannot be reached: {cause}", self.shown()),
         )
         .hint("start one with `daybook up`, or name another with --server or DAYBOOK_URL")
     }

@@ -19,11 +19,12 @@ mod scratch;
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::{ContextKind, ContextValue};
 
 use crate::commands::Cli;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| without_credentials(error).exit());
     output::init(&cli.global);
     // Settings of libgit2 are global to the process, and are made before there are threads.
     if let Err(error) = daybook_workers::git_transport::prepare_process() {
@@ -57,4 +58,24 @@ fn main() -> ExitCode {
     // Blocking work that nobody waits for any more does not hold the exit.
     runtime.shutdown_timeout(std::time::Duration::from_millis(500));
     code.into()
+}
+
+/// What is wrong with the command line, quoted as it may be shown: it may be an address.
+fn without_credentials(mut error: clap::Error) -> clap::Error {
+    let shown = |text: &String| daybook_events::without_credentials(text);
+    for kind in [
+        ContextKind::InvalidValue,
+        ContextKind::InvalidArg,
+        ContextKind::InvalidSubcommand,
+    ] {
+        let quoted = match error.get(kind) {
+            Some(ContextValue::String(text)) => ContextValue::String(shown(text)),
+            Some(ContextValue::Strings(texts)) => {
+                ContextValue::Strings(texts.iter().map(shown).collect())
+            }
+            _ => continue,
+        };
+        error.insert(kind, quoted);
+    }
+    error
 }

@@ -705,9 +705,10 @@ fn ledger_keys(options: &NodeOptions, data: &Path) -> Result<KeyRing, Failure> {
         Some(origin) if origin != keys.origin() => Err(wrong(
             "origin_differs",
             format!(
-                "the keys in {} are of the ledger {}, not of {origin}",
+                "the keys in {} are of the ledger {}, not of {}",
                 folder.display(),
-                keys.origin()
+                keys.origin(),
+                daybook_events::without_credentials(origin)
             ),
             "a ledger keeps its name: leave --origin out, or name another folder with --tlog-keys",
         )),

@@ -1,12 +1,17 @@
 //! How things are printed: tables and colours for people, JSON for programs.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use clap::ValueEnum;
 use daybook_secrets::SecretStore;
+use tracing::Level;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::commands::Global;
 
@@ -40,19 +45,40 @@ pub fn init(global: &Global) {
         .with_writer(|| MaskedStderr)
         .with_ansi(std::io::stderr().is_terminal() && colour)
         .with_target(false);
+    // At this level the client of NATS writes the very bytes that it sends, passwords included.
+    let no_bytes = filter_fn(|about| {
+        *about.level() != Level::TRACE || !about.target().starts_with("async_nats")
+    });
     if global.log_json {
-        builder.json().init();
+        builder.json().finish().with(no_bytes).init();
     } else {
-        builder.init();
+        builder.finish().with(no_bytes).init();
     }
+    // What a panic quotes is masked as what is logged.
+    std::panic::set_hook(Box::new(|panic| {
+        let trace = Backtrace::capture();
+        let record = match trace.status() {
+            BacktraceStatus::Captured => format!("{panic}\n{trace}\n"),
+            _ => format!("{panic}\n"),
+        };
+        let _ = MaskedStderr.write_all(record.as_bytes());
+    }));
 }
 
 static SECRETS: OnceLock<Arc<dyn SecretStore>> = OnceLock::new();
 
 /// From now on the secrets in this store are masked in the log of the program itself: what is
-/// logged often quotes what others have said.
+/// logged often quotes what others have said. The system writes no file with this process's memory
+/// any more, should it crash, and lets no other process of the user read it.
 pub fn mask(secrets: Arc<dyn SecretStore>) {
     let _ = SECRETS.set(secrets);
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+        if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+            tracing::warn!(%error, "a crash of this process may leave its memory in a file");
+        }
+    }
 }
 
 /// Standard error, for whole records of the log.

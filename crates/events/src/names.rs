@@ -533,7 +533,7 @@ impl FromStr for InstanceRef {
             return Err(InvalidName {
                 what: "instance id",
                 code: "invalid_instance_id",
-                value: s.chars().take(80).collect(),
+                value: without_credentials(s).chars().take(80).collect(),
                 rule: "it must be project.environment.service",
             });
         };

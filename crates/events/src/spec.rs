@@ -194,7 +194,10 @@ impl FromStr for ImageReference {
             return Err(InvalidName {
                 what: "image reference",
                 code: "invalid_image_reference",
-                value: s.chars().take(80).collect(),
+                value: crate::names::without_credentials(s)
+                    .chars()
+                    .take(80)
+                    .collect(),
                 rule: "it needs a tag or a digest",
             });
         }

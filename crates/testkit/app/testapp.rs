@@ -39,6 +39,7 @@ struct Options {
     print: u64,
     print_every: Option<u64>,
     child: bool,
+    described: Option<String>,
 }
 
 fn main() {
@@ -64,6 +65,7 @@ fn main() {
             "--print" => options.print = value().parse().expect("a number"),
             "--print-every" => options.print_every = Some(value().parse().expect("milliseconds")),
             "--child" => options.child = true,
+            "--describe" => options.described = Some(value()),
             "--ignore-term" => {
                 // An ignored signal stays ignored over exec.
                 let rest = all.iter().filter(|a| *a != "--ignore-term");
@@ -197,6 +199,12 @@ fn serve(stream: TcpStream, options: &Options) -> std::io::Result<()> {
                 .map(|(k, v)| format!("{k}={v}\n"))
                 .collect::<String>()
                 .into_bytes(),
+            "/openapi.json" if options.described.is_some() => {
+                let title = options.described.clone().unwrap_or_default();
+                let title = title.replace('\\', "\\\\").replace('"', "\\\"");
+                let info = format!(r#"{{"title":"{title}","version":"1"}}"#);
+                format!(r#"{{"openapi":"3.1.0","info":{info},"paths":{{}}}}"#).into_bytes()
+            }
             "/echo" => body,
             "/stream" => {
                 writer.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;

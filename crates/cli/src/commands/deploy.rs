@@ -97,7 +97,10 @@ fn parts(instance: &str) -> Result<[&str; 3], Failure> {
         Failure::new(
             Code::Usage,
             "invalid_instance_id",
-            format!("{instance:?} is not project.environment.service"),
+            format!(
+                "{:?} is not project.environment.service",
+                daybook_events::without_credentials(instance)
+            ),
         )
     })
 }

@@ -2,6 +2,7 @@
 //! `rollback`, `redeploy`.
 
 use clap::Args;
+use daybook_events::without_credentials;
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -94,7 +95,7 @@ pub fn check_part_of_id(name: &str) -> Result<(), Failure> {
     Err(Failure::new(
         Code::Usage,
         "invalid_deployment_id",
-        format!("{name:?} is not the id of a deployment"),
+        format!("{:?} is not the id of a deployment", without_credentials(name)),
     )
     .hint("use the id that `daybook status` or `daybook history` shows, or at least the last four digits of it"))
 }

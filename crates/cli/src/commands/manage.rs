@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
+use daybook_events::without_credentials;
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 
@@ -311,7 +312,7 @@ async fn define(args: ServiceArgs) -> Outcome {
             return Err(Failure::new(
                 Code::Usage,
                 "invalid_variable",
-                format!("{variable:?} is not KEY=VALUE"),
+                format!("{:?} is not KEY=VALUE", without_credentials(variable)),
             ));
         };
         set(&["run", "env", key], Some(value.into()));
@@ -482,7 +483,7 @@ pub fn segment(name: &str) -> Result<&str, Failure> {
         return Err(Failure::new(
             Code::Usage,
             "invalid_name",
-            format!("{name:?} is not a name"),
+            format!("{:?} is not a name", without_credentials(name)),
         ));
     }
     Ok(name)

@@ -91,7 +91,7 @@ pub async fn overview(client: &Client, query: &[(&str, Option<String>)]) -> Resu
         output::line(&output::style().warn(&format!(
             "{set_aside} events of the ledger cannot be read and are set aside; \
              GET {}/api/v1/audit?void=true lists them",
-            client.base()
+            client.shown()
         )));
     }
     print_gitops(client, query, &overview).await;

@@ -114,7 +114,11 @@ impl NatsOptions {
             .subscription_capacity(super::pull::MOST_OUTSTANDING + 1024)
             .client_capacity(8192)
             .read_buffer_capacity(u16::MAX);
-        options = match auth {
+        let carried = match auth {
+            NatsAuth::None => self.carried()?,
+            _ => None,
+        };
+        options = match carried.as_ref().unwrap_or(auth) {
             NatsAuth::None => options,
             NatsAuth::CredentialsFile(path) => {
                 let text = tokio::fs::read_to_string(path).await.map_err(|source| {
@@ -144,6 +148,8 @@ impl NatsOptions {
         Ok(options)
     }
 
+    /// The servers, without the credentials that their addresses carry: the client writes
+    /// addresses into its log.
     fn addresses(&self) -> Result<Vec<async_nats::ServerAddr>, ConnectError> {
         if self.servers.is_empty() {
             return Err(ConnectError::NoServer);
@@ -151,12 +157,60 @@ impl NatsOptions {
         self.servers
             .iter()
             .map(|server| {
-                server
-                    .parse()
+                let address = parse(server)?;
+                let mut url = address.into_inner();
+                // Only addresses that can have none refuse to be without.
+                let _ = url.set_username("");
+                let _ = url.set_password(None);
+                async_nats::ServerAddr::from_url(url)
                     .map_err(|source| ConnectError::Address { source })
             })
             .collect()
     }
+
+    /// The credentials that the addresses carry; those of the first one that does, as servers of one
+    /// cluster know the same users.
+    fn carried(&self) -> Result<Option<NatsAuth>, ConnectError> {
+        for server in &self.servers {
+            let address = parse(server)?;
+            match (address.username(), address.password()) {
+                (Some(user), Some(password)) => {
+                    let (user, password) = (decoded(user), decoded(password));
+                    return Ok(Some(NatsAuth::UserPassword { user, password }));
+                }
+                (Some(token), None) => return Ok(Some(NatsAuth::Token(decoded(token)))),
+                (None, _) => {}
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn parse(server: &str) -> Result<async_nats::ServerAddr, ConnectError> {
+    server
+        .parse()
+        .map_err(|source| ConnectError::Address { source })
+}
+
+/// A user or a password as it stands in an address, without its percent signs.
+fn decoded(text: &str) -> String {
+    let text = text.as_bytes();
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut at = 0;
+    while at < text.len() {
+        let hex = |i: usize| char::from(*text.get(i)?).to_digit(16);
+        match (text[at], hex(at + 1), hex(at + 2)) {
+            (b'%', Some(high), Some(low)) => {
+                bytes.push((16 * high + low) as u8);
+                at += 3;
+            }
+            (byte, ..) => {
+                bytes.push(byte);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Why no connection to NATS could be made.

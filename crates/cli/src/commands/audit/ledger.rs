@@ -119,7 +119,7 @@ impl LedgerArgs {
             Some(path) => Source::open(path),
             None => {
                 let client = Client::new(&self.server)?;
-                let name = client.base().to_owned();
+                let name = client.shown();
                 let files = Online {
                     tiles: ServerTiles::new(client),
                     runtime: runtime.clone(),
