@@ -148,9 +148,10 @@ fn quoting_registry() -> String {
             } else {
                 let message = format!("not with {API_KEY}");
                 let errors = json!({ "errors": [{ "code": "UNSUPPORTED", "message": message }] });
-                let status = match path.starts_with("/v2/busy/") {
-                    true => "503 Service Unavailable",
-                    false => "400 Bad Request",
+                let status = if path.starts_with("/v2/busy/") {
+                    "503 Service Unavailable"
+                } else {
+                    "400 Bad Request"
                 };
                 (status, "application/json", errors)
             };
