@@ -547,7 +547,7 @@ fn erased_secrets_cannot_be_found_out_any_more() {
     server.set_secret("OTHER", "another value", &["--env", "production"]);
     let id = server.deploy(INSTANCE, &[]);
     let file = server.folder().data().join("secrets/shop.secrets");
-    let kept = fs::File::open(&file).unwrap();
+    let mut kept = fs::File::open(&file).unwrap();
 
     let done = server.cli(&["secret", "erase", "shop", "--output", "json"]);
     assert_eq!(
@@ -560,7 +560,8 @@ fn erased_secrets_cannot_be_found_out_any_more() {
 
     // Not even whoever still holds the file open can read it.
     assert!(!file.exists());
-    let bytes: Vec<u8> = kept.bytes().map(Result::unwrap).collect();
+    let mut bytes = Vec::new();
+    kept.read_to_end(&mut bytes).unwrap();
     assert!(bytes.len() > 100 && bytes.iter().all(|b| *b == 0));
     let listed = server.json(&["secret", "list", "shop"]);
     assert_eq!(listed["secrets"], json!([]));
@@ -618,7 +619,7 @@ fn a_crash_leaves_no_memory_behind() {
         .spawn()
         .unwrap();
     let pid = |pid: u32| Pid::from_raw(i32::try_from(pid).unwrap());
-    let may = prlimit(pid(other.id()), Resource::Core, limitless.clone()).is_ok();
+    let may = prlimit(pid(other.id()), Resource::Core, limitless).is_ok();
     kill_process(pid(other.id()).unwrap(), Signal::ABORT).unwrap();
     if !may || !other.wait().unwrap().core_dumped() {
         daybook_testkit::left_out("core files: this machine writes none");
