@@ -213,7 +213,7 @@ fn clusters_are_taken_over_with_what_runs_in_them() {
 }
 
 /// What somebody with access to NATS may put there, by mistake or on purpose.
-const POISON: [(&str, &[u8]); 3] = [
+const POISON: [(&str, &[u8]); 4] = [
     (
         "daybook.ev.shop.production.environment.production",
         b"\xff\xfe no JSON",
@@ -223,6 +223,8 @@ const POISON: [(&str, &[u8]); 3] = [
         b"{\"specversion\":\"1.0\"}",
     ),
     ("daybook.ev.shop._.routing.shop", b""),
+    // On a subject that is no aggregate's.
+    ("daybook.ev.Not.A.subject", b"{}"),
 ];
 
 #[test]

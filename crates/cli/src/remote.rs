@@ -1,6 +1,5 @@
 //! A server's ledger, read over HTTP: what replaying it on this machine folds.
 
-use std::str::FromStr;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -92,12 +91,9 @@ impl RemoteLog {
                 {
                     print_event(entry.position, &value);
                 }
-                let subject = Subject::from_str(&entry.subject).map_err(|e| {
-                    Failure::new(Code::Mismatch, "ledger_unreadable", e.to_string())
-                })?;
                 events.push(Recorded {
                     position: Position(entry.position),
-                    subject,
+                    subject: Subject::of_stored(&entry.subject),
                     stored_at: entry.stored_at,
                     bytes: entry.stored()?,
                 });

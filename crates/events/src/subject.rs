@@ -37,6 +37,13 @@ pub enum Subject {
 }
 
 impl Subject {
+    /// The subject of an event that is in the log. What is no event subject at all, because somebody
+    /// else published there, is kept as [`Subject::Other`].
+    pub fn of_stored(text: &str) -> Self {
+        text.parse()
+            .unwrap_or_else(|_| Self::Other(text.to_owned()))
+    }
+
     /// The kind of aggregate, unless a newer version wrote it.
     pub fn kind(&self) -> Option<AggregateKind> {
         Some(match self {

@@ -194,14 +194,11 @@ pub(super) fn recorded_from(
 ) -> Result<Recorded, ReadError> {
     let position = Position(sequence);
     let damaged = |reason: String| ReadError::Damaged { position, reason };
-    let subject: Subject = subject
-        .parse()
-        .map_err(|error| damaged(format!("{error}")))?;
     let stored_at =
         Timestamp::from_nanosecond(stored_at).map_err(|error| damaged(error.to_string()))?;
     Ok(Recorded {
         position,
-        subject,
+        subject: Subject::of_stored(subject),
         stored_at,
         bytes,
     })
