@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 use super::manage::segment;
 use super::{Outcome, ServerArgs};
 use crate::client::Client;
+use crate::confirm::confirm;
 use crate::exit::{Code, Failure};
 use crate::output::{self, Row, Table};
 
@@ -205,7 +206,8 @@ async fn erase(server: &ServerArgs, project: &str, yes: bool) -> Outcome {
     let path = format!("/api/v1/projects/{}/secrets", segment(project)?);
     let client = Client::new(server)?;
     if !yes {
-        confirm(project)?;
+        let what = format!("all secrets of {project} are erased");
+        confirm(&what, project)?;
     }
     let answer: Value = client
         .command(Method::DELETE, &path, &json!({}), None)
@@ -220,30 +222,6 @@ async fn erase(server: &ServerArgs, project: &str, yes: bool) -> Outcome {
         style.good("erased")
     ));
     Ok(Code::Success)
-}
-
-/// Asks the person at the terminal for the project's name: what follows cannot be undone.
-fn confirm(project: &str) -> Result<(), Failure> {
-    let stdin = io::stdin();
-    if !stdin.is_terminal() {
-        return Err(Failure::new(
-            Code::Usage,
-            "not_confirmed",
-            "erasing secrets cannot be undone, and there is nobody to ask",
-        )
-        .hint("confirm it with --yes"));
-    }
-    eprint!("this cannot be undone; type the project's name to erase all of its secrets: ");
-    let mut answer = String::new();
-    stdin.read_line(&mut answer)?;
-    if answer.trim() != project {
-        return Err(Failure::new(
-            Code::Refused,
-            "not_confirmed",
-            "nothing was erased: that is not the project's name",
-        ));
-    }
-    Ok(())
 }
 
 async fn verify(args: &SecretArgs, value: &ValueArgs, version: Option<u32>) -> Outcome {
