@@ -84,8 +84,10 @@ pub trait Worker: Send + Sync + 'static {
     /// Compares, acts, appends.
     async fn activate(&self, activation: &Activation) -> Outcome;
 
-    /// Called instead of another try when the bound is reached: records that it was given up.
-    async fn give_up(&self, activation: &Activation, why: &str);
+    /// Called when the bound is reached: records that it was given up. Unless it is then
+    /// [`Outcome::Done`], it is called again later: what nobody knows to have ended would wait for
+    /// ever.
+    async fn give_up(&self, activation: &Activation, why: &str) -> Outcome;
 }
 
 /// How the driver treats its workers.
@@ -120,7 +122,8 @@ pub async fn run(
     let name = worker.name();
     let config = ConsumerConfig {
         ack_wait: options.ack_wait,
-        max_deliver: options.max_tries,
+        // The driver counts the tries. What a log hands over no more could not even be ended.
+        max_deliver: u32::MAX,
         max_in_flight: worker.max_in_flight(),
         ..ConsumerConfig::new(name.clone(), worker.filter())
     };
@@ -343,6 +346,10 @@ impl Driver {
         };
         let outcome = match folded {
             Err(behind) => Outcome::Retry(behind.to_string()),
+            // Every try ended with its process.
+            Ok(()) if delivery.attempt > self.options.max_tries * 2 => {
+                Outcome::Retry("no try came to an end".to_owned())
+            }
             Ok(()) => AssertUnwindSafe(self.worker.activate(&activation))
                 .catch_unwind()
                 .await
@@ -351,11 +358,13 @@ impl Driver {
                 }),
         };
         match &outcome {
-            Outcome::Retry(why) if delivery.is_last => {
+            Outcome::Retry(why) if delivery.attempt >= self.options.max_tries => {
                 tracing::error!(worker = %self.worker.name(), subject = %activation.subject,
                     position = %activation.position, attempts = delivery.attempt, %why, "given up");
-                self.worker.give_up(&activation, why).await;
-                None
+                match self.worker.give_up(&activation, why).await {
+                    Outcome::Done => None,
+                    unrecorded => Some(unrecorded),
+                }
             }
             Outcome::Retry(why) => {
                 tracing::warn!(worker = %self.worker.name(), subject = %activation.subject,

@@ -68,9 +68,9 @@ impl Worker for Builds {
             Err(Stop::Fail(error)) => self.record_failure(a, id, &error).await,
         }
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         let Subject::Build(_, id) = a.subject else {
-            return;
+            return Outcome::Done;
         };
         let (code, message) = why.split_once(": ").unwrap_or(("gave_up", why));
         let code = if code.contains(' ') { "gave_up" } else { code };
@@ -79,7 +79,7 @@ impl Worker for Builds {
             format!("{message} (given up after {} tries)", a.attempt),
             "mend the cause and deploy again",
         );
-        let _ = self.record_failure(a, id, &error).await;
+        self.record_failure(a, id, &error).await
     }
 }
 

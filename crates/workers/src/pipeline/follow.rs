@@ -61,8 +61,8 @@ impl Worker for FollowBuild {
         }
         outcome
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
-        give_up(&self.0, ROLE, a, why).await;
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        give_up(&self.0, ROLE, a, why).await
     }
 }
 
@@ -98,8 +98,8 @@ impl Worker for FollowDeployment {
         .await;
         settle(&self.0, ROLE, *id, result).await
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
-        give_up(&self.0, ROLE, a, why).await;
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        give_up(&self.0, ROLE, a, why).await
     }
 }
 

@@ -338,20 +338,18 @@ impl Worker for Decisions {
         };
         outcome(done)
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         let (Subject::Gitops(project), Ok(GitopsEvent::RevertRequested(e))) =
             (&a.subject, a.event.payload::<GitopsEvent>())
         else {
-            return;
+            return Outcome::Done;
         };
         let error = StepError::fatal(
             "gave_up",
             format!("{why} (given up after {} tries)", a.attempt),
             "mend the cause and ask for it again",
         );
-        if let Err(stop) = self.failed(a, project, e.commit, error).await {
-            tracing::error!(%project, ?stop, "it could not be recorded that a commit was not undone");
-        }
+        outcome(self.failed(a, project, e.commit, error).await)
     }
 }
 

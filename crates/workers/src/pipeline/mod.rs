@@ -301,9 +301,9 @@ pub async fn settle(
 }
 
 /// Records that a step was tried to the bound and given up.
-pub async fn give_up(bench: &Bench, role: &str, activation: &Activation, why: &str) {
+pub async fn give_up(bench: &Bench, role: &str, activation: &Activation, why: &str) -> Outcome {
     let Some(id) = deployment_of(&activation.subject, &activation.event) else {
-        return;
+        return Outcome::Done;
     };
     let (code, message) = why.split_once(": ").unwrap_or(("gave_up", why));
     let code = if code.contains(' ') { "gave_up" } else { code };
@@ -312,7 +312,7 @@ pub async fn give_up(bench: &Bench, role: &str, activation: &Activation, why: &s
         format!("{message} (given up after {} tries)", activation.attempt),
         "mend the cause and deploy again with `daybook deploy`",
     );
-    let _ = settle(bench, role, id, Err(Stop::Fail(error))).await;
+    settle(bench, role, id, Err(Stop::Fail(error))).await
 }
 
 /// The deployment that an event is about: its own, or the one that it is correlated with.

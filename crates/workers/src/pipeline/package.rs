@@ -103,8 +103,8 @@ impl Worker for Package {
         };
         settle(&self.bench, ROLE, id, self.step(a).await).await
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
-        give_up(&self.bench, ROLE, a, why).await;
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        give_up(&self.bench, ROLE, a, why).await
     }
 }
 

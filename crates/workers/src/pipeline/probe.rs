@@ -104,8 +104,9 @@ impl Worker for ProbeRoutes {
         .await;
         conclude(result, a)
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         tracing::warn!(subject = %a.subject, %why, "addresses were not asked to the end");
+        Outcome::Done
     }
 }
 
@@ -152,8 +153,9 @@ impl Worker for ProbeDeployment {
         .await;
         conclude(result, a)
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         tracing::warn!(subject = %a.subject, %why, "addresses were not asked to the end");
+        Outcome::Done
     }
 }
 

@@ -53,8 +53,8 @@ impl Worker for Queue {
         };
         settle(&self.0, ROLE, id, self.step(a).await).await
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
-        give_up(&self.0, ROLE, a, why).await;
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        give_up(&self.0, ROLE, a, why).await
     }
 }
 

@@ -76,8 +76,8 @@ impl Worker for Route {
         };
         settle(&self.0, ROLE, id, step(&self.0, id).await).await
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
-        give_up(&self.0, ROLE, a, why).await;
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        give_up(&self.0, ROLE, a, why).await
     }
 }
 
@@ -108,8 +108,8 @@ impl Worker for Deadlines {
             (outcome, _) => outcome,
         }
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
-        give_up(&self.0, ROLE, a, why).await;
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        give_up(&self.0, ROLE, a, why).await
     }
 }
 
@@ -130,8 +130,9 @@ impl Worker for RouteApplied {
         };
         outcome(self.applied(project, a).await)
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         tracing::error!(subject = %a.subject, %why, "the end of a switch was not recorded");
+        Outcome::Done
     }
 }
 

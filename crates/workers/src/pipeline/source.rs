@@ -46,8 +46,8 @@ impl Worker for Source {
         };
         settle(&self.bench, ROLE, id, result).await
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
-        give_up(&self.bench, ROLE, a, why).await;
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        give_up(&self.bench, ROLE, a, why).await
     }
 }
 

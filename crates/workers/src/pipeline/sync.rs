@@ -67,8 +67,8 @@ impl Worker for Sync {
         )
         .await
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
-        give_up(&self.bench, ROLE, a, why).await;
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        give_up(&self.bench, ROLE, a, why).await
     }
 }
 
