@@ -197,12 +197,13 @@ fn an_environment_is_deleted_in_the_middle_of_a_build() {
     until("it is being built", || {
         (server.deployment(&id)["state"] == "building").then_some(())
     });
-    server.ok(&["env", "delete", "shop", "production", "--yes"]);
-    let ended = server.deployment(&id);
-    assert_eq!(ended["state"], "cancelled");
-    assert_eq!(
-        server.cli(&["env", "list", "shop"]).stdout,
-        "no environments\n"
-    );
+    let accepted = server.delete("/api/v1/projects/shop/environments/production");
+    assert_eq!(accepted.status, 202);
+    assert_eq!(accepted.json()["status"], "deleting");
+    until("it is gone", || {
+        let listed = server.ok(&["env", "list", "shop"]).stdout;
+        (listed == "no environments\n").then_some(())
+    });
+    assert_eq!(server.deployment(&id)["state"], "cancelled");
     server.check_replay();
 }

@@ -128,7 +128,13 @@ fn live(app: &Application) {
     server.ok(&["stop", &first]);
     let refused = server.cli(&["rollback", INSTANCE, "--output", "json"]);
     assert_eq!(refused.error()["code"], "target_not_running");
-    server.ok(&["rollback", INSTANCE, "--start", "--reason", "still too loud"]);
+    server.ok(&[
+        "rollback",
+        INSTANCE,
+        "--start",
+        "--reason",
+        "still too loud",
+    ]);
     assert_eq!(server.get_from(&hosts[0], "/", &first).body, "one");
     server.ok(&["mark-main", &second]);
     assert_eq!(server.get_from(&hosts[0], "/", &second).body, "two");

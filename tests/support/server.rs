@@ -213,6 +213,13 @@ impl Server {
             .unwrap_or_else(|e| panic!("POST {path}: {e}"))
     }
 
+    /// Asks for the end of something, without a key.
+    #[track_caller]
+    pub fn delete(&self, path: &str) -> Answer {
+        let url = format!("{}{path}", self.url());
+        request(Method::DELETE, &url, &[], None).unwrap_or_else(|e| panic!("DELETE {path}: {e}"))
+    }
+
     /// Creates the project, an environment `production` on the cluster `local-a`, and a service
     /// with a source and these further flags of `service create`.
     #[track_caller]

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::deployment::SwitchMode;
 use crate::envelope::Payload;
+use crate::log::Position;
 use crate::names::{ClusterName, CommitId, EnvironmentName, EventId, ProjectName};
 use crate::subject::AggregateKind;
 
@@ -111,6 +112,8 @@ pub struct Environment {
     pub status: EnvironmentStatus,
     /// The event that made the status what it is.
     pub status_event: EventId,
+    /// Where that event is.
+    pub status_position: Position,
 }
 
 impl Environment {
@@ -123,7 +126,14 @@ impl Environment {
             created_at: at.time,
             status: EnvironmentStatus::Active,
             status_event: at.id,
+            status_position: at.position,
         }
+    }
+
+    fn enter(&mut self, status: EnvironmentStatus, at: At) {
+        self.status = status;
+        self.status_event = at.id;
+        self.status_position = at.position;
     }
 
     /// Refuses whatever only an environment can be asked for that is there to stay.
@@ -160,12 +170,8 @@ impl Aggregate for Environment {
         match (self.status, event) {
             (Deleted, EnvironmentEvent::Created(e)) => *self = Self::new(e, at),
             (Active, EnvironmentEvent::Changed(e)) => self.spec = e.spec,
-            (Active, EnvironmentEvent::DeletionRequested(_)) => {
-                (self.status, self.status_event) = (Deleting, at.id);
-            }
-            (Deleting, EnvironmentEvent::Deleted(_)) => {
-                (self.status, self.status_event) = (Deleted, at.id);
-            }
+            (Active, EnvironmentEvent::DeletionRequested(_)) => self.enter(Deleting, at),
+            (Deleting, EnvironmentEvent::Deleted(_)) => self.enter(Deleted, at),
             (status, _) => {
                 let state = match status {
                     Active => "an environment that exists",

@@ -508,7 +508,7 @@ fn secrets_have_versions_and_the_nearest_one_wins() {
 
 #[test]
 fn projects_and_services_are_made_once() {
-    let [created, defined, ..]: [ProjectEvent; 4] = samples::project_events().try_into().unwrap();
+    let [created, defined, ..]: [ProjectEvent; 5] = samples::project_events().try_into().unwrap();
     given::<Project>([])
         .when(|s| project::decide(s, defined.clone()))
         .then_refused("project_not_found")

@@ -41,7 +41,8 @@ pub enum Executed {
     },
     /// Its event was there already: the command is a repetition.
     Duplicate {
-        /// Where.
+        /// Where. Without an idempotency key it may be a later position, between which and the event
+        /// there are only events that do not count.
         position: Position,
     },
     /// Everything was as the command wants it.
@@ -135,15 +136,15 @@ impl Ledger {
                 self.projections.wait_for(position, PATIENCE).await?;
             }
             let folded = self.projections.shared::<A>(subject)?;
-            if tried && folded.last_id == Some(id) {
-                let position = folded.position;
-                return Ok(Executed::Duplicate { position });
-            }
             if context.request_digest.is_some()
                 && let Some(known) = self.projections.event_by_id(id)?
                 && known.subject == *subject
             {
                 let position = known.position;
+                return Ok(Executed::Duplicate { position });
+            }
+            if tried && folded.last_id == Some(id) {
+                let position = folded.position;
                 return Ok(Executed::Duplicate { position });
             }
             let payload = match decide(folded.state.as_ref()).map_err(ExecuteError::Refused)? {

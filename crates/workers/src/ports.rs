@@ -8,8 +8,8 @@ use daybook_events::deployment::SourceCommit;
 use daybook_events::gitops::{Change, DiffSummary, LedgerAnchor, SignerAdded};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage};
 use daybook_events::{
-    BuildId, CommitId, DeploymentId, Digest, EnvironmentName, EventId, GitRef, ImageRepository,
-    ImageTag, ProjectName, RepositoryUrl, ServiceName,
+    BuildId, CommitId, Digest, EnvironmentName, EventId, GitRef, ImageRepository, ImageTag,
+    ProjectName, RepositoryUrl, ServiceName,
 };
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;

@@ -60,9 +60,10 @@ impl Worker for Environments {
             _ => Ok(()),
         })
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         tracing::error!(subject = %a.subject, kind = a.event.short_kind(), %why,
             "an environment was not brought to where it should be");
+        Outcome::Done
     }
 }
 
@@ -98,8 +99,9 @@ impl Worker for EnvironmentEnds {
         };
         outcome(self.0.clear(project, environment).await)
     }
-    async fn give_up(&self, a: &Activation, why: &str) {
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         tracing::error!(subject = %a.subject, %why, "an environment waits for its end");
+        Outcome::Done
     }
 }
 
@@ -312,11 +314,9 @@ impl Package {
         let subject = Subject::Environment(project.clone(), name.clone());
         let cause = environment.status_event;
         let projections = self.bench.ledger.projections();
-        let asked = projections
-            .event_by_id(cause)?
-            .ok_or_else(|| Stop::Retry("the request to delete it is not folded yet".into()))?;
-        let asked = self.bench.ledger.log().get(asked.position).await;
+        let asked = self.bench.ledger.log().get(environment.status_position);
         let asked = asked
+            .await
             .map_err(|e| Stop::Retry(e.to_string()))?
             .and_then(|recorded| recorded.event().ok())
             .ok_or_else(|| Stop::Retry("the request to delete it cannot be read".into()))?;
