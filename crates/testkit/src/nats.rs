@@ -101,7 +101,7 @@ impl NatsBinary {
 }
 
 /// Where `cargo xtask tools` puts what it builds.
-pub(crate) fn tools_folder() -> Option<PathBuf> {
+pub fn tools_folder() -> Option<PathBuf> {
     if let Some(folder) = std::env::var_os("DAYBOOK_TOOLS") {
         return Some(folder.into());
     }

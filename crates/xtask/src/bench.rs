@@ -26,14 +26,17 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::from(2));
     };
     let left_out = LeftOut::new()?;
-    let servers = servers::nats(&left_out)?;
+    let mut programs = servers::nats(&left_out)?;
+    if name == "notarise" {
+        programs.extend(servers::tessera(&left_out)?);
+    }
     let mut bench = cargo();
     bench
         .args(["run", "--release", "--package", "daybook-testkit"])
         .args(["--features", "bench", "--bin", "daybook-bench", "--"])
         .args(["--json", &format!("target/bench/{name}.json")])
         .args(arguments.iter().filter(|a| *a != "--"))
-        .envs(servers)
+        .envs(programs)
         .env("DAYBOOK_LEFT_OUT", left_out.file());
     let ended = status(&mut bench)?;
     left_out.report()?;

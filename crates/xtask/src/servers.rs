@@ -75,6 +75,13 @@ pub(crate) fn nats(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString)>, 
     Ok(found)
 }
 
+/// The program that Daybook's notary is measured against.
+pub(crate) fn tessera(left_out: &LeftOut) -> Result<Option<(&'static str, OsString)>, Failure> {
+    let bench = locate("DAYBOOK_TESSERA_BENCH", || GoProgram::TESSERA_BENCH.build());
+    let what = "tessera-bench, which the notary is measured against";
+    entered(left_out, "DAYBOOK_TESSERA_BENCH", what, bench)
+}
+
 /// What the environment says, or else what can be found.
 fn locate(
     variable: &str,

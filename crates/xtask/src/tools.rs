@@ -11,12 +11,13 @@ use crate::command::{cargo, is_executable, on_path, output, root, run as run_com
 pub(crate) const HELP: &str = "\
 Build the pinned servers and tools into a cache outside the checkout, each once
 
-Usage: cargo xtask tools [nats|nats-oldest|judge|deny]...
+Usage: cargo xtask tools [nats|nats-oldest|judge|tessera|deny]...
 
 Without a name all of them are built:
   nats         the newest nats-server, as tools/go.mod pins it (needs Go)
   nats-oldest  the oldest supported one, as tools/nats-oldest/go.mod pins it (needs Go)
   judge        the program in tools/judges that checks transparency logs (needs Go)
+  tessera      the log that the notary is measured against, in tools/judges too (needs Go)
   deny         cargo-deny, unless a fitting one is on PATH
 
 The cache is $DAYBOOK_TOOLS, or daybook/tools in $XDG_CACHE_HOME or in ~/.cache. The paths of what
@@ -29,7 +30,7 @@ const CARGO_DENY: &str = "0.20.2";
 const CARGO_FUZZ: &str = "0.13.1";
 
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
-    let all = ["nats", "nats-oldest", "judge", "deny"];
+    let all = ["nats", "nats-oldest", "judge", "tessera", "deny"];
     let mut names: Vec<&str> = arguments.iter().map(String::as_str).collect();
     if names.is_empty() {
         names = all.to_vec();
@@ -39,6 +40,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
             "nats" => GoProgram::NATS_NEWEST.build()?,
             "nats-oldest" => GoProgram::NATS_OLDEST.build()?,
             "judge" => GoProgram::JUDGE.build()?,
+            "tessera" => GoProgram::TESSERA_BENCH.build()?,
             "deny" => cargo_deny()?,
             other => {
                 return Err(format!("no tool is called {other:?}; there are {all:?}").into());
@@ -68,8 +70,8 @@ pub(crate) struct GoProgram {
     name: &'static str,
     /// The folder of the go.mod, from the root of the workspace.
     module: &'static str,
-    /// The package to build: the path of a module that go.mod pins, or `.` for what stands beside
-    /// it.
+    /// The package to build: the path of a module that go.mod pins, or a folder of the module's own
+    /// that begins with a dot.
     package: &'static str,
 }
 
@@ -89,13 +91,18 @@ impl GoProgram {
         module: "tools/judges",
         package: ".",
     };
+    pub(crate) const TESSERA_BENCH: Self = Self {
+        name: "tessera-bench",
+        module: "tools/judges",
+        package: "./tessera-bench",
+    };
 
     /// What tells one build from another: the pinned version, or the sources.
     fn version(&self) -> Result<String, Failure> {
         let module = root().join(self.module);
         let go_mod = fs::read_to_string(module.join("go.mod"))?;
-        if self.package == "." {
-            let sources = fs::read_to_string(module.join("main.go"))?;
+        if self.package.starts_with('.') {
+            let sources = fs::read_to_string(module.join(self.package).join("main.go"))?;
             return Ok(go_mod + &fs::read_to_string(module.join("go.sum"))? + &sources);
         }
         let version = pinned(&go_mod, self.package);
@@ -201,6 +208,7 @@ mod tests {
             GoProgram::NATS_NEWEST,
             GoProgram::NATS_OLDEST,
             GoProgram::JUDGE,
+            GoProgram::TESSERA_BENCH,
         ] {
             assert!(program.version().is_ok(), "{}", program.name);
         }

@@ -64,6 +64,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
             options.bytes, options.aggregates, options.rounds, options.seconds
         ),
         unit: "events/s",
+        notes: Vec::new(),
         comparisons,
     })
 }

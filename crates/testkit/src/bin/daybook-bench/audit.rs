@@ -102,6 +102,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
             bytes / options.events as u64
         ),
         unit: "events/s",
+        notes: Vec::new(),
         comparisons: vec![
             comparison(verified, "sha2, one core", &all, &one, limit),
             comparison(verified, "sha2, all cores", &all, &both, limit),

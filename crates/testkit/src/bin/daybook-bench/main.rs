@@ -4,6 +4,7 @@
 
 mod append;
 mod audit;
+mod coverage;
 mod group_commit_file;
 mod logs;
 mod notarise;
@@ -13,6 +14,7 @@ mod raw_publish;
 mod rebuild;
 mod report;
 mod sample_ledger;
+mod tessera;
 mod writers;
 
 use std::path::{Path, PathBuf};
@@ -44,7 +46,7 @@ struct Arguments {
 enum Benchmark {
     /// Appends with compare-and-set, against a raw publish and against a plain file
     Append(append::Options),
-    /// Events to signed checkpoints, and what the notary costs
+    /// Events to signed checkpoints, against Tessera, and what the notary costs
     Notarise(notarise::Options),
     /// A whole ledger verified offline, against SHA-256 of the same bytes
     Audit(audit::Options),

@@ -1,7 +1,6 @@
-//! Workload B: from an acknowledged event to the published checkpoint that covers it, and what the
-//! notary costs.
+//! Workload B: from an event to the published checkpoint that covers it, against what was promised and
+//! against Tessera, and what the notary costs.
 
-use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,7 +13,9 @@ use daybook_store::tlog::{FolderStorage, KeyRing, Notary, NotaryOptions, SignerK
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::coverage::{Acknowledged, Coverage, Delays};
 use crate::report::{Comparison, Report};
+use crate::tessera::{self, Load, Tessera};
 use crate::writers::{Prepared, Side};
 use crate::{Failure, logs, temporary_folder};
 
@@ -51,7 +52,16 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 1024)]
     bytes: usize,
 
-    /// Folder for the log and the tiles, on the disk that is to be measured
+    /// How many writers at once where both sides run flat out: two batches of Tessera by default,
+    /// with which it is fastest
+    #[arg(long, default_value_t = 512)]
+    in_flight: usize,
+
+    /// Most entries of a batch of Tessera
+    #[arg(long, default_value_t = 256)]
+    tessera_batch: u32,
+
+    /// Folder for the logs and the tiles, on the disk that is to be measured
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
 }
@@ -59,7 +69,7 @@ pub(crate) struct Options {
 /// A log that notes when each event was acknowledged, and takes no more than so many a second.
 struct Observed {
     log: Arc<dyn EventLog>,
-    acknowledged: Arc<Mutex<VecDeque<(u64, Instant)>>>,
+    coverage: Arc<Coverage>,
     pace: Option<(Duration, Mutex<Instant>)>,
 }
 
@@ -93,12 +103,13 @@ impl Side for Observed {
             expected: Expected::Last(last),
             bytes,
         };
+        let called_at = Instant::now();
         let position = self.log.append(append).await?.position;
-        let mut acknowledged = self
-            .acknowledged
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        acknowledged.push_back((position.0, Instant::now()));
+        self.coverage.acknowledge(Acknowledged {
+            position,
+            called_at,
+            acknowledged_at: Instant::now(),
+        });
         Ok(position)
     }
 }
@@ -107,28 +118,31 @@ impl Side for Observed {
 struct Found {
     appended: f64,
     signed: f64,
-    /// Sorted.
-    delays: Vec<Duration>,
+    delays: Delays,
     cpu: Duration,
-}
-
-impl Found {
-    fn delay_ms(&self, per_thousand: usize) -> f64 {
-        let at = (self.delays.len() * per_thousand / 1000).min(self.delays.len().saturating_sub(1));
-        self.delays
-            .get(at)
-            .map_or(f64::NAN, |d| d.as_secs_f64() * 1000.0)
-    }
 }
 
 pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
     let (mut flat, mut paced, mut alone) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..options.rounds {
-        flat.push(options.measure(None, true).await?);
-        paced.push(options.measure(Some(options.rate), true).await?);
-        alone.push(options.measure(Some(options.rate), false).await?);
+    let mut against_tessera = Tessera::find().map(AgainstTessera::new);
+    for round in 0..options.rounds {
+        let tessera_first = round % 2 == 1;
+        if let Some(against) = against_tessera.as_mut().filter(|_| tessera_first) {
+            against.measure(&options).await?;
+        }
+        flat.push(options.measure(options.writers, None, true).await?);
+        let rate = Some(options.rate);
+        paced.push(options.measure(options.writers, rate, true).await?);
+        alone.push(options.measure(options.writers, rate, false).await?);
+        if let Some(against) = &mut against_tessera {
+            against
+                .wide
+                .push(options.measure(options.in_flight, None, true).await?);
+        }
+        if let Some(against) = against_tessera.as_mut().filter(|_| !tessera_first) {
+            against.measure(&options).await?;
+        }
     }
-    let figures = |found: &[Found], of: fn(&Found) -> f64| found.iter().map(of).collect::<Vec<_>>();
     let mut comparisons = vec![Comparison {
         subject: format!("events/s signed, {} writers flat out", options.writers),
         yardstick: "events/s appended",
@@ -142,14 +156,14 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
             subject: format!("p99 from append to published, {name}: ms promised"),
             yardstick: "ms found",
             measured: vec![promised; found.len()],
-            against: figures(found, |f| f.delay_ms(990)),
+            against: figures(found, |f| f.delays.since_acknowledged.ms(990)),
             limit: Some(1.0),
         });
         comparisons.push(Comparison {
             subject: format!("p50, {name}: ms promised for p99"),
             yardstick: "ms found",
             measured: vec![promised; found.len()],
-            against: figures(found, |f| f.delay_ms(500)),
+            against: figures(found, |f| f.delays.since_acknowledged.ms(500)),
             limit: None,
         });
     }
@@ -166,6 +180,11 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
         against: paced.iter().zip(&alone).map(cost).collect(),
         limit: Some(1.0),
     });
+    let mut notes = Vec::new();
+    if let Some(against) = against_tessera {
+        notes = against.notes(&options);
+        comparisons.extend(against.comparisons(options.in_flight, &paced));
+    }
     Ok(Report {
         title: format!(
             "Events of {} bytes to signed and published checkpoints, embedded log and tiles on one \
@@ -173,25 +192,162 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
             options.bytes, options.rounds, options.seconds, options.rate
         ),
         unit: "see there",
+        notes,
         comparisons,
     })
 }
 
+fn figures<T>(found: &[T], of: impl Fn(&T) -> f64) -> Vec<f64> {
+    found.iter().map(of).collect()
+}
+
+/// The same work done by Tessera.
+struct AgainstTessera {
+    tessera: Tessera,
+    /// Daybook flat out with as many writers as suit Tessera.
+    wide: Vec<Found>,
+    runs: [TesseraRuns; 2],
+}
+
+/// Its runs with one checkpoint interval.
+struct TesseraRuns {
+    interval: Duration,
+    flat: Vec<tessera::Run>,
+    paced: Vec<tessera::Run>,
+}
+
+impl AgainstTessera {
+    fn new(tessera: Tessera) -> Self {
+        let intervals = [NotaryOptions::default().max_delay, tessera::LEAST_INTERVAL];
+        Self {
+            tessera,
+            wide: Vec::new(),
+            runs: intervals.map(|interval| TesseraRuns {
+                interval,
+                flat: Vec::new(),
+                paced: Vec::new(),
+            }),
+        }
+    }
+
+    async fn measure(&mut self, options: &Options) -> Result<(), Failure> {
+        for runs in &mut self.runs {
+            let flat_out = Load {
+                folder: options.folder.as_deref(),
+                seconds: options.seconds,
+                bytes: options.bytes,
+                in_flight: options.in_flight,
+                rate: None,
+                checkpoint_interval: runs.interval,
+                batch: options.tessera_batch,
+            };
+            let paced = Load {
+                rate: Some(options.rate),
+                ..flat_out
+            };
+            runs.flat.push(self.tessera.run(flat_out).await?);
+            runs.paced.push(self.tessera.run(paced).await?);
+        }
+        Ok(())
+    }
+
+    fn comparisons(&self, writers: usize, paced: &[Found]) -> Vec<Comparison> {
+        let wide = &self.wide;
+        let mut comparisons = Vec::new();
+        for runs in &self.runs {
+            let each = format!("its checkpoints each {} ms", runs.interval.as_millis());
+            let mut compare = |subject, yardstick, measured, against| {
+                comparisons.push(Comparison {
+                    subject: format!("{subject}; {each}"),
+                    yardstick,
+                    measured,
+                    against,
+                    limit: None,
+                });
+            };
+            compare(
+                format!("events/s appended, {writers} writers flat out"),
+                "Tessera",
+                figures(wide, |f| f.appended),
+                figures(&runs.flat, |r| r.durable_per_second),
+            );
+            compare(
+                format!("events/s signed, {writers} writers flat out"),
+                "Tessera",
+                figures(wide, |f| f.signed),
+                figures(&runs.flat, |r| r.published_per_second),
+            );
+            for (name, tessera, daybook) in [
+                ("flat out", &runs.flat, wide.as_slice()),
+                ("paced", &runs.paced, paced),
+            ] {
+                compare(
+                    format!("p50 from call to published, {name}: ms of Tessera"),
+                    "ms of Daybook",
+                    figures(tessera, |r| r.p50_ms),
+                    figures(daybook, |f| f.delays.since_called.ms(500)),
+                );
+                compare(
+                    format!("p99 from call to published, {name}: ms of Tessera"),
+                    "ms of Daybook",
+                    figures(tessera, |r| r.p99_ms),
+                    figures(daybook, |f| f.delays.since_called.ms(990)),
+                );
+            }
+        }
+        comparisons
+    }
+
+    /// How Tessera was set, and in what the two sides differ.
+    fn notes(&self, options: &Options) -> Vec<String> {
+        let [alike, least] = self.runs.each_ref().map(|runs| runs.interval.as_millis());
+        let ran = self.runs[0].flat.first();
+        let (version, syncs) = ran.map_or(("", ""), |run| (&run.version, &run.syncs));
+        vec![
+            format!(
+                "Tessera {version}, POSIX driver, Ed25519, batches of {} entries or 250 ms, \
+                 checkpoints each {alike} ms, as the notary's longest delay, and each {least} ms, \
+                 the least that the driver takes.",
+                options.tessera_batch
+            ),
+            format!(
+                "Both sync before they acknowledge: Daybook by fdatasync of its log, and tiles and \
+                 checkpoint before they are published; Tessera {syncs}."
+            ),
+            "Daybook compares and sets, knows each event by its id, and stores it twice, in the log \
+             and in the tiles; Tessera stores it once, in the tiles, and acknowledges what is in the \
+             tree. Daybook signs at 256 events or after its longest delay."
+                .to_owned(),
+            format!(
+                "Paced, Daybook's {} writers each wait for their acknowledgement, as everywhere; \
+                 Tessera's entries come at fixed times, because writers that wait for a batch do not \
+                 fill one.",
+                options.writers
+            ),
+        ]
+    }
+}
+
 impl Options {
-    async fn measure(&self, rate: Option<u32>, with_notary: bool) -> Result<Found, Failure> {
+    async fn measure(
+        &self,
+        at_once: usize,
+        rate: Option<u32>,
+        with_notary: bool,
+    ) -> Result<Found, Failure> {
         let folder = temporary_folder(self.folder.as_deref())?;
         let log = logs::embedded(&folder.path().join("log")).await?;
-        let acknowledged = Arc::new(Mutex::new(VecDeque::new()));
+        let coverage = Arc::new(Coverage::default());
         let mut side = Observed {
             log: Arc::clone(&log),
-            acknowledged: Arc::clone(&acknowledged),
+            coverage: Arc::clone(&coverage),
             pace: None,
         };
         if let Some(rate) = rate {
             let apart = Duration::from_secs(1) / rate;
             side.pace = Some((apart, Mutex::new(Instant::now())));
         }
-        let mut writers = Prepared::new(side, self.aggregates, self.bytes).await?;
+        let mut writers = Prepared::new(side, self.aggregates.max(at_once), self.bytes).await?;
         let before = log.head().await?.0;
         let cancel = CancellationToken::new();
         let mut running = None;
@@ -205,31 +361,29 @@ impl Options {
             reach(&*tree, before).await;
             running = Some((tree, ended));
         }
-        acknowledged
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
-        let watch = running.as_ref().map(|(tree, _)| {
-            let (tree, cancel) = (Arc::clone(tree), cancel.clone());
-            tokio::spawn(watch(tree, Arc::clone(&acknowledged), cancel))
+        coverage.begin();
+        let watching = running.as_ref().map(|(tree, _)| {
+            let watching = Arc::clone(&coverage).watch(Arc::clone(tree), cancel.clone());
+            tokio::spawn(watching)
         });
         let (cpu, began) = (cpu_time(), Instant::now());
         let duration = Duration::try_from_secs_f64(self.seconds)?;
-        let appended = writers.events_per_second(self.writers, duration).await?;
+        let appended = writers.events_per_second(at_once, duration).await?;
         let cpu = cpu_time().saturating_sub(cpu);
         let mut found = Found {
             appended,
             signed: 0.0,
-            delays: Vec::new(),
+            delays: Delays::default(),
             cpu,
         };
-        if let (Some((tree, ended)), Some(watch)) = (running, watch) {
+        if let (Some((tree, ended)), Some(watching)) = (running, watching) {
             let head = log.head().await?.0;
             reach(&*tree, head).await;
+            coverage.publish(head);
             found.signed = (head - before) as f64 / began.elapsed().as_secs_f64();
+            found.delays = coverage.take_delays();
             cancel.cancel();
-            found.delays = watch.await?;
-            found.delays.sort_unstable();
+            watching.await?;
             ended.await??;
         }
         eprint!(".");
@@ -241,33 +395,6 @@ async fn reach(tree: &dyn PublishedTree, size: u64) {
     while tree.head().is_none_or(|signed| signed.head.size < size) {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-}
-
-/// Notes for each acknowledged event how long it took until it was covered by what is published.
-async fn watch(
-    tree: Arc<dyn PublishedTree>,
-    acknowledged: Arc<Mutex<VecDeque<(u64, Instant)>>>,
-    cancel: CancellationToken,
-) -> Vec<Duration> {
-    let (mut delays, mut seen) = (Vec::new(), 0);
-    while !cancel.is_cancelled() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-        let size = tree.head().map_or(0, |signed| signed.head.size);
-        if size == seen {
-            continue;
-        }
-        seen = size;
-        let now = Instant::now();
-        let mut waiting = acknowledged.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.retain(|(position, at)| {
-            let covered = *position <= size;
-            if covered {
-                delays.push(now.saturating_duration_since(*at));
-            }
-            !covered
-        });
-    }
-    delays
 }
 
 /// What this process has used so far.

@@ -92,6 +92,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
         title: "Deployments whose build and sync do nothing: one after the other, by the time of the median one"
             .to_owned(),
         unit: "deployments/s",
+        notes: Vec::new(),
         comparisons,
     })
 }

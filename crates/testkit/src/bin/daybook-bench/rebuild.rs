@@ -74,6 +74,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
             options.events, options.rounds
         ),
         unit: "events/s",
+        notes: Vec::new(),
         comparisons,
     })
 }

@@ -11,6 +11,8 @@ pub(crate) struct Report {
     pub(crate) title: String,
     /// The unit of the figures: "events/s".
     pub(crate) unit: &'static str,
+    /// In what the sides differ, a sentence or two each.
+    pub(crate) notes: Vec<String>,
     /// What was compared.
     pub(crate) comparisons: Vec<Comparison>,
 }
@@ -97,6 +99,7 @@ impl Report {
         json!({
             "title": self.title,
             "unit": self.unit,
+            "notes": self.notes,
             "machine": { "os": std::env::consts::OS, "arch": std::env::consts::ARCH, "cores": cores },
             "comparisons": comparisons,
         })
@@ -144,6 +147,9 @@ impl fmt::Display for Report {
                 }
             }
             writeln!(f)?;
+        }
+        for note in &self.notes {
+            writeln!(f, "\n{note}")?;
         }
         let noisy = self.comparisons.iter().filter(|c| c.is_noisy()).count();
         if noisy > 0 {
