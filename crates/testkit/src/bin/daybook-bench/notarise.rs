@@ -311,12 +311,14 @@ impl AgainstTessera {
                 options.tessera_batch
             ),
             format!(
-                "Both sync before they acknowledge: Daybook by fdatasync of its log, and tiles and \
-                 checkpoint before they are published; Tessera {syncs}."
+                "Daybook syncs before it acknowledges (fdatasync of its log), and tiles and checkpoint \
+                 before they are published. Tessera syncs {syncs}."
             ),
             "Daybook compares and sets, knows each event by its id, and stores it twice, in the log \
              and in the tiles; Tessera stores it once, in the tiles, and acknowledges what is in the \
-             tree. Daybook signs at 256 events or after its longest delay."
+             tree. So Tessera's writers wait for its tree, and Daybook's do not wait for the \
+             notary: flat out, what is not signed yet may pile up. Daybook signs at 256 events or \
+             after its longest delay."
                 .to_owned(),
             format!(
                 "Paced, Daybook's {} writers each wait for their acknowledgement, as everywhere; \
