@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_events::Position;
-use daybook_events::log::{Consumer, ConsumerConfig, Delivery, EventLog};
+use daybook_events::log::{Consumer, ConsumerConfig, Delivery, EventLog, ReadError};
 use daybook_events::subject::{AggregateKind, SubjectFilter};
 
 use super::{Backend, a_build, a_deployment, an_event, append, append_many, never, within};
@@ -25,8 +25,19 @@ fn patient(name: &str) -> ConsumerConfig {
     }
 }
 
+/// Opens a consumer, as often as it takes: a cluster that chooses a leader is away for a moment.
 async fn open(log: &Arc<dyn EventLog>, config: ConsumerConfig) -> Arc<dyn Consumer> {
-    within("a consumer", log.consumer(config)).await.unwrap()
+    within("a consumer", async {
+        loop {
+            match log.consumer(config.clone()).await {
+                Err(ReadError::Unavailable(_)) => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                opened => return opened.unwrap(),
+            }
+        }
+    })
+    .await
 }
 
 async fn next(consumer: &Arc<dyn Consumer>) -> Delivery {
