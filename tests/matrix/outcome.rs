@@ -87,9 +87,7 @@ fn events(stage: &mut Stage) -> BTreeMap<String, u64> {
 /// How many files there are of each name, but for those that each run has in its own number: of the log, its
 /// consumers and its tree, of projections, and of git objects, which carry times.
 fn files(data: &Path) -> BTreeMap<String, u32> {
-    const OWN: [&str; 8] = [
-        // What was being written to the image store is removed by a start an hour later.
-        "images/tmp/",
+    const OWN: [&str; 7] = [
         "log/segments/",
         "log/index/",
         "log/consumers/",

@@ -13,7 +13,8 @@
 //! - `index.json` is replaced as a whole, by one writer at a time (`index.lock`); readers need no
 //!   lock.
 //! - What a crash leaves in `tmp/` is removed when the folder is next opened. A file that a
-//!   writer still works on is locked and stays.
+//!   writer still works on is locked and stays; none is made while somebody looks (`index.lock`),
+//!   so that one without a lock is nobody's.
 //! - Reading checks the digest: [`BlobReader`] fails at the end of content that is not what its
 //!   name says, and [`Layout::read`] returns nothing of it.
 
@@ -21,7 +22,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use daybook_events::Digest;
 use daybook_failpoints::reached;
@@ -35,10 +35,6 @@ use super::{ImageError, canonical_json};
 
 /// Manifests, indexes and configurations are small; a larger one is refused. In bytes.
 pub const MAX_DOCUMENT: u64 = 4 * 1024 * 1024;
-
-/// An unlocked file in `tmp/` that is older than this was left by a crash. The age only guards
-/// the moment between the creation of a file and its lock.
-const STALE_AFTER: Duration = Duration::from_secs(60);
 
 /// A content store in the form of an OCI image layout folder. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -80,7 +76,7 @@ impl Layout {
         if !root.join("index.json").exists() {
             layout.replace("index.json", &empty_index()?)?;
         }
-        layout.remove_stale_temporaries()?;
+        layout.remove_abandoned()?;
         Ok(layout)
     }
 
@@ -122,12 +118,16 @@ impl Layout {
 
     /// Starts a blob. Nothing of it is seen before [`BlobWriter::finish`].
     pub fn writer(&self) -> Result<BlobWriter, ImageError> {
-        let doing = || format!("creating a file in {}", self.temporary().display());
-        let file = tempfile::Builder::new()
-            .prefix("blob-")
-            .tempfile_in(self.temporary())
-            .map_err(ImageError::io(doing()))?;
-        file.as_file().lock().map_err(ImageError::io(doing()))?;
+        // Whoever removes what was abandoned holds the lock alone, and so never meets a file that
+        // is made and not locked yet.
+        let index = self.index_lock(File::lock_shared)?;
+        let file = self
+            .temporary_file("blob-")
+            .map_err(ImageError::io(format!(
+                "creating a file in {}",
+                self.temporary().display()
+            )))?;
+        drop(index);
         Ok(BlobWriter {
             layout: self.clone(),
             file,
@@ -255,8 +255,13 @@ impl Layout {
         serde_json::from_slice(&bytes).map_err(|e| self.invalid("index.json", e))
     }
 
-    /// Keeps other writers of `index.json` out until the returned file is dropped.
+    /// Keeps other writers of `index.json`, and makers of temporary files, out until the returned
+    /// file is dropped.
     fn lock_index(&self) -> Result<File, ImageError> {
+        self.index_lock(File::lock)
+    }
+
+    fn index_lock(&self, lock: fn(&File) -> io::Result<()>) -> Result<File, ImageError> {
         let path = self.root.join("index.lock");
         let doing = || format!("locking {}", path.display());
         let file = OpenOptions::new()
@@ -265,26 +270,33 @@ impl Layout {
             .write(true)
             .open(&path)
             .map_err(ImageError::io(doing()))?;
-        file.lock().map_err(ImageError::io(doing()))?;
+        lock(&file).map_err(ImageError::io(doing()))?;
         Ok(file)
     }
 
-    /// Replaces a document of the layout as a whole.
+    /// A new file in `tmp/`, locked for as long as it is there. The index must be locked meanwhile.
+    fn temporary_file(&self, prefix: &str) -> io::Result<tempfile::NamedTempFile> {
+        let file = tempfile::Builder::new()
+            .prefix(prefix)
+            .tempfile_in(self.temporary())?;
+        file.as_file().lock()?;
+        Ok(file)
+    }
+
+    /// Replaces a document of the layout as a whole. The index must be locked.
     fn replace(&self, name: &str, document: &impl serde::Serialize) -> Result<(), ImageError> {
         let bytes = canonical_json(document).map_err(|e| self.invalid(name, e))?;
         let path = self.root.join(name);
         let write = || -> io::Result<()> {
-            let mut file = tempfile::Builder::new()
-                .prefix("document-")
-                .tempfile_in(self.temporary())?;
-            file.as_file().lock()?;
+            let mut file = self.temporary_file("document-")?;
             file.write_all(&bytes)?;
             publish(file, &path)
         };
         write().map_err(ImageError::io(format!("writing {}", path.display())))
     }
 
-    fn remove_stale_temporaries(&self) -> Result<(), ImageError> {
+    /// Removes what no writer works on any more. The index must be locked.
+    fn remove_abandoned(&self) -> Result<(), ImageError> {
         let folder = self.temporary();
         let doing = || format!("cleaning {}", folder.display());
         for entry in fs::read_dir(&folder).map_err(ImageError::io(doing()))? {
@@ -293,10 +305,7 @@ impl Layout {
             let Ok(file) = File::open(&path) else {
                 continue;
             };
-            let old = file.metadata().and_then(|m| m.modified()).is_ok_and(|at| {
-                SystemTime::now().duration_since(at).unwrap_or_default() >= STALE_AFTER
-            });
-            if old && file.try_lock().is_ok() {
+            if file.try_lock().is_ok() {
                 let _ = fs::remove_file(&path);
             }
         }
