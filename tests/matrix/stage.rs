@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 
 use crate::support::{Answer, Folder, PATIENCE, Process, processes_in, processes_of, request};
 
-/// A time in which nobody could be served: from the last sign of life of a process to the moment
+/// A time in which nobody could be served: from the moment in which a process was killed to the one
 /// in which its successor said that it was ready.
 #[derive(Debug, Clone, Copy)]
 pub struct Outage {
@@ -31,9 +31,21 @@ struct Part {
     /// Where it is to die, for its first life only.
     failpoint: Option<String>,
     process: Option<Process>,
-    seen_alive: Instant,
+    /// What it writes the places to that it reaches.
+    trace: PathBuf,
     /// Whether requests depend on it.
     serves: bool,
+}
+
+impl Part {
+    /// When its processes last reached a place; none if they have not yet. For a process that was
+    /// killed at one this is the moment of its death: when it is gone for its parent is later than
+    /// when nobody answers any more.
+    fn last_reached(&self) -> Option<Instant> {
+        let written = std::fs::metadata(&self.trace).and_then(|m| m.modified());
+        let since = written.ok()?.elapsed().unwrap_or_default();
+        Instant::now().checked_sub(since)
+    }
 }
 
 /// All processes of a run, over one data folder.
@@ -84,9 +96,8 @@ impl Cast {
 }
 
 impl Stage {
-    /// Starts everything. The part that is named dies at its failpoint; each part writes the
-    /// places that it reaches to a file of its own, if `trace` is set.
-    pub fn start(cast: &Cast, failpoint: Option<(&str, &str)>, trace: bool) -> Self {
+    /// Starts everything. The part that is named dies at its failpoint.
+    pub fn start(cast: &Cast, failpoint: Option<(&str, &str)>) -> Self {
         let folder = Folder::new();
         let (api, gateway) = (free_port(), free_port());
         let nats = cast.nats.as_ref().map(|binary| {
@@ -104,13 +115,11 @@ impl Stage {
             }
             let mut env = Vec::new();
             env.extend(url.clone().map(|url| ("DAYBOOK_NATS".to_owned(), url)));
-            if trace {
-                let file = trace_file(&folder, name);
-                env.push((
-                    "DAYBOOK_FAILPOINTS_TRACE".into(),
-                    file.to_str().unwrap().into(),
-                ));
-            }
+            let trace = folder.path().join(format!("{name}.trace"));
+            env.push((
+                "DAYBOOK_FAILPOINTS_TRACE".into(),
+                trace.to_str().unwrap().into(),
+            ));
             Part {
                 name,
                 args,
@@ -119,7 +128,7 @@ impl Stage {
                     .filter(|(part, _)| part == name)
                     .map(|(_, place)| place.to_owned()),
                 process: None,
-                seen_alive: Instant::now(),
+                trace,
                 serves: roles.is_none_or(|r| r.contains("gateway")),
             }
         });
@@ -139,7 +148,9 @@ impl Stage {
 
     /// The places that a part has reached, in order.
     pub fn trace(&self, part: &str) -> Vec<String> {
-        let text = std::fs::read_to_string(trace_file(&self.folder, part)).unwrap_or_default();
+        let mut parts = self.parts.iter();
+        let trace = &parts.find(|p| p.name == part).unwrap().trace;
+        let text = std::fs::read_to_string(trace).unwrap_or_default();
         text.lines().map(str::to_owned).collect()
     }
 
@@ -148,10 +159,7 @@ impl Stage {
         for part in &mut self.parts {
             if let Some(process) = &mut part.process {
                 match process.ended() {
-                    None => {
-                        part.seen_alive = Instant::now();
-                        continue;
-                    }
+                    None => continue,
                     Some(status) => {
                         let expected = part.failpoint.take().is_some();
                         assert!(
@@ -164,8 +172,7 @@ impl Stage {
                     }
                 }
             }
-            let died = self.deaths > 0;
-            let from = part.seen_alive;
+            let mut died = part.last_reached();
             let deadline = Instant::now() + PATIENCE;
             loop {
                 let args: Vec<&str> = part.args.iter().map(String::as_str).collect();
@@ -181,6 +188,7 @@ impl Stage {
                     Err(refused) if refused.code == -1 && part.failpoint.is_some() => {
                         part.failpoint = None;
                         self.deaths += 1;
+                        died = part.last_reached();
                     }
                     Err(refused) => assert!(
                         refused.stderr.contains("address_unusable") && Instant::now() < deadline,
@@ -189,8 +197,7 @@ impl Stage {
                     ),
                 }
             }
-            part.seen_alive = Instant::now();
-            if died && part.serves {
+            if let Some(from) = died.filter(|_| part.serves) {
                 let to = Instant::now();
                 self.outages.lock().unwrap().push(Outage { from, to });
             }
@@ -265,8 +272,4 @@ impl Stage {
         std::thread::sleep(std::time::Duration::from_millis(10));
         self.revive();
     }
-}
-
-fn trace_file(folder: &Folder, part: &str) -> PathBuf {
-    folder.path().join(format!("{part}.trace"))
 }
