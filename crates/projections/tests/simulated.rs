@@ -29,6 +29,8 @@ const CASES: u32 = 2000;
 const AT_ONCE: usize = 64;
 const WRITERS: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(30);
+/// More often than this no event is appended anew in the stead of a void one.
+const STEADS: usize = 32;
 
 /// What one case does.
 #[derive(Debug, Clone)]
@@ -83,6 +85,7 @@ impl Process {
                 Ok(executed) => {
                     said.push(Said {
                         position: executed.position().unwrap(),
+                        id: context.id,
                         kind: event.kind(),
                     });
                     return;
@@ -117,7 +120,16 @@ impl Process {
 /// What a command was told.
 struct Said {
     position: Position,
+    id: EventId,
     kind: &'static str,
+}
+
+impl Said {
+    /// Whether an event is the command's: its own, or one in the stead of a void one.
+    fn is_of(&self, event: EventId) -> bool {
+        let stead = std::iter::successors(Some(self.id), |id| Some(id.in_its_stead()));
+        stead.take(STEADS).any(|id| id == event)
+    }
 }
 
 /// One of the events that may follow on a status; none at the end of the life.
@@ -170,7 +182,7 @@ async fn judge(
 ) -> Result<(), String> {
     // Folded once more by hand, every step checked against the table.
     let mut folded = Folded::<Deployment>::default();
-    let mut counted = HashSet::new();
+    let mut counted = Vec::new();
     let mut steps = HashSet::new();
     for recorded in log.read_aggregate(&subject()).await.unwrap() {
         let event = recorded.event().unwrap();
@@ -178,7 +190,7 @@ async fn judge(
         if folded.apply(recorded.position, &event).is_err() {
             continue;
         }
-        counted.insert((recorded.position, event.short_kind().to_owned()));
+        counted.push((recorded.position, event.id, event.short_kind().to_owned()));
         let Some((status, cause)) = before else {
             continue;
         };
@@ -191,12 +203,26 @@ async fn judge(
             return Err(format!("{kind} counted twice after {status:?}"));
         }
     }
-    for Said { position, kind } in said {
-        // A repetition may be told a later position, up to which only void events follow.
-        let mut counted = counted.iter();
-        if !counted.any(|(at, counts)| at <= position && counts == kind) {
+    for said in said {
+        let Said { position, kind, .. } = said;
+        let own: Vec<_> = counted
+            .iter()
+            .filter(|(_, id, _)| said.is_of(*id))
+            .collect();
+        let [(at, _, counts)] = own[..] else {
             return Err(format!(
-                "{kind} was said to be at {position}, and does not count"
+                "{kind} was said to be at {position}, and counts {} times",
+                own.len()
+            ));
+        };
+        if counts != kind {
+            return Err(format!("{kind} was said to be at {position}: {counts}"));
+        }
+        // A repetition may be told a later position, up to which only void events follow.
+        let between = |at_other: Position| *at < at_other && at_other <= *position;
+        if at > position || counted.iter().any(|(other, ..)| between(*other)) {
+            return Err(format!(
+                "{kind} was said to be at {position}, and is at {at}"
             ));
         }
     }
