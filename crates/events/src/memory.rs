@@ -119,8 +119,10 @@ impl MemoryLog {
             }
         }
         let position = data.push(append.subject, Some(append.id), append.bytes);
-        drop(data);
+        // Told while nobody else can append: a head that stands behind an event that was read, or goes
+        // back, is a log that lost its tail.
         self.shared.head.send_replace(position);
+        drop(data);
         if fault == Some(Fault::LostAck) {
             return Err(AppendError::Unknown("as it was told".to_owned()));
         }
@@ -132,7 +134,8 @@ impl MemoryLog {
 
     /// Stores bytes as they are, whatever they are: poison, or an event of another version.
     pub fn store(&self, subject: Subject, bytes: impl Into<bytes::Bytes>) -> Position {
-        let position = self.data().push(subject, None, bytes.into());
+        let mut data = self.data();
+        let position = data.push(subject, None, bytes.into());
         self.shared.head.send_replace(position);
         position
     }
