@@ -51,6 +51,9 @@ pub enum Outcome {
     Retry(String),
     /// The process shuts down; somebody else is to go on, at once.
     Interrupted,
+    /// The event was handed over again meanwhile, and somebody else works on it: theirs is the
+    /// answer. If they die before they give it, it is handed over once more.
+    Overtaken,
 }
 
 /// One kind of worker.
@@ -297,6 +300,7 @@ impl Driver {
             Some(Outcome::Wait(delay)) => delivery.reply.nak(delay).await,
             Some(Outcome::Retry(_)) => delivery.reply.nak(self.delay(delivery.attempt)).await,
             Some(Outcome::Interrupted) => delivery.reply.nak(Duration::ZERO).await,
+            Some(Outcome::Overtaken) => Ok(()),
             None => delivery.reply.term().await,
         };
         self.answering("ack.after", kind.as_deref(), &outcome);

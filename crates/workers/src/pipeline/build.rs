@@ -61,7 +61,10 @@ impl Worker for Builds {
             Ok(()) => Outcome::Done,
             Err(Stop::Moved(refusal)) => {
                 tracing::info!(build.id = %id, code = refusal.code, "what this attempt found came too late");
-                Outcome::Done
+                match self.build(&a.subject) {
+                    Ok(Some(build)) if !build.status.is_final() => Outcome::Overtaken,
+                    _ => Outcome::Done,
+                }
             }
             Err(Stop::Interrupted) => Outcome::Interrupted,
             Err(Stop::Retry(why)) => Outcome::Retry(why),

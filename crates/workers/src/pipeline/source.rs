@@ -89,10 +89,16 @@ impl Source {
             let event = DeploymentEvent::CloningStarted(CloningStarted {
                 worker: self.bench.settings.worker.clone(),
             });
-            row = self
+            row = match self
                 .bench
                 .advance(ROLE, &row, "cloning_started", event)
-                .await?;
+                .await
+            {
+                // Somebody else took it on, who may die: the event is only done when its commit is
+                // known.
+                Err(Stop::Moved(refusal)) => return Err(Stop::Retry(refusal.message)),
+                advanced => advanced?,
+            };
         }
         let source = self.sources.resolve(&url, &git_ref).await?;
         let source = self.bench.masked(&row.subject, source);
