@@ -5,15 +5,15 @@ use std::time::{Duration, Instant};
 
 use crate::Failure;
 use crate::command::{cargo, output, run as run_command};
-use crate::{deny, fuzz, rooms, schemas, test};
+use crate::{deny, fuzz, matrix, rooms, schemas, test};
 
 pub(crate) const HELP: &str = "\
 Run everything that must be green before a merge, with the time of each step
 
 Usage: cargo xtask ci
 
-In order: cargo fmt --check, clippy with warnings as errors, rooms, deny, schemas --check, test, and
-fuzz for a short while.
+In order: cargo fmt --check, clippy with warnings as errors, rooms, deny, schemas --check, test,
+matrix, and fuzz for a short while.
 All steps run, even after one has failed. Nothing may be left out (DAYBOOK_REQUIRE=all), except
 advisories where their database cannot be reached, and fuzzing where there is no nightly toolchain
 and none can be installed.
@@ -21,13 +21,14 @@ and none can be installed.
 
 type Step = fn() -> Result<Option<String>, Failure>;
 
-const STEPS: [(&str, Step); 7] = [
+const STEPS: [(&str, Step); 8] = [
     ("fmt", fmt),
     ("clippy", clippy),
     ("rooms", || rooms::check().map(|()| None)),
     ("deny", deny::check),
     ("schemas", || schemas::check().map(|()| None)),
     ("test", all_tests),
+    ("matrix", || matrix::all().map(|()| None)),
     ("fuzz", fuzz::shortly),
 ];
 

@@ -1,9 +1,9 @@
 //! `cargo xtask matrix`: the whole scenario once for each failpoint, killed there.
 
-use std::process::ExitCode;
+use std::process::{ExitCode, ExitStatus};
 
 use crate::Failure;
-use crate::command::{cargo, exit_code, status};
+use crate::command::{cargo, exit_code, run as run_command, status};
 
 pub(crate) const HELP: &str = "\
 Kill the binary at each failpoint, and check that nothing is lost, doubled or left behind
@@ -27,13 +27,24 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
     if let Some(unknown) = unknown {
         return Err(format!("unknown argument {unknown:?}; see --help").into());
     }
-    status(&mut command(arguments)).map(exit_code)
+    run_matrix(arguments).map(exit_code)
 }
 
-fn command(arguments: &[String]) -> std::process::Command {
+/// All places once; it is an error if one run fails.
+pub(crate) fn all() -> Result<(), Failure> {
+    match run_matrix(&[])? {
+        ended if ended.success() => Ok(()),
+        _ => Err("a crash was not survived".into()),
+    }
+}
+
+fn run_matrix(arguments: &[String]) -> Result<ExitStatus, Failure> {
     let mut test = cargo();
     test.args(["test", "-p", "daybook", "--features", "failpoints"])
         .args(["--test", "matrix", "--"])
         .args(arguments);
-    test
+    let ended = status(&mut test);
+    // Where everybody looks for the binary is none now that can be made to die.
+    run_command(cargo().args(["build", "-p", "daybook"]))?;
+    ended
 }
