@@ -353,6 +353,11 @@ async fn deploying(bench: &Bench, row: DeploymentRow) -> Result<(), Stop> {
         return Ok(());
     };
     assign(bench, &row).await?;
+    // Another process may have ended it before that, and found no route to withdraw.
+    let row = bench.reread(&row, None).await?;
+    if matches!(row.state.status, Status::Failed | Status::Cancelled) {
+        return withdraw(bench, &row).await;
+    }
     let (table, applied, main) = routed(bench, &row)?;
     if applied {
         let event = DeploymentEvent::Succeeded(Succeeded {
