@@ -92,6 +92,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
             options.rounds
         ),
         unit: "commits/s",
+        notes: Vec::new(),
         comparisons: vec![
             comparison("git plumbing", against_stateless, Some(LIMIT)),
             comparison("git plumbing, index kept", against_keeping, None),
