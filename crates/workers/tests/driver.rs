@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 /// Finds somebody else at work the first time, who does not come to an end.
-struct Overtaken(mpsc::UnboundedSender<u32>);
+struct Overtaken(mpsc::Sender<u32>);
 
 #[async_trait]
 impl Worker for Overtaken {
@@ -29,7 +29,7 @@ impl Worker for Overtaken {
         true
     }
     async fn activate(&self, activation: &Activation) -> Outcome {
-        self.0.send(activation.attempt).unwrap();
+        self.0.send(activation.attempt).await.unwrap();
         match activation.attempt {
             1 => Outcome::Overtaken,
             _ => Outcome::Done,
@@ -50,7 +50,7 @@ async fn what_somebody_else_works_on_comes_again_if_they_never_answer() {
         log.clone(),
         cancel.clone(),
     ));
-    let (sender, mut attempts) = mpsc::unbounded_channel();
+    let (sender, mut attempts) = mpsc::channel(16);
     let options = DriverOptions {
         ack_wait: Duration::from_millis(200),
         ..DriverOptions::default()
