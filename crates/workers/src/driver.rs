@@ -354,18 +354,13 @@ impl Driver {
             Ok(()) if delivery.attempt > self.options.max_tries * 2 => {
                 Outcome::Retry("no try came to an end".to_owned())
             }
-            Ok(()) => AssertUnwindSafe(self.worker.activate(&activation))
-                .catch_unwind()
-                .await
-                .unwrap_or_else(|panic| {
-                    Outcome::Retry(format!("it panicked: {}", panic_text(&panic)))
-                }),
+            Ok(()) => caught(self.worker.activate(&activation)).await,
         };
         match &outcome {
             Outcome::Retry(why) if delivery.attempt >= self.options.max_tries => {
                 tracing::error!(worker = %self.worker.name(), subject = %activation.subject,
                     position = %activation.position, attempts = delivery.attempt, %why, "given up");
-                match self.worker.give_up(&activation, why).await {
+                match caught(self.worker.give_up(&activation, why)).await {
                     Outcome::Done => None,
                     unrecorded => Some(unrecorded),
                 }
@@ -378,6 +373,14 @@ impl Driver {
             _ => Some(outcome),
         }
     }
+}
+
+/// What comes of it; a panic is a try that did not work.
+async fn caught(work: impl Future<Output = Outcome>) -> Outcome {
+    AssertUnwindSafe(work)
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|panic| Outcome::Retry(format!("it panicked: {}", panic_text(&panic))))
 }
 
 fn panic_text(panic: &Box<dyn std::any::Any + Send>) -> String {

@@ -259,7 +259,7 @@ async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
     };
     match row.state.status {
         Status::Deploying => deploying(bench, row).await,
-        Status::Stopping if row.state.workload_is_gone() => {
+        Status::Stopping if replicas(&row.state) == Some(0) && row.state.workload_is_gone() => {
             done(bench, &row, "stopped", DeploymentEvent::Stopped).await
         }
         Status::Starting => match row.state.fatal_problem() {
@@ -275,7 +275,7 @@ async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
                     .await
                     .map(|_| ())
             }
-            None if is_committed(&row.state) && row.state.workload_is_ready() => {
+            None if replicas(&row.state) > Some(0) && row.state.workload_is_ready() => {
                 done(bench, &row, "started", DeploymentEvent::RestartDone).await
             }
             None => Ok(()),
@@ -292,13 +292,10 @@ async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
     }
 }
 
-/// Whether the commit that starts it again is known: observations before it are of the time
-/// before it was stopped.
-fn is_committed(state: &Deployment) -> bool {
-    state
-        .change
-        .as_ref()
-        .is_some_and(|c| c.replicas.is_some_and(|r| r > 0))
+/// The replicas that the newest recorded commit after its success asks for. What was observed before
+/// that commit is of the time before, and nothing can be recorded of it once the step has ended.
+fn replicas(state: &Deployment) -> Option<u32> {
+    state.change.as_ref().and_then(|change| change.replicas)
 }
 
 async fn done(
