@@ -88,15 +88,24 @@ async fn three_servers_keep_a_stream_whose_leader_is_killed() {
     for binary in all_binaries() {
         let mut cluster = NatsCluster::start(&binary).await;
         let js = jetstream_at(&cluster.url()).await;
-        let stream = js
-            .create_stream(stream::Config {
-                name: "KEPT".into(),
-                subjects: vec!["kept".into()],
-                num_replicas: 3,
-                ..Default::default()
-            })
+        let config = stream::Config {
+            name: "KEPT".into(),
+            subjects: vec!["kept".into()],
+            num_replicas: 3,
+            ..Default::default()
+        };
+        // Servers that are ready may still be choosing who places streams.
+        let created = async {
+            loop {
+                if let Ok(stream) = js.get_or_create_stream(config.clone()).await {
+                    break stream;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let stream = tokio::time::timeout(Duration::from_secs(20), created)
             .await
-            .unwrap();
+            .expect("the cluster places a stream");
         js.publish("kept", "1".into()).await.unwrap().await.unwrap();
         let leader = stream
             .cached_info()
