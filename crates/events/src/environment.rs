@@ -171,6 +171,7 @@ impl Aggregate for Environment {
             (Deleted, EnvironmentEvent::Created(e)) => *self = Self::new(e, at),
             (Active, EnvironmentEvent::Changed(e)) => self.spec = e.spec,
             (Active, EnvironmentEvent::DeletionRequested(_)) => self.enter(Deleting, at),
+            (Deleting, EnvironmentEvent::DeletionRequested(_)) => {}
             (Deleting, EnvironmentEvent::Deleted(_)) => self.enter(Deleted, at),
             (status, _) => {
                 let state = match status {
@@ -193,8 +194,8 @@ fn not_found() -> Refusal {
     )
 }
 
-/// Decides whether `event` may be appended. Deleting what is being deleted, or is deleted, changes
-/// nothing.
+/// Decides whether `event` may be appended. Asking again to delete what is being deleted is an event
+/// of its own, with which the workers go on where they gave up; what is deleted stays so.
 pub fn decide(
     state: Option<&Environment>,
     event: EnvironmentEvent,
@@ -221,8 +222,8 @@ pub fn decide(
             })
         }
         (Some(_), EnvironmentEvent::DeletionRequested(_)) => Ok(match status {
-            Active => Decision::Append(event),
-            Deleting | Deleted => Decision::Nothing,
+            Active | Deleting => Decision::Append(event),
+            Deleted => Decision::Nothing,
         }),
         (Some(_), EnvironmentEvent::Deleted(_)) => match status {
             Deleting => Ok(Decision::Append(event)),

@@ -100,7 +100,8 @@ impl Worker for EnvironmentEnds {
         outcome(self.0.clear(project, environment).await)
     }
     async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
-        tracing::error!(subject = %a.subject, %why, "an environment waits for its end");
+        tracing::error!(subject = %a.subject, %why,
+            "an environment waits for its end; `daybook env delete` again goes on with it");
         Outcome::Done
     }
 }
