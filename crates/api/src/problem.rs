@@ -9,7 +9,7 @@ use std::error::Error;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daybook_events::log::{AppendError, ReadError};
-use daybook_events::{InvalidName, Refusal};
+use daybook_events::{InvalidName, Refusal, with_causes};
 use daybook_projections::{ExecuteError, PastError, QueryError};
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -76,14 +76,7 @@ impl Problem {
     /// Something that should not happen. The chain of the cause goes to the log, not to the
     /// caller.
     pub fn internal(cause: &(dyn Error + 'static)) -> Self {
-        let mut chain = cause.to_string();
-        let mut source = cause.source();
-        while let Some(e) = source {
-            chain.push_str(": ");
-            chain.push_str(&e.to_string());
-            source = e.source();
-        }
-        tracing::error!(error = chain, "a request failed inside");
+        tracing::error!(error = with_causes(cause), "a request failed inside");
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "internal",

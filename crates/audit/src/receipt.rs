@@ -19,6 +19,7 @@ use bytes::Bytes;
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::DeploymentEvent;
 use daybook_events::tree::TreeHead;
+use daybook_events::with_causes;
 use daybook_events::{DeploymentId, Event, EventId, Position};
 use daybook_store::tlog::{
     Checkpoint, CheckpointError, ProofFile, ReadTiles, TreeError, TreeReader, VerifierKey,
@@ -31,7 +32,7 @@ use crate::about::{Events, events_of};
 pub use crate::about::{Look, named};
 use crate::archive::{Reader, Stop, Writer};
 use crate::source::{CHECKPOINT, KEYS};
-use crate::verify::{Trust, in_one};
+use crate::verify::Trust;
 
 /// The version of the format.
 pub const FORMAT: &str = "daybook.dev/receipt/v1";
@@ -338,7 +339,7 @@ pub fn check_receipt(
         let (event, proof) = (format!("events/{position}"), format!("proofs/{position}"));
         let entry = file(&event)?;
         let proof_bytes = file(&proof)?;
-        let parsed = ProofFile::parse(proof_bytes).map_err(|e| broken(&proof, in_one(&e)))?;
+        let parsed = ProofFile::parse(proof_bytes).map_err(|e| broken(&proof, with_causes(&e)))?;
         if position.0.checked_sub(1) != Some(parsed.index) || parsed.extra.is_some() {
             let message = format!(
                 "it is of leaf {}, and not of position {position}",
@@ -356,7 +357,7 @@ pub fn check_receipt(
                     &event,
                     format!("the proof does not lead from it to the signed root: {e}"),
                 ),
-                other => broken(&proof, in_one(&other)),
+                other => broken(&proof, with_causes(&other)),
             })?;
         let this = (checkpoint.head, parsed.checkpoint.clone());
         if *head.get_or_insert_with(|| this.clone()) != this {
@@ -393,10 +394,11 @@ pub fn check_receipt(
         let message = "it says something else than follows from the events".to_owned();
         return Err(broken(SUBJECT, message));
     }
-    let (_, note) = Checkpoint::parse_unverified(&note).map_err(|e| broken(SUBJECT, in_one(&e)))?;
+    let (_, note) =
+        Checkpoint::parse_unverified(&note).map_err(|e| broken(SUBJECT, with_causes(&e)))?;
     let good = note
         .verify(&keys)
-        .map_err(|e| broken(SUBJECT, in_one(&e)))?;
+        .map_err(|e| broken(SUBJECT, with_causes(&e)))?;
     // The keys in the receipt are those that its checkpoint is signed with, or older ones.
     Ok(Checked {
         statement: follows,

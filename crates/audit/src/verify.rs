@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use daybook_events::aggregate::Void;
 use daybook_events::tree::TreeHead;
-use daybook_events::{AnyPayload, Position};
+use daybook_events::{AnyPayload, Position, with_causes};
 use daybook_projections::StateHash;
 use daybook_store::tlog::{
     Checkpoint, CheckpointError, Hash, SignatureError, TILE_WIDTH, TileKind, TilePath, VerifierKey,
@@ -580,7 +580,7 @@ fn judge_checkpoint(
     let (checkpoint, parsed) = match Checkpoint::parse_unverified(note) {
         Ok(parsed) => parsed,
         Err(e) => {
-            findings.push(Kind::CheckpointMalformed, place(), in_one(&e));
+            findings.push(Kind::CheckpointMalformed, place(), with_causes(&e));
             return None;
         }
     };
@@ -666,25 +666,14 @@ fn older(
             None
         }
         Err(CheckpointError::Signature(e)) => {
-            findings.push(Kind::CheckpointUntrusted, place(), in_one(&e));
+            findings.push(Kind::CheckpointUntrusted, place(), with_causes(&e));
             None
         }
         Err(e) => {
-            findings.push(Kind::CheckpointMalformed, place(), in_one(&e));
+            findings.push(Kind::CheckpointMalformed, place(), with_causes(&e));
             None
         }
     }
-}
-
-/// An error with what caused it, in one line.
-pub(crate) fn in_one(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// A tile above the leaves, with its first hash that does not follow from what is below it.
