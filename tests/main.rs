@@ -14,6 +14,7 @@ mod credentials;
 mod demo;
 mod environments;
 mod gitops;
+mod gitops_remote;
 mod images;
 mod kill;
 mod ledger;

@@ -7,7 +7,8 @@
 //! `cargo xtask matrix` runs it: each place once. Arguments are parts of the names of places, and
 //! leave the others out (`cargo xtask matrix image.push`); with `--all` each place has a run for the
 //! first time that it is reached, too; with `--nats` the workers are processes of their own, on
-//! JetStream, and one of them dies.
+//! JetStream, and one of them dies; with `--remote` GitOps commits are pushed to a server of their
+//! own.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 #![allow(
     unreachable_pub,
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
     let (flags, filters): (Vec<String>, Vec<String>) =
         std::env::args().skip(1).partition(|a| a.starts_with('-'));
     let has = |flag: &str| flags.iter().any(|f| f == flag);
-    let cast = if has("--nats") {
+    let mut cast = if has("--nats") {
         match Cast::on_nats() {
             Some(cast) => cast,
             None => {
@@ -41,5 +42,6 @@ fn main() -> ExitCode {
     } else {
         Cast::alone()
     };
+    cast.remote = has("--remote");
     cells::run(&cast, &filters, has("--all"))
 }

@@ -144,6 +144,15 @@ pub fn complaints(stage: &mut Stage) -> Vec<String> {
     }
     let repository = stage.folder.data().join("git/shop.git");
     git(&repository, &["fsck", "--strict", "--no-dangling"]);
+    if let Some(forge) = &stage.forge {
+        let (here, there) = (
+            git(&repository, &["rev-parse", "main"]),
+            forge.repository.git(&["rev-parse", "main"]),
+        );
+        if here != there {
+            wrong.push(format!("the remote is at {there}, and here is {here}"));
+        }
+    }
     wrong
 }
 

@@ -52,6 +52,10 @@ pub fn play(stage: &mut Stage, versions: &Versions) -> (Cast, Vec<String>) {
         json!({"name": "shop"}),
         "project",
     );
+    if let Some(url) = stage.forge.as_ref().map(|forge| forge.url()) {
+        let path = "/api/v1/projects/shop/gitops/remote";
+        stage.ask(&Method::PUT, path, Some(&json!({ "url": url })), "remote");
+    }
     post(
         stage,
         "/api/v1/projects/shop/environments",

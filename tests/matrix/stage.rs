@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use daybook_testkit::free_port;
+use daybook_testkit::git::{BareRemote, GitHttpServer};
 use daybook_testkit::nats::{NatsBinary, NatsServer};
 use reqwest::Method;
 use serde_json::Value;
@@ -54,6 +55,7 @@ pub struct Stage {
     // Before the folder: what runs ends before the folder goes.
     parts: Vec<Part>,
     _nats: Option<(NatsServer, Runtime)>,
+    pub forge: Option<Forge>,
     pub folder: Folder,
     pub url: String,
     pub gateway: String,
@@ -69,6 +71,34 @@ pub struct Cast {
     pub parts: Vec<(&'static str, Option<&'static str>)>,
     /// The nats-server that each run has one of; none for the embedded log.
     pub nats: Option<NatsBinary>,
+    /// Whether GitOps commits are pushed to a server over HTTP, one for each run.
+    pub remote: bool,
+}
+
+/// Where the GitOps commits of a run are pushed.
+#[derive(Debug)]
+pub struct Forge {
+    pub repository: BareRemote,
+    server: GitHttpServer,
+    _runtime: Runtime,
+}
+
+impl Forge {
+    fn new() -> Self {
+        let runtime = Runtime::new().unwrap();
+        let repository = BareRemote::new();
+        let server = runtime.block_on(GitHttpServer::start(repository.root()));
+        Self {
+            repository,
+            server,
+            _runtime: runtime,
+        }
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> String {
+        self.server.url(BareRemote::NAME)
+    }
 }
 
 impl Cast {
@@ -77,6 +107,7 @@ impl Cast {
         Self {
             parts: vec![("up", None)],
             nats: None,
+            remote: false,
         }
     }
 
@@ -91,6 +122,7 @@ impl Cast {
                 ("cluster", Some("sync")),
             ],
             nats: Some(nats),
+            remote: false,
         })
     }
 }
@@ -136,6 +168,7 @@ impl Stage {
         let mut stage = Self {
             parts,
             _nats: nats,
+            forge: cast.remote.then(Forge::new),
             folder,
             url: format!("http://127.0.0.1:{api}"),
             gateway: format!("http://127.0.0.1:{gateway}"),

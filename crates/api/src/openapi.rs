@@ -199,7 +199,7 @@ sent! {
     view::SecretList, view::SecretVerified, view::SecretsErased, view::ServiceList,
     view::ServiceView, view::StateView, state::Part, commands::RunOverrides,
     routes::events::EventPage, routes::events::StoredEvent, routes::logs::LogLine,
-    routes::gitops::GitopsView, routes::gitops::Decided,
+    routes::gitops::GitopsView, routes::gitops::Decided, routes::gitops::SetRemote,
     routes::projects::CreateProject, routes::projects::DefineService,
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
     routes::deployments::CreateDeployment, routes::deployments::Why,

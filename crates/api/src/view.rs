@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use daybook_events::RepositoryUrl;
 use daybook_events::deployment::{
     Cancelled, Deployment, Operation, Phase, PromotedFrom, Readiness, Status, SwitchMode, Version,
     WorkloadObserved,
@@ -50,6 +51,8 @@ pub(crate) struct ProjectView {
     pub(crate) created_at: Timestamp,
     /// The names of its services.
     pub(crate) services: Vec<ServiceName>,
+    /// Where the commits of its GitOps repository are pushed; none if it is on the server alone.
+    pub(crate) gitops_remote: Option<RepositoryUrl>,
 }
 
 impl From<&Project> for ProjectView {
@@ -59,6 +62,7 @@ impl From<&Project> for ProjectView {
             description: p.description.clone(),
             created_at: p.created_at,
             services: p.services.keys().cloned().collect(),
+            gitops_remote: p.gitops_remote.clone(),
         }
     }
 }

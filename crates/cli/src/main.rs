@@ -10,6 +10,7 @@ mod client;
 mod commands;
 mod confirm;
 mod exit;
+mod gitops_remotes;
 mod node;
 mod output;
 mod remote;

@@ -1,6 +1,6 @@
 //! A node: one process that runs some roles. The only place where adapters are put together.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -43,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::commands::keys_unusable as unusable;
 use crate::exit::{Code, Failure};
+use crate::gitops_remotes::GitopsRemoteArgs;
 use crate::roles::Role;
 use crate::scratch::Scratch;
 
@@ -94,6 +95,8 @@ pub struct NodeOptions {
     pub gitops_key: Option<PathBuf>,
     /// How often GitOps repositories are looked over for commits of others.
     pub gitops_watch: Duration,
+    /// How the remotes of GitOps repositories are reached.
+    pub gitops_remotes: GitopsRemoteArgs,
     /// Whether sources may be paths of this machine and private addresses.
     pub allow_local_sources: bool,
 }
@@ -126,6 +129,7 @@ impl NodeOptions {
             origin: None,
             gitops_key: None,
             gitops_watch: Duration::from_secs(15),
+            gitops_remotes: GitopsRemoteArgs::default(),
             allow_local_sources: true,
         }
     }
@@ -226,6 +230,9 @@ impl Node {
             )
         })?;
         let data = std::path::absolute(&options.data)?;
+        let remotes = options
+            .gitops_remotes
+            .transport(options.allow_local_sources)?;
 
         // Ports first: if one is taken, nothing else is touched.
         let listener = if has(Role::Api) {
@@ -362,7 +369,7 @@ impl Node {
             );
         }
         let mut repositories =
-            GitopsRepositories::new(data.join("git"), HashMap::new(), transport(&options))
+            GitopsRepositories::new(data.join("git"), projections.clone(), remotes)
                 .anchoring(tree.clone());
         if has(Role::Package) || has(Role::Sync) {
             repositories = repositories.signing(Arc::new(gitops_key(&data, &options)?));

@@ -277,6 +277,34 @@ pub struct RewriteAccepted {
     pub reason: Option<String>,
 }
 
+/// What was asked of a remote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RemoteStep {
+    /// Where its branch is, and what is new there.
+    Fetch,
+    /// To take a commit.
+    Push,
+}
+
+/// The remote of the repository does not do what it is asked. Commits wait, and are tried again;
+/// what runs stays as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RemoteFailing {
+    /// What it was asked.
+    pub during: RemoteStep,
+    /// A stable code.
+    pub code: String,
+    /// What happened, in one sentence.
+    pub message: String,
+    /// What helps.
+    pub remedy: String,
+}
+
+/// The remote does what it is asked again, or there is none any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RemoteRecovered {}
+
 events! {
     /// The events of a GitOps repository.
     GitopsEvent {
@@ -302,6 +330,10 @@ events! {
         HistoryRestored(HistoryRestored) = "gitops.history_restored.v1",
         /// Somebody accepts that they are gone.
         RewriteAccepted(RewriteAccepted) = "gitops.rewrite_accepted.v1",
+        /// Its remote refuses, or cannot be reached.
+        RemoteFailing(RemoteFailing) = "gitops.remote_failing.v1",
+        /// Its remote is as it should be again.
+        RemoteRecovered(RemoteRecovered) = "gitops.remote_recovered.v1",
     }
 }
 
@@ -331,6 +363,17 @@ pub struct Gitops {
     pub foreign: Vec<ForeignCommit>,
     /// Set while the branch does not contain what the ledger records.
     pub rewritten: Option<HistoryRewritten>,
+    /// Set while its remote does not do what it is asked.
+    pub remote_trouble: Option<RemoteTrouble>,
+}
+
+/// What is wrong with a remote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RemoteTrouble {
+    /// Since when it does not do what it is asked, whatever the reasons were.
+    pub since: Timestamp,
+    /// The newest reason.
+    pub failing: RemoteFailing,
 }
 
 /// A commit that the ledger knows, and what it is needed for.
@@ -584,6 +627,7 @@ impl Aggregate for Gitops {
                 signers: Vec::new(),
                 foreign: Vec::new(),
                 rewritten: None,
+                remote_trouble: None,
             }),
             other => Err(Illegal::new(
                 other.kind(),
@@ -632,6 +676,11 @@ impl Aggregate for Gitops {
                     known.problem = Some(e.message);
                 }
             }
+            GitopsEvent::RemoteFailing(e) => {
+                let since = self.remote_trouble.as_ref().map_or(at.time, |t| t.since);
+                self.remote_trouble = Some(RemoteTrouble { since, failing: e });
+            }
+            GitopsEvent::RemoteRecovered(_) => self.remote_trouble = None,
             GitopsEvent::HistoryRewritten(e) => self.rewritten = Some(e),
             GitopsEvent::HistoryRestored(_) => self.rewritten = None,
             GitopsEvent::RewriteAccepted(e) => match self.rewritten.take() {
@@ -693,6 +742,12 @@ pub fn decide(
             .as_ref()
             .is_none_or(|known| known.found != e.found),
         GitopsEvent::HistoryRestored(_) => state.rewritten.is_some(),
+        // A reason is told once; what a server says of it may differ each time.
+        GitopsEvent::RemoteFailing(e) => state
+            .remote_trouble
+            .as_ref()
+            .is_none_or(|known| known.failing.code != e.code || known.failing.during != e.during),
+        GitopsEvent::RemoteRecovered(_) => state.remote_trouble.is_some(),
         GitopsEvent::RewriteAccepted(e) => match &state.rewritten {
             Some(rewritten) if rewritten.found == e.commit => true,
             None if state.head == e.commit => false,

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::envelope::Payload;
-use crate::names::{ProjectName, ServiceName};
+use crate::names::{ProjectName, RepositoryUrl, ServiceName};
 use crate::secret::{self, Secret, SecretId, SecretSet, SecretUnset, SecretsErased};
 use crate::spec::ServiceSpec;
 use crate::subject::AggregateKind;
@@ -32,6 +32,15 @@ pub struct ServiceDefined {
     pub spec: ServiceSpec,
 }
 
+/// The project's GitOps repository is pushed elsewhere from here on, or nowhere any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct GitopsRemoteChanged {
+    /// Where its commits go; none to keep them on the machine of the workers alone. It never
+    /// contains a credential: those are the server's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<RepositoryUrl>,
+}
+
 events! {
     /// The events of a project.
     ProjectEvent {
@@ -45,6 +54,8 @@ events! {
         SecretUnset(SecretUnset) = "project.secret_unset.v1",
         /// All secrets were taken away, and their values and keys erased.
         SecretsErased(SecretsErased) = "project.secrets_erased.v1",
+        /// Its GitOps repository has another remote.
+        GitopsRemoteChanged(GitopsRemoteChanged) = "project.gitops_remote_changed.v1",
     }
 }
 
@@ -61,6 +72,8 @@ pub struct Project {
     pub services: BTreeMap<ServiceName, ServiceSpec>,
     /// Its secrets, by name and scope; also those that are no longer set, for their versions.
     pub secrets: Vec<Secret>,
+    /// Where the commits of its GitOps repository are pushed.
+    pub gitops_remote: Option<RepositoryUrl>,
 }
 
 impl Project {
@@ -95,6 +108,7 @@ impl Aggregate for Project {
                 created_at: at.time,
                 services: BTreeMap::new(),
                 secrets: Vec::new(),
+                gitops_remote: None,
             }),
             other => Err(Illegal::new(other.kind(), "a project that does not exist")),
         }
@@ -148,6 +162,7 @@ impl Aggregate for Project {
                     secret.changed_by = at.position;
                 }
             }
+            ProjectEvent::GitopsRemoteChanged(e) => self.gitops_remote = e.url,
         }
         Ok(())
     }
@@ -244,5 +259,9 @@ pub fn decide(
             }
             Ok(Decision::Append(event))
         }
+        (Some(p), ProjectEvent::GitopsRemoteChanged(e)) if p.gitops_remote == e.url => {
+            Ok(Decision::Nothing)
+        }
+        (Some(_), ProjectEvent::GitopsRemoteChanged(_)) => Ok(Decision::Append(event)),
     }
 }

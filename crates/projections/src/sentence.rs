@@ -103,6 +103,13 @@ fn project<'a>(out: &mut String, event: &'a ProjectEvent) -> Said<'a> {
             out,
             format_args!("All secrets were taken away, and their values and keys erased."),
         ),
+        ProjectEvent::GitopsRemoteChanged(e) => match &e.url {
+            Some(url) => plain(out, format_args!("GitOps commits are pushed to {url}.")),
+            None => plain(
+                out,
+                format_args!("GitOps commits are pushed nowhere any more."),
+            ),
+        },
         ProjectEvent::ServiceDefined(e) => Said {
             service: Some(&e.name),
             ..plain(out, format_args!("Service {} was defined.", e.name))
@@ -443,6 +450,17 @@ fn gitops<'a>(out: &mut String, event: &'a GitopsEvent) -> Said<'a> {
                 "The branch is at {} and contains again what the ledger records.",
                 e.found.short()
             ),
+        ),
+        GitopsEvent::RemoteFailing(e) => plain(
+            out,
+            format_args!(
+                "The GitOps remote does not do what it is asked: {}.",
+                e.message
+            ),
+        ),
+        GitopsEvent::RemoteRecovered(_) => plain(
+            out,
+            format_args!("The GitOps remote does what it is asked again."),
         ),
         GitopsEvent::RewriteAccepted(e) => because(
             out,

@@ -80,23 +80,17 @@ impl Crew {
 
     /// The same, looking this often.
     pub fn package_watching(&self, repositories: Arc<dyn Repositories>, every: Duration) {
-        let nudge = Nudge::default();
         let package = Package {
             bench: self.bench.clone(),
-            repositories: repositories.clone(),
-            nudge: nudge.clone(),
+            repositories,
+            nudge: Nudge::default(),
         };
         self.hire(Decisions(package.clone()));
         self.hire(Environments(package.clone()));
         self.hire(EnvironmentEnds(package.clone()));
-        self.hire(package);
-        self.tasks.spawn(foreign::watch(
-            self.bench.clone(),
-            repositories,
-            every,
-            nudge,
-            self.cancel.clone(),
-        ));
+        self.hire(package.clone());
+        self.tasks
+            .spawn(foreign::watch(package, every, self.cancel.clone()));
     }
 
     /// Looks after a cluster.

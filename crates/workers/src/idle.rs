@@ -223,6 +223,10 @@ impl Repositories for IdleRepositories {
         ))
     }
 
+    async fn has_remote(&self, _: &ProjectName) -> Result<bool, StepError> {
+        Ok(false)
+    }
+
     async fn survey(
         &self,
         project: &ProjectName,

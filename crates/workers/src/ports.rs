@@ -251,4 +251,7 @@ pub trait Repositories: Send + Sync + 'static {
         environment: &EnvironmentName,
         commit: &CommitId,
     ) -> Result<EnvironmentValues, StepError>;
+
+    /// Whether its commits are pushed elsewhere.
+    async fn has_remote(&self, project: &ProjectName) -> Result<bool, StepError>;
 }

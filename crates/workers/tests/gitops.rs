@@ -1248,7 +1248,7 @@ async fn the_pipeline_has_one_repository_a_project() {
     let folder = TempDir::new().unwrap();
     let all = GitopsRepositories::new(
         folder.path(),
-        Default::default(),
+        std::collections::HashMap::new(),
         GitTransport::new(TransportConfig::default()),
     );
     let (branch, first) = all.ensure(&project()).await.unwrap();

@@ -127,7 +127,7 @@ fn repositories(folder: &Path) -> GitopsRepositories {
     let key = SigningKey::open_or_create(folder.join("keys/gitops")).unwrap();
     GitopsRepositories::new(
         folder.join("git"),
-        Default::default(),
+        std::collections::HashMap::new(),
         GitTransport::new(TransportConfig::default()),
     )
     .signing(Arc::new(key))

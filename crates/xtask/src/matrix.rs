@@ -8,11 +8,12 @@ use crate::command::{cargo, exit_code, run as run_command, status};
 pub(crate) const HELP: &str = "\
 Kill the binary at each failpoint, and check that nothing is lost, doubled or left behind
 
-Usage: cargo xtask matrix [--all] [--nats] [PLACE]...
+Usage: cargo xtask matrix [--all] [--nats] [--remote] [PLACE]...
 
   cargo xtask matrix               each place once, when there is traffic to disturb
   cargo xtask matrix --all         each place also when it is reached for the first time
   cargo xtask matrix --nats        on JetStream, with the workers in processes of their own
+  cargo xtask matrix --remote gitops.push    with a GitOps remote: before and after each push
   cargo xtask matrix image.push    places with `image.push` in their name
 
 An undisturbed run of the scenario (two deployments, a switch, the way back, a stop, a termination)
@@ -23,7 +24,7 @@ printed; it is a failure if one run does not end where the undisturbed one ended
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
     let unknown = arguments
         .iter()
-        .find(|a| a.starts_with('-') && *a != "--all" && *a != "--nats");
+        .find(|a| a.starts_with('-') && !["--all", "--nats", "--remote"].contains(&a.as_str()));
     if let Some(unknown) = unknown {
         return Err(format!("unknown argument {unknown:?}; see --help").into());
     }

@@ -3,7 +3,7 @@
 use daybook_events::environment::{self, Environment, EnvironmentEvent, EnvironmentSpec};
 use daybook_events::project::{self, ProjectEvent};
 use daybook_events::spec::ServiceSpec;
-use daybook_events::{EnvironmentName, ProjectName, ServiceName, Subject};
+use daybook_events::{EnvironmentName, ProjectName, RepositoryUrl, ServiceName, Subject};
 
 use super::{Caller, CommandError, Commands, Done, check};
 
@@ -22,6 +22,21 @@ impl Commands {
         };
         self.run(caller, &Subject::Project(name), None, |state| {
             project::decide(state, ProjectEvent::Created(event.clone()))
+        })
+        .await
+    }
+
+    /// Says where the commits of a project's GitOps repository are pushed from here on; nowhere
+    /// without a URL.
+    pub async fn change_gitops_remote(
+        &self,
+        caller: &Caller,
+        project: ProjectName,
+        url: Option<RepositoryUrl>,
+    ) -> Result<Done, CommandError> {
+        let event = project::GitopsRemoteChanged { url };
+        self.run(caller, &Subject::Project(project), None, |state| {
+            project::decide(state, ProjectEvent::GitopsRemoteChanged(event.clone()))
         })
         .await
     }

@@ -5,20 +5,23 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use daybook_events::gitops::{
-    ForeignCommit, ForeignSignature, ForeignStatus, Gitops, HistoryRewritten,
+    ForeignCommit, ForeignSignature, ForeignStatus, Gitops, HistoryRewritten, RemoteStep,
+    RemoteTrouble,
 };
-use daybook_events::{CommitId, EnvironmentName, ProjectName, Refusal};
+use daybook_events::{CommitId, EnvironmentName, ProjectName, Refusal, RepositoryUrl};
 use jiff::Timestamp;
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::deployments::Why;
+use super::secrets::Nothing;
 use crate::answer::Answer;
-use crate::commands::Commands;
-use crate::extract::{Command, Named, NoParams, Params};
+use crate::commands::{Caller, Commands};
+use crate::extract::{Command, CommandBody, Named, NoParams, Params};
 use crate::git;
 use crate::problem::Problem;
 use crate::state::AppState;
+use crate::view::ProjectView;
 
 /// A GitOps repository, as the ledger knows it.
 #[derive(Debug, Serialize, JsonSchema)]
@@ -39,7 +42,49 @@ pub(crate) struct GitopsView {
     undecided: usize,
     /// Set while the branch does not contain what the ledger records: nothing is committed then.
     rewritten: Option<HistoryRewritten>,
+    /// Where its commits are pushed; none if it is on the server alone.
+    remote: Option<RepositoryUrl>,
+    /// Set while the remote does not do what it is asked: since when, and why. Commits wait, and
+    /// are tried again.
+    remote_trouble: Option<RemoteTroubleView>,
 }
+
+/// What is wrong with a remote.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct RemoteTroubleView {
+    /// Since when it does not do what it is asked, whatever the reasons were.
+    since: Timestamp,
+    /// What it was asked last.
+    during: RemoteStep,
+    /// A stable code.
+    code: String,
+    /// What happened, in one sentence.
+    message: String,
+    /// What helps.
+    remedy: String,
+}
+
+impl From<RemoteTrouble> for RemoteTroubleView {
+    fn from(t: RemoteTrouble) -> Self {
+        Self {
+            since: t.since,
+            during: t.failing.during,
+            code: t.failing.code,
+            message: t.failing.message,
+            remedy: t.failing.remedy,
+        }
+    }
+}
+
+/// Where commits are to be pushed.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SetRemote {
+    /// An https or ssh URL without a credential. Its branch `main` must be new, or have what the
+    /// repository has.
+    url: String,
+}
+impl CommandBody for SetRemote {}
 
 /// A commit that Daybook did not make.
 #[derive(Debug, Serialize, JsonSchema)]
@@ -116,9 +161,12 @@ pub(crate) async fn get_gitops(
     Params(NoParams {}): Params<NoParams>,
 ) -> Handled<GitopsView> {
     let gitops = repository(&state.commands, &project)?;
+    let remote = state.commands.project(&project)?.gitops_remote;
     Ok(Answer::ok(GitopsView {
         project,
         undecided: gitops.undecided().count(),
+        remote,
+        remote_trouble: gitops.remote_trouble.map(Into::into),
         branch: gitops.branch,
         head: gitops.head,
         commits: gitops.commits,
@@ -126,6 +174,50 @@ pub(crate) async fn get_gitops(
         foreign: gitops.foreign.into_iter().map(Into::into).collect(),
         rewritten: gitops.rewritten,
     }))
+}
+
+/// Says where the commits of a project's GitOps repository are pushed from here on. What is there
+/// already is pushed within moments. The credentials for it are the server's own.
+#[utoipa::path(put, path = "/api/v1/projects/{project}/gitops/remote", tag = "gitops",
+    params(("project" = String, Path, description = "The project.")),
+    request_body = SetRemote,
+    responses((status = 200, description = "It is set.", body = ProjectView)))]
+pub(crate) async fn set_remote(
+    State(state): State<AppState>,
+    Named(project): Named<ProjectName>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<SetRemote>,
+) -> Handled<ProjectView> {
+    let url = RepositoryUrl::parse(body.url)?;
+    change_remote(&state, &caller, project, Some(url)).await
+}
+
+/// Says that commits are pushed nowhere any more. The repository stays on the server as it is.
+#[utoipa::path(delete, path = "/api/v1/projects/{project}/gitops/remote", tag = "gitops",
+    params(("project" = String, Path, description = "The project.")),
+    responses((status = 200, description = "There is none any more.", body = ProjectView)))]
+pub(crate) async fn clear_remote(
+    State(state): State<AppState>,
+    Named(project): Named<ProjectName>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, .. }: Command<Nothing>,
+) -> Handled<ProjectView> {
+    change_remote(&state, &caller, project, None).await
+}
+
+async fn change_remote(
+    state: &AppState,
+    caller: &Caller,
+    project: ProjectName,
+    url: Option<RepositoryUrl>,
+) -> Handled<ProjectView> {
+    let commands = &state.commands;
+    let done = commands
+        .change_gitops_remote(caller, project.clone(), url.clone())
+        .await?;
+    let mut view = ProjectView::from(&commands.project(&project)?);
+    view.gitops_remote = url;
+    Ok(Answer::done(&done, view))
 }
 
 /// What a commit of a project's GitOps repository changes, as `git` shows it; at most one mebibyte.

@@ -1,8 +1,10 @@
 //! `daybook gitops`: commits that Daybook did not make, and what becomes of them.
 
 use clap::{Args, Subcommand};
+use reqwest::Method;
 use serde_json::{Value, json};
 
+use super::manage::segment;
 use super::{Outcome, ServerArgs};
 use crate::client::Client;
 use crate::exit::{Code, Failure};
@@ -13,6 +15,8 @@ use crate::output::{self, Row, Table};
 pub enum GitopsCommand {
     /// Its head, the commits that Daybook did not make, and whether its history is whole.
     Show(ProjectArgs),
+    /// Push its commits to a repository elsewhere, or stop doing so.
+    Remote(RemoteArgs),
     /// What a commit changes.
     Diff(CommitArgs),
     /// Accept a commit that Daybook did not make, or a history that was rewritten.
@@ -30,6 +34,20 @@ pub struct ProjectArgs {
     server: ServerArgs,
     /// The project.
     project: String,
+}
+
+/// Where commits go.
+#[derive(Debug, Args)]
+pub struct RemoteArgs {
+    #[command(flatten)]
+    project: ProjectArgs,
+    /// An https or ssh URL without a credential. Its branch `main` must be new, or have what the
+    /// repository has. Without one, it is shown where commits go now.
+    #[arg(conflicts_with = "clear")]
+    url: Option<String>,
+    /// Push nowhere any more. The repository stays on the server as it is.
+    #[arg(long)]
+    clear: bool,
 }
 
 /// Which commit.
@@ -56,6 +74,7 @@ pub struct DecisionArgs {
 pub async fn run(command: GitopsCommand) -> Outcome {
     match command {
         GitopsCommand::Show(args) => show(args).await,
+        GitopsCommand::Remote(args) => remote(args).await,
         GitopsCommand::Diff(args) => diff(args).await,
         GitopsCommand::Adopt(args) => decide("adopt", args).await,
         GitopsCommand::Revert(args) => decide("revert", args).await,
@@ -95,6 +114,9 @@ async fn show(args: ProjectArgs) -> Outcome {
     field("branch", text(&found, "/branch"));
     field("head", text(&found, "/head"));
     field("commits", &found["commits"].to_string());
+    if let Some(url) = found["remote"].as_str() {
+        field("remote", url);
+    }
     for key in found["signers"].as_array().into_iter().flatten() {
         field("signed by", key.as_str().unwrap_or_default());
     }
@@ -152,6 +174,19 @@ pub fn attention(project: &str, found: &Value) -> Vec<String> {
             short(text(rewritten, "/found")),
         ));
     }
+    if let Some(trouble) = found.get("remote_trouble").filter(|t| !t.is_null()) {
+        let since = text(trouble, "/since");
+        let since = since
+            .parse()
+            .map_or_else(|_| since.to_owned(), output::time);
+        lines.push(format!(
+            "commits to the GitOps repository of {project} wait for its remote since {since}: {} \
+             ({}). {}",
+            text(trouble, "/message"),
+            text(trouble, "/code"),
+            text(trouble, "/remedy"),
+        ));
+    }
     match found.get("undecided").and_then(Value::as_u64) {
         None | Some(0) => {}
         Some(1) => lines.push(format!(
@@ -164,6 +199,46 @@ pub fn attention(project: &str, found: &Value) -> Vec<String> {
         )),
     }
     lines
+}
+
+async fn remote(args: RemoteArgs) -> Outcome {
+    let client = Client::new(&args.project.server)?;
+    let project = &args.project.project;
+    let answer = if args.url.is_some() || args.clear {
+        set_remote(&client, project, args.url.as_deref()).await?
+    } else {
+        let path = format!("/api/v1/projects/{}", segment(project)?);
+        client.get(&path, &[]).await?
+    };
+    if output::is_json() {
+        output::json(&json!({ "project": project, "remote": answer["gitops_remote"] }));
+        return Ok(Code::Success);
+    }
+    output::line(&match answer["gitops_remote"].as_str() {
+        Some(url) => format!("GitOps commits of {project} are pushed to {url}"),
+        None => format!("GitOps commits of {project} stay on the server"),
+    });
+    Ok(Code::Success)
+}
+
+/// Sets the remote of a project's GitOps repository, or clears it.
+pub async fn set_remote(
+    client: &Client,
+    project: &str,
+    url: Option<&str>,
+) -> Result<Value, Failure> {
+    let path = format!("/api/v1/projects/{}/gitops/remote", segment(project)?);
+    match url {
+        Some(url) => {
+            let body = json!({ "url": url });
+            client.command(Method::PUT, &path, &body, None).await
+        }
+        None => {
+            client
+                .command(Method::DELETE, &path, &json!({}), None)
+                .await
+        }
+    }
 }
 
 /// The full id of a commit that was named by the beginning of it.

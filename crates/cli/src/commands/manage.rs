@@ -26,6 +26,10 @@ pub enum ProjectCommand {
         /// What it is.
         #[arg(long)]
         description: Option<String>,
+        /// Where the commits of its GitOps repository are pushed: an https or ssh URL without a
+        /// credential. `daybook gitops remote` changes it later.
+        #[arg(long, value_name = "URL")]
+        gitops_remote: Option<String>,
     },
     /// List all projects.
     List {
@@ -187,11 +191,14 @@ pub async fn project(command: ProjectCommand) -> Outcome {
             server,
             name,
             description,
+            gitops_remote,
         } => {
             let body = json!({ "name": name, "description": description });
-            let answer = Client::new(&server)?
-                .post("/api/v1/projects", &body)
-                .await?;
+            let client = Client::new(&server)?;
+            let mut answer = client.post("/api/v1/projects", &body).await?;
+            if let Some(url) = &gitops_remote {
+                answer = super::gitops::set_remote(&client, &name, Some(url)).await?;
+            }
             made(&format!("project {name}"), &answer)
         }
         ProjectCommand::List { server } => {

@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::Outcome;
 use crate::exit::{Code, Failure};
+use crate::gitops_remotes::GitopsRemoteArgs;
 use crate::node::{self, Node, NodeOptions};
 use crate::output;
 
@@ -85,6 +86,8 @@ pub struct NodeArgs {
     /// How often GitOps repositories are looked over for commits that Daybook did not make.
     #[arg(long, default_value_t = 15, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub gitops_watch: u64,
+    #[command(flatten)]
+    pub gitops_remotes: GitopsRemoteArgs,
     /// Credentials file for NATS.
     #[arg(long, env = "DAYBOOK_NATS_CREDS", value_name = "FILE")]
     pub nats_creds: Option<PathBuf>,
@@ -147,6 +150,7 @@ impl NodeArgs {
         options.origin = self.origin.clone();
         options.gitops_key = self.gitops_key.clone();
         options.gitops_watch = Duration::from_secs(self.gitops_watch);
+        options.gitops_remotes = self.gitops_remotes.clone();
         options.nats_creds = self.nats_creds.clone();
         options.nats_stream = self.nats_stream.clone();
         options.nats_replicas = self.nats_replicas.into();

@@ -149,6 +149,9 @@ pub fn project_events() -> Vec<ProjectEvent> {
         ProjectEvent::SecretsErased(SecretsErased {
             keys: [uuid::Uuid::from_u128(1)].into(),
         }),
+        ProjectEvent::GitopsRemoteChanged(project::GitopsRemoteChanged {
+            url: Some("https://git.example.com/shop/gitops.git".parse().unwrap()),
+        }),
     ]
 }
 
@@ -462,6 +465,14 @@ pub fn gitops_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<Gi
             commit: commit(9),
             reason: Some("the history had a secret".to_owned()),
         }),
+        GitopsEvent::RemoteFailing(gitops::RemoteFailing {
+            during: gitops::RemoteStep::Push,
+            code: "gitops_remote_auth".to_owned(),
+            message: "git.example.com asks for credentials, and none are configured for it"
+                .to_owned(),
+            remedy: "Configure a credential for git.example.com.".to_owned(),
+        }),
+        GitopsEvent::RemoteRecovered(gitops::RemoteRecovered {}),
     ]
 }
 

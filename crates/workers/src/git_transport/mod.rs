@@ -26,6 +26,7 @@
 //!   that was created by another user of the same group, would be refused without a reason.
 
 mod address;
+mod credentials_file;
 mod error;
 mod http;
 mod policy;
@@ -33,6 +34,7 @@ mod session;
 mod ssh;
 
 pub use address::is_public;
+pub use credentials_file::CredentialsFileError;
 pub use error::TransportError;
 pub(crate) use policy::local_path;
 pub use policy::{

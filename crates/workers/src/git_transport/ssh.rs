@@ -161,7 +161,7 @@ fn quoted_for_shell(word: &str) -> String {
 }
 
 /// Percent-decoding, as git does it for ssh URLs.
-fn decode(text: &str) -> Option<String> {
+pub(super) fn decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let [first, tail @ ..] = rest {

@@ -18,8 +18,8 @@
 //! - The branch moves only by compare-and-swap, from the commit that the change was made on. Two
 //!   processes, or somebody's `git push`, never overwrite each other, and history is linear.
 //! - Objects and refs are synced to disk before a commit is reported.
-//! - With a remote, a commit is on the remote before it is on the local branch: the local branch
-//!   never has a commit that the remote does not. Nothing is ever forced.
+//! - With a remote, a commit is on the remote before it is on the local branch: since there is a
+//!   remote, the local branch has no commit that the remote does not. Nothing is ever forced.
 //!
 //! The trailer is a mark, not a proof: whoever may push can write one. What proves a commit is
 //! the event that records it.
@@ -40,7 +40,7 @@ pub use change::Change;
 pub use error::GitopsError;
 pub use history::{ChangedFile, CommitRecord, Diff, MEMORY};
 pub use message::{ALLOWED_SIGNERS, Author, CHECKPOINT, COMMITTER, LedgerPoint};
-pub use port::GitopsRepositories;
+pub use port::{GitopsRepositories, Remotes};
 pub use publish::Remote;
 pub use repository::{BRANCH, CommitRequest, Committed, GitopsRepository, RevertRequest, Witness};
 pub use signing::{KeyError, Signer, SigningKey, Verdict, allowed_signers};

@@ -1,6 +1,7 @@
 //! GitOps repositories as the pipeline asks for them.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use async_trait::async_trait;
 use daybook_events::gitops::{Change as AskedChange, SignerAdded};
 use daybook_events::tree::PublishedTree;
 use daybook_events::{CommitId, EnvironmentName, ProjectName, RepositoryUrl};
+use daybook_projections::Projections;
 use jiff::Timestamp;
 use tokio::sync::{Mutex, OnceCell};
 use tokio_util::sync::CancellationToken;
@@ -22,27 +24,57 @@ use crate::ports::{
 };
 use crate::values::EnvironmentValues;
 
+/// Says where the commits of a project are pushed.
+pub trait Remotes: Debug + Send + Sync + 'static {
+    /// The remote of a project; none if its repository is on this machine alone.
+    fn remote_of(&self, project: &ProjectName) -> Result<Option<RepositoryUrl>, StepError>;
+}
+
+impl Remotes for HashMap<ProjectName, RepositoryUrl> {
+    fn remote_of(&self, project: &ProjectName) -> Result<Option<RepositoryUrl>, StepError> {
+        Ok(self.get(project).cloned())
+    }
+}
+
+/// What the ledger says.
+impl Remotes for Projections {
+    fn remote_of(&self, project: &ProjectName) -> Result<Option<RepositoryUrl>, StepError> {
+        let found = self.project(project).map_err(|e| {
+            StepError::passing(
+                "projections_unreadable",
+                daybook_events::with_causes(&e),
+                "Start the process again; its projections can be rebuilt.",
+            )
+        })?;
+        Ok(found.and_then(|project| project.gitops_remote))
+    }
+}
+
+/// A repository that is open, or being opened, with the remote that it has.
+#[derive(Debug, Clone, Default)]
+struct Opening {
+    remote: Option<RepositoryUrl>,
+    repository: Arc<OnceCell<GitopsRepository>>,
+}
+
 /// The GitOps repositories of all projects: bare repositories `<project>.git` in one folder.
 #[derive(Debug)]
 pub struct GitopsRepositories {
     folder: PathBuf,
-    remotes: HashMap<ProjectName, RepositoryUrl>,
+    remotes: Box<dyn Remotes>,
     transport: GitTransport,
     key: Option<Arc<SigningKey>>,
     tree: Option<Arc<dyn PublishedTree>>,
-    open: Mutex<HashMap<ProjectName, Arc<OnceCell<GitopsRepository>>>>,
+    open: Mutex<HashMap<ProjectName, Opening>>,
 }
 
 impl GitopsRepositories {
-    /// The repositories in a folder. Those of the projects in `remotes` are pushed there.
-    pub fn new(
-        folder: impl Into<PathBuf>,
-        remotes: HashMap<ProjectName, RepositoryUrl>,
-        transport: GitTransport,
-    ) -> Self {
+    /// The repositories in a folder. They are pushed where `remotes` says, which is asked each
+    /// time, over `transport`.
+    pub fn new(folder: impl Into<PathBuf>, remotes: impl Remotes, transport: GitTransport) -> Self {
         Self {
             folder: folder.into(),
-            remotes,
+            remotes: Box::new(remotes),
             transport,
             key: None,
             tree: None,
@@ -80,29 +112,31 @@ impl GitopsRepositories {
     }
 
     /// A project's repository, made if it does not exist.
-    pub async fn open(&self, project: &ProjectName) -> Result<GitopsRepository, GitopsError> {
-        let cell = {
+    pub async fn open(&self, project: &ProjectName) -> Result<GitopsRepository, StepError> {
+        let remote = self.remotes.remote_of(project)?;
+        let opening = {
             let mut open = self.open.lock().await;
+            let opening = open.entry(project.clone()).or_default();
             // Somebody may have removed the folder, to have it made anew.
-            if open
-                .get(project)
-                .and_then(|cell| cell.get())
-                .is_some_and(|known| !known.path().exists())
-            {
-                open.remove(project);
+            let gone = |known: &GitopsRepository| !known.path().exists();
+            if opening.remote != remote || opening.repository.get().is_some_and(gone) {
+                *opening = Opening {
+                    remote,
+                    repository: Arc::default(),
+                };
             }
-            open.entry(project.clone()).or_default().clone()
+            opening.clone()
         };
-        cell.get_or_try_init(|| async {
-            let remote = self.remotes.get(project).map(|url| Remote {
-                url: url.clone(),
+        let Opening { remote, repository } = opening;
+        let opened = repository.get_or_try_init(|| async {
+            let remote = remote.map(|url| Remote {
+                url,
                 transport: self.transport.clone(),
             });
             let key = self.key.clone();
             GitopsRepository::open_signing(self.path(project), project, remote, key).await
-        })
-        .await
-        .cloned()
+        });
+        Ok(opened.await?.clone())
     }
 }
 
@@ -193,7 +227,7 @@ impl Repositories for GitopsRepositories {
         request: survey::Request,
     ) -> Result<survey::Survey, StepError> {
         let path = self.path(project);
-        if !path.exists() && !self.remotes.contains_key(project) {
+        if !path.exists() && self.remotes.remote_of(project)?.is_none() {
             return Err(StepError::passing(
                 "gitops_missing",
                 format!("the GitOps repository {} is not there", path.display()),
@@ -213,7 +247,18 @@ impl Repositories for GitopsRepositories {
         commit: &CommitId,
     ) -> Result<EnvironmentValues, StepError> {
         let repository = self.open(project).await?;
-        Ok(repository.read_environment(commit, environment).await?)
+        match repository.read_environment(commit, environment).await {
+            // Another machine pushed it.
+            Err(GitopsError::CommitMissing { .. }) => {
+                repository.refresh(&CancellationToken::new()).await?;
+                Ok(repository.read_environment(commit, environment).await?)
+            }
+            read => Ok(read?),
+        }
+    }
+
+    async fn has_remote(&self, project: &ProjectName) -> Result<bool, StepError> {
+        Ok(self.remotes.remote_of(project)?.is_some())
     }
 }
 

@@ -25,6 +25,9 @@ use crate::git_transport::{GitTransport, Session, TransportError, local_path, pr
 /// milliseconds; one that stays the same for this long is left over from a process that died.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
+/// How much is kept of what a remote says while it is pushed to, in bytes.
+const MAX_TOLD: usize = 1024;
+
 /// Where commits are pushed to.
 #[derive(Debug, Clone)]
 pub struct Remote {
@@ -148,7 +151,14 @@ impl Remote {
     ) -> Result<Moved, GitopsError> {
         let mut elsewhere = false;
         let mut refused: Option<String> = None;
+        let mut told = Vec::new();
         let mut callbacks = RemoteCallbacks::new();
+        // What a hook, or the rule of a forge, says to people.
+        callbacks.sideband_progress(|text| {
+            let room = MAX_TOLD.saturating_sub(told.len());
+            told.extend_from_slice(&text[..text.len().min(room)]);
+            true
+        });
         callbacks.push_negotiation(|updates| {
             let at = updates
                 .first()
@@ -180,7 +190,12 @@ impl Remote {
             (Err(e), _) => Err(e.into()),
             (Ok(moved), None) => Ok(moved),
             (Ok(_), Some(reason)) if means_elsewhere(&reason) => Ok(Moved::Elsewhere),
-            (Ok(_), Some(reason)) => Err(GitopsError::PushRefused { reason }),
+            (Ok(_), Some(reason)) => Err(GitopsError::PushRefused {
+                reason: match printable(&String::from_utf8_lossy(&told)) {
+                    told if told.is_empty() => reason,
+                    told => format!("{reason} ({told})"),
+                },
+            }),
         }
     }
 

@@ -158,8 +158,9 @@ impl std::fmt::Debug for Inner {
 }
 
 impl GitopsRepository {
-    /// Opens a project's repository, or makes it with a first commit. With a remote, what the
-    /// remote has is taken over, and an empty remote is given what is here. Commits are not signed.
+    /// Opens a project's repository, or makes it with a first commit. A new one with a remote takes
+    /// over what the remote has, or gives an empty remote its first commit; for one that is here
+    /// already the remote is not asked. Commits are not signed.
     pub async fn open_or_create(
         path: impl Into<PathBuf>,
         project: &ProjectName,
@@ -272,6 +273,16 @@ impl GitopsRepository {
                         // Where the remote is, and not where the branch was left here.
                         Err(GitopsError::Diverged { remote, .. }) => {
                             Some(find(repository, &remote)?)
+                        }
+                        // It is a new one: it is given what is here.
+                        Ok(None) => {
+                            let here = inner.head(repository)?;
+                            match remote.push(repository, &session, None, here)? {
+                                Moved::Yes => Some(here),
+                                Moved::Elsewhere => {
+                                    return Err(GitopsError::Contended { attempts: 1 });
+                                }
+                            }
                         }
                         other => other?,
                     };
@@ -454,22 +465,9 @@ impl Inner {
         if !self.path.exists() {
             self.create(session)?;
         }
-        self.with(|repository| {
-            self.check(repository)?;
-            match &self.remote {
-                None => Ok(()),
-                Some(remote) => match remote.follow(repository, session)? {
-                    Some(_) => Ok(()),
-                    None => {
-                        let head = self.head(repository)?;
-                        match remote.push(repository, session, None, head)? {
-                            Moved::Yes => Ok(()),
-                            Moved::Elsewhere => Err(GitopsError::Contended { attempts: 1 }),
-                        }
-                    }
-                },
-            }
-        })
+        // The remote of one that is here already is not asked: what it has must be readable while
+        // the remote is away. Whoever commits meets it soon enough.
+        self.with(|repository| self.check(repository))
     }
 
     /// Makes the repository in a folder beside, which takes its name when all is there.
@@ -609,7 +607,15 @@ impl Inner {
                 // Another machine may have recorded what it pushed before it is known here.
                 match &self.remote {
                     Some(remote) if attempt == 0 => {
-                        remote.follow(repository, session)?;
+                        match remote.follow(repository, session) {
+                            // Somebody accepted that the remote's history is another one.
+                            Err(GitopsError::Diverged { remote, .. })
+                                if contains(repository, find(repository, &remote)?, expected)? =>
+                            {
+                                swap(repository, Some(base), find(repository, &remote)?)?;
+                            }
+                            other => drop(other?),
+                        }
                         continue;
                     }
                     _ => {
@@ -682,6 +688,27 @@ impl Inner {
             signers.push(own);
         }
         Ok(Some(signers))
+    }
+
+    /// Puts in what every repository begins with, where a remote brought a history of its own that
+    /// has nothing of it: a README and a licence, as forges make them.
+    fn furnish(
+        &self,
+        repository: &Repository,
+        base: &git2::Commit<'_>,
+        update: &mut TreeUpdateBuilder,
+    ) -> Result<(), GitopsError> {
+        let tree = base.tree()?;
+        let has = |path: &str| tree.get_path(Path::new(path)).is_ok();
+        if has("base") || has("environments") {
+            return Ok(());
+        }
+        for (path, content) in template::files(&self.project) {
+            if !has(path) {
+                update.upsert(path, repository.blob(content.as_bytes())?, FileMode::Blob);
+            }
+        }
+        Ok(())
     }
 
     /// Puts in what the commit witnesses of the ledger.
@@ -789,6 +816,7 @@ impl Inner {
         let base_commit = repository.find_commit(base)?;
         let path = values_path(environment);
         let mut update = TreeUpdateBuilder::new();
+        self.furnish(repository, &base_commit, &mut update)?;
         match (&changed.after, &current) {
             (After::AsBefore, _) => return Ok(Prepared::Nothing { title }),
             (After::Values(values), Some((before, _))) if before == values => {

@@ -259,7 +259,9 @@ impl Story {
             }
             GitopsEvent::ForeignCommitAdopted(_)
             | GitopsEvent::RevertRequested(_)
-            | GitopsEvent::RevertFailed(_) => {}
+            | GitopsEvent::RevertFailed(_)
+            | GitopsEvent::RemoteFailing(_)
+            | GitopsEvent::RemoteRecovered(_) => {}
         }
     }
 

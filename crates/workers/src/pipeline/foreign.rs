@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use daybook_events::deployment::Status;
 use daybook_events::gitops::{
     self, ForeignSignature, ForeignStatus, Gitops, GitopsEvent, HistoryRestored, HistoryRewritten,
-    RevertFailed, Reverted,
+    RemoteStep, RevertFailed, Reverted,
 };
 use daybook_events::{
     Actor, AggregateKind, CommitId, Context, DeploymentId, EventId, Folded, Position, ProjectName,
@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::package::{Package, author_of};
-use super::{Bench, Stop, outcome};
+use super::{Bench, Stop, outcome, remote};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::gitops::survey;
 use crate::ports::{GitopsRevert, KnownHistory, Repositories, StepError};
@@ -56,16 +56,12 @@ impl Nudge {
 
 /// Looks over all repositories, every so often and when nudged, until `cancel`. Where commits are
 /// not signed nobody can tell who made one, and nothing is looked for.
-pub async fn watch(
-    bench: Bench,
-    repositories: Arc<dyn Repositories>,
-    every: Duration,
-    nudge: Nudge,
-    cancel: CancellationToken,
-) {
+pub async fn watch(package: Package, every: Duration, cancel: CancellationToken) {
+    let nudge = package.nudge.clone();
     let mut watch = Watch {
-        bench,
-        repositories,
+        bench: package.bench.clone(),
+        repositories: package.repositories.clone(),
+        decisions: Decisions(package),
         read: Position::ZERO,
         projects: HashMap::new(),
     };
@@ -88,6 +84,8 @@ pub async fn watch(
 struct Watch {
     bench: Bench,
     repositories: Arc<dyn Repositories>,
+    /// Goes on with what waited for a remote.
+    decisions: Decisions,
     /// How far the ledger is read.
     read: Position,
     projects: HashMap<ProjectName, Watched>,
@@ -197,7 +195,21 @@ impl Watch {
             signers,
             limit: BATCH,
         };
-        let survey = self.repositories.survey(project, request).await?;
+        let survey = match self.repositories.survey(project, request).await {
+            Ok(survey) => survey,
+            Err(e) => {
+                remote::failed(&bench, project, RemoteStep::Fetch, &e).await?;
+                return Err(e.into());
+            }
+        };
+        match state.remote_trouble.as_ref().map(|t| t.failing.during) {
+            None => {}
+            // Nobody but a commit can tell whether it takes one.
+            Some(RemoteStep::Push) if self.repositories.has_remote(project).await? => {
+                self.decisions.go_on(project).await?;
+            }
+            Some(_) => remote::worked(&bench, project, Some(state)).await?,
+        }
         let revision = watched.folded.revision;
         if let Some(rewritten) = survey.rewritten {
             if state
@@ -320,6 +332,7 @@ impl Worker for Decisions {
             "gitops.revert_requested.v1"
                 | "gitops.history_restored.v1"
                 | "gitops.rewrite_accepted.v1"
+                | "gitops.remote_recovered.v1"
         )
     }
     fn key(&self, subject: &Subject) -> String {
@@ -384,7 +397,10 @@ impl Decisions {
         };
         let reverted = match repositories.revert(project, revert).await {
             Ok(reverted) => reverted,
-            Err(e) if e.retryable => return Err(e.into()),
+            Err(e) if e.retryable => {
+                remote::failed(bench, project, RemoteStep::Push, &e).await?;
+                return Err(e.into());
+            }
             Err(e) => return self.failed(a, project, commit, e).await,
         };
         let made = reverted.made;
@@ -442,7 +458,8 @@ impl Decisions {
         Ok(())
     }
 
-    /// Stops, starts and removals could not be committed while the history was in doubt.
+    /// Stops, starts and removals could not be committed while the history was in doubt, or the
+    /// remote away.
     async fn go_on(&self, project: &ProjectName) -> Result<(), Stop> {
         let waiting: Vec<DeploymentId> = self
             .0

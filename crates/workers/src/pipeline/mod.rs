@@ -27,6 +27,7 @@ pub mod observe;
 pub mod package;
 pub mod probe;
 pub mod queue;
+mod remote;
 pub mod route;
 pub mod source;
 pub mod sync;

@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use daybook_events::deployment::{ChangeCommitted, DeployingStarted, DeploymentEvent, Status};
-use daybook_events::gitops::{self, Change, Committed, Gitops, GitopsEvent, RepositoryCreated};
+use daybook_events::gitops::{
+    self, Change, Committed, Gitops, GitopsEvent, RemoteStep, RepositoryCreated,
+};
 use daybook_events::secret::SecretRef;
 use daybook_events::{
     Actor, AggregateKind, Context, EnvKey, EnvironmentName, Event, EventId, ProjectName, Subject,
@@ -20,7 +22,7 @@ use daybook_projections::DeploymentRow;
 use uuid::Uuid;
 
 use super::foreign::Nudge;
-use super::{Bench, Stop, give_up, settle};
+use super::{Bench, Stop, give_up, remote, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{GitopsChange, GitopsCommit, KnownHistory, Repositories, StepError};
 use crate::values::ReleaseValues;
@@ -29,6 +31,9 @@ const ROLE: &str = "package";
 
 /// The code of a step that meets a rewritten history.
 pub(super) const REWRITTEN: &str = "gitops_history_rewritten";
+
+/// The code of a step that meets a remote whose history is another one.
+const DIVERGED: &str = "gitops_diverged";
 
 /// The worker that writes GitOps repositories.
 #[derive(Clone)]
@@ -190,13 +195,23 @@ impl Package {
             occasion: Occasion::of(row),
         };
         let made = self.commit(work).await;
-        if let Ok(made) = &made {
-            let text = format!("committed {}: {}", made.commit.short(), made.message);
-            self.bench.say(row.id, None, text).await;
+        match &made {
+            Ok(made) => {
+                let text = format!("committed {}: {}", made.commit.short(), made.message);
+                self.bench.say(row.id, None, text).await;
+            }
+            Err(Stop::Retry(why)) => {
+                let text = format!("not committed yet, and tried again: {why}");
+                self.bench.say(row.id, None, text).await;
+            }
+            Err(_) => {}
         }
         let commit = match made.map(|made| made.commit) {
             // Only a deployment can fail. The rest of its life waits for somebody's decision.
-            Err(Stop::Fail(e)) if e.code == REWRITTEN && row.state.status != Status::Packaging => {
+            Err(Stop::Fail(e))
+                if [REWRITTEN, DIVERGED].contains(&e.code.as_str())
+                    && row.state.status != Status::Packaging =>
+            {
                 return Err(Stop::Retry(format!("{}: {}", e.code, e.message)));
             }
             other => other?,
@@ -285,12 +300,14 @@ impl Package {
         let made = match made {
             Ok(made) => made,
             Err(e) => {
-                if e.code == REWRITTEN {
+                if [REWRITTEN, DIVERGED].contains(&e.code.as_str()) {
                     self.nudge.give();
                 }
+                remote::failed(&self.bench, project, RemoteStep::Push, &e).await?;
                 return Err(e.into());
             }
         };
+        remote::worked(&self.bench, project, self.gitops(project)?.as_ref()).await?;
         // Somebody else committed in between, or a process whose record is still to come.
         if made.parent != head {
             self.nudge.give();

@@ -89,6 +89,10 @@ impl Texts for GitopsEvent {
                 see(&mut e.message);
                 see(&mut e.remedy);
             }
+            Self::RemoteFailing(e) => {
+                see(&mut e.message);
+                see(&mut e.remedy);
+            }
             // What people write is masked where it comes in; the rest is Daybook's own.
             Self::RepositoryCreated(_)
             | Self::Committed(_)
@@ -97,7 +101,8 @@ impl Texts for GitopsEvent {
             | Self::RevertRequested(_)
             | Self::HistoryRewritten(_)
             | Self::HistoryRestored(_)
-            | Self::RewriteAccepted(_) => {}
+            | Self::RewriteAccepted(_)
+            | Self::RemoteRecovered(_) => {}
         }
     }
 }
