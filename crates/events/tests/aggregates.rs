@@ -298,6 +298,60 @@ fn a_commit_of_somebody_else_is_adopted_or_undone() {
 }
 
 #[test]
+fn a_remote_that_fails_is_told_when_it_begins_changes_and_ends() {
+    let failing = |during, code: &str, message: &str| {
+        GitopsEvent::RemoteFailing(gitops::RemoteFailing {
+            during,
+            code: code.to_owned(),
+            message: message.to_owned(),
+            remedy: String::new(),
+        })
+    };
+    let recovered = GitopsEvent::RemoteRecovered(gitops::RemoteRecovered {});
+    let (push, fetch) = (gitops::RemoteStep::Push, gitops::RemoteStep::Fetch);
+    let given = with_foreign(&[])
+        .when(|s| gitops::decide(s, recovered.clone()))
+        .then_nothing()
+        .when(|s| gitops::decide(s, failing(push, "a", "once")))
+        .then(failing(push, "a", "once"))
+        .when(|s| gitops::decide(s, failing(push, "a", "in other words")))
+        .then_nothing();
+    let since = given.state.as_ref().unwrap().remote_trouble.as_ref();
+    let since = since.unwrap().since;
+    let given = given
+        .when(|s| gitops::decide(s, failing(fetch, "a", "")))
+        .then(failing(fetch, "a", ""));
+    let trouble = given.state.clone().unwrap().remote_trouble.unwrap();
+    assert_eq!((trouble.since, trouble.failing.during), (since, fetch));
+    let given = given
+        .when(|s| gitops::decide(s, recovered.clone()))
+        .then(recovered.clone());
+    assert_eq!(given.state.unwrap().remote_trouble, None);
+}
+
+#[test]
+fn a_remote_of_a_project_is_set_and_cleared() {
+    let changed = |url: Option<&str>| {
+        ProjectEvent::GitopsRemoteChanged(project::GitopsRemoteChanged {
+            url: url.map(|url| url.parse().unwrap()),
+        })
+    };
+    let elsewhere = changed(Some("https://git.example.com/shop.git"));
+    given::<Project>([])
+        .when(|s| project::decide(s, elsewhere.clone()))
+        .then_refused("project_not_found");
+    given::<Project>([samples::project_events().remove(0)])
+        .when(|s| project::decide(s, changed(None)))
+        .then_nothing()
+        .when(|s| project::decide(s, elsewhere.clone()))
+        .then(elsewhere.clone())
+        .when(|s| project::decide(s, elsewhere.clone()))
+        .then_nothing()
+        .when(|s| project::decide(s, changed(None)))
+        .then(changed(None));
+}
+
+#[test]
 fn a_rewritten_history_is_put_back_or_accepted() {
     let rewritten = GitopsEvent::HistoryRewritten(gitops::HistoryRewritten {
         expected: samples::commit(2),
@@ -406,7 +460,7 @@ fn releases_are_what_the_commits_left() {
 
 #[test]
 fn secrets_have_versions_and_the_nearest_one_wins() {
-    let [created, defined, set, unset, erased]: [ProjectEvent; 5] =
+    let [created, defined, set, unset, erased, ..]: [ProjectEvent; 6] =
         samples::project_events().try_into().unwrap();
     let other = |version, commitment| {
         ProjectEvent::SecretSet(SecretSet {
@@ -508,7 +562,7 @@ fn secrets_have_versions_and_the_nearest_one_wins() {
 
 #[test]
 fn projects_and_services_are_made_once() {
-    let [created, defined, ..]: [ProjectEvent; 5] = samples::project_events().try_into().unwrap();
+    let [created, defined, ..]: [ProjectEvent; 6] = samples::project_events().try_into().unwrap();
     given::<Project>([])
         .when(|s| project::decide(s, defined.clone()))
         .then_refused("project_not_found")
