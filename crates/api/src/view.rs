@@ -225,6 +225,9 @@ pub(crate) struct DeploymentDetail {
     pub(crate) durations: Durations,
     /// When each state was first entered.
     pub(crate) entered: BTreeMap<Status, Timestamp>,
+    /// When it will be stopped by itself, if nothing is decided before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) stops: Option<views::StopView>,
     /// What can be done to it now.
     pub(crate) operations: Vec<Operation>,
     /// The commit of its source, once the ref is resolved.
@@ -491,7 +494,7 @@ pub(crate) struct DeploymentAccepted {
 pub(crate) struct OperationAccepted {
     /// The deployment.
     pub(crate) id: DeploymentId,
-    /// `stopping`, `starting`, `terminating`, `cancelling` or `deleted`.
+    /// `stopping`, `starting`, `terminating`, `cancelling`, `kept` or `deleted`.
     pub(crate) status: &'static str,
 }
 
@@ -608,6 +611,7 @@ impl<'a> Shown<'a> {
             cluster_status: cluster_status(state),
             durations: durations(state),
             entered: state.milestones.entered.clone(),
+            stops: views::StopView::of(state),
             operations: state.operations(),
             source: state.source.as_ref().map(|s| SourceView {
                 commit: s.commit.clone(),

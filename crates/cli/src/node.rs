@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use daybook_api::{AppState, Gateway as PublicGateway, Parts, Settings as ApiSettings};
 use daybook_events::lines::{LineLog, LineSource};
+use daybook_events::timer::KeepFor;
 use daybook_events::tree::{PublishedTree, TreeCondition};
 use daybook_events::with_causes;
 use daybook_events::{ClusterName, EventLog, Hostname, ImageRepository};
@@ -85,6 +86,8 @@ pub struct NodeOptions {
     pub image_prefix: Option<String>,
     /// Builds at once.
     pub builds: usize,
+    /// How long a deployment is kept running that is no longer the main one.
+    pub keep_old: KeepFor,
     /// Where the signed tree is published; below the data folder if not named.
     pub tlog: Option<PathBuf>,
     /// Where its keys are; below the data folder if not named.
@@ -124,6 +127,7 @@ impl NodeOptions {
             clusters: vec!["local-a".into(), "local-b".into()],
             image_prefix: None,
             builds: 2,
+            keep_old: KeepFor::OLD,
             tlog: None,
             tlog_keys: None,
             origin: None,
@@ -345,6 +349,7 @@ impl Node {
                 scratch: scratch.path().to_owned(),
                 gateway_url: gateway_url.clone(),
                 builds: options.builds,
+                keep_old: options.keep_old,
             }),
         };
         let crew = Arc::new(Crew::new(bench, DriverOptions::default(), cancel.clone()));
@@ -380,6 +385,9 @@ impl Node {
         }
         if has(Role::Route) {
             crew.route();
+        }
+        if has(Role::Timers) {
+            crew.timers();
         }
         if let Some(gateway) = &gateway {
             crew.gateway(gateway.clone(), "local");

@@ -19,6 +19,8 @@ pub enum Role {
     Route,
     /// Asks the public addresses.
     Probe,
+    /// Stops by themselves what is scheduled to be stopped.
+    Timers,
     /// The local gateway, which serves the routes.
     Gateway,
     /// Signs the ledger, and compares the log with what was signed.
@@ -44,6 +46,7 @@ impl Role {
                     Self::Sync,
                     Self::Route,
                     Self::Probe,
+                    Self::Timers,
                 ],
                 one => vec![one],
             })
@@ -59,6 +62,7 @@ impl Role {
             Self::Sync => "sync",
             Self::Route => "route",
             Self::Probe => "probe",
+            Self::Timers => "timers",
             Self::Gateway => "gateway",
             Self::Notary => "notary",
             Self::Worker => "worker",

@@ -19,6 +19,7 @@ use crate::names::{
 };
 use crate::outline::Step;
 use crate::spec::{BuildSpec, BuilderKind, HealthSpec, ImageReference, PinnedImage, RunSpec};
+use crate::timer::{KeepCause, KeepFor, StopCause};
 use crate::{build, deployment};
 
 /// Checks the payload of a type (without the common prefix), and says what it means for the
@@ -67,6 +68,8 @@ deployments! {
     "deployment.terminate_requested.v1": OperationRequested,
     "deployment.terminated.v1": OperationDone,
     "deployment.deleted.v1": Deleted,
+    "deployment.stop_scheduled.v1": StopScheduled,
+    "deployment.stop_unscheduled.v1": StopUnscheduled,
     "deployment.change_committed.v1": ChangeCommitted,
 }
 
@@ -214,7 +217,10 @@ macro_rules! words {
     )*};
 }
 
-words! { BuilderKind, ImageReference, Timestamp, deployment::Status, deployment::SwitchMode, }
+words! {
+    BuilderKind, ImageReference, Timestamp, deployment::Status, deployment::SwitchMode, KeepCause,
+    KeepFor, StopCause,
+}
 
 impl Check for String {
     fn check(text: &mut Text<'_>) -> Option<()> {
@@ -337,6 +343,13 @@ structs! {
     deployment::Succeeded { revision: CommitId, table: u32 }
     deployment::Failed {
         during: deployment::Status, code: String, message: String, remedy: String
+    }
+    deployment::StopScheduled {
+        due: Timestamp, cause: StopCause, keep: KeepFor, by: Option<DeploymentId>,
+        table: Option<u32>, nonce: EventId
+    }
+    deployment::StopUnscheduled {
+        nonce: EventId, cause: KeepCause, table: Option<u32>, reason: Option<String>
     }
     deployment::OperationRequested { reason: Option<String> }
     deployment::OperationDone { revision: CommitId }

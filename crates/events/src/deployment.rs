@@ -23,6 +23,8 @@ use crate::names::{
 use crate::secret::SecretRef;
 use crate::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
 use crate::subject::AggregateKind;
+use crate::timer::StopPlan;
+pub use crate::timer::{StopScheduled, StopUnscheduled};
 
 /// Where a deployment is in its life.
 #[derive(
@@ -265,6 +267,16 @@ pub const TRANSITIONS: &[Transition] = &{
             &[Started, StopError, StartError],
             Some(Stopping),
         ),
+        t(
+            "deployment.stop_scheduled.v1",
+            &[Deploying, Started],
+            None,
+        ),
+        t(
+            "deployment.stop_unscheduled.v1",
+            &[Deploying, Started],
+            None,
+        ),
         t("deployment.stopped.v1", &[Stopping], Some(Stopped)),
         t("deployment.stop_failed.v1", &[Stopping], Some(StopError)),
         t(
@@ -390,11 +402,12 @@ pub enum Operation {
     Delete,
     MarkMain,
     Redeploy,
+    Keep,
 }
 
 impl Operation {
     /// All operations.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Cancel,
         Self::Stop,
         Self::Start,
@@ -402,6 +415,7 @@ impl Operation {
         Self::Delete,
         Self::MarkMain,
         Self::Redeploy,
+        Self::Keep,
     ];
 
     /// The states that allow it.
@@ -412,6 +426,7 @@ impl Operation {
             Self::Start => "deployment.start_requested.v1",
             Self::Terminate => "deployment.terminate_requested.v1",
             Self::Delete => "deployment.deleted.v1",
+            Self::Keep => "deployment.stop_unscheduled.v1",
             Self::MarkMain => return &[Status::Started],
             Self::Redeploy => return &Status::ALL,
         };
@@ -802,6 +817,10 @@ events! {
         TerminateFailed(OperationFailed) = "deployment.terminate_failed.v1",
         /// Its record is put away.
         Deleted(Deleted) = "deployment.deleted.v1",
+        /// It will be stopped by itself.
+        StopScheduled(StopScheduled) = "deployment.stop_scheduled.v1",
+        /// It will not.
+        StopUnscheduled(StopUnscheduled) = "deployment.stop_unscheduled.v1",
         /// A later change of it is committed.
         ChangeCommitted(ChangeCommitted) = "deployment.change_committed.v1",
     }
@@ -883,6 +902,8 @@ pub struct Deployment {
     pub failure: Option<Failed>,
     /// Why it was cancelled.
     pub cancelled: Option<Cancelled>,
+    /// When it is to be stopped by itself.
+    pub stops: StopPlan,
     /// Is there an image?
     pub build_readiness: Readiness,
     /// Does it run?
@@ -930,12 +951,24 @@ impl Deployment {
         self.commit.is_some() && self.change.as_ref().is_none_or(|c| c.replicas.is_some())
     }
 
+    /// When something is to happen to it by itself, if nothing is decided before.
+    pub fn due(&self) -> Option<Timestamp> {
+        match self.status {
+            Status::Started => self.stops.pending.as_ref().map(|p| p.due),
+            _ => None,
+        }
+    }
+
     /// The operations that are possible now.
     pub fn operations(&self) -> Vec<Operation> {
         Operation::ALL
             .into_iter()
             .filter(|o| o.allowed_in().contains(&self.status))
-            .filter(|o| *o != Operation::Redeploy || self.image.is_some() || self.source.is_some())
+            .filter(|o| match o {
+                Operation::Redeploy => self.image.is_some() || self.source.is_some(),
+                Operation::Keep => self.stops.pending.is_some(),
+                _ => true,
+            })
             .collect()
     }
 
@@ -1070,6 +1103,7 @@ impl Aggregate for Deployment {
             cancel: None,
             failure: None,
             cancelled: None,
+            stops: StopPlan::default(),
             build_readiness: pending(),
             workload_readiness: pending(),
             endpoint_readiness: pending(),
@@ -1084,6 +1118,7 @@ impl Aggregate for Deployment {
             self.status_event = at.id;
             self.status_since = at.time;
             self.milestones.entered.entry(to).or_insert(at.time);
+            self.stops.entered(to, at.id);
         }
         use ReadinessState::{Failed as No, NotReady, Pending, Ready};
         match event {
@@ -1260,6 +1295,8 @@ impl Aggregate for Deployment {
                 });
             }
             DeploymentEvent::Deleted(_) => {}
+            DeploymentEvent::StopScheduled(e) => self.stops.schedule(e),
+            DeploymentEvent::StopUnscheduled(e) => self.stops.unschedule(&e),
         }
         Ok(())
     }
@@ -1281,11 +1318,7 @@ pub fn decide(
                 check_request(r)?;
                 Ok(Decision::Append(event))
             }
-            _ => Err(Refusal::new(
-                "deployment_not_found",
-                "there is no such deployment",
-                "list deployments with `daybook status` or GET /api/v1/deployments",
-            )),
+            _ => Err(not_found()),
         };
     };
     if let DeploymentEvent::Requested(_) = event {
@@ -1307,6 +1340,8 @@ pub fn decide(
         }
         DeploymentEvent::SourceResolved(e) => state.source.as_ref() == Some(&e.source),
         DeploymentEvent::ChangeCommitted(e) => state.change.as_ref() == Some(e),
+        DeploymentEvent::StopScheduled(e) => state.stops.knows(e),
+        DeploymentEvent::StopUnscheduled(e) => !state.stops.waits_for(e.nonce),
         _ => false,
     };
     if unchanged {
@@ -1349,6 +1384,15 @@ pub fn decide(
         ));
     }
     Ok(Decision::Append(event))
+}
+
+/// Refuses whatever is asked of a deployment that does not exist.
+pub(crate) fn not_found() -> Refusal {
+    Refusal::new(
+        "deployment_not_found",
+        "there is no such deployment",
+        "list deployments with `daybook status` or GET /api/v1/deployments",
+    )
 }
 
 fn check_request(r: &Requested) -> Result<(), Refusal> {

@@ -6,7 +6,8 @@
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeStruct as _;
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::deployment::SwitchMode;
@@ -14,9 +15,10 @@ use crate::envelope::Payload;
 use crate::log::Position;
 use crate::names::{ClusterName, CommitId, EnvironmentName, EventId, ProjectName};
 use crate::subject::AggregateKind;
+use crate::timer::KeepFor;
 
 /// What an environment is.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EnvironmentSpec {
     /// Clusters that deployments go to unless they name others.
@@ -32,6 +34,48 @@ pub struct EnvironmentSpec {
     /// Whether it goes away with its pull request.
     #[serde(default)]
     pub ephemeral: bool,
+    /// How long a deployment is kept running that is no longer the main one; as the server says
+    /// if not given.
+    #[serde(default)]
+    pub keep_old: Option<KeepFor>,
+    /// How long a deployment is kept running that nobody asks for through the gateway; 24 hours for
+    /// an ephemeral environment, and for ever for any other one, if not given.
+    #[serde(default)]
+    pub keep_idle: Option<KeepFor>,
+}
+
+impl EnvironmentSpec {
+    /// How long a deployment is kept that nobody asks for.
+    pub fn idle(&self) -> KeepFor {
+        match self.keep_idle {
+            Some(keep) => keep,
+            None if self.ephemeral => KeepFor::IDLE,
+            None => KeepFor::Never,
+        }
+    }
+}
+
+/// As derived, but that JSON leaves out what is not given of that which came later. Rows of
+/// projections, which are not self-describing, always have it.
+impl Serialize for EnvironmentSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let json = serializer.is_human_readable();
+        let keep_old = !(json && self.keep_old.is_none());
+        let keep_idle = !(json && self.keep_idle.is_none());
+        let fields = 4 + usize::from(keep_old) + usize::from(keep_idle);
+        let mut out = serializer.serialize_struct("EnvironmentSpec", fields)?;
+        out.serialize_field("clusters", &self.clusters)?;
+        out.serialize_field("live", &self.live)?;
+        out.serialize_field("switch", &self.switch)?;
+        out.serialize_field("ephemeral", &self.ephemeral)?;
+        if keep_old {
+            out.serialize_field("keep_old", &self.keep_old)?;
+        }
+        if keep_idle {
+            out.serialize_field("keep_idle", &self.keep_idle)?;
+        }
+        out.end()
+    }
 }
 
 /// An environment was created.

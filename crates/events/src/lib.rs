@@ -30,6 +30,7 @@ pub mod spec;
 pub mod subject;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod timer;
 pub mod tree;
 
 pub use aggregate::{Aggregate, Decision, Folded, Refusal};

@@ -48,12 +48,13 @@ const LIFE: &[(Status, &str, &str)] = &[
     (
         Status::Deploying,
         "succeeded failed cancelled",
-        "workload_observed endpoint_observed openapi_found cancel_requested",
+        "workload_observed endpoint_observed openapi_found cancel_requested stop_scheduled \
+         stop_unscheduled",
     ),
     (
         Status::Started,
         "stop_requested",
-        "workload_observed endpoint_observed openapi_found",
+        "workload_observed endpoint_observed openapi_found stop_scheduled stop_unscheduled",
     ),
     (
         Status::Stopping,

@@ -516,6 +516,14 @@ impl Fold {
                     put(&mut self.rows, keys::waiting(build, *id), IVec::default());
                 }
             }
+            if marks.due != before.due {
+                if let Some(due) = before.due {
+                    remove(&mut self.rows, keys::timer(due, *id));
+                }
+                if let Some(due) = marks.due {
+                    put(&mut self.rows, keys::timer(due, *id), IVec::default());
+                }
+            }
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use daybook_events::{
     AggregateKind, BuildId, DeploymentId, EnvironmentName, EventId, InstanceRef, Position,
     ProjectName, Subject,
 };
+use jiff::Timestamp;
 
 /// Which version of this layout a store holds.
 pub(crate) const FORMAT: &[u8] = b"mformat";
@@ -21,6 +22,9 @@ pub(crate) const CHECKPOINT: &[u8] = b"c";
 
 /// The sum over all states.
 pub(crate) const SUM: &[u8] = b"L";
+
+/// What the rows of all timers start with.
+pub(crate) const TIMERS: &[u8] = b"t";
 
 /// From how many positions to the next the sum over all states is kept.
 pub(crate) const MARK: u64 = 4096;
@@ -110,6 +114,13 @@ pub(crate) fn waiting(build: BuildId, deployment: DeploymentId) -> Vec<u8> {
 /// What the rows of all that wait for a build start with.
 pub(crate) fn waiting_for(build: BuildId) -> Vec<u8> {
     [b"w".as_slice(), build.0.as_bytes()].concat()
+}
+
+/// A deployment that waits for a time, by that time.
+pub(crate) fn timer(due: Timestamp, deployment: DeploymentId) -> Vec<u8> {
+    // Times before 1970 are not scheduled by anybody.
+    let micros = u64::try_from(due.as_microsecond()).unwrap_or_default();
+    [TIMERS, &micros.to_be_bytes(), deployment.0.as_bytes()].concat()
 }
 
 /// The event of a request that carried an idempotency key.
@@ -232,6 +243,7 @@ pub(crate) fn describe(key: &[u8]) -> String {
         Some(b'b') => format!("project of build {}", uuid()),
         Some(b'w') => format!("deployments that wait for build {}", uuid()),
         Some(b'k') => format!("request {}", uuid()),
+        Some(b't') => "a timer".to_owned(),
         Some(b'x') => format!("list of deployments, at event {}", place()),
         Some(b'n') => format!("list of active deployments, at event {}", place()),
         Some(b'h') => format!("history of the deployment of event {}", place()),

@@ -14,6 +14,7 @@ use daybook_events::{
     Aggregate, AggregateKind, BuildId, DeploymentId, EnvironmentName, EventId, Folded, Hostname,
     InstanceRef, Position, ProjectName, ServiceName, Subject,
 };
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
@@ -492,6 +493,29 @@ impl Projections {
                 ControlFlow::Continue(())
             })?;
         Ok(found.into_iter().map(DeploymentId).collect())
+    }
+
+    /// The deployments that wait for a time, the earliest first, at most so many. The times are
+    /// exact to the microsecond.
+    pub fn timers(&self, most: usize) -> Result<Vec<(Timestamp, DeploymentId)>, QueryError> {
+        let mut found = Vec::new();
+        let timer = |key: &[u8]| {
+            let (due, id) = key.strip_prefix(keys::TIMERS)?.split_first_chunk::<8>()?;
+            let due = i64::try_from(u64::from_be_bytes(*due)).ok()?;
+            let due = Timestamp::from_microsecond(due).ok()?;
+            Some((due, DeploymentId(Uuid::from_slice(id).ok()?)))
+        };
+        self.inner
+            .table
+            .scan::<()>(keys::TIMERS, None, Way::Up, |key, _| {
+                found.extend(timer(key));
+                if found.len() < most {
+                    ControlFlow::Continue(())
+                } else {
+                    ControlFlow::Break(())
+                }
+            })?;
+        Ok(found)
     }
 
     fn states<A: Aggregate>(

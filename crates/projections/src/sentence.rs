@@ -9,6 +9,7 @@ use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::ledger::LedgerEvent;
 use daybook_events::project::ProjectEvent;
 use daybook_events::routing::{RoutingEvent, SwitchReason};
+use daybook_events::timer::KeepCause;
 use daybook_events::{AnyPayload, DeploymentId, EnvironmentName, ServiceName, Subject};
 
 use crate::slot::State;
@@ -325,6 +326,18 @@ fn deployment<'a>(
         E::StopRequested(e) => {
             because(out, format_args!("It is to be stopped."), e.reason.as_ref())
         }
+        E::StopScheduled(e) => plain(
+            out,
+            format_args!("It will be stopped at {:.0}: {}.", e.due, e.because()),
+        ),
+        E::StopUnscheduled(e) => because(
+            out,
+            match e.cause {
+                KeepCause::Asked => format_args!("It is kept: its scheduled stop is called off."),
+                KeepCause::Traffic => format_args!("It is kept, as it has traffic again."),
+            },
+            e.reason.as_ref(),
+        ),
         E::Stopped(_) => plain(out, format_args!("It is stopped.")),
         E::StopFailed(e) => because(
             out,

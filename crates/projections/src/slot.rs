@@ -14,6 +14,7 @@ use daybook_events::routing::Routing;
 use daybook_events::{
     Actor, Aggregate, AggregateKind, BuildId, EventView, Folded, Position, Recorded, Subject,
 };
+use jiff::Timestamp;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 use sled::IVec;
@@ -40,6 +41,8 @@ pub(crate) struct Marks {
     pub(crate) active: bool,
     /// The build that it waits for.
     pub(crate) waits_for: Option<BuildId>,
+    /// The time that it waits for.
+    pub(crate) due: Option<Timestamp>,
 }
 
 impl Marks {
@@ -47,6 +50,7 @@ impl Marks {
         Self {
             active: is_active(state.status),
             waits_for: state.build.filter(|_| state.status.in_pipeline()),
+            due: state.due(),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What queries answer with, in the form in which it is sent.
 
 use daybook_events::deployment::{Deployment, Operation, Phase, Readiness, Status};
+use daybook_events::timer::StopCause;
 use daybook_events::{
     Actor, ClusterName, CommitId, DeploymentId, Digest, EnvironmentName, Hostname, ImageTag,
     InstanceRef, Position, ProjectName, ServiceName,
@@ -122,10 +123,38 @@ pub struct DeploymentView {
     pub clusters: Vec<ClusterView>,
     /// Why it failed, or the last operation on it did.
     pub problem: Option<ProblemView>,
+    /// When it will be stopped by itself, if nothing is decided before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stops: Option<StopView>,
     /// What can be done to it now.
     pub operations: Vec<Operation>,
     /// When it was asked for.
     pub created_at: Timestamp,
+}
+
+/// A scheduled stop.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct StopView {
+    /// When.
+    pub at: Timestamp,
+    /// Why.
+    pub cause: StopCause,
+    /// The same in words: `1a2b3c4d took its traffic over`.
+    pub because: String,
+    /// The deployment that has its traffic now, if that is why.
+    pub by: Option<DeploymentId>,
+}
+
+impl StopView {
+    /// The stop that is scheduled for a deployment.
+    pub fn of(state: &Deployment) -> Option<Self> {
+        state.stops.pending.as_ref().map(|stop| Self {
+            at: stop.due,
+            cause: stop.cause,
+            because: stop.because(),
+            by: stop.by,
+        })
+    }
 }
 
 /// A deployment in one cluster.
@@ -199,6 +228,7 @@ impl DeploymentView {
                 message: f.message.clone(),
                 remedy: f.remedy.clone(),
             }),
+            stops: StopView::of(state),
             operations: state.operations(),
             created_at: state.created_at,
         }

@@ -18,7 +18,7 @@ use crate::pipeline::queue::Queue;
 use crate::pipeline::route::{Deadlines, Route, RouteApplied};
 use crate::pipeline::source::Source;
 use crate::pipeline::sync::Sync;
-use crate::pipeline::{Bench, gateway, observe};
+use crate::pipeline::{Bench, activity, gateway, observe, timers};
 use crate::ports::{Images, Repositories, Sources};
 use crate::target::Target;
 
@@ -124,8 +124,22 @@ impl Crew {
         self.hire(Deadlines(self.bench.clone()));
     }
 
-    /// Keeps a gateway at the newest routes. `name` identifies it in the ledger.
+    /// Schedules stops, and carries out those that are due.
+    pub fn timers(&self) {
+        self.hire(timers::Replaced(self.bench.clone()));
+        self.hire(timers::Idle(self.bench.clone()));
+        self.tasks
+            .spawn(timers::run(self.bench.clone(), self.cancel.clone()));
+    }
+
+    /// Keeps a gateway at the newest routes, and tells what is asked for through it. `name`
+    /// identifies it in the ledger.
     pub fn gateway(&self, gateway: Gateway, name: &str) {
+        self.tasks.spawn(activity::run(
+            self.bench.clone(),
+            gateway.clone(),
+            self.cancel.clone(),
+        ));
         self.tasks.spawn(gateway::run(
             self.bench.clone(),
             gateway,

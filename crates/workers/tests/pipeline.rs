@@ -138,6 +138,7 @@ impl World {
                 scratch: dir.join("scratch"),
                 gateway_url: None,
                 builds: 2,
+                keep_old: daybook_events::timer::KeepFor::Never,
             }),
         };
         let options = DriverOptions {

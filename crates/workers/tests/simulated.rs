@@ -180,6 +180,7 @@ async fn hire(
             scratch: outside.dir.path().join(format!("scratch-{name}")),
             gateway_url: None,
             builds: 2,
+            keep_old: daybook_events::timer::KeepFor::Never,
         }),
     };
     let options = DriverOptions {

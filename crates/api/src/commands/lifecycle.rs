@@ -1,9 +1,10 @@
 //! What can be done to one deployment.
 
-use daybook_events::DeploymentId;
 use daybook_events::deployment::{
-    self, CancelRequested, Deleted, DeploymentEvent, OperationRequested,
+    self, CancelRequested, Deleted, Deployment, DeploymentEvent, OperationRequested,
 };
+use daybook_events::timer::{self, KeepCause};
+use daybook_events::{Decision, DeploymentId, Refusal};
 
 use super::{Caller, CommandError, Commands, Done, check};
 
@@ -20,6 +21,8 @@ pub enum Lifecycle {
     Terminate,
     /// Put its record away.
     Delete,
+    /// Call off its scheduled stop.
+    Keep,
 }
 
 impl Lifecycle {
@@ -31,17 +34,31 @@ impl Lifecycle {
             Self::Start => "starting",
             Self::Terminate => "terminating",
             Self::Delete => "deleted",
+            Self::Keep => "kept",
         }
     }
 
-    fn event(self, reason: Option<String>) -> DeploymentEvent {
-        match self {
+    /// Decides on a deployment. `table` is the newest route table of its project.
+    fn decide(
+        self,
+        state: Option<&Deployment>,
+        table: Option<u32>,
+        reason: Option<String>,
+    ) -> Result<Decision<DeploymentEvent>, Refusal> {
+        let requested = |reason| OperationRequested { reason };
+        let event = match self {
             Self::Cancel => DeploymentEvent::CancelRequested(CancelRequested { reason }),
-            Self::Stop => DeploymentEvent::StopRequested(OperationRequested { reason }),
-            Self::Start => DeploymentEvent::StartRequested(OperationRequested { reason }),
-            Self::Terminate => DeploymentEvent::TerminateRequested(OperationRequested { reason }),
+            Self::Stop => DeploymentEvent::StopRequested(requested(reason)),
+            Self::Keep => return timer::keep(state, KeepCause::Asked, table, reason),
+            // What runs and is to go on running is not to be stopped by itself.
+            Self::Start if state.is_some_and(|s| s.due().is_some()) => {
+                return timer::keep(state, KeepCause::Asked, table, reason);
+            }
+            Self::Start => DeploymentEvent::StartRequested(requested(reason)),
+            Self::Terminate => DeploymentEvent::TerminateRequested(requested(reason)),
             Self::Delete => DeploymentEvent::Deleted(Deleted { reason }),
-        }
+        };
+        deployment::decide(state, event)
     }
 }
 
@@ -66,11 +83,11 @@ impl Commands {
         reason: Option<String>,
     ) -> Result<Operated, CommandError> {
         check::text("reason", reason.as_deref())?;
-        let subject = self.deployment(id)?.subject;
-        let event = operation.event(reason);
+        let row = self.deployment(id)?;
+        let table = self.newest_table(&row.state.request.instance)?;
         let done = self
-            .run(caller, &subject, Some(id.0), |state| {
-                deployment::decide(state, event.clone())
+            .run(caller, &row.subject, Some(id.0), |state| {
+                operation.decide(state, table, reason.clone())
             })
             .await?;
         Ok(Operated { id, done })

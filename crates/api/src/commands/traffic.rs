@@ -1,9 +1,10 @@
 //! Where traffic goes: making a deployment the main one, and going back.
 
 use daybook_events::routing::{self, Command, Hostnames, RoutingEvent, Target};
-use daybook_events::{DeploymentId, InstanceRef, Refusal, Subject};
+use daybook_events::timer::{self, KeepCause};
+use daybook_events::{Context, Decision, DeploymentId, EventId, InstanceRef, Refusal, Subject};
 
-use super::{Caller, CommandError, Commands, Done, check};
+use super::{Caller, CommandError, Commands, Done, OWN_WRITE_WAIT, check};
 
 /// A switch of the main deployment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,13 +30,15 @@ impl Commands {
         note: Option<String>,
     ) -> Result<Switched, CommandError> {
         check::text("reason", note.as_deref())?;
-        let (target, hostnames) = self.target(id)?;
-        let command = Command::MarkMain {
-            target: target.clone(),
+        let command = |(target, hostnames)| Command::MarkMain {
+            target,
             hostnames,
             expected_main,
-            note,
+            note: note.clone(),
         };
+        self.keep_for(caller, id, command(self.target(id)?)).await?;
+        let (target, hostnames) = self.target(id)?;
+        let command = command((target.clone(), hostnames));
         self.switch(caller, target, command).await
     }
 
@@ -57,7 +60,7 @@ impl Commands {
             Some(to) => to,
             None => self.former_main(&instance)?,
         };
-        let (target, hostnames) = self.target(to)?;
+        let (target, _) = self.target(to)?;
         if target.instance != instance {
             return Err(Refusal::new(
                 "other_instance",
@@ -69,11 +72,14 @@ impl Commands {
             )
             .into());
         }
-        let command = Command::Rollback {
-            target: target.clone(),
+        let command = |(target, hostnames)| Command::Rollback {
+            target,
             hostnames,
-            note,
+            note: note.clone(),
         };
+        self.keep_for(caller, to, command(self.target(to)?)).await?;
+        let (target, hostnames) = self.target(to)?;
+        let command = command((target.clone(), hostnames));
         let rolled_back = self.switch(caller, target, command).await;
         rolled_back.map_err(|e| match e {
             CommandError::Refused(mut r) if r.code == "target_not_running" => {
@@ -99,6 +105,53 @@ impl Commands {
                 "deploy something first, or name the deployment to go back to",
             )
         })?)
+    }
+
+    /// Calls off the scheduled stop of a deployment that is about to get traffic by this command,
+    /// if that is possible. Whichever of the stop and this comes first, the state of the target
+    /// then says so: traffic never meets a stop that nobody knew of.
+    async fn keep_for(
+        &self,
+        caller: &Caller,
+        id: DeploymentId,
+        command: Command,
+    ) -> Result<(), CommandError> {
+        let row = self.deployment(id)?;
+        if row.state.stops.pending.is_none() || self.earlier(caller).await?.is_some() {
+            return Ok(());
+        }
+        let instance = &row.state.request.instance;
+        let routing = self.ledger.projections().routing(&instance.project)?;
+        if !matches!(
+            routing::decide(routing.as_ref(), command),
+            Ok(Decision::Append(_))
+        ) {
+            return Ok(());
+        }
+        let table = routing.map(|r| r.table);
+        let request = caller.event_id();
+        let context = Context {
+            request_digest: None,
+            ..caller.context(EventId::derived(request.0, "kept"), id.0)
+        };
+        let kept = self.ledger.execute(&row.subject, &context, |state| {
+            timer::keep(state, KeepCause::Traffic, table, None)
+        });
+        if let Some(position) = kept.await?.position() {
+            let projections = self.ledger.projections();
+            let folded = projections.wait_for(position, OWN_WRITE_WAIT).await;
+            folded.map_err(|behind| CommandError::Execute(behind.into()))?;
+        }
+        Ok(())
+    }
+
+    /// The newest route table of an instance's project.
+    pub(super) fn newest_table(
+        &self,
+        instance: &InstanceRef,
+    ) -> Result<Option<u32>, CommandError> {
+        let routing = self.ledger.projections().routing(&instance.project)?;
+        Ok(routing.map(|r| r.table))
     }
 
     fn target(&self, id: DeploymentId) -> Result<(Target, Hostnames), CommandError> {

@@ -387,6 +387,20 @@ pub(crate) async fn cancel_deployment(
     operate(&state, id, Lifecycle::Cancel, command).await
 }
 
+/// Keeps a deployment running whose stop is scheduled.
+#[utoipa::path(post, path = "/api/v1/deployments/{id}/keep", tag = "deployments",
+    params(("id" = String, Path, description = "The deployment.")),
+    request_body = Option<Why>,
+    responses((status = 200, description = "It is kept.", body = OperationAccepted)))]
+pub(crate) async fn keep_deployment(
+    State(state): State<AppState>,
+    Named(id): Named<DeploymentId>,
+    Params(NoParams {}): Params<NoParams>,
+    command: Command<Why>,
+) -> Handled<OperationAccepted> {
+    operate(&state, id, Lifecycle::Keep, command).await
+}
+
 /// Puts the record of an ended deployment away. Its events stay in the ledger.
 #[utoipa::path(delete, path = "/api/v1/deployments/{id}", tag = "deployments",
     params(("id" = String, Path, description = "The deployment.")),

@@ -61,6 +61,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(deployments::start_deployment))
         .routes(routes!(deployments::terminate_deployment))
         .routes(routes!(deployments::cancel_deployment))
+        .routes(routes!(deployments::keep_deployment))
         .routes(routes!(deployments::mark_main))
         .routes(routes!(deployments::redeploy))
         .routes(routes!(deployments::rollback))

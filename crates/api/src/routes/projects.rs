@@ -5,6 +5,7 @@ use daybook_events::deployment::SwitchMode;
 use daybook_events::environment::{Environment, EnvironmentSpec, EnvironmentStatus};
 use daybook_events::project::Project;
 use daybook_events::spec::ServiceSpec;
+use daybook_events::timer::KeepFor;
 use daybook_events::{ClusterName, EnvironmentName, ProjectName, ServiceName};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -53,6 +54,12 @@ pub(crate) struct CreateEnvironment {
     /// Whether it goes away with its pull request.
     #[serde(default)]
     ephemeral: bool,
+    /// How long a deployment is kept running that is no longer the main one; as the server says
+    /// if not given.
+    keep_old: Option<KeepFor>,
+    /// How long a deployment is kept running that nobody asks for through the gateway; 24 hours for
+    /// an ephemeral environment, and for ever for any other one, if not given.
+    keep_idle: Option<KeepFor>,
     /// The environment that it is made from: whatever takes the traffic there is promoted.
     from: Option<EnvironmentName>,
 }
@@ -222,6 +229,8 @@ pub(crate) async fn create_environment(
         live: body.live,
         switch: body.switch,
         ephemeral: body.ephemeral,
+        keep_old: body.keep_old,
+        keep_idle: body.keep_idle,
     };
     let commands = &state.commands;
     let done = commands

@@ -28,6 +28,18 @@ pub struct OperationArgs {
     detach: bool,
 }
 
+/// Keeps a deployment whose stop is scheduled.
+#[derive(Debug, Args)]
+pub struct KeepArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    deployment: String,
+    /// Why, for the ledger.
+    #[arg(long)]
+    reason: Option<String>,
+}
+
 /// Gives a deployment the traffic of its service.
 #[derive(Debug, Args)]
 pub struct MarkMainArgs {
@@ -176,6 +188,21 @@ pub async fn operate(operation: &str, args: OperationArgs) -> Outcome {
         Code::DeploymentCancelled if operation == "cancel" => Code::Success,
         other => other,
     })
+}
+
+pub async fn keep(args: KeepArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    let id = find(&client, &args.deployment).await?;
+    let path = format!("/api/v1/deployments/{id}/keep");
+    let body = json!({ "reason": args.reason });
+    let answer = client.post(&path, &body).await?;
+    if output::is_json() {
+        output::json(&answer);
+    } else {
+        let kept = output::style().good("kept");
+        output::line(&format!("{kept} {id}: it is not stopped by itself"));
+    }
+    Ok(Code::Success)
 }
 
 pub async fn delete(args: OperationArgs) -> Outcome {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
+use daybook_events::timer::KeepFor;
 use daybook_events::without_credentials;
 use reqwest::Method;
 use serde_json::{Map, Value, json};
@@ -140,7 +141,11 @@ pub enum EnvCommand {
         /// An environment to make it from: whatever takes the traffic there is promoted.
         #[arg(long, value_name = "ENVIRONMENT")]
         from: Option<String>,
+        #[command(flatten)]
+        rules: Box<EnvRules>,
     },
+    /// Change what an environment is. What is not named stays as it is.
+    Set(Box<SetEnvArgs>),
     /// Delete an environment, with all that runs in it. Its history stays in the ledger.
     Delete(DeleteEnvArgs),
     /// List the environments of a project.
@@ -150,6 +155,53 @@ pub enum EnvCommand {
         /// The project.
         project: String,
     },
+}
+
+/// How an environment treats its deployments.
+#[derive(Debug, Default, Args)]
+pub struct EnvRules {
+    /// How long a deployment is kept running that is no longer the main one: 45s, 30m, 24h, 7d or
+    /// `never` to stop it; as the server says if never given.
+    #[arg(long, value_name = "TIME")]
+    keep_old: Option<KeepFor>,
+    /// How long a deployment is kept running that nobody asks for through the gateway: 24h for
+    /// previews, and `never` to stop it for all others, if never given.
+    #[arg(long, value_name = "TIME")]
+    keep_idle: Option<KeepFor>,
+}
+
+impl EnvRules {
+    /// Writes what is given into a request.
+    fn write(&self, body: &mut Value) {
+        for (name, keep) in [("keep_old", self.keep_old), ("keep_idle", self.keep_idle)] {
+            if let Some(keep) = keep {
+                body[name] = keep.to_string().into();
+            }
+        }
+    }
+}
+
+/// What is to change about an environment.
+#[derive(Debug, Args)]
+pub struct SetEnvArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// The project.
+    project: String,
+    /// Its name.
+    name: String,
+    /// The clusters that deployments go to, in place of those that it has; may be given several
+    /// times.
+    #[arg(long = "cluster", value_name = "NAME")]
+    clusters: Vec<String>,
+    /// Whether its services answer on the project's live hostnames.
+    #[arg(long)]
+    live: Option<bool>,
+    /// Whether new deployments run beside the main one until `daybook mark-main`.
+    #[arg(long)]
+    manual_switch: Option<bool>,
+    #[command(flatten)]
+    rules: EnvRules,
 }
 
 /// An environment that is to go.
@@ -354,6 +406,7 @@ pub async fn environment(command: EnvCommand) -> Outcome {
             live,
             manual_switch,
             from,
+            rules,
         } => {
             let path = format!("/api/v1/projects/{}/environments", segment(&project)?);
             let switch = if manual_switch { "manual" } else { "automatic" };
@@ -368,9 +421,11 @@ pub async fn environment(command: EnvCommand) -> Outcome {
             if let Some(from) = from {
                 body["from"] = from.into();
             }
+            rules.write(&mut body);
             let answer = Client::new(&server)?.post(&path, &body).await?;
             made(&format!("environment {name} of project {project}"), &answer)
         }
+        EnvCommand::Set(args) => set_environment(*args).await,
         EnvCommand::Delete(args) => delete_environment(args).await,
         EnvCommand::List { server, project } => {
             let path = format!("/api/v1/projects/{}/environments", segment(&project)?);
@@ -392,6 +447,41 @@ pub async fn environment(command: EnvCommand) -> Outcome {
             .await
         }
     }
+}
+
+async fn set_environment(args: SetEnvArgs) -> Outcome {
+    let SetEnvArgs { project, name, .. } = &args;
+    let path = format!(
+        "/api/v1/projects/{}/environments/{}",
+        segment(project)?,
+        segment(name)?
+    );
+    let client = Client::new(&args.server)?;
+    let mut spec: Value = client.get(&path, &[]).await?;
+    if let Some(shown) = spec.as_object_mut() {
+        // What an environment is shown with beside what it is.
+        for key in ["project", "name", "created_at", "status", "from"] {
+            shown.remove(key);
+        }
+    }
+    if !args.clusters.is_empty() {
+        spec["clusters"] = args.clusters.clone().into();
+    }
+    if let Some(live) = args.live {
+        spec["live"] = live.into();
+    }
+    if let Some(manual) = args.manual_switch {
+        spec["switch"] = if manual { "manual" } else { "automatic" }.into();
+    }
+    args.rules.write(&mut spec);
+    let answer: Value = client.command(Method::PUT, &path, &spec, None).await?;
+    if output::is_json() {
+        output::json(&answer);
+    } else {
+        let changed = output::style().good("changed");
+        output::line(&format!("{changed} environment {name} of project {project}"));
+    }
+    Ok(Code::Success)
 }
 
 async fn delete_environment(args: DeleteEnvArgs) -> Outcome {

@@ -135,6 +135,8 @@ pub enum Command {
     Stop(lifecycle::OperationArgs),
     /// Start a stopped deployment.
     Start(lifecycle::OperationArgs),
+    /// Keep a deployment running whose stop is scheduled.
+    Keep(lifecycle::KeepArgs),
     /// Remove a stopped deployment for good.
     Terminate(lifecycle::OperationArgs),
     /// Cancel a deployment that is not live yet.
@@ -192,6 +194,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Rollback(args) => lifecycle::rollback(args).await,
         Command::Stop(args) => lifecycle::operate("stop", args).await,
         Command::Start(args) => lifecycle::operate("start", args).await,
+        Command::Keep(args) => lifecycle::keep(args).await,
         Command::Terminate(args) => lifecycle::operate("terminate", args).await,
         Command::Cancel(args) => lifecycle::operate("cancel", args).await,
         Command::Delete(args) => lifecycle::delete(args).await,

@@ -167,6 +167,14 @@ fn print_overview(overview: &Overview) {
         .iter()
         .flat_map(|i| i.main.iter().chain(&i.others))
     {
+        if let Some(stop) = &d.stops {
+            output::line(&format!(
+                "{} stops at {:.0}, because {}; `daybook keep {0}` keeps it",
+                d.id.short(),
+                stop.at,
+                stop.because,
+            ));
+        }
         if let Some(p) = &d.problem {
             output::line(&format!(
                 "{} {}: {} ({})",
@@ -295,6 +303,10 @@ pub fn print_detail(detail: &Value) {
             .and_then(Value::as_str)
             .unwrap_or_default();
         fields.push(("address", format!("{url} ({sticks})")));
+    }
+    if !text("/stops/because").is_empty() {
+        let stop = format!("at {}, because {}", text("/stops/at"), text("/stops/because"));
+        fields.push(("stops", stop));
     }
     let operations: Vec<_> = detail
         .get("operations")

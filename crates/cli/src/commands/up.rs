@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use daybook_events::timer::KeepFor;
 
 use super::Outcome;
 use crate::exit::{Code, Failure};
@@ -65,6 +66,10 @@ pub struct NodeArgs {
     /// How many builds run at once.
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
     pub builds: u8,
+    /// How long a deployment is kept running that is no longer the main one of its service, for
+    /// environments that do not say so themselves: 45s, 30m, 24h, 7d or `never` to stop it.
+    #[arg(long, env = "DAYBOOK_KEEP_OLD", default_value_t = KeepFor::OLD, value_name = "TIME")]
+    pub keep_old: KeepFor,
     /// Where the signed tree over the ledger is published, for auditors: `tlog` in the data folder
     /// if not given. Best on another disk than the log, as it is what a damaged log is noticed by
     /// and mended from.
@@ -145,6 +150,7 @@ impl NodeArgs {
         options.clusters = self.clusters.clone();
         options.image_prefix = self.image_prefix.clone();
         options.builds = self.builds.into();
+        options.keep_old = self.keep_old;
         options.tlog = self.tlog.clone();
         options.tlog_keys = self.tlog_keys.clone();
         options.origin = self.origin.clone();

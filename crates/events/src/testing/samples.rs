@@ -21,6 +21,7 @@ use crate::project::{self, ProjectEvent};
 use crate::routing::{self, Backend, MainChange, RouteChange, RoutingEvent, Stickiness};
 use crate::secret::{Commitment, SecretId, SecretScope, SecretSet, SecretUnset, SecretsErased};
 use crate::spec::{BuildSpec, PinnedImage, RunSpec, ServiceSpec, SourceSpec};
+use crate::timer::{KeepCause, KeepFor, StopCause, StopScheduled, StopUnscheduled};
 
 /// The number-th commit id.
 pub fn commit(number: u64) -> CommitId {
@@ -322,7 +323,26 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
             commit: commit(number),
             replicas: Some(0),
         }),
+        E::StopScheduled(StopScheduled {
+            due: time(1800),
+            cause: StopCause::Replaced,
+            keep: KeepFor::OLD,
+            by: Some(deployment_id(number + 1)),
+            table: Some(2),
+            nonce: nonce(number),
+        }),
+        E::StopUnscheduled(StopUnscheduled {
+            nonce: nonce(number),
+            cause: KeepCause::Asked,
+            table: Some(2),
+            reason: Some("to compare both".to_owned()),
+        }),
     ]
+}
+
+/// The nonce of the number-th timer.
+pub fn nonce(number: u64) -> EventId {
+    EventId::derived(Uuid::NAMESPACE_OID, &format!("timer {number}"))
 }
 
 /// What was seen of a workload with as many instances.

@@ -293,10 +293,24 @@ impl Applier {
                 .collect();
             let why = match observed.and_then(|o| o.problem.as_ref()) {
                 Some(problem) => format!("{}: {}", problem.reason, problem.message),
-                None => format!("it is {}", state.status.as_str()),
+                None => why_it_does_not_run(id, state),
             };
             let why = addresses.is_empty().then_some(why);
             self.gateway.set_addresses(id, cluster, addresses, why);
         }
+    }
+}
+
+/// What a visitor is told of a deployment that answers nowhere.
+fn why_it_does_not_run(id: DeploymentId, state: &Deployment) -> String {
+    let status = state.status.as_str();
+    match state.stops.stopped_by() {
+        Some(stop) => format!(
+            "it is {status} since {:.0}, because {}; `daybook start {}` starts it again",
+            state.status_since,
+            stop.because(),
+            id.short()
+        ),
+        None => format!("it is {status}"),
     }
 }

@@ -13,11 +13,14 @@
 //! observe  records what a cluster shows
 //! route    ready → routes switched → applied → succeeded; stopped, started, terminated, failed
 //! probe    asks the public addresses
+//! timers   schedules stops, and carries out those that are due
+//! activity tells, beside a gateway, which previews are asked for
 //! ```
 //!
 //! Every event that a step appends has an id derived from the event that led to the deployment's
 //! present status and the step's name. Whoever takes the step, however often: it is one event.
 
+pub mod activity;
 pub mod build;
 pub mod environment;
 pub mod follow;
@@ -32,6 +35,7 @@ pub mod route;
 pub mod source;
 pub mod sync;
 mod texts;
+pub mod timers;
 mod trouble;
 
 use std::borrow::Cow;
@@ -41,6 +45,7 @@ use std::sync::Arc;
 use daybook_events::aggregate::{Aggregate, Decision, Refusal};
 use daybook_events::deployment::{self, Deployment, DeploymentEvent, Failed};
 use daybook_events::lines::{LineKind, LineLog, LineSource, NewLine};
+use daybook_events::timer::KeepFor;
 use daybook_events::with_causes;
 use daybook_events::{
     Actor, ClusterName, Context, DeploymentId, Event, EventId, Hostname, ImageRepository, Position,
@@ -85,6 +90,9 @@ pub struct Settings {
     pub gateway_url: Option<String>,
     /// How many builds run at once in this process.
     pub builds: usize,
+    /// How long a deployment is kept running that is no longer the main one, unless its
+    /// environment says so itself.
+    pub keep_old: KeepFor,
 }
 
 /// Why a step stops here.

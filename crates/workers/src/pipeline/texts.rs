@@ -42,6 +42,7 @@ impl Texts for DeploymentEvent {
             | Self::StartRequested(_)
             | Self::TerminateRequested(_)
             | Self::Deleted(_)
+            | Self::StopUnscheduled(_)
             | Self::Requested(_)
             // Nothing but names, numbers and digests.
             | Self::Queued(_)
@@ -54,6 +55,7 @@ impl Texts for DeploymentEvent {
             | Self::Stopped(_)
             | Self::RestartDone(_)
             | Self::Terminated(_)
+            | Self::StopScheduled(_)
             | Self::ChangeCommitted(_) => {}
         }
     }

@@ -139,6 +139,7 @@ impl World {
                 scratch: folder.join("scratch"),
                 gateway_url: None,
                 builds: 64,
+                keep_old: daybook_events::timer::KeepFor::Never,
             }),
         };
         let crew = Crew::new(bench, DriverOptions::default(), cancel.clone());
