@@ -22,3 +22,4 @@ mod life;
 mod nats;
 mod secrets;
 mod support;
+mod timers;

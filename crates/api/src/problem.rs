@@ -147,6 +147,7 @@ fn status_of(code: &str) -> StatusCode {
         | "environment_deleting"
         | "target_not_running"
         | "target_not_ready"
+        | "no_stop_scheduled"
         | "foreign_commit_decided"
         | "not_rewritten"
         | "stale_attempt" => StatusCode::CONFLICT,

@@ -267,11 +267,7 @@ pub const TRANSITIONS: &[Transition] = &{
             &[Started, StopError, StartError],
             Some(Stopping),
         ),
-        t(
-            "deployment.stop_scheduled.v1",
-            &[Deploying, Started],
-            None,
-        ),
+        t("deployment.stop_scheduled.v1", &[Deploying, Started], None),
         t(
             "deployment.stop_unscheduled.v1",
             &[Deploying, Started],

@@ -30,7 +30,9 @@ pub enum KeepFor {
 
 /// A text is no time to keep something for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no time to keep something for: use a number with s, m, h or d, at most 365d, or `never`")]
+#[error(
+    "{0:?} is no time to keep something for: use a number with s, m, h or d, at most 365d, or `never`"
+)]
 pub struct InvalidKeepFor(String);
 
 const YEAR: u32 = 365 * DAY;
@@ -349,7 +351,18 @@ mod tests {
         assert_eq!("1800s".parse(), Ok(KeepFor::OLD));
         assert_eq!("1d".parse(), Ok(KeepFor::IDLE));
         assert_eq!("never".parse(), Ok(KeepFor::Never));
-        for bad in ["", "m", "30", "-1m", "1.5h", "366d", "9999999999s", "30 m", "30µ", "Never"] {
+        for bad in [
+            "",
+            "m",
+            "30",
+            "-1m",
+            "1.5h",
+            "366d",
+            "9999999999s",
+            "30 m",
+            "30µ",
+            "Never",
+        ] {
             assert!(bad.parse::<KeepFor>().is_err(), "{bad}");
         }
     }

@@ -146,10 +146,7 @@ impl Commands {
     }
 
     /// The newest route table of an instance's project.
-    pub(super) fn newest_table(
-        &self,
-        instance: &InstanceRef,
-    ) -> Result<Option<u32>, CommandError> {
+    pub(super) fn newest_table(&self, instance: &InstanceRef) -> Result<Option<u32>, CommandError> {
         let routing = self.ledger.projections().routing(&instance.project)?;
         Ok(routing.map(|r| r.table))
     }

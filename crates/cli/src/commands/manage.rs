@@ -479,7 +479,9 @@ async fn set_environment(args: SetEnvArgs) -> Outcome {
         output::json(&answer);
     } else {
         let changed = output::style().good("changed");
-        output::line(&format!("{changed} environment {name} of project {project}"));
+        output::line(&format!(
+            "{changed} environment {name} of project {project}"
+        ));
     }
     Ok(Code::Success)
 }

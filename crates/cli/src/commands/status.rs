@@ -305,7 +305,11 @@ pub fn print_detail(detail: &Value) {
         fields.push(("address", format!("{url} ({sticks})")));
     }
     if !text("/stops/because").is_empty() {
-        let stop = format!("at {}, because {}", text("/stops/at"), text("/stops/because"));
+        let stop = format!(
+            "at {}, because {}",
+            text("/stops/at"),
+            text("/stops/because")
+        );
         fields.push(("stops", stop));
     }
     let operations: Vec<_> = detail

@@ -21,6 +21,7 @@ use daybook_projections::DeploymentRow;
 use futures_util::StreamExt;
 use jiff::Timestamp;
 
+use super::timers::keep_for_traffic;
 use super::{Bench, Stop, give_up, outcome, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::StepError;
@@ -147,9 +148,10 @@ impl RouteApplied {
         match a.event.payload::<RoutingEvent>() {
             Ok(RoutingEvent::Rejected(rejected)) => {
                 let mut switches = routing.recent.iter();
-                let about = switches.find(|s| s.table == rejected.table);
-                let about = about.map(|s| s.deployment);
-                self.rejected(&subject, a, rejected, about).await
+                let switch = switches.find(|s| s.table == rejected.table);
+                let previous = switch.and_then(|s| s.main.as_ref()?.previous);
+                let about = switch.map(|s| s.deployment);
+                self.rejected(&subject, a, rejected, about, previous).await
             }
             Ok(RoutingEvent::Applied(applied)) => {
                 let waiting = self.waiting(project, routing, &applied.hostnames)?;
@@ -167,7 +169,11 @@ impl RouteApplied {
         a: &Activation,
         rejected: routing::Rejected,
         about: Option<DeploymentId>,
+        previous: Option<DeploymentId>,
     ) -> Result<(), Stop> {
+        if let Some(previous) = previous {
+            keep_for_traffic(&self.0, a.event.id, previous).await?;
+        }
         let context = self
             .0
             .follow_up(ROLE, a.event.id, a.event.correlationid, "compensated");
@@ -455,6 +461,9 @@ async fn withdraw(bench: &Bench, row: &DeploymentRow) -> Result<(), Stop> {
     if let (true, Status::Failed | Status::Cancelled, Some(switch)) =
         (is_main, row.state.status, took_over)
     {
+        if let Some(previous) = switch.main.as_ref().and_then(|m| m.previous) {
+            keep_for_traffic(bench, row.state.status_event, previous).await?;
+        }
         let command = Command::Compensate {
             table: switch.table,
             note: format!("deployment {} is {}", row.id, row.state.status.as_str()),

@@ -76,9 +76,8 @@ impl Replaced {
             let Some(row) = self.0.row(id)? else {
                 continue;
             };
-            match self.decide(a, switch, &row)? {
-                Some((step, event)) => self.record(a, &row, step, event).await?,
-                None => {}
+            if let Some((step, plan)) = self.decide(a, switch, &row)? {
+                self.record(a, &row, step, plan).await?;
             }
         }
         Ok(())
@@ -142,12 +141,14 @@ impl Replaced {
     ) -> Result<(), Stop> {
         let step = format!("{step} {}", row.id);
         let context = self.0.follow_up(ROLE, a.event.id, row.id.0, &step);
-        let decided = self.0.append::<Deployment>(&row.subject, &context, |state| match &plan {
-            Plan::Stop(stop) => {
-                deployment::decide(state, DeploymentEvent::StopScheduled(stop.clone()))
-            }
-            Plan::Keep(table) => timer::keep(state, KeepCause::Traffic, Some(*table), None),
-        });
+        let decided = self
+            .0
+            .append::<Deployment>(&row.subject, &context, |state| match &plan {
+                Plan::Stop(stop) => {
+                    deployment::decide(state, DeploymentEvent::StopScheduled(stop.clone()))
+                }
+                Plan::Keep(table) => timer::keep(state, KeepCause::Traffic, Some(*table), None),
+            });
         moved_is_fine(decided.await)
     }
 }
@@ -199,6 +200,27 @@ fn moved_is_fine<T>(result: Result<T, Stop>) -> Result<(), Stop> {
         Ok(_) | Err(Stop::Moved(_)) => Ok(()),
         Err(other) => Err(other),
     }
+}
+
+/// Calls off the scheduled stop of a deployment that is about to get its traffic back.
+pub(super) async fn keep_for_traffic(
+    bench: &Bench,
+    cause: EventId,
+    id: DeploymentId,
+) -> Result<(), Stop> {
+    let Some(row) = bench.row(id)? else {
+        return Ok(());
+    };
+    if row.state.stops.pending.is_none() {
+        return Ok(());
+    }
+    let routing = bench.routing(&row.state.request.instance)?;
+    let table = routing.state.as_ref().map(|r| r.table);
+    let context = bench.follow_up(ROLE, cause, id.0, &format!("kept {id}"));
+    let kept = bench.append::<Deployment>(&row.subject, &context, |state| {
+        timer::keep(state, KeepCause::Traffic, table, None)
+    });
+    moved_is_fine(kept.await)
 }
 
 impl Bench {
@@ -280,12 +302,14 @@ impl Idle {
             nonce: nonce(a.event.id, id),
         };
         let context = self.0.follow_up(ROLE, a.event.id, id.0, "idle stop");
-        let decided = self.0.append::<Deployment>(&row.subject, &context, |state| {
-            if state.is_some_and(|s| s.stops.pending.is_some()) {
-                return Ok(daybook_events::Decision::Nothing);
-            }
-            deployment::decide(state, DeploymentEvent::StopScheduled(stop.clone()))
-        });
+        let decided = self
+            .0
+            .append::<Deployment>(&row.subject, &context, |state| {
+                if state.is_some_and(|s| s.stops.pending.is_some()) {
+                    return Ok(daybook_events::Decision::Nothing);
+                }
+                deployment::decide(state, DeploymentEvent::StopScheduled(stop.clone()))
+            });
         moved_is_fine(decided.await)
     }
 }
