@@ -135,6 +135,7 @@ impl From<TableError> for QueryError {
     fn from(e: TableError) -> Self {
         match e {
             TableError::Sled(e) => Self::Store(e.to_string()),
+            TableError::Run(e) => Self::Store(e.to_string()),
             TableError::Stuck(why) => Self::Store(why),
             TableError::Row(what) | TableError::Broken(what) => Self::Damaged(what),
         }

@@ -1,5 +1,5 @@
-//! The table of rows: sled on disk behind rows that are not yet written to it, or rows in memory
-//! alone. Whoever reads sees no difference.
+//! The table of rows: sled and sorted runs on disk behind rows that are not yet written there, or
+//! rows in memory alone. Whoever reads sees no difference.
 //!
 //! What is folded is applied in memory, at once and as a whole. A thread of its own carries it to
 //! sled, a second's worth at a time, sorted and coalesced: a live event costs no write to disk,
@@ -8,6 +8,11 @@
 //! for ever (sled#1412). Instead, a row that says how far the rows will be is written before them
 //! and one that says how far they are behind them; where the two differ after a crash, the store
 //! is thrown away.
+//!
+//! A store that is filled from nothing writes large batches as sorted runs, which cost a fraction of
+//! what sled takes for their rows. With the first small one it has caught up: from then on all rows go
+//! to sled, above the runs, which stay as they are. What is removed and may be in a run is noted
+//! beside the rows in sled.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -23,6 +28,8 @@ use std::time::{Duration, Instant};
 use sled::IVec;
 
 use crate::keys;
+use crate::run::{Cursor, Row};
+use crate::runs::Runs;
 
 /// What happens to a row.
 #[derive(Debug)]
@@ -48,6 +55,8 @@ const CADENCE: Duration = Duration::from_secs(1);
 const URGENT: usize = 16 << 20;
 /// With so many bytes of waiting rows, the fold waits too.
 const FULL: usize = 32 << 20;
+/// Batches of at least so many bytes become runs, as long as there is nothing in sled.
+const RUN: usize = 1 << 20;
 /// How long it waits before it gives up.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long the end of a table waits for its last rows to be on disk.
@@ -67,6 +76,8 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 pub(crate) enum TableError {
     #[error("the store of the projections failed: {0}")]
     Sled(#[from] sled::Error),
+    #[error("a file of the projections cannot be used: {0}")]
+    Run(#[from] std::io::Error),
     #[error("the rows of the projections cannot be brought to disk: {0}")]
     Stuck(String),
     #[error("the files of the projections are damaged: {0}")]
@@ -90,8 +101,8 @@ pub(crate) enum Way {
     Down,
 }
 
-/// Rows above sled; `None` hides a row below.
-type Rows = BTreeMap<IVec, Option<IVec>>;
+/// Rows above those on disk; `None` hides a row below.
+pub(crate) type Rows = BTreeMap<IVec, Option<IVec>>;
 
 #[derive(Debug)]
 pub(crate) struct Table {
@@ -112,19 +123,29 @@ struct Layers {
     /// Rows that wait, with their size in bytes.
     fresh: Rows,
     bytes: usize,
-    /// Rows that are being carried to sled.
+    /// Rows that are being carried to disk, with their size in bytes.
     leaving: Arc<Rows>,
+    leaving_bytes: usize,
     disk: Option<Disk>,
 }
 
 #[derive(Debug, Clone)]
 struct Disk {
     db: sled::Db,
+    /// Keys of rows that a run has and that were removed since.
+    gone: sled::Tree,
+    runs: Arc<Runs>,
     /// The folder of all generations, and which one is open.
     root: PathBuf,
     generation: u64,
     /// Held by whoever carries rows to it.
-    carrying: Arc<Mutex<()>>,
+    carrying: Arc<Mutex<Carrying>>,
+}
+
+#[derive(Debug)]
+struct Carrying {
+    /// Rows of the ledger are in sled: there are no more runs.
+    settled: bool,
 }
 
 /// The folder of a generation. A store that is given up is never made again in the same place:
@@ -183,22 +204,54 @@ struct Failure {
     broken: bool,
 }
 
-impl From<TableError> for Failure {
-    fn from(e: TableError) -> Self {
+impl Failure {
+    /// Whether something outside of the store keeps it from being read or written.
+    fn is_outside(e: &std::io::Error) -> bool {
         use std::io::ErrorKind::{
             PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull,
         };
+        matches!(
+            e.kind(),
+            PermissionDenied | ReadOnlyFilesystem | StorageFull | QuotaExceeded
+        )
+    }
+}
+
+impl From<TableError> for Failure {
+    fn from(e: TableError) -> Self {
         let outside = match &e {
-            TableError::Sled(sled::Error::Io(e)) => matches!(
-                e.kind(),
-                PermissionDenied | ReadOnlyFilesystem | StorageFull | QuotaExceeded
-            ),
+            TableError::Sled(sled::Error::Io(e)) | TableError::Run(e) => Self::is_outside(e),
             _ => false,
         };
         Self {
             why: e.to_string(),
             broken: !outside,
         }
+    }
+}
+
+impl Disk {
+    /// What belongs to an open sled in a folder.
+    fn open(
+        db: sled::Db,
+        root: &Path,
+        generation: u64,
+        dir: &Path,
+        settled: bool,
+    ) -> Result<Self, Unusable> {
+        let gone = db.open_tree("gone");
+        let runs = Runs::open(&dir.join("runs")).map_err(|e| match e {
+            TableError::Run(e) if Failure::is_outside(&e) => Unusable::Folder(e),
+            e => Unusable::Damaged(e.to_string()),
+        })?;
+        Ok(Self {
+            gone: gone.map_err(|e| Unusable::Damaged(e.to_string()))?,
+            db,
+            runs: Arc::new(runs),
+            root: root.to_owned(),
+            generation,
+            carrying: Arc::new(Mutex::new(Carrying { settled })),
+        })
     }
 }
 
@@ -209,6 +262,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Layers {
     fn generation(&self) -> Option<u64> {
         self.disk.as_ref().map(|d| d.generation)
+    }
+
+    /// The runs of a generation, if it is the one that is open.
+    fn runs(&self, generation: u64) -> Option<Arc<Runs>> {
+        let disk = self.disk.as_ref().filter(|d| d.generation == generation);
+        disk.map(|d| d.runs.clone())
     }
 }
 
@@ -221,36 +280,54 @@ impl Shared {
         self.layers.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Brings the waiting rows to sled, and sled's log to the disk.
+    /// Brings the waiting rows to the disk.
     fn carry(&self) -> Result<(), TableError> {
         let Some(disk) = self.read().disk.clone() else {
             return Ok(());
         };
-        let _turn = lock(&disk.carrying);
-        let rows = {
+        let mut carrying = lock(&disk.carrying);
+        let (rows, bytes, runs) = {
             let mut layers = self.write();
-            if layers.generation() != Some(disk.generation) {
+            let Some(runs) = layers.runs(disk.generation) else {
                 return Ok(());
-            }
+            };
             // Rows are still leaving if the last attempt failed.
             if layers.leaving.is_empty() {
                 layers.leaving = Arc::new(std::mem::take(&mut layers.fresh));
-                layers.bytes = 0;
+                layers.leaving_bytes = std::mem::take(&mut layers.bytes);
             }
-            layers.leaving.clone()
+            (layers.leaving.clone(), layers.leaving_bytes, runs)
         };
         daybook_failpoints::reached("projections.before");
         if !rows.is_empty() {
-            put(&disk.db, &rows)?;
+            let checkpoint = rows.contains_key(keys::CHECKPOINT);
+            let runs = if checkpoint && !carrying.settled && bytes >= RUN {
+                Arc::new(runs.with(&rows)?)
+            } else {
+                carrying.settled |= checkpoint;
+                put(&disk, &runs, &rows)?;
+                runs
+            };
             daybook_failpoints::reached("projections.written");
-            let mut layers = self.write();
-            if layers.generation() == Some(disk.generation) {
-                layers.leaving = Arc::default();
+            self.carried(disk.generation, &runs);
+            let mut merged = runs.merged()?;
+            while let Some(runs) = merged {
+                merged = runs.merged()?;
+                self.carried(disk.generation, &Arc::new(runs));
             }
         }
         disk.db.flush()?;
         daybook_failpoints::reached("projections.after");
         Ok(())
+    }
+
+    /// Reads what was carried from the disk.
+    fn carried(&self, generation: u64, runs: &Arc<Runs>) {
+        let mut layers = self.write();
+        if let Some(disk) = layers.disk.as_mut().filter(|d| d.generation == generation) {
+            disk.runs = runs.clone();
+            layers.leaving = Arc::default();
+        }
     }
 
     /// Carries rows to one generation until it is told to stop, or the generation is given up.
@@ -319,8 +396,8 @@ impl Shared {
     }
 }
 
-/// Writes rows between the marks by which a torn store is known.
-fn put(db: &sled::Db, rows: &Rows) -> Result<(), TableError> {
+/// Writes rows to sled, between the marks by which a torn store is known.
+fn put(Disk { db, gone, .. }: &Disk, runs: &Runs, rows: &Rows) -> Result<(), TableError> {
     let checkpoint = rows.get(keys::CHECKPOINT).and_then(Option::as_ref);
     if let Some(checkpoint) = checkpoint {
         db.insert(keys::BEGUN, checkpoint)?;
@@ -329,7 +406,12 @@ fn put(db: &sled::Db, rows: &Rows) -> Result<(), TableError> {
         match value {
             _ if *key == keys::CHECKPOINT => {}
             Some(value) => drop(db.insert(key, value)?),
-            None => drop(db.remove(key)?),
+            None => {
+                if runs.may_hold(key) {
+                    gone.insert(key, &[])?;
+                }
+                db.remove(key)?;
+            }
         }
     }
     if let Some(checkpoint) = checkpoint {
@@ -380,22 +462,21 @@ impl Table {
     fn open_at(root: &Path, generation: u64, dir: &Path, format: &[u8]) -> Result<Self, Unusable> {
         let db = open_db(dir)?;
         let damaged = |e: sled::Error| Unusable::Damaged(e.to_string());
+        let mut settled = false;
         if !db.was_recovered() {
             db.insert(keys::FORMAT, format).map_err(damaged)?;
         } else if db.get(keys::FORMAT).map_err(damaged)?.as_deref() != Some(format) {
             return Err(Unusable::Damaged("it is of another version".to_owned()));
-        } else if db.get(keys::BEGUN).map_err(damaged)?
-            != db.get(keys::CHECKPOINT).map_err(damaged)?
-        {
-            return Err(Unusable::Damaged("writing it was interrupted".to_owned()));
+        } else {
+            let checkpoint = db.get(keys::CHECKPOINT).map_err(damaged)?;
+            if db.get(keys::BEGUN).map_err(damaged)? != checkpoint {
+                return Err(Unusable::Damaged("writing it was interrupted".to_owned()));
+            }
+            settled = checkpoint.is_some();
         }
+        let disk = Disk::open(db, root, generation, dir, settled)?;
         let table = Self::memory();
-        table.shared.write().disk = Some(Disk {
-            db,
-            root: root.to_owned(),
-            generation,
-            carrying: Arc::default(),
-        });
+        table.shared.write().disk = Some(disk);
         let writer = table.shared.start_carrying(generation);
         *lock(&table.writer) = Some(writer.map_err(Unusable::Folder)?);
         Ok(table)
@@ -410,10 +491,16 @@ impl Table {
             }
             layers.disk.clone()
         };
-        Ok(match disk {
-            Some(disk) => disk.db.get(key)?,
-            None => None,
-        })
+        let Some(disk) = disk else {
+            return Ok(None);
+        };
+        match disk.db.get(key)? {
+            Some(row) => Ok(Some(row)),
+            None => match disk.runs.get(key)? {
+                Some(_) if disk.gone.contains_key(key)? => Ok(None),
+                row => Ok(row),
+            },
+        }
     }
 
     /// Waits while too many rows wait for the disk. It is an error if they will never get there.
@@ -488,14 +575,11 @@ impl Table {
         };
         let stuck = |e: std::io::Error| TableError::Stuck(format!("no new store can be made: {e}"));
         let generation = generation + 1;
-        let db = open_db(&place(&root, generation))
+        let dir = place(&root, generation);
+        let disk = open_db(&dir)
+            .and_then(|db| Disk::open(db, &root, generation, &dir, false))
             .map_err(|e| TableError::Stuck(format!("no new store can be made: {e:?}")))?;
-        layers.disk = Some(Disk {
-            db,
-            root: root.clone(),
-            generation,
-            carrying: Arc::default(),
-        });
+        layers.disk = Some(disk);
         drop(layers);
         {
             let mut signal = lock(&self.shared.signal);
@@ -571,24 +655,32 @@ impl Table {
             layers.fresh.range::<[u8], _>(range),
             layers.leaving.range::<[u8], _>(range),
         );
-        let mut below = layers.disk.as_ref().map(|d| d.db.range::<&[u8], _>(range));
-        let mut next = |layer: usize| -> Result<Option<(IVec, Option<IVec>)>, TableError> {
+        let disk = layers.disk.as_ref();
+        let mut sled = disk.map(|d| d.db.range::<&[u8], _>(range));
+        let mut gone = disk.map(|d| d.gone.range::<&[u8], _>(range));
+        let runs = disk.into_iter().flat_map(|d| d.runs.ranges(range, way));
+        let mut runs: Vec<Cursor<'_>> = runs.collect();
+        let step = |rows: &mut Option<sled::Iter>| {
+            let row = rows.as_mut().and_then(|rows| match way {
+                Way::Up => rows.next(),
+                Way::Down => rows.next_back(),
+            });
+            row.transpose()
+        };
+        let all = 4 + runs.len();
+        let mut next = |layer: usize| -> Result<Option<Row>, TableError> {
             let above = match (layer, way) {
                 (0, Way::Up) => fresh.next(),
                 (0, Way::Down) => fresh.next_back(),
                 (1, Way::Up) => leaving.next(),
                 (1, Way::Down) => leaving.next_back(),
-                _ => {
-                    let row = below.as_mut().and_then(|rows| match way {
-                        Way::Up => rows.next(),
-                        Way::Down => rows.next_back(),
-                    });
-                    return Ok(row.transpose()?.map(|(k, v)| (k, Some(v))));
-                }
+                (2, _) => return Ok(step(&mut sled)?.map(|(key, value)| (key, Some(value)))),
+                (3, _) => return Ok(step(&mut gone)?.map(|(key, _)| (key, None))),
+                (run, _) => return runs[run - 4].next(),
             };
             Ok(above.map(|(k, v)| (k.clone(), v.clone())))
         };
-        let mut heads = [next(0)?, next(1)?, next(2)?];
+        let mut heads = (0..all).map(&mut next).collect::<Result<Vec<_>, _>>()?;
         let mut found = Vec::new();
         let mut bytes = 0;
         while found.len() < limit && bytes < SCAN_BYTES {

@@ -18,6 +18,7 @@ use proptest::prelude::*;
 
 use crate::keys::MARK;
 use crate::slot::is_active;
+use crate::table::{Table, Way, Write};
 use crate::{AuditFilter, Change, DeploymentFilter, Page, Projections};
 
 /// The events of a fleet, as a log would hand them out; every fortieth is written over by
@@ -404,6 +405,114 @@ fn a_damaged_or_foreign_store_is_thrown_away() {
     }
     std::fs::write(newest(dir.path()).join("conf"), "nonsense").unwrap();
     assert_eq!(digest(dir.path()).1, expected);
+}
+
+/// The names of the sorted runs in the newest store.
+fn runs(root: &Path) -> Vec<std::path::PathBuf> {
+    let Ok(files) = std::fs::read_dir(newest(root).join("runs")) else {
+        return Vec::new();
+    };
+    files.map(|e| e.unwrap().path()).collect()
+}
+
+#[test]
+fn a_table_with_runs_says_what_one_in_memory_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let memory = Table::memory();
+    let mut disk = Table::open(dir.path(), b"t").unwrap();
+    let mut choose = choices(11);
+    // Ten large batches, of which eight become one run, and then small ones, which go to sled.
+    for batch in 0..40_u32 {
+        let (rows, size) = if batch < 10 { (700, 4000) } else { (40, 20) };
+        for table in [&memory, &disk] {
+            let mut choose = choices(u64::from(batch));
+            let mut of_batch: Vec<_> = (0..rows)
+                .map(|_| {
+                    let key = format!("r{:04}", choose(3000));
+                    let write = match choose(4) {
+                        0 => Write::Remove,
+                        _ => Write::Put(vec![b'a' + choose(26) as u8; size].into()),
+                    };
+                    (key.as_bytes().into(), write)
+                })
+                .collect();
+            let checkpoint = Write::Put(batch.to_string().as_bytes().into());
+            of_batch.push((crate::keys::CHECKPOINT.into(), checkpoint));
+            table.apply(of_batch);
+        }
+        disk.flush().unwrap();
+        if batch % 7 == 3 {
+            drop(disk);
+            disk = Table::open(dir.path(), b"t").unwrap();
+        }
+        let all = |table: &Table, prefix: &str, from: Option<&[u8]>, way| {
+            let mut rows = Vec::new();
+            let visit = |key: &[u8], value: &sled::IVec| {
+                rows.push((key.to_vec(), value.clone()));
+                std::ops::ControlFlow::<()>::Continue(())
+            };
+            table.scan(prefix.as_bytes(), from, way, visit).unwrap();
+            rows
+        };
+        let from = format!("r{:04}", choose(3000));
+        for way in [Way::Up, Way::Down] {
+            // The whole table takes long to compare.
+            let froms = [Some(from.as_bytes()), None];
+            for from in froms.into_iter().take(1 + usize::from(batch % 8 == 1)) {
+                let expected = all(&memory, "r", from, way);
+                assert!(all(&disk, "r", from, way) == expected, "batch {batch}");
+            }
+        }
+        for number in (0..3000).skip(batch as usize % 5).step_by(5) {
+            let key = format!("r{number:04}");
+            let expected = memory.get(key.as_bytes()).unwrap();
+            assert_eq!(disk.get(key.as_bytes()).unwrap(), expected, "batch {batch}");
+        }
+        match batch {
+            6 => assert_eq!(runs(dir.path()).len(), 7),
+            9.. => assert_eq!(runs(dir.path()).len(), 3),
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn a_store_that_caught_up_goes_on_above_its_runs() {
+    let events = history(9000, 8, false);
+    let dir = tempfile::tempdir().unwrap();
+    let projections = Projections::open(dir.path()).unwrap();
+    for batch in events[..8000].chunks(4000) {
+        projections.take(batch).unwrap();
+        projections.flush().unwrap();
+    }
+    assert_eq!(runs(dir.path()).len(), 2);
+    for batch in events[8000..8900].chunks(100) {
+        projections.take(batch).unwrap();
+        projections.flush().unwrap();
+    }
+    drop(projections);
+    let projections = Projections::open(dir.path()).unwrap();
+    assert_eq!(projections.position(), Position(8900));
+    projections.take(&events[8900..]).unwrap();
+    projections.flush().unwrap();
+    assert_eq!(runs(dir.path()).len(), 2);
+    let expected = folded(&events, 9000).digest().unwrap();
+    assert_eq!(projections.digest().unwrap(), expected);
+
+    // A run that was damaged, or lost, is noticed, and all is built anew.
+    drop(projections);
+    let run = runs(dir.path()).remove(0);
+    let length = std::fs::metadata(&run).unwrap().len();
+    std::fs::File::options()
+        .write(true)
+        .open(&run)
+        .unwrap()
+        .set_len(length - 1)
+        .unwrap();
+    let projections = Projections::open(dir.path()).unwrap();
+    assert_eq!(projections.position(), Position::ZERO);
+    projections.take(&events).unwrap();
+    assert_eq!(projections.digest().unwrap(), expected);
 }
 
 #[test]
