@@ -20,14 +20,22 @@ pub struct Visitor {
 impl Visitor {
     /// Visits `/` at a host through a server's gateway; each answer must be this text.
     pub fn of(server: &Server, host: &str, text: &str) -> Self {
+        Self::of_any(server, host, &[text])
+    }
+
+    /// The same where each answer must be one of these texts.
+    pub fn of_any(server: &Server, host: &str, texts: &[&str]) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, url) = (stop.clone(), server.gateway());
-        let (host, text) = (host.to_owned(), text.to_owned());
+        let texts: Vec<String> = texts.iter().map(|t| (*t).to_owned()).collect();
+        let host = host.to_owned();
         let thread = std::thread::spawn(move || {
             let (mut served, mut wrong) = (0, Vec::new());
             while !stopped.load(Ordering::Relaxed) {
                 match request(Method::GET, &url, &[("Host", &host)], None) {
-                    Ok(answer) if answer.status == 200 && answer.body == text => served += 1,
+                    Ok(answer) if answer.status == 200 && texts.contains(&answer.body) => {
+                        served += 1
+                    }
                     other => wrong.push(format!("{other:?}")),
                 }
                 std::thread::sleep(Duration::from_millis(10));

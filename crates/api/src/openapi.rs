@@ -206,4 +206,6 @@ sent! {
     routes::deployments::MarkMain, routes::deployments::RedeployOptions,
     routes::deployments::RollbackTo, routes::deployments::PromoteTo, routes::secrets::SetSecret, routes::secrets::VerifySecret,
     tlog::LedgerReport,
+    routes::traffic::RouteList, routes::traffic::SetRoutes, routes::traffic::SetClusterPolicy,
+    routes::traffic::RoutesAreSet,
 }

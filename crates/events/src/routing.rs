@@ -5,17 +5,24 @@
 //! appliers only ever move to a newer one. A switch that cannot be applied is undone by another
 //! switch, a *compensation*, that restores what it replaced.
 
+mod policy;
+mod split;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use rpds::RedBlackTreeMapSync;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeStruct as _;
+use serde::{Deserialize, Serialize, Serializer};
+
+pub use policy::{ClusterPolicy, PolicyChange, SetPolicy};
+pub use split::{SHARES_MAX, Share, Split};
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::deployment::Status;
 use crate::envelope::Payload;
-use crate::names::{DeploymentId, Hostname, InstanceRef};
+use crate::names::{DeploymentId, EventId, Hostname, InstanceRef};
 use crate::subject::AggregateKind;
 
 /// What a hostname sticks to.
@@ -70,6 +77,12 @@ pub enum SwitchReason {
     Withdraw,
     /// A switch could not be applied and is undone.
     Compensation,
+    /// Somebody said which deployments share the traffic.
+    Split,
+    /// A deployment is being stopped, and leaves the routes that it shares with others.
+    Leave,
+    /// Somebody said how traffic is spread over clusters.
+    Policy,
 }
 
 /// Which deployment is the main one of an instance, before and after.
@@ -82,7 +95,7 @@ pub struct MainChange {
 }
 
 /// A set of hostnames was switched, all at once.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 pub struct Switched {
     /// Number of the table that this makes: 1, 2, 3, …
     pub table: u32,
@@ -105,6 +118,35 @@ pub struct Switched {
     pub undoes: Option<u32>,
     /// Why, in the caller's words.
     pub note: Option<String>,
+    /// The change of the instance's policy across clusters, if there is one. The hostnames that it
+    /// concerns are among the changes, though they lead where they led.
+    #[serde(default)]
+    pub policy: Option<PolicyChange>,
+}
+
+/// As derived, but that JSON leaves out what there is none of, as events did before there was any.
+/// Rows of projections, which are not self-describing, always have it.
+impl Serialize for Switched {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let all = !serializer.is_human_readable();
+        let policy = all || self.policy.is_some();
+        let fields = 10 + usize::from(policy);
+        let mut out = serializer.serialize_struct("Switched", fields)?;
+        out.serialize_field("table", &self.table)?;
+        out.serialize_field("reason", &self.reason)?;
+        out.serialize_field("instance", &self.instance)?;
+        out.serialize_field("deployment", &self.deployment)?;
+        out.serialize_field("changes", &self.changes)?;
+        out.serialize_field("main", &self.main)?;
+        out.serialize_field("rolled_back", &self.rolled_back)?;
+        out.serialize_field("was_rolled_back", &self.was_rolled_back)?;
+        out.serialize_field("undoes", &self.undoes)?;
+        out.serialize_field("note", &self.note)?;
+        if policy {
+            out.serialize_field("policy", &self.policy)?;
+        }
+        out.end()
+    }
 }
 
 /// A gateway serves a table.
@@ -162,6 +204,12 @@ pub struct Route {
     pub table: u32,
     /// Since when.
     pub since: Timestamp,
+    /// Why that table was made.
+    pub reason: SwitchReason,
+    /// The event that made it.
+    pub by: EventId,
+    /// Where it led before that; empty for a new hostname.
+    pub previous: Vec<Backend>,
 }
 
 /// What is known of one instance's traffic.
@@ -173,6 +221,9 @@ pub struct InstanceTraffic {
     pub former: Vec<DeploymentId>,
     /// Whether it is rolled back: no deployment takes over by itself.
     pub rolled_back: bool,
+    /// The deployments that were rolled back from: none of them gets traffic before somebody marks
+    /// one as main. At most sixteen, newest last.
+    pub pinned_out: Vec<DeploymentId>,
 }
 
 /// The state of a project's route table.
@@ -195,6 +246,9 @@ pub struct Routing {
     pub recent: Vec<Switched>,
     /// The newest refusal of each gateway.
     pub rejected: BTreeMap<String, Rejected>,
+    /// How traffic is spread over clusters, by the text form of the instance; simply, where there
+    /// is none.
+    policies: RedBlackTreeMapSync<String, ClusterPolicy>,
 }
 
 const KEPT: usize = 16;
@@ -203,6 +257,43 @@ impl Routing {
     /// What is known of an instance's traffic.
     pub fn traffic(&self, instance: &InstanceRef) -> Option<&InstanceTraffic> {
         self.instances.get(&instance.to_string())
+    }
+
+    /// How an instance's traffic is spread over clusters.
+    pub fn policy(&self, instance: &InstanceRef) -> &ClusterPolicy {
+        let policy = self.policies.get(&instance.to_string());
+        policy.unwrap_or(&ClusterPolicy::Simple)
+    }
+
+    /// How a route is spread over clusters: as its instance says, where it moves with the main
+    /// deployment, and simply otherwise.
+    pub fn policy_of(&self, route: &Route) -> &ClusterPolicy {
+        if route.stickiness >= Stickiness::Environment {
+            self.policy(&route.instance)
+        } else {
+            &ClusterPolicy::Simple
+        }
+    }
+
+    /// Whether a deployment gets a part of the traffic of its instance: whether an address that is
+    /// not its own leads to it.
+    pub fn has_traffic(&self, deployment: DeploymentId) -> bool {
+        let routes = self.hostnames_of(deployment);
+        let moves = |(_, r): &(_, &Route)| r.stickiness >= Stickiness::Environment;
+        routes.iter().any(moves)
+    }
+
+    /// The addresses of an instance that lead to whatever is its main deployment.
+    fn moving(&self, hostnames: &Hostnames) -> Vec<(Hostname, Stickiness)> {
+        let environment = (hostnames.environment.clone(), Stickiness::Environment);
+        let live = hostnames.live.clone().map(|h| (h, Stickiness::Live));
+        [Some(environment), live].into_iter().flatten().collect()
+    }
+
+    /// Whether one of the addresses that move with the main deployment leads to several
+    /// deployments, or two of them lead to different ones.
+    pub fn is_split(&self, hostnames: &Hostnames) -> bool {
+        split::is_split(self, hostnames)
     }
 
     /// The hostnames that lead to a deployment.
@@ -278,11 +369,27 @@ impl Routing {
                 backends: c.next.clone(),
                 table: e.table,
                 since: at.time,
+                reason: e.reason,
+                by: at.id,
+                previous: c.previous.clone(),
             });
             self.lead(&c.hostname, route);
         }
         let mut traffic = self.traffic(&e.instance).cloned().unwrap_or_default();
         traffic.rolled_back = e.rolled_back;
+        if e.reason == SwitchReason::Rollback {
+            pin_out(&mut traffic, &e);
+        } else if !e.rolled_back {
+            traffic.pinned_out.clear();
+        }
+        if let Some(policy) = &e.policy {
+            let instance = e.instance.to_string();
+            if policy.next == ClusterPolicy::Simple {
+                self.policies.remove_mut(&instance);
+            } else {
+                self.policies.insert_mut(instance, policy.next.clone());
+            }
+        }
         if let Some(main) = &e.main {
             if e.reason == SwitchReason::Compensation {
                 traffic.former.retain(|d| Some(*d) != main.next);
@@ -305,6 +412,21 @@ impl Routing {
             self.recent.remove(0);
         }
     }
+}
+
+/// Notes what was rolled back from: whatever had a part of the traffic.
+fn pin_out(traffic: &mut InstanceTraffic, e: &Switched) {
+    let routes = e.changes.iter();
+    let moved = routes.filter(|c| c.stickiness >= Stickiness::Environment);
+    let backends = moved.flat_map(|c| &c.previous).map(|b| b.deployment);
+    let main = e.main.as_ref().and_then(|m| m.previous);
+    for left in backends.chain(main) {
+        traffic.pinned_out.retain(|d| *d != left);
+        traffic.pinned_out.push(left);
+    }
+    traffic.pinned_out.retain(|d| *d != e.deployment);
+    let excess = traffic.pinned_out.len().saturating_sub(KEPT);
+    traffic.pinned_out.drain(..excess);
 }
 
 impl Aggregate for Routing {
@@ -407,6 +529,18 @@ pub enum Command {
         /// Why.
         note: Option<String>,
     },
+    /// Spread the traffic of an instance, or of one of its hostnames, over deployments.
+    Split(Split),
+    /// Say how traffic is spread over clusters.
+    SetPolicy(SetPolicy),
+    /// A deployment is being stopped: take it out of the routes that it shares with others. Those
+    /// that lead to it alone stay, so that it has them when it is started again.
+    Leave {
+        /// The deployment.
+        deployment: DeploymentId,
+        /// Its instance.
+        instance: InstanceRef,
+    },
     /// Take a deployment out of every route.
     Withdraw {
         /// The deployment.
@@ -496,11 +630,13 @@ pub fn decide(
                     "the service has no main deployment in this environment",
                     "deploy something first",
                 )),
-                Some(m) if m == target.deployment => Err(Refusal::new(
-                    "already_main",
-                    "the deployment to go back to is the main one already",
-                    "name an older one with `daybook rollback --to ID`; `daybook history` lists them",
-                )),
+                Some(m) if m == target.deployment && !split::is_split(state, &hostnames) => {
+                    Err(Refusal::new(
+                        "already_main",
+                        "the deployment to go back to is the main one already",
+                        "name an older one with `daybook rollback --to ID`; `daybook history` lists them",
+                    ))
+                }
                 Some(_) => Ok(switch(
                     state,
                     SwitchReason::Rollback,
@@ -512,48 +648,21 @@ pub fn decide(
                 )),
             }
         }
+        Command::Split(split) => split::decide(state, split),
+        Command::SetPolicy(set) => policy::decide(state, set),
+        Command::Leave {
+            deployment,
+            instance,
+        } => Ok(take_out(state, deployment, instance, SwitchReason::Leave)),
         Command::Withdraw {
             deployment,
             instance,
-        } => {
-            let traffic = state.traffic(&instance).cloned().unwrap_or_default();
-            let changes: Vec<_> = state
-                .hostnames_of(deployment)
-                .into_iter()
-                .map(|(hostname, route)| RouteChange {
-                    hostname: hostname.clone(),
-                    stickiness: route.stickiness,
-                    previous: route.backends.clone(),
-                    next: route
-                        .backends
-                        .iter()
-                        .filter(|b| b.deployment != deployment)
-                        .cloned()
-                        .collect(),
-                })
-                .collect();
-            let was_main = traffic.main == Some(deployment);
-            if changes.is_empty() && !was_main {
-                return Ok(Decision::Nothing);
-            }
-            Ok(Decision::Append(RoutingEvent::Switched(Box::new(
-                Switched {
-                    table: state.table + 1,
-                    reason: SwitchReason::Withdraw,
-                    instance,
-                    deployment,
-                    changes,
-                    main: was_main.then_some(MainChange {
-                        previous: traffic.main,
-                        next: None,
-                    }),
-                    rolled_back: traffic.rolled_back && !was_main,
-                    was_rolled_back: traffic.rolled_back,
-                    undoes: None,
-                    note: None,
-                },
-            ))))
-        }
+        } => Ok(take_out(
+            state,
+            deployment,
+            instance,
+            SwitchReason::Withdraw,
+        )),
         Command::Compensate { table, note } => {
             let Some(bad) = state.recent.iter().find(|s| s.table == table) else {
                 return Err(Refusal::new(
@@ -615,6 +724,11 @@ pub fn decide(
                     was_rolled_back: traffic.rolled_back,
                     undoes: Some(table),
                     note: Some(note),
+                    policy: bad
+                        .policy
+                        .as_ref()
+                        .filter(|p| p.next == *state.policy(&bad.instance))
+                        .map(PolicyChange::reversed),
                 },
             ))))
         }
@@ -648,6 +762,56 @@ fn known(state: &Routing, table: u32) -> Result<(), Refusal> {
         format!("table {table} does not exist"),
         "this is a defect of Daybook; please report it",
     ))
+}
+
+/// Takes a deployment out of all routes, or only out of those that it shares with others. If it
+/// was the main one and others are left, the one with the largest share is the main one then.
+fn take_out(
+    state: &Routing,
+    deployment: DeploymentId,
+    instance: InstanceRef,
+    reason: SwitchReason,
+) -> Decision<RoutingEvent> {
+    let traffic = state.traffic(&instance).cloned().unwrap_or_default();
+    let routes = state.hostnames_of(deployment).into_iter();
+    let changes = routes.map(|(hostname, route)| {
+        let others = route.backends.iter();
+        let others = others.filter(|b| b.deployment != deployment);
+        RouteChange {
+            hostname: hostname.clone(),
+            stickiness: route.stickiness,
+            previous: route.backends.clone(),
+            next: others.cloned().collect(),
+        }
+    });
+    let changes: Vec<_> = changes
+        .filter(|c| reason == SwitchReason::Withdraw || !c.next.is_empty())
+        .collect();
+    let heir = changes
+        .iter()
+        .filter(|c| c.stickiness >= Stickiness::Environment)
+        .find_map(|c| split::largest(&c.next));
+    let leaves = reason == SwitchReason::Withdraw || heir.is_some();
+    let was_main = traffic.main == Some(deployment) && leaves;
+    if changes.is_empty() && !was_main {
+        return Decision::Nothing;
+    }
+    Decision::Append(RoutingEvent::Switched(Box::new(Switched {
+        table: state.table + 1,
+        reason,
+        instance,
+        deployment,
+        changes,
+        main: was_main.then_some(MainChange {
+            previous: traffic.main,
+            next: heir,
+        }),
+        rolled_back: traffic.rolled_back && !(was_main && heir.is_none()),
+        was_rolled_back: traffic.rolled_back,
+        undoes: None,
+        note: None,
+        policy: None,
+    })))
 }
 
 fn must_run(target: &Target) -> Result<(), Refusal> {
@@ -690,23 +854,20 @@ fn switch(
         deployment: target.deployment,
         weight: 100,
     }];
-    let mut wanted = vec![(&hostnames.preview, Stickiness::Deployment)];
+    let mut wanted = vec![(hostnames.preview.clone(), Stickiness::Deployment)];
     if main {
-        wanted.push((&hostnames.environment, Stickiness::Environment));
-        if let Some(live) = &hostnames.live {
-            wanted.push((live, Stickiness::Live));
-        }
+        wanted.extend(state.moving(hostnames));
     }
     let changes: Vec<_> = wanted
         .into_iter()
         .filter_map(|(hostname, stickiness)| {
             let previous = state
                 .routes
-                .get(hostname)
+                .get(&hostname)
                 .map(|r| r.backends.clone())
                 .unwrap_or_default();
             (previous != next).then(|| RouteChange {
-                hostname: hostname.clone(),
+                hostname,
                 stickiness,
                 previous,
                 next: next.clone(),
@@ -732,6 +893,7 @@ fn switch(
         was_rolled_back: traffic.rolled_back,
         undoes: None,
         note,
+        policy: None,
     })))
 }
 

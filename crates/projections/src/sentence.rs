@@ -495,6 +495,9 @@ fn routing<'a>(out: &mut String, event: &'a RoutingEvent) -> Said<'a> {
                 SwitchReason::Rollback => "to go back to an older deployment",
                 SwitchReason::Withdraw => "because a deployment is being removed",
                 SwitchReason::Compensation => "back, because the switch could not be applied",
+                SwitchReason::Split => "because somebody said which deployments share it",
+                SwitchReason::Leave => "because a deployment is being stopped",
+                SwitchReason::Policy => "to another policy across clusters",
             };
             let names: Vec<_> = e.changes.iter().map(|c| c.hostname.as_str()).collect();
             let what = if names.is_empty() {

@@ -11,7 +11,8 @@ use std::time::Duration;
 use daybook_events::{ClusterName, DeploymentId, Hostname, ProjectName};
 use daybook_testkit::{TestApp, free_addr};
 use daybook_workers::gateway::{
-    Applied, ApplyError, Backend, Gateway, GatewayOptions, Policy, Route, RouteChanges, RouteTable,
+    Applied, ApplyError, Backend, ClusterPolicy, Gateway, GatewayOptions, Route, RouteChanges,
+    RouteTable,
 };
 use uuid::Uuid;
 
@@ -35,13 +36,13 @@ async fn gateway() -> Gateway {
 fn backend(deployment: DeploymentId, cluster_name: &str, weight: u32) -> Backend {
     Backend {
         deployment,
-        cluster: cluster(cluster_name),
+        clusters: vec![cluster(cluster_name)],
         weight,
     }
 }
 
 /// A table of the project `shop` with one host name.
-fn table(revision: u64, policy: Policy, backends: Vec<Backend>) -> RouteTable {
+fn table(revision: u64, policy: ClusterPolicy, backends: Vec<Backend>) -> RouteTable {
     RouteTable {
         project: project("shop"),
         revision,
@@ -52,7 +53,7 @@ fn table(revision: u64, policy: Policy, backends: Vec<Backend>) -> RouteTable {
 fn to(revision: u64, deployment: DeploymentId) -> RouteTable {
     table(
         revision,
-        Policy::Simple,
+        ClusterPolicy::Simple,
         vec![backend(deployment, "one", 1)],
     )
 }
@@ -263,7 +264,7 @@ async fn changes_follow_on_the_table_in_force_and_leave_other_routes_alone() {
     let (first, second) = (known(&gateway, &one), known(&gateway, &two));
     let route = |deployment| Route {
         backends: vec![backend(deployment, "one", 1)],
-        policy: Policy::Simple,
+        policy: ClusterPolicy::Simple,
     };
     let changes = |after, revision, routes: &[(&str, Option<Route>)]| RouteChanges {
         project: project("shop"),
@@ -444,7 +445,9 @@ async fn weights_share_requests_and_nothing_goes_to_weight_zero() {
         backend(ids[1], "one", 3),
         backend(ids[2], "one", 0),
     ];
-    gateway.apply(table(1, Policy::Simple, backends)).unwrap();
+    gateway
+        .apply(table(1, ClusterPolicy::Simple, backends))
+        .unwrap();
     let addr = gateway.addr();
     tokio::task::spawn_blocking(move || {
         let mut connection = KeptAlive::open(addr);
@@ -468,8 +471,13 @@ async fn failover_goes_to_the_first_cluster_that_has_a_ready_instance() {
     );
     let gateway = gateway().await;
     let id = deployment();
-    let backends = vec![backend(id, "near", 1), backend(id, "far", 1)];
-    gateway.apply(table(1, Policy::Failover, backends)).unwrap();
+    let both = Backend {
+        deployment: id,
+        clusters: vec![cluster("far"), cluster("near")],
+        weight: 1,
+    };
+    let policy = ClusterPolicy::Failover(vec![cluster("near"), cluster("far")]);
+    gateway.apply(table(1, policy, vec![both])).unwrap();
     gateway.set_addresses(id, &cluster("far"), vec![far.addr], None);
     assert_eq!(
         body(&get(gateway.addr(), "shop.localhost", "/").await),

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use daybook_events::EnvKey;
 use daybook_testkit::{TestApp, free_addr};
-use daybook_workers::gateway::{Backend, Gateway, Policy, Route, RouteTable};
+use daybook_workers::gateway::{Backend, ClusterPolicy, Gateway, Route, RouteTable};
 use daybook_workers::local::{LocalCluster, OpenError, Workloads};
 use daybook_workers::target::{Target, TargetError};
 use support::*;
@@ -815,12 +815,12 @@ async fn the_gateway_follows_what_the_cluster_observes() {
     let to = |revision, deployment| {
         let backend = Backend {
             deployment,
-            cluster: cluster.cluster().clone(),
+            clusters: vec![cluster.cluster().clone()],
             weight: 1,
         };
         let route = Route {
             backends: vec![backend],
-            policy: Policy::Simple,
+            policy: ClusterPolicy::Simple,
         };
         let host = daybook_events::Hostname::parse("x").unwrap();
         RouteTable {
@@ -883,12 +883,12 @@ async fn replacing_instances_under_load_fails_no_request() {
     wait_ready(&mut status, id, 1).await;
     let backend = Backend {
         deployment: id,
-        cluster: cluster.cluster().clone(),
+        clusters: vec![cluster.cluster().clone()],
         weight: 1,
     };
     let route = Route {
         backends: vec![backend],
-        policy: Policy::Simple,
+        policy: ClusterPolicy::Simple,
     };
     let table = RouteTable {
         project: app().project,

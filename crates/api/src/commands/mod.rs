@@ -10,6 +10,7 @@ mod deploy;
 mod gitops;
 mod lifecycle;
 mod project;
+mod routes;
 mod secrets;
 mod traffic;
 
@@ -32,6 +33,7 @@ use crate::state::Settings;
 
 pub use deploy::{Deploy, Deployed, Promote, Redeploy, RunOverrides, What};
 pub use lifecycle::{Lifecycle, Operated};
+pub use routes::{RoutesSet, Shares, Traffic};
 pub use secrets::Verified;
 pub use traffic::Switched;
 

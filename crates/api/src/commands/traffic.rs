@@ -93,11 +93,15 @@ impl Commands {
         })
     }
 
-    /// The deployment that was the main one before.
+    /// The deployment that a rollback goes back to: the main one, if others share its traffic, and
+    /// the one that was the main one before otherwise.
     fn former_main(&self, instance: &InstanceRef) -> Result<DeploymentId, CommandError> {
         let routing = self.ledger.projections().routing(&instance.project)?;
         let traffic = routing.as_ref().and_then(|r| r.traffic(instance));
-        let former = traffic.and_then(|t| t.former.last().copied());
+        let hostnames = self.addresses(instance)?;
+        let shared = routing.as_ref().is_some_and(|r| r.is_split(&hostnames));
+        let main = traffic.and_then(|t| t.main).filter(|_| shared);
+        let former = main.or_else(|| traffic?.former.last().copied());
         Ok(former.ok_or_else(|| {
             Refusal::new(
                 "nothing_to_roll_back",
@@ -110,7 +114,7 @@ impl Commands {
     /// Calls off the scheduled stop of a deployment that is about to get traffic by this command,
     /// if that is possible. Whichever of the stop and this comes first, the state of the target
     /// then says so: traffic never meets a stop that nobody knew of.
-    async fn keep_for(
+    pub(super) async fn keep_for(
         &self,
         caller: &Caller,
         id: DeploymentId,
@@ -151,7 +155,7 @@ impl Commands {
         Ok(routing.map(|r| r.table))
     }
 
-    fn target(&self, id: DeploymentId) -> Result<(Target, Hostnames), CommandError> {
+    pub(super) fn target(&self, id: DeploymentId) -> Result<(Target, Hostnames), CommandError> {
         let deployment = self.deployment(id)?.state;
         let instance = deployment.request.instance.clone();
         let environment = self.environment(&instance.project, &instance.environment)?;

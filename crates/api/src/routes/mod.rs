@@ -8,6 +8,7 @@ pub(crate) mod logs;
 pub(crate) mod operations;
 pub(crate) mod projects;
 pub(crate) mod secrets;
+pub(crate) mod traffic;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -66,6 +67,8 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(deployments::redeploy))
         .routes(routes!(deployments::rollback))
         .routes(routes!(deployments::promote))
+        .routes(routes!(traffic::list_routes, traffic::set_routes))
+        .routes(routes!(traffic::set_policy))
         .routes(routes!(logs::deployment_logs))
         .routes(routes!(history::list_history))
         .routes(routes!(history::list_audit))

@@ -14,6 +14,7 @@ mod logs;
 mod manage;
 mod repair;
 mod replay;
+mod routes;
 mod schema;
 mod secret;
 mod serve;
@@ -131,6 +132,9 @@ pub enum Command {
     MarkMain(lifecycle::MarkMainArgs),
     /// Go back to the main deployment before, or to another one.
     Rollback(lifecycle::RollbackArgs),
+    /// Look at the route table, share traffic between deployments, choose between clusters.
+    #[command(subcommand)]
+    Routes(routes::RoutesCommand),
     /// Scale a deployment to zero; it can be started again.
     Stop(lifecycle::OperationArgs),
     /// Start a stopped deployment.
@@ -192,6 +196,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Events(args) => events::run(args).await,
         Command::MarkMain(args) => lifecycle::mark_main(args).await,
         Command::Rollback(args) => lifecycle::rollback(args).await,
+        Command::Routes(command) => routes::run(command).await,
         Command::Stop(args) => lifecycle::operate("stop", args).await,
         Command::Start(args) => lifecycle::operate("start", args).await,
         Command::Keep(args) => lifecycle::keep(args).await,

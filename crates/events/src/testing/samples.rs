@@ -541,6 +541,7 @@ pub fn routing_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<R
             was_rolled_back: false,
             undoes: None,
             note: Some("the first one".to_owned()),
+            policy: None,
         })),
         RoutingEvent::Applied(routing::Applied {
             gateway: "berlin".to_owned(),

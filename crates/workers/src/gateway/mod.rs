@@ -8,7 +8,9 @@
 //! [`Gateway::track`] follows what a target observes, so that an instance that restarts on
 //! another port needs no new revision.
 
+mod choice;
 mod counters;
+mod endpoint;
 mod headers;
 mod pool;
 mod problem;
@@ -29,7 +31,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use counters::Traffic;
-pub use table::{Applied, ApplyError, Backend, Policy, Route, RouteChanges, RouteTable};
+pub use daybook_events::routing::ClusterPolicy;
+pub use table::{Applied, ApplyError, Backend, Route, RouteChanges, RouteTable};
 
 use crate::target::AppStatus;
 use counters::Counters;

@@ -19,11 +19,11 @@ use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 
 use super::Shared;
+use super::choice::{Candidates, LiveRoute, OnCluster};
 use super::counters::Counter;
 use super::headers;
 use super::pool::Connection;
 use super::problem::GatewayProblem;
-use super::table::{Candidates, LiveBackend, LiveRoute};
 
 /// What a client receives: the application's body, or the gateway's own.
 pub(super) type ResponseBody = Either<AnswerBody, Full<Bytes>>;
@@ -156,8 +156,10 @@ impl Attempt<'_> {
             for &(backend, addr) in list.iter().take(MAX_ATTEMPTS) {
                 serving = backend;
                 tried.push(addr);
+                let sent = Instant::now();
                 match self.send(addr, request, again.as_ref(), &progress).await {
                     Outcome::Answered(response, sender) => {
+                        backend.endpoint.answered_after(sent.elapsed());
                         let answer = Answer {
                             backend,
                             addr,
@@ -167,6 +169,9 @@ impl Attempt<'_> {
                         return Ok(self.deliver(response, answer));
                     }
                     Outcome::NotSent(back, error) => {
+                        // Whoever refuses at once must not look fast.
+                        let slow = self.shared.options.connect_timeout;
+                        backend.endpoint.answered_after(slow);
                         request = back;
                         last_error = Some(error);
                     }
@@ -192,7 +197,7 @@ impl Attempt<'_> {
         }
         let why = match last_error {
             Some(error) => format!("no instance can be reached ({error})"),
-            None => format!("no instance is ready: {}", chosen.why_none()),
+            None => format!("no instance is ready: {}", chosen.endpoint.why_none()),
         };
         Err(self.failed(serving, StatusCode::SERVICE_UNAVAILABLE, "not_ready", why))
     }
@@ -207,7 +212,7 @@ impl Attempt<'_> {
 
     fn failed(
         &self,
-        backend: &LiveBackend,
+        backend: &OnCluster,
         status: StatusCode,
         code: &'static str,
         why: String,
@@ -321,7 +326,7 @@ impl Attempt<'_> {
 }
 
 struct Answer<'a> {
-    backend: &'a LiveBackend,
+    backend: &'a OnCluster,
     addr: SocketAddr,
     sender: super::pool::Sender,
     client: Option<OnUpgrade>,

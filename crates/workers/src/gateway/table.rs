@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
-use arc_swap::ArcSwap;
+use daybook_events::routing::ClusterPolicy;
 use daybook_events::{ClusterName, DeploymentId, Hostname, ProjectName};
 use rpds::HashTrieMapSync;
 use tokio::sync::watch;
 
-use super::counters::{Counter, Counters};
+use super::choice::{LiveBackend, LiveRoute, OnCluster};
+use super::counters::Counters;
+use super::endpoint::{Endpoint, Known};
 use crate::target::{AppStatus, ReleaseStatus};
 
 /// All routes of a project.
@@ -40,31 +41,21 @@ pub struct RouteChanges {
 /// Where a host name leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
-    /// What may serve it. For [`Policy::Failover`] the order counts.
+    /// The deployments that share it, by weight among those that have a ready instance.
     pub backends: Vec<Backend>,
-    /// How one of them is chosen.
-    pub policy: Policy,
+    /// How a cluster of the chosen deployment is chosen.
+    pub policy: ClusterPolicy,
 }
 
-/// A deployment on a cluster.
+/// A deployment on its clusters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backend {
     /// The deployment.
     pub deployment: DeploymentId,
-    /// The cluster that it runs on.
-    pub cluster: ClusterName,
+    /// The clusters that it runs on.
+    pub clusters: Vec<ClusterName>,
     /// Its share among the weights of the route; 0 receives nothing.
     pub weight: u32,
-}
-
-/// How a backend is chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Policy {
-    /// By weight among those that have a ready instance.
-    #[default]
-    Simple,
-    /// The first that has a ready instance.
-    Failover,
 }
 
 /// What applying a table has done.
@@ -113,122 +104,6 @@ pub enum ApplyError {
 
 /// What requests are routed by: host name to route. Copies share what they have in common.
 pub(super) type Hosts = HashTrieMapSync<String, Arc<LiveRoute>>;
-
-/// A route with everything that a request needs.
-#[derive(Debug)]
-pub(super) struct LiveRoute {
-    policy: Policy,
-    backends: Vec<LiveBackend>,
-    turn: AtomicU64,
-}
-
-/// A backend with where it answers now.
-#[derive(Debug)]
-pub(super) struct LiveBackend {
-    pub(super) deployment: DeploymentId,
-    pub(super) cluster: ClusterName,
-    weight: u32,
-    endpoint: Arc<Endpoint>,
-    pub(super) counter: Arc<Counter>,
-}
-
-/// Where a deployment answers on a cluster. Shared by all routes that lead there.
-#[derive(Debug)]
-struct Endpoint {
-    known: ArcSwap<Known>,
-    turn: AtomicUsize,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-struct Known {
-    addresses: Vec<SocketAddr>,
-    why_none: String,
-}
-
-impl Default for Endpoint {
-    fn default() -> Self {
-        Self {
-            known: ArcSwap::from_pointee(Known {
-                addresses: Vec::new(),
-                why_none: "nothing is known of it on this cluster yet".into(),
-            }),
-            turn: AtomicUsize::new(0),
-        }
-    }
-}
-
-/// What to try for one request.
-pub(super) struct Candidates<'a> {
-    /// The backend that the request is for, whether it can be reached or not.
-    pub(super) chosen: &'a LiveBackend,
-    /// In this order: all addresses of that backend, then those of others that may stand in.
-    pub(super) addresses: Vec<(&'a LiveBackend, SocketAddr)>,
-}
-
-impl LiveRoute {
-    /// What to try for the next request; `None` if the route has no backend at all.
-    pub(super) fn candidates(&self) -> Option<Candidates<'_>> {
-        let mut order: Vec<(&LiveBackend, Vec<SocketAddr>)> = self
-            .backends
-            .iter()
-            .filter(|b| b.weight > 0 || self.policy == Policy::Failover)
-            .map(|b| (b, b.endpoint.addresses()))
-            .collect();
-        let first_listed = order.first().map(|(b, _)| *b).or(self.backends.first())?;
-        order.retain(|(_, addresses)| !addresses.is_empty());
-        if self.policy == Policy::Simple && order.len() > 1 {
-            let chosen = self.choose(&order);
-            order.swap(0, chosen);
-        }
-        let first = order.first().map_or(first_listed, |(b, _)| *b);
-        let addresses = order
-            .into_iter()
-            .flat_map(|(backend, addresses)| addresses.into_iter().map(move |a| (backend, a)))
-            .collect();
-        Some(Candidates {
-            chosen: first,
-            addresses,
-        })
-    }
-
-    /// An index by weight: a Weyl sequence, which keeps to the shares even over few requests.
-    fn choose(&self, among: &[(&LiveBackend, Vec<SocketAddr>)]) -> usize {
-        let total: u64 = among.iter().map(|(b, _)| u64::from(b.weight)).sum();
-        let step = self
-            .turn
-            .fetch_add(1, Relaxed)
-            .wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let mut point = ((step >> 32) * total) >> 32;
-        for (i, (backend, _)) in among.iter().enumerate() {
-            let weight = u64::from(backend.weight);
-            if point < weight {
-                return i;
-            }
-            point -= weight;
-        }
-        0
-    }
-}
-
-impl LiveBackend {
-    /// Why it has no ready instance, in words.
-    pub(super) fn why_none(&self) -> String {
-        self.endpoint.known.load().why_none.clone()
-    }
-}
-
-impl Endpoint {
-    /// All addresses, each call starting with another one.
-    fn addresses(&self) -> Vec<SocketAddr> {
-        let known = self.known.load();
-        let mut addresses = known.addresses.clone();
-        if addresses.len() > 1 {
-            let turn = self.turn.fetch_add(1, Relaxed) % addresses.len();
-            addresses.rotate_left(turn);
-        }
-        addresses
-    }
-}
 
 /// So few endpoints are not looked through for those that nobody uses.
 const ENDPOINTS_MIN: usize = 64;
@@ -355,18 +230,18 @@ impl Routing {
     }
 
     fn live(&mut self, route: Route, counters: &Counters) -> LiveRoute {
-        let backends = route.backends.into_iter().map(|b| LiveBackend {
-            endpoint: self.endpoint(b.deployment, &b.cluster),
-            counter: counters.of(b.deployment),
-            deployment: b.deployment,
-            cluster: b.cluster,
-            weight: b.weight,
-        });
-        LiveRoute {
-            backends: backends.collect(),
-            policy: route.policy,
-            turn: AtomicU64::new(0),
+        let mut backends = Vec::with_capacity(route.backends.len());
+        for backend in route.backends {
+            let on = |cluster: &ClusterName| OnCluster {
+                deployment: backend.deployment,
+                cluster: cluster.clone(),
+                endpoint: self.endpoint(backend.deployment, cluster),
+                counter: counters.of(backend.deployment),
+            };
+            let clusters = backend.clusters.iter().map(on).collect();
+            backends.push(LiveBackend::new(clusters, backend.weight, &route.policy));
         }
+        LiveRoute::new(backends)
     }
 
     fn endpoint(&mut self, deployment: DeploymentId, cluster: &ClusterName) -> Arc<Endpoint> {
@@ -404,18 +279,7 @@ impl Routing {
             addresses,
             why_none: why.unwrap_or_else(|| "no instance is ready".into()),
         };
-        let old = endpoint.known.load_full();
-        if *old == new {
-            return Vec::new();
-        }
-        let gone = old
-            .addresses
-            .iter()
-            .filter(|a| !new.addresses.contains(a))
-            .copied()
-            .collect();
-        endpoint.known.store(Arc::new(new));
-        gone
+        endpoint.set(new)
     }
 
     /// Whether this channel was not tracked before.
@@ -443,9 +307,8 @@ impl Routing {
     /// expected any more.
     pub(super) fn absorb(&mut self) -> Vec<SocketAddr> {
         if self.endpoints.len() > 2 * self.endpoints_used {
-            self.endpoints.retain(|_, endpoint| {
-                Arc::strong_count(endpoint) > 1 || !endpoint.known.load().addresses.is_empty()
-            });
+            self.endpoints
+                .retain(|_, endpoint| Arc::strong_count(endpoint) > 1 || endpoint.is_ready());
             self.endpoints_used = self.endpoints.len().max(ENDPOINTS_MIN);
         }
         let mut tracked = std::mem::take(&mut self.tracked);

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{Bench, Stop};
-use crate::gateway::{ApplyError, Backend, Gateway, Policy, Route, RouteChanges, RouteTable};
+use crate::gateway::{ApplyError, Backend, Gateway, Route, RouteChanges, RouteTable};
 
 const ROLE: &str = "gateway";
 
@@ -202,7 +202,7 @@ impl Applier {
         let mut routes = BTreeMap::new();
         for hostname in hostnames {
             let route = routing.routes.get(hostname);
-            let route = route.map(|r| self.route(r)).transpose()?;
+            let route = route.map(|r| self.route(routing, r)).transpose()?;
             routes.insert(hostname.clone(), route);
         }
         let changes = RouteChanges {
@@ -222,7 +222,7 @@ impl Applier {
     ) -> Result<Result<(), ApplyError>, Stop> {
         let mut routes = BTreeMap::new();
         for (hostname, route) in &routing.routes {
-            routes.insert(hostname.clone(), self.route(route)?);
+            routes.insert(hostname.clone(), self.route(routing, route)?);
         }
         let table = RouteTable {
             project: project.clone(),
@@ -233,7 +233,7 @@ impl Applier {
     }
 
     /// A route as the gateway has it. Where its backends answer is set before it is used.
-    fn route(&self, route: &routing::Route) -> Result<Route, Stop> {
+    fn route(&self, routing: &Routing, route: &routing::Route) -> Result<Route, Stop> {
         let mut backends = Vec::new();
         for backend in &route.backends {
             let subject = Subject::Deployment(
@@ -246,23 +246,23 @@ impl Applier {
                 continue;
             };
             self.set_addresses(backend.deployment, state);
-            backends.extend(state.request.clusters.iter().map(|cluster| Backend {
+            backends.push(Backend {
                 deployment: backend.deployment,
-                cluster: cluster.clone(),
+                clusters: state.request.clusters.clone(),
                 weight: backend.weight,
-            }));
+            });
         }
-        Ok(Route {
-            backends,
-            policy: Policy::Simple,
-        })
+        let policy = routing.policy_of(route).clone();
+        Ok(Route { backends, policy })
     }
 
     fn set_all_addresses(&self, project: &ProjectName) -> Result<(), Stop> {
         let projections = self.bench.ledger.projections();
         let folded = projections.shared::<Routing>(&Subject::Routing(project.clone()))?;
-        for route in folded.state.iter().flat_map(|r| r.routes.values()) {
-            self.route(route)?;
+        if let Some(routing) = &folded.state {
+            for (_, route) in &routing.routes {
+                self.route(routing, route)?;
+            }
         }
         Ok(())
     }

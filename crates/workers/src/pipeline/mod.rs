@@ -26,6 +26,7 @@ pub mod environment;
 pub mod follow;
 pub mod foreign;
 pub mod gateway;
+mod leave;
 pub mod observe;
 pub mod package;
 pub mod probe;

@@ -22,7 +22,7 @@ use daybook_projections::DeploymentRow;
 use uuid::Uuid;
 
 use super::foreign::Nudge;
-use super::{Bench, Stop, give_up, remote, settle};
+use super::{Bench, Stop, give_up, leave, remote, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{GitopsChange, GitopsCommit, KnownHistory, Repositories, StepError};
 use crate::values::ReleaseValues;
@@ -176,6 +176,9 @@ impl Package {
         };
         if row.state.status == Status::Packaging {
             self.check_secrets(row).await?;
+        }
+        if row.state.status == Status::Stopping {
+            leave::shared_routes(&self.bench, row).await?;
         }
         let author = self.author(event, row).await?;
         let release = (row.state.status == Status::Packaging).then(|| ReleaseValues {

@@ -369,6 +369,7 @@ impl SampleProject {
             was_rolled_back: false,
             undoes: None,
             note: None,
+            policy: None,
         };
         let applied = routing::Applied {
             gateway: "west".into(),
