@@ -20,6 +20,7 @@ mod kill;
 mod ledger;
 mod life;
 mod nats;
+mod partial;
 mod routes;
 mod secrets;
 mod support;

@@ -204,6 +204,7 @@ sent! {
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
     routes::deployments::CreateDeployment, routes::deployments::Why,
     routes::deployments::MarkMain, routes::deployments::RedeployOptions,
+    routes::deployments::RetryIn,
     routes::deployments::RollbackTo, routes::deployments::PromoteTo, routes::secrets::SetSecret, routes::secrets::VerifySecret,
     tlog::LedgerReport,
     routes::traffic::RouteList, routes::traffic::SetRoutes, routes::traffic::SetClusterPolicy,

@@ -138,6 +138,8 @@ impl IntoResponse for Problem {
 fn status_of(code: &str) -> StatusCode {
     match code {
         "illegal_state"
+        | "cluster_not_failed"
+        | "nothing_to_retry"
         | "cancel_requested"
         | "main_changed"
         | "already_main"

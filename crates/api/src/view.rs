@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use daybook_events::RepositoryUrl;
 use daybook_events::deployment::{
-    Cancelled, Deployment, Operation, Phase, PromotedFrom, Readiness, Status, SwitchMode, Version,
-    WorkloadObserved,
+    Cancelled, ClusterState, Deployment, Operation, Phase, Possibility, PromotedFrom, Readiness,
+    Status, SwitchMode, Version, WorkloadObserved,
 };
 use daybook_events::environment::{Environment, EnvironmentSpec, EnvironmentStatus};
 use daybook_events::project::Project;
@@ -183,8 +183,8 @@ pub(crate) struct DeploymentEntry {
     pub(crate) service: ServiceName,
     /// What was asked for: a branch, tag, commit or image.
     pub(crate) version: String,
-    /// The operator's view: `queued`, `starting`, `started`, `stopping`, `stopped`,
-    /// `terminating`, `terminated`, `start_error`, `stop_error`, `terminate_error`, `cancelled`.
+    /// The operator's view: `queued`, `starting`, `started`, `partially_started`, `stopping`,
+    /// `stopped`, `terminating`, `terminated`, `start_error`, `stop_error`, `terminate_error`, `cancelled`.
     pub(crate) status: String,
     /// Exactly where it is.
     pub(crate) state: Status,
@@ -230,6 +230,8 @@ pub(crate) struct DeploymentDetail {
     pub(crate) stops: Option<views::StopView>,
     /// What can be done to it now.
     pub(crate) operations: Vec<Operation>,
+    /// All operations; for those that are not possible now, why, and what would make them so.
+    pub(crate) possibilities: Vec<Possibility>,
     /// The commit of its source, once the ref is resolved.
     pub(crate) source: Option<SourceView>,
     /// The build that makes its image.
@@ -279,6 +281,12 @@ pub(crate) struct ReadinessAnswers {
 pub(crate) struct ClusterStatus {
     /// The cluster.
     pub(crate) cluster: ClusterName,
+    /// Where the deployment is there.
+    pub(crate) state: ClusterState,
+    /// Since when.
+    pub(crate) since: Timestamp,
+    /// How often it was tried there.
+    pub(crate) tries: u32,
     /// Whether all that is asked for is ready there.
     pub(crate) ready: bool,
     /// The GitOps commit that the cluster had applied; none before it was looked at.
@@ -494,7 +502,7 @@ pub(crate) struct DeploymentAccepted {
 pub(crate) struct OperationAccepted {
     /// The deployment.
     pub(crate) id: DeploymentId,
-    /// `stopping`, `starting`, `terminating`, `cancelling`, `kept` or `deleted`.
+    /// `stopping`, `starting`, `retrying`, `terminating`, `cancelling`, `kept` or `deleted`.
     pub(crate) status: &'static str,
 }
 
@@ -613,6 +621,7 @@ impl<'a> Shown<'a> {
             entered: state.milestones.entered.clone(),
             stops: views::StopView::of(state),
             operations: state.operations(),
+            possibilities: state.possibilities(),
             source: state.source.as_ref().map(|s| SourceView {
                 commit: s.commit.clone(),
                 message: s.message.clone(),
@@ -725,8 +734,12 @@ fn version(version: &Version) -> String {
 fn cluster_status(state: &Deployment) -> Vec<ClusterStatus> {
     let statuses = state.request.clusters.iter().map(|cluster| {
         let seen = state.observed.get(cluster);
+        let progress = state.clusters.get(cluster);
         ClusterStatus {
             cluster: cluster.clone(),
+            state: progress.map_or(ClusterState::Unknown, |p| p.state),
+            since: progress.map_or(state.status_since, |p| p.since),
+            tries: progress.map_or(0, |p| p.tries),
             ready: seen.is_some_and(WorkloadObserved::is_ready),
             revision: seen.map(|o| o.revision.clone()),
             wanted: seen.map(|o| o.wanted),
@@ -741,12 +754,14 @@ fn cluster_status(state: &Deployment) -> Vec<ClusterStatus> {
                     restarts: i.restarts,
                 })
                 .collect(),
-            problem: seen.and_then(|o| o.problem.as_ref()).map(|p| FailureView {
-                during: None,
-                code: p.reason.clone(),
-                message: p.message.clone(),
-                remedy: p.remedy.clone(),
-            }),
+            problem: progress
+                .and_then(|p| p.cause.as_ref())
+                .map(|p| FailureView {
+                    during: None,
+                    code: p.code.clone(),
+                    message: p.message.clone(),
+                    remedy: p.remedy.clone(),
+                }),
         }
     });
     statuses.collect()
@@ -761,7 +776,7 @@ fn durations(state: &Deployment) -> Durations {
     let requested = first(&[Status::Requested]);
     let taken_on = first(&[Status::Cloning, Status::Packaging]);
     let pinned = first(&[Status::Packaging]);
-    let live = first(&[Status::Started]);
+    let live = first(&[Status::Started, Status::PartiallyStarted]);
     let ended = live.or_else(|| first(&[Status::Failed, Status::Cancelled]));
     Durations {
         queue_ms: between(requested, taken_on),

@@ -217,6 +217,11 @@ impl Collector {
                     }
                     DeploymentEvent::DeployingStarted(e) => run.commit = e.commit.to_string(),
                     DeploymentEvent::Succeeded(_) => run.end("succeeded", event.time),
+                    DeploymentEvent::PartiallySucceeded(e) => {
+                        let failed: Vec<_> = e.failed.iter().map(|f| f.cluster.as_str()).collect();
+                        let text = format!("partially succeeded: failed in {}", failed.join(", "));
+                        run.end(&text, event.time);
+                    }
                     DeploymentEvent::Failed(e) => {
                         run.end(&format!("failed: {}: {}", e.code, e.message), event.time);
                     }

@@ -28,6 +28,8 @@ pub enum Code {
     DeploymentCancelled = 7,
     /// The ledger and what was derived from it differ.
     Mismatch = 8,
+    /// The deployment runs in some of its clusters only.
+    DeploymentPartial = 9,
 }
 
 impl From<Code> for ExitCode {

@@ -242,6 +242,7 @@ pub fn status_word(status: &str) -> String {
     match status {
         "started" | "SUCCEEDED" | "succeeded" => style.good(status),
         "queued" | "starting" | "stopping" | "terminating" => style.busy(status),
+        "partially_started" => style.warn("partially started"),
         "stopped" | "terminated" | "cancelled" => style.dim(status),
         s if s.ends_with("error") || s.eq_ignore_ascii_case("failed") => style.error(status),
         _ => status.to_owned(),

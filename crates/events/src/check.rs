@@ -60,6 +60,11 @@ deployments! {
     "deployment.workload_observed.v1": WorkloadObserved,
     "deployment.endpoint_observed.v1": EndpointObserved,
     "deployment.succeeded.v1": Succeeded,
+    "deployment.partially_succeeded.v1": PartiallySucceeded,
+    "deployment.cluster_failed.v1": ClusterFailed,
+    "deployment.retry_requested.v1": RetryRequested,
+    "deployment.cluster_retried.v1": ClusterRetried,
+    "deployment.overtaken.v1": Overtaken,
     "deployment.failed.v1": Failed,
     "deployment.stop_requested.v1": OperationRequested,
     "deployment.stopped.v1": OperationDone,
@@ -341,6 +346,16 @@ structs! {
         message: Option<String>
     }
     deployment::Succeeded { revision: CommitId, table: u32 }
+    deployment::ClusterFailed {
+        cluster: ClusterName, code: String, message: String, remedy: String
+    }
+    deployment::PartiallySucceeded {
+        revision: CommitId, table: u32, ready: Vec<ClusterName>,
+        failed: Vec<deployment::ClusterFailed>
+    }
+    deployment::RetryRequested { clusters: Vec<ClusterName>, reason: Option<String> }
+    deployment::ClusterRetried { cluster: ClusterName }
+    deployment::Overtaken { by: DeploymentId, reason: String }
     deployment::Failed {
         during: deployment::Status, code: String, message: String, remedy: String
     }

@@ -14,6 +14,14 @@ use serde::ser::SerializeStruct as _;
 use serde::{Deserialize, Serialize, Serializer};
 use uuid::Uuid;
 
+mod cluster;
+mod operation;
+
+pub use cluster::{
+    ClusterCause, ClusterFailed, ClusterProgress, ClusterRetried, ClusterState, RetryRequested,
+};
+pub use operation::{Possibility, ways_to};
+
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::envelope::Payload;
 use crate::names::{
@@ -48,6 +56,8 @@ pub enum Status {
     Deploying,
     /// Runs (or should run) in its clusters.
     Started,
+    /// Runs in some of its clusters, and has failed in the others.
+    PartiallyStarted,
     /// Is being scaled to zero.
     Stopping,
     /// Scaled to zero; can be started again.
@@ -88,7 +98,7 @@ pub enum Phase {
 
 impl Status {
     /// All states.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Requested,
         Self::Queued,
         Self::Cloning,
@@ -97,6 +107,7 @@ impl Status {
         Self::Packaging,
         Self::Deploying,
         Self::Started,
+        Self::PartiallyStarted,
         Self::Stopping,
         Self::Stopped,
         Self::Starting,
@@ -121,6 +132,7 @@ impl Status {
             Self::Packaging => "packaging",
             Self::Deploying => "deploying",
             Self::Started => "started",
+            Self::PartiallyStarted => "partially_started",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
             Self::Starting => "starting",
@@ -148,8 +160,8 @@ impl Status {
         }
     }
 
-    /// The operator's view: one of `queued`, `starting`, `started`, `stopping`, `stopped`,
-    /// `terminating`, `terminated`, `start_error`, `stop_error`, `terminate_error`, `cancelled`.
+    /// The operator's view: one of `queued`, `starting`, `started`, `partially_started`, `stopping`,
+    /// `stopped`, `terminating`, `terminated`, `start_error`, `stop_error`, `terminate_error`, `cancelled`.
     pub fn lifecycle(self) -> &'static str {
         match self {
             Self::Requested | Self::Queued => "queued",
@@ -175,11 +187,17 @@ impl Status {
         self > Self::Requested && self <= Self::Deploying
     }
 
+    /// Whether it is being brought to its clusters, or to those where it failed.
+    pub fn in_rollout(self) -> bool {
+        matches!(self, Self::Deploying | Self::PartiallyStarted)
+    }
+
     /// Whether somebody following a run has seen its end.
     pub fn is_settled(self) -> bool {
         matches!(
             self,
             Self::Started
+                | Self::PartiallyStarted
                 | Self::Stopped
                 | Self::Terminated
                 | Self::Deleted
@@ -216,6 +234,7 @@ const PIPELINE: &[Status] = &[
 const COMMITTED: &[Status] = &[
     Status::Deploying,
     Status::Started,
+    Status::PartiallyStarted,
     Status::Stopping,
     Status::Stopped,
     Status::Starting,
@@ -254,23 +273,59 @@ pub const TRANSITIONS: &[Transition] = &{
         t("deployment.workload_observed.v1", COMMITTED, None),
         t(
             "deployment.endpoint_observed.v1",
-            &[Deploying, Started, Stopping, Stopped, Starting],
+            &[
+                Deploying,
+                Started,
+                PartiallyStarted,
+                Stopping,
+                Stopped,
+                Starting,
+            ],
             None,
         ),
-        t("deployment.openapi_found.v1", &[Deploying, Started], None),
-        t("deployment.succeeded.v1", &[Deploying], Some(Started)),
+        t(
+            "deployment.openapi_found.v1",
+            &[Deploying, Started, PartiallyStarted],
+            None,
+        ),
+        t(
+            "deployment.succeeded.v1",
+            &[Deploying, PartiallyStarted],
+            Some(Started),
+        ),
+        t(
+            "deployment.partially_succeeded.v1",
+            &[Deploying, Starting],
+            Some(PartiallyStarted),
+        ),
+        t(
+            "deployment.cluster_failed.v1",
+            &[Deploying, Starting, PartiallyStarted],
+            None,
+        ),
+        t("deployment.retry_requested.v1", &[PartiallyStarted], None),
+        t(
+            "deployment.cluster_retried.v1",
+            &[PartiallyStarted, Starting],
+            None,
+        ),
+        t("deployment.overtaken.v1", &[Requested], None),
         t("deployment.failed.v1", PIPELINE, Some(Failed)),
         t("deployment.cancel_requested.v1", PIPELINE, None),
         t("deployment.cancelled.v1", PIPELINE, Some(Cancelled)),
         t(
             "deployment.stop_requested.v1",
-            &[Started, StopError, StartError],
+            &[Started, PartiallyStarted, StopError, StartError],
             Some(Stopping),
         ),
-        t("deployment.stop_scheduled.v1", &[Deploying, Started], None),
+        t(
+            "deployment.stop_scheduled.v1",
+            &[Deploying, Started, PartiallyStarted],
+            None,
+        ),
         t(
             "deployment.stop_unscheduled.v1",
-            &[Deploying, Started],
+            &[Deploying, Started, PartiallyStarted],
             None,
         ),
         t("deployment.stopped.v1", &[Stopping], Some(Stopped)),
@@ -284,7 +339,13 @@ pub const TRANSITIONS: &[Transition] = &{
         t("deployment.start_failed.v1", &[Starting], Some(StartError)),
         t(
             "deployment.terminate_requested.v1",
-            &[Stopped, StopError, StartError, TerminateError],
+            &[
+                PartiallyStarted,
+                Stopped,
+                StopError,
+                StartError,
+                TerminateError,
+            ],
             Some(Terminating),
         ),
         t("deployment.terminated.v1", &[Terminating], Some(Terminated)),
@@ -394,6 +455,7 @@ pub enum Operation {
     Cancel,
     Stop,
     Start,
+    Retry,
     Terminate,
     Delete,
     MarkMain,
@@ -403,10 +465,11 @@ pub enum Operation {
 
 impl Operation {
     /// All operations.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Cancel,
         Self::Stop,
         Self::Start,
+        Self::Retry,
         Self::Terminate,
         Self::Delete,
         Self::MarkMain,
@@ -420,10 +483,11 @@ impl Operation {
             Self::Cancel => "deployment.cancel_requested.v1",
             Self::Stop => "deployment.stop_requested.v1",
             Self::Start => "deployment.start_requested.v1",
+            Self::Retry => "deployment.retry_requested.v1",
             Self::Terminate => "deployment.terminate_requested.v1",
             Self::Delete => "deployment.deleted.v1",
             Self::Keep => "deployment.stop_unscheduled.v1",
-            Self::MarkMain => return &[Status::Started],
+            Self::MarkMain => return &[Status::Started, Status::PartiallyStarted],
             Self::Redeploy => return &Status::ALL,
         };
         transition(kind).map_or(&[], |t| t.from)
@@ -497,17 +561,22 @@ pub struct Requested {
     /// The deployment of another environment whose image, by its digest, this one runs.
     #[serde(default)]
     pub promoted_from: Option<PromotedFrom>,
+    /// Whether it takes over traffic also where it is ready in some of its clusters only.
+    #[serde(default)]
+    pub allow_partial: bool,
 }
 
-/// As derived, but that JSON leaves out `secrets` and `promoted_from` where there are none, as
-/// events did before there were any. Rows of projections, which are not self-describing, always
-/// have them.
+/// As derived, but that JSON leaves out `secrets`, `promoted_from` and `allow_partial` where they
+/// say nothing, as events did before there were any. Rows of projections, which are not
+/// self-describing, always have them.
 impl Serialize for Requested {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let json = serializer.is_human_readable();
         let secrets = !(json && self.secrets.is_empty());
         let promoted_from = !(json && self.promoted_from.is_none());
-        let fields = 9 + usize::from(secrets) + usize::from(promoted_from);
+        let allow_partial = !json || self.allow_partial;
+        let fields =
+            9 + usize::from(secrets) + usize::from(promoted_from) + usize::from(allow_partial);
         let mut out = serializer.serialize_struct("Requested", fields)?;
         out.serialize_field("instance", &self.instance)?;
         out.serialize_field("version", &self.version)?;
@@ -523,6 +592,9 @@ impl Serialize for Requested {
         }
         if promoted_from {
             out.serialize_field("promoted_from", &self.promoted_from)?;
+        }
+        if allow_partial {
+            out.serialize_field("allow_partial", &self.allow_partial)?;
         }
         out.end()
     }
@@ -697,6 +769,19 @@ pub struct Succeeded {
     pub table: u32,
 }
 
+/// This revision runs in some of its clusters and is routed there, and has failed in the others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PartiallySucceeded {
+    /// The GitOps commit that runs.
+    pub revision: CommitId,
+    /// The route table that was applied for it.
+    pub table: u32,
+    /// The clusters where it is ready.
+    pub ready: Vec<ClusterName>,
+    /// The clusters where it has failed, with why.
+    pub failed: Vec<ClusterFailed>,
+}
+
 /// It ended before it was live.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Failed {
@@ -753,6 +838,15 @@ pub struct OperationFailed {
     pub remedy: String,
 }
 
+/// While it waited for build capacity, a later one was admitted before it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Overtaken {
+    /// The one that went first.
+    pub by: DeploymentId,
+    /// Why.
+    pub reason: String,
+}
+
 /// Its record was put away.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Deleted {
@@ -787,6 +881,16 @@ events! {
         OpenapiFound(OpenapiFound) = "deployment.openapi_found.v1",
         /// It is live.
         Succeeded(Succeeded) = "deployment.succeeded.v1",
+        /// It is live in some of its clusters.
+        PartiallySucceeded(PartiallySucceeded) = "deployment.partially_succeeded.v1",
+        /// It has failed in one of its clusters.
+        ClusterFailed(ClusterFailed) = "deployment.cluster_failed.v1",
+        /// Clusters where it failed are to try again.
+        RetryRequested(RetryRequested) = "deployment.retry_requested.v1",
+        /// One of them does.
+        ClusterRetried(ClusterRetried) = "deployment.cluster_retried.v1",
+        /// Another one was admitted before it.
+        Overtaken(Overtaken) = "deployment.overtaken.v1",
         /// It failed.
         Failed(Failed) = "deployment.failed.v1",
         /// It is to be cancelled.
@@ -888,6 +992,10 @@ pub struct Deployment {
     pub change: Option<ChangeCommitted>,
     /// What was last seen, by cluster.
     pub observed: BTreeMap<ClusterName, WorkloadObserved>,
+    /// Where it is in each of its clusters.
+    pub clusters: BTreeMap<ClusterName, ClusterProgress>,
+    /// The later ones that were admitted before it.
+    pub overtaken: Vec<DeploymentId>,
     /// What was last seen of its addresses.
     pub endpoints: BTreeMap<Hostname, EndpointObserved>,
     /// Its API description.
@@ -926,14 +1034,6 @@ impl Deployment {
         })
     }
 
-    /// The first problem that waiting will not mend, with its cluster.
-    pub fn fatal_problem(&self) -> Option<(&ClusterName, &Problem)> {
-        self.request.clusters.iter().find_map(|c| {
-            let p = self.observed.get(c)?.problem.as_ref()?;
-            (!p.transient).then_some((c, p))
-        })
-    }
-
     /// Whether it runs, can run again, or is on its way to run.
     pub fn is_active(&self) -> bool {
         !matches!(
@@ -959,12 +1059,7 @@ impl Deployment {
     pub fn operations(&self) -> Vec<Operation> {
         Operation::ALL
             .into_iter()
-            .filter(|o| o.allowed_in().contains(&self.status))
-            .filter(|o| match o {
-                Operation::Redeploy => self.image.is_some() || self.source.is_some(),
-                Operation::Keep => self.stops.pending.is_some(),
-                _ => true,
-            })
+            .filter(|o| self.refusal_of(*o).is_none())
             .collect()
     }
 
@@ -1045,6 +1140,19 @@ impl Deployment {
     }
 }
 
+/// What a partial success is short of, as the deployment's failure.
+fn partial(failed: &ClusterFailed) -> Failed {
+    Failed {
+        during: Status::Deploying,
+        code: failed.code.clone(),
+        message: format!("{}: {}", failed.cluster, failed.message),
+        remedy: format!(
+            "{}; then `daybook retry`",
+            failed.remedy.trim_end_matches('.')
+        ),
+    }
+}
+
 fn set(
     r: &mut Readiness,
     state: ReadinessState,
@@ -1078,7 +1186,11 @@ impl Aggregate for Deployment {
             since: at.time,
             revision: None,
         };
+        let clusters = request.clusters.iter().cloned();
+        let clusters = clusters.map(|c| (c, ClusterProgress::new(at.time)));
         Ok(Self {
+            clusters: clusters.collect(),
+            overtaken: Vec::new(),
             request: *request,
             requested_by_event: at.id,
             created_at: at.time,
@@ -1210,6 +1322,28 @@ impl Aggregate for Deployment {
             DeploymentEvent::Succeeded(_) | DeploymentEvent::RestartDone(_) => {
                 self.failure = None;
             }
+            DeploymentEvent::PartiallySucceeded(e) => {
+                for failed in &e.failed {
+                    self.progress(&failed.cluster, |p| p.fail(failed.cause()));
+                }
+                self.failure = e.failed.first().map(partial);
+            }
+            DeploymentEvent::ClusterFailed(e) => {
+                let cause = e.cause();
+                self.progress(&e.cluster, |p| p.fail(cause));
+            }
+            DeploymentEvent::RetryRequested(e) => {
+                for cluster in &e.clusters {
+                    self.progress(cluster, |p| p.try_again(at.time));
+                }
+            }
+            DeploymentEvent::ClusterRetried(e) => {
+                // What was seen before that says nothing about this try.
+                self.observed.remove(&e.cluster);
+                self.progress(&e.cluster, ClusterProgress::begin);
+                self.judge_workload(at.time);
+            }
+            DeploymentEvent::Overtaken(e) => self.overtaken.push(e.by),
             DeploymentEvent::Failed(e) => {
                 let message = Some(e.message.clone());
                 if self.image.is_none() {
@@ -1253,8 +1387,12 @@ impl Aggregate for Deployment {
                 self.answer_what_never_came("Cancelled", at.time);
                 self.cancelled = Some(e);
             }
-            DeploymentEvent::StopRequested(_) | DeploymentEvent::StartRequested(_) => {
+            DeploymentEvent::StopRequested(_) => self.failure = None,
+            DeploymentEvent::StartRequested(_) => {
                 self.failure = None;
+                for progress in self.clusters.values_mut() {
+                    progress.start_again(at.time);
+                }
             }
             DeploymentEvent::TerminateRequested(_) => self.failure = None,
             DeploymentEvent::Stopped(_) => {
@@ -1294,6 +1432,7 @@ impl Aggregate for Deployment {
             DeploymentEvent::StopScheduled(e) => self.stops.schedule(e),
             DeploymentEvent::StopUnscheduled(e) => self.stops.unschedule(&e),
         }
+        self.judge_clusters(at.time);
         Ok(())
     }
 }
@@ -1338,6 +1477,20 @@ pub fn decide(
         DeploymentEvent::ChangeCommitted(e) => state.change.as_ref() == Some(e),
         DeploymentEvent::StopScheduled(e) => state.stops.knows(e),
         DeploymentEvent::StopUnscheduled(e) => !state.stops.waits_for(e.nonce),
+        DeploymentEvent::ClusterFailed(e) => {
+            let progress = state.clusters.get(&e.cluster);
+            progress.is_none_or(|p| p.state == ClusterState::Failed)
+        }
+        DeploymentEvent::ClusterRetried(e) => {
+            let progress = state.clusters.get(&e.cluster);
+            !progress.is_some_and(ClusterProgress::is_asked_again)
+        }
+        DeploymentEvent::RetryRequested(e) => {
+            let progress = |c| state.clusters.get(c);
+            let asked = |c| progress(c).is_some_and(ClusterProgress::is_asked_again);
+            !e.clusters.is_empty() && e.clusters.iter().all(asked)
+        }
+        DeploymentEvent::Overtaken(e) => state.overtaken.contains(&e.by),
         _ => false,
     };
     if unchanged {
@@ -1354,20 +1507,10 @@ pub fn decide(
         if row.to == Some(state.status) {
             return Ok(Decision::Nothing);
         }
-        let states: Vec<_> = row.from.iter().map(|s| s.as_str()).collect();
-        let what = kind
-            .trim_start_matches("deployment.")
-            .trim_end_matches(".v1")
-            .trim_end_matches("_requested")
-            .replace('_', " ");
-        return Err(Refusal::new(
-            "illegal_state",
-            format!(
-                "`{what}` is not possible while the deployment is {}",
-                state.status.as_str()
-            ),
-            format!("it is possible in: {}", states.join(", ")),
-        ));
+        return Err(operation::not_in_this_state(row, state));
+    }
+    if let DeploymentEvent::RetryRequested(e) = &event {
+        cluster::check_retry(state, e)?;
     }
     if state.cancel.is_some()
         && (row.to.is_some_and(Status::in_pipeline)

@@ -815,7 +815,8 @@ fn take_out(
 }
 
 fn must_run(target: &Target) -> Result<(), Refusal> {
-    if !matches!(target.status, Status::Deploying | Status::Started) {
+    let runs = [Status::Deploying, Status::Started, Status::PartiallyStarted];
+    if !runs.contains(&target.status) {
         let remedy = match target.status {
             Status::Stopped => "start it first with `daybook start`",
             s if s.in_pipeline() => "wait until it is started",

@@ -244,7 +244,7 @@ impl StopPlan {
     /// Its deployment has entered another status by an event with this id.
     pub(crate) fn entered(&mut self, status: Status, event: EventId) {
         match status {
-            Status::Deploying | Status::Started => self.fired = None,
+            Status::Deploying | Status::Started | Status::PartiallyStarted => self.fired = None,
             Status::Stopping => {
                 let fired = |p: &StopScheduled| [p.nonce, p.nonce.in_its_stead()].contains(&event);
                 self.fired = self.pending.take().filter(fired);

@@ -760,7 +760,10 @@ fn a_deploy_does_not_undo_a_rollback_but_marking_as_main_does() {
 fn what_does_not_run_takes_no_traffic() {
     let shop = samples::shop();
     for status in Status::ALL {
-        let runs = matches!(status, Status::Deploying | Status::Started);
+        let runs = matches!(
+            status,
+            Status::Deploying | Status::Started | Status::PartiallyStarted
+        );
         for ready in [true, false] {
             let target = || Target {
                 status,

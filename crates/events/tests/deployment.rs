@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 
 use daybook_events::aggregate::Decision;
 use daybook_events::deployment::{
-    Deployment, DeploymentEvent, Failed, Operation, Phase, ReadinessState, Status, TRANSITIONS,
-    Version, decide,
+    ClusterState, Deployment, DeploymentEvent, Failed, Operation, Phase, ReadinessState, Status,
+    TRANSITIONS, Version, decide,
 };
 use daybook_events::testing::{Given, given, samples};
 use daybook_events::{DeploymentId, Payload};
@@ -18,7 +18,7 @@ const LIFE: &[(Status, &str, &str)] = &[
     (
         Status::Requested,
         "queued failed cancelled",
-        "cancel_requested",
+        "cancel_requested overtaken",
     ),
     (
         Status::Queued,
@@ -47,14 +47,20 @@ const LIFE: &[(Status, &str, &str)] = &[
     ),
     (
         Status::Deploying,
-        "succeeded failed cancelled",
-        "workload_observed endpoint_observed openapi_found cancel_requested stop_scheduled \
-         stop_unscheduled",
+        "succeeded partially_succeeded failed cancelled",
+        "workload_observed endpoint_observed openapi_found cancel_requested cluster_failed \
+         stop_scheduled stop_unscheduled",
     ),
     (
         Status::Started,
         "stop_requested",
         "workload_observed endpoint_observed openapi_found stop_scheduled stop_unscheduled",
+    ),
+    (
+        Status::PartiallyStarted,
+        "succeeded stop_requested terminate_requested",
+        "workload_observed endpoint_observed openapi_found cluster_failed retry_requested \
+         cluster_retried stop_scheduled stop_unscheduled",
     ),
     (
         Status::Stopping,
@@ -68,8 +74,8 @@ const LIFE: &[(Status, &str, &str)] = &[
     ),
     (
         Status::Starting,
-        "started start_failed",
-        "workload_observed endpoint_observed change_committed",
+        "started partially_succeeded start_failed",
+        "workload_observed endpoint_observed change_committed cluster_failed cluster_retried",
     ),
     (
         Status::StartError,
@@ -128,6 +134,7 @@ fn reach(status: Status) -> Given<Deployment> {
         Status::Packaging => "requested queued image_pinned".to_owned(),
         Status::Deploying => TO_DEPLOYING.to_owned(),
         Status::Started => live,
+        Status::PartiallyStarted => format!("{TO_DEPLOYING} partially_succeeded"),
         Status::Stopping => format!("{live} stop_requested"),
         Status::Stopped => stopped,
         Status::Starting => format!("{stopped} start_requested"),
@@ -381,6 +388,7 @@ fn operations_are_those_that_are_not_refused() {
             (Operation::Cancel, "cancel_requested"),
             (Operation::Stop, "stop_requested"),
             (Operation::Start, "start_requested"),
+            (Operation::Retry, "retry_requested"),
             (Operation::Terminate, "terminate_requested"),
             (Operation::Delete, "deleted"),
         ];
@@ -393,6 +401,141 @@ fn operations_are_those_that_are_not_refused() {
             );
         }
     }
+}
+
+/// Every operation in every state: it is offered exactly where it is not refused, and where it is
+/// refused the refusal names the state and what would make it possible.
+#[test]
+fn what_is_not_possible_says_why_and_what_would_make_it_so() {
+    let mut told = String::new();
+    for status in Status::ALL {
+        let given = reach(status);
+        let state = given.state.as_ref().unwrap();
+        let possibilities = state.possibilities();
+        assert_eq!(possibilities.len(), Operation::ALL.len());
+        for possibility in possibilities {
+            let operation = possibility.name;
+            assert_eq!(
+                possibility.possible,
+                state.operations().contains(&operation)
+            );
+            assert_eq!(possibility.possible, possibility.reason.is_none());
+            let command = match operation {
+                Operation::Cancel => "cancel_requested",
+                Operation::Stop => "stop_requested",
+                Operation::Start => "start_requested",
+                Operation::Retry => "retry_requested",
+                Operation::Terminate => "terminate_requested",
+                Operation::Delete => "deleted",
+                // Those are decided elsewhere.
+                Operation::MarkMain | Operation::Redeploy | Operation::Keep => continue,
+            };
+            match decide(Some(state), event(command)) {
+                Ok(Decision::Append(_)) => assert!(possibility.possible),
+                // What is under way already is not refused when it is asked for again.
+                Ok(Decision::Nothing) => assert!(!possibility.possible),
+                Err(refusal) => {
+                    assert_eq!(possibility.reason.as_deref(), Some(&*refusal.message));
+                    assert_eq!(possibility.remedy.as_deref(), Some(&*refusal.remedy));
+                    assert!(refusal.message.contains(status.as_str()), "{refusal:?}");
+                    let line = format!("{} {command}: {}\n", status.as_str(), refusal.remedy);
+                    told.push_str(&line);
+                }
+            }
+        }
+    }
+    for line in [
+        "requested stop_requested: wait until it is started",
+        "started start_requested: first `daybook stop` it",
+        "started deleted: first `daybook stop` it, then `daybook terminate` it",
+        "stopping terminate_requested: wait until it is stopped",
+        "stopping deleted: first wait until it is stopped, then `daybook terminate` it",
+        "deploying deleted: first `daybook cancel` it",
+        "stopped cancel_requested: it is possible only before",
+        "started retry_requested: it is possible only after a partial success",
+        "terminated stop_requested: it has ended; `daybook redeploy`",
+        "failed start_requested: it has ended; `daybook redeploy`",
+    ] {
+        assert!(told.contains(line), "{line:?} is not in:\n{told}");
+    }
+}
+
+fn states(given: &Given<Deployment>) -> Vec<(&str, ClusterState)> {
+    let state = given.state.as_ref().unwrap();
+    let clusters = state.clusters.iter();
+    clusters.map(|(c, p)| (c.as_str(), p.state)).collect()
+}
+
+#[test]
+fn each_cluster_has_a_state_of_its_own() {
+    use ClusterState as C;
+    let both = |a, b| vec![("berlin", a), ("oslo", b)];
+    let seen = |cluster, wanted, ready| samples::observed(cluster, 1, wanted, ready);
+    assert_eq!(states(&after("requested")), both(C::Pending, C::Pending));
+    let given = after(TO_DEPLOYING);
+    assert_eq!(states(&given), both(C::Syncing, C::Syncing));
+    let given = given.and(seen("berlin", 1, true));
+    assert_eq!(states(&given), both(C::Started, C::Syncing));
+    assert!(!given.state.as_ref().unwrap().serves());
+    // What waiting may mend is no failure.
+    let given = given.and(seen("oslo", 1, false));
+    assert_eq!(states(&given), both(C::Started, C::Starting));
+    let given = given.and(event("cluster_failed"));
+    assert_eq!(states(&given), both(C::Started, C::Failed));
+    let state = given.state.as_ref().unwrap();
+    assert!(state.may_end_partially() && state.serves());
+    assert_eq!(state.failed_clusters(), [samples::failed_in("oslo")]);
+    let given = given.and(event("partially_succeeded"));
+    let state = given.state.as_ref().unwrap();
+    assert_eq!(state.failure.as_ref().unwrap().code, "rollout_timeout");
+
+    // A new try: nothing that was seen before counts.
+    let given = given.and(event("retry_requested"));
+    assert_eq!(states(&given), both(C::Started, C::Pending));
+    let given = given.and(event("cluster_retried"));
+    assert_eq!(states(&given), both(C::Started, C::Syncing));
+    let progress = &given.state.as_ref().unwrap().clusters[&samples::cluster("oslo")];
+    assert_eq!(progress.tries, 2);
+    let given = given.and(seen("oslo", 1, true)).and(event("succeeded"));
+    assert_eq!(states(&given), both(C::Started, C::Started));
+    assert_eq!(given.state.as_ref().unwrap().failure, None);
+
+    let given = given.and(seen("berlin", 1, false));
+    assert_eq!(states(&given), both(C::Degraded, C::Started));
+    let given = given.and(event("stop_requested"));
+    assert_eq!(states(&given), both(C::Stopping, C::Stopping));
+    let given = given.and(seen("oslo", 0, true));
+    assert_eq!(states(&given), both(C::Stopping, C::Stopped));
+    let given = given.and(event("stop_failed"));
+    assert_eq!(states(&given), both(C::Failed, C::Stopped));
+
+    // What nobody has seen is not guessed.
+    let given = after(&format!("{TO_DEPLOYING} workload_observed failed"));
+    assert_eq!(states(&given), both(C::Unknown, C::Unknown));
+    let given = after("requested cancelled");
+    assert_eq!(states(&given), both(C::Absent, C::Absent));
+}
+
+#[test]
+fn only_what_has_failed_is_tried_again() {
+    let retry = |clusters: &[&str]| {
+        DeploymentEvent::RetryRequested(daybook_events::deployment::RetryRequested {
+            clusters: clusters.iter().map(|c| samples::cluster(c)).collect(),
+            reason: None,
+        })
+    };
+    let partial = || reach(Status::PartiallyStarted).and(samples::observed("berlin", 1, 1, true));
+    partial()
+        .when(|s| decide(s, retry(&["berlin"])))
+        .then_refused("cluster_not_failed");
+    partial()
+        .when(|s| decide(s, retry(&["paris"])))
+        .then_refused("not_its_cluster");
+    partial()
+        .when(|s| decide(s, retry(&[])))
+        .then_refused("nothing_to_retry");
+    let asked = partial().and(retry(&["oslo"]));
+    asked.when(|s| decide(s, retry(&["oslo"]))).then_nothing();
 }
 
 #[test]

@@ -10,7 +10,9 @@ use daybook_events::ledger::LedgerEvent;
 use daybook_events::project::ProjectEvent;
 use daybook_events::routing::{RoutingEvent, SwitchReason};
 use daybook_events::timer::KeepCause;
-use daybook_events::{AnyPayload, DeploymentId, EnvironmentName, ServiceName, Subject};
+use daybook_events::{
+    AnyPayload, ClusterName, DeploymentId, EnvironmentName, ServiceName, Subject,
+};
 
 use crate::slot::State;
 
@@ -183,6 +185,12 @@ fn build<'a>(out: &mut String, event: &'a BuildEvent, before: Option<&'a State>)
     said
 }
 
+/// Names, with commas between them.
+fn listed(names: &[ClusterName]) -> String {
+    let names: Vec<_> = names.iter().map(ClusterName::as_str).collect();
+    names.join(", ")
+}
+
 fn deployment<'a>(
     out: &mut String,
     event: &'a DeploymentEvent,
@@ -312,6 +320,30 @@ fn deployment<'a>(
             format_args!("It serves an OpenAPI document at {}.", e.path),
         ),
         E::Succeeded(_) => plain(out, format_args!("It is live.")),
+        E::PartiallySucceeded(e) => plain(
+            out,
+            format_args!(
+                "It is live in {} of its {} clusters, and has failed in the others.",
+                e.ready.len(),
+                e.ready.len() + e.failed.len()
+            ),
+        ),
+        E::ClusterFailed(e) => because(
+            out,
+            format_args!("It has failed in {} ({}).", e.cluster, e.code),
+            Some(&e.message),
+        ),
+        E::RetryRequested(e) => because(
+            out,
+            format_args!("It is to be tried again in {}.", listed(&e.clusters)),
+            e.reason.as_ref(),
+        ),
+        E::ClusterRetried(e) => plain(out, format_args!("{} tries it again.", e.cluster)),
+        E::Overtaken(e) => because(
+            out,
+            format_args!("{} was admitted before it.", e.by.short()),
+            Some(&e.reason),
+        ),
         E::Failed(e) => because(
             out,
             format_args!("It failed while {} ({}).", e.during.as_str(), e.code),

@@ -1,6 +1,6 @@
 //! What queries answer with, in the form in which it is sent.
 
-use daybook_events::deployment::{Deployment, Operation, Phase, Readiness, Status};
+use daybook_events::deployment::{ClusterState, Deployment, Operation, Phase, Readiness, Status};
 use daybook_events::timer::StopCause;
 use daybook_events::{
     Actor, ClusterName, CommitId, DeploymentId, Digest, EnvironmentName, Hostname, ImageTag,
@@ -162,6 +162,10 @@ impl StopView {
 pub struct ClusterView {
     /// The cluster.
     pub name: ClusterName,
+    /// Where the deployment is there.
+    pub state: ClusterState,
+    /// Since when.
+    pub since: Timestamp,
     /// Instances that are asked for there; none before it was looked at.
     pub wanted: Option<u32>,
     /// Instances that are ready there.
@@ -191,15 +195,20 @@ impl DeploymentView {
     ) -> Self {
         let clusters = state.request.clusters.iter().map(|c| {
             let seen = state.observed.get(c);
+            let progress = state.clusters.get(c);
             ClusterView {
                 name: c.clone(),
+                state: progress.map_or(ClusterState::Unknown, |p| p.state),
+                since: progress.map_or(state.status_since, |p| p.since),
                 wanted: seen.map(|o| o.wanted),
                 ready: seen.map_or(0, daybook_events::deployment::WorkloadObserved::ready),
-                problem: seen.and_then(|o| o.problem.as_ref()).map(|p| ProblemView {
-                    code: p.reason.clone(),
-                    message: p.message.clone(),
-                    remedy: p.remedy.clone(),
-                }),
+                problem: progress
+                    .and_then(|p| p.cause.as_ref())
+                    .map(|p| ProblemView {
+                        code: p.code.clone(),
+                        message: p.message.clone(),
+                        remedy: p.remedy.clone(),
+                    }),
             }
         });
         Self {

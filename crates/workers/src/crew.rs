@@ -15,6 +15,7 @@ use crate::pipeline::foreign::{self, Decisions, Nudge};
 use crate::pipeline::package::Package;
 use crate::pipeline::probe::{Probe, ProbeDeployment, ProbeRoutes};
 use crate::pipeline::queue::Queue;
+use crate::pipeline::retry::Retry;
 use crate::pipeline::route::{Deadlines, Route, RouteApplied};
 use crate::pipeline::source::Source;
 use crate::pipeline::sync::Sync;
@@ -108,6 +109,7 @@ impl Crew {
                 () = cancel.cancelled() => {}
             }
         });
+        self.hire(Retry(sync.clone()));
         self.hire(sync);
         self.tasks.spawn(observe::run(
             self.bench.clone(),

@@ -325,6 +325,10 @@ impl Target for IdleTarget {
         Ok(())
     }
 
+    async fn retry(&self, _: &AppRef, _: DeploymentId) -> Result<(), TargetError> {
+        Ok(())
+    }
+
     fn watch(&self, app: &AppRef) -> watch::Receiver<AppStatus> {
         self.app(app, watch::Sender::subscribe)
     }

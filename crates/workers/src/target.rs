@@ -115,6 +115,15 @@ pub trait Target: Send + Sync + std::fmt::Debug {
         desired: &EnvironmentValues,
     ) -> Result<(), TargetError>;
 
+    /// Tries again, at once and from the start, what is not ready of a release; what is ready is
+    /// left alone. Returns once [`Target::watch`] no longer shows the failure of the try before.
+    async fn retry(&self, app: &AppRef, deployment: DeploymentId) -> Result<(), TargetError> {
+        let _ = (app, deployment);
+        Err(TargetError::Refused(
+            "this kind of cluster cannot be asked to".into(),
+        ))
+    }
+
     /// What is seen of an Application, now and at each change.
     fn watch(&self, app: &AppRef) -> watch::Receiver<AppStatus>;
 }

@@ -243,6 +243,7 @@ impl World {
             reason: None,
             redeploy_of: None,
             promoted_from: None,
+            allow_partial: false,
             secrets: std::collections::BTreeMap::new(),
         }));
         self.apply(id, event).await;

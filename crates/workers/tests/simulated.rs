@@ -248,6 +248,7 @@ fn deploy(client: &Process, number: u8) -> DeploymentId {
         redeploy_of: None,
         secrets: BTreeMap::new(),
         promoted_from: None,
+        allow_partial: false,
     };
     request(client, id, &DeploymentEvent::Requested(Box::new(requested)));
     id

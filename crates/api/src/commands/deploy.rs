@@ -58,6 +58,8 @@ pub struct Deploy {
     pub clusters: Option<Vec<ClusterName>>,
     /// Whether traffic follows by itself; as the environment says if not given.
     pub switch: Option<SwitchMode>,
+    /// Whether it takes over traffic also where it is ready in some of its clusters only.
+    pub allow_partial: bool,
     /// What runs differently from the service's definition.
     pub run: RunOverrides,
     /// Why.
@@ -88,6 +90,8 @@ pub struct Promote {
     pub clusters: Option<Vec<ClusterName>>,
     /// Whether traffic follows by itself; as the environment says if not given.
     pub switch: Option<SwitchMode>,
+    /// Whether it takes over traffic also where it is ready in some of its clusters only.
+    pub allow_partial: bool,
     /// What runs differently from the service's definition.
     pub run: RunOverrides,
     /// Why.
@@ -170,6 +174,7 @@ impl Commands {
             what: What::Default,
             clusters: wish.clusters,
             switch: wish.switch,
+            allow_partial: wish.allow_partial,
             run: wish.run,
             reason: wish.reason,
         };
@@ -238,6 +243,7 @@ impl Commands {
             redeploy_of: None,
             secrets,
             promoted_from,
+            allow_partial: wish.allow_partial,
         };
         self.request(caller, id, request).await
     }

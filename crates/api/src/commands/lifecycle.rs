@@ -1,10 +1,10 @@
 //! What can be done to one deployment.
 
 use daybook_events::deployment::{
-    self, CancelRequested, Deleted, Deployment, DeploymentEvent, OperationRequested,
+    self, CancelRequested, Deleted, Deployment, DeploymentEvent, OperationRequested, RetryRequested,
 };
 use daybook_events::timer::{self, KeepCause};
-use daybook_events::{Decision, DeploymentId, Refusal};
+use daybook_events::{ClusterName, Decision, DeploymentId, Refusal};
 
 use super::{Caller, CommandError, Commands, Done, check};
 
@@ -89,6 +89,38 @@ impl Commands {
             .run(caller, &row.subject, Some(id.0), |state| {
                 operation.decide(state, table, reason.clone())
             })
+            .await?;
+        Ok(Operated { id, done })
+    }
+
+    /// Asks that clusters where a deployment has failed try again: those that are named, or else
+    /// all of them. Those where it is ready are left alone.
+    pub async fn retry(
+        &self,
+        caller: &Caller,
+        id: DeploymentId,
+        clusters: Option<Vec<ClusterName>>,
+        reason: Option<String>,
+    ) -> Result<Operated, CommandError> {
+        check::text("reason", reason.as_deref())?;
+        let subject = self.deployment(id)?.subject;
+        let done = self
+            .run(
+                caller,
+                &subject,
+                Some(id.0),
+                |state: Option<&Deployment>| {
+                    let failed = || {
+                        let failed = state.map(Deployment::failed_clusters).into_iter().flatten();
+                        failed.map(|f| f.cluster).collect()
+                    };
+                    let event = RetryRequested {
+                        clusters: clusters.clone().unwrap_or_else(failed),
+                        reason: reason.clone(),
+                    };
+                    deployment::decide(state, DeploymentEvent::RetryRequested(event))
+                },
+            )
             .await?;
         Ok(Operated { id, done })
     }

@@ -165,7 +165,7 @@ impl Commands {
             deployment: id,
             instance,
             status: deployment.status,
-            ready: deployment.workload_is_ready(),
+            ready: deployment.serves(),
         };
         Ok((target, hostnames))
     }

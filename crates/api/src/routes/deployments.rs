@@ -73,6 +73,9 @@ pub(crate) struct CreateDeployment {
     clusters: Option<Vec<String>>,
     /// Whether traffic follows by itself; as the environment says if not given.
     switch: Option<SwitchMode>,
+    /// Whether it takes over traffic also where it is ready in some of its clusters only.
+    #[serde(default)]
+    allow_partial: bool,
     /// What runs differently from the service's definition.
     #[serde(default)]
     run: RunOverrides,
@@ -100,6 +103,9 @@ pub(crate) struct PromoteTo {
     clusters: Option<Vec<ClusterName>>,
     /// Whether traffic follows by itself; as the environment says if not given.
     switch: Option<SwitchMode>,
+    /// Whether it takes over traffic also where it is ready in some of its clusters only.
+    #[serde(default)]
+    allow_partial: bool,
     /// What runs differently from the service's definition.
     #[serde(default)]
     run: RunOverrides,
@@ -116,6 +122,21 @@ pub(crate) struct Why {
     pub(crate) reason: Option<String>,
 }
 impl CommandBody for Why {
+    fn absent() -> Option<Self> {
+        Some(Self::default())
+    }
+}
+
+/// What is tried again.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RetryIn {
+    /// The clusters; all where it has failed if not given.
+    clusters: Option<Vec<ClusterName>>,
+    /// Why.
+    reason: Option<String>,
+}
+impl CommandBody for RetryIn {
     fn absent() -> Option<Self> {
         Some(Self::default())
     }
@@ -283,6 +304,7 @@ pub(crate) async fn create_deployment(
         what,
         clusters: clusters.transpose()?,
         switch: body.switch,
+        allow_partial: body.allow_partial,
         run: body.run,
         reason: body.reason,
     };
@@ -357,6 +379,29 @@ pub(crate) async fn start_deployment(
     command: Command<Why>,
 ) -> Handled<OperationAccepted> {
     operate(&state, id, Lifecycle::Start, command).await
+}
+
+/// Tries a partially started deployment again in the clusters where it has failed. Where it is
+/// ready nothing changes; once it is ready everywhere it has succeeded.
+#[utoipa::path(post, path = "/api/v1/deployments/{id}/retry", tag = "deployments",
+    params(("id" = String, Path, description = "The deployment.")),
+    request_body = Option<RetryIn>,
+    responses((status = 200, description = "It is being tried again.", body = OperationAccepted)))]
+pub(crate) async fn retry_deployment(
+    State(state): State<AppState>,
+    Named(id): Named<DeploymentId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<RetryIn>,
+) -> Handled<OperationAccepted> {
+    let commands = &state.commands;
+    let operated = commands
+        .retry(&caller, id, body.clusters, body.reason)
+        .await?;
+    let body = OperationAccepted {
+        id,
+        status: "retrying",
+    };
+    Ok(Answer::done(&operated.done, body))
 }
 
 /// Removes what a stopped deployment consists of. It cannot be started again.
@@ -518,6 +563,7 @@ pub(crate) async fn promote(
         deployment: body.deployment.as_deref().map(deployment_id).transpose()?,
         clusters: body.clusters,
         switch: body.switch,
+        allow_partial: body.allow_partial,
         run: body.run,
         reason: body.reason,
     };

@@ -60,6 +60,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         ))
         .routes(routes!(deployments::stop_deployment))
         .routes(routes!(deployments::start_deployment))
+        .routes(routes!(deployments::retry_deployment))
         .routes(routes!(deployments::terminate_deployment))
         .routes(routes!(deployments::cancel_deployment))
         .routes(routes!(deployments::keep_deployment))

@@ -42,6 +42,9 @@ pub struct DeployArgs {
     /// Run it beside the main deployment; traffic follows with `daybook mark-main`.
     #[arg(long)]
     no_switch: bool,
+    /// Let it take over traffic also if it is ready in some of its clusters only.
+    #[arg(long)]
+    allow_partial: bool,
     /// Why, for the ledger.
     #[arg(long)]
     reason: Option<String>,
@@ -185,6 +188,9 @@ pub async fn run(args: DeployArgs) -> Outcome {
     if args.no_switch {
         set("switch", Some("manual".into()));
     }
+    if args.allow_partial {
+        set("allow_partial", Some(true.into()));
+    }
     let answer: Value = client
         .command(
             Method::POST,
@@ -203,6 +209,8 @@ pub enum Follow {
     Deployment,
     /// An operation on one until it is done.
     Operation,
+    /// A new try in some of its clusters until each of them is ready or has failed.
+    Retry,
 }
 
 /// Follows a deployment's events and output, live, until it is settled. The exit code says how it
@@ -214,7 +222,7 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
     let log_id = id.to_owned();
     let (sender, mut lines) = tokio::sync::mpsc::channel(256);
     let reader = tokio::spawn(async move {
-        if what == Follow::Operation {
+        if what != Follow::Deployment {
             return;
         }
         let path = format!("/api/v1/deployments/{log_id}/logs");
@@ -267,15 +275,11 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
             if what == Follow::Deployment || is_later(&data, begun) {
                 print_event(&kind, &data, begun);
             }
-            if ends(&kind) {
+            if what == Follow::Retry || ends(&kind) {
                 let detail: Value = client
                     .get(&format!("/api/v1/deployments/{id}"), &[])
                     .await?;
-                let state = detail
-                    .get("state")
-                    .and_then(Value::as_str)
-                    .unwrap_or_default();
-                if is_settled(state) {
+                if is_settled(&detail, what) {
                     break 'connect;
                 }
             }
@@ -305,6 +309,7 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
     let code = match state {
         "failed" | "start_error" | "stop_error" | "terminate_error" => Code::DeploymentFailed,
         "cancelled" => Code::DeploymentCancelled,
+        "partially_started" => Code::DeploymentPartial,
         _ => Code::Success,
     };
     if !output::is_json() && code == Code::Success && what == Follow::Deployment {
@@ -324,6 +329,7 @@ fn ends(kind: &str) -> bool {
     matches!(
         kind,
         "deployment.succeeded.v1"
+            | "deployment.partially_succeeded.v1"
             | "deployment.failed.v1"
             | "deployment.cancelled.v1"
             | "deployment.started.v1"
@@ -336,10 +342,21 @@ fn ends(kind: &str) -> bool {
     )
 }
 
-fn is_settled(state: &str) -> bool {
+fn is_settled(detail: &Value, what: Follow) -> bool {
+    let state = detail.get("state").and_then(Value::as_str);
+    let state = state.unwrap_or_default();
+    if what == Follow::Retry && state == "partially_started" {
+        let clusters = detail.get("cluster_status").and_then(Value::as_array);
+        let states = clusters.into_iter().flatten();
+        let states: Vec<_> = states.filter_map(|c| c["state"].as_str()).collect();
+        let under_way = ["pending", "syncing", "starting"];
+        // Ready everywhere, it is about to be whole.
+        return states.contains(&"failed") && !states.iter().any(|s| under_way.contains(s));
+    }
     matches!(
         state,
         "started"
+            | "partially_started"
             | "stopped"
             | "terminated"
             | "deleted"
@@ -382,6 +399,18 @@ pub fn print_event(kind: &str, data: &Value, begun: Timestamp) {
         "deployment.deploying_started.v1" => format!("gitops commit {}", text("/commit")),
         "deployment.failed.v1" => format!("{} ({})", text("/message"), text("/code")),
         "deployment.cancelled.v1" => text("/message"),
+        "deployment.cluster_failed.v1" => format!("{} ({})", text("/message"), text("/code")),
+        "deployment.cluster_retried.v1" => text("/cluster"),
+        "deployment.partially_succeeded.v1" => {
+            let names = |of: &str, name: &str| {
+                let list = payload.get(of).and_then(Value::as_array);
+                let list = list.into_iter().flatten();
+                let names: Vec<_> = list.filter_map(|v| v.pointer(name)?.as_str()).collect();
+                names.join(", ")
+            };
+            let (ready, failed) = (names("ready", ""), names("failed", "/cluster"));
+            format!("ready in {ready}; failed in {failed}")
+        }
         "deployment.workload_observed.v1" => {
             let instances = payload.get("instances").and_then(Value::as_array);
             let ready = instances
@@ -412,7 +441,8 @@ pub fn print_event(kind: &str, data: &Value, begun: Timestamp) {
     };
     let word = match kind {
         "deployment.succeeded.v1" => style.good(&word),
-        "deployment.failed.v1" => style.error(&word),
+        "deployment.failed.v1" | "deployment.cluster_failed.v1" => style.error(&word),
+        "deployment.partially_succeeded.v1" => style.warn(&word),
         "deployment.cancelled.v1" => style.warn(&word),
         _ => style.busy(&word),
     };

@@ -1,4 +1,4 @@
-//! Operations on deployments: `stop`, `start`, `terminate`, `cancel`, `delete`, `mark-main`,
+//! Operations on deployments: `stop`, `start`, `retry`, `terminate`, `cancel`, `delete`, `mark-main`,
 //! `rollback`, `redeploy`.
 
 use clap::Args;
@@ -38,6 +38,24 @@ pub struct KeepArgs {
     /// Why, for the ledger.
     #[arg(long)]
     reason: Option<String>,
+}
+
+/// Tries again in the clusters where a deployment has failed.
+#[derive(Debug, Args)]
+pub struct RetryArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    deployment: String,
+    /// A cluster to try again in, if not in all where it has failed; may be given several times.
+    #[arg(long = "cluster", value_name = "NAME")]
+    clusters: Vec<String>,
+    /// Why, for the ledger.
+    #[arg(long)]
+    reason: Option<String>,
+    /// Do not wait until it is done.
+    #[arg(long)]
+    detach: bool,
 }
 
 /// Gives a deployment the traffic of its service.
@@ -203,6 +221,26 @@ pub async fn keep(args: KeepArgs) -> Outcome {
         output::line(&format!("{kept} {id}: it is not stopped by itself"));
     }
     Ok(Code::Success)
+}
+
+pub async fn retry(args: RetryArgs) -> Outcome {
+    let client = Client::new(&args.server)?;
+    let id = find(&client, &args.deployment).await?;
+    let mut body = json!({ "reason": args.reason });
+    if !args.clusters.is_empty() {
+        body["clusters"] = args.clusters.into();
+    }
+    let path = format!("/api/v1/deployments/{id}/retry");
+    let answer = client.post(&path, &body).await?;
+    if args.detach {
+        if output::is_json() {
+            output::json(&answer);
+        } else {
+            output::line(&format!("{id} is being tried again"));
+        }
+        return Ok(Code::Success);
+    }
+    follow(&client, &id, Follow::Retry).await
 }
 
 pub async fn delete(args: OperationArgs) -> Outcome {

@@ -43,7 +43,8 @@ Exit codes:
   5  not possible now, with the reason and the way out
   6  the deployment failed
   7  the deployment was cancelled or superseded
-  8  the ledger and what was derived from it differ";
+  8  the ledger and what was derived from it differ
+  9  the deployment runs in some of its clusters only";
 
 /// Daybook: the event-sourced deployment ledger for Kubernetes.
 ///
@@ -141,6 +142,8 @@ pub enum Command {
     Start(lifecycle::OperationArgs),
     /// Keep a deployment running whose stop is scheduled.
     Keep(lifecycle::KeepArgs),
+    /// Try again in the clusters where a deployment has failed.
+    Retry(lifecycle::RetryArgs),
     /// Remove a stopped deployment for good.
     Terminate(lifecycle::OperationArgs),
     /// Cancel a deployment that is not live yet.
@@ -200,6 +203,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Stop(args) => lifecycle::operate("stop", args).await,
         Command::Start(args) => lifecycle::operate("start", args).await,
         Command::Keep(args) => lifecycle::keep(args).await,
+        Command::Retry(args) => lifecycle::retry(args).await,
         Command::Terminate(args) => lifecycle::operate("terminate", args).await,
         Command::Cancel(args) => lifecycle::operate("cancel", args).await,
         Command::Delete(args) => lifecycle::delete(args).await,

@@ -1,6 +1,7 @@
 //! `daybook status`
 
 use clap::Args;
+use daybook_events::deployment::ClusterState;
 use daybook_projections::Moment;
 use daybook_projections::views::{DeploymentView, InstanceView, Overview};
 use serde_json::Value;
@@ -192,9 +193,15 @@ fn row(instance: &InstanceView, d: &DeploymentView, main: bool) -> Row {
     let clusters: Vec<_> = d
         .clusters
         .iter()
-        .map(|c| match c.wanted {
-            Some(wanted) => format!("{} {}/{wanted}", c.name, c.ready),
-            None => c.name.to_string(),
+        .map(|c| {
+            let seen = match c.wanted {
+                Some(wanted) => format!("{} {}/{wanted}", c.name, c.ready),
+                None => c.name.to_string(),
+            };
+            match c.state {
+                ClusterState::Started => seen,
+                state => format!("{seen} {}", state.as_str()),
+            }
         })
         .collect();
     let name = if main {
@@ -222,6 +229,32 @@ fn row(instance: &InstanceView, d: &DeploymentView, main: bool) -> Row {
             .map(ToString::to_string)
             .unwrap_or_default(),
     ])
+}
+
+/// A deployment in one cluster: `local-b failed (CrashLoopBackOff): it ended`.
+fn cluster_line(cluster: &Value) -> String {
+    let text = |pointer: &str| {
+        let text = cluster.pointer(pointer).and_then(Value::as_str);
+        text.unwrap_or_default().to_owned()
+    };
+    let mut line = format!(
+        "{} {}",
+        text("/cluster"),
+        output::status_word(&text("/state"))
+    );
+    if let Some(wanted) = cluster["wanted"].as_u64() {
+        let instances = cluster["instances"].as_array().into_iter().flatten();
+        let ready = instances.filter(|i| i["ready"] == true).count();
+        line.push_str(&format!(" {ready}/{wanted}"));
+    }
+    let code = text("/problem/code");
+    if !code.is_empty() {
+        line.push_str(&format!(" ({code}): {}", text("/problem/message")));
+    }
+    if let Some(tries) = cluster["tries"].as_u64().filter(|tries| *tries > 1) {
+        line.push_str(&format!(", try {tries}"));
+    }
+    line
 }
 
 /// Prints what the server knows of one deployment.
@@ -287,6 +320,10 @@ pub fn print_detail(detail: &Value) {
             label,
             format!("{} ({reason}){message}", output::readiness_word(&state)),
         ));
+    }
+    let clusters = detail.get("cluster_status").and_then(Value::as_array);
+    for cluster in clusters.into_iter().flatten() {
+        fields.push(("cluster", cluster_line(cluster)));
     }
     for address in detail
         .get("hostnames")

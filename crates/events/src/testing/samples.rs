@@ -100,6 +100,7 @@ pub fn request(instance: InstanceRef) -> deployment::Requested {
         redeploy_of: None,
         secrets: BTreeMap::new(),
         promoted_from: None,
+        allow_partial: false,
     }
 }
 
@@ -293,6 +294,24 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
             revision: commit(number),
             table: 1,
         }),
+        E::PartiallySucceeded(deployment::PartiallySucceeded {
+            revision: commit(number),
+            table: 1,
+            ready: vec![cluster("berlin")],
+            failed: vec![failed_in("oslo")],
+        }),
+        E::ClusterFailed(failed_in("oslo")),
+        E::RetryRequested(deployment::RetryRequested {
+            clusters: vec![cluster("oslo")],
+            reason: Some("the cluster is back".to_owned()),
+        }),
+        E::ClusterRetried(deployment::ClusterRetried {
+            cluster: cluster("oslo"),
+        }),
+        E::Overtaken(deployment::Overtaken {
+            by: deployment_id(number + 1),
+            reason: "it goes to production".to_owned(),
+        }),
         E::Failed(deployment::Failed {
             during: Status::Building,
             code: "build_command_failed".to_owned(),
@@ -343,6 +362,16 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
 /// The nonce of the number-th timer.
 pub fn nonce(number: u64) -> EventId {
     EventId::derived(Uuid::NAMESPACE_OID, &format!("timer {number}"))
+}
+
+/// That it has failed in a cluster.
+pub fn failed_in(name: &str) -> deployment::ClusterFailed {
+    deployment::ClusterFailed {
+        cluster: cluster(name),
+        code: "rollout_timeout".to_owned(),
+        message: "it was not seen ready in time".to_owned(),
+        remedy: "check that a worker looks after the cluster".to_owned(),
+    }
 }
 
 /// What was seen of a workload with as many instances.

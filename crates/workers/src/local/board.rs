@@ -126,6 +126,13 @@ impl Board {
         })
     }
 
+    /// Whether an instance has said that it is ready.
+    pub(super) fn is_ready(&self, deployment: DeploymentId, instance: &str) -> bool {
+        let state = self.lock();
+        let release = state.releases.get(&deployment);
+        release.is_some_and(|r| r.instances.get(instance).is_some_and(|i| i.ready))
+    }
+
     fn change(&self, act: impl FnOnce(&mut State)) {
         let mut state = self.lock();
         act(&mut state);

@@ -157,6 +157,9 @@ impl fmt::Display for Holder {
     }
 }
 
+/// How long ending a failed instance may take, beyond what its process is given.
+const RETRY_TAKES: Duration = Duration::from_secs(10);
+
 /// What becomes of running instances when a cluster is shut down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Workloads {
@@ -435,6 +438,32 @@ impl Target for LocalCluster {
         Ok(())
     }
 
+    async fn retry(&self, app: &AppRef, deployment: DeploymentId) -> Result<(), TargetError> {
+        {
+            let apps = self.cluster.lock();
+            let release = apps.get(app).and_then(|a| a.releases.get(&deployment));
+            let Some(goal) = release else {
+                let message = format!("it has no release of deployment {deployment} yet");
+                return Err(TargetError::Unavailable(message));
+            };
+            goal.send_modify(Goal::try_again);
+        }
+        let forgotten = |status: &AppStatus| {
+            let mut releases = status.releases.iter();
+            let release = releases.find(|r| r.deployment == deployment);
+            let problem = release.and_then(|r| r.problem.as_ref());
+            problem.is_none_or(|p| p.transient)
+        };
+        let mut status = self.watch(app);
+        let within = self.cluster.grace + RETRY_TAKES;
+        match tokio::time::timeout(within, status.wait_for(forgotten)).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(TargetError::Unavailable(
+                "what has failed could not be ended in time".into(),
+            )),
+        }
+    }
+
     fn watch(&self, app: &AppRef) -> watch::Receiver<AppStatus> {
         let mut apps = self.cluster.lock();
         apps.entry(app.clone()).or_default().board.watch()
@@ -494,9 +523,7 @@ impl Cluster {
     /// Gives a release a goal, and a task if it has none.
     fn pursue(self: &Arc<Self>, app: &AppRef, entry: &mut App, id: DeploymentId, goal: Goal) {
         match entry.releases.get(&id) {
-            Some(sender) => {
-                sender.send_replace(goal);
-            }
+            Some(sender) => sender.send_modify(|now| now.replace(goal)),
             None => {
                 let (sender, receiver) = watch::channel(goal);
                 let release = Release::new(self.clone(), entry.board.clone(), app.clone(), id);

@@ -29,6 +29,8 @@ pub(super) struct Goal {
     revision: CommitId,
     /// It is to go away, with all that it has.
     removed: bool,
+    /// How often somebody asked that what is not ready be tried again.
+    tries: u32,
 }
 
 impl Goal {
@@ -41,6 +43,7 @@ impl Goal {
             generation: generation(values),
             revision,
             removed: false,
+            tries: 0,
         }
     }
 
@@ -54,7 +57,18 @@ impl Goal {
             generation: record.spec.generation.clone(),
             revision: record.spec.revision.clone(),
             removed: true,
+            tries: 0,
         }
+    }
+
+    /// Becomes another goal, without forgetting the tries.
+    pub(super) fn replace(&mut self, goal: Self) {
+        let tries = self.tries;
+        *self = Self { tries, ..goal };
+    }
+
+    pub(super) fn try_again(&mut self) {
+        self.tries += 1;
     }
 
     pub(super) fn remove(&mut self) {
@@ -84,10 +98,13 @@ pub(super) struct Release {
     keys: HashMap<Id, Key>,
     /// The images that it holds.
     images: BTreeSet<Digest>,
+    /// The tries that were begun.
+    tries: u32,
 }
 
 #[derive(Debug)]
 struct Running {
+    name: String,
     image: Digest,
     stop: CancellationToken,
 }
@@ -108,6 +125,7 @@ impl Release {
             tasks: JoinSet::new(),
             keys: HashMap::new(),
             images: BTreeSet::new(),
+            tries: 0,
         }
     }
 
@@ -146,6 +164,15 @@ impl Release {
     /// serve until those of the present one are ready.
     fn step(&mut self, goal: &Goal) {
         let replicas = if goal.removed { 0 } else { goal.run.replicas };
+        if goal.tries != self.tries {
+            self.tries = goal.tries;
+            // What ends here is missing then, and started anew.
+            for running in self.instances.values() {
+                if !self.board.is_ready(self.deployment, &running.name) {
+                    running.stop.cancel();
+                }
+            }
+        }
         for slot in 0..replicas {
             let key = (goal.generation.clone(), slot);
             if !self.instances.contains_key(&key) {
@@ -178,6 +205,7 @@ impl Release {
     fn start(&mut self, spec: InstanceSpec) {
         let key = (spec.generation.clone(), spec.slot);
         let running = Running {
+            name: spec.name(),
             image: spec.image.digest.clone(),
             stop: CancellationToken::new(),
         };

@@ -258,7 +258,7 @@ impl Package {
                 let event = DeploymentEvent::CancelRequested(CancelRequested { reason: reason() });
                 ("environment_cancels", event)
             }
-            Status::Started | Status::StartError => {
+            Status::Started | Status::PartiallyStarted | Status::StartError => {
                 self.withdraw(row).await?;
                 let event = DeploymentEvent::StopRequested(OperationRequested { reason: reason() });
                 ("environment_stops", event)

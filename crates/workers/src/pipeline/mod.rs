@@ -12,6 +12,7 @@
 //! sync     hands a commit to a cluster
 //! observe  records what a cluster shows
 //! route    ready → routes switched → applied → succeeded; stopped, started, terminated, failed
+//! retry    has a cluster try again what has failed there
 //! probe    asks the public addresses
 //! timers   schedules stops, and carries out those that are due
 //! activity tells, beside a gateway, which previews are asked for
@@ -32,6 +33,8 @@ pub mod package;
 pub mod probe;
 pub mod queue;
 mod remote;
+pub mod retry;
+mod rollout;
 pub mod route;
 pub mod source;
 pub mod sync;
@@ -315,14 +318,18 @@ pub async fn give_up(bench: &Bench, role: &str, activation: &Activation, why: &s
     let Some(id) = deployment_of(&activation.subject, &activation.event) else {
         return Outcome::Done;
     };
+    settle(bench, role, id, Err(Stop::Fail(said(activation, why)))).await
+}
+
+/// Why a step was given up, as an error. What begins with a code has that code.
+pub(crate) fn said(activation: &Activation, why: &str) -> StepError {
     let (code, message) = why.split_once(": ").unwrap_or(("gave_up", why));
     let code = if code.contains(' ') { "gave_up" } else { code };
-    let error = StepError::fatal(
+    StepError::fatal(
         code,
         format!("{message} (given up after {} tries)", activation.attempt),
         "mend the cause and deploy again with `daybook deploy`",
-    );
-    settle(bench, role, id, Err(Stop::Fail(error))).await
+    )
 }
 
 /// The deployment that an event is about: its own, or the one that it is correlated with.

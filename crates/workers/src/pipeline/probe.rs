@@ -121,7 +121,10 @@ impl Worker for ProbeDeployment {
     fn wants(&self, kind: &str) -> bool {
         matches!(
             kind,
-            "deployment.workload_observed.v1" | "deployment.succeeded.v1" | "deployment.started.v1"
+            "deployment.workload_observed.v1"
+                | "deployment.succeeded.v1"
+                | "deployment.partially_succeeded.v1"
+                | "deployment.started.v1"
         )
     }
     async fn activate(&self, a: &Activation) -> Outcome {
@@ -132,7 +135,7 @@ impl Worker for ProbeDeployment {
             let Some(row) = self.0.bench.row(*id)? else {
                 return Ok(true);
             };
-            if row.state.status != Status::Started {
+            if !matches!(row.state.status, Status::Started | Status::PartiallyStarted) {
                 return Ok(true);
             }
             let routing = self
@@ -182,7 +185,8 @@ impl Probe {
         let Some(row) = self.bench.row(id)? else {
             return Ok(true);
         };
-        if !matches!(row.state.status, Status::Deploying | Status::Started) {
+        let asked = [Status::Deploying, Status::Started, Status::PartiallyStarted];
+        if !asked.contains(&row.state.status) {
             return Ok(true);
         }
         let path = match row.state.request.run.health.path.as_str() {

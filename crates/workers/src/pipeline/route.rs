@@ -6,11 +6,10 @@
 //! first; the release is taken out after that.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use daybook_events::deployment::{
-    Deployment, DeploymentEvent, OperationDone, OperationFailed, Status, Succeeded, SwitchMode,
+    Deployment, DeploymentEvent, OperationDone, OperationFailed, Status,
 };
 use daybook_events::environment::Environment;
 use daybook_events::routing::{self, Command, Hostnames, Routing, RoutingEvent, Target};
@@ -19,17 +18,13 @@ use daybook_events::{
 };
 use daybook_projections::DeploymentRow;
 use futures_util::StreamExt;
-use jiff::Timestamp;
 
 use super::timers::keep_for_traffic;
-use super::{Bench, Stop, give_up, outcome, settle};
+use super::{Bench, Stop, give_up, outcome, rollout, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::StepError;
 
 const ROLE: &str = "route";
-
-/// How long after the workload's own deadline a rollout is given up, when nobody reports on it.
-const MARGIN: Duration = Duration::from_secs(15);
 
 /// So many rollouts are concluded at once.
 const AT_ONCE: usize = 16;
@@ -38,7 +33,7 @@ const AT_ONCE: usize = 16;
 #[derive(Debug)]
 pub struct Route(pub Bench);
 
-/// Keeps the deadlines of rollouts: the event that began one is handed over again when its time is
+/// Keeps the deadlines of rollouts and of operations: the event that began one is handed over again when its time is
 /// up, to whichever process is there then.
 #[derive(Debug)]
 pub struct Deadlines(pub Bench);
@@ -60,6 +55,8 @@ impl Worker for Route {
             kind,
             "deployment.deploying_started.v1"
                 | "deployment.workload_observed.v1"
+                | "deployment.cluster_failed.v1"
+                | "deployment.cluster_retried.v1"
                 | "deployment.change_committed.v1"
                 | "deployment.failed.v1"
                 | "deployment.cancelled.v1"
@@ -91,7 +88,14 @@ impl Worker for Deadlines {
         SubjectFilter::of(AggregateKind::Deployment)
     }
     fn wants(&self, kind: &str) -> bool {
-        kind == "deployment.deploying_started.v1"
+        matches!(
+            kind,
+            "deployment.deploying_started.v1"
+                | "deployment.retry_requested.v1"
+                | "deployment.start_requested.v1"
+                | "deployment.stop_requested.v1"
+                | "deployment.terminate_requested.v1"
+        )
     }
     /// Every rollout that is under way holds a delivery open.
     fn max_in_flight(&self) -> usize {
@@ -103,8 +107,8 @@ impl Worker for Deadlines {
         };
         let outcome = settle(&self.0, ROLE, id, step(&self.0, id).await).await;
         match (outcome, self.0.row(id)) {
-            (Outcome::Done, Ok(Some(row))) if row.state.status == Status::Deploying => {
-                Outcome::Wait(until_deadline(&row))
+            (Outcome::Done, Ok(Some(row))) => {
+                rollout::until_deadline(&row.state).map_or(Outcome::Done, Outcome::Wait)
             }
             (outcome, _) => outcome,
         }
@@ -228,7 +232,7 @@ impl RouteApplied {
         let mut steps = futures_util::stream::iter(waiting)
             .map(|id| async move {
                 match self.0.row(id)? {
-                    Some(row) if row.state.status == Status::Deploying => step(&self.0, id).await,
+                    Some(row) if row.state.status.in_rollout() => step(&self.0, id).await,
                     _ => Ok(()),
                 }
             })
@@ -244,67 +248,58 @@ impl RouteApplied {
     }
 }
 
-fn deadline(row: &DeploymentRow) -> Duration {
-    Duration::from_secs(row.state.request.run.health.deadline_seconds.into()) + MARGIN
-}
-
-fn deploying_for(row: &DeploymentRow) -> Duration {
-    let since = row.state.status_since;
-    Duration::try_from(Timestamp::now().duration_since(since)).unwrap_or_default()
-}
-
-fn until_deadline(row: &DeploymentRow) -> Duration {
-    deadline(row)
-        .saturating_sub(deploying_for(row))
-        .max(Duration::from_millis(100))
-}
-
 async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
     let Some(row) = bench.row(id)? else {
         return Ok(());
     };
     match row.state.status {
-        Status::Deploying => deploying(bench, row).await,
-        Status::Stopping if replicas(&row.state) == Some(0) && row.state.workload_is_gone() => {
-            done(bench, &row, "stopped", DeploymentEvent::Stopped).await
+        Status::Deploying => rollout::deploying(bench, row).await,
+        Status::PartiallyStarted => rollout::partially_started(bench, row).await,
+        Status::Starting => rollout::starting(bench, row).await,
+        Status::Stopping => {
+            if replicas(&row.state) == Some(0) && row.state.workload_is_gone() {
+                return done(bench, &row, "stopped", DeploymentEvent::Stopped).await;
+            }
+            overdue(bench, &row, "stop_failed", DeploymentEvent::StopFailed).await
         }
-        Status::Starting => match row.state.fatal_problem() {
-            Some((cluster, problem)) => {
-                let failed = OperationFailed {
-                    code: problem.reason.clone(),
-                    message: format!("{cluster}: {}", problem.message),
-                    remedy: problem.remedy.clone(),
-                };
-                let event = DeploymentEvent::StartFailed(failed);
-                bench
-                    .advance(ROLE, &row, "start_failed", event)
-                    .await
-                    .map(|_| ())
-            }
-            None if replicas(&row.state) > Some(0) && row.state.workload_is_ready() => {
-                done(bench, &row, "started", DeploymentEvent::RestartDone).await
-            }
-            None => Ok(()),
-        },
         Status::Terminating => {
             withdraw(bench, &row).await?;
             if !row.state.in_repository() && row.state.workload_is_gone() {
-                done(bench, &row, "terminated", DeploymentEvent::Terminated).await?;
+                return done(bench, &row, "terminated", DeploymentEvent::Terminated).await;
             }
-            Ok(())
+            let event = DeploymentEvent::TerminateFailed;
+            overdue(bench, &row, "terminate_failed", event).await
         }
         Status::Failed | Status::Cancelled => withdraw(bench, &row).await,
         _ => Ok(()),
     }
 }
 
+/// Ends an operation that clusters do not carry out.
+async fn overdue(
+    bench: &Bench,
+    row: &DeploymentRow,
+    step: &str,
+    event: fn(OperationFailed) -> DeploymentEvent,
+) -> Result<(), Stop> {
+    let Some(failed) = rollout::not_gone(&row.state) else {
+        return Ok(());
+    };
+    let text = format!("failed: {} ({})", failed.message, failed.code);
+    bench.say(row.id, None, text).await;
+    bench
+        .advance(ROLE, row, step, event(failed))
+        .await
+        .map(|_| ())
+}
+
 /// The replicas that the newest recorded commit after its success asks for. What was observed before
 /// that commit is of the time before, and nothing can be recorded of it once the step has ended.
-fn replicas(state: &Deployment) -> Option<u32> {
+pub(super) fn replicas(state: &Deployment) -> Option<u32> {
     state.change.as_ref().and_then(|change| change.replicas)
 }
 
-async fn done(
+pub(super) async fn done(
     bench: &Bench,
     row: &DeploymentRow,
     step: &str,
@@ -326,67 +321,9 @@ async fn done(
         .map(|_| ())
 }
 
-async fn deploying(bench: &Bench, row: DeploymentRow) -> Result<(), Stop> {
-    if let Some((cluster, problem)) = row.state.fatal_problem() {
-        return Err(Stop::Fail(StepError::fatal(
-            &problem.reason,
-            format!("{cluster}: {}", problem.message),
-            problem.remedy.clone(),
-        )));
-    }
-    if !row.state.workload_is_ready() {
-        if deploying_for(&row) >= deadline(&row) {
-            let missing: Vec<_> = row
-                .state
-                .request
-                .clusters
-                .iter()
-                .filter(|c| !row.state.observed.get(*c).is_some_and(|o| o.is_ready()))
-                .map(ToString::to_string)
-                .collect();
-            return Err(Stop::Fail(StepError::fatal(
-                "rollout_timeout",
-                format!("it was not seen ready in time in: {}", missing.join(", ")),
-                "check that a worker looks after each of these clusters, and `daybook logs`",
-            )));
-        }
-        return Ok(());
-    }
-    let Some(commit) = row.state.commit.clone() else {
-        return Ok(());
-    };
-    assign(bench, &row).await?;
-    // Another process may have ended it before that, and found no route to withdraw.
-    let row = bench.reread(&row, None).await?;
-    if matches!(row.state.status, Status::Failed | Status::Cancelled) {
-        return withdraw(bench, &row).await;
-    }
-    let (table, applied, main) = routed(bench, &row)?;
-    if applied {
-        let event = DeploymentEvent::Succeeded(Succeeded {
-            revision: commit,
-            table,
-        });
-        let text = if main {
-            "succeeded: it takes the traffic of its service"
-        } else {
-            "succeeded: it runs beside the main deployment"
-        };
-        bench.say(row.id, None, text).await;
-        bench.advance(ROLE, &row, "succeeded", event).await?;
-    } else if deploying_for(&row) >= deadline(&row) {
-        return Err(Stop::Fail(StepError::fatal(
-            "routes_not_applied",
-            "it is ready, but no gateway has applied its routes in time",
-            "check that a process with the gateway role runs",
-        )));
-    }
-    Ok(())
-}
-
 /// The table that routes a deployment, whether a gateway has applied it, and whether it is the
 /// main one.
-fn routed(bench: &Bench, row: &DeploymentRow) -> Result<(u32, bool, bool), Stop> {
+pub(super) fn routed(bench: &Bench, row: &DeploymentRow) -> Result<(u32, bool, bool), Stop> {
     let instance = &row.state.request.instance;
     let subject = Subject::Routing(instance.project.clone());
     let folded = bench.ledger.projections().shared::<Routing>(&subject)?;
@@ -402,8 +339,12 @@ fn routed(bench: &Bench, row: &DeploymentRow) -> Result<(u32, bool, bool), Stop>
     Ok((table, applied, main))
 }
 
-/// Gives a ready deployment its routes.
-async fn assign(bench: &Bench, row: &DeploymentRow) -> Result<(), Stop> {
+/// Gives a ready deployment its routes, and the traffic of its service if it is to take that over.
+pub(super) async fn assign(
+    bench: &Bench,
+    row: &DeploymentRow,
+    take_over: bool,
+) -> Result<(), Stop> {
     let instance = &row.state.request.instance;
     let projections = bench.ledger.projections();
     let environment = projections.shared::<Environment>(&Subject::Environment(
@@ -425,10 +366,10 @@ async fn assign(bench: &Bench, row: &DeploymentRow) -> Result<(), Stop> {
             deployment: row.id,
             instance: instance.clone(),
             status: row.state.status,
-            ready: row.state.workload_is_ready(),
+            ready: row.state.serves(),
         },
         hostnames,
-        take_over: row.state.request.switch == SwitchMode::Automatic,
+        take_over,
     };
     let context = bench.follow_up(ROLE, row.state.status_event, row.id.0, "routes_assigned");
     let executed = bench
@@ -444,7 +385,7 @@ async fn assign(bench: &Bench, row: &DeploymentRow) -> Result<(), Stop> {
 
 /// Takes a deployment out of all routes. If it had taken over the traffic of its service while it
 /// was being deployed, the switch is undone, so that the one before it serves again.
-async fn withdraw(bench: &Bench, row: &DeploymentRow) -> Result<(), Stop> {
+pub(super) async fn withdraw(bench: &Bench, row: &DeploymentRow) -> Result<(), Stop> {
     let instance = &row.state.request.instance;
     let subject = Subject::Routing(instance.project.clone());
     let folded = bench.ledger.projections().shared::<Routing>(&subject)?;

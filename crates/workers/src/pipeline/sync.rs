@@ -10,10 +10,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use daybook_events::gitops::{Change, Gitops, GitopsEvent};
 use daybook_events::{
-    AggregateKind, CommitId, DeploymentId, EnvironmentName, ProjectName, Subject, SubjectFilter,
+    AggregateKind, CommitId, DeploymentId, EnvironmentName, InstanceRef, ProjectName, Subject,
+    SubjectFilter,
 };
 
-use super::{Bench, Stop, give_up, outcome, settle};
+use super::rollout::settle_in;
+use super::{Bench, Stop, deployment_of, outcome, said};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{Repositories, StepError};
 use crate::target::{AppRef, Target, TargetError};
@@ -59,25 +61,54 @@ impl Worker for Sync {
         {
             return outcome(self.leave(project, &e.environment, &e.commit).await);
         }
-        settle(
-            &self.bench,
-            ROLE,
-            id,
-            self.converge_project(project, Some(id)).await,
-        )
-        .await
+        let about = self.bench.row(id).ok().flatten();
+        let about = about.map(|row| (id, row.state.request.instance.environment));
+        outcome(match self.converge_project(project, about).await {
+            Err(Stop::Fail(error)) => self.fail(id, error).await,
+            other => other,
+        })
     }
     async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
-        give_up(&self.bench, ROLE, a, why).await
+        match deployment_of(&a.subject, &a.event) {
+            Some(id) => outcome(self.fail(id, said(a, why)).await),
+            None => Outcome::Done,
+        }
     }
 }
 
 impl Sync {
-    /// Brings the cluster to the newest known commit of every environment of a project.
+    /// A deployment that this cluster does not take has failed in this cluster.
+    async fn fail(&self, id: DeploymentId, error: StepError) -> Result<(), Stop> {
+        settle_in(&self.bench, ROLE, id, self.target.cluster(), error).await
+    }
+
+    /// Brings the cluster to the newest known commit of the environment of an instance.
+    pub(super) async fn converge_environment(
+        &self,
+        instance: &InstanceRef,
+        about: DeploymentId,
+    ) -> Result<(), Stop> {
+        let gitops = self.bench.ledger.projections().gitops(&instance.project)?;
+        let environment = &instance.environment;
+        match gitops
+            .as_ref()
+            .and_then(|g| g.environments.get(environment))
+        {
+            Some(commit) => {
+                self.converge(&instance.project, environment, commit, Some(about))
+                    .await
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Brings the cluster to the newest known commit of every environment of a project. What is
+    /// wrong with one of them does not keep the others; it is for the deployment that this is
+    /// about only if it is the environment of that.
     async fn converge_project(
         &self,
         project: &ProjectName,
-        about: Option<DeploymentId>,
+        about: Option<(DeploymentId, EnvironmentName)>,
     ) -> Result<(), Stop> {
         let gitops = self
             .bench
@@ -87,10 +118,22 @@ impl Sync {
         let Some(gitops) = &gitops.state else {
             return Ok(());
         };
+        let mut result = Ok(());
         for (environment, commit) in &gitops.environments {
-            self.converge(project, environment, commit, about).await?;
+            let its_own = about.as_ref().is_some_and(|(_, of)| of == environment);
+            let id = about.as_ref().map(|(id, _)| *id);
+            match self.converge(project, environment, commit, id).await {
+                Ok(()) | Err(Stop::Moved(_)) => {}
+                Err(Stop::Fail(error)) if !its_own => {
+                    let cluster = self.target.cluster();
+                    tracing::warn!(%cluster, %project, %environment, code = error.code,
+                        "the environment was not taken over: {}", error.message);
+                }
+                Err(stop) if its_own || result.is_ok() => result = Err(stop),
+                Err(_) => {}
+            }
         }
-        Ok(())
+        result
     }
 
     /// Runs nothing any more for an environment that is out of the repository.

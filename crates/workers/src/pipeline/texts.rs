@@ -31,6 +31,16 @@ impl Texts for DeploymentEvent {
                 see(&mut e.message);
                 see(&mut e.remedy);
             }
+            Self::ClusterFailed(e) => {
+                see(&mut e.message);
+                see(&mut e.remedy);
+            }
+            Self::PartiallySucceeded(e) => {
+                for failed in &mut e.failed {
+                    see(&mut failed.message);
+                    see(&mut failed.remedy);
+                }
+            }
             Self::Cancelled(e) => see(&mut e.message),
             Self::StopFailed(e) | Self::StartFailed(e) | Self::TerminateFailed(e) => {
                 see(&mut e.message);
@@ -38,6 +48,7 @@ impl Texts for DeploymentEvent {
             }
             // What people write is masked where it comes in.
             Self::CancelRequested(_)
+            | Self::RetryRequested(_)
             | Self::StopRequested(_)
             | Self::StartRequested(_)
             | Self::TerminateRequested(_)
@@ -52,6 +63,8 @@ impl Texts for DeploymentEvent {
             | Self::ImagePinned(_)
             | Self::DeployingStarted(_)
             | Self::Succeeded(_)
+            | Self::ClusterRetried(_)
+            | Self::Overtaken(_)
             | Self::Stopped(_)
             | Self::RestartDone(_)
             | Self::Terminated(_)

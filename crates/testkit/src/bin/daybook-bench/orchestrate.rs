@@ -239,6 +239,7 @@ impl World {
             reason: None,
             redeploy_of: None,
             promoted_from: None,
+            allow_partial: false,
             secrets: std::collections::BTreeMap::new(),
         }));
         let context = context(id.0);

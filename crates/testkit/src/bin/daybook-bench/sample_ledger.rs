@@ -195,6 +195,7 @@ impl SampleProject {
                 reason: Some(format!("release {} of {instance}", self.counter)),
                 redeploy_of: None,
                 promoted_from: None,
+                allow_partial: false,
                 secrets: BTreeMap::new(),
             })),
         )?;
