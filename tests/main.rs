@@ -22,6 +22,7 @@ mod life;
 mod nats;
 mod partial;
 mod routes;
+mod previews;
 mod secrets;
 mod support;
 mod timers;

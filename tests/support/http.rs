@@ -38,13 +38,27 @@ pub fn request(
     headers: &[(&str, &str)],
     body: Option<&Value>,
 ) -> Result<Answer, String> {
+    let text = body.map(Value::to_string);
+    let json = text.as_ref().map(|_| ("Content-Type", "application/json"));
+    let headers: Vec<_> = headers.iter().copied().chain(json).collect();
+    request_with(method, url, &headers, text.unwrap_or_default())
+}
+
+/// Sends a request with a body of which each byte counts.
+pub fn request_with(
+    method: Method,
+    url: &str,
+    headers: &[(&str, &str)],
+    body: impl Into<Vec<u8>>,
+) -> Result<Answer, String> {
     let (runtime, client) = shared();
     let mut request = client.request(method, url);
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    if let Some(body) = body {
-        request = request.json(body);
+    let body = body.into();
+    if !body.is_empty() {
+        request = request.body(body);
     }
     runtime.block_on(async {
         let answer = request.send().await.map_err(|e| format!("{e:?}"))?;

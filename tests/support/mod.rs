@@ -13,7 +13,7 @@ mod server;
 mod source;
 mod watch;
 
-pub use http::{Answer, request};
+pub use http::{Answer, request, request_with};
 pub use process::{Done, Folder, Process, Refused, daybook, processes_in, processes_of};
 pub use search::Search;
 pub use server::{PATIENCE, Server, Settings, until};

@@ -23,6 +23,7 @@ pub(crate) struct Metrics {
     requests: Mutex<BTreeMap<RequestKey, u64>>,
     latencies: Mutex<BTreeMap<Route, Latency>>,
     streams: AtomicI64,
+    deliveries: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,6 +83,15 @@ impl Metrics {
     pub(crate) fn open_stream(self: &Arc<Self>) -> OpenStream {
         self.streams.fetch_add(1, Ordering::Relaxed);
         OpenStream(self.clone())
+    }
+
+    /// Counts a delivery of a webhook.
+    pub(crate) fn delivered(&self, provider: &'static str, outcome: &'static str) {
+        let mut deliveries = self
+            .deliveries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *deliveries.entry((provider, outcome)).or_default() += 1;
     }
 
     fn took(&self, route: Route, status: u16, time: Duration) {
@@ -145,6 +155,21 @@ impl Metrics {
             page.sample(&format!("{name}_count"), &labels, latency.count as f64);
         }
         drop(latencies);
+        let name = "daybook_hook_deliveries_total";
+        page.head(
+            name,
+            "counter",
+            "Deliveries of webhooks by provider and what became of them.",
+        );
+        let deliveries = self
+            .deliveries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        for ((provider, outcome), count) in deliveries.iter() {
+            let labels = [("provider", *provider), ("outcome", *outcome)];
+            page.sample(name, &labels, *count as f64);
+        }
+        drop(deliveries);
         page.gauge(
             "daybook_http_streams",
             "Streams of events and log lines that are open.",

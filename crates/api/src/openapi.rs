@@ -200,6 +200,8 @@ sent! {
     view::ServiceView, view::StateView, state::Part, commands::RunOverrides,
     routes::events::EventPage, routes::events::StoredEvent, routes::logs::LogLine,
     routes::gitops::GitopsView, routes::gitops::Decided, routes::gitops::SetRemote,
+    routes::hooks::DefineHook, routes::hooks::DeliveryView, routes::hooks::HookList,
+    routes::hooks::HookRemovedView, routes::hooks::HookView, routes::hooks::SetAutoDeploy,
     routes::projects::CreateProject, routes::projects::DefineService,
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
     routes::deployments::CreateDeployment, routes::deployments::Why,

@@ -13,8 +13,8 @@ use daybook_events::routing::{Routing, Stickiness};
 use daybook_events::secret::{self, Commitment, Secret, SecretId, SecretRef};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec, ServiceSpec};
 use daybook_events::{
-    Actor, BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, Hostname,
-    ImageRepository, Position, ProjectName, ServiceName,
+    Actor, BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, GitRef,
+    Hostname, ImageRepository, Position, ProjectName, ServiceName,
 };
 use daybook_projections::{AuditRow, views};
 use daybook_projections::{
@@ -107,9 +107,52 @@ pub(crate) struct EnvironmentView {
     /// The environment that it was made from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) from: Option<EnvironmentName>,
+    /// The branch whose pushes are deployed to it by themselves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) auto_deploy: Option<GitRef>,
+    /// The pull request that it is for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) pull_request: Option<PullRequestView>,
+    /// Where its services answer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) urls: Vec<String>,
     /// What it is.
     #[serde(flatten)]
     pub(crate) spec: EnvironmentSpec,
+}
+
+/// The pull request of an environment.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct PullRequestView {
+    /// Its number.
+    pub(crate) number: u64,
+    /// Its title.
+    pub(crate) title: String,
+    /// Where people read it.
+    pub(crate) url: String,
+    /// The repository that it is to be merged into.
+    pub(crate) repository: String,
+    /// Its head.
+    pub(crate) head: CommitId,
+    /// Whether it is open.
+    pub(crate) open: bool,
+    /// When it was changed last, by its provider's clock.
+    pub(crate) updated_at: Timestamp,
+}
+
+impl EnvironmentView {
+    /// The same with where its services answer.
+    pub(crate) fn with_urls(mut self, routing: Option<&Routing>, gateway: &Gateway) -> Self {
+        let routes = routing.iter().flat_map(|r| r.routes.iter());
+        self.urls = routes
+            .filter(|(_, route)| {
+                route.instance.environment == self.name
+                    && route.stickiness == Stickiness::Environment
+            })
+            .map(|(hostname, _)| gateway.url(hostname))
+            .collect();
+        self
+    }
 }
 
 impl From<Environment> for EnvironmentView {
@@ -120,6 +163,17 @@ impl From<Environment> for EnvironmentView {
             created_at: e.created_at,
             status: e.status,
             from: e.from,
+            auto_deploy: e.auto_deploy,
+            pull_request: e.preview.map(|p| PullRequestView {
+                number: p.pull_request.number,
+                title: p.pull_request.title,
+                url: p.pull_request.url,
+                repository: p.pull_request.repository,
+                head: p.pull_request.head,
+                open: p.open,
+                updated_at: p.pull_request.updated_at,
+            }),
+            urls: Vec::new(),
             spec: e.spec,
         }
     }

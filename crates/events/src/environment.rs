@@ -13,7 +13,10 @@ use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::deployment::SwitchMode;
 use crate::envelope::Payload;
 use crate::log::Position;
-use crate::names::{ClusterName, CommitId, EnvironmentName, EventId, ProjectName};
+use crate::names::{ClusterName, CommitId, EnvironmentName, EventId, GitRef, ProjectName};
+use crate::preview::{
+    Preview, PullRequestClosed, PullRequestHeadFound, PullRequestOpened, PullRequestUpdated,
+};
 use crate::subject::AggregateKind;
 use crate::timer::KeepFor;
 
@@ -90,6 +93,16 @@ pub struct Created {
     /// The environment that it was made from: whatever takes the traffic there is promoted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<EnvironmentName>,
+    /// The branch whose pushes are deployed to it by themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_deploy: Option<GitRef>,
+}
+
+/// From now on pushes to a branch are deployed to it by themselves, or no longer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct AutoDeploySet {
+    /// The branch; none for no pushes.
+    pub branch: Option<GitRef>,
 }
 
 /// Its definition was replaced.
@@ -120,6 +133,16 @@ events! {
         Created(Created) = "environment.created.v1",
         /// It was redefined.
         Changed(Changed) = "environment.changed.v1",
+        /// Pushes to a branch are deployed to it, or no longer.
+        AutoDeploySet(AutoDeploySet) = "environment.auto_deploy_set.v1",
+        /// Its pull request was opened.
+        PullRequestOpened(Box<PullRequestOpened>) = "environment.pull_request_opened.v1",
+        /// Its pull request has changed.
+        PullRequestUpdated(Box<PullRequestUpdated>) = "environment.pull_request_updated.v1",
+        /// The newest head of its pull request was found.
+        PullRequestHeadFound(PullRequestHeadFound) = "environment.pull_request_head_found.v1",
+        /// Its pull request was closed.
+        PullRequestClosed(Box<PullRequestClosed>) = "environment.pull_request_closed.v1",
         /// It is to be deleted.
         DeletionRequested(DeletionRequested) = "environment.deletion_requested.v1",
         /// It is deleted.
@@ -158,6 +181,10 @@ pub struct Environment {
     pub status_event: EventId,
     /// Where that event is.
     pub status_position: Position,
+    /// The branch whose pushes are deployed to it by themselves.
+    pub auto_deploy: Option<GitRef>,
+    /// The pull request that it is for, if there ever was one.
+    pub preview: Option<Preview>,
 }
 
 impl Environment {
@@ -171,6 +198,39 @@ impl Environment {
             status: EnvironmentStatus::Active,
             status_event: at.id,
             status_position: at.position,
+            auto_deploy: e.auto_deploy,
+            preview: None,
+        }
+    }
+
+    /// An environment that is there for as long as its pull request.
+    fn of_pull_request(e: PullRequestOpened, at: At) -> Self {
+        let created = Created {
+            project: e.project.clone(),
+            name: e.name.clone(),
+            spec: e.spec.clone(),
+            from: e.from.clone(),
+            auto_deploy: None,
+        };
+        Self {
+            preview: Some(Preview::opened(e, at)),
+            ..Self::new(created, at)
+        }
+    }
+
+    /// What is known of an environment whose pull request was closed before it could be made.
+    fn never_made(e: PullRequestClosed, at: At) -> Self {
+        let created = Created {
+            project: e.project.clone(),
+            name: e.name.clone(),
+            spec: EnvironmentSpec::default(),
+            from: None,
+            auto_deploy: None,
+        };
+        Self {
+            status: EnvironmentStatus::Deleted,
+            preview: Some(Preview::closed(e, at)),
+            ..Self::new(created, at)
         }
     }
 
@@ -201,6 +261,8 @@ impl Aggregate for Environment {
     fn first(event: EnvironmentEvent, at: At) -> Result<Self, Illegal> {
         match event {
             EnvironmentEvent::Created(e) => Ok(Self::new(e, at)),
+            EnvironmentEvent::PullRequestOpened(e) => Ok(Self::of_pull_request(*e, at)),
+            EnvironmentEvent::PullRequestClosed(e) => Ok(Self::never_made(*e, at)),
             other => Err(Illegal::new(
                 other.kind(),
                 "an environment that does not exist",
@@ -212,10 +274,61 @@ impl Aggregate for Environment {
         use EnvironmentStatus::{Active, Deleted, Deleting};
         let kind = event.kind();
         match (self.status, event) {
-            (Deleted, EnvironmentEvent::Created(e)) => *self = Self::new(e, at),
+            (Deleted, EnvironmentEvent::Created(e)) => {
+                let preview = self.preview.take().map(|known| Preview {
+                    dismissed: false,
+                    ..known
+                });
+                *self = Self {
+                    preview,
+                    ..Self::new(e, at)
+                };
+            }
             (Active, EnvironmentEvent::Changed(e)) => self.spec = e.spec,
-            (Active, EnvironmentEvent::DeletionRequested(_)) => self.enter(Deleting, at),
-            (Deleting, EnvironmentEvent::DeletionRequested(_)) => {}
+            (Active, EnvironmentEvent::AutoDeploySet(e)) => self.auto_deploy = e.branch,
+            (Active, EnvironmentEvent::DeletionRequested(_)) => {
+                if let Some(preview) = &mut self.preview {
+                    preview.dismissed = preview.open;
+                }
+                self.enter(Deleting, at);
+            }
+            (Deleting, EnvironmentEvent::DeletionRequested(_)) => {
+                if let Some(preview) = &mut self.preview {
+                    preview.dismissed = preview.open;
+                }
+            }
+            (Deleted, EnvironmentEvent::PullRequestOpened(e)) => {
+                *self = Self::of_pull_request(*e, at);
+            }
+            // It is made again when it is gone.
+            (Deleting, EnvironmentEvent::PullRequestOpened(e)) => {
+                self.preview = Some(Preview::opened(*e, at));
+            }
+            (_, EnvironmentEvent::PullRequestUpdated(e)) if self.preview.is_some() => {
+                self.preview
+                    .iter_mut()
+                    .for_each(|p| p.update((*e).clone(), at));
+            }
+            (_, EnvironmentEvent::PullRequestHeadFound(e)) if self.preview.is_some() => {
+                self.preview
+                    .iter_mut()
+                    .for_each(|p| p.find_head(e.clone(), at));
+            }
+            (_, EnvironmentEvent::PullRequestClosed(e)) => {
+                let closed = Preview::closed(*e, at);
+                self.preview = Some(match self.preview.take() {
+                    Some(known) => Preview {
+                        pull_request: closed.pull_request,
+                        open: false,
+                        rivals: Vec::new(),
+                        ..known
+                    },
+                    None => closed,
+                });
+                if self.status == Active {
+                    self.enter(Deleting, at);
+                }
+            }
             (Deleting, EnvironmentEvent::Deleted(_)) => self.enter(Deleted, at),
             (status, _) => {
                 let state = match status {
@@ -265,6 +378,34 @@ pub fn decide(
                 Decision::Append(event)
             })
         }
+        (Some(s), EnvironmentEvent::AutoDeploySet(e)) => {
+            s.must_be_active()?;
+            Ok(if s.auto_deploy == e.branch {
+                Decision::Nothing
+            } else {
+                Decision::Append(event)
+            })
+        }
+        // Deliveries are decided on in `preview::decide`, which knows what came before them.
+        (Some(s), EnvironmentEvent::PullRequestHeadFound(e)) => match &s.preview {
+            Some(p) if !p.rivals.is_empty() => Ok(Decision::Append(event)),
+            Some(p) if p.pull_request.head == e.head => Ok(Decision::Nothing),
+            _ => Err(Refusal::new(
+                "head_known",
+                "the newest head of the pull request is known already",
+                "nothing has to be done",
+            )),
+        },
+        (
+            Some(_),
+            EnvironmentEvent::PullRequestOpened(_)
+            | EnvironmentEvent::PullRequestUpdated(_)
+            | EnvironmentEvent::PullRequestClosed(_),
+        ) => Err(Refusal::new(
+            "not_a_delivery",
+            "pull requests are opened and closed by their provider",
+            "change the pull request itself",
+        )),
         (Some(_), EnvironmentEvent::DeletionRequested(_)) => Ok(match status {
             Active | Deleting => Decision::Append(event),
             Deleted => Decision::Nothing,

@@ -185,6 +185,11 @@ validated! {
     pattern = "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$", short_label
 }
 validated! {
+    /// The name of a webhook within a project: a DNS label of at most 30 characters.
+    HookName, "webhook name", "invalid_hook_name",
+    pattern = "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$", short_label
+}
+validated! {
     /// The name of a cluster: a DNS label of at most 63 characters.
     ClusterName, "cluster name", "invalid_cluster_name",
     pattern = "^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$", |s| label(s, 63)

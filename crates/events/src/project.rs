@@ -9,7 +9,8 @@ use uuid::Uuid;
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::envelope::Payload;
-use crate::names::{ProjectName, RepositoryUrl, ServiceName};
+use crate::hook::{self, BranchPushed, Hook, HookDefined, HookRemoved};
+use crate::names::{HookName, ProjectName, RepositoryUrl, ServiceName};
 use crate::secret::{self, Secret, SecretId, SecretSet, SecretUnset, SecretsErased};
 use crate::spec::ServiceSpec;
 use crate::subject::AggregateKind;
@@ -52,6 +53,12 @@ events! {
         SecretSet(SecretSet) = "project.secret_set.v1",
         /// A secret was taken away.
         SecretUnset(SecretUnset) = "project.secret_unset.v1",
+        /// A webhook was added or redefined.
+        HookDefined(Box<HookDefined>) = "project.hook_defined.v1",
+        /// A webhook was removed.
+        HookRemoved(HookRemoved) = "project.hook_removed.v1",
+        /// A branch was pushed to.
+        BranchPushed(BranchPushed) = "project.branch_pushed.v1",
         /// All secrets were taken away, and their values and keys erased.
         SecretsErased(SecretsErased) = "project.secrets_erased.v1",
         /// Its GitOps repository has another remote.
@@ -74,6 +81,8 @@ pub struct Project {
     pub secrets: Vec<Secret>,
     /// Where the commits of its GitOps repository are pushed.
     pub gitops_remote: Option<RepositoryUrl>,
+    /// Its webhooks.
+    pub hooks: BTreeMap<HookName, Hook>,
 }
 
 impl Project {
@@ -109,6 +118,7 @@ impl Aggregate for Project {
                 services: BTreeMap::new(),
                 secrets: Vec::new(),
                 gitops_remote: None,
+                hooks: BTreeMap::new(),
             }),
             other => Err(Illegal::new(other.kind(), "a project that does not exist")),
         }
@@ -152,6 +162,17 @@ impl Aggregate for Project {
                     return Err(Illegal::new("project.secret_unset.v1", state));
                 }
             },
+            ProjectEvent::HookDefined(e) => {
+                self.hooks.insert(e.hook.name.clone(), e.hook);
+            }
+            ProjectEvent::HookRemoved(e) => {
+                if self.hooks.remove(&e.name).is_none() {
+                    let state = format!("no webhook {}", e.name);
+                    return Err(Illegal::new("project.hook_removed.v1", state));
+                }
+            }
+            // What follows from it is for the workers; the project stays as it is.
+            ProjectEvent::BranchPushed(_) => {}
             ProjectEvent::SecretsErased(e) => {
                 if e.keys != self.secret_keys() {
                     return Err(Illegal::new("project.secrets_erased.v1", "other keys"));
@@ -241,6 +262,22 @@ pub fn decide(
                 "look at the secret again and repeat the command",
             )),
             Some(_) => Ok(Decision::Append(event)),
+        },
+        (Some(p), ProjectEvent::HookDefined(e)) => {
+            hook::check(p, &e.hook)?;
+            Ok(if p.hooks.get(&e.hook.name) == Some(&e.hook) {
+                Decision::Nothing
+            } else {
+                Decision::Append(event)
+            })
+        }
+        (Some(p), ProjectEvent::HookRemoved(e)) => match p.hooks.contains_key(&e.name) {
+            true => Ok(Decision::Append(event)),
+            false => Err(hook::not_found(&e.name)),
+        },
+        (Some(p), ProjectEvent::BranchPushed(e)) => match p.hooks.contains_key(&e.hook) {
+            true => Ok(Decision::Append(event)),
+            false => Err(hook::not_found(&e.hook)),
         },
         (Some(p), ProjectEvent::SecretsErased(e)) => {
             if p.secrets.is_empty() {

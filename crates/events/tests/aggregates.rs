@@ -460,7 +460,7 @@ fn releases_are_what_the_commits_left() {
 
 #[test]
 fn secrets_have_versions_and_the_nearest_one_wins() {
-    let [created, defined, set, unset, erased, ..]: [ProjectEvent; 6] =
+    let [created, defined, set, unset, erased, ..]: [ProjectEvent; 9] =
         samples::project_events().try_into().unwrap();
     let other = |version, commitment| {
         ProjectEvent::SecretSet(SecretSet {
@@ -562,7 +562,7 @@ fn secrets_have_versions_and_the_nearest_one_wins() {
 
 #[test]
 fn projects_and_services_are_made_once() {
-    let [created, defined, ..]: [ProjectEvent; 6] = samples::project_events().try_into().unwrap();
+    let [created, defined, ..]: [ProjectEvent; 9] = samples::project_events().try_into().unwrap();
     given::<Project>([])
         .when(|s| project::decide(s, defined.clone()))
         .then_refused("project_not_found")
@@ -585,7 +585,7 @@ fn projects_and_services_are_made_once() {
 
 #[test]
 fn environments_are_made_once_changed_and_deleted_in_two_steps() {
-    let [created, changed, asked, deleted]: [_; 4] =
+    let [created, changed, asked, deleted, ..]: [_; 9] =
         samples::environment_events().try_into().unwrap();
     given::<Environment>([])
         .when(|s| environment::decide(s, changed.clone()))

@@ -7,6 +7,7 @@ use daybook_events::deployment::{DeploymentEvent, Version};
 use daybook_events::environment::EnvironmentEvent;
 use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::ledger::LedgerEvent;
+use daybook_events::preview::PullRequest;
 use daybook_events::project::ProjectEvent;
 use daybook_events::routing::{RoutingEvent, SwitchReason};
 use daybook_events::timer::KeepCause;
@@ -113,11 +114,41 @@ fn project<'a>(out: &mut String, event: &'a ProjectEvent) -> Said<'a> {
                 format_args!("GitOps commits are pushed nowhere any more."),
             ),
         },
+        ProjectEvent::HookDefined(e) => plain(
+            out,
+            format_args!(
+                "Webhook {} of {} was defined.",
+                e.hook.name,
+                e.hook.provider.as_str()
+            ),
+        ),
+        ProjectEvent::HookRemoved(e) => plain(out, format_args!("Webhook {} was removed.", e.name)),
+        ProjectEvent::BranchPushed(e) => plain(
+            out,
+            format_args!(
+                "Branch {} of {} was pushed to: {}.",
+                e.branch,
+                e.repository,
+                e.head.short()
+            ),
+        ),
         ProjectEvent::ServiceDefined(e) => Said {
             service: Some(&e.name),
             ..plain(out, format_args!("Service {} was defined.", e.name))
         },
     }
+}
+
+fn pull_request<'a>(out: &mut String, about: &PullRequest, what: &str) -> Said<'a> {
+    plain(
+        out,
+        format_args!(
+            "Pull request {} {what}, with head {}: {}.",
+            about.number,
+            about.head.short(),
+            about.title
+        ),
+    )
 }
 
 fn environment<'a>(out: &mut String, event: &'a EnvironmentEvent) -> Said<'a> {
@@ -135,6 +166,29 @@ fn environment<'a>(out: &mut String, event: &'a EnvironmentEvent) -> Said<'a> {
             format_args!("The environment is to be deleted, with all that runs in it."),
             e.reason.as_ref(),
         ),
+        EnvironmentEvent::AutoDeploySet(e) => match &e.branch {
+            Some(branch) => plain(
+                out,
+                format_args!("Pushes to {branch} are deployed by themselves."),
+            ),
+            None => plain(
+                out,
+                format_args!("Pushes are no longer deployed by themselves."),
+            ),
+        },
+        EnvironmentEvent::PullRequestOpened(e) => pull_request(out, &e.pull_request, "is open"),
+        EnvironmentEvent::PullRequestUpdated(e) => {
+            pull_request(out, &e.pull_request, "has changed")
+        }
+        EnvironmentEvent::PullRequestHeadFound(e) => plain(
+            out,
+            format_args!(
+                "The newest head of the pull request is {}: {}.",
+                e.head.short(),
+                e.reason
+            ),
+        ),
+        EnvironmentEvent::PullRequestClosed(e) => pull_request(out, &e.pull_request, "is closed"),
         EnvironmentEvent::Deleted(_) => plain(out, format_args!("The environment is deleted.")),
     }
 }

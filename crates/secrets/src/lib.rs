@@ -14,6 +14,7 @@ mod forms;
 mod masked_lines;
 mod masker;
 mod project_file;
+mod signature;
 mod store;
 mod value;
 

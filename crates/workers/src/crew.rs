@@ -13,6 +13,7 @@ use crate::pipeline::environment::{EnvironmentEnds, Environments};
 use crate::pipeline::follow::{FollowBuild, FollowDeployment};
 use crate::pipeline::foreign::{self, Decisions, Nudge};
 use crate::pipeline::package::Package;
+use crate::pipeline::previews::{Previews, Pushes};
 use crate::pipeline::probe::{Probe, ProbeDeployment, ProbeRoutes};
 use crate::pipeline::queue::Queue;
 use crate::pipeline::retry::Retry;
@@ -60,6 +61,14 @@ impl Crew {
 
     /// Resolves sources, runs builds, and tells deployments of them.
     pub fn build(&self, sources: Arc<dyn Sources>, images: Arc<dyn Images>) {
+        self.hire(Previews {
+            bench: self.bench.clone(),
+            sources: sources.clone(),
+        });
+        self.hire(Pushes {
+            bench: self.bench.clone(),
+            sources: sources.clone(),
+        });
         self.hire(Source {
             bench: self.bench.clone(),
             sources: sources.clone(),

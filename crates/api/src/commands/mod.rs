@@ -8,6 +8,7 @@
 mod check;
 mod deploy;
 mod gitops;
+mod hooks;
 mod lifecycle;
 mod project;
 mod routes;
@@ -32,6 +33,7 @@ use uuid::Uuid;
 use crate::state::Settings;
 
 pub use deploy::{Deploy, Deployed, Promote, Redeploy, RunOverrides, What};
+pub use hooks::{HookWish, Received};
 pub use lifecycle::{Lifecycle, Operated};
 pub use routes::{RoutesSet, Shares, Traffic};
 pub use secrets::Verified;

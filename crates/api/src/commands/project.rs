@@ -3,7 +3,7 @@
 use daybook_events::environment::{self, Environment, EnvironmentEvent, EnvironmentSpec};
 use daybook_events::project::{self, ProjectEvent};
 use daybook_events::spec::ServiceSpec;
-use daybook_events::{EnvironmentName, ProjectName, RepositoryUrl, ServiceName, Subject};
+use daybook_events::{EnvironmentName, GitRef, ProjectName, RepositoryUrl, ServiceName, Subject};
 
 use super::{Caller, CommandError, Commands, Done, check};
 
@@ -69,6 +69,7 @@ impl Commands {
         name: EnvironmentName,
         spec: EnvironmentSpec,
         from: Option<EnvironmentName>,
+        auto_deploy: Option<GitRef>,
     ) -> Result<Done, CommandError> {
         if let Some((done, _)) = self.earlier(caller).await? {
             return Ok(done);
@@ -84,6 +85,7 @@ impl Commands {
             name,
             spec,
             from,
+            auto_deploy,
         };
         self.run(caller, &subject, None, |state| {
             environment::decide(state, EnvironmentEvent::Created(event.clone()))

@@ -4,6 +4,7 @@ pub(crate) mod deployments;
 pub(crate) mod events;
 pub(crate) mod gitops;
 pub(crate) mod history;
+pub(crate) mod hooks;
 pub(crate) mod logs;
 pub(crate) mod operations;
 pub(crate) mod projects;
@@ -45,6 +46,13 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
             projects::change_environment,
             projects::delete_environment
         ))
+        .routes(routes!(hooks::list_hooks))
+        .routes(routes!(
+            hooks::define_hook,
+            hooks::remove_hook,
+            hooks::deliver
+        ))
+        .routes(routes!(hooks::set_auto_deploy))
         .routes(routes!(secrets::list_secrets, secrets::erase_secrets))
         .routes(routes!(secrets::set_secret, secrets::unset_secret))
         .routes(routes!(secrets::verify_secret))

@@ -6,7 +6,7 @@ use daybook_events::environment::{Environment, EnvironmentSpec, EnvironmentStatu
 use daybook_events::project::Project;
 use daybook_events::spec::ServiceSpec;
 use daybook_events::timer::KeepFor;
-use daybook_events::{ClusterName, EnvironmentName, ProjectName, ServiceName};
+use daybook_events::{ClusterName, EnvironmentName, GitRef, ProjectName, ServiceName};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -62,6 +62,8 @@ pub(crate) struct CreateEnvironment {
     keep_idle: Option<KeepFor>,
     /// The environment that it is made from: whatever takes the traffic there is promoted.
     from: Option<EnvironmentName>,
+    /// The branch whose pushes are deployed to it by themselves.
+    auto_deploy: Option<GitRef>,
 }
 impl CommandBody for CreateEnvironment {}
 
@@ -197,11 +199,14 @@ pub(crate) async fn list_environments(
 ) -> Handled<EnvironmentList> {
     state.commands.project(&project)?;
     let environments = state.projections().environments(&project)?;
+    let routing = state.projections().routing(&project)?;
+    let gateway = &state.settings.gateway;
+    let view = |e| EnvironmentView::from(e).with_urls(routing.as_ref(), gateway);
     Ok(Answer::ok(EnvironmentList {
         environments: environments
             .into_iter()
             .filter(|e| e.status != EnvironmentStatus::Deleted)
-            .map(Into::into)
+            .map(view)
             .collect(),
     }))
 }
@@ -234,7 +239,14 @@ pub(crate) async fn create_environment(
     };
     let commands = &state.commands;
     let done = commands
-        .create_environment(&caller, project.clone(), name.clone(), spec, body.from)
+        .create_environment(
+            &caller,
+            project.clone(),
+            name.clone(),
+            spec,
+            body.from,
+            body.auto_deploy,
+        )
         .await?;
     let created: Environment = commands.created(&done).await?;
     let location = format!("/api/v1/projects/{project}/environments/{name}");
@@ -255,7 +267,10 @@ pub(crate) async fn get_environment(
     Params(NoParams {}): Params<NoParams>,
 ) -> Handled<EnvironmentView> {
     let environment = state.commands.environment(&project, &name)?;
-    Ok(Answer::ok(environment.into()))
+    let routing = state.projections().routing(&project)?;
+    let view = EnvironmentView::from(environment);
+    let view = view.with_urls(routing.as_ref(), &state.settings.gateway);
+    Ok(Answer::ok(view))
 }
 
 /// Replaces what an environment is. Deployments stay where they are.

@@ -141,8 +141,27 @@ pub enum EnvCommand {
         /// An environment to make it from: whatever takes the traffic there is promoted.
         #[arg(long, value_name = "ENVIRONMENT")]
         from: Option<String>,
+        /// The branch whose pushes are deployed to it by themselves: `daybook hook add` lets them
+        /// be known.
+        #[arg(long, value_name = "BRANCH")]
+        auto_deploy: Option<String>,
         #[command(flatten)]
         rules: Box<EnvRules>,
+    },
+    /// Deploy pushes to a branch by themselves from now on, or no longer.
+    AutoDeploy {
+        #[command(flatten)]
+        server: ServerArgs,
+        /// The project.
+        project: String,
+        /// The environment.
+        name: String,
+        /// The branch.
+        #[arg(required_unless_present = "off")]
+        branch: Option<String>,
+        /// Deploy no pushes any more.
+        #[arg(long, conflicts_with = "branch")]
+        off: bool,
     },
     /// Change what an environment is. What is not named stays as it is.
     Set(Box<SetEnvArgs>),
@@ -407,6 +426,7 @@ pub async fn environment(command: EnvCommand) -> Outcome {
             manual_switch,
             from,
             rules,
+            auto_deploy,
         } => {
             let path = format!("/api/v1/projects/{}/environments", segment(&project)?);
             let switch = if manual_switch { "manual" } else { "automatic" };
@@ -421,11 +441,21 @@ pub async fn environment(command: EnvCommand) -> Outcome {
             if let Some(from) = from {
                 body["from"] = from.into();
             }
+            if let Some(branch) = auto_deploy {
+                body["auto_deploy"] = branch.into();
+            }
             rules.write(&mut body);
             let answer = Client::new(&server)?.post(&path, &body).await?;
             made(&format!("environment {name} of project {project}"), &answer)
         }
         EnvCommand::Set(args) => set_environment(*args).await,
+        EnvCommand::AutoDeploy {
+            server,
+            project,
+            name,
+            branch,
+            ..
+        } => auto_deploy(&server, &project, &name, branch.as_deref()).await,
         EnvCommand::Delete(args) => delete_environment(args).await,
         EnvCommand::List { server, project } => {
             let path = format!("/api/v1/projects/{}/environments", segment(&project)?);
@@ -433,7 +463,16 @@ pub async fn environment(command: EnvCommand) -> Outcome {
                 &server,
                 &path,
                 "environments",
-                ["NAME", "STATUS", "CLUSTERS", "LIVE", "SWITCH"],
+                [
+                    "NAME",
+                    "STATUS",
+                    "CLUSTERS",
+                    "LIVE",
+                    "SWITCH",
+                    "AUTO-DEPLOY",
+                    "PULL REQUEST",
+                    "URL",
+                ],
                 |e| {
                     vec![
                         text(e, "name"),
@@ -441,6 +480,9 @@ pub async fn environment(command: EnvCommand) -> Outcome {
                         join(e, "clusters"),
                         text(e, "live"),
                         text(e, "switch"),
+                        text(e, "auto_deploy"),
+                        pull_request(e),
+                        join(e, "urls"),
                     ]
                 },
             )
@@ -460,7 +502,16 @@ async fn set_environment(args: SetEnvArgs) -> Outcome {
     let mut spec: Value = client.get(&path, &[]).await?;
     if let Some(shown) = spec.as_object_mut() {
         // What an environment is shown with beside what it is.
-        for key in ["project", "name", "created_at", "status", "from"] {
+        for key in [
+            "project",
+            "name",
+            "created_at",
+            "status",
+            "from",
+            "auto_deploy",
+            "pull_request",
+            "urls",
+        ] {
             shown.remove(key);
         }
     }
@@ -482,6 +533,32 @@ async fn set_environment(args: SetEnvArgs) -> Outcome {
         output::line(&format!(
             "{changed} environment {name} of project {project}"
         ));
+    }
+    Ok(Code::Success)
+}
+
+async fn auto_deploy(
+    server: &ServerArgs,
+    project: &str,
+    name: &str,
+    branch: Option<&str>,
+) -> Outcome {
+    let path = format!(
+        "/api/v1/projects/{}/environments/{}/auto-deploy",
+        segment(project)?,
+        segment(name)?
+    );
+    let body = json!({ "branch": branch });
+    let answer: Value = Client::new(server)?
+        .command(Method::PUT, &path, &body, None)
+        .await?;
+    if output::is_json() {
+        output::json(&answer);
+    } else {
+        output::line(&match branch {
+            Some(branch) => format!("pushes to {branch} are deployed to {name} of {project}"),
+            None => format!("pushes are no longer deployed to {name} of {project}"),
+        });
     }
     Ok(Code::Success)
 }
@@ -521,7 +598,21 @@ async fn delete_environment(args: DeleteEnvArgs) -> Outcome {
     Ok(Code::Success)
 }
 
-async fn list<const N: usize>(
+/// `#142 a1b2c3d Show prices with tax`
+fn pull_request(environment: &Value) -> String {
+    let Some(about) = environment.get("pull_request") else {
+        return String::new();
+    };
+    let head = text(about, "head");
+    format!(
+        "#{} {} {}",
+        text(about, "number"),
+        head.get(..7).unwrap_or(&head),
+        text(about, "title")
+    )
+}
+
+pub(super) async fn list<const N: usize>(
     server: &ServerArgs,
     path: &str,
     key: &str,
@@ -550,7 +641,7 @@ async fn list<const N: usize>(
     Ok(Code::Success)
 }
 
-fn text(value: &Value, key: &str) -> String {
+pub(super) fn text(value: &Value, key: &str) -> String {
     let found = if key.starts_with('/') {
         value.pointer(key)
     } else {

@@ -8,6 +8,7 @@ mod events;
 mod gitops;
 mod gitops_key;
 mod history;
+mod hook;
 mod ledger;
 mod lifecycle;
 mod logs;
@@ -114,6 +115,9 @@ pub enum Command {
     /// Create and list the environments of a project.
     #[command(subcommand, alias = "environment")]
     Env(manage::EnvCommand),
+    /// Let GitHub, GitLab or Gitea tell of pushes and pull requests.
+    #[command(subcommand)]
+    Hook(hook::HookCommand),
     /// Set and take away secret variables, without ever showing them.
     #[command(subcommand)]
     Secret(secret::SecretCommand),
@@ -190,6 +194,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Project(command) => manage::project(command).await,
         Command::Service(command) => manage::service(command).await,
         Command::Env(command) => manage::environment(command).await,
+        Command::Hook(command) => hook::run(command).await,
         Command::Secret(command) => secret::run(command).await,
         Command::Deploy(args) => deploy::run(args).await,
         Command::Promote(args) => deploy::promote(args).await,

@@ -12,14 +12,20 @@ use crate::build::{self, BuildEvent, LogSeal};
 use crate::deployment::{self, DeploymentEvent, SourceCommit, Status, SwitchMode, Version};
 use crate::environment::{self, EnvironmentEvent, EnvironmentSpec};
 use crate::gitops::{self, Change, GitopsEvent};
+use crate::hook::{BranchPushed, Hook, HookDefined, HookRemoved, Provider};
 use crate::ledger::{self, LedgerEvent};
 use crate::log::Position;
 use crate::names::{
     BuildId, ClusterName, CommitId, DeploymentId, Digest, EventId, Hostname, InstanceRef,
 };
+use crate::preview::{
+    PullRequest, PullRequestClosed, PullRequestHeadFound, PullRequestOpened, PullRequestUpdated,
+};
 use crate::project::{self, ProjectEvent};
 use crate::routing::{self, Backend, MainChange, RouteChange, RoutingEvent, Stickiness};
-use crate::secret::{Commitment, SecretId, SecretScope, SecretSet, SecretUnset, SecretsErased};
+use crate::secret::{
+    Commitment, SecretId, SecretRef, SecretScope, SecretSet, SecretUnset, SecretsErased,
+};
 use crate::spec::{BuildSpec, PinnedImage, RunSpec, ServiceSpec, SourceSpec};
 use crate::timer::{KeepCause, KeepFor, StopCause, StopScheduled, StopUnscheduled};
 
@@ -154,7 +160,46 @@ pub fn project_events() -> Vec<ProjectEvent> {
         ProjectEvent::GitopsRemoteChanged(project::GitopsRemoteChanged {
             url: Some("https://git.example.com/shop/gitops.git".parse().unwrap()),
         }),
+        ProjectEvent::HookDefined(Box::new(HookDefined {
+            hook: Hook {
+                name: "github".parse().unwrap(),
+                provider: Provider::Github,
+                secret: SecretRef {
+                    secret: "DAYBOOK_HOOK_GITHUB_V1".parse().unwrap(),
+                    scope: SecretScope::default(),
+                    version: 1,
+                    commitment: commitment(2),
+                },
+                base: Some("staging".parse().unwrap()),
+                prefix: "pr".parse().unwrap(),
+                forks: false,
+            },
+        })),
+        ProjectEvent::BranchPushed(BranchPushed {
+            hook: "github".parse().unwrap(),
+            repository: "git.example.com/shop/api".to_owned(),
+            branch: "main".parse().unwrap(),
+            head: commit(4),
+        }),
+        ProjectEvent::HookRemoved(HookRemoved {
+            name: "github".parse().unwrap(),
+        }),
     ]
+}
+
+/// A pull request with its n-th head, at its n-th change.
+pub fn pull_request(number: u64, head: u64) -> PullRequest {
+    PullRequest {
+        hook: "github".parse().expect("a name"),
+        repository: "git.example.com/shop/api".to_owned(),
+        number,
+        title: "Show prices with tax".to_owned(),
+        url: format!("https://git.example.com/shop/api/pull/{number}"),
+        head: commit(head),
+        before: None,
+        head_ref: format!("refs/pull/{number}/head"),
+        updated_at: time(head),
+    }
 }
 
 /// The events of an environment.
@@ -170,6 +215,7 @@ pub fn environment_events() -> Vec<EnvironmentEvent> {
             name: "production".parse().unwrap(),
             spec: spec.clone(),
             from: None,
+            auto_deploy: None,
         }),
         EnvironmentEvent::Changed(environment::Changed {
             spec: EnvironmentSpec {
@@ -183,6 +229,33 @@ pub fn environment_events() -> Vec<EnvironmentEvent> {
         EnvironmentEvent::Deleted(environment::Deleted {
             commit: Some(commit(3)),
         }),
+        EnvironmentEvent::AutoDeploySet(environment::AutoDeploySet {
+            branch: Some("main".parse().unwrap()),
+        }),
+        EnvironmentEvent::PullRequestOpened(Box::new(PullRequestOpened {
+            project: "shop".parse().unwrap(),
+            name: "production".parse().unwrap(),
+            spec: EnvironmentSpec {
+                clusters: vec![cluster("berlin")],
+                ephemeral: true,
+                ..EnvironmentSpec::default()
+            },
+            from: Some("staging".parse().unwrap()),
+            pull_request: pull_request(142, 1),
+        })),
+        EnvironmentEvent::PullRequestUpdated(Box::new(PullRequestUpdated {
+            pull_request: pull_request(142, 2),
+            rivals: vec![commit(1)],
+        })),
+        EnvironmentEvent::PullRequestHeadFound(PullRequestHeadFound {
+            head: commit(2),
+            reason: "refs/pull/142/head leads to it".to_owned(),
+        }),
+        EnvironmentEvent::PullRequestClosed(Box::new(PullRequestClosed {
+            project: "shop".parse().unwrap(),
+            name: "production".parse().unwrap(),
+            pull_request: pull_request(142, 3),
+        })),
     ]
 }
 

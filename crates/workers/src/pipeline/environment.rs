@@ -22,6 +22,7 @@ use daybook_events::{
 use daybook_projections::DeploymentRow;
 
 use super::package::{CommitWork, Occasion, Package, author_of};
+use super::previews::gets_head;
 use super::{Stop, outcome};
 use crate::driver::{Activation, Outcome, Worker};
 
@@ -44,7 +45,10 @@ impl Worker for Environments {
     fn wants(&self, kind: &str) -> bool {
         matches!(
             kind,
-            "environment.created.v1" | "environment.deletion_requested.v1"
+            "environment.created.v1"
+                | "environment.deletion_requested.v1"
+                | "environment.pull_request_opened.v1"
+                | "environment.pull_request_closed.v1"
         )
     }
     async fn activate(&self, a: &Activation) -> Outcome {
@@ -56,7 +60,13 @@ impl Worker for Environments {
                 Some(from) => self.0.fill(a, project, name, from).await,
                 None => Ok(()),
             },
-            Ok(EnvironmentEvent::DeletionRequested(_)) => self.0.clear(project, name).await,
+            Ok(EnvironmentEvent::PullRequestOpened(e)) => match &e.from {
+                Some(from) => self.0.fill(a, project, name, from).await,
+                None => Ok(()),
+            },
+            Ok(EnvironmentEvent::DeletionRequested(_) | EnvironmentEvent::PullRequestClosed(_)) => {
+                self.0.clear(project, name).await
+            }
             _ => Ok(()),
         })
     }
@@ -180,10 +190,13 @@ impl Package {
             ..source.instance.clone()
         };
         let project = &instance.project;
-        let secrets = match self.bench.ledger.projections().project(project)? {
-            Some(project) => secret::applicable(&project.secrets, &instance),
-            None => return Ok(()),
+        let Some(project) = self.bench.ledger.projections().project(project)? else {
+            return Ok(());
         };
+        if gets_head(environment, &project, &instance.service) {
+            return Ok(());
+        }
+        let secrets = secret::applicable(&project.secrets, &instance);
         let step = format!("promoted {}", instance.service);
         let id = DeploymentId::derived(a.event.id.0, &step);
         let request = Requested {

@@ -7,6 +7,7 @@
 //! build    runs a build: clone, build, push
 //! follow   mirrors a build's steps to the deployments that wait for it
 //! package  makes the GitOps commit → deploying; later: stop, start, remove, clean up
+//! previews deploys what webhooks tell of: heads of pull requests, and pushes to branches
 //! environment  fills a new environment from another, and empties one that is deleted
 //! foreign  finds commits of others in the GitOps repositories, and undoes those that are not wanted
 //! sync     hands a commit to a cluster
@@ -30,6 +31,7 @@ pub mod gateway;
 mod leave;
 pub mod observe;
 pub mod package;
+pub mod previews;
 pub mod probe;
 pub mod queue;
 mod remote;
