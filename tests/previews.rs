@@ -320,7 +320,9 @@ fn a_close_ends_a_build_and_a_kill_after_the_answer_loses_nothing() {
     assert_eq!(shop.server.deployment(&id)["state"], "cancelled");
     assert_eq!(shop.deployments("pr-142").len(), 1);
     assert!(processes_of(&id).is_empty());
-    assert_eq!(shop.server.folder().work_in_progress(), 0);
+    until("the files of the build are removed", || {
+        (shop.server.folder().work_in_progress() == 0).then_some(())
+    });
     shop.server.check_replay();
 }
 
