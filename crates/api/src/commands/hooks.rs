@@ -393,6 +393,9 @@ fn other_repository(project: &ProjectName) -> Received {
 
 /// An address that a page may link to.
 fn web_address(text: &str) -> String {
-    let http = text.starts_with("https://") || text.starts_with("http://");
-    http.then(|| text.to_owned()).unwrap_or_default()
+    if text.starts_with("https://") || text.starts_with("http://") {
+        text.to_owned()
+    } else {
+        String::new()
+    }
 }
