@@ -202,6 +202,7 @@ impl World {
                 ..EnvironmentSpec::default()
             },
             from: None,
+            auto_deploy: None,
         });
         let subject = Subject::Environment(i.project.clone(), i.environment.clone());
         self.ledger

@@ -217,6 +217,7 @@ fn prepare(client: &Process) {
             ..EnvironmentSpec::default()
         },
         from: None,
+        auto_deploy: None,
     });
     let subject = Subject::Environment(of.project.clone(), of.environment);
     client.execute::<Environment>(&subject, Uuid::now_v7(), |s| {

@@ -18,7 +18,7 @@ installed into the cache of tools.
 ";
 
 /// The targets, as fuzz/Cargo.toml declares them.
-const TARGETS: [&str; 4] = ["formats", "receipt", "export", "event"];
+const TARGETS: [&str; 5] = ["formats", "receipt", "export", "event", "hook"];
 /// What a target may take of memory, in MiB. The sanitizer alone takes a good part of it.
 const MEMORY: &str = "-rss_limit_mb=2048";
 

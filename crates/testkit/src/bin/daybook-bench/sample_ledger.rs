@@ -159,6 +159,7 @@ impl SampleProject {
                 ..EnvironmentSpec::default()
             },
             from: None,
+            auto_deploy: None,
         };
         self.record(&environment, run, EnvironmentEvent::Created(created))?;
         let created = gitops::RepositoryCreated {
