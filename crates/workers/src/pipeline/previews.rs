@@ -487,6 +487,7 @@ async fn request(
         redeploy_of: None,
         secrets: secret::applicable(&project.secrets, &instance),
         promoted_from: None,
+        allow_partial: false,
         instance,
     });
     let id = deployment_of(wish.cause, &wish.environment.name, service);
