@@ -14,6 +14,7 @@ mod raw_publish;
 mod rebuild;
 mod report;
 mod sample_ledger;
+mod switch;
 mod tessera;
 mod writers;
 
@@ -56,6 +57,8 @@ enum Benchmark {
     Package(package::Options),
     /// Projections from nothing, against a raw read of the same stream
     Rebuild(rebuild::Options),
+    /// From the request to switch to the first answer of the new target, under constant load
+    Switch(switch::Options),
 }
 
 #[tokio::main]
@@ -77,6 +80,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         Benchmark::Orchestrate(options) => orchestrate::run(options).await?,
         Benchmark::Package(options) => package::run(options).await?,
         Benchmark::Rebuild(options) => rebuild::run(options).await?,
+        Benchmark::Switch(options) => switch::run(options).await?,
     };
     print!("{report}");
     if let Some(file) = arguments.json {
