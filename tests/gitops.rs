@@ -125,3 +125,77 @@ fn commits_by_hand_are_shown_adopted_and_undone() {
     assert_eq!(git(&repository, &["rev-parse", "main^"]), head);
     server.check_replay();
 }
+
+/// A clone with a work tree, as somebody has it who works on the repository by hand.
+fn clone_of(repository: &Path) -> tempfile::TempDir {
+    let clone = tempfile::tempdir().unwrap();
+    let url = repository.to_str().unwrap();
+    git(clone.path(), &["clone", "--quiet", url, "."]);
+    clone
+}
+
+#[test]
+fn a_git_revert_of_a_deployment_is_a_rollback_by_who_made_it() {
+    let server = Server::start(Settings::default().arg("--gitops-watch").arg("1"));
+    let source = site("one");
+    server.define("shop", "web", &source, &[]);
+    let instance = "shop.production.web";
+    let first = server.deploy(instance, &[]);
+    source.commit("Two", &[("index.html", "two")]);
+    let second = server.deploy(instance, &[]);
+    server.get_from("web.production.shop.localhost", "/", &second);
+    let repository = server.gitops("shop");
+    let deployed = git(&repository, &["rev-parse", "main"]);
+
+    // A message alone reverts nothing.
+    let lie = clone_of(&repository);
+    fs::write(lie.path().join("NOTES"), "x").unwrap();
+    git(lie.path(), &["add", "--all"]);
+    let message = format!("Revert it\n\nThis reverts commit {deployed}.");
+    git(lie.path(), &["commit", "--quiet", "-m", &message]);
+    git(lie.path(), &["push", "--quiet", "origin", "HEAD:main"]);
+    let show = || server.json(&["gitops", "show", "shop"]);
+    let shown = until("the first one is found", || {
+        let shown = show();
+        (shown["undecided"].as_u64() == Some(1)).then_some(shown)
+    });
+    assert_eq!(shown["foreign"][0]["reverts"], deployed.as_str());
+    assert!(shown["foreign"][0]["undoes"].is_null(), "{shown}");
+
+    let clone = clone_of(&repository);
+    git(clone.path(), &["revert", "--no-edit", &deployed]);
+    git(clone.path(), &["push", "--quiet", "origin", "HEAD:main"]);
+    let revert = git(clone.path(), &["rev-parse", "HEAD"]);
+    server.wait_for(&second, "stopped");
+    server.get_from("web.production.shop.localhost", "/", &first);
+    let detail = server.deployment(&first);
+    assert_eq!(detail["main"], true);
+    let shown = show();
+    assert_eq!(shown["foreign"][1]["commit"], revert.as_str());
+    assert_eq!(shown["foreign"][1]["undoes"], second.as_str());
+    assert_eq!(shown["foreign"][1]["status"], "adopted");
+    assert_eq!(shown["undecided"], 1);
+    let said = server.ok(&["logs", &second]).stdout;
+    assert!(said.contains("reverted its commit"), "{said}");
+    let events = server.events();
+    let by_ada: Vec<_> = events
+        .iter()
+        .filter(|e| e["event"]["authid"] == "ada@example.com")
+        .map(|e| e["event"]["type"].as_str().unwrap_or_default())
+        .collect();
+    assert_eq!(
+        by_ada,
+        [
+            "dev.daybook.routing.switched.v1",
+            "dev.daybook.gitops.foreign_commit_adopted.v1",
+            "dev.daybook.deployment.stop_requested.v1"
+        ]
+    );
+
+    // It is pinned as after `daybook rollback`: nothing takes over by itself.
+    source.commit("Three", &[("index.html", "three")]);
+    let third = server.deploy(instance, &[]);
+    assert_eq!(server.deployment(&third)["main"], false);
+    assert_eq!(server.deployment(&first)["main"], true);
+    server.check_replay();
+}

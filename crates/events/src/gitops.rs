@@ -182,6 +182,21 @@ pub struct ForeignCommitFound {
     /// The commit that it says it reverts, if that is in the repository.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reverts: Option<CommitId>,
+    /// The deployment that it takes back, if `reverts` is the commit of one and the values really
+    /// are those from before it. It is rolled back then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undoes: Option<UndoneDeployment>,
+}
+
+/// A deployment that a commit of somebody else takes back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct UndoneDeployment {
+    /// The environment.
+    pub environment: EnvironmentName,
+    /// The service.
+    pub service: ServiceName,
+    /// The deployment.
+    pub deployment: DeploymentId,
 }
 
 /// Somebody accepts a commit that Daybook did not make. What it changes is synced from here on.
@@ -416,6 +431,8 @@ pub struct ForeignCommit {
     pub environments: Vec<EnvironmentName>,
     /// The commit that it says it reverts.
     pub reverts: Option<CommitId>,
+    /// The deployment that it takes back.
+    pub undoes: Option<UndoneDeployment>,
     /// Whose signature it carries.
     pub signature: ForeignSignature,
     /// When it was found.
@@ -532,6 +549,7 @@ impl Gitops {
             message: e.message,
             environments: e.environments,
             reverts: e.reverts,
+            undoes: e.undoes,
             signature: e.signature.unwrap_or_default(),
             found: at.time,
             status: ForeignStatus::Found,

@@ -8,7 +8,9 @@ use daybook_events::gitops::{
     ForeignCommit, ForeignSignature, ForeignStatus, Gitops, HistoryRewritten, RemoteStep,
     RemoteTrouble,
 };
-use daybook_events::{CommitId, EnvironmentName, ProjectName, Refusal, RepositoryUrl};
+use daybook_events::{
+    CommitId, DeploymentId, EnvironmentName, ProjectName, Refusal, RepositoryUrl,
+};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -101,6 +103,8 @@ pub(crate) struct ForeignView {
     environments: Vec<EnvironmentName>,
     /// The commit that it says it reverts.
     reverts: Option<CommitId>,
+    /// The deployment that it takes back, which is rolled back for it.
+    undoes: Option<DeploymentId>,
     /// Whose signature it carries.
     signature: ForeignSignature,
     /// When it was found.
@@ -120,6 +124,7 @@ impl From<ForeignCommit> for ForeignView {
             message: f.message,
             environments: f.environments,
             reverts: f.reverts,
+            undoes: f.undoes.map(|u| u.deployment),
             signature: f.signature,
             found_at: f.found,
             status: f.status,

@@ -516,6 +516,7 @@ pub fn foreign_commit(number: u64) -> gitops::ForeignCommitFound {
         diff: None,
         environments: Vec::new(),
         reverts: None,
+        undoes: None,
     }
 }
 

@@ -34,6 +34,7 @@ mod repository;
 mod signing;
 pub mod survey;
 mod template;
+mod undone;
 pub mod witness;
 
 pub use change::Change;

@@ -12,6 +12,7 @@ use super::history::{self, commit_id, is_ancestor};
 use super::message;
 use super::repository::digest_of;
 use super::signing::{self, Verdict};
+use super::undone;
 use crate::git_transport::printable;
 
 /// How many paths are listed of one commit, and how many bytes they may have together.
@@ -156,6 +157,10 @@ pub(super) fn describe(
     let reverts = message::reverts(&text).filter(|undone| {
         Oid::from_str(undone.as_str()).is_ok_and(|undone| repository.find_commit(undone).is_ok())
     });
+    let undoes = match &reverts {
+        Some(reverted) => undone::deployment(repository, id, reverted, signers)?,
+        None => None,
+    };
     let signature = match signing::verify(repository, id, signers)? {
         Verdict::Unsigned => ForeignSignature::None,
         Verdict::Good(_) => ForeignSignature::Daybook,
@@ -178,6 +183,7 @@ pub(super) fn describe(
         diff: Some(summary(&difference, &changed)?),
         environments: environments(difference.deltas()),
         reverts,
+        undoes,
     })
 }
 

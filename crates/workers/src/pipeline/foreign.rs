@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::package::{Package, author_of};
-use super::{Bench, Stop, outcome, remote};
+use super::{Bench, Stop, outcome, remote, reverted};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::gitops::survey;
 use crate::ports::{GitopsRevert, KnownHistory, Repositories, StepError};
@@ -314,8 +314,8 @@ fn recorded_by(event: GitopsEvent) -> Option<CommitId> {
     }
 }
 
-/// Carries out what people decide about a repository: undoes a commit, and goes on with what had
-/// to wait while the history was in doubt.
+/// Carries out what people decide about a repository: undoes a commit, rolls back what somebody
+/// reverted, and goes on with what had to wait while the history was in doubt or the remote away.
 pub struct Decisions(pub Package);
 
 #[async_trait]
@@ -329,7 +329,8 @@ impl Worker for Decisions {
     fn wants(&self, kind: &str) -> bool {
         matches!(
             kind,
-            "gitops.revert_requested.v1"
+            "gitops.foreign_commit_found.v1"
+                | "gitops.revert_requested.v1"
                 | "gitops.history_restored.v1"
                 | "gitops.rewrite_accepted.v1"
                 | "gitops.remote_recovered.v1"
@@ -345,6 +346,12 @@ impl Worker for Decisions {
         let done = match a.event.payload::<GitopsEvent>() {
             Ok(GitopsEvent::RevertRequested(e)) => {
                 self.revert(a, project, e.commit, e.reason).await
+            }
+            Ok(GitopsEvent::ForeignCommitFound(e)) => {
+                return match &e.undoes {
+                    Some(undone) => reverted::honour(&self.0.bench, a, project, &e, undone).await,
+                    None => Outcome::Done,
+                };
             }
             Ok(_) => self.go_on(project).await,
             Err(_) => Ok(()),

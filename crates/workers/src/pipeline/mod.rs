@@ -37,6 +37,7 @@ pub mod queue;
 mod remote;
 pub mod retry;
 mod rollout;
+mod reverted;
 pub mod route;
 pub mod source;
 pub mod sync;
