@@ -10,6 +10,7 @@ mod bad_input;
 mod cancelling;
 mod commands;
 mod concurrent;
+mod config;
 mod credentials;
 mod demo;
 mod environments;

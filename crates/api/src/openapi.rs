@@ -202,6 +202,7 @@ sent! {
     routes::gitops::GitopsView, routes::gitops::Decided, routes::gitops::SetRemote,
     routes::hooks::DefineHook, routes::hooks::DeliveryView, routes::hooks::HookList,
     routes::hooks::HookRemovedView, routes::hooks::HookView, routes::hooks::SetAutoDeploy,
+    routes::config::ScaleTo, routes::config::ChangeConfig,
     routes::projects::CreateProject, routes::projects::DefineService,
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
     routes::deployments::CreateDeployment, routes::deployments::Why,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use daybook_events::RepositoryUrl;
+use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
     Cancelled, ClusterState, Deployment, Operation, Phase, Possibility, PromotedFrom, Readiness,
     Status, SwitchMode, Version, WorkloadObserved,
@@ -296,6 +297,8 @@ pub(crate) struct DeploymentDetail {
     pub(crate) commit: Option<CommitId>,
     /// The newest GitOps commit about it.
     pub(crate) revision: Option<CommitId>,
+    /// Instances in each cluster that are asked for while it runs.
+    pub(crate) replicas: u32,
     /// The addresses that lead to it.
     pub(crate) hostnames: Vec<HostnameView>,
     /// Why it, or the last operation on it, failed.
@@ -454,6 +457,8 @@ pub(crate) struct Snapshot {
     pub(crate) image_repository: Option<ImageRepository>,
     /// How it runs.
     pub(crate) run: RunSpec,
+    /// What of that was changed for this service instance, beside its service's definition.
+    pub(crate) config: InstanceConfig,
     /// The secrets that it runs with, by variable, and whether they have changed since.
     pub(crate) secrets: BTreeMap<EnvKey, SecretUse>,
 }
@@ -545,7 +550,7 @@ pub(crate) struct SecretVerified {
 pub(crate) struct DeploymentAccepted {
     /// Its id.
     pub(crate) id: DeploymentId,
-    /// `queued`
+    /// `queued`; `unchanged` where everything was so already and this is the deployment that runs.
     pub(crate) status: &'static str,
     /// `project.environment.service`.
     pub(crate) instance_id: String,
@@ -556,7 +561,8 @@ pub(crate) struct DeploymentAccepted {
 pub(crate) struct OperationAccepted {
     /// The deployment.
     pub(crate) id: DeploymentId,
-    /// `stopping`, `starting`, `retrying`, `terminating`, `cancelling`, `kept` or `deleted`.
+    /// `stopping`, `starting`, `retrying`, `scaling`, `terminating`, `cancelling`, `kept` or
+    /// `deleted`.
     pub(crate) status: &'static str,
 }
 
@@ -700,11 +706,13 @@ impl<'a> Shown<'a> {
             reason: state.request.reason.clone(),
             redeploy_of: state.request.redeploy_of,
             promoted_from: state.request.promoted_from.clone(),
+            replicas: state.replicas,
             snapshot: Snapshot {
                 version: state.request.version.clone(),
                 build: state.request.build.clone(),
                 image_repository: state.request.image_repository.clone(),
                 run: state.request.run.clone(),
+                config: state.request.config.clone(),
                 secrets,
             },
             event_revision: row.revision,

@@ -23,6 +23,7 @@ pub use cluster::{
 pub use operation::{Possibility, ways_to};
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
+use crate::config::InstanceConfig;
 use crate::envelope::Payload;
 use crate::names::{
     BuildId, ClusterName, CommitId, DeploymentId, EnvKey, EnvironmentName, EventId, GitRef,
@@ -361,9 +362,10 @@ pub const TRANSITIONS: &[Transition] = &{
         ),
         t(
             "deployment.change_committed.v1",
-            &[Stopping, Starting, Terminating, Failed, Cancelled],
+            &[Started, Stopping, Starting, Terminating, Failed, Cancelled],
             None,
         ),
+        t("deployment.scale_requested.v1", &[Started], None),
     ]
 };
 
@@ -564,10 +566,13 @@ pub struct Requested {
     /// Whether it takes over traffic also where it is ready in some of its clusters only.
     #[serde(default)]
     pub allow_partial: bool,
+    /// What of `run` was changed for this service instance, beside its service's definition.
+    #[serde(default)]
+    pub config: InstanceConfig,
 }
 
-/// As derived, but that JSON leaves out `secrets`, `promoted_from` and `allow_partial` where they
-/// say nothing, as events did before there were any. Rows of projections, which are not
+/// As derived, but that JSON leaves out `secrets`, `promoted_from`, `allow_partial` and `config`
+/// where they say nothing, as events did before there were any. Rows of projections, which are not
 /// self-describing, always have them.
 impl Serialize for Requested {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -575,8 +580,9 @@ impl Serialize for Requested {
         let secrets = !(json && self.secrets.is_empty());
         let promoted_from = !(json && self.promoted_from.is_none());
         let allow_partial = !json || self.allow_partial;
-        let fields =
-            9 + usize::from(secrets) + usize::from(promoted_from) + usize::from(allow_partial);
+        let config = !(json && self.config.is_empty());
+        let sometimes = [secrets, promoted_from, allow_partial, config];
+        let fields = 9 + sometimes.map(usize::from).iter().sum::<usize>();
         let mut out = serializer.serialize_struct("Requested", fields)?;
         out.serialize_field("instance", &self.instance)?;
         out.serialize_field("version", &self.version)?;
@@ -595,6 +601,9 @@ impl Serialize for Requested {
         }
         if allow_partial {
             out.serialize_field("allow_partial", &self.allow_partial)?;
+        }
+        if config {
+            out.serialize_field("config", &self.config)?;
         }
         out.end()
     }
@@ -820,6 +829,16 @@ pub struct OperationRequested {
     pub reason: Option<String>,
 }
 
+/// Somebody asked for another number of instances, where it runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ScaleRequested {
+    /// Instances in each cluster: 1 to 100.
+    pub replicas: u32,
+    /// Why, in the caller's words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
 /// An operation was carried out and seen to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct OperationDone {
@@ -923,6 +942,8 @@ events! {
         StopUnscheduled(StopUnscheduled) = "deployment.stop_unscheduled.v1",
         /// A later change of it is committed.
         ChangeCommitted(ChangeCommitted) = "deployment.change_committed.v1",
+        /// It is to have another number of instances.
+        ScaleRequested(ScaleRequested) = "deployment.scale_requested.v1",
     }
 }
 
@@ -990,6 +1011,11 @@ pub struct Deployment {
     /// The newest GitOps commit about it, with the replicas that it asks for; no replicas once
     /// it is removed from the repository.
     pub change: Option<ChangeCommitted>,
+    /// Instances in each cluster that are asked for while it runs: the request's, until somebody
+    /// scales it.
+    pub replicas: u32,
+    /// The event that asked for another number, until it is committed.
+    pub scaling: Option<EventId>,
     /// What was last seen, by cluster.
     pub observed: BTreeMap<ClusterName, WorkloadObserved>,
     /// Where it is in each of its clusters.
@@ -1040,6 +1066,16 @@ impl Deployment {
             self.status,
             Status::Terminated | Status::Deleted | Status::Failed | Status::Cancelled
         )
+    }
+
+    /// What it runs differently from its service's definition: what was asked for, and how it was
+    /// scaled since.
+    pub fn config(&self) -> InstanceConfig {
+        let mut config = self.request.config.clone();
+        if self.replicas != self.request.run.replicas {
+            config.replicas = Some(self.replicas);
+        }
+        config
     }
 
     /// Whether the GitOps repository still lists it.
@@ -1191,6 +1227,8 @@ impl Aggregate for Deployment {
         Ok(Self {
             clusters: clusters.collect(),
             overtaken: Vec::new(),
+            replicas: request.run.replicas,
+            scaling: None,
             request: *request,
             requested_by_event: at.id,
             created_at: at.time,
@@ -1293,7 +1331,14 @@ impl Aggregate for Deployment {
                 });
                 self.set_workload(Pending, "Progressing", None, at.time);
             }
+            DeploymentEvent::ScaleRequested(e) => {
+                self.replicas = e.replicas;
+                self.scaling = Some(at.id);
+            }
             DeploymentEvent::ChangeCommitted(e) => {
+                if e.replicas == Some(self.replicas) {
+                    self.scaling = None;
+                }
                 self.commit.get_or_insert_with(|| e.commit.clone());
                 self.change = Some(e);
             }
@@ -1491,10 +1536,16 @@ pub fn decide(
             !e.clusters.is_empty() && e.clusters.iter().all(asked)
         }
         DeploymentEvent::Overtaken(e) => state.overtaken.contains(&e.by),
+        DeploymentEvent::ScaleRequested(e) => {
+            state.status == Status::Started && state.replicas == e.replicas
+        }
         _ => false,
     };
     if unchanged {
         return Ok(Decision::Nothing);
+    }
+    if let DeploymentEvent::ScaleRequested(e) = &event {
+        check_replicas(e.replicas)?;
     }
     let row = transition(kind).ok_or_else(|| {
         Refusal::new(
@@ -1534,6 +1585,17 @@ pub(crate) fn not_found() -> Refusal {
     )
 }
 
+fn check_replicas(replicas: u32) -> Result<(), Refusal> {
+    if (1..=100).contains(&replicas) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        "invalid_replicas",
+        format!("{replicas} replicas are not possible"),
+        "ask for 1 to 100; use `daybook stop` to run none",
+    ))
+}
+
 fn check_request(r: &Requested) -> Result<(), Refusal> {
     if r.clusters.is_empty() {
         return Err(Refusal::new(
@@ -1550,13 +1612,7 @@ fn check_request(r: &Requested) -> Result<(), Refusal> {
             "name each cluster once",
         ));
     }
-    if r.run.replicas == 0 || r.run.replicas > 100 {
-        return Err(Refusal::new(
-            "invalid_replicas",
-            format!("{} replicas are not possible", r.run.replicas),
-            "ask for 1 to 100; use `daybook stop` to run none",
-        ));
-    }
+    check_replicas(r.run.replicas)?;
     if r.run.port == 0 {
         return Err(Refusal::new(
             "invalid_port",

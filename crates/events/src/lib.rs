@@ -10,6 +10,7 @@ pub mod build;
 pub mod catalog;
 pub mod causes;
 pub mod check;
+pub mod config;
 pub mod deployment;
 pub mod envelope;
 pub mod environment;

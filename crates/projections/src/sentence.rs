@@ -409,6 +409,11 @@ fn deployment<'a>(
             e.reason.as_ref(),
         ),
         E::Cancelled(e) => because(out, format_args!("It was cancelled."), Some(&e.message)),
+        E::ScaleRequested(e) => because(
+            out,
+            format_args!("It is to run {} instances in each cluster.", e.replicas),
+            e.reason.as_ref(),
+        ),
         E::StopRequested(e) => {
             because(out, format_args!("It is to be stopped."), e.reason.as_ref())
         }

@@ -8,7 +8,7 @@ use daybook_events::deployment::SourceCommit;
 use daybook_events::gitops::{Change, DiffSummary, LedgerAnchor, SignerAdded};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage};
 use daybook_events::{
-    BuildId, CommitId, Digest, EnvironmentName, EventId, GitRef, ImageRepository, ImageTag,
+    BuildId, CommitId, Digest, EnvKey, EnvironmentName, EventId, GitRef, ImageRepository, ImageTag,
     ProjectName, RepositoryUrl, ServiceName,
 };
 use tokio::sync::mpsc;
@@ -143,6 +143,8 @@ pub struct GitopsChange {
     pub change: Change,
     /// The release's values, for [`Change::Deploy`].
     pub release: Option<ReleaseValues>,
+    /// The variables that differ, where a release is deployed for nothing else.
+    pub config: Vec<EnvKey>,
     /// Who asked for it.
     pub author: String,
     /// Whether it goes away with its pull request, for [`Change::EnvironmentCreated`].

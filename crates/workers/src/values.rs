@@ -19,7 +19,9 @@
 //! ```
 //!
 //! Keys are sorted, so that the same values always have the same bytes. Whatever somebody wrote
-//! beside what Daybook knows is kept when Daybook writes the file again (except for comments).
+//! beside what Daybook knows is kept when Daybook writes the file again, comments included.
+
+mod comments;
 
 use std::collections::BTreeMap;
 
@@ -36,7 +38,7 @@ use serde_json::Value;
 pub const CHART: &str = "daybook-app";
 
 /// What a values file begins with.
-const HEADER: &str = "# Written by Daybook. Changes by hand are kept, except for comments.\n";
+const HEADER: &str = "# Written by Daybook. Changes by hand are kept.\n";
 
 /// The largest values file that is read, in bytes.
 pub const MAX_VALUES_BYTES: usize = 4 << 20;
@@ -136,14 +138,16 @@ impl EnvironmentValues {
     }
 
     /// The values file that takes the place of `previous`, with what others wrote there: keys
-    /// that Daybook does not know, in places that still exist.
+    /// that Daybook does not know, in places that still exist, and comments with their keys.
     pub fn to_yaml_over(&self, previous: &str) -> Result<String, InvalidValues> {
         let known = Self::from_yaml(previous)?.document()?;
         let whole: Value =
             serde_saphyr::from_str(previous).map_err(|e| InvalidValues(first_line(&e)))?;
         let mut document = self.document()?;
         keep_foreign(&mut document, &whole, &known);
-        write(&document)
+        let text = comments::carry_over(previous, write(&document)?);
+        check_size(&text)?;
+        Ok(text)
     }
 
     fn document(&self) -> Result<Value, InvalidValues> {
@@ -434,7 +438,7 @@ mod tests {
     fn the_file_has_the_labels_and_stands_under_the_chart() {
         assert_eq!(
             example().to_yaml().unwrap(),
-            "# Written by Daybook. Changes by hand are kept, except for comments.\n\
+            "# Written by Daybook. Changes by hand are kept.\n\
              daybook-app:\n  environment: production\n  ephemeral: false\n  labels:\n    \
              daybook.dev/environment: production\n    daybook.dev/ephemeral: \"false\"\n    \
              daybook.dev/project: shop\n  project: shop\n  services: {}\n"

@@ -285,9 +285,9 @@ async fn each_change_has_its_message_and_its_effect() {
             "deploy(development): api a1b2c3d",
             "env(create): pr-142 from development",
             "promote(staging): api a1b2c3d from development",
-            "config(staging): update replicas of api a1b2c3d to 3",
+            "config(staging): update replicas to 3",
             "config(staging): update api a1b2c3d",
-            "config(staging): update replicas of api a1b2c3d to 0",
+            "config(staging): update replicas to 0",
             "config(staging): remove api a1b2c3d",
             "env(delete): pr-142",
         ]

@@ -245,6 +245,7 @@ impl World {
             redeploy_of: None,
             promoted_from: None,
             allow_partial: false,
+            config: Default::default(),
             secrets: std::collections::BTreeMap::new(),
         }));
         self.apply(id, event).await;

@@ -250,6 +250,7 @@ fn deploy(client: &Process, number: u8) -> DeploymentId {
         secrets: BTreeMap::new(),
         promoted_from: None,
         allow_partial: false,
+        config: Default::default(),
     };
     request(client, id, &DeploymentEvent::Requested(Box::new(requested)));
     id

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
     self, Deployment, DeploymentEvent, PromotedFrom, Requested, Status, SwitchMode, Version,
 };
 use daybook_events::secret::{self, SecretRef};
-use daybook_events::spec::{HealthSpec, ImageReference, ServiceSpec};
+use daybook_events::spec::{HealthSpec, ImageReference, RunSpec, ServiceSpec};
 use daybook_events::{
     ClusterName, DeploymentId, Digest, EnvKey, EnvironmentName, GitRef, ImageRepository, ImageTag,
     InstanceRef, Refusal, Subject,
@@ -184,9 +185,7 @@ impl Commands {
 
     fn main_deployment(&self, instance: &InstanceRef) -> Result<DeploymentId, CommandError> {
         self.instance(instance)?;
-        let routing = self.ledger.projections().routing(&instance.project)?;
-        let traffic = routing.as_ref().and_then(|r| r.traffic(instance));
-        Ok(traffic.and_then(|t| t.main).ok_or_else(|| {
+        Ok(self.main_of(instance)?.ok_or_else(|| {
             Refusal::new(
                 "nothing_to_promote",
                 format!("{instance} has no main deployment"),
@@ -225,6 +224,12 @@ impl Commands {
             )
             .into());
         }
+        // What was changed for this instance stays, until the wish says otherwise.
+        let config = match self.main_of(&wish.instance)? {
+            Some(main) => self.deployment(main)?.state.config(),
+            None => InstanceConfig::default(),
+        };
+        config.apply(&mut run);
         run.port = port.unwrap_or(run.port);
         run.command = command.unwrap_or(run.command);
         run.env.extend(env);
@@ -244,6 +249,7 @@ impl Commands {
             secrets,
             promoted_from,
             allow_partial: wish.allow_partial,
+            config,
         };
         self.request(caller, id, request).await
     }
@@ -271,6 +277,11 @@ impl Commands {
             reason: wish.reason,
             redeploy_of: Some(wish.of),
             promoted_from: None,
+            config: old.config(),
+            run: RunSpec {
+                replicas: old.replicas,
+                ..old.request.run.clone()
+            },
             secrets: self.applicable_secrets(&old.request.instance).await?,
             ..old.request
         };
@@ -279,7 +290,7 @@ impl Commands {
 
     /// The newest versions of the secrets that a deployment of an instance gets, all of which can
     /// be found.
-    async fn applicable_secrets(
+    pub(super) async fn applicable_secrets(
         &self,
         instance: &InstanceRef,
     ) -> Result<BTreeMap<EnvKey, SecretRef>, CommandError> {
@@ -292,7 +303,7 @@ impl Commands {
         Ok(secrets)
     }
 
-    async fn request(
+    pub(super) async fn request(
         &self,
         caller: &Caller,
         id: DeploymentId,
@@ -410,7 +421,7 @@ fn git_version(
 
 /// What a deployment turned out to be made from, which no branch or tag that moved since can
 /// change.
-fn pinned_version(id: DeploymentId, old: &Deployment) -> Result<Version, CommandError> {
+pub(super) fn pinned_version(id: DeploymentId, old: &Deployment) -> Result<Version, CommandError> {
     if let Some(image) = &old.image {
         let reference = ImageReference {
             repository: image.repository.clone(),

@@ -6,6 +6,7 @@
 //! it is repeated.
 
 mod check;
+mod config;
 mod deploy;
 mod gitops;
 mod hooks;
@@ -32,6 +33,7 @@ use uuid::Uuid;
 
 use crate::state::Settings;
 
+pub use config::Configure;
 pub use deploy::{Deploy, Deployed, Promote, Redeploy, RunOverrides, What};
 pub use hooks::{HookWish, Received};
 pub use lifecycle::{Lifecycle, Operated};

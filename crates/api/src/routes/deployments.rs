@@ -193,7 +193,7 @@ pub(crate) struct RollbackTo {
 impl CommandBody for RollbackTo {}
 
 /// The instance that a request names, in one of the two ways.
-fn instance(
+pub(super) fn instance(
     id: Option<String>,
     project: Option<String>,
     environment: Option<String>,

@@ -1,5 +1,6 @@
 //! The addresses of the interface.
 
+pub(crate) mod config;
 pub(crate) mod deployments;
 pub(crate) mod events;
 pub(crate) mod gitops;
@@ -78,6 +79,8 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(deployments::promote))
         .routes(routes!(traffic::list_routes, traffic::set_routes))
         .routes(routes!(traffic::set_policy))
+        .routes(routes!(config::scale))
+        .routes(routes!(config::change_config))
         .routes(routes!(logs::deployment_logs))
         .routes(routes!(history::list_history))
         .routes(routes!(history::list_audit))

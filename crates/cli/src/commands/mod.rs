@@ -2,6 +2,7 @@
 //! server, and prints what came of it.
 
 mod audit;
+mod config;
 mod demo;
 mod deploy;
 mod events;
@@ -140,6 +141,11 @@ pub enum Command {
     /// Look at the route table, share traffic between deployments, choose between clusters.
     #[command(subcommand)]
     Routes(routes::RoutesCommand),
+    /// Run another number of instances of a service.
+    Scale(config::ScaleArgs),
+    /// Change the environment variables of a service instance.
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
     /// Scale a deployment to zero; it can be started again.
     Stop(lifecycle::OperationArgs),
     /// Start a stopped deployment.
@@ -205,6 +211,8 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::MarkMain(args) => lifecycle::mark_main(args).await,
         Command::Rollback(args) => lifecycle::rollback(args).await,
         Command::Routes(command) => routes::run(command).await,
+        Command::Scale(args) => config::scale(args).await,
+        Command::Config(command) => config::run(command).await,
         Command::Stop(args) => lifecycle::operate("stop", args).await,
         Command::Start(args) => lifecycle::operate("start", args).await,
         Command::Keep(args) => lifecycle::keep(args).await,

@@ -107,6 +107,7 @@ pub fn request(instance: InstanceRef) -> deployment::Requested {
         secrets: BTreeMap::new(),
         promoted_from: None,
         allow_partial: false,
+        config: Default::default(),
     }
 }
 
@@ -428,6 +429,9 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
             cause: KeepCause::Asked,
             table: Some(2),
             reason: Some("to compare both".to_owned()),
+        E::ScaleRequested(deployment::ScaleRequested {
+            replicas: 3,
+            reason: Some("the spring sale begins".to_owned()),
         }),
     ]
 }

@@ -1,7 +1,7 @@
 //! Changes of an environment, as data.
 
 use daybook_events::spec::{PinnedImage, RunSpec};
-use daybook_events::{DeploymentId, EnvironmentName, ServiceName};
+use daybook_events::{DeploymentId, EnvKey, EnvironmentName, ServiceName};
 
 use crate::values::{EnvironmentValues, ReleaseValues, ServiceValues};
 
@@ -29,6 +29,17 @@ pub enum Change {
         deployment: DeploymentId,
         /// What runs, where and how.
         release: ReleaseValues,
+    },
+    /// A release like [`Self::Deploy`], of what runs already, with other variables.
+    Reconfigure {
+        /// The service.
+        service: ServiceName,
+        /// The deployment.
+        deployment: DeploymentId,
+        /// What runs, where and how.
+        release: ReleaseValues,
+        /// The variables that differ.
+        keys: Vec<EnvKey>,
     },
     /// A release has this many instances in each cluster; 0 stops it. Stopping what is not there
     /// changes nothing.
@@ -74,10 +85,19 @@ impl Change {
         match self {
             Self::Deploy { deployment, .. }
             | Self::Promote { deployment, .. }
+            | Self::Reconfigure { deployment, .. }
             | Self::Scale { deployment, .. }
             | Self::Configure { deployment, .. }
             | Self::Remove { deployment, .. } => Some(*deployment),
             Self::CreateEnvironment { .. } | Self::DeleteEnvironment => None,
+        }
+    }
+
+    /// The service whose configuration it is about, for a message whose title does not name it.
+    pub(super) fn configures(&self) -> Option<&ServiceName> {
+        match self {
+            Self::Scale { service, .. } | Self::Reconfigure { service, .. } => Some(service),
+            _ => None,
         }
     }
 
@@ -133,6 +153,12 @@ pub(super) fn make(
             service,
             deployment,
             release,
+        }
+        | Change::Reconfigure {
+            service,
+            deployment,
+            release,
+            ..
         } => Ok(deploy(
             current.cloned().unwrap_or(empty),
             service,

@@ -5,7 +5,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use daybook_events::gitops::LedgerAnchor;
 use daybook_events::tree::SignedHead;
-use daybook_events::{CommitId, DeploymentId, EnvironmentName, EventId};
+use daybook_events::{CommitId, DeploymentId, EnvKey, EnvironmentName, EventId};
 
 use super::change::Change;
 
@@ -26,6 +26,9 @@ pub const ALLOWED_SIGNERS: &str = ".daybook/allowed_signers";
 
 /// What `git revert` writes before the commit that it undoes.
 const REVERTS: &str = "This reverts commit ";
+
+/// How many variables a title names.
+const LISTED: usize = 4;
 
 /// The longest body, in bytes.
 const MAX_BODY: usize = 4 * 1024;
@@ -126,9 +129,12 @@ pub(super) fn title(environment: &EnvironmentName, change: &Change, tag: Option<
         Change::Promote { from, service, .. } => {
             format!("promote({environment}): {service} {tag} from {from}")
         }
-        Change::Scale {
-            service, replicas, ..
-        } => format!("config({environment}): update replicas of {service} {tag} to {replicas}"),
+        Change::Scale { replicas, .. } => {
+            format!("config({environment}): update replicas to {replicas}")
+        }
+        Change::Reconfigure { keys, .. } => {
+            format!("config({environment}): update {}", listed(keys))
+        }
         Change::Configure { service, .. } => {
             format!("config({environment}): update {service} {tag}")
         }
@@ -140,6 +146,23 @@ pub(super) fn title(environment: &EnvironmentName, change: &Change, tag: Option<
         Change::DeleteEnvironment => format!("env(delete): {environment}"),
     };
     title.trim_end().to_owned()
+}
+
+/// What a message says below its title: the release whose configuration changes.
+pub(super) fn body(change: &Change, tag: Option<&str>) -> Option<String> {
+    let service = change.configures()?;
+    let tag = tag.map(short_tag).unwrap_or_default();
+    Some(format!("{service} {tag}").trim_end().to_owned())
+}
+
+/// The first few of some variables.
+fn listed(keys: &[EnvKey]) -> String {
+    let mut names: Vec<&str> = keys.iter().take(LISTED).map(EnvKey::as_str).collect();
+    let more = format!("{} more", keys.len().saturating_sub(LISTED));
+    if keys.len() > LISTED {
+        names.push(&more);
+    }
+    names.join(", ")
 }
 
 /// A tag as people read it: a full commit id is shortened like one.

@@ -294,6 +294,12 @@ fn as_change(asked: GitopsChange) -> Result<Change, StepError> {
                 )
             })?;
             match from {
+                None if !asked.config.is_empty() => Change::Reconfigure {
+                    service,
+                    deployment,
+                    release,
+                    keys: asked.config,
+                },
                 Some(from) => Change::Promote {
                     from,
                     service,

@@ -845,9 +845,10 @@ impl Inner {
         }
         self.witness(repository, &base_commit, &request.witness, &mut update)?;
         let tree = update.create_updated(repository, &base_commit.tree()?)?;
+        let body = request.body.clone().or(message::body(&request.change, tag));
         let text = message::compose(
             &title,
-            request.body.as_deref(),
+            body.as_deref(),
             request.event,
             request.change.deployment(),
             request.witness.ledger.as_ref().map(|l| &l.anchor),

@@ -15,7 +15,7 @@ use daybook_events::environment::{
 use daybook_events::gitops::Change;
 use daybook_events::routing::{self, Routing};
 use daybook_events::secret;
-use daybook_events::spec::ImageReference;
+use daybook_events::spec::{ImageReference, RunSpec};
 use daybook_events::{
     AggregateKind, DeploymentId, EnvironmentName, InstanceRef, ProjectName, Subject, SubjectFilter,
 };
@@ -148,6 +148,7 @@ impl Package {
                     from: Some(from.clone()),
                 },
                 release: None,
+                config: Vec::new(),
                 ephemeral: environment.spec.ephemeral,
                 author: author_of(Some(a.event.actor())),
                 occasion: Occasion {
@@ -217,6 +218,11 @@ impl Package {
                 deployment: main.id,
             }),
             instance: instance.clone(),
+            config: main.state.config(),
+            run: RunSpec {
+                replicas: main.state.replicas,
+                ..source.run.clone()
+            },
             ..source
         };
         let subject =
@@ -346,6 +352,7 @@ impl Package {
                     environment: name,
                     change: Change::EnvironmentDeleted {},
                     release: None,
+                    config: Vec::new(),
                     ephemeral: environment.spec.ephemeral,
                     author: author_of(Some(asked.actor())),
                     occasion,

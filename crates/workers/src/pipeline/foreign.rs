@@ -479,13 +479,17 @@ impl Decisions {
                 matches!(
                     row.state.status,
                     Status::Stopping | Status::Starting | Status::Terminating
-                )
+                ) || row.state.scaling.is_some()
             })
             .map(|row| row.id)
             .collect();
         for id in waiting {
             if let Some(row) = self.0.bench.row(id)? {
-                match self.0.carry_out(&row, None).await {
+                let done = match row.state.status {
+                    Status::Started => self.0.scale(&row).await,
+                    _ => self.0.carry_out(&row, None).await,
+                };
+                match done {
                     Ok(()) | Err(Stop::Moved(_)) => {}
                     Err(stop) => return Err(stop),
                 }

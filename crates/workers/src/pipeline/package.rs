@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use daybook_events::deployment::{ChangeCommitted, DeployingStarted, DeploymentEvent, Status};
+use daybook_events::deployment::{
+    self, ChangeCommitted, DeployingStarted, Deployment, DeploymentEvent, Status,
+};
 use daybook_events::gitops::{
     self, Change, Committed, Gitops, GitopsEvent, RemoteStep, RepositoryCreated,
 };
@@ -28,6 +30,9 @@ use crate::ports::{GitopsChange, GitopsCommit, KnownHistory, Repositories, StepE
 use crate::values::ReleaseValues;
 
 const ROLE: &str = "package";
+
+/// Somebody asked for another number of instances.
+const SCALED: &str = "deployment.scale_requested.v1";
 
 /// The code of a step that meets a rewritten history.
 pub(super) const REWRITTEN: &str = "gitops_history_rewritten";
@@ -72,6 +77,8 @@ pub(super) struct CommitWork<'a> {
     pub(super) change: Change,
     /// What runs, for [`Change::Deploy`].
     pub(super) release: Option<ReleaseValues>,
+    /// The variables that differ, for a [`Change::Deploy`] that changes nothing else.
+    pub(super) config: Vec<EnvKey>,
     /// For [`Change::EnvironmentCreated`].
     pub(super) ephemeral: bool,
     pub(super) author: String,
@@ -95,6 +102,7 @@ impl Worker for Package {
                 | "deployment.terminate_requested.v1"
                 | "deployment.failed.v1"
                 | "deployment.cancelled.v1"
+                | SCALED
         )
     }
     fn key(&self, subject: &Subject) -> String {
@@ -119,6 +127,7 @@ impl Package {
             return Ok(());
         };
         match self.bench.row(id)? {
+            Some(row) if a.event.short_kind() == SCALED => self.scale(&row).await,
             Some(row) => self.carry_out(&row, Some(&a.event)).await,
             None => Ok(()),
         }
@@ -159,7 +168,7 @@ impl Package {
                 Some(0),
             ),
             Status::Starting => {
-                let replicas = row.state.request.run.replicas;
+                let replicas = row.state.replicas;
                 (
                     Change::Scale {
                         service,
@@ -193,6 +202,7 @@ impl Package {
             environment: &instance.environment,
             change,
             release,
+            config: self.changed_variables(row)?,
             ephemeral: false,
             author,
             occasion: Occasion::of(row),
@@ -235,6 +245,91 @@ impl Package {
             Err(Stop::Moved(_)) => Ok(()),
             other => other.map(|_| ()),
         }
+    }
+
+    /// Commits the number of instances that is asked for now, if it is not committed yet.
+    pub(super) async fn scale(&self, row: &DeploymentRow) -> Result<(), Stop> {
+        let (Some(cause), Status::Started) = (row.state.scaling, row.state.status) else {
+            return Ok(());
+        };
+        let instance = &row.state.request.instance;
+        let replicas = row.state.replicas;
+        let made = self
+            .commit(CommitWork {
+                project: &instance.project,
+                environment: &instance.environment,
+                change: Change::Scale {
+                    service: instance.service.clone(),
+                    deployment: row.id,
+                    replicas,
+                },
+                release: None,
+                config: Vec::new(),
+                ephemeral: false,
+                author: author_of(self.actor_of(cause).await?),
+                occasion: Occasion {
+                    cause,
+                    correlation: row.id.0,
+                },
+            })
+            .await;
+        let made = match made {
+            Ok(made) => made,
+            Err(stop) => {
+                let why = match stop {
+                    Stop::Fail(e) => format!("{}: {}", e.code, e.message),
+                    Stop::Retry(why) => why,
+                    other => return Err(other),
+                };
+                let text = format!("not scaled yet, and tried again: {why}");
+                self.bench.say(row.id, None, text).await;
+                return Err(Stop::Retry(why));
+            }
+        };
+        let text = format!("committed {}: {}", made.commit.short(), made.message);
+        self.bench.say(row.id, None, text).await;
+        let event = DeploymentEvent::ChangeCommitted(ChangeCommitted {
+            commit: made.commit,
+            replicas: Some(replicas),
+        });
+        let context = self.bench.follow_up(ROLE, cause, row.id.0, "committed");
+        let recorded = self
+            .bench
+            .append::<Deployment>(&row.subject, &context, |state| {
+                deployment::decide(state, event.clone())
+            })
+            .await;
+        match recorded {
+            // It is being stopped meanwhile.
+            Ok(_) | Err(Stop::Moved(_)) => Ok(()),
+            Err(stop) => Err(stop),
+        }
+    }
+
+    /// The variables that a deployment has otherwise than the one whose snapshot it repeats.
+    fn changed_variables(&self, row: &DeploymentRow) -> Result<Vec<EnvKey>, Stop> {
+        let Some(of) = row.state.request.redeploy_of else {
+            return Ok(Vec::new());
+        };
+        let Some(before) = self.bench.row(of)? else {
+            return Ok(Vec::new());
+        };
+        let (before, now) = (&before.state.request.run.env, &row.state.request.run.env);
+        let names: BTreeSet<&EnvKey> = before.keys().chain(now.keys()).collect();
+        let differs = |name: &&EnvKey| before.get(*name) != now.get(*name);
+        Ok(names.into_iter().filter(differs).cloned().collect())
+    }
+
+    /// Whoever an event of the ledger says did it.
+    async fn actor_of(&self, event: EventId) -> Result<Option<Actor>, Stop> {
+        let found = self.bench.ledger.projections().event_by_id(event)?;
+        let Some(found) = found else {
+            return Ok(None);
+        };
+        let log = self.bench.ledger.log();
+        let recorded = log.get(found.position).await;
+        let recorded = recorded.map_err(|e| Stop::Retry(e.to_string()))?;
+        Ok(recorded.and_then(|r| r.event().ok()).map(|e| e.actor()))
     }
 
     fn gitops(&self, project: &ProjectName) -> Result<Option<Gitops>, Stop> {
@@ -293,6 +388,7 @@ impl Package {
                     environment: work.environment.clone(),
                     change: work.change.clone(),
                     release: work.release,
+                    config: work.config,
                     author: work.author,
                     ephemeral: work.ephemeral,
                     cause: occasion.cause,

@@ -55,6 +55,7 @@ impl Texts for DeploymentEvent {
             | Self::Deleted(_)
             | Self::StopUnscheduled(_)
             | Self::Requested(_)
+            | Self::ScaleRequested(_)
             // Nothing but names, numbers and digests.
             | Self::Queued(_)
             | Self::CloningStarted(_)

@@ -60,7 +60,10 @@ fn collect(text: &str) -> Comments {
                     found.before.entry(path.clone()).or_default().extend(lines);
                 }
                 if let Some(at) = comment {
-                    found.beside.entry(path).or_insert_with(|| line[at..].trim_end().to_owned());
+                    found
+                        .beside
+                        .entry(path)
+                        .or_insert_with(|| line[at..].trim_end().to_owned());
                 }
             }
         }
@@ -213,10 +216,10 @@ impl Reader {
             match key_of(inner) {
                 Some((key, value)) => {
                     self.enter(at, key);
-                    self.value(at, &inner[value..]);
+                    self.value(at, &inner[value..])
                 }
                 None => self.value(column, inner),
-            }
+            };
             return Line::Entry {
                 path,
                 comment: comment.map(|c| at + c),
@@ -273,10 +276,12 @@ fn key_of(text: &str) -> Option<(String, usize)> {
     let quote = text.chars().next().filter(|c| matches!(c, '"' | '\''));
     let end = match quote {
         Some(quote) => 1 + text[1..].find(quote)? + 1,
-        None => text
-            .match_indices(':')
-            .map(|(at, _)| at)
-            .find(|at| text[at + 1..].chars().next().is_none_or(char::is_whitespace))?,
+        None => text.match_indices(':').map(|(at, _)| at).find(|at| {
+            text[at + 1..]
+                .chars()
+                .next()
+                .is_none_or(char::is_whitespace)
+        })?,
     };
     let rest = text[end..].strip_prefix(':')?;
     if !rest.is_empty() && !rest.starts_with(char::is_whitespace) {
@@ -333,7 +338,11 @@ mod tests {
     #[test]
     fn a_header_of_an_earlier_version_is_not_kept() {
         let next = format!("{}\na: 1\n", HEADERS[0]);
-        carried(&format!("{}\n# mine\na: 2\n", HEADERS[1]), &next, &format!("{}\n# mine\na: 1\n", HEADERS[0]));
+        carried(
+            &format!("{}\n# mine\na: 2\n", HEADERS[1]),
+            &next,
+            &format!("{}\n# mine\na: 1\n", HEADERS[0]),
+        );
     }
 
     #[test]

@@ -240,6 +240,7 @@ impl World {
             redeploy_of: None,
             promoted_from: None,
             allow_partial: false,
+            config: Default::default(),
             secrets: std::collections::BTreeMap::new(),
         }));
         let context = context(id.0);

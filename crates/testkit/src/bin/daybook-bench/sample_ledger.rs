@@ -197,6 +197,7 @@ impl SampleProject {
                 redeploy_of: None,
                 promoted_from: None,
                 allow_partial: false,
+                config: Default::default(),
                 secrets: BTreeMap::new(),
             })),
         )?;
