@@ -429,6 +429,7 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
             cause: KeepCause::Asked,
             table: Some(2),
             reason: Some("to compare both".to_owned()),
+        }),
         E::ScaleRequested(deployment::ScaleRequested {
             replicas: 3,
             reason: Some("the spring sale begins".to_owned()),
