@@ -63,7 +63,7 @@ fn a_service_is_scaled_where_it_runs_by_one_event_and_one_commit() {
     assert_eq!(count(&server, "deployment.scale_requested"), 1);
     for replicas in ["0", "101"] {
         let refused = server.cli(&["scale", INSTANCE, "--replicas", replicas]);
-        assert_eq!(refused.code, 5, "{refused:?}");
+        assert_eq!(refused.code, 2, "{refused:?}");
     }
     // A stop and a start keep it, and so does the next deployment.
     server.ok(&["stop", &first]);

@@ -199,3 +199,117 @@ fn a_git_revert_of_a_deployment_is_a_rollback_by_who_made_it() {
     assert_eq!(server.deployment(&first)["main"], true);
     server.check_replay();
 }
+
+/// The files below a folder with what they hold, by name.
+fn contents(folder: &Path) -> std::collections::BTreeMap<String, Vec<u8>> {
+    let mut found = std::collections::BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(at) = folders.pop() {
+        for entry in fs::read_dir(&at).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(folder).unwrap().display().to_string();
+                found.insert(name, fs::read(&path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn an_ejected_repository_stands_alone_and_is_the_same_each_time() {
+    const CANARY: &str = "canary-value-5f1d9c";
+    let server = Server::start(Settings::default());
+    let source = site("one");
+    server.define("shop", "web", &source, &[]);
+    assert_eq!(
+        server
+            .cli(&["gitops", "eject", "shop", "--out", "x.zip"])
+            .code,
+        4
+    );
+    let value = server.folder().path().join("value");
+    fs::write(&value, CANARY).unwrap();
+    let from = ["--from-file", value.to_str().unwrap()];
+    server.ok(&[&["secret", "set", "shop", "TOKEN"][..], &from].concat());
+    server.deploy("shop.production.web", &[]);
+    source.commit("Two", &[("index.html", "two")]);
+    server.deploy("shop.production.web", &[]);
+    let out = |name: &str| server.folder().path().join(name);
+    let eject = |name: &str| {
+        let path = out(name);
+        let path = path.to_str().unwrap();
+        server.cli(&["gitops", "eject", "shop", "--out", path])
+    };
+    for name in ["one", "two", "one.zip", "two.zip"] {
+        let done = eject(name);
+        assert_eq!(done.code, 0, "{done:?}");
+        // However the repository keeps its objects.
+        git(&server.gitops("shop"), &["repack", "-adq"]);
+    }
+    let files = contents(&out("one"));
+    assert_eq!(files, contents(&out("two")));
+    assert_eq!(
+        fs::read(out("one.zip")).unwrap(),
+        fs::read(out("two.zip")).unwrap()
+    );
+    assert_eq!(eject("one").code, 2, "it is there already");
+    for name in [
+        "EJECTED.md",
+        "argocd/shop-production.yaml",
+        "base/Chart.yaml",
+    ] {
+        assert!(files.contains_key(name), "{name} in {:?}", files.keys());
+    }
+
+    // It is a repository like any other, with its history, and clean.
+    let ejected = out("one");
+    git(&ejected, &["fsck", "--strict"]);
+    let log = ["log", "--format=%H %s", "main"];
+    assert_eq!(git(&ejected, &log), git(&server.gitops("shop"), &log));
+    git(&ejected, &["reset", "--quiet"]);
+    assert_eq!(
+        git(&ejected, &["status", "--porcelain"]),
+        "?? EJECTED.md\n?? argocd/"
+    );
+    let clone = tempfile::tempdir().unwrap();
+    git(
+        clone.path(),
+        &["clone", "--quiet", ejected.to_str().unwrap(), "."],
+    );
+
+    // No value of a secret is in it, packed or not.
+    let shown = git(&ejected, &["log", "--patch", "main"]);
+    assert!(shown.contains("TOKEN") && !shown.contains(CANARY));
+    let has = |bytes: &[u8]| bytes.windows(CANARY.len()).any(|w| w == CANARY.as_bytes());
+    assert!(!files.values().any(|content| has(content)));
+    assert!(!has(&fs::read(out("one.zip")).unwrap()));
+
+    // What other programs make of the archive.
+    match std::process::Command::new("python3")
+        .args(["-m", "zipfile", "-t"])
+        .arg(out("one.zip"))
+        .output()
+    {
+        Ok(tested) => {
+            assert!(tested.status.success(), "{tested:?}");
+            let into = out("unzipped");
+            let unzipped = std::process::Command::new("python3")
+                .args(["-m", "zipfile", "-e"])
+                .args([out("one.zip"), into.clone()])
+                .status();
+            assert!(unzipped.unwrap().success());
+            assert_eq!(contents(&into), files);
+        }
+        Err(_) => daybook_testkit::left_out("python3 is not installed"),
+    }
+
+    // Somebody commits the value of one: nothing leaves.
+    by_hand(&server.gitops("shop"), "NOTES", CANARY);
+    let refused = eject("three");
+    assert_eq!(refused.code, 5, "{refused:?}");
+    assert!(refused.stderr.contains("value of a secret") && !refused.stderr.contains(CANARY));
+    assert!(!out("three").exists());
+}

@@ -212,6 +212,19 @@ fn git() -> Command {
     command
 }
 
+/// A place among those that read a repository at once.
+pub(crate) fn place() -> Result<OwnedSemaphorePermit, Problem> {
+    PLACES.clone().try_acquire_owned().map_err(|_| {
+        Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "too_many_clones",
+            "too many GitOps repositories are being read at once",
+            "try again in a moment",
+        )
+        .retry_after(1)
+    })
+}
+
 /// What a commit changes against its first parent, as text; cut at one mebibyte.
 pub(crate) async fn diff(
     state: &AppState,
@@ -230,15 +243,7 @@ pub(crate) async fn diff(
         )
     };
     let root = state.settings.git_root.as_ref().ok_or_else(missing)?;
-    let _place = PLACES.clone().try_acquire_owned().map_err(|_| {
-        Problem::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "too_many_clones",
-            "too many GitOps repositories are being read at once",
-            "try again in a moment",
-        )
-        .retry_after(1)
-    })?;
+    let _place = place()?;
     let mut child = git()
         .arg("--git-dir")
         .arg(root.join(format!("{project}.git")))

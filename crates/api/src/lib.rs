@@ -12,6 +12,7 @@ pub mod hooks;
 
 mod answer;
 mod consistency;
+mod eject;
 mod extract;
 mod git;
 mod hosts;

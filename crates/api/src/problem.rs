@@ -142,6 +142,8 @@ fn status_of(code: &str) -> StatusCode {
         | "nothing_to_retry"
         | "cancel_requested"
         | "main_changed"
+        | "nothing_runs"
+        | "repository_contains_secret"
         | "already_main"
         | "nothing_routed"
         | "pinned_out"

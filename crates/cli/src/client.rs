@@ -1,5 +1,6 @@
 //! The client of a Daybook server.
 
+use std::io::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -152,6 +153,17 @@ impl Client {
         };
         let read = answer.bytes().await;
         read.map(Some).map_err(|e| self.unreachable(&e))
+    }
+
+    /// GET of a file of any size, into one that is open.
+    pub async fn download(&self, path: &str, into: &mut std::fs::File) -> Result<(), Failure> {
+        let request = self.http.get(format!("{}{path}", self.base));
+        let answer = self.send(request).await?;
+        let mut bytes = answer.bytes_stream();
+        while let Some(part) = bytes.next().await {
+            into.write_all(&part.map_err(|e| self.unreachable(&e))?)?;
+        }
+        Ok(into.flush()?)
     }
 
     /// POST, PUT or DELETE with a body. The request has an idempotency key of its own, so that it

@@ -76,6 +76,7 @@ deployments! {
     "deployment.stop_scheduled.v1": StopScheduled,
     "deployment.stop_unscheduled.v1": StopUnscheduled,
     "deployment.change_committed.v1": ChangeCommitted,
+    "deployment.scale_requested.v1": ScaleRequested,
 }
 
 fn build(kind: &str, text: &mut Text<'_>) -> Option<Step> {
@@ -337,6 +338,7 @@ structs! {
     deployment::ImagePinned { image: PinnedImage, build: Option<BuildId>, shared: bool }
     deployment::DeployingStarted { commit: CommitId }
     deployment::ChangeCommitted { commit: CommitId, replicas: Option<u32> }
+    deployment::ScaleRequested { replicas: u32, reason: Option<String> }
     deployment::WorkloadObserved {
         cluster: ClusterName, revision: CommitId, wanted: u32, instances: Vec<deployment::Instance>,
         problem: Option<deployment::Problem>

@@ -25,6 +25,7 @@ pub use operation::{Possibility, ways_to};
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::config::InstanceConfig;
 use crate::envelope::Payload;
+use crate::log::Position;
 use crate::names::{
     BuildId, ClusterName, CommitId, DeploymentId, EnvKey, EnvironmentName, EventId, GitRef,
     Hostname, InstanceRef, RepositoryUrl,
@@ -835,7 +836,6 @@ pub struct ScaleRequested {
     /// Instances in each cluster: 1 to 100.
     pub replicas: u32,
     /// Why, in the caller's words.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
@@ -983,6 +983,15 @@ pub struct Milestones {
     pub entered: BTreeMap<Status, Timestamp>,
 }
 
+/// Which event asked for another number of instances.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scaling {
+    /// The event.
+    pub event: EventId,
+    /// Where it is.
+    pub position: Position,
+}
+
 /// The state of a deployment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deployment {
@@ -1015,7 +1024,7 @@ pub struct Deployment {
     /// scales it.
     pub replicas: u32,
     /// The event that asked for another number, until it is committed.
-    pub scaling: Option<EventId>,
+    pub scaling: Option<Scaling>,
     /// What was last seen, by cluster.
     pub observed: BTreeMap<ClusterName, WorkloadObserved>,
     /// Where it is in each of its clusters.
@@ -1333,7 +1342,10 @@ impl Aggregate for Deployment {
             }
             DeploymentEvent::ScaleRequested(e) => {
                 self.replicas = e.replicas;
-                self.scaling = Some(at.id);
+                self.scaling = Some(Scaling {
+                    event: at.id,
+                    position: at.position,
+                });
             }
             DeploymentEvent::ChangeCommitted(e) => {
                 if e.replicas == Some(self.replicas) {

@@ -603,8 +603,11 @@ impl Gitops {
         } else {
             self.advance_environment(e.environment, &e.commit, e.ordinal);
         }
-        // Its record was late, and meanwhile it was taken for somebody else's.
-        self.foreign.retain(|f| f.commit != e.commit);
+        // Its record was late, and meanwhile it was taken for somebody else's. One that changed
+        // nothing names the commit that has it so, which may well be somebody else's.
+        if !e.unchanged {
+            self.foreign.retain(|f| f.commit != e.commit);
+        }
         self.remember(e.cause, e.commit, e.parent);
         Ok(())
     }

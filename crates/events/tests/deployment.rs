@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use daybook_events::aggregate::Decision;
 use daybook_events::deployment::{
-    ClusterState, Deployment, DeploymentEvent, Failed, Operation, Phase, ReadinessState, Status,
+    self, ClusterState, Deployment, DeploymentEvent, Failed, Operation, Phase, ReadinessState, Status,
     TRANSITIONS, Version, decide,
 };
 use daybook_events::testing::{Given, given, samples};
@@ -54,7 +54,8 @@ const LIFE: &[(Status, &str, &str)] = &[
     (
         Status::Started,
         "stop_requested",
-        "workload_observed endpoint_observed openapi_found stop_scheduled stop_unscheduled",
+        "workload_observed endpoint_observed openapi_found stop_scheduled stop_unscheduled \
+         change_committed scale_requested",
     ),
     (
         Status::PartiallyStarted,
@@ -604,6 +605,42 @@ fn what_will_not_come_any_more_is_not_pending() {
             assert_eq!(readiness.state, ReadinessState::Failed, "{names}");
         }
     }
+}
+
+#[test]
+fn a_running_deployment_is_scaled_until_its_commit_is_recorded() {
+    let scale = |replicas| {
+        DeploymentEvent::ScaleRequested(deployment::ScaleRequested {
+            replicas,
+            reason: None,
+        })
+    };
+    let committed = |replicas| {
+        DeploymentEvent::ChangeCommitted(deployment::ChangeCommitted {
+            commit: samples::commit(7),
+            replicas: Some(replicas),
+        })
+    };
+    let given = reach(Status::Started)
+        .when(|s| decide(s, scale(1)))
+        .then_nothing()
+        .when(|s| decide(s, scale(0)))
+        .then_refused("invalid_replicas")
+        .when(|s| decide(s, scale(101)))
+        .then_refused("invalid_replicas")
+        .when(|s| decide(s, scale(3)))
+        .then(scale(3))
+        .when(|s| decide(s, scale(3)))
+        .then_nothing();
+    let state = given.state.clone().unwrap();
+    assert_eq!(state.config().replicas, Some(3));
+    let asked = state.scaling.expect("it is to be committed");
+    assert_eq!(state.request.run.replicas, 1, "the snapshot stays");
+    // A commit of another number, as of a stop, is not the one that was asked for.
+    let given = given.and(committed(0));
+    assert_eq!(given.state.as_ref().unwrap().scaling, Some(asked));
+    let given = given.and(committed(3));
+    assert_eq!(given.state.unwrap().scaling, None);
 }
 
 /// The table as a Mermaid state diagram: one arrow for each pair of states, with the short names

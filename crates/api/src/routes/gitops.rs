@@ -1,9 +1,11 @@
 //! GitOps repositories: what the ledger knows of them, and what people decide about commits that
 //! Daybook did not make.
 
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
+use daybook_events::environment::EnvironmentStatus;
 use daybook_events::gitops::{
     ForeignCommit, ForeignSignature, ForeignStatus, Gitops, HistoryRewritten, RemoteStep,
     RemoteTrouble,
@@ -14,16 +16,18 @@ use daybook_events::{
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio_util::io::ReaderStream;
+use utoipa::IntoParams;
 
 use super::deployments::Why;
 use super::secrets::Nothing;
 use crate::answer::Answer;
-use crate::commands::{Caller, Commands};
+use crate::commands::{Caller, CommandError, Commands};
 use crate::extract::{Command, CommandBody, Named, NoParams, Params};
-use crate::git;
 use crate::problem::Problem;
 use crate::state::AppState;
 use crate::view::ProjectView;
+use crate::{eject, git};
 
 /// A GitOps repository, as the ledger knows it.
 #[derive(Debug, Serialize, JsonSchema)]
@@ -246,6 +250,106 @@ pub(crate) async fn commit_diff(
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     ];
     Ok((headers, diff).into_response())
+}
+
+/// The form of an archive.
+#[derive(Debug, Default, Clone, Copy, Deserialize, JsonSchema, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ArchiveForm {
+    /// A zip archive without compression.
+    #[default]
+    Zip,
+    /// A tar archive.
+    Tar,
+}
+
+/// How a repository is ejected.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct EjectQuery {
+    /// `zip` (if not given) or `tar`.
+    #[serde(default)]
+    #[param(inline)]
+    format: ArchiveForm,
+}
+
+/// The whole GitOps repository of a project as an archive that stands alone: files, history, an Argo
+/// CD Application for each environment, and how to go on without Daybook. Secrets are not in it; if
+/// somebody committed the value of one, it is refused. The same state gives the same bytes.
+#[utoipa::path(get, path = "/api/v1/projects/{project}/gitops/eject", tag = "gitops",
+    params(("project" = String, Path, description = "The project."), EjectQuery),
+    responses((status = 200, description = "The archive.", body = String,
+        content_type = "application/zip")))]
+pub(crate) async fn eject_gitops(
+    State(state): State<AppState>,
+    Named(project): Named<ProjectName>,
+    Params(query): Params<EjectQuery>,
+) -> Result<Response, Problem> {
+    let commands = &state.commands;
+    repository(commands, &project)?;
+    let missing = || {
+        Refusal::new(
+            "repository_not_here",
+            format!("the GitOps repository of {project} is not on this server"),
+            "ask the server that has it, or clone its remote",
+        )
+    };
+    let root = state.settings.git_root.as_ref().ok_or_else(missing)?;
+    let folder = root.join(format!("{project}.git"));
+    if !folder.is_dir() {
+        return Err(missing().into());
+    }
+    let environments = state.projections().environments(&project)?.into_iter();
+    let store = commands.secret_store().ok();
+    let masker = store.map(|store| store.masker(Some(&project))).transpose();
+    let (form, media_type, ending) = match query.format {
+        ArchiveForm::Zip => (eject::Form::Zip, "application/zip", "zip"),
+        ArchiveForm::Tar => (eject::Form::Tar, "application/x-tar", "tar"),
+    };
+    let wish = eject::Wish {
+        repository: folder,
+        places: environments
+            .filter(|e| e.status != EnvironmentStatus::Deleted)
+            .map(|e| eject::Place {
+                name: e.name,
+                ephemeral: e.spec.ephemeral,
+            })
+            .collect(),
+        remote: commands.project(&project)?.gitops_remote,
+        form,
+        masker: masker.map_err(CommandError::Secrets)?,
+        project,
+    };
+    let place = git::place()?;
+    let name = format!("{}-gitops.{ending}", wish.project);
+    let made = tokio::task::spawn_blocking(move || {
+        let made = eject::archive(&wish);
+        drop(place);
+        made
+    });
+    let file = made
+        .await
+        .map_err(|e| Problem::internal(&e))?
+        .map_err(|e| match e {
+            eject::EjectError::Secret { .. } => Problem::from(Refusal::new(
+                "repository_contains_secret",
+                e.to_string(),
+                "somebody committed it by hand: change the secret, and take the value out of the \
+                 history",
+            )),
+            eject::EjectError::Io(_) => Problem::internal(&e),
+        })?;
+    let body = Body::from_stream(ReaderStream::new(tokio::fs::File::from_std(file)));
+    let headers = [
+        (header::CONTENT_TYPE, media_type.to_owned()),
+        (
+            header::CONTENT_DISPOSITION,
+            format!("attachment; filename=\"{name}\""),
+        ),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned()),
+    ];
+    Ok((headers, body).into_response())
 }
 
 /// Accepts a commit that Daybook did not make: what it changes is synced from here on. For a

@@ -96,6 +96,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(tlog::keys))
         .routes(routes!(gitops::get_gitops))
         .routes(routes!(gitops::set_remote, gitops::clear_remote))
+        .routes(routes!(gitops::eject_gitops))
         .routes(routes!(gitops::commit_diff))
         .routes(routes!(gitops::adopt_commit))
         .routes(routes!(gitops::revert_commit))

@@ -1,5 +1,8 @@
 //! `daybook gitops`: commits that Daybook did not make, and what becomes of them.
 
+use std::io::Seek as _;
+use std::path::{Path, PathBuf};
+
 use clap::{Args, Subcommand};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -17,6 +20,9 @@ pub enum GitopsCommand {
     Show(ProjectArgs),
     /// Push its commits to a repository elsewhere, or stop doing so.
     Remote(RemoteArgs),
+    /// Take the whole repository away, with its history and all that is needed to go on without
+    /// Daybook.
+    Eject(EjectArgs),
     /// What a commit changes.
     Diff(CommitArgs),
     /// Accept a commit that Daybook did not make, or a history that was rewritten.
@@ -50,6 +56,17 @@ pub struct RemoteArgs {
     clear: bool,
 }
 
+/// Where the repository goes.
+#[derive(Debug, Args)]
+pub struct EjectArgs {
+    #[command(flatten)]
+    project: ProjectArgs,
+    /// A folder that is not there yet, or a file whose name ends in `.zip`. The same state of the
+    /// repository gives the same bytes.
+    #[arg(long, value_name = "PATH")]
+    out: PathBuf,
+}
+
 /// Which commit.
 #[derive(Debug, Args)]
 pub struct CommitArgs {
@@ -75,6 +92,7 @@ pub async fn run(command: GitopsCommand) -> Outcome {
     match command {
         GitopsCommand::Show(args) => show(args).await,
         GitopsCommand::Remote(args) => remote(args).await,
+        GitopsCommand::Eject(args) => eject(args).await,
         GitopsCommand::Diff(args) => diff(args).await,
         GitopsCommand::Adopt(args) => decide("adopt", args).await,
         GitopsCommand::Revert(args) => decide("revert", args).await,
@@ -218,6 +236,62 @@ async fn remote(args: RemoteArgs) -> Outcome {
         Some(url) => format!("GitOps commits of {project} are pushed to {url}"),
         None => format!("GitOps commits of {project} stay on the server"),
     });
+    Ok(Code::Success)
+}
+
+async fn eject(args: EjectArgs) -> Outcome {
+    let client = Client::new(&args.project.server)?;
+    let project = &args.project.project;
+    let out = std::path::absolute(&args.out)?;
+    if out.exists() {
+        return Err(Failure::new(
+            Code::Usage,
+            "path_exists",
+            format!("{} is there already", out.display()),
+        )
+        .hint("name a path with --out that is not there yet"));
+    }
+    let is_zip = out
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("zip"));
+    let folder = out.parent().unwrap_or(Path::new("/"));
+    let unwritable = |e: std::io::Error| {
+        Failure::new(
+            Code::Failure,
+            "out_unwritable",
+            format!("{} cannot be written: {e}", out.display()),
+        )
+        .hint("name another path with --out")
+    };
+    let form = if is_zip { "zip" } else { "tar" };
+    let path = format!(
+        "/api/v1/projects/{}/gitops/eject?format={form}",
+        segment(project)?
+    );
+    // It gets its name when it is whole.
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(unwritable)?;
+    client.download(&path, file.as_file_mut()).await?;
+    if is_zip {
+        file.persist_noclobber(&out)
+            .map_err(|e| unwritable(e.error))?;
+    } else {
+        let unpacked = tempfile::tempdir_in(folder).map_err(unwritable)?;
+        file.as_file_mut().rewind().map_err(unwritable)?;
+        tar::Archive::new(file.as_file())
+            .unpack(unpacked.path())
+            .map_err(unwritable)?;
+        std::fs::rename(unpacked.path(), &out).map_err(unwritable)?;
+        let _ = unpacked.keep();
+    }
+    if output::is_json() {
+        output::json(&json!({ "project": project, "out": out }));
+    } else {
+        output::line(&format!(
+            "{} {project} to {}; EJECTED.md says how to go on",
+            output::style().good("ejected"),
+            out.display()
+        ));
+    }
     Ok(Code::Success)
 }
 

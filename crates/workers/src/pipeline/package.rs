@@ -17,8 +17,8 @@ use daybook_events::gitops::{
 };
 use daybook_events::secret::SecretRef;
 use daybook_events::{
-    Actor, AggregateKind, Context, EnvKey, EnvironmentName, Event, EventId, ProjectName, Subject,
-    SubjectFilter,
+    Actor, AggregateKind, Context, EnvKey, EnvironmentName, Event, EventId, Position, ProjectName,
+    Subject, SubjectFilter,
 };
 use daybook_projections::DeploymentRow;
 use uuid::Uuid;
@@ -249,9 +249,10 @@ impl Package {
 
     /// Commits the number of instances that is asked for now, if it is not committed yet.
     pub(super) async fn scale(&self, row: &DeploymentRow) -> Result<(), Stop> {
-        let (Some(cause), Status::Started) = (row.state.scaling, row.state.status) else {
+        let (Some(scaling), Status::Started) = (row.state.scaling, row.state.status) else {
             return Ok(());
         };
+        let cause = scaling.event;
         let instance = &row.state.request.instance;
         let replicas = row.state.replicas;
         let made = self
@@ -266,7 +267,7 @@ impl Package {
                 release: None,
                 config: Vec::new(),
                 ephemeral: false,
-                author: author_of(self.actor_of(cause).await?),
+                author: author_of(self.actor_at(scaling.position).await?),
                 occasion: Occasion {
                     cause,
                     correlation: row.id.0,
@@ -320,14 +321,9 @@ impl Package {
         Ok(names.into_iter().filter(differs).cloned().collect())
     }
 
-    /// Whoever an event of the ledger says did it.
-    async fn actor_of(&self, event: EventId) -> Result<Option<Actor>, Stop> {
-        let found = self.bench.ledger.projections().event_by_id(event)?;
-        let Some(found) = found else {
-            return Ok(None);
-        };
-        let log = self.bench.ledger.log();
-        let recorded = log.get(found.position).await;
+    /// Whoever the event at a position says did it.
+    async fn actor_at(&self, position: Position) -> Result<Option<Actor>, Stop> {
+        let recorded = self.bench.ledger.log().get(position).await;
         let recorded = recorded.map_err(|e| Stop::Retry(e.to_string()))?;
         Ok(recorded.and_then(|r| r.event().ok()).map(|e| e.actor()))
     }
@@ -502,15 +498,7 @@ impl Package {
             Status::Stopping | Status::Starting | Status::Terminating => event
                 .filter(|event| event.id == row.state.status_event)
                 .map(Event::actor),
-            Status::Packaging => self
-                .bench
-                .ledger
-                .log()
-                .get(row.created)
-                .await
-                .map_err(|e| Stop::Retry(e.to_string()))?
-                .and_then(|r| r.event().ok())
-                .map(|e| e.actor()),
+            Status::Packaging => self.actor_at(row.created).await?,
             _ => None,
         };
         Ok(author_of(actor))

@@ -6,15 +6,13 @@
 //! commit adopted, and what it took out stopped. The person who made the commit is the actor, as
 //! far as the commit can be believed: nobody checked the name.
 
-use std::time::Duration;
-
 use daybook_events::deployment::{DeploymentEvent, OperationRequested, Status};
 use daybook_events::environment::Environment;
 use daybook_events::gitops::{
     self, ForeignCommitAdopted, ForeignCommitFound, ForeignStatus, Gitops, GitopsEvent,
     UndoneDeployment,
 };
-use daybook_events::routing::{self, Command, Hostnames, Routing, Target};
+use daybook_events::routing::{self, Command, Hostnames, Routing, SwitchReason, Target};
 use daybook_events::{
     Actor, Context, DeploymentId, EventId, InstanceRef, Position, ProjectName, Subject,
 };
@@ -23,9 +21,6 @@ use jiff::Timestamp;
 
 use super::{Bench, Stop};
 use crate::driver::{Activation, Outcome};
-
-/// How often it is looked whether a gateway serves the routes.
-const LOOK_EVERY: Duration = Duration::from_millis(300);
 
 /// The longest name of a person that is taken over, in bytes.
 const MAX_NAME: usize = 200;
@@ -45,19 +40,7 @@ pub(super) async fn honour(
         found,
         undone,
     };
-    match revert.carry_out().await {
-        Ok(Progress::Waiting) => Outcome::Wait(LOOK_EVERY),
-        Ok(Progress::Done) => Outcome::Done,
-        Err(stop) => super::outcome(Err(stop)),
-    }
-}
-
-/// How far a rollback is.
-enum Progress {
-    /// No gateway serves its routes yet.
-    Waiting,
-    /// Everything is asked for, or there is nothing to do.
-    Done,
+    super::outcome(revert.carry_out().await)
 }
 
 struct Revert<'a> {
@@ -69,7 +52,7 @@ struct Revert<'a> {
 }
 
 impl Revert<'_> {
-    async fn carry_out(&self) -> Result<Progress, Stop> {
+    async fn carry_out(&self) -> Result<(), Stop> {
         let projections = self.bench.ledger.projections();
         let gitops = projections.gitops(self.project)?;
         let status = gitops
@@ -77,38 +60,38 @@ impl Revert<'_> {
             .and_then(|g| g.foreign_commit(&self.found.commit))
             .map(|f| f.status);
         let Some(row) = self.bench.row(self.undone.deployment)? else {
-            return Ok(Progress::Done);
+            return Ok(());
         };
         match status {
             Some(ForeignStatus::Found) => {}
             // The process may have died between the adoption and the stop.
             Some(ForeignStatus::Adopted) if self.is_rolled_back()? => {
-                self.stop(&row).await?;
-                return Ok(Progress::Done);
+                return self.stop(&row).await;
             }
             // Somebody decided otherwise.
-            _ => return Ok(Progress::Done),
+            _ => return Ok(()),
         }
         let table = if self.is_rolled_back()? {
             self.table()?
         } else {
             match self.switch(&row).await {
                 Ok(Some(table)) => table,
-                Ok(None) => return Ok(Progress::Done),
+                Ok(None) => return Ok(()),
                 Err(Stop::Moved(refusal)) => {
                     self.not_honoured(&row, &refusal.message).await;
-                    return Ok(Progress::Done);
+                    return Ok(());
                 }
                 Err(stop) => return Err(stop),
             }
         };
         let routing = projections.routing(self.project)?;
         if !routing.is_some_and(|r| r.applied.values().any(|applied| *applied >= table)) {
-            return Ok(Progress::Waiting);
+            return Err(Stop::Retry(
+                "no gateway serves the routes of the rollback yet".to_owned(),
+            ));
         }
         self.adopt().await?;
-        self.stop(&row).await?;
-        Ok(Progress::Done)
+        self.stop(&row).await
     }
 
     /// Moves the routes, if what was reverted has them. Returns the table that does it.
@@ -138,16 +121,12 @@ impl Revert<'_> {
                 status: target.state.status,
                 ready: target.state.workload_is_ready(),
             },
-            note: Some(format!(
-                "commit {}: {}",
-                self.found.commit.short(),
-                self.found.message
-            )),
+            note: Some(self.note()),
         };
         let subject = Subject::Routing(self.project.clone());
         let executed = self
             .bench
-            .append::<Routing>(&subject, &self.context(SWITCHED), |state| {
+            .append::<Routing>(&subject, &self.context("revert rolls back"), |state| {
                 routing::decide(state, command.clone())
             })
             .await?;
@@ -176,9 +155,22 @@ impl Revert<'_> {
         Ok(routing.map_or(0, |r| r.table))
     }
 
+    /// Whether an earlier try has moved the routes.
     fn is_rolled_back(&self) -> Result<bool, Stop> {
-        let id = self.context(SWITCHED).id;
-        Ok(self.bench.ledger.projections().event_by_id(id)?.is_some())
+        let routing = self.bench.ledger.projections().routing(self.project)?;
+        let note = Some(self.note());
+        Ok(routing.is_some_and(|r| {
+            let mut recent = r.recent.iter();
+            recent.any(|s| s.reason == SwitchReason::Rollback && s.note == note)
+        }))
+    }
+
+    /// What the switch says, by which it is known again.
+    fn note(&self) -> String {
+        format!(
+            "git revert in commit {}: {}",
+            self.found.commit, self.found.message
+        )
     }
 
     /// What the commit changes is what shall be.
@@ -253,8 +245,6 @@ impl Revert<'_> {
         }
     }
 }
-
-const SWITCHED: &str = "revert rolls back";
 
 /// Who a commit says made it: the address of `Name <address>`.
 fn person(author: &str) -> Actor {
