@@ -1258,6 +1258,7 @@ async fn the_pipeline_has_one_repository_a_project() {
         environment: env("production"),
         change,
         release,
+        config: Vec::new(),
         author: "alice".into(),
         ephemeral: false,
         cause: event(n),

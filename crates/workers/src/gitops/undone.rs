@@ -68,7 +68,7 @@ pub(super) fn deployment(
         left.releases.remove(&deployment);
         left.image = earlier.image.clone();
     }
-    Ok((expected == undone.after).then(|| UndoneDeployment {
+    Ok((expected == undone.after).then_some(UndoneDeployment {
         environment: undone.environment,
         service,
         deployment,
