@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 
 use daybook_events::aggregate::Decision;
 use daybook_events::deployment::{
-    self, ClusterState, Deployment, DeploymentEvent, Failed, Operation, Phase, ReadinessState, Status,
-    TRANSITIONS, Version, decide,
+    self, ClusterState, Deployment, DeploymentEvent, Failed, Operation, Phase, ReadinessState,
+    Status, TRANSITIONS, Version, decide,
 };
 use daybook_events::testing::{Given, given, samples};
 use daybook_events::{DeploymentId, Payload};

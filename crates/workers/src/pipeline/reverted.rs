@@ -191,7 +191,7 @@ impl Revert<'_> {
 
     /// What the repository does not list any more is to run no more.
     async fn stop(&self, row: &DeploymentRow) -> Result<(), Stop> {
-        if row.state.status != Status::Started {
+        if !matches!(row.state.status, Status::Started | Status::PartiallyStarted) {
             return Ok(());
         }
         let event = DeploymentEvent::StopRequested(OperationRequested {
