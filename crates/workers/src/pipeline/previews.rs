@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
     self, CancelRequested, Deployment, DeploymentEvent, Requested, Version,
 };
@@ -460,6 +461,14 @@ async fn actor_at(bench: &Bench, position: Position) -> Result<Actor, Stop> {
         .ok_or_else(|| Stop::Retry(format!("the event at {position} cannot be read")))
 }
 
+/// What an instance's main deployment runs differently from its service's definition.
+fn config_of(bench: &Bench, instance: &InstanceRef) -> Result<InstanceConfig, Stop> {
+    let routing = bench.ledger.projections().routing(&instance.project)?;
+    let main = routing.and_then(|r| r.traffic(instance)?.main);
+    let main = main.map(|id| bench.row(id)).transpose()?.flatten();
+    Ok(main.map_or_else(InstanceConfig::default, |row| row.state.config()))
+}
+
 /// Asks for a deployment, as somebody would who deploys this commit.
 async fn request(
     bench: &Bench,
@@ -472,6 +481,10 @@ async fn request(
     let instance = instance_of(wish.environment, service);
     let git_ref = GitRef::parse(wish.commit.as_str()).map_err(|e| Stop::Retry(e.to_string()))?;
     let environment = &wish.environment.spec;
+    // What somebody changed for this instance stays, as with a deployment by hand.
+    let config = config_of(bench, &instance)?;
+    let mut run = spec.run.clone();
+    config.apply(&mut run);
     let event = Box::new(Requested {
         version: Version::Git {
             url: source.url.clone(),
@@ -481,7 +494,8 @@ async fn request(
         clusters: environment.clusters.clone(),
         build: spec.build.clone(),
         image_repository: spec.image_repository.clone(),
-        run: spec.run.clone(),
+        run,
+        config,
         switch: environment.switch,
         reason: Some(wish.reason.clone()),
         redeploy_of: None,
