@@ -155,6 +155,12 @@ fn status_of(code: &str) -> StatusCode {
         | "target_not_running"
         | "target_not_ready"
         | "no_stop_scheduled"
+        | "no_approval_asked_for"
+        | "no_review_open"
+        | "own_change"
+        | "not_an_approver"
+        | "plan_changed"
+        | "approval_rejected"
         | "foreign_commit_decided"
         | "not_rewritten"
         | "stale_attempt" => StatusCode::CONFLICT,

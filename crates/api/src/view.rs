@@ -283,6 +283,9 @@ pub(crate) struct DeploymentDetail {
     /// When it will be stopped by itself, if nothing is decided before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) stops: Option<views::StopView>,
+    /// Who has allowed it, while that is asked for; and an emergency that is to be reviewed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) approval: Option<views::ApprovalView>,
     /// What can be done to it now.
     pub(crate) operations: Vec<Operation>,
     /// All operations; for those that are not possible now, why, and what would make them so.
@@ -563,6 +566,8 @@ pub(crate) struct OperationAccepted {
     pub(crate) id: DeploymentId,
     /// `stopping`, `starting`, `retrying`, `scaling`, `terminating`, `cancelling`, `kept` or
     /// `deleted`.
+    /// `stopping`, `starting`, `retrying`, `terminating`, `cancelling`, `kept`, `deleted`, `approved`,
+    /// `rejected`, `overridden` or `reviewed`.
     pub(crate) status: &'static str,
 }
 
@@ -680,6 +685,7 @@ impl<'a> Shown<'a> {
             durations: durations(state),
             entered: state.milestones.entered.clone(),
             stops: views::StopView::of(state),
+            approval: views::ApprovalView::of(state),
             operations: state.operations(),
             possibilities: state.possibilities(),
             source: state.source.as_ref().map(|s| SourceView {

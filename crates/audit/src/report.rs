@@ -181,6 +181,8 @@ impl Collector {
                 if let Some((_, reviewed)) = &mut run.emergency {
                     reviewed.get_or_insert(event.time);
                 }
+            } else if kind.contains("voided") {
+                run.approvals.clear();
             } else if kind.contains("granted") {
                 run.approvals.push((actor.clone(), event.id.to_string()));
             }

@@ -24,6 +24,10 @@ pub use operation::{Possibility, ways_to};
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::config::InstanceConfig;
+use crate::approval::{
+    self, Approval, ApprovalGranted, ApprovalRejected, ApprovalRequested, ApprovalsVoided,
+    Approved, EmergencyOverride, PostReviewCompleted,
+};
 use crate::envelope::Payload;
 use crate::log::Position;
 use crate::names::{
@@ -54,6 +58,8 @@ pub enum Status {
     Pushing,
     /// The image is pinned; the GitOps commit is being made.
     Packaging,
+    /// Its plan is known, and waits to be allowed.
+    AwaitingApproval,
     /// Committed; its clusters converge to it.
     Deploying,
     /// Runs (or should run) in its clusters.
@@ -100,13 +106,14 @@ pub enum Phase {
 
 impl Status {
     /// All states.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Requested,
         Self::Queued,
         Self::Cloning,
         Self::Building,
         Self::Pushing,
         Self::Packaging,
+        Self::AwaitingApproval,
         Self::Deploying,
         Self::Started,
         Self::PartiallyStarted,
@@ -132,6 +139,7 @@ impl Status {
             Self::Building => "building",
             Self::Pushing => "pushing",
             Self::Packaging => "packaging",
+            Self::AwaitingApproval => "awaiting_approval",
             Self::Deploying => "deploying",
             Self::Started => "started",
             Self::PartiallyStarted => "partially_started",
@@ -156,7 +164,7 @@ impl Status {
             Self::Cloning => Phase::Cloning,
             Self::Building => Phase::Building,
             Self::Pushing => Phase::Pushing,
-            Self::Packaging | Self::Deploying => Phase::Deploying,
+            Self::Packaging | Self::AwaitingApproval | Self::Deploying => Phase::Deploying,
             Self::Failed | Self::Cancelled => Phase::Failed,
             _ => Phase::Succeeded,
         }
@@ -171,6 +179,7 @@ impl Status {
             | Self::Building
             | Self::Pushing
             | Self::Packaging
+            | Self::AwaitingApproval
             | Self::Deploying
             | Self::Starting => "starting",
             Self::Failed => "start_error",
@@ -230,6 +239,7 @@ const PIPELINE: &[Status] = &[
     Status::Building,
     Status::Pushing,
     Status::Packaging,
+    Status::AwaitingApproval,
     Status::Deploying,
 ];
 
@@ -243,6 +253,26 @@ const COMMITTED: &[Status] = &[
     Status::StartError,
     Status::StopError,
     Status::Terminating,
+    Status::TerminateError,
+];
+
+/// The states of what may have had a plan.
+const PLANNED: &[Status] = &[
+    Status::Packaging,
+    Status::AwaitingApproval,
+    Status::Deploying,
+    Status::Started,
+    Status::PartiallyStarted,
+    Status::Stopping,
+    Status::Stopped,
+    Status::Starting,
+    Status::Terminating,
+    Status::Terminated,
+    Status::Deleted,
+    Status::Failed,
+    Status::Cancelled,
+    Status::StartError,
+    Status::StopError,
     Status::TerminateError,
 ];
 
@@ -267,6 +297,29 @@ pub const TRANSITIONS: &[Transition] = &{
             &[Queued, Cloning, Building, Pushing],
             Some(Packaging),
         ),
+        t(
+            "deployment.approval_requested.v1",
+            &[Packaging],
+            Some(AwaitingApproval),
+        ),
+        t(
+            "deployment.approvals_voided.v1",
+            &[Packaging, AwaitingApproval],
+            Some(AwaitingApproval),
+        ),
+        t("deployment.approval_granted.v1", &[AwaitingApproval], None),
+        t("deployment.approval_rejected.v1", &[AwaitingApproval], None),
+        t(
+            "deployment.emergency_override.v1",
+            &[AwaitingApproval],
+            None,
+        ),
+        t(
+            "deployment.approved.v1",
+            &[AwaitingApproval],
+            Some(Packaging),
+        ),
+        t("deployment.post_review_completed.v1", PLANNED, None),
         t(
             "deployment.deploying_started.v1",
             &[Packaging],
@@ -464,11 +517,15 @@ pub enum Operation {
     MarkMain,
     Redeploy,
     Keep,
+    Approve,
+    Reject,
+    Override,
+    Review,
 }
 
 impl Operation {
     /// All operations.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::Cancel,
         Self::Stop,
         Self::Start,
@@ -478,6 +535,10 @@ impl Operation {
         Self::MarkMain,
         Self::Redeploy,
         Self::Keep,
+        Self::Approve,
+        Self::Reject,
+        Self::Override,
+        Self::Review,
     ];
 
     /// The states that allow it.
@@ -490,6 +551,10 @@ impl Operation {
             Self::Terminate => "deployment.terminate_requested.v1",
             Self::Delete => "deployment.deleted.v1",
             Self::Keep => "deployment.stop_unscheduled.v1",
+            Self::Approve => "deployment.approval_granted.v1",
+            Self::Reject => "deployment.approval_rejected.v1",
+            Self::Override => "deployment.emergency_override.v1",
+            Self::Review => "deployment.post_review_completed.v1",
             Self::MarkMain => return &[Status::Started, Status::PartiallyStarted],
             Self::Redeploy => return &Status::ALL,
         };
@@ -936,6 +1001,20 @@ events! {
         TerminateFailed(OperationFailed) = "deployment.terminate_failed.v1",
         /// Its record is put away.
         Deleted(Deleted) = "deployment.deleted.v1",
+        /// Its plan waits to be allowed.
+        ApprovalRequested(Box<ApprovalRequested>) = "deployment.approval_requested.v1",
+        /// Its plan became another one.
+        ApprovalsVoided(Box<ApprovalsVoided>) = "deployment.approvals_voided.v1",
+        /// Somebody allowed it.
+        ApprovalGranted(ApprovalGranted) = "deployment.approval_granted.v1",
+        /// Somebody does not allow it.
+        ApprovalRejected(ApprovalRejected) = "deployment.approval_rejected.v1",
+        /// Somebody went ahead.
+        EmergencyOverride(EmergencyOverride) = "deployment.emergency_override.v1",
+        /// It goes on.
+        Approved(Approved) = "deployment.approved.v1",
+        /// An emergency was looked at.
+        PostReviewCompleted(PostReviewCompleted) = "deployment.post_review_completed.v1",
         /// It will be stopped by itself.
         StopScheduled(StopScheduled) = "deployment.stop_scheduled.v1",
         /// It will not.
@@ -1043,6 +1122,8 @@ pub struct Deployment {
     pub cancelled: Option<Cancelled>,
     /// When it is to be stopped by itself.
     pub stops: StopPlan,
+    /// Who allowed it, where that is asked for.
+    pub approval: Option<Box<Approval>>,
     /// Is there an image?
     pub build_readiness: Readiness,
     /// Does it run?
@@ -1096,6 +1177,7 @@ impl Deployment {
     pub fn due(&self) -> Option<Timestamp> {
         match self.status {
             Status::Started => self.stops.pending.as_ref().map(|p| p.due),
+            Status::AwaitingApproval => self.approval.as_ref().and_then(|a| a.expires),
             _ => None,
         }
     }
@@ -1259,6 +1341,7 @@ impl Aggregate for Deployment {
             failure: None,
             cancelled: None,
             stops: StopPlan::default(),
+            approval: None,
             build_readiness: pending(),
             workload_readiness: pending(),
             endpoint_readiness: pending(),
@@ -1488,6 +1571,15 @@ impl Aggregate for Deployment {
             DeploymentEvent::Deleted(_) => {}
             DeploymentEvent::StopScheduled(e) => self.stops.schedule(e),
             DeploymentEvent::StopUnscheduled(e) => self.stops.unschedule(&e),
+            event @ (DeploymentEvent::ApprovalRequested(_)
+            | DeploymentEvent::ApprovalsVoided(_)
+            | DeploymentEvent::ApprovalGranted(_)
+            | DeploymentEvent::ApprovalRejected(_)
+            | DeploymentEvent::EmergencyOverride(_)
+            | DeploymentEvent::Approved(_)
+            | DeploymentEvent::PostReviewCompleted(_)) => {
+                approval::fold(&mut self.approval, event, at);
+            }
         }
         self.judge_clusters(at.time);
         Ok(())
@@ -1574,6 +1666,9 @@ pub fn decide(
     }
     if let DeploymentEvent::RetryRequested(e) = &event {
         cluster::check_retry(state, e)?;
+    }
+    if !approval::changes(state, &event)? {
+        return Ok(Decision::Nothing);
     }
     if state.cancel.is_some()
         && (row.to.is_some_and(Status::in_pipeline)

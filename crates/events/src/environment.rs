@@ -10,6 +10,7 @@ use serde::ser::SerializeStruct as _;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
+use crate::approval::ApprovalRule;
 use crate::deployment::SwitchMode;
 use crate::envelope::Payload;
 use crate::log::Position;
@@ -45,6 +46,9 @@ pub struct EnvironmentSpec {
     /// an ephemeral environment, and for ever for any other one, if not given.
     #[serde(default)]
     pub keep_idle: Option<KeepFor>,
+    /// Who has to allow what is deployed to it; nobody if not given.
+    #[serde(default)]
+    pub approval: Option<ApprovalRule>,
 }
 
 impl EnvironmentSpec {
@@ -65,7 +69,9 @@ impl Serialize for EnvironmentSpec {
         let json = serializer.is_human_readable();
         let keep_old = !(json && self.keep_old.is_none());
         let keep_idle = !(json && self.keep_idle.is_none());
-        let fields = 4 + usize::from(keep_old) + usize::from(keep_idle);
+        let approval = !(json && self.approval.is_none());
+        let later = [keep_old, keep_idle, approval];
+        let fields = 4 + later.into_iter().filter(|given| *given).count();
         let mut out = serializer.serialize_struct("EnvironmentSpec", fields)?;
         out.serialize_field("clusters", &self.clusters)?;
         out.serialize_field("live", &self.live)?;
@@ -76,6 +82,9 @@ impl Serialize for EnvironmentSpec {
         }
         if keep_idle {
             out.serialize_field("keep_idle", &self.keep_idle)?;
+        }
+        if approval {
+            out.serialize_field("approval", &self.approval)?;
         }
         out.end()
     }
@@ -359,6 +368,12 @@ pub fn decide(
 ) -> Result<Decision<EnvironmentEvent>, Refusal> {
     use EnvironmentStatus::{Active, Deleted, Deleting};
     let status = state.map_or(Deleted, |e| e.status);
+    if let EnvironmentEvent::Created(Created { spec, .. })
+    | EnvironmentEvent::Changed(Changed { spec }) = &event
+        && let Some(rule) = &spec.approval
+    {
+        rule.check()?;
+    }
     match (state, &event) {
         (_, EnvironmentEvent::Created(_)) if status == Deleted => Ok(Decision::Append(event)),
         (Some(e), EnvironmentEvent::Created(_)) => {

@@ -6,6 +6,7 @@
 
 pub mod aggregate;
 pub mod any;
+pub mod approval;
 pub mod build;
 pub mod catalog;
 pub mod causes;

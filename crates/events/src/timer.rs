@@ -273,7 +273,15 @@ pub fn is_service_address(stickiness: Stickiness) -> bool {
     !matches!(stickiness, Stickiness::Deployment | Stickiness::Branch)
 }
 
-/// Decides on a scheduled stop that is due. What was superseded, or is not due yet, comes to
+/// The nonce of what a deployment waits for.
+pub fn nonce_of(state: &Deployment) -> Option<EventId> {
+    match state.status {
+        Status::AwaitingApproval => state.approval.as_ref().map(|a| a.nonce),
+        _ => state.stops.pending.as_ref().map(|p| p.nonce),
+    }
+}
+
+/// Decides on a timer that is due: a scheduled stop, or the end of waiting for approvals. What was superseded, or is not due yet, comes to
 /// nothing; what has traffic is kept.
 pub fn fire(
     state: Option<&Deployment>,
@@ -281,6 +289,14 @@ pub fn fire(
     now: Timestamp,
     has_traffic: bool,
 ) -> Result<Decision<DeploymentEvent>, Refusal> {
+    let approval = state.and_then(|s| s.approval.as_ref());
+    if let (Some(s), Some(approval)) = (state, approval)
+        && s.status == Status::AwaitingApproval
+        && approval.nonce == nonce
+        && approval.expires.is_some_and(|expires| expires <= now)
+    {
+        return decide(state, DeploymentEvent::Failed(approval.expired()));
+    }
     let pending = state.and_then(|s| s.stops.pending.as_ref());
     let Some(pending) = pending.filter(|p| p.nonce == nonce && p.due <= now) else {
         return Ok(Decision::Nothing);

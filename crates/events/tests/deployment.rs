@@ -42,8 +42,13 @@ const LIFE: &[(Status, &str, &str)] = &[
     ),
     (
         Status::Packaging,
-        "deploying_started failed cancelled",
+        "deploying_started approval_requested approvals_voided failed cancelled",
         "cancel_requested",
+    ),
+    (
+        Status::AwaitingApproval,
+        "approved failed cancelled",
+        "approvals_voided approval_granted approval_rejected emergency_override cancel_requested",
     ),
     (
         Status::Deploying,
@@ -133,6 +138,9 @@ fn reach(status: Status) -> Given<Deployment> {
             "requested queued cloning_started building_started pushing_started".to_owned()
         }
         Status::Packaging => "requested queued image_pinned".to_owned(),
+        Status::AwaitingApproval => {
+            "requested queued image_pinned approval_requested approval_granted".to_owned()
+        }
         Status::Deploying => TO_DEPLOYING.to_owned(),
         Status::Started => live,
         Status::PartiallyStarted => format!("{TO_DEPLOYING} partially_succeeded"),
@@ -165,6 +173,10 @@ fn every_state_takes_what_it_should_and_nothing_else() {
         let staying: BTreeSet<_> = staying.split_whitespace().collect();
         for event in events() {
             let kind = event.kind();
+            // That depends on whether there was an emergency, and moves nothing.
+            if kind == "deployment.post_review_completed.v1" {
+                continue;
+            }
             let name = kind
                 .trim_start_matches("deployment.")
                 .trim_end_matches(".v1");

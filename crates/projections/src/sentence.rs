@@ -417,6 +417,53 @@ fn deployment<'a>(
         E::StopRequested(e) => {
             because(out, format_args!("It is to be stopped."), e.reason.as_ref())
         }
+        E::ApprovalRequested(e) => plain(
+            out,
+            format_args!(
+                "Its plan {} waits for {} approvals.",
+                e.hash, e.plan.rule.required
+            ),
+        ),
+        E::ApprovalsVoided(e) => plain(
+            out,
+            format_args!(
+                "Its plan became {}; {} approvals are void.",
+                e.hash,
+                e.voided.len()
+            ),
+        ),
+        E::ApprovalGranted(e) => because(
+            out,
+            format_args!("{} allowed plan {}.", e.approver, e.hash),
+            e.reason.as_ref(),
+        ),
+        E::ApprovalRejected(e) => because(
+            out,
+            format_args!("{} rejected it.", e.approver),
+            Some(&e.reason),
+        ),
+        E::EmergencyOverride(e) => because(
+            out,
+            format_args!("{} goes ahead in an emergency; to be reviewed later.", e.by),
+            Some(&e.reason),
+        ),
+        E::Approved(e) if e.emergency => plain(
+            out,
+            format_args!("It goes on with plan {} in an emergency.", e.hash),
+        ),
+        E::Approved(e) => plain(
+            out,
+            format_args!(
+                "Its plan {} is allowed by {}.",
+                e.hash,
+                e.approvers.join(", ")
+            ),
+        ),
+        E::PostReviewCompleted(e) => because(
+            out,
+            format_args!("{} reviewed the emergency.", e.reviewer),
+            e.reason.as_ref(),
+        ),
         E::StopScheduled(e) => plain(
             out,
             format_args!("It will be stopped at {:.0}: {}.", e.due, e.because()),

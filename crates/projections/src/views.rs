@@ -126,10 +126,48 @@ pub struct DeploymentView {
     /// When it will be stopped by itself, if nothing is decided before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stops: Option<StopView>,
+    /// Who has allowed it, while that is asked for; and an emergency that is to be reviewed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approval: Option<ApprovalView>,
     /// What can be done to it now.
     pub operations: Vec<Operation>,
     /// When it was asked for.
     pub created_at: Timestamp,
+}
+
+/// A deployment's approvals in short.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ApprovalView {
+    /// The hash that names its plan.
+    pub hash: Digest,
+    /// Who has allowed it.
+    pub granted: Vec<String>,
+    /// How many have to.
+    pub required: u32,
+    /// When it is too late.
+    pub expires: Option<Timestamp>,
+    /// Whether it waits.
+    pub waits: bool,
+    /// Who went ahead in an emergency that nobody has reviewed yet.
+    pub to_review: Option<String>,
+}
+
+impl ApprovalView {
+    /// What there is to say about a deployment; nothing once it is allowed and reviewed.
+    pub fn of(state: &Deployment) -> Option<Self> {
+        let approval = state.approval.as_ref()?;
+        let waits = state.status == Status::AwaitingApproval;
+        let emergency = approval.emergency.as_ref();
+        let to_review = emergency.filter(|_| approval.needs_review());
+        (waits || to_review.is_some()).then(|| Self {
+            hash: approval.hash.clone(),
+            granted: approval.approved().approvers,
+            required: approval.plan.rule.required,
+            expires: approval.expires,
+            waits,
+            to_review: to_review.map(|e| e.by.clone()),
+        })
+    }
 }
 
 /// A scheduled stop.
@@ -238,6 +276,7 @@ impl DeploymentView {
                 remedy: f.remedy.clone(),
             }),
             stops: StopView::of(state),
+            approval: ApprovalView::of(state),
             operations: state.operations(),
             created_at: state.created_at,
         }

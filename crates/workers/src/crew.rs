@@ -20,7 +20,7 @@ use crate::pipeline::retry::Retry;
 use crate::pipeline::route::{Deadlines, Route, RouteApplied};
 use crate::pipeline::source::Source;
 use crate::pipeline::sync::Sync;
-use crate::pipeline::{Bench, activity, gateway, observe, timers};
+use crate::pipeline::{Bench, activity, approvals, gateway, observe, timers};
 use crate::ports::{Images, Repositories, Sources};
 use crate::target::Target;
 
@@ -96,6 +96,10 @@ impl Crew {
             nudge: Nudge::default(),
         };
         self.hire(Decisions(package.clone()));
+        self.hire(approvals::Decisions(self.bench.clone()));
+        for kind in approvals::CAUSES {
+            self.hire(approvals::Plans(self.bench.clone(), kind));
+        }
         self.hire(Environments(package.clone()));
         self.hire(EnvironmentEnds(package.clone()));
         self.hire(package.clone());

@@ -5,6 +5,7 @@
 //! nothing is ever half done. With a [`RequestKey`] a command is carried out once, however often
 //! it is repeated.
 
+mod approvals;
 mod check;
 mod config;
 mod deploy;
@@ -34,6 +35,8 @@ use uuid::Uuid;
 use crate::state::Settings;
 
 pub use config::Configure;
+pub use approvals::Verdict;
+pub(crate) use approvals::approval;
 pub use deploy::{Deploy, Deployed, Promote, Redeploy, RunOverrides, What};
 pub use hooks::{HookWish, Received};
 pub use lifecycle::{Lifecycle, Operated};

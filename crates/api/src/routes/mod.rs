@@ -1,6 +1,7 @@
 //! The addresses of the interface.
 
 pub(crate) mod config;
+pub(crate) mod approvals;
 pub(crate) mod deployments;
 pub(crate) mod events;
 pub(crate) mod gitops;
@@ -73,6 +74,12 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(deployments::terminate_deployment))
         .routes(routes!(deployments::cancel_deployment))
         .routes(routes!(deployments::keep_deployment))
+        .routes(routes!(approvals::list_approvals))
+        .routes(routes!(approvals::get_approval))
+        .routes(routes!(approvals::approve_deployment))
+        .routes(routes!(approvals::reject_deployment))
+        .routes(routes!(approvals::override_deployment))
+        .routes(routes!(approvals::review_deployment))
         .routes(routes!(deployments::mark_main))
         .routes(routes!(deployments::redeploy))
         .routes(routes!(deployments::rollback))

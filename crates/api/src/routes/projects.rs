@@ -1,6 +1,7 @@
 //! Projects, services and environments.
 
 use axum::extract::State;
+use daybook_events::approval::ApprovalRule;
 use daybook_events::deployment::SwitchMode;
 use daybook_events::environment::{Environment, EnvironmentSpec, EnvironmentStatus};
 use daybook_events::project::Project;
@@ -60,6 +61,8 @@ pub(crate) struct CreateEnvironment {
     /// How long a deployment is kept running that nobody asks for through the gateway; 24 hours for
     /// an ephemeral environment, and for ever for any other one, if not given.
     keep_idle: Option<KeepFor>,
+    /// Who has to allow what is deployed to it; nobody if not given.
+    approval: Option<ApprovalRule>,
     /// The environment that it is made from: whatever takes the traffic there is promoted.
     from: Option<EnvironmentName>,
     /// The branch whose pushes are deployed to it by themselves.
@@ -236,6 +239,7 @@ pub(crate) async fn create_environment(
         ephemeral: body.ephemeral,
         keep_old: body.keep_old,
         keep_idle: body.keep_idle,
+        approval: body.approval,
     };
     let commands = &state.commands;
     let done = commands

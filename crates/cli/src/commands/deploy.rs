@@ -411,6 +411,11 @@ pub fn print_event(kind: &str, data: &Value, begun: Timestamp) {
             let (ready, failed) = (names("ready", ""), names("failed", "/cluster"));
             format!("ready in {ready}; failed in {failed}")
         }
+        "deployment.approval_requested.v1" => format!(
+            "{}; look at it with `daybook approvals show`",
+            text("/hash")
+        ),
+        "deployment.approval_granted.v1" => format!("by {}", text("/approver")),
         "deployment.workload_observed.v1" => {
             let instances = payload.get("instances").and_then(Value::as_array);
             let ready = instances

@@ -187,6 +187,16 @@ pub struct EnvRules {
     /// previews, and `never` to stop it for all others, if never given.
     #[arg(long, value_name = "TIME")]
     keep_idle: Option<KeepFor>,
+    /// How many people have to allow a plan before it is deployed; 0 for nobody.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=20))]
+    approvals: Option<u32>,
+    /// Who may allow it; may be given several times. Anybody but the requester and the author if
+    /// nobody is named.
+    #[arg(long = "approver", value_name = "NAME", requires = "approvals")]
+    approvers: Vec<String>,
+    /// How long a plan may wait to be allowed; 24h if not given.
+    #[arg(long, value_name = "TIME", requires = "approvals")]
+    approval_expires: Option<KeepFor>,
 }
 
 impl EnvRules {
@@ -195,6 +205,18 @@ impl EnvRules {
         for (name, keep) in [("keep_old", self.keep_old), ("keep_idle", self.keep_idle)] {
             if let Some(keep) = keep {
                 body[name] = keep.to_string().into();
+            }
+        }
+        match self.approvals {
+            None => {}
+            Some(0) => body["approval"] = Value::Null,
+            Some(required) => {
+                let expires = self.approval_expires.unwrap_or(KeepFor::IDLE);
+                body["approval"] = json!({
+                    "required": required,
+                    "approvers": self.approvers,
+                    "expires": expires.to_string(),
+                });
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The commands. Help lives on the argument structs; each function calls the library or the
 //! server, and prints what came of it.
 
+mod approvals;
 mod audit;
 mod config;
 mod demo;
@@ -126,6 +127,9 @@ pub enum Command {
     Deploy(deploy::DeployArgs),
     /// Deploy to one environment what runs in another.
     Promote(deploy::PromoteArgs),
+    /// Look at plans that wait to be allowed, and decide about them.
+    #[command(subcommand)]
+    Approvals(approvals::ApprovalsCommand),
     /// What runs where, with the three readiness answers.
     Status(status::StatusArgs),
     /// What was deployed when, by whom, and what became of it.
@@ -204,6 +208,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Secret(command) => secret::run(command).await,
         Command::Deploy(args) => deploy::run(args).await,
         Command::Promote(args) => deploy::promote(args).await,
+        Command::Approvals(command) => approvals::run(command).await,
         Command::Status(args) => status::run(args).await,
         Command::History(args) => history::run(args).await,
         Command::Logs(args) => logs::run(args).await,

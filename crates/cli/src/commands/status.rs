@@ -3,7 +3,7 @@
 use clap::Args;
 use daybook_events::deployment::ClusterState;
 use daybook_projections::Moment;
-use daybook_projections::views::{DeploymentView, InstanceView, Overview};
+use daybook_projections::views::{ApprovalView, DeploymentView, InstanceView, Overview};
 use serde_json::Value;
 
 use super::{Outcome, ServerArgs};
@@ -168,6 +168,9 @@ fn print_overview(overview: &Overview) {
         .iter()
         .flat_map(|i| i.main.iter().chain(&i.others))
     {
+        if let Some(approval) = &d.approval {
+            output::line(&style.warn(&approval_line(d, approval)));
+        }
         if let Some(stop) = &d.stops {
             output::line(&format!(
                 "{} stops at {:.0}, because {}; `daybook keep {0}` keeps it",
@@ -186,6 +189,20 @@ fn print_overview(overview: &Overview) {
             ));
             output::line(&format!("  {} {}", style.dim("remedy:"), p.remedy));
         }
+    }
+}
+
+fn approval_line(d: &DeploymentView, approval: &ApprovalView) -> String {
+    let id = d.id.short();
+    match &approval.to_review {
+        Some(by) => format!(
+            "{by} went ahead with {id} in an emergency; once looked at: `daybook approvals review {id}`"
+        ),
+        None => format!(
+            "{id} waits for approvals, {} of {} are there: `daybook approvals show {id}`",
+            approval.granted.len(),
+            approval.required
+        ),
     }
 }
 
@@ -340,6 +357,22 @@ pub fn print_detail(detail: &Value) {
             .and_then(Value::as_str)
             .unwrap_or_default();
         fields.push(("address", format!("{url} ({sticks})")));
+    }
+    if !text("/approval/hash").is_empty() {
+        let granted = detail
+            .pointer("/approval/granted")
+            .and_then(Value::as_array);
+        let line = format!(
+            "{} of {} for plan {}",
+            granted.map_or(0, Vec::len),
+            text("/approval/required"),
+            text("/approval/hash")
+        );
+        fields.push(("approvals", line));
+        if !text("/approval/to_review").is_empty() {
+            let line = format!("by {}, not reviewed yet", text("/approval/to_review"));
+            fields.push(("emergency", line));
+        }
     }
     if !text("/stops/because").is_empty() {
         let stop = format!(

@@ -37,6 +37,10 @@ impl Operation {
             Self::MarkMain => "mark-main",
             Self::Redeploy => "redeploy",
             Self::Keep => "keep",
+            Self::Approve => "approvals approve",
+            Self::Reject => "approvals reject",
+            Self::Override => "approvals override",
+            Self::Review => "approvals review",
         }
     }
 
@@ -70,7 +74,11 @@ impl Operation {
 impl Deployment {
     /// Each operation, with whether it is possible now, and if not, why and what would make it so.
     pub fn possibilities(&self) -> Vec<Possibility> {
+        use Operation::{Approve, Override, Reject, Review};
+        let of_approvals = |o: &Operation| matches!(o, Approve | Reject | Override | Review);
         let all = Operation::ALL.into_iter();
+        // Where nobody was asked, nobody is told how to be.
+        let all = all.filter(|o| self.approval.is_some() || !of_approvals(o));
         let all = all.map(|name| {
             let refusal = self.refusal_of(name);
             Possibility {
@@ -106,6 +114,9 @@ impl Deployment {
                 "nothing would stop the deployment by itself",
                 "wait until a stop is scheduled; `daybook status` shows it",
             )),
+            Operation::Review if self.approval.as_ref().is_none_or(|a| !a.needs_review()) => {
+                Some(crate::approval::no_review())
+            }
             Operation::Retry if self.failed_clusters().is_empty() => Some(Refusal::new(
                 "nothing_to_retry",
                 "no cluster of the deployment has failed",

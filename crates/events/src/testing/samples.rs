@@ -8,6 +8,10 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use super::time;
+use crate::approval::{
+    ApprovalGranted, ApprovalRejected, ApprovalRequested, ApprovalRule, ApprovalsVoided, Approved,
+    EmergencyOverride, Plan, PostReviewCompleted, ValueChange,
+};
 use crate::build::{self, BuildEvent, LogSeal};
 use crate::deployment::{self, DeploymentEvent, SourceCommit, Status, SwitchMode, Version};
 use crate::environment::{self, EnvironmentEvent, EnvironmentSpec};
@@ -327,7 +331,7 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
         remedy: "try again once it does".to_owned(),
     };
     vec![
-        E::Requested(Box::new(request(instance))),
+        E::Requested(Box::new(request(instance.clone()))),
         E::Queued(deployment::Queued {}),
         E::CloningStarted(deployment::CloningStarted {
             worker: "build-1".to_owned(),
@@ -416,6 +420,43 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
             commit: commit(number),
             replicas: Some(0),
         }),
+        E::ApprovalRequested(Box::new(ApprovalRequested {
+            plan: plan(&instance, number),
+            hash: plan(&instance, number).hash(),
+            requester: "alice".to_owned(),
+            author: Some("alice@example.com".to_owned()),
+            expires: Some(time(86_400)),
+            nonce: nonce(number),
+        })),
+        E::ApprovalsVoided(Box::new(ApprovalsVoided {
+            plan: plan(&instance, number + 1),
+            hash: plan(&instance, number + 1).hash(),
+            was: plan(&instance, number).hash(),
+            voided: vec!["bob".to_owned()],
+        })),
+        E::ApprovalGranted(ApprovalGranted {
+            hash: plan(&instance, number).hash(),
+            approver: "bob".to_owned(),
+            reason: Some("as discussed".to_owned()),
+        }),
+        E::ApprovalRejected(ApprovalRejected {
+            approver: "bob".to_owned(),
+            reason: "not before the sale".to_owned(),
+        }),
+        E::EmergencyOverride(EmergencyOverride {
+            hash: plan(&instance, number).hash(),
+            by: "carol".to_owned(),
+            reason: "the shop is down".to_owned(),
+        }),
+        E::Approved(Approved {
+            hash: plan(&instance, number).hash(),
+            approvers: vec!["bob".to_owned()],
+            emergency: false,
+        }),
+        E::PostReviewCompleted(PostReviewCompleted {
+            reviewer: "bob".to_owned(),
+            reason: Some("it was one".to_owned()),
+        }),
         E::StopScheduled(StopScheduled {
             due: time(1800),
             cause: StopCause::Replaced,
@@ -435,6 +476,31 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
             reason: Some("the spring sale begins".to_owned()),
         }),
     ]
+}
+
+/// The plan for the number-th image.
+pub fn plan(instance: &InstanceRef, number: u64) -> Plan {
+    let change = |before: &str, after: &str| ValueChange {
+        before: Some(before.to_owned()),
+        after: Some(after.to_owned()),
+    };
+    Plan {
+        instance: instance.clone(),
+        source: Some(commit(number)),
+        image: image(number),
+        base: Some(commit(number + 100)),
+        main: Some(deployment_id(number + 100)),
+        values: BTreeMap::from([("run.replicas".to_owned(), change("1", "2"))]),
+        routes: BTreeMap::from([(
+            "api.shop.localhost".parse().unwrap(),
+            vec![deployment_id(number + 100)],
+        )]),
+        rule: ApprovalRule {
+            required: 1,
+            approvers: ["bob".to_owned()].into(),
+            expires: KeepFor::IDLE,
+        },
+    }
 }
 
 /// The nonce of the number-th timer.

@@ -6,6 +6,7 @@
 //! source   queued → cloning → commit known, build asked for (or: image checked and pinned)
 //! build    runs a build: clone, build, push
 //! follow   mirrors a build's steps to the deployments that wait for it
+//! approvals  waits, where an environment asks for it, until people have allowed the plan
 //! package  makes the GitOps commit → deploying; later: stop, start, remove, clean up
 //! previews deploys what webhooks tell of: heads of pull requests, and pushes to branches
 //! environment  fills a new environment from another, and empties one that is deleted
@@ -23,6 +24,7 @@
 //! present status and the step's name. Whoever takes the step, however often: it is one event.
 
 pub mod activity;
+pub mod approvals;
 pub mod build;
 pub mod environment;
 pub mod follow;

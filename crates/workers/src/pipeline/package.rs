@@ -24,7 +24,7 @@ use daybook_projections::DeploymentRow;
 use uuid::Uuid;
 
 use super::foreign::Nudge;
-use super::{Bench, Stop, give_up, leave, remote, settle};
+use super::{Bench, Stop, approvals, give_up, leave, remote, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{GitopsChange, GitopsCommit, KnownHistory, Repositories, StepError};
 use crate::values::ReleaseValues;
@@ -97,6 +97,7 @@ impl Worker for Package {
         matches!(
             kind,
             "deployment.image_pinned.v1"
+                | "deployment.approved.v1"
                 | "deployment.stop_requested.v1"
                 | "deployment.start_requested.v1"
                 | "deployment.terminate_requested.v1"
@@ -184,6 +185,10 @@ impl Package {
             _ => return Ok(()),
         };
         if row.state.status == Status::Packaging {
+            // What was committed already, in a try that died, was allowed then.
+            if !self.is_listed(row)? && !approvals::is_allowed(&self.bench, row).await? {
+                return Ok(());
+            }
             self.check_secrets(row).await?;
         }
         if row.state.status == Status::Stopping {

@@ -1,6 +1,7 @@
 //! Which texts of an event may come from outside: from processes, servers, repositories and
 //! people. Secrets are masked in them before the event is appended.
 
+use daybook_events::approval::Plan;
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::{DeploymentEvent, SourceCommit};
 use daybook_events::gitops::GitopsEvent;
@@ -46,9 +47,15 @@ impl Texts for DeploymentEvent {
                 see(&mut e.message);
                 see(&mut e.remedy);
             }
+            Self::ApprovalRequested(e) => e.plan.texts(see),
+            Self::ApprovalsVoided(e) => e.plan.texts(see),
             // What people write is masked where it comes in.
             Self::CancelRequested(_)
             | Self::RetryRequested(_)
+            | Self::ApprovalGranted(_)
+            | Self::ApprovalRejected(_)
+            | Self::EmergencyOverride(_)
+            | Self::PostReviewCompleted(_)
             | Self::StopRequested(_)
             | Self::StartRequested(_)
             | Self::TerminateRequested(_)
@@ -70,7 +77,19 @@ impl Texts for DeploymentEvent {
             | Self::RestartDone(_)
             | Self::Terminated(_)
             | Self::StopScheduled(_)
+            | Self::Approved(_)
             | Self::ChangeCommitted(_) => {}
+        }
+    }
+}
+
+/// Plain values were checked against secrets when they were written; a secret that was set later may
+/// still be among them.
+impl Texts for Plan {
+    fn texts(&mut self, see: &mut dyn FnMut(&mut String)) {
+        for change in self.values.values_mut() {
+            change.before.iter_mut().for_each(&mut *see);
+            change.after.iter_mut().for_each(&mut *see);
         }
     }
 }

@@ -384,12 +384,12 @@ async fn fire(bench: &Bench, id: DeploymentId, now: Timestamp) -> Result<bool, S
     let Some(row) = bench.row(id)? else {
         return Ok(false);
     };
-    let Some(pending) = &row.state.stops.pending else {
+    let Some(nonce) = timer::nonce_of(&row.state) else {
         return Ok(false);
     };
     let instance = &row.state.request.instance;
     let context = Context {
-        id: pending.nonce,
+        id: nonce,
         time: Timestamp::now(),
         correlation: id.0,
         causation: None,
@@ -401,7 +401,7 @@ async fn fire(bench: &Bench, id: DeploymentId, now: Timestamp) -> Result<bool, S
         let routing = bench.ledger.projections().routing(&instance.project);
         // Where it cannot be known, it is kept until it can.
         let traffic = routing.map_or(true, |r| r.is_some_and(|r| has_traffic(&r, instance, id)));
-        timer::fire(state, pending.nonce, now, traffic)
+        timer::fire(state, nonce, now, traffic)
     });
     match decided.await {
         Ok(executed) => match executed.position() {

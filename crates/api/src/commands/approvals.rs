@@ -1,0 +1,109 @@
+//! Who allows what is deployed.
+//!
+//! The actor is who the caller says they are: as long as there is no authentication, approvals
+//! document a practice and do not enforce it.
+
+use daybook_events::approval::{
+    Approval, ApprovalGranted, ApprovalRejected, EmergencyOverride, PostReviewCompleted,
+};
+use daybook_events::deployment::{self, Deployment, DeploymentEvent};
+use daybook_events::{Decision, DeploymentId, Digest, Refusal};
+
+use super::{Caller, CommandError, Commands, Operated, check};
+
+/// What somebody decides about a plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is allowed: the plan with this hash.
+    Approve(Digest),
+    /// It is not, and its deployment fails.
+    Reject,
+    /// It goes ahead without approvals, and is reviewed later.
+    Override(Digest),
+    /// What was done in an emergency was looked at.
+    Review,
+}
+
+impl Verdict {
+    /// A word for what has become of the deployment.
+    pub fn leads_to(&self) -> &'static str {
+        match self {
+            Self::Approve(_) => "approved",
+            Self::Reject => "rejected",
+            Self::Override(_) => "overridden",
+            Self::Review => "reviewed",
+        }
+    }
+
+    fn event(self, who: String, reason: Option<String>) -> Result<DeploymentEvent, Refusal> {
+        let given = |reason: Option<String>| {
+            let given = reason.filter(|r| !r.trim().is_empty());
+            given.ok_or_else(|| {
+                Refusal::new(
+                    "reason_required",
+                    "it is not said why",
+                    "give a reason: it stays on record",
+                )
+            })
+        };
+        Ok(match self {
+            Self::Approve(hash) => DeploymentEvent::ApprovalGranted(ApprovalGranted {
+                hash,
+                approver: who,
+                reason,
+            }),
+            Self::Reject => DeploymentEvent::ApprovalRejected(ApprovalRejected {
+                approver: who,
+                reason: given(reason)?,
+            }),
+            Self::Override(hash) => DeploymentEvent::EmergencyOverride(EmergencyOverride {
+                hash,
+                by: who,
+                reason: given(reason)?,
+            }),
+            Self::Review => DeploymentEvent::PostReviewCompleted(PostReviewCompleted {
+                reviewer: who,
+                reason,
+            }),
+        })
+    }
+}
+
+/// A deployment whose plan was asked to be allowed.
+pub(crate) fn approval(state: &Deployment) -> Result<&Approval, Refusal> {
+    state.approval.as_deref().ok_or_else(|| {
+        Refusal::new(
+            "no_approval_asked_for",
+            "nobody has to allow this deployment, or its plan is not known yet",
+            "`daybook approvals list` shows what waits to be allowed",
+        )
+    })
+}
+
+impl Commands {
+    /// Records what somebody decides about a deployment's plan.
+    pub async fn decide_approval(
+        &self,
+        caller: &Caller,
+        id: DeploymentId,
+        verdict: Verdict,
+        reason: Option<String>,
+    ) -> Result<Operated, CommandError> {
+        check::text("reason", reason.as_deref())?;
+        let row = self.deployment(id)?;
+        approval(&row.state)?;
+        let event = verdict.event(caller.actor.id.clone(), reason)?;
+        let done = self
+            .run(
+                caller,
+                &row.subject,
+                Some(id.0),
+                |state: Option<&Deployment>| {
+                    let decided = deployment::decide(state, event.clone())?;
+                    Ok::<Decision<DeploymentEvent>, Refusal>(decided)
+                },
+            )
+            .await?;
+        Ok(Operated { id, done })
+    }
+}

@@ -1,0 +1,229 @@
+//! Holds deployments whose environment asks for approvals, until their plan is allowed.
+//!
+//! Everything that a plan depends on wakes a worker here, which makes the plan anew: from the
+//! environment, the route table, the GitOps repository. If it is another one, what was granted is
+//! void. It is made anew once more right before the commit.
+
+use async_trait::async_trait;
+use daybook_events::approval::{Approval, ApprovalRequested, ApprovalRule, ApprovalsVoided, Plan};
+use daybook_events::deployment::{Deployment, DeploymentEvent, Status};
+use daybook_events::routing::Hostnames;
+use daybook_events::{AggregateKind, DeploymentId, EventId, Subject, SubjectFilter};
+use daybook_projections::DeploymentRow;
+
+use super::{Bench, Stop, give_up, outcome, settle};
+use crate::driver::{Activation, Outcome, Worker};
+use crate::ports::StepError;
+
+const ROLE: &str = "approvals";
+
+/// The kinds of aggregates, beside the deployment's own, that a plan depends on.
+pub const CAUSES: [AggregateKind; 3] = [
+    AggregateKind::Environment,
+    AggregateKind::Gitops,
+    AggregateKind::Routing,
+];
+
+/// Follows what people decide.
+#[derive(Debug)]
+pub struct Decisions(pub Bench);
+
+/// Follows what plans depend on.
+#[derive(Debug)]
+pub struct Plans(pub Bench, pub AggregateKind);
+
+#[async_trait]
+impl Worker for Decisions {
+    fn name(&self) -> String {
+        ROLE.into()
+    }
+    fn filter(&self) -> SubjectFilter {
+        SubjectFilter::of(AggregateKind::Deployment)
+    }
+    fn wants(&self, kind: &str) -> bool {
+        matches!(
+            kind,
+            "deployment.approval_requested.v1"
+                | "deployment.approval_granted.v1"
+                | "deployment.approval_rejected.v1"
+                | "deployment.emergency_override.v1"
+        )
+    }
+    async fn activate(&self, a: &Activation) -> Outcome {
+        let Subject::Deployment(_, _, id) = a.subject else {
+            return Outcome::Done;
+        };
+        settle(&self.0, ROLE, id, step(&self.0, id).await).await
+    }
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        give_up(&self.0, ROLE, a, why).await
+    }
+}
+
+#[async_trait]
+impl Worker for Plans {
+    fn name(&self) -> String {
+        format!("{ROLE}-{}", self.1.as_str())
+    }
+    fn filter(&self) -> SubjectFilter {
+        SubjectFilter::of(self.1)
+    }
+    fn wants(&self, kind: &str) -> bool {
+        !matches!(kind, "routing.applied.v1" | "routing.rejected.v1")
+    }
+    fn key(&self, subject: &Subject) -> String {
+        subject
+            .project()
+            .map_or_else(String::new, ToString::to_string)
+    }
+    async fn activate(&self, a: &Activation) -> Outcome {
+        outcome(self.look_again(a).await)
+    }
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        // It is made anew before the commit in any case.
+        tracing::warn!(subject = %a.subject, %why, "plans were not made anew");
+        Outcome::Done
+    }
+}
+
+impl Plans {
+    async fn look_again(&self, a: &Activation) -> Result<(), Stop> {
+        let projections = self.0.ledger.projections();
+        for row in projections.active_deployments(a.subject.project(), None)? {
+            if row.state.status == Status::AwaitingApproval {
+                match step(&self.0, row.id).await {
+                    Ok(()) | Err(Stop::Moved(_)) => {}
+                    Err(other) => return Err(other),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes a deployment that waits a step further, if there is one to take.
+async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
+    let Some(row) = bench.row(id)? else {
+        return Ok(());
+    };
+    let (Status::AwaitingApproval, Some(approval)) = (row.state.status, &row.state.approval) else {
+        return Ok(());
+    };
+    if let Some(rejected) = &approval.rejected {
+        return Err(Stop::Fail(StepError::fatal(
+            "approval_rejected",
+            format!("{} rejected it: {}", rejected.approver, rejected.reason),
+            "settle that with them, and deploy again",
+        )));
+    }
+    if !plan_holds(bench, &row, approval).await? || !approval.is_enough() {
+        return Ok(());
+    }
+    let text = if approval.emergency.is_some() {
+        "goes on in an emergency"
+    } else {
+        "its plan is allowed"
+    };
+    bench.say(id, None, text).await;
+    let event = DeploymentEvent::Approved(approval.approved());
+    bench
+        .advance(ROLE, &row, "approved", event)
+        .await
+        .map(|_| ())
+}
+
+/// Whether the plan of a deployment that is about to be committed is allowed, or needs no approval.
+/// Where it is not, it is asked for.
+pub(super) async fn is_allowed(bench: &Bench, row: &DeploymentRow) -> Result<bool, Stop> {
+    if let Some(approval) = &row.state.approval {
+        return plan_holds(bench, row, approval).await;
+    }
+    let instance = &row.state.request.instance;
+    let projections = bench.ledger.projections();
+    let environment = projections.environment(&instance.project, &instance.environment)?;
+    let Some(rule) = environment.and_then(|e| e.spec.approval) else {
+        return Ok(true);
+    };
+    let Some(plan) = plan(bench, row, &rule)? else {
+        return Ok(true);
+    };
+    let created = bench.ledger.log().get(row.created).await;
+    let created = created.map_err(|e| Stop::Retry(e.to_string()))?;
+    let created = created.and_then(|r| r.event().ok());
+    let requester = created.map_or_else(String::new, |e| e.authid);
+    let now = jiff::Timestamp::now();
+    let expires = rule.expires.duration();
+    let hash = plan.hash();
+    bench
+        .say(
+            row.id,
+            None,
+            format!("waits for {} approvals of its plan {hash}", rule.required),
+        )
+        .await;
+    let event = DeploymentEvent::ApprovalRequested(Box::new(ApprovalRequested {
+        hash,
+        requester,
+        author: row.state.source.as_ref().map(|s| s.author_email.clone()),
+        expires: expires.and_then(|keep| now.checked_add(keep).ok()),
+        nonce: EventId::derived(row.state.status_event.0, "approval expired"),
+        plan,
+    }));
+    bench
+        .advance(ROLE, row, "approval_requested", event)
+        .await?;
+    Ok(false)
+}
+
+/// Whether a plan is still what it was. If it is not, that is recorded.
+async fn plan_holds(bench: &Bench, row: &DeploymentRow, approval: &Approval) -> Result<bool, Stop> {
+    let Some(plan) = plan(bench, row, &approval.plan.rule)? else {
+        return Ok(false);
+    };
+    let hash = plan.hash();
+    if hash == approval.hash {
+        return Ok(true);
+    }
+    let voided = approval.approved().approvers;
+    let text = format!(
+        "its plan is {hash} by now; {} approvals are void",
+        voided.len()
+    );
+    bench.say(row.id, None, text).await;
+    let event = DeploymentEvent::ApprovalsVoided(Box::new(ApprovalsVoided {
+        plan,
+        hash: hash.clone(),
+        was: approval.hash.clone(),
+        voided,
+    }));
+    let step = format!("plan {hash}");
+    bench.advance(ROLE, row, &step, event).await?;
+    Ok(false)
+}
+
+/// The plan of a deployment as the world is now, under the rule that its environment has, or had.
+fn plan(bench: &Bench, row: &DeploymentRow, rule: &ApprovalRule) -> Result<Option<Plan>, Stop> {
+    let instance = &row.state.request.instance;
+    let projections = bench.ledger.projections();
+    let environment = projections.environment(&instance.project, &instance.environment)?;
+    let spec = environment.map(|e| e.spec).unwrap_or_default();
+    let routing = projections.routing(&instance.project)?;
+    let gitops = projections.gitops(&instance.project)?;
+    let main = routing.as_ref().and_then(|r| r.traffic(instance)?.main);
+    let main = main.filter(|main| *main != row.id);
+    let main = match main {
+        Some(id) => bench.row(id)?,
+        None => None,
+    };
+    let main: Option<(DeploymentId, &Deployment)> = main.as_ref().map(|m| (m.id, &m.state));
+    let hostnames = Hostnames::under(&bench.settings.domain, instance, row.id, spec.live);
+    let hostnames = hostnames.map_err(|e| {
+        let remedy = "use a shorter domain for this server";
+        Stop::Fail(StepError::fatal(e.code, e.to_string(), remedy))
+    })?;
+    let rule = spec.approval.as_ref().unwrap_or(rule);
+    let routing = routing.as_ref();
+    let plan = Plan::of(&row.state, rule, main, routing, gitops.as_ref(), &hostnames);
+    // What is hashed is what is recorded.
+    Ok(plan.map(|plan| bench.masked(&row.subject, plan)))
+}
