@@ -5,6 +5,7 @@
     reason = "a test has no public interface; `pub` says what a module offers"
 )]
 
+mod approvals;
 mod audit;
 mod bad_input;
 mod cancelling;
