@@ -79,4 +79,5 @@ async fn every_route_of_the_document_is_served() {
         }
     }
     assert_eq!(routes, 64);
+    assert_eq!(routes, 67);
 }
