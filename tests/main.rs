@@ -19,6 +19,7 @@ mod gitops;
 mod gitops_remote;
 mod images;
 mod kill;
+mod kubernetes;
 mod ledger;
 mod life;
 mod nats;

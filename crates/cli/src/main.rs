@@ -11,6 +11,7 @@ mod commands;
 mod confirm;
 mod exit;
 mod gitops_remotes;
+mod kubernetes;
 mod node;
 mod output;
 mod remote;

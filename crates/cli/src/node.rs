@@ -45,6 +45,7 @@ use tokio_util::sync::CancellationToken;
 use crate::commands::keys_unusable as unusable;
 use crate::exit::{Code, Failure};
 use crate::gitops_remotes::GitopsRemoteArgs;
+use crate::kubernetes::{Carer, Kubernetes};
 use crate::roles::Role;
 use crate::scratch::Scratch;
 
@@ -82,6 +83,8 @@ pub struct NodeOptions {
     pub domain: String,
     /// Clusters of processes on this machine.
     pub clusters: Vec<String>,
+    /// Kubernetes clusters.
+    pub kubernetes: Kubernetes,
     /// Where images go.
     pub image_prefix: Option<String>,
     /// Builds at once.
@@ -125,6 +128,7 @@ impl NodeOptions {
             nats_replicas: 1,
             domain: "localhost".into(),
             clusters: vec!["local-a".into(), "local-b".into()],
+            kubernetes: Kubernetes::default(),
             image_prefix: None,
             builds: 2,
             keep_old: KeepFor::OLD,
@@ -223,6 +227,7 @@ impl Node {
                 "give --image-prefix the form host[:port]/path",
             )
         })?;
+        let known_clusters = all_clusters(&clusters, &options.kubernetes)?;
         std::fs::create_dir_all(&options.data).map_err(|e| {
             wrong(
                 "data_unusable",
@@ -414,6 +419,22 @@ impl Node {
             }
         }
 
+        if has(Role::Sync) {
+            for context in &options.kubernetes.contexts {
+                let carer = Carer {
+                    secrets: secrets.clone(),
+                    crew: crew.clone(),
+                    repositories: repositories.clone(),
+                    domain: domain.to_string(),
+                    parts: parts.clone(),
+                    cancel: cancel.clone(),
+                    foundations: foundations.clone(),
+                };
+                let kubernetes = options.kubernetes.clone();
+                tasks.push(tokio::spawn(carer.look_after(kubernetes, context.clone())));
+            }
+        }
+
         let mut listening = None;
         if let Some(listener) = listener {
             let addr = listener.local_addr()?;
@@ -427,7 +448,7 @@ impl Node {
                 port: public.port(),
             };
             settings.git_root = Some(data.join("git"));
-            settings.known_clusters = clusters;
+            settings.known_clusters = known_clusters;
             settings.image_prefix = Some(image_prefix);
             let state = AppState::new(ledger, lines, settings, parts)
                 .with_tree(tree.clone())
@@ -564,6 +585,16 @@ impl Node {
         }
     }
 
+    /// The Kubernetes clusters that it looks after, or would.
+    pub fn kubernetes(&self) -> Vec<String> {
+        let contexts = self.options.kubernetes.contexts.iter();
+        let here = self.options.roles.contains(&Role::Sync);
+        contexts
+            .filter(|_| here)
+            .map(|c| c.name.to_string())
+            .collect()
+    }
+
     /// All of this for a program.
     pub fn facts(&self) -> Value {
         json!({
@@ -574,6 +605,7 @@ impl Node {
             "origin": self.origin,
             "data": self.options.data,
             "clusters": self.clusters(),
+            "kubernetes": self.kubernetes(),
             "warnings": self.warnings,
             "pid": std::process::id(),
         })
@@ -609,6 +641,26 @@ pub async fn until_signal(node: &Node) -> Result<(), Failure> {
         () = terminated => Ok(()),
         why = broken => Err(Failure::new(Code::Failure, "part_ended", why)),
     }
+}
+
+/// The names of all clusters, each of which must be one.
+fn all_clusters(
+    local: &[ClusterName],
+    kubernetes: &Kubernetes,
+) -> Result<Vec<ClusterName>, Failure> {
+    let mut all: Vec<ClusterName> = Vec::new();
+    let contexts = kubernetes.contexts.iter().map(|c| &c.name);
+    for name in local.iter().chain(contexts) {
+        if all.contains(name) {
+            return Err(wrong(
+                "cluster_twice",
+                format!("two clusters are called {name}"),
+                "give each a name of its own: --kubernetes NAME=CONTEXT",
+            ));
+        }
+        all.push(name.clone());
+    }
+    Ok(all)
 }
 
 fn taken(what: &str, addr: SocketAddr, error: &std::io::Error, flag: &str) -> Failure {

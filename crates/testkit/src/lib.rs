@@ -10,6 +10,8 @@ use std::io::Write as _;
 mod app;
 pub mod git;
 pub mod judge;
+#[cfg(feature = "kubernetes")]
+pub mod kubernetes;
 pub mod nats;
 mod port;
 pub mod registry;

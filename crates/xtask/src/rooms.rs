@@ -17,7 +17,7 @@ Dependencies of tests alone are free.
 ";
 
 /// Which crates of the workspace a crate may build on.
-const MAY_USE: [(&str, &[&str]); 11] = [
+const MAY_USE: [(&str, &[&str]); 12] = [
     ("daybook-events", &[]),
     ("daybook-failpoints", &[]),
     ("daybook-store", &["daybook-events", "daybook-failpoints"]),
@@ -36,6 +36,10 @@ const MAY_USE: [(&str, &[&str]); 11] = [
         ],
     ),
     (
+        "daybook-kubernetes",
+        &["daybook-events", "daybook-secrets", "daybook-workers"],
+    ),
+    (
         "daybook-api",
         &["daybook-events", "daybook-projections", "daybook-secrets"],
     ),
@@ -50,6 +54,7 @@ const MAY_USE: [(&str, &[&str]); 11] = [
             "daybook-audit",
             "daybook-events",
             "daybook-failpoints",
+            "daybook-kubernetes",
             "daybook-projections",
             "daybook-secrets",
             "daybook-store",
@@ -102,7 +107,7 @@ const ONLY_IN: [(&[&str], &[&str], &str); 9] = [
     ),
     (
         &["kube", "k8s-openapi", "gateway-api"],
-        &["daybook-workers", "daybook", "daybook-testkit"],
+        &["daybook-kubernetes", "daybook", "daybook-testkit"],
         "Kubernetes is a target behind a port of the workers",
     ),
     (

@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::Failure;
 use crate::command::{is_executable, on_path, output, run};
 use crate::left_out::LeftOut;
-use crate::tools::{GoProgram, folder};
+use crate::tools::{GoProgram, folder, kubernetes};
 
 /// Environment variables that tell tests where the servers are. What a person has set wins; what
 /// is neither there nor to be had is entered into `left_out`.
@@ -33,6 +33,13 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
     let buildah = locate("DAYBOOK_BUILDAH", || installed("buildah", "buildah"));
     found.extend(entered(left_out, "DAYBOOK_BUILDAH", "buildah", buildah)?);
     let judge = locate("DAYBOOK_TLOG_JUDGE", || GoProgram::JUDGE.build());
+    let kubernetes = locate("KUBEBUILDER_ASSETS", kubernetes);
+    let what = "a Kubernetes control plane";
+    found.extend(entered(left_out, "KUBEBUILDER_ASSETS", what, kubernetes)?);
+    let helm = locate("DAYBOOK_HELM", || {
+        on_path("helm").map_or_else(|| GoProgram::HELM.build(), Ok)
+    });
+    found.extend(entered(left_out, "DAYBOOK_HELM", "helm", helm)?);
     let what = "tlog-judge, which checks transparency logs";
     found.extend(entered(left_out, "DAYBOOK_TLOG_JUDGE", what, judge)?);
     Ok(found)

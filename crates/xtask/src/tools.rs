@@ -11,13 +11,17 @@ use crate::command::{cargo, is_executable, on_path, output, root, run as run_com
 pub(crate) const HELP: &str = "\
 Build the pinned servers and tools into a cache outside the checkout, each once
 
-Usage: cargo xtask tools [nats|nats-oldest|judge|tessera|deny]...
+Usage: cargo xtask tools [nats|nats-oldest|judge|tessera|kubernetes|helm|deny]...
 
 Without a name all of them are built:
   nats         the newest nats-server, as tools/go.mod pins it (needs Go)
   nats-oldest  the oldest supported one, as tools/nats-oldest/go.mod pins it (needs Go)
   judge        the program in tools/judges that checks transparency logs (needs Go)
   tessera      the log that the notary is measured against, in tools/judges too (needs Go)
+  kubernetes   kube-apiserver, kube-controller-manager and etcd, as tools/kubernetes/go.mod and
+               tools/etcd/go.mod pin them (needs Go and about 15 minutes of one core), or those in
+               $KUBEBUILDER_ASSETS
+  helm         helm, as tools/helm/go.mod pins it (needs Go)
   deny         cargo-deny, unless a fitting one is on PATH
 
 The cache is $DAYBOOK_TOOLS, or daybook/tools in $XDG_CACHE_HOME or in ~/.cache. The paths of what
@@ -30,13 +34,23 @@ const CARGO_DENY: &str = "0.20.2";
 const CARGO_FUZZ: &str = "0.13.1";
 
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
-    let all = ["nats", "nats-oldest", "judge", "tessera", "deny"];
+    let all = [
+        "nats",
+        "nats-oldest",
+        "judge",
+        "tessera",
+        "kubernetes",
+        "helm",
+        "deny",
+    ];
     let mut names: Vec<&str> = arguments.iter().map(String::as_str).collect();
     if names.is_empty() {
         names = all.to_vec();
     }
     for name in names {
         let path = match name {
+            "kubernetes" => kubernetes()?,
+            "helm" => GoProgram::HELM.build()?,
             "nats" => GoProgram::NATS_NEWEST.build()?,
             "nats-oldest" => GoProgram::NATS_OLDEST.build()?,
             "judge" => GoProgram::JUDGE.build()?,
@@ -70,9 +84,11 @@ pub(crate) struct GoProgram {
     name: &'static str,
     /// The folder of the go.mod, from the root of the workspace.
     module: &'static str,
-    /// The package to build: the path of a module that go.mod pins, or a folder of the module's own
+    /// The package to build: a package of a module that go.mod pins, or a folder of the module's own
     /// that begins with a dot.
     package: &'static str,
+    /// The variable of the package that says which version it is, where it must be told.
+    says_version: Option<&'static str>,
 }
 
 impl GoProgram {
@@ -80,21 +96,48 @@ impl GoProgram {
         name: "nats-server",
         module: "tools",
         package: "github.com/nats-io/nats-server/v2",
+        says_version: None,
     };
     pub(crate) const NATS_OLDEST: Self = Self {
         name: "nats-server-oldest",
         module: "tools/nats-oldest",
         package: "github.com/nats-io/nats-server/v2",
+        says_version: None,
     };
     pub(crate) const JUDGE: Self = Self {
         name: "tlog-judge",
         module: "tools/judges",
         package: ".",
+        says_version: None,
     };
     pub(crate) const TESSERA_BENCH: Self = Self {
         name: "tessera-bench",
         module: "tools/judges",
         package: "./tessera-bench",
+        says_version: None,
+    };
+    pub(crate) const KUBE_APISERVER: Self = Self {
+        name: "kube-apiserver",
+        module: "tools/kubernetes",
+        package: "k8s.io/kubernetes/cmd/kube-apiserver",
+        says_version: Some("k8s.io/component-base/version.gitVersion"),
+    };
+    pub(crate) const KUBE_CONTROLLER_MANAGER: Self = Self {
+        name: "kube-controller-manager",
+        package: "k8s.io/kubernetes/cmd/kube-controller-manager",
+        ..Self::KUBE_APISERVER
+    };
+    pub(crate) const ETCD: Self = Self {
+        name: "etcd",
+        module: "tools/etcd",
+        package: "go.etcd.io/etcd/server/v3",
+        says_version: None,
+    };
+    pub(crate) const HELM: Self = Self {
+        name: "helm",
+        module: "tools/helm",
+        package: "helm.sh/helm/v4/cmd/helm",
+        says_version: Some("helm.sh/helm/v4/internal/version.version"),
     };
 
     /// What tells one build from another: the pinned version, or the sources.
@@ -124,6 +167,10 @@ impl GoProgram {
         }
         let go = on_path("go").ok_or("Go is not on PATH")?;
         fs::create_dir_all(&bin)?;
+        let told = self
+            .says_version
+            .map(|name| format!(" -X {name}={version}"));
+        let told = told.unwrap_or_default();
         let unfinished = bin.join(format!("{}.{}", self.name, std::process::id()));
         let built = run_command(
             Command::new(go)
@@ -131,8 +178,9 @@ impl GoProgram {
                 .env("CGO_ENABLED", "0")
                 // A go.work of the surroundings has nothing to say about pinned versions.
                 .env("GOWORK", "off")
-                .args(["build", "-trimpath", "-buildvcs=false", "-o"])
-                .args([unfinished.as_os_str(), self.package.as_ref()]),
+                .args(["build", "-trimpath", "-buildvcs=false"])
+                .arg(format!("-ldflags=-s -w{told}"))
+                .args(["-o".as_ref(), unfinished.as_os_str(), self.package.as_ref()]),
         );
         if let Err(failure) = built {
             let _ = fs::remove_file(&unfinished);
@@ -146,15 +194,39 @@ impl GoProgram {
     }
 }
 
-/// The version at which a go.mod requires a module.
-fn pinned<'a>(go_mod: &'a str, module: &str) -> Option<&'a str> {
-    go_mod.lines().find_map(|line| {
+/// The version at which a go.mod requires the module that a package is in.
+fn pinned<'a>(go_mod: &'a str, package: &str) -> Option<&'a str> {
+    let module = |line: &'a str| {
         let mut words = line
             .trim()
             .trim_start_matches("require ")
             .split_whitespace();
-        (words.next() == Some(module)).then(|| words.next())?
-    })
+        let rest = package.strip_prefix(words.next()?)?;
+        let version = words.next().filter(|v| v.starts_with('v'))?;
+        let is_major = |rest: &str| {
+            let major = rest[1..].split('/').next().unwrap_or_default();
+            major.len() > 1 && major.starts_with('v') && major[1..].parse::<u32>().is_ok()
+        };
+        (rest.is_empty() || rest.starts_with('/') && !is_major(rest)).then_some(version)
+    };
+    go_mod.lines().find_map(module)
+}
+
+/// The folder that holds a Kubernetes control plane: `KUBEBUILDER_ASSETS` if it is set, or the
+/// cache, where what is missing is built now.
+pub(crate) fn kubernetes() -> Result<PathBuf, Failure> {
+    let set = std::env::var_os("KUBEBUILDER_ASSETS").filter(|value| !value.is_empty());
+    if let Some(folder) = set {
+        return Ok(folder.into());
+    }
+    for program in [
+        GoProgram::ETCD,
+        GoProgram::KUBE_APISERVER,
+        GoProgram::KUBE_CONTROLLER_MANAGER,
+    ] {
+        program.build()?;
+    }
+    Ok(folder()?.join("bin"))
 }
 
 /// A cargo-deny of the pinned version: from PATH, from the cache, or installed there now.
@@ -200,6 +272,9 @@ mod tests {
         assert_eq!(pinned(block, "a.b/c"), Some("v1.0.0"));
         assert_eq!(pinned("require a.b/c v9.9.9\n", "a.b/c"), Some("v9.9.9"));
         assert_eq!(pinned(block, "a.b"), None);
+        assert_eq!(pinned(block, "a.b/c/cmd/d"), Some("v1.0.0"));
+        assert_eq!(pinned(block, "a.b/c/v2/cmd/d"), Some("v2.3.4"));
+        assert_eq!(pinned(block, "a.b/c/v3"), None);
     }
 
     #[test]
@@ -209,6 +284,10 @@ mod tests {
             GoProgram::NATS_OLDEST,
             GoProgram::JUDGE,
             GoProgram::TESSERA_BENCH,
+            GoProgram::ETCD,
+            GoProgram::KUBE_APISERVER,
+            GoProgram::KUBE_CONTROLLER_MANAGER,
+            GoProgram::HELM,
         ] {
             assert!(program.version().is_ok(), "{}", program.name);
         }

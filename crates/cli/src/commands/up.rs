@@ -10,6 +10,7 @@ use daybook_events::timer::KeepFor;
 use super::Outcome;
 use crate::exit::{Code, Failure};
 use crate::gitops_remotes::GitopsRemoteArgs;
+use crate::kubernetes::{Context, GatewayName, Kubernetes};
 use crate::node::{self, Node, NodeOptions};
 use crate::output;
 
@@ -56,9 +57,29 @@ pub struct NodeArgs {
         default_value = "localhost"
     )]
     pub domain: String,
-    /// A cluster of processes on this machine; may be given several times.
-    #[arg(long = "local-cluster", value_name = "NAME", default_values_t = ["local-a".to_owned(), "local-b".to_owned()])]
+    /// A cluster of processes on this machine; may be given several times. If neither this nor
+    /// --kubernetes is given there are two, local-a and local-b.
+    #[arg(long = "local-cluster", value_name = "NAME")]
     pub clusters: Vec<String>,
+    /// A Kubernetes cluster: a context of the kubeconfig, under a name of its own or with
+    /// `NAME=CONTEXT`; may be given several times.
+    #[arg(
+        long = "kubernetes",
+        env = "DAYBOOK_KUBERNETES",
+        value_name = "NAME[=CONTEXT]",
+        value_delimiter = ','
+    )]
+    pub kubernetes: Vec<Context>,
+    /// The kubeconfig; ~/.kube/config if not given.
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The Gateway that addresses on Kubernetes clusters are attached to; none are made without.
+    #[arg(
+        long,
+        env = "DAYBOOK_KUBERNETES_GATEWAY",
+        value_name = "[NAMESPACE/]NAME[:LISTENER]"
+    )]
+    pub kubernetes_gateway: Option<GatewayName>,
     /// Where images go whose services name no repository: `host[:port]/path`. Kept in the data
     /// folder if not given.
     #[arg(long, env = "DAYBOOK_IMAGE_PREFIX", value_name = "PREFIX")]
@@ -147,7 +168,14 @@ impl NodeArgs {
         options.gateway = self.gateway;
         options.hosts = self.hosts.clone();
         options.domain = self.domain.clone();
-        options.clusters = self.clusters.clone();
+        if !(self.clusters.is_empty() && self.kubernetes.is_empty()) {
+            options.clusters = self.clusters.clone();
+        }
+        options.kubernetes = Kubernetes {
+            contexts: self.kubernetes.clone(),
+            kubeconfig: self.kubeconfig.clone(),
+            gateway: self.kubernetes_gateway.clone(),
+        };
         options.image_prefix = self.image_prefix.clone();
         options.builds = self.builds.into();
         options.keep_old = self.keep_old;
@@ -228,6 +256,12 @@ pub fn announce(node: &Node) {
         output::line(&format!(
             "  clusters        {}  (processes of this user; nothing isolates them)",
             node.clusters().join(", ")
+        ));
+    }
+    if !node.kubernetes().is_empty() {
+        output::line(&format!(
+            "  Kubernetes      {}",
+            node.kubernetes().join(", ")
         ));
     }
     for warning in node.warnings() {

@@ -25,6 +25,7 @@
 //! the event that records it.
 
 mod change;
+mod chart;
 mod error;
 mod history;
 mod message;
@@ -38,6 +39,7 @@ mod undone;
 pub mod witness;
 
 pub use change::Change;
+pub use chart::chart_files;
 pub use error::GitopsError;
 pub use history::{ChangedFile, CommitRecord, Diff, MEMORY};
 pub use message::{ALLOWED_SIGNERS, Author, CHECKPOINT, COMMITTER, LedgerPoint};

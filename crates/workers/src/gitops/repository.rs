@@ -537,7 +537,7 @@ impl Inner {
         let empty = repository.find_tree(repository.treebuilder(None)?.write()?)?;
         let mut update = TreeUpdateBuilder::new();
         for (path, content) in template::files(&self.project) {
-            update.upsert(path, repository.blob(content.as_bytes())?, FileMode::Blob);
+            update.upsert(&*path, repository.blob(content.as_bytes())?, FileMode::Blob);
         }
         if let Some(key) = &self.key {
             let text = allowed_signers([key.signer()?.public_key.as_str()]);
@@ -704,8 +704,8 @@ impl Inner {
             return Ok(());
         }
         for (path, content) in template::files(&self.project) {
-            if !has(path) {
-                update.upsert(path, repository.blob(content.as_bytes())?, FileMode::Blob);
+            if !has(&path) {
+                update.upsert(&*path, repository.blob(content.as_bytes())?, FileMode::Blob);
             }
         }
         Ok(())

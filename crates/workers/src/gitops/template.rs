@@ -2,15 +2,20 @@
 
 use daybook_events::ProjectName;
 
+use super::chart::chart_files;
 use crate::values::CHART;
 
 /// The files of the first commit.
-pub(super) fn files(project: &ProjectName) -> [(&'static str, String); 3] {
-    [
+pub(super) fn files(project: &ProjectName) -> Vec<(String, String)> {
+    let own = [
         ("base/Chart.yaml", chart(project)),
         ("base/values.yaml", base_values(project)),
         ("README.md", readme(project)),
-    ]
+    ];
+    let own = own.map(|(path, content)| (path.to_owned(), content));
+    let of_all = chart_files()
+        .map(|(path, content)| (format!("base/charts/{CHART}/{path}"), content.to_owned()));
+    own.into_iter().chain(of_all).collect()
 }
 
 fn chart(project: &ProjectName) -> String {

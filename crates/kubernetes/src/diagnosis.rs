@@ -1,0 +1,284 @@
+//! Why pods do not run: typed causes in Kubernetes' own words, each with a sentence and a remedy.
+//!
+//! Conditions and reasons are those of the API reference: `PodStatus`, `ContainerStateWaiting`,
+//! `ContainerStateTerminated`, `DeploymentCondition`. Kubelets word their messages differently from
+//! version to version, so only reasons and exit codes decide; messages are quoted.
+
+use daybook_workers::target::Problem;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodCondition};
+
+/// How many characters of a message are quoted.
+const QUOTED: usize = 400;
+
+/// What the newest warning about a pod said, where its status does not say it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Warning {
+    /// `Unhealthy`, `FailedMount`, `FailedCreatePodSandBox`, …
+    pub reason: String,
+    /// In the words of who reported it.
+    pub message: String,
+}
+
+/// The cause that matters most of all pods of a release: what keeps it from being ready.
+///
+/// `pods` are those of the present revision, each with its newest warning. With `over`, the
+/// rollout's time is up and nothing passes by itself any more.
+pub fn release<'a>(
+    workload: &Deployment,
+    pods: impl IntoIterator<Item = (&'a Pod, Option<&'a Warning>)>,
+    over: bool,
+) -> Option<Problem> {
+    let of_pods = pods
+        .into_iter()
+        .filter_map(|(pod, warning)| pod_problem(pod, warning))
+        .max_by_key(|found| found.rank);
+    let found = of_pods.or_else(|| not_created(workload));
+    let found = found.or_else(|| over.then(deadline))?;
+    let mut problem = found.problem;
+    if over {
+        problem.message = format!("{} (the rollout's deadline has passed)", problem.message);
+    }
+    problem.transient = !over && !found.hopeless;
+    Some(problem)
+}
+
+/// A cause, and how much it says beside others.
+struct Found {
+    rank: u8,
+    /// Whether waiting cannot mend it.
+    hopeless: bool,
+    problem: Problem,
+}
+
+fn found(rank: u8, reason: &str, message: String, remedy: &str) -> Found {
+    Found {
+        rank,
+        hopeless: false,
+        problem: Problem {
+            reason: reason.to_owned(),
+            message,
+            remedy: remedy.to_owned(),
+            transient: true,
+        },
+    }
+}
+
+fn quoted(text: Option<&str>) -> String {
+    let text = text.unwrap_or_default().trim();
+    let mut short: String = text.chars().take(QUOTED).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    short
+}
+
+fn deadline() -> Found {
+    found(
+        0,
+        "ProgressDeadlineExceeded",
+        "the rollout made no progress".to_owned(),
+        "Look at the pods of the release: `daybook logs`, or kubectl describe.",
+    )
+}
+
+/// No pod could even be made: quota, admission, a missing service account.
+fn not_created(workload: &Deployment) -> Option<Found> {
+    let conditions = workload.status.as_ref()?.conditions.as_ref()?;
+    let failure = conditions
+        .iter()
+        .find(|c| c.type_ == "ReplicaFailure" && c.status == "True")?;
+    let message = quoted(failure.message.as_deref());
+    let (reason, remedy) = if message.contains("exceeded quota") {
+        (
+            "QuotaExceeded",
+            "Ask for less, end something else in the namespace, or have its ResourceQuota raised.",
+        )
+    } else {
+        (
+            "FailedCreate",
+            "Mend what the message names: an admission policy, a limit range or a service account.",
+        )
+    };
+    Some(found(
+        90,
+        reason,
+        format!("no pod can be created: {message}"),
+        remedy,
+    ))
+}
+
+fn pod_problem(pod: &Pod, warning: Option<&Warning>) -> Option<Found> {
+    let name = pod.metadata.name.as_deref().unwrap_or("a pod");
+    let status = pod.status.as_ref()?;
+    let containers = status.container_statuses.iter().flatten();
+    let all = status.init_container_statuses.iter().flatten();
+    let worst = all
+        .chain(containers)
+        .filter_map(|container| container_problem(name, container))
+        .max_by_key(|found| found.rank);
+    if worst.is_some() {
+        return worst;
+    }
+    if status.reason.as_deref() == Some("Evicted") {
+        return Some(found(
+            60,
+            "Evicted",
+            format!(
+                "pod {name} was evicted: {}",
+                quoted(status.message.as_deref())
+            ),
+            "Ask for the memory and storage that it really uses, or give the nodes more.",
+        ));
+    }
+    let condition = |kind: &str| {
+        let mut conditions = status.conditions.iter().flatten();
+        conditions.find(|c| c.type_ == kind)
+    };
+    if let Some(unscheduled) = condition("PodScheduled").filter(|c| c.status == "False") {
+        return Some(unschedulable(name, unscheduled));
+    }
+    let not_ready = condition("Ready").is_some_and(|c| c.status == "False");
+    let warning = warning.filter(|_| not_ready)?;
+    Some(match warning.reason.as_str() {
+        "Unhealthy" => found(
+            40,
+            "ReadinessProbeFailed",
+            format!(
+                "pod {name} is not ready: {}",
+                quoted(Some(&warning.message))
+            ),
+            "Read its log; correct the application, the port or the health path, and deploy again.",
+        ),
+        "FailedMount" | "FailedAttachVolume" => found(
+            45,
+            &warning.reason,
+            format!(
+                "a volume of pod {name} cannot be mounted: {}",
+                quoted(Some(&warning.message))
+            ),
+            "Check the claim, the secret or the ConfigMap that the message names.",
+        ),
+        _ => found(
+            20,
+            &warning.reason,
+            format!("pod {name}: {}", quoted(Some(&warning.message))),
+            "Look at the message; kubectl describe shows what happened before it.",
+        ),
+    })
+}
+
+fn unschedulable(name: &str, condition: &PodCondition) -> Found {
+    let why = quoted(condition.message.as_deref());
+    found(
+        50,
+        "Unschedulable",
+        format!("no node takes pod {name}: {why}"),
+        "Ask for less memory and CPU, add nodes, or correct the node selector and tolerations.",
+    )
+}
+
+fn container_problem(pod: &str, container: &ContainerStatus) -> Option<Found> {
+    let last = container.last_state.as_ref();
+    let state = container.state.as_ref()?;
+    if let Some(ended) = &state.terminated
+        && ended.exit_code != 0
+    {
+        return Some(ended_badly(pod, container, state));
+    }
+    let waiting = state.waiting.as_ref()?;
+    let reason = waiting.reason.as_deref()?;
+    let message = quoted(waiting.message.as_deref());
+    let image = &container.image;
+    Some(match reason {
+        "ContainerCreating" | "PodInitializing" => return None,
+        "ErrImagePull"
+        | "ImagePullBackOff"
+        | "InvalidImageName"
+        | "ErrImageNeverPull"
+        | "RegistryUnavailable" => {
+            let mut found = found(
+                80,
+                "ImagePullBackOff",
+                format!("the image {image} of pod {pod} cannot be pulled: {message}"),
+                "Check that the image exists in the registry, and that the cluster may pull it \
+                 (image pull secrets).",
+            );
+            found.hopeless = reason == "InvalidImageName";
+            found
+        }
+        "CreateContainerConfigError" => found(
+            75,
+            "CreateContainerConfigError",
+            format!("a part of the configuration of pod {pod} is missing: {message}"),
+            "Make the secret or ConfigMap that the message names, or take the variable out.",
+        ),
+        "CreateContainerError" | "RunContainerError" | "StartError" => found(
+            75,
+            "StartError",
+            format!("the container of pod {pod} cannot be started: {message}"),
+            "Correct the command, or put the program into the image.",
+        ),
+        "CrashLoopBackOff" => match last.filter(|l| l.terminated.is_some()) {
+            Some(last) => ended_badly(pod, container, last),
+            None => crash(pod, container.restart_count, "it ended", &message),
+        },
+        other => found(
+            30,
+            other,
+            format!("pod {pod} waits: {message}"),
+            "Look at the message.",
+        ),
+    })
+}
+
+/// A container that ended: what with, and what it said last.
+fn ended_badly(pod: &str, container: &ContainerStatus, state: &ContainerState) -> Found {
+    let Some(ended) = &state.terminated else {
+        return crash(pod, container.restart_count, "it ended", "");
+    };
+    let said = quoted(ended.message.as_deref());
+    if ended.reason.as_deref() == Some("OOMKilled") {
+        return found(
+            85,
+            "OOMKilled",
+            format!(
+                "pod {pod} used more memory than it may and was killed, {} so far",
+                restarts(container.restart_count)
+            ),
+            "Raise the memory limit, or find out what the application needs so much for.",
+        );
+    }
+    let how = match ended.signal.filter(|s| *s != 0) {
+        Some(signal) => format!("it was ended by signal {signal}"),
+        None if ended.exit_code > 128 => {
+            format!("it was ended by signal {}", ended.exit_code - 128)
+        }
+        None => format!("it ended with exit code {}", ended.exit_code),
+    };
+    crash(pod, container.restart_count, &how, &said)
+}
+
+fn restarts(count: i32) -> String {
+    match count {
+        1 => "1 restart".to_owned(),
+        n => format!("{n} restarts"),
+    }
+}
+
+fn crash(pod: &str, count: i32, how: &str, said: &str) -> Found {
+    let said = if said.is_empty() {
+        String::new()
+    } else {
+        format!("; its last words: {said}")
+    };
+    found(
+        70,
+        "CrashLoopBackOff",
+        format!(
+            "pod {pod} does not keep running: {how}, {} so far{said}",
+            restarts(count)
+        ),
+        "Read the log, correct the application or its variables, and deploy again.",
+    )
+}

@@ -1,0 +1,23 @@
+//! Kubernetes clusters as a target: the port [`daybook_workers::target::Target`] over the `kube`
+//! crate.
+//!
+//! A [`KubernetesCluster`] makes the objects of an environment's values, applies them server-side
+//! with the field manager `daybook`, removes what it made and is no longer asked for, and follows
+//! workloads and pods with one watch a kind, whatever the number of environments. What keeps a
+//! release from being ready is said in Kubernetes' own words while the rollout still goes on.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod apply;
+mod cluster;
+mod connect;
+pub mod diagnosis;
+mod error;
+pub mod names;
+pub mod objects;
+pub mod status;
+mod watches;
+
+pub use cluster::{ClusterOptions, KubernetesCluster};
+pub use connect::connect;
+pub use error::ConnectError;

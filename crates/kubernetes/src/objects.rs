@@ -1,0 +1,292 @@
+//! The objects that one environment is on a cluster: the same that `helm template` makes of the
+//! chart `daybook-app` in its GitOps repository, which a test compares.
+
+use std::collections::BTreeMap;
+
+use daybook_events::{ClusterName, DeploymentId, ServiceName};
+use daybook_workers::values::{EnvironmentValues, ReleaseValues};
+use k8s_openapi::ByteString;
+use serde_json::{Map, Value, json};
+
+use crate::names::{self, DEPLOYMENT, MANAGED_BY, MANAGER, SERVICE};
+
+/// A kind of object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Kind {
+    /// `apps/v1`.
+    pub api_version: &'static str,
+    /// `Deployment`.
+    pub kind: &'static str,
+    /// `deployments`, as in the address of its collection.
+    pub plural: &'static str,
+}
+
+impl Kind {
+    const fn new(api_version: &'static str, kind: &'static str, plural: &'static str) -> Self {
+        Self {
+            api_version,
+            kind,
+            plural,
+        }
+    }
+
+    /// Workloads.
+    pub const DEPLOYMENT: Self = Self::new("apps/v1", "Deployment", "deployments");
+    /// Plain variables.
+    pub const CONFIG_MAP: Self = Self::new("v1", "ConfigMap", "configmaps");
+    /// Secret variables.
+    pub const SECRET: Self = Self::new("v1", "Secret", "secrets");
+    /// Addresses within the cluster.
+    pub const SERVICE: Self = Self::new("v1", "Service", "services");
+    /// Addresses from without.
+    pub const HTTP_ROUTE: Self =
+        Self::new("gateway.networking.k8s.io/v1", "HTTPRoute", "httproutes");
+}
+
+/// An object, as it is to be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Object {
+    /// What it is.
+    pub kind: Kind,
+    /// Its name.
+    pub name: String,
+    /// All of it.
+    pub body: Value,
+}
+
+/// A Gateway that routes are attached to.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct GatewayRef {
+    /// Its name.
+    pub name: String,
+    /// Its namespace, if it is another one than the routes'.
+    pub namespace: Option<String>,
+    /// The listener; all that fit if none is named.
+    pub section_name: Option<String>,
+}
+
+/// Where an environment is made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place<'a> {
+    /// The cluster: releases that do not list it are left out.
+    pub cluster: &'a ClusterName,
+    /// The namespace.
+    pub namespace: &'a str,
+    /// Where addresses are attached, and what they end in; none are made without.
+    pub gateway: Option<(&'a GatewayRef, &'a str)>,
+}
+
+/// All objects of an environment.
+pub fn objects(values: &EnvironmentValues, place: &Place<'_>) -> Vec<Object> {
+    let mut objects = Vec::new();
+    for (service, of_service) in &values.services {
+        for (deployment, release) in &of_service.releases {
+            if release.clusters.contains(place.cluster) {
+                let release = Release {
+                    values,
+                    place,
+                    service,
+                    deployment: *deployment,
+                    release,
+                };
+                objects.extend(release.objects());
+            }
+        }
+    }
+    objects
+}
+
+/// The object with the values of a release's secrets, in Base64. They are in no repository, so it
+/// is not in the chart.
+pub fn secret(
+    values: &EnvironmentValues,
+    place: &Place<'_>,
+    deployment: DeploymentId,
+    data: BTreeMap<&str, ByteString>,
+) -> Option<Object> {
+    let (service, release) = values
+        .services
+        .iter()
+        .find_map(|(name, service)| Some((name, service.releases.get(&deployment)?)))?;
+    let release = Release {
+        values,
+        place,
+        service,
+        deployment,
+        release,
+    };
+    Some(release.object(Kind::SECRET, json!({ "type": "Opaque", "data": data })))
+}
+
+struct Release<'a> {
+    values: &'a EnvironmentValues,
+    place: &'a Place<'a>,
+    service: &'a ServiceName,
+    deployment: DeploymentId,
+    release: &'a ReleaseValues,
+}
+
+impl Release<'_> {
+    fn objects(&self) -> Vec<Object> {
+        let mut objects = Vec::new();
+        // What a pod needs comes before the pod.
+        if !self.release.run.env.is_empty() {
+            let body = json!({ "data": self.release.run.env });
+            objects.push(self.object(Kind::CONFIG_MAP, body));
+        }
+        objects.push(self.object(Kind::DEPLOYMENT, json!({ "spec": self.workload() })));
+        objects.push(self.object(Kind::SERVICE, json!({ "spec": self.address() })));
+        if let Some((gateway, domain)) = self.place.gateway {
+            let spec = self.route(gateway, domain);
+            objects.push(self.object(Kind::HTTP_ROUTE, json!({ "spec": spec })));
+        }
+        objects
+    }
+
+    fn name(&self) -> String {
+        names::release(self.service, self.deployment)
+    }
+
+    fn labels(&self) -> BTreeMap<String, String> {
+        let mut labels = self.values.labels();
+        for (key, value) in [
+            ("app.kubernetes.io/instance", self.name()),
+            (MANAGED_BY, MANAGER.to_owned()),
+            ("app.kubernetes.io/name", self.service.to_string()),
+            (DEPLOYMENT, self.deployment.to_string()),
+            (SERVICE, self.service.to_string()),
+        ] {
+            labels.insert(key.to_owned(), value);
+        }
+        labels
+    }
+
+    fn object(&self, kind: Kind, body: Value) -> Object {
+        let mut whole = json!({
+            "apiVersion": kind.api_version,
+            "kind": kind.kind,
+            "metadata": {
+                "name": self.name(),
+                "namespace": self.place.namespace,
+                "labels": self.labels(),
+            },
+        });
+        if let (Value::Object(whole), Value::Object(body)) = (&mut whole, body) {
+            whole.extend(body);
+        }
+        Object {
+            kind,
+            name: self.name(),
+            body: whole,
+        }
+    }
+
+    fn selector(&self) -> Value {
+        json!({ DEPLOYMENT: self.deployment.to_string() })
+    }
+
+    fn workload(&self) -> Value {
+        let run = &self.release.run;
+        json!({
+            "replicas": run.replicas,
+            "revisionHistoryLimit": 1,
+            "progressDeadlineSeconds": run.health.deadline_seconds,
+            "selector": { "matchLabels": self.selector() },
+            "strategy": {
+                "type": "RollingUpdate",
+                "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 },
+            },
+            "template": {
+                "metadata": { "labels": self.labels() },
+                "spec": {
+                    "automountServiceAccountToken": false,
+                    "securityContext": { "seccompProfile": { "type": "RuntimeDefault" } },
+                    "containers": [self.container()],
+                },
+            },
+        })
+    }
+
+    fn container(&self) -> Value {
+        let run = &self.release.run;
+        let mut env = vec![json!({ "name": "PORT", "value": run.port.to_string() })];
+        for key in self.release.secret_env.keys() {
+            let reference = json!({ "name": self.name(), "key": key });
+            env.push(json!({ "name": key, "valueFrom": { "secretKeyRef": reference } }));
+        }
+        let mut container = json!({
+            "name": self.service,
+            "image": self.release.image.to_string(),
+            "ports": [{ "name": "http", "containerPort": run.port, "protocol": "TCP" }],
+            "env": env,
+            "readinessProbe": self.probe(2, 3),
+            "startupProbe": self.probe(1, run.health.deadline_seconds),
+            "securityContext": {
+                "allowPrivilegeEscalation": false,
+                "capabilities": { "drop": ["ALL"] },
+            },
+        });
+        if !run.command.is_empty() {
+            container["command"] = json!(run.command);
+        }
+        if !run.env.is_empty() {
+            container["envFrom"] = json!([{ "configMapRef": { "name": self.name() } }]);
+        }
+        container
+    }
+
+    fn probe(&self, period: u32, failures: u32) -> Value {
+        let path = &self.release.run.health.path;
+        let mut probe = Map::new();
+        if path.is_empty() {
+            probe.insert("tcpSocket".into(), json!({ "port": "http" }));
+        } else {
+            probe.insert("httpGet".into(), json!({ "path": path, "port": "http" }));
+        }
+        probe.insert("periodSeconds".into(), json!(period));
+        probe.insert("timeoutSeconds".into(), json!(2));
+        probe.insert("failureThreshold".into(), json!(failures));
+        Value::Object(probe)
+    }
+
+    fn address(&self) -> Value {
+        json!({
+            "type": "ClusterIP",
+            "selector": self.selector(),
+            "ports": [{ "name": "http", "port": 80, "targetPort": "http", "protocol": "TCP" }],
+        })
+    }
+
+    /// The address that always leads to this release.
+    fn route(&self, gateway: &GatewayRef, domain: &str) -> Value {
+        let mut parent = json!({
+            "group": "gateway.networking.k8s.io",
+            "kind": "Gateway",
+            "name": gateway.name,
+        });
+        if let Some(namespace) = &gateway.namespace {
+            parent["namespace"] = json!(namespace);
+        }
+        if let Some(section) = &gateway.section_name {
+            parent["sectionName"] = json!(section);
+        }
+        let short = self.deployment.short();
+        let (project, environment) = (&self.values.project, &self.values.environment);
+        let hostname = format!("{short}.{}.{environment}.{project}.{domain}", self.service);
+        let backend = json!({
+            "group": "",
+            "kind": "Service",
+            "name": self.name(),
+            "port": 80,
+            "weight": 1,
+        });
+        json!({
+            "parentRefs": [parent],
+            "hostnames": [hostname],
+            "rules": [{
+                "matches": [{ "path": { "type": "PathPrefix", "value": "/" } }],
+                "backendRefs": [backend],
+            }],
+        })
+    }
+}

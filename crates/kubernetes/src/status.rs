@@ -1,0 +1,259 @@
+//! What is seen of an environment on a cluster, from the objects of its namespace.
+
+use std::collections::{BTreeMap, HashMap};
+
+use daybook_events::{CommitId, DeploymentId, ServiceName};
+use daybook_workers::target::{AppStatus, InstanceStatus, Problem, ReleaseStatus};
+use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+use crate::diagnosis::{self, Warning};
+use crate::names::{self, DEPLOYMENT, SERVICE};
+
+/// The annotation by which a ReplicaSet and its Deployment say which rollout they are of.
+const ROLLOUT: &str = "deployment.kubernetes.io/revision";
+/// The label that tells the pods of one rollout from those of another.
+const TEMPLATE: &str = "pod-template-hash";
+
+/// The objects of one namespace, by name.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Workloads.
+    pub workloads: HashMap<String, Deployment>,
+    /// What they make.
+    pub sets: HashMap<String, ReplicaSet>,
+    /// What those make.
+    pub pods: HashMap<String, Pod>,
+    /// The newest warning about each pod.
+    pub warnings: HashMap<String, Warning>,
+}
+
+/// What was asked of an environment and applied: what is seen is held against it.
+#[derive(Debug)]
+pub struct Asked {
+    revision: CommitId,
+    releases: BTreeMap<DeploymentId, (ServiceName, u32)>,
+    /// The workloads as the API server had them right after they were applied: what is seen of an
+    /// older generation is of the time before.
+    applied: HashMap<String, (String, i64)>,
+    held: HashMap<DeploymentId, Problem>,
+}
+
+impl Asked {
+    /// Nothing, at a revision.
+    pub fn new(revision: CommitId) -> Self {
+        Self {
+            revision,
+            releases: BTreeMap::new(),
+            applied: HashMap::new(),
+            held: HashMap::new(),
+        }
+    }
+
+    /// So many instances of a release.
+    pub fn wants(&mut self, deployment: DeploymentId, service: ServiceName, replicas: u32) {
+        self.releases.insert(deployment, (service, replicas));
+    }
+
+    /// A workload was applied.
+    pub fn applied(&mut self, name: &str, uid: String, generation: i64) {
+        self.applied.insert(name.to_owned(), (uid, generation));
+    }
+
+    /// Something keeps a release from being applied whole.
+    pub fn holds(&mut self, deployment: DeploymentId, problem: Problem) {
+        self.held.insert(deployment, problem);
+    }
+
+    /// Whether a workload is as it was applied, or newer.
+    fn covers(&self, workload: &Deployment) -> bool {
+        let metadata = &workload.metadata;
+        let applied = metadata.name.as_ref().and_then(|n| self.applied.get(n));
+        applied.is_some_and(|(uid, generation)| {
+            metadata.uid.as_ref() == Some(uid) && metadata.generation >= Some(*generation)
+        })
+    }
+}
+
+impl Seen {
+    /// The status of the environment. What was not asked for is listed until its workload and the
+    /// last of its pods are gone.
+    pub fn status(&self, asked: &Asked) -> AppStatus {
+        let mut releases: Vec<ReleaseStatus> = asked
+            .releases
+            .iter()
+            .map(|(deployment, (service, wanted))| {
+                self.release(*deployment, service, *wanted, asked)
+            })
+            .collect();
+        let workloads = self.workloads.values().map(|w| &w.metadata);
+        let pods = self.pods.values().map(|p| &p.metadata);
+        let left: BTreeMap<_, _> = workloads.chain(pods).filter_map(belongs).collect();
+        for (deployment, service) in left {
+            if !asked.releases.contains_key(&deployment) {
+                releases.push(ReleaseStatus {
+                    deployment,
+                    service,
+                    revision: asked.revision.clone(),
+                    wanted: 0,
+                    instances: self.instances(deployment, None),
+                    problem: None,
+                });
+            }
+        }
+        releases.sort_by_key(|r| r.deployment);
+        AppStatus {
+            revision: Some(asked.revision.clone()),
+            releases,
+        }
+    }
+
+    fn release(
+        &self,
+        deployment: DeploymentId,
+        service: &ServiceName,
+        wanted: u32,
+        asked: &Asked,
+    ) -> ReleaseStatus {
+        let workload = self.workloads.get(&names::release(service, deployment));
+        let workload = workload.filter(|w| asked.covers(w));
+        let template = workload.and_then(|w| self.template(w));
+        let instances = self.instances(deployment, template.as_deref());
+        let ready = instances.iter().filter(|i| i.ready && !i.outdated).count();
+        let problem = asked.held.get(&deployment).cloned().or_else(|| {
+            let workload = workload?;
+            let missing = u32::try_from(ready).unwrap_or(u32::MAX) < wanted;
+            missing.then(|| self.problem(workload, deployment, template.as_deref()))?
+        });
+        ReleaseStatus {
+            deployment,
+            service: service.clone(),
+            revision: asked.revision.clone(),
+            wanted,
+            instances,
+            problem,
+        }
+    }
+
+    fn problem(
+        &self,
+        workload: &Deployment,
+        deployment: DeploymentId,
+        template: Option<&str>,
+    ) -> Option<Problem> {
+        let current = self.pods.values().filter(|pod| {
+            belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment)
+                && pod.metadata.deletion_timestamp.is_none()
+                && template.is_some()
+                && label(&pod.metadata, TEMPLATE) == template
+        });
+        let current = current.map(|pod| {
+            let name = pod.metadata.name.as_deref().unwrap_or_default();
+            (pod, self.warnings.get(name))
+        });
+        diagnosis::release(workload, current, is_over(workload))
+    }
+
+    /// The `pod-template-hash` of the workload's present specification; none while the controller
+    /// has not seen it yet, so that pods of an older one are never taken for its own.
+    fn template(&self, workload: &Deployment) -> Option<String> {
+        let observed = workload.status.as_ref().and_then(|s| s.observed_generation);
+        if observed < workload.metadata.generation {
+            return None;
+        }
+        let rollout = annotation(&workload.metadata, ROLLOUT)?;
+        let uid = workload.metadata.uid.as_deref()?;
+        let newest = self.sets.values().find(|set| {
+            let owners = set.metadata.owner_references.iter().flatten();
+            let mut owners = owners.filter(|o| o.controller == Some(true));
+            owners.any(|o| o.uid == uid) && annotation(&set.metadata, ROLLOUT) == Some(rollout)
+        })?;
+        label(&newest.metadata, TEMPLATE).map(str::to_owned)
+    }
+
+    /// The pods of a release. `template` tells the present ones; without one none is known to be.
+    fn instances(&self, deployment: DeploymentId, template: Option<&str>) -> Vec<InstanceStatus> {
+        let pods = self.pods.values().filter(|pod| {
+            let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+            let ended = matches!(phase, Some("Succeeded" | "Failed"));
+            !ended && belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment)
+        });
+        let mut instances: Vec<_> = pods
+            .map(|pod| {
+                let of_template = label(&pod.metadata, TEMPLATE);
+                instance(pod, template.is_some() && of_template == template)
+            })
+            .collect();
+        instances.sort_by(|a, b| a.name.cmp(&b.name));
+        instances
+    }
+}
+
+fn instance(pod: &Pod, current: bool) -> InstanceStatus {
+    let status = pod.status.as_ref();
+    let ip = status.and_then(|s| s.pod_ip.as_deref()).unwrap_or_default();
+    let containers = pod.spec.iter().flat_map(|s| &s.containers);
+    let port = containers
+        .flat_map(|c| c.ports.iter().flatten())
+        .find(|p| p.name.as_deref() == Some("http"))
+        .map(|p| p.container_port);
+    let address = match port {
+        Some(port) if ip.contains(':') => format!("[{ip}]:{port}"),
+        Some(port) if !ip.is_empty() => format!("{ip}:{port}"),
+        _ => String::new(),
+    };
+    let conditions = status.iter().flat_map(|s| s.conditions.iter().flatten());
+    let ready = conditions
+        .clone()
+        .any(|c| c.type_ == "Ready" && c.status == "True");
+    let going = pod.metadata.deletion_timestamp.is_some();
+    let restarts = status
+        .iter()
+        .flat_map(|s| s.container_statuses.iter().flatten())
+        .map(|c| u32::try_from(c.restart_count).unwrap_or(0))
+        .sum();
+    let started = status.and_then(|s| s.start_time.as_ref());
+    let created = pod.metadata.creation_timestamp.as_ref();
+    InstanceStatus {
+        name: pod.metadata.name.clone().unwrap_or_default(),
+        address,
+        ready: ready && !going,
+        outdated: !current,
+        restarts,
+        started_at: started
+            .or(created)
+            .map_or(Timestamp::UNIX_EPOCH, |time| time.0),
+    }
+}
+
+/// Whether Kubernetes gave up waiting for the rollout.
+fn is_over(workload: &Deployment) -> bool {
+    let status = workload.status.as_ref();
+    let conditions = status.iter().flat_map(|s| s.conditions.iter().flatten());
+    let current = status.and_then(|s| s.observed_generation) >= workload.metadata.generation;
+    current
+        && conditions.into_iter().any(|c| {
+            c.type_ == "Progressing" && c.reason.as_deref() == Some("ProgressDeadlineExceeded")
+        })
+}
+
+/// Which release an object is of.
+pub fn belongs(metadata: &ObjectMeta) -> Option<(DeploymentId, ServiceName)> {
+    let deployment = label(metadata, DEPLOYMENT)?.parse().ok()?;
+    let service = label(metadata, SERVICE)?.parse().ok()?;
+    Some((deployment, service))
+}
+
+/// A label of an object.
+pub fn label<'a>(metadata: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    let labels = metadata.labels.as_ref()?;
+    labels.get(key).map(String::as_str)
+}
+
+/// An annotation of an object.
+pub fn annotation<'a>(metadata: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    let annotations = metadata.annotations.as_ref()?;
+    annotations.get(key).map(String::as_str)
+}

@@ -1,0 +1,108 @@
+//! One watch a kind over all namespaces, whatever the number of environments.
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use futures_util::TryStreamExt as _;
+use k8s_openapi::api::core::v1::Event as Occurrence;
+use kube::runtime::watcher::{self, Event};
+use kube::runtime::{WatchStreamExt as _, watcher as watch};
+use kube::{Api, Client, ResourceExt};
+use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
+
+use crate::diagnosis::Warning;
+use crate::names::{MANAGED_BY, MANAGER};
+
+/// What became of the objects of a kind.
+pub(crate) enum Change<K> {
+    /// These are all that there are.
+    All(Vec<K>),
+    /// It is new, or different.
+    Applied(Box<K>),
+    /// It is gone.
+    Deleted(Box<K>),
+}
+
+/// Watches Daybook's objects of a kind until `cancel`. A watch that is cut, or too old, is begun
+/// anew by listing them all; nothing is missed.
+pub(crate) async fn objects<K>(
+    client: Client,
+    changed: impl Fn(Change<K>),
+    troubled: impl Fn(Option<String>),
+    cancel: CancellationToken,
+) where
+    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let config = watcher::Config::default().labels(&format!("{MANAGED_BY}={MANAGER}"));
+    run(Api::all(client), config, changed, troubled, cancel).await;
+}
+
+/// Told of a warning about a pod: its namespace, its name, and what it says.
+pub(crate) type Warned = Arc<dyn Fn(&str, &str, Warning) + Send + Sync>;
+
+/// Watches what kubelets and controllers warn of about pods.
+pub(crate) async fn warnings(
+    client: Client,
+    warned: Warned,
+    cancel: CancellationToken,
+) {
+    let config = watcher::Config::default().fields("involvedObject.kind=Pod,type=Warning");
+    let tell = |event: &Occurrence| {
+        let about = &event.involved_object;
+        if let (Some(namespace), Some(name)) = (&about.namespace, &about.name) {
+            let warning = Warning {
+                reason: event.reason.clone().unwrap_or_default(),
+                message: event.message.clone().unwrap_or_default(),
+            };
+            warned(namespace, name, warning);
+        }
+    };
+    let changed = |change: Change<Occurrence>| match change {
+        Change::All(all) => all.iter().for_each(tell),
+        Change::Applied(event) => tell(&event),
+        Change::Deleted(_) => {}
+    };
+    run(Api::all(client), config, changed, |_| {}, cancel).await;
+}
+
+async fn run<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    changed: impl Fn(Change<K>),
+    troubled: impl Fn(Option<String>),
+    cancel: CancellationToken,
+) where
+    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let stream = watch(api, config).default_backoff().modify(|object| {
+        object.managed_fields_mut().clear();
+    });
+    let mut stream = std::pin::pin!(stream);
+    let mut listed: HashMap<(Option<String>, String), K> = HashMap::new();
+    loop {
+        let next = tokio::select! {
+            () = cancel.cancelled() => return,
+            next = stream.try_next() => next,
+        };
+        match next {
+            Ok(Some(Event::Init)) => listed.clear(),
+            Ok(Some(Event::InitApply(object))) => {
+                listed.insert((object.namespace(), object.name_any()), object);
+            }
+            Ok(Some(Event::InitDone)) => {
+                troubled(None);
+                changed(Change::All(listed.drain().map(|(_, o)| o).collect()));
+            }
+            Ok(Some(Event::Apply(object))) => changed(Change::Applied(Box::new(object))),
+            Ok(Some(Event::Delete(object))) => changed(Change::Deleted(Box::new(object))),
+            Ok(None) => return,
+            Err(error) => {
+                let why = daybook_events::with_causes(&error);
+                tracing::warn!(kind = %K::kind(&()), why, "a watch was cut; it is begun again");
+                troubled(Some(why));
+            }
+        }
+    }
+}

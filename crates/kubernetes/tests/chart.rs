@@ -1,0 +1,166 @@
+//! The chart in every GitOps repository and the objects that are applied directly are the same.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+
+use daybook_events::secret::{Commitment, SecretRef};
+use daybook_events::spec::{PinnedImage, RunSpec};
+use daybook_events::{DeploymentId, Digest};
+use daybook_kubernetes::objects::{GatewayRef, Place, objects};
+use daybook_workers::gitops::chart_files;
+use daybook_workers::values::{EnvironmentValues, ReleaseValues};
+use serde_json::Value;
+
+fn helm() -> Option<PathBuf> {
+    let set = std::env::var_os("DAYBOOK_HELM").map(PathBuf::from);
+    let built = daybook_testkit::nats::tools_folder().map(|f| f.join("bin/helm"));
+    let found = set.or(built).filter(|p| p.is_file());
+    if found.is_none() {
+        daybook_testkit::left_out("no helm: neither DAYBOOK_HELM nor `cargo xtask tools helm`");
+    }
+    found
+}
+
+fn release(n: u128, run: RunSpec) -> (DeploymentId, ReleaseValues) {
+    let release = ReleaseValues {
+        image: PinnedImage {
+            repository: "registry.example.com:5000/shop/web".parse().unwrap(),
+            // A tag that YAML might take for a number.
+            tag: "1234567".parse().unwrap(),
+            digest: Digest::of(&n.to_be_bytes()),
+        },
+        clusters: vec!["oslo".parse().unwrap(), "bergen".parse().unwrap()],
+        secret_env: BTreeMap::new(),
+        run,
+    };
+    let id = uuid::Uuid::from_u128(0xdb00_0000_0000_4000_8000_0000_1234_5670 + n);
+    (DeploymentId(id), release)
+}
+
+fn values() -> EnvironmentValues {
+    let (project, environment) = ("shop".parse().unwrap(), "production".parse().unwrap());
+    let mut values = EnvironmentValues::new(project, environment, true);
+    let web = values.services.entry("web".parse().unwrap()).or_default();
+    let mut run = RunSpec {
+        replicas: 3,
+        port: 9000,
+        ..RunSpec::default()
+    };
+    for (key, value) in [
+        ("PLAIN", "text"),
+        ("NUMBER", "0123"),
+        ("YES", "yes"),
+        ("EMPTY", ""),
+        (
+            "QUOTED",
+            "say \"hello\" to {{ .Values.project }}\n  and \\ a tab\t",
+        ),
+        ("UNICODE", "grüße 🚀"),
+    ] {
+        run.env.insert(key.parse().unwrap(), value.to_owned());
+    }
+    run.command = vec!["serve".to_owned(), "--name=it's: #1".to_owned()];
+    run.health.path = "/ready?x=1&y=\"2\"".to_owned();
+    let (id, mut whole) = release(1, run);
+    let reference = SecretRef {
+        secret: "DATABASE_URL".parse().unwrap(),
+        scope: Default::default(),
+        version: 2,
+        commitment: Commitment::from_hmac(&[7; 32]),
+    };
+    whole
+        .secret_env
+        .insert("DATABASE_URL".parse().unwrap(), reference);
+    web.releases.insert(id, whole);
+    let mut run = RunSpec::default();
+    run.health.path = String::new();
+    let (id, mut plain) = release(2, run);
+    plain.run.replicas = 0;
+    web.releases.insert(id, plain);
+    let (id, mut elsewhere) = release(3, RunSpec::default());
+    elsewhere.clusters = vec!["bergen".parse().unwrap()];
+    let other = values
+        .services
+        .entry("worker".parse().unwrap())
+        .or_default();
+    other.releases.insert(id, elsewhere);
+    values
+}
+
+#[test]
+fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
+    let Some(helm) = helm() else { return };
+    let values = values();
+    let dir = tempfile::tempdir().unwrap();
+    for (path, content) in chart_files() {
+        let file = dir.path().join("base/charts/daybook-app").join(path);
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(file, content).unwrap();
+    }
+    let base = dir.path().join("base");
+    std::fs::write(
+        base.join("Chart.yaml"),
+        "apiVersion: v2\nname: shop\nversion: 0.1.0\ndependencies:\n  - name: daybook-app\n    \
+         version: \">=0.1.0-0\"\n    repository: \"\"\n",
+    )
+    .unwrap();
+    let file = dir.path().join("values.yaml");
+    std::fs::write(&file, values.to_yaml().unwrap()).unwrap();
+    let output = Command::new(helm)
+        .args(["template", "shop", "--namespace", "shop--production"])
+        .args(["--set", "daybook-app.cluster=oslo"])
+        .args(["--set", "daybook-app.gateway.name=public"])
+        .args(["--set", "daybook-app.gateway.namespace=edge"])
+        .args(["--set", "daybook-app.domain=example.com"])
+        .arg("--values")
+        .arg(&file)
+        .arg(&base)
+        .env("HELM_CACHE_HOME", dir.path().join("cache"))
+        .env("HELM_CONFIG_HOME", dir.path().join("config"))
+        .env("HELM_DATA_HOME", dir.path().join("data"))
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let text = String::from_utf8(output.stdout).unwrap();
+    let rendered: Vec<Value> = text
+        .split("\n---\n")
+        .filter(|part| {
+            part.lines()
+                .any(|l| !l.starts_with('#') && !l.trim().is_empty() && l != "---")
+        })
+        .map(|part| serde_saphyr::from_str(part).unwrap_or_else(|e| panic!("{e}:\n{part}")))
+        .collect();
+    let gateway = GatewayRef {
+        name: "public".to_owned(),
+        namespace: Some("edge".to_owned()),
+        section_name: None,
+    };
+    let place = Place {
+        cluster: &"oslo".parse().unwrap(),
+        namespace: "shop--production",
+        gateway: Some((&gateway, "example.com")),
+    };
+    let by_name = |objects: Vec<Value>| -> BTreeMap<String, Value> {
+        let named = objects.into_iter().map(|o| {
+            let name = format!("{} {}", o["kind"], o["metadata"]["name"]);
+            (name, o)
+        });
+        named.collect()
+    };
+    let ours = objects(&values, &place)
+        .into_iter()
+        .map(|o| o.body)
+        .collect();
+    let (ours, theirs) = (by_name(ours), by_name(rendered));
+    let names = |of: &BTreeMap<String, Value>| of.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&ours), names(&theirs));
+    assert_eq!(ours.len(), 7, "two releases, one of them with variables");
+    for (name, object) in &ours {
+        assert_eq!(object, &theirs[name], "{name}");
+    }
+}
