@@ -8,6 +8,7 @@
 mod approvals;
 mod audit;
 mod bad_input;
+mod branches;
 mod cancelling;
 mod commands;
 mod concurrent;

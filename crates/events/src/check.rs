@@ -332,7 +332,6 @@ structs! {
     deployment::Instance { name: String, address: String, ready: bool, restarts: u32 }
     deployment::Problem { reason: String, message: String, remedy: String, transient: bool }
     deployment::CloningStarted { worker: String }
-    deployment::SourceResolved { source: deployment::SourceCommit, build: BuildId }
     deployment::BuildingStarted { build: BuildId }
     deployment::PushingStarted { build: BuildId }
     deployment::ImagePinned { image: PinnedImage, build: Option<BuildId>, shared: bool }
@@ -409,6 +408,19 @@ impl Check for deployment::Version {
             ImageReference::check(text)?;
         }
         text.literal("}}")
+    }
+}
+
+impl Check for deployment::SourceResolved {
+    fn check(text: &mut Text<'_>) -> Option<()> {
+        text.literal(r#"{"source":"#)?;
+        deployment::SourceCommit::check(text)?;
+        text.literal(r#","build":"#)?;
+        BuildId::check(text)?;
+        if text.literal(r#","branch":"#).is_some() {
+            GitRef::check(text)?;
+        }
+        text.literal("}")
     }
 }
 

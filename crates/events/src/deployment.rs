@@ -711,6 +711,9 @@ pub struct SourceResolved {
     /// The build that makes its image, shared with every deployment of the same commit and
     /// configuration.
     pub build: BuildId,
+    /// The branch that the ref named; none for a tag or a commit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<GitRef>,
 }
 
 /// Its build began to build.
@@ -1090,6 +1093,8 @@ pub struct Deployment {
     pub milestones: Milestones,
     /// The resolved source.
     pub source: Option<SourceCommit>,
+    /// The branch that it was deployed from.
+    pub branch: Option<GitRef>,
     /// The build.
     pub build: Option<BuildId>,
     /// The image.
@@ -1330,6 +1335,7 @@ impl Aggregate for Deployment {
                 entered: BTreeMap::from([(Status::Requested, at.time)]),
             },
             source: None,
+            branch: None,
             build: None,
             image: None,
             commit: None,
@@ -1374,6 +1380,7 @@ impl Aggregate for Deployment {
             }
             DeploymentEvent::SourceResolved(e) => {
                 self.source = Some(e.source);
+                self.branch = e.branch;
                 self.build = Some(e.build);
             }
             DeploymentEvent::BuildingStarted(e) => {

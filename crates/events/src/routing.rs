@@ -5,6 +5,7 @@
 //! appliers only ever move to a newer one. A switch that cannot be applied is undone by another
 //! switch, a *compensation*, that restores what it replaced.
 
+mod branch;
 mod policy;
 mod split;
 
@@ -16,13 +17,14 @@ use schemars::JsonSchema;
 use serde::ser::SerializeStruct as _;
 use serde::{Deserialize, Serialize, Serializer};
 
+pub use branch::branch_label;
 pub use policy::{ClusterPolicy, PolicyChange, SetPolicy};
 pub use split::{SHARES_MAX, Share, Split};
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::deployment::Status;
 use crate::envelope::Payload;
-use crate::names::{DeploymentId, EventId, Hostname, InstanceRef};
+use crate::names::{DeploymentId, EventId, GitRef, Hostname, InstanceRef};
 use crate::subject::AggregateKind;
 
 /// What a hostname sticks to.
@@ -83,6 +85,8 @@ pub enum SwitchReason {
     Leave,
     /// Somebody said how traffic is spread over clusters.
     Policy,
+    /// The address of a branch goes to its newest ready deployment.
+    Branch,
 }
 
 /// Which deployment is the main one of an instance, before and after.
@@ -275,19 +279,17 @@ impl Routing {
         }
     }
 
-    /// Whether a deployment gets a part of the traffic of its instance: whether an address that is
-    /// not its own leads to it.
-    pub fn has_traffic(&self, deployment: DeploymentId) -> bool {
-        let routes = self.hostnames_of(deployment);
-        let moves = |(_, r): &(_, &Route)| r.stickiness >= Stickiness::Environment;
-        routes.iter().any(moves)
-    }
-
     /// The addresses of an instance that lead to whatever is its main deployment.
     fn moving(&self, hostnames: &Hostnames) -> Vec<(Hostname, Stickiness)> {
         let environment = (hostnames.environment.clone(), Stickiness::Environment);
         let live = hostnames.live.clone().map(|h| (h, Stickiness::Live));
         [Some(environment), live].into_iter().flatten().collect()
+    }
+
+    /// Whether a hostname is free to be, or is, the address of a branch of this instance.
+    fn is_branch_of(&self, hostname: &Hostname, instance: &InstanceRef) -> bool {
+        let route = self.routes.get(hostname);
+        route.is_none_or(|r| r.stickiness == Stickiness::Branch && r.instance == *instance)
     }
 
     /// Whether one of the addresses that move with the main deployment leads to several
@@ -494,6 +496,8 @@ pub struct Hostnames {
     pub environment: Hostname,
     /// The live one, where the environment is the live one.
     pub live: Option<Hostname>,
+    /// That of its branch, where it is the newest ready deployment of one.
+    pub branch: Option<Hostname>,
 }
 
 /// What can be asked of a route table.
@@ -540,6 +544,15 @@ pub enum Command {
         deployment: DeploymentId,
         /// Its instance.
         instance: InstanceRef,
+        /// The newest other deployment of its branch that is ready: it gets the branch's address.
+        heir: Option<Target>,
+    },
+    /// A deployment runs again, and is the newest ready one of its branch.
+    FollowBranch {
+        /// The deployment.
+        target: Target,
+        /// Its addresses.
+        hostnames: Hostnames,
     },
     /// Take a deployment out of every route.
     Withdraw {
@@ -547,6 +560,8 @@ pub enum Command {
         deployment: DeploymentId,
         /// Its instance.
         instance: InstanceRef,
+        /// The newest other deployment of its branch that is ready: it gets the branch's address.
+        heir: Option<Target>,
     },
     /// Undo a switch that could not be applied.
     Compensate {
@@ -653,16 +668,23 @@ pub fn decide(
         Command::Leave {
             deployment,
             instance,
-        } => Ok(take_out(state, deployment, instance, SwitchReason::Leave)),
+            heir,
+        } => {
+            let reason = SwitchReason::Leave;
+            Ok(take_out(state, deployment, instance, heir, reason))
+        }
+        Command::FollowBranch { target, hostnames } => {
+            must_run(&target)?;
+            Ok(follow_branch(state, target, hostnames))
+        }
         Command::Withdraw {
             deployment,
             instance,
-        } => Ok(take_out(
-            state,
-            deployment,
-            instance,
-            SwitchReason::Withdraw,
-        )),
+            heir,
+        } => {
+            let reason = SwitchReason::Withdraw;
+            Ok(take_out(state, deployment, instance, heir, reason))
+        }
         Command::Compensate { table, note } => {
             let Some(bad) = state.recent.iter().find(|s| s.table == table) else {
                 return Err(Refusal::new(
@@ -764,24 +786,71 @@ fn known(state: &Routing, table: u32) -> Result<(), Refusal> {
     ))
 }
 
+/// Leads the address of a branch to a deployment.
+fn follow_branch(state: &Routing, target: Target, hostnames: Hostnames) -> Decision<RoutingEvent> {
+    let next = vec![Backend {
+        deployment: target.deployment,
+        weight: 100,
+    }];
+    let branch = hostnames.branch;
+    let Some(hostname) = branch.filter(|h| state.is_branch_of(h, &target.instance)) else {
+        return Decision::Nothing;
+    };
+    let route = state.routes.get(&hostname);
+    let previous = route.map_or_else(Vec::new, |r| r.backends.clone());
+    if previous == next {
+        return Decision::Nothing;
+    }
+    let traffic = state.traffic(&target.instance);
+    let rolled_back = traffic.is_some_and(|t| t.rolled_back);
+    Decision::Append(RoutingEvent::Switched(Box::new(Switched {
+        table: state.table + 1,
+        reason: SwitchReason::Branch,
+        instance: target.instance,
+        deployment: target.deployment,
+        changes: vec![RouteChange {
+            hostname,
+            stickiness: Stickiness::Branch,
+            previous,
+            next,
+        }],
+        main: None,
+        rolled_back,
+        was_rolled_back: rolled_back,
+        undoes: None,
+        note: None,
+        policy: None,
+    })))
+}
+
 /// Takes a deployment out of all routes, or only out of those that it shares with others. If it
 /// was the main one and others are left, the one with the largest share is the main one then.
 fn take_out(
     state: &Routing,
     deployment: DeploymentId,
     instance: InstanceRef,
+    heir: Option<Target>,
     reason: SwitchReason,
 ) -> Decision<RoutingEvent> {
+    let heir = heir
+        .filter(|h| h.deployment != deployment && h.instance == instance && must_run(h).is_ok());
     let traffic = state.traffic(&instance).cloned().unwrap_or_default();
     let routes = state.hostnames_of(deployment).into_iter();
     let changes = routes.map(|(hostname, route)| {
         let others = route.backends.iter();
         let others = others.filter(|b| b.deployment != deployment);
+        let mut next: Vec<_> = others.cloned().collect();
+        if let (Stickiness::Branch, true, Some(heir)) = (route.stickiness, next.is_empty(), &heir) {
+            next.push(Backend {
+                deployment: heir.deployment,
+                weight: 100,
+            });
+        }
         RouteChange {
             hostname: hostname.clone(),
             stickiness: route.stickiness,
             previous: route.backends.clone(),
-            next: others.cloned().collect(),
+            next,
         }
     });
     let changes: Vec<_> = changes
@@ -859,6 +928,11 @@ fn switch(
     if main {
         wanted.extend(state.moving(hostnames));
     }
+    if let Some(branch) = &hostnames.branch
+        && state.is_branch_of(branch, &target.instance)
+    {
+        wanted.push((branch.clone(), Stickiness::Branch));
+    }
     let changes: Vec<_> = wanted
         .into_iter()
         .filter_map(|(hostname, stickiness)| {
@@ -924,6 +998,16 @@ impl Hostnames {
             live: live
                 .then(|| Hostname::parse(format!("{service}.{project}.{domain}")))
                 .transpose()?,
+            branch: None,
         })
+    }
+
+    /// The same with the address of a branch, `<branch>.<service>.<environment>.<project>.<domain>`.
+    ///
+    /// It is a sibling of the preview addresses, and never one of them: see [`branch_label`].
+    pub fn with_branch(self, branch: &GitRef) -> Result<Self, crate::names::InvalidName> {
+        let label = branch_label(branch);
+        let branch = Some(Hostname::parse(format!("{label}.{}", self.environment))?);
+        Ok(Self { branch, ..self })
     }
 }

@@ -669,6 +669,7 @@ fn withdraw(number: u64) -> Command {
     Command::Withdraw {
         deployment: samples::deployment_id(number),
         instance: samples::shop(),
+        heir: None,
     }
 }
 

@@ -75,6 +75,7 @@ fn leave(number: u64) -> Command {
     Command::Leave {
         deployment: id(number),
         instance: samples::shop(),
+        heir: None,
     }
 }
 
@@ -82,6 +83,7 @@ fn withdraw(number: u64) -> Command {
     Command::Withdraw {
         deployment: id(number),
         instance: samples::shop(),
+        heir: None,
     }
 }
 

@@ -635,6 +635,7 @@ fn routing<'a>(out: &mut String, event: &'a RoutingEvent) -> Said<'a> {
                 SwitchReason::Compensation => "back, because the switch could not be applied",
                 SwitchReason::Split => "because somebody said which deployments share it",
                 SwitchReason::Leave => "because a deployment is being stopped",
+                SwitchReason::Branch => "because a deployment is the newest of its branch",
                 SwitchReason::Policy => "to another policy across clusters",
             };
             let names: Vec<_> = e.changes.iter().map(|c| c.hostname.as_str()).collect();

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use crate::gitops::survey;
 use crate::ports::{
     BuildInput, BuiltImage, GitopsChange, GitopsCommit, GitopsRevert, GitopsReverted, Images,
-    Output, Repositories, Sources, StepError,
+    Output, Repositories, Resolved, Sources, StepError,
 };
 use crate::target::{AppRef, AppStatus, InstanceStatus, ReleaseStatus, Target, TargetError};
 use crate::values::EnvironmentValues;
@@ -41,18 +41,18 @@ pub struct IdleSources;
 
 #[async_trait]
 impl Sources for IdleSources {
-    async fn resolve(
-        &self,
-        url: &RepositoryUrl,
-        git_ref: &GitRef,
-    ) -> Result<SourceCommit, StepError> {
-        Ok(SourceCommit {
+    async fn resolve(&self, url: &RepositoryUrl, git_ref: &GitRef) -> Result<Resolved, StepError> {
+        let commit = SourceCommit {
             commit: commit_id(&format!("{url} {git_ref}")),
             message: format!("Commit of {git_ref}"),
             author_name: "Ada".into(),
             author_email: "ada@example.com".into(),
             committed_at: Timestamp::UNIX_EPOCH,
             url: url.to_string(),
+        };
+        Ok(Resolved {
+            commit,
+            branch: None,
         })
     }
 

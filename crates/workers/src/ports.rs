@@ -54,15 +54,20 @@ impl StepError {
 /// Where a step's output goes, a line a message, while it happens.
 pub type Output = mpsc::Sender<String>;
 
+/// What a ref stands for.
+#[derive(Debug, Clone)]
+pub struct Resolved {
+    /// The commit.
+    pub commit: SourceCommit,
+    /// The branch that the ref named; none for a tag or a commit.
+    pub branch: Option<GitRef>,
+}
+
 /// Source repositories, read-only.
 #[async_trait]
 pub trait Sources: Send + Sync + 'static {
     /// Resolves a ref to a commit.
-    async fn resolve(
-        &self,
-        url: &RepositoryUrl,
-        git_ref: &GitRef,
-    ) -> Result<SourceCommit, StepError>;
+    async fn resolve(&self, url: &RepositoryUrl, git_ref: &GitRef) -> Result<Resolved, StepError>;
 
     /// Puts the tree of a commit into an empty folder.
     async fn checkout(

@@ -266,7 +266,11 @@ impl Server {
                 url: url.to_string(),
             };
             let build = build_of(id);
-            let resolved = SourceResolved { source, build };
+            let resolved = SourceResolved {
+                source,
+                build,
+                branch: None,
+            };
             self.happens(id, DeploymentEvent::SourceResolved(resolved))
                 .await;
             self.happens(

@@ -400,6 +400,7 @@ impl Shop {
             _ if target.status > Status::Starting => Command::Withdraw {
                 deployment: target.deployment,
                 instance: target.instance,
+                heir: None,
             },
             0..=2 => Command::Assign {
                 take_over: choose(4) != 0,

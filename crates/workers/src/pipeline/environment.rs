@@ -304,6 +304,8 @@ impl Package {
         let command = routing::Command::Withdraw {
             deployment: row.id,
             instance: instance.clone(),
+            // Its siblings go too.
+            heir: None,
         };
         self.bench
             .append::<Routing>(&subject, &context, |state| {

@@ -7,7 +7,7 @@ use daybook_events::Subject;
 use daybook_events::routing::{self, Command, Routing};
 use daybook_projections::DeploymentRow;
 
-use super::{Bench, Stop};
+use super::{Bench, Stop, branch};
 
 const ROLE: &str = "route";
 
@@ -22,6 +22,7 @@ pub(super) async fn shared_routes(bench: &Bench, row: &DeploymentRow) -> Result<
     let command = Command::Leave {
         deployment: row.id,
         instance: row.state.request.instance.clone(),
+        heir: branch::heir(bench, row)?,
     };
     let context = bench.follow_up(ROLE, row.state.status_event, row.id.0, "left");
     let left = bench

@@ -25,6 +25,7 @@
 
 pub mod activity;
 pub mod approvals;
+mod branch;
 pub mod build;
 pub mod environment;
 pub mod follow;

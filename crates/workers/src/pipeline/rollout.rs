@@ -17,7 +17,7 @@ use daybook_projections::DeploymentRow;
 use jiff::Timestamp;
 
 use super::route::{assign, done, replicas, routed, withdraw};
-use super::{Bench, Stop};
+use super::{Bench, Stop, branch};
 use crate::ports::StepError;
 
 const ROLE: &str = "route";
@@ -315,7 +315,8 @@ pub(super) async fn starting(bench: &Bench, row: DeploymentRow) -> Result<(), St
             .map(|_| ());
     }
     if row.state.workload_is_ready() {
-        return done(bench, &row, "started", DeploymentEvent::RestartDone).await;
+        done(bench, &row, "started", DeploymentEvent::RestartDone).await?;
+        return branch::follow(bench, &bench.reread(&row, None).await?).await;
     }
     let (table, ..) = routed(bench, &row)?;
     partially(bench, &row, table, "its routes stay as they are").await

@@ -12,7 +12,7 @@ use daybook_events::deployment::{
     Deployment, DeploymentEvent, OperationDone, OperationFailed, Status,
 };
 use daybook_events::environment::Environment;
-use daybook_events::routing::{self, Command, Hostnames, Routing, RoutingEvent, Target};
+use daybook_events::routing::{self, Command, Hostnames, Routing, RoutingEvent};
 use daybook_events::{
     AggregateKind, DeploymentId, EventId, Hostname, ProjectName, Subject, SubjectFilter,
 };
@@ -20,7 +20,7 @@ use daybook_projections::DeploymentRow;
 use futures_util::StreamExt;
 
 use super::timers::keep_for_traffic;
-use super::{Bench, Stop, give_up, outcome, rollout, settle};
+use super::{Bench, Stop, branch, give_up, outcome, rollout, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::StepError;
 
@@ -362,14 +362,9 @@ pub(super) async fn assign(
         })?;
     let subject = Subject::Routing(instance.project.clone());
     let command = Command::Assign {
-        target: Target {
-            deployment: row.id,
-            instance: instance.clone(),
-            status: row.state.status,
-            ready: row.state.serves(),
-        },
-        hostnames,
-        take_over,
+        target: branch::target(row),
+        hostnames: branch::with_address(bench, row, hostnames)?,
+        take_over: row.state.request.switch == SwitchMode::Automatic,
     };
     let context = bench.follow_up(ROLE, row.state.status_event, row.id.0, "routes_assigned");
     let executed = bench
@@ -422,6 +417,7 @@ pub(super) async fn withdraw(bench: &Bench, row: &DeploymentRow) -> Result<(), S
     let command = Command::Withdraw {
         deployment: row.id,
         instance: instance.clone(),
+        heir: branch::heir(bench, row)?,
     };
     append_routing(
         bench,

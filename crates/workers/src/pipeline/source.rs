@@ -100,8 +100,9 @@ impl Source {
                 advanced => advanced?,
             };
         }
-        let source = self.sources.resolve(&url, &git_ref).await?;
-        let source = self.bench.masked(&row.subject, source);
+        let resolved = self.sources.resolve(&url, &git_ref).await?;
+        let branch = resolved.branch;
+        let source = self.bench.masked(&row.subject, resolved.commit);
         let summary = source.message.lines().next().unwrap_or_default();
         self.bench
             .say(
@@ -136,7 +137,11 @@ impl Source {
                 build::decide(state, asked.clone())
             })
             .await?;
-        let event = DeploymentEvent::SourceResolved(SourceResolved { source, build });
+        let event = DeploymentEvent::SourceResolved(SourceResolved {
+            source,
+            build,
+            branch,
+        });
         self.bench
             .advance(ROLE, &row, "source_resolved", event)
             .await?;

@@ -73,12 +73,12 @@ impl SourceRepositories {
     ) -> Result<ResolvedSource, SourceError> {
         let (url, git_ref) = (url.clone(), git_ref.clone());
         self.with_mirror(url.clone(), progress, cancel, move |mirror| {
-            let id = match full_commit_id(&git_ref) {
-                Some(id) if mirror.has_commit(id) => id,
+            let (id, branch) = match full_commit_id(&git_ref) {
+                Some(id) if mirror.has_commit(id) => (id, None),
                 _ => find_ref(mirror, &git_ref)?,
             };
             let repository = mirror.repository()?;
-            resolve::describe(&repository, &url, &git_ref, id)
+            resolve::describe(&repository, &url, &git_ref, branch, id)
         })
         .await
     }
@@ -416,7 +416,8 @@ fn unusable(mirror: &Mirror, error: &git2::Error) -> SourceError {
 }
 
 /// Resolves anything but a full commit id that is already here.
-fn find_ref(mirror: &mut Mirror, git_ref: &GitRef) -> Result<Oid, Trouble> {
+/// What a ref stands for, and the branch that it is, if it is one.
+fn find_ref(mirror: &mut Mirror, git_ref: &GitRef) -> Result<(Oid, Option<GitRef>), Trouble> {
     let advertised = mirror.advertised()?;
     if let Some((name, id)) = advertised.find(git_ref.as_str())? {
         if !mirror
@@ -425,7 +426,7 @@ fn find_ref(mirror: &mut Mirror, git_ref: &GitRef) -> Result<Oid, Trouble> {
         {
             mirror.fetch_ref(&name)?;
         }
-        return Ok(id);
+        return Ok((id, advertised.branch(&name)));
     }
     let not_found = || SourceError::RefNotFound {
         git_ref: git_ref.to_string(),
@@ -436,14 +437,14 @@ fn find_ref(mirror: &mut Mirror, git_ref: &GitRef) -> Result<Oid, Trouble> {
     };
     if let Some(id) = full_commit_id(git_ref) {
         return match mirror.fetch_commit(id)? {
-            true => Ok(id),
+            true => Ok((id, None)),
             false => Err(not_found().into()),
         };
     }
     mirror.fetch_all()?;
     let repository = mirror.repository()?;
     match repository.find_commit_by_prefix(&prefix) {
-        Ok(commit) => Ok(commit.id()),
+        Ok(commit) => Ok((commit.id(), None)),
         Err(e) if e.code() == git2::ErrorCode::Ambiguous => Err(SourceError::AmbiguousCommit {
             git_ref: git_ref.to_string(),
         }

@@ -40,6 +40,8 @@ pub struct ResolvedSource {
     pub url: RepositoryUrl,
     /// The ref, as it was given.
     pub git_ref: GitRef,
+    /// The branch that the ref named; none for a tag or a commit.
+    pub branch: Option<GitRef>,
     /// The full id of the commit.
     pub commit: CommitId,
     /// The first line of its message.

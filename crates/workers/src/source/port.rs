@@ -9,7 +9,7 @@ use daybook_events::{CommitId, GitRef, RepositoryUrl};
 use tokio_util::sync::CancellationToken;
 
 use super::{Progress, ResolvedSource, SourceError, SourceRepositories, no_progress};
-use crate::ports::{Output, Sources, StepError};
+use crate::ports::{Output, Resolved, Sources, StepError};
 
 impl From<ResolvedSource> for SourceCommit {
     fn from(source: ResolvedSource) -> Self {
@@ -43,18 +43,15 @@ impl From<SourceError> for StepError {
 
 #[async_trait]
 impl Sources for SourceRepositories {
-    async fn resolve(
-        &self,
-        url: &RepositoryUrl,
-        git_ref: &GitRef,
-    ) -> Result<SourceCommit, StepError> {
+    async fn resolve(&self, url: &RepositoryUrl, git_ref: &GitRef) -> Result<Resolved, StepError> {
         // Dropping the future stops the work.
         let never = CancellationToken::new();
-        Ok(
-            SourceRepositories::resolve(self, url, git_ref, &no_progress(), &never)
-                .await?
-                .into(),
-        )
+        let silent = no_progress();
+        let found = SourceRepositories::resolve(self, url, git_ref, &silent, &never).await?;
+        Ok(Resolved {
+            branch: found.branch.clone(),
+            commit: found.into(),
+        })
     }
 
     async fn checkout(

@@ -10,11 +10,15 @@ use super::{MAX_MESSAGE_BYTES, ResolvedSource, SourceError, commit_url};
 /// The refs of a repository elsewhere, as it told them.
 pub(super) struct Advertised {
     refs: Vec<(String, Oid)>,
+    /// What HEAD stands for, where the repository says so.
+    head: Option<String>,
 }
 
 impl Advertised {
     pub(super) fn from_heads(heads: &[git2::RemoteHead<'_>]) -> Self {
+        let head = heads.iter().find(|h| h.name() == "HEAD");
         Self {
+            head: head.and_then(|h| h.symref_target()).map(str::to_owned),
             refs: heads
                 .iter()
                 .map(|h| (h.name().to_owned(), h.oid()))
@@ -45,6 +49,16 @@ impl Advertised {
             .find_map(|c| self.refs.iter().find(|(n, _)| *n == c).cloned()))
     }
 
+    /// The branch that a full name stands for, if it stands for one.
+    pub(super) fn branch(&self, name: &str) -> Option<GitRef> {
+        let name = match name {
+            "HEAD" => self.head.as_deref()?,
+            name => name,
+        };
+        let branch = name.strip_prefix("refs/heads/")?;
+        GitRef::parse(branch).ok()
+    }
+
     /// A ref that stands exactly at this commit.
     pub(super) fn ref_at(&self, id: Oid) -> Option<String> {
         self.refs
@@ -73,6 +87,7 @@ pub(super) fn describe(
     repository: &Repository,
     url: &RepositoryUrl,
     git_ref: &GitRef,
+    branch: Option<GitRef>,
     id: Oid,
 ) -> Result<ResolvedSource, super::cache::Trouble> {
     let target = without_tags(repository.find_object(id, None)?)?;
@@ -91,6 +106,7 @@ pub(super) fn describe(
         source_url: commit_url(url, &commit_id),
         url: url.clone(),
         git_ref: git_ref.clone(),
+        branch,
         commit: commit_id,
         summary: message.lines().next().unwrap_or_default().to_owned(),
         message: shortened(message),

@@ -276,6 +276,7 @@ impl SampleProject {
         let resolved = deployment::SourceResolved {
             source: commit.clone(),
             build: id,
+            branch: None,
         };
         self.record(deployment, run, DeploymentEvent::SourceResolved(resolved))?;
         let tag = ImageTag::parse(commit.commit.short())?;

@@ -1,0 +1,51 @@
+//! The address of a branch, which leads to its newest deployment.
+
+use crate::support::{Server, Settings, application, replace_flags};
+
+const INSTANCE: &str = "shop.production.web";
+
+#[test]
+fn a_branch_has_an_address_that_goes_to_its_newest_deployment() {
+    let source = application("--text one");
+    let server = Server::start(Settings::default());
+    server.define("shop", "web", &source, &[]);
+    let first = server.deploy(INSTANCE, &["--ref", "main"]);
+    let main = "main.web.production.shop.localhost";
+    assert_eq!(server.host_of(&first, "branch"), main);
+    assert_eq!(server.get_from(main, "/", &first).body, "one");
+
+    // Another branch has an address of its own, although its name is no label.
+    source.git(&["checkout", "--quiet", "-b", "Feature/Cart"]);
+    replace_flags(&source, "--text cart");
+    let cart = server.deploy(INSTANCE, &["--ref", "Feature/Cart", "--no-switch"]);
+    let host = server.host_of(&cart, "branch");
+    assert!(host.starts_with("feature-cart-"), "{host}");
+    assert_eq!(server.get_from(&host, "/", &cart).body, "cart");
+    assert_eq!(server.get_from(main, "/", &first).body, "one");
+
+    // A newer deployment takes the address, also where it does not take the traffic.
+    source.git(&["checkout", "--quiet", "main"]);
+    let commit = replace_flags(&source, "--text two");
+    let second = server.deploy(INSTANCE, &["--ref", "main", "--no-switch"]);
+    assert_eq!(server.get_from(main, "/", &second).body, "two");
+    assert_eq!(
+        server.get_from("web.shop.localhost", "/", &first).body,
+        "one"
+    );
+    // What names a commit is of no branch.
+    replace_flags(&source, "--text three");
+    let pinned = server.deploy(INSTANCE, &["--ref", &commit, "--no-switch"]);
+    assert_eq!(server.get_from(main, "/", &second).body, "two");
+    let own = server.deployment(&pinned)["hostnames"].clone();
+    assert_eq!(own.as_array().unwrap().len(), 1, "{own}");
+
+    // When that one goes, the one before has the address again, and gives it back.
+    server.ok(&["stop", &second]);
+    assert_eq!(server.get_from(main, "/", &first).body, "one");
+    server.ok(&["start", &second]);
+    assert_eq!(server.get_from(main, "/", &second).body, "two");
+    server.ok(&["stop", &second]);
+    server.ok(&["terminate", &second]);
+    assert_eq!(server.get_from(main, "/", &first).body, "one");
+    server.check_replay();
+}
