@@ -14,6 +14,26 @@ fn a_branch_has_an_address_that_goes_to_its_newest_deployment() {
     assert_eq!(server.host_of(&first, "branch"), main);
     assert_eq!(server.get_from(main, "/", &first).body, "one");
 
+    // All the ways to it are told.
+    let access = server.deployment(&first)["access"].clone();
+    for (kind, host) in [
+        ("main", "web.shop.localhost"),
+        ("environment", "web.production.shop.localhost"),
+        ("branch", main),
+        ("preview", server.host_of(&first, "deployment").as_str()),
+    ] {
+        let url = access[kind][0].as_str().unwrap();
+        assert!(url.starts_with(&format!("http://{host}:")), "{access}");
+    }
+    let internal = access["internal"].as_object().unwrap();
+    assert_eq!(internal.len(), 2, "{access}");
+    for instances in internal.values() {
+        let address = instances[0].as_str().unwrap();
+        assert!(address.starts_with("127.0.0.1:"), "{access}");
+    }
+    let gateway = access["load_balancer"].as_str().unwrap();
+    assert!(gateway.starts_with("http://localhost:"), "{access}");
+
     // Another branch has an address of its own, although its name is no label.
     source.git(&["checkout", "--quiet", "-b", "Feature/Cart"]);
     replace_flags(&source, "--text cart");

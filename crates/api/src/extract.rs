@@ -6,7 +6,7 @@ use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use daybook_events::{
-    Actor, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, HookName, InstanceRef,
+    Actor, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, HookName, Hostname, InstanceRef,
     Position, ProjectName, ServiceName,
 };
 use daybook_secrets::SecretStore;
@@ -49,7 +49,8 @@ segment!(
     InstanceRef,
     CommitId,
     EnvKey,
-    HookName
+    HookName,
+    Hostname
 );
 
 impl Segment for DeploymentId {

@@ -213,5 +213,6 @@ sent! {
     routes::deployments::RollbackTo, routes::deployments::PromoteTo, routes::secrets::SetSecret, routes::secrets::VerifySecret,
     tlog::LedgerReport,
     routes::traffic::RouteList, routes::traffic::SetRoutes, routes::traffic::SetClusterPolicy,
-    routes::traffic::RoutesAreSet,
+    routes::traffic::RoutesAreSet, routes::domains::ClaimDomain, routes::domains::DomainList,
+    routes::domains::DomainView, routes::domains::DomainGivenUp,
 }

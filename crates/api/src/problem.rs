@@ -145,6 +145,7 @@ fn status_of(code: &str) -> StatusCode {
         | "nothing_runs"
         | "repository_contains_secret"
         | "already_main"
+        | "hostname_taken"
         | "nothing_routed"
         | "pinned_out"
         | "routes_changed"

@@ -26,7 +26,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::state::{Gateway, Part};
+use crate::state::{Gateway, Part, Settings};
 
 /// How far the projections are.
 #[derive(Debug, Serialize, JsonSchema)]
@@ -304,6 +304,8 @@ pub(crate) struct DeploymentDetail {
     pub(crate) replicas: u32,
     /// The addresses that lead to it.
     pub(crate) hostnames: Vec<HostnameView>,
+    /// The same, by what they are for, with those that need no name.
+    pub(crate) access: AccessUrls,
     /// Why it, or the last operation on it, failed.
     pub(crate) failure: Option<FailureView>,
     /// Why it was cancelled.
@@ -413,6 +415,45 @@ pub(crate) struct HostnameView {
     pub(crate) table: u32,
     /// Since when.
     pub(crate) since: Timestamp,
+}
+
+/// How a deployment is reached.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct AccessUrls {
+    /// At the main address of its service, and at hostnames that were brought along for it.
+    pub(crate) main: Vec<String>,
+    /// At the address of its service in its environment, and at hostnames that were brought along
+    /// for that.
+    pub(crate) environment: Vec<String>,
+    /// At the address of its branch.
+    pub(crate) branch: Vec<String>,
+    /// At its own address, which never leads to anything else.
+    pub(crate) preview: Vec<String>,
+    /// Its ready instances as they listen, by cluster, past the gateway.
+    pub(crate) internal: BTreeMap<ClusterName, Vec<String>>,
+    /// The gateway, which asks for the hostname in `Host`.
+    pub(crate) load_balancer: String,
+}
+
+impl AccessUrls {
+    fn of(state: &Deployment, hostnames: &[HostnameView], load_balancer: String) -> Self {
+        let sticking = |stickiness| {
+            let of = hostnames.iter().filter(|h| h.stickiness == stickiness);
+            of.map(|h| h.url.clone()).collect()
+        };
+        let internal = state.observed.iter().map(|(cluster, seen)| {
+            let ready = seen.instances.iter().filter(|i| i.ready);
+            (cluster.clone(), ready.map(|i| i.address.clone()).collect())
+        });
+        Self {
+            main: sticking(Stickiness::Live),
+            environment: sticking(Stickiness::Environment),
+            branch: sticking(Stickiness::Branch),
+            preview: sticking(Stickiness::Deployment),
+            internal: internal.collect(),
+            load_balancer,
+        }
+    }
 }
 
 /// A cause with a remedy.
@@ -649,14 +690,16 @@ pub(crate) struct Health {
 pub(crate) struct Shown<'a> {
     projections: &'a Projections,
     gateway: &'a Gateway,
+    domain: &'a Hostname,
     tables: BTreeMap<ProjectName, Option<Routing>>,
 }
 
 impl<'a> Shown<'a> {
-    pub(crate) fn new(projections: &'a Projections, gateway: &'a Gateway) -> Self {
+    pub(crate) fn new(projections: &'a Projections, settings: &'a Settings) -> Self {
         Self {
             projections,
-            gateway,
+            gateway: &settings.gateway,
+            domain: &settings.domain,
             tables: BTreeMap::new(),
         }
     }
@@ -699,6 +742,7 @@ impl<'a> Shown<'a> {
             image: state.image.clone(),
             commit: state.commit.clone(),
             revision: newest.or_else(|| state.commit.clone()),
+            access: AccessUrls::of(state, &hostnames, self.gateway.url(self.domain)),
             hostnames,
             failure: state.failure.as_ref().map(|f| FailureView {
                 during: Some(f.during),

@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::aggregate::{At, Folded, Void};
 use crate::build::{Build, BuildEvent};
 use crate::deployment::{Deployment, DeploymentEvent};
+use crate::domain::{Domain, DomainEvent};
 use crate::envelope::{DecodeError, EventView, Payload as _};
 use crate::environment::{Environment, EnvironmentEvent};
 use crate::gitops::{Gitops, GitopsEvent};
@@ -151,6 +152,8 @@ aggregates! {
     Gitops = "gitops": Gitops, GitopsEvent;
     /// The route table of a project.
     Routing = "routing": Routing, RoutingEvent;
+    /// A hostname that its owner brought along.
+    Domain = "domain": Domain, DomainEvent;
     /// The ledger itself.
     Ledger = "ledger": LedgerRecord, LedgerEvent;
 }

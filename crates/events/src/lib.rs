@@ -13,6 +13,7 @@ pub mod causes;
 pub mod check;
 pub mod config;
 pub mod deployment;
+pub mod domain;
 pub mod envelope;
 pub mod environment;
 pub mod gitops;

@@ -6,6 +6,7 @@
 //! switch, a *compensation*, that restores what it replaced.
 
 mod branch;
+mod domain;
 mod policy;
 mod split;
 
@@ -18,6 +19,7 @@ use serde::ser::SerializeStruct as _;
 use serde::{Deserialize, Serialize, Serializer};
 
 pub use branch::branch_label;
+pub use domain::{DomainChange, DomainRoute, SetDomain};
 pub use policy::{ClusterPolicy, PolicyChange, SetPolicy};
 pub use split::{SHARES_MAX, Share, Split};
 
@@ -87,6 +89,8 @@ pub enum SwitchReason {
     Policy,
     /// The address of a branch goes to its newest ready deployment.
     Branch,
+    /// A hostname that its owner brought along is taken in or out.
+    Domain,
 }
 
 /// Which deployment is the main one of an instance, before and after.
@@ -126,6 +130,9 @@ pub struct Switched {
     /// concerns are among the changes, though they lead where they led.
     #[serde(default)]
     pub policy: Option<PolicyChange>,
+    /// The hostname that is taken in or out, if there is one.
+    #[serde(default)]
+    pub domain: Option<DomainChange>,
 }
 
 /// As derived, but that JSON leaves out what there is none of, as events did before there was any.
@@ -134,7 +141,8 @@ impl Serialize for Switched {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let all = !serializer.is_human_readable();
         let policy = all || self.policy.is_some();
-        let fields = 10 + usize::from(policy);
+        let domain = all || self.domain.is_some();
+        let fields = 10 + usize::from(policy) + usize::from(domain);
         let mut out = serializer.serialize_struct("Switched", fields)?;
         out.serialize_field("table", &self.table)?;
         out.serialize_field("reason", &self.reason)?;
@@ -148,6 +156,9 @@ impl Serialize for Switched {
         out.serialize_field("note", &self.note)?;
         if policy {
             out.serialize_field("policy", &self.policy)?;
+        }
+        if domain {
+            out.serialize_field("domain", &self.domain)?;
         }
         out.end()
     }
@@ -253,6 +264,8 @@ pub struct Routing {
     /// How traffic is spread over clusters, by the text form of the instance; simply, where there
     /// is none.
     policies: RedBlackTreeMapSync<String, ClusterPolicy>,
+    /// The hostnames that were taken in, or were.
+    domains: RedBlackTreeMapSync<Hostname, DomainRoute>,
 }
 
 const KEPT: usize = 16;
@@ -280,10 +293,13 @@ impl Routing {
     }
 
     /// The addresses of an instance that lead to whatever is its main deployment.
-    fn moving(&self, hostnames: &Hostnames) -> Vec<(Hostname, Stickiness)> {
+    fn moving(&self, instance: &InstanceRef, hostnames: &Hostnames) -> Vec<(Hostname, Stickiness)> {
         let environment = (hostnames.environment.clone(), Stickiness::Environment);
         let live = hostnames.live.clone().map(|h| (h, Stickiness::Live));
-        [Some(environment), live].into_iter().flatten().collect()
+        let brought = self.domains_of(instance, live.is_some());
+        let brought = brought.map(|(h, stickiness)| (h.clone(), stickiness));
+        let own = [Some(environment), live].into_iter().flatten();
+        own.chain(brought).collect()
     }
 
     /// Whether a hostname is free to be, or is, the address of a branch of this instance.
@@ -294,8 +310,8 @@ impl Routing {
 
     /// Whether one of the addresses that move with the main deployment leads to several
     /// deployments, or two of them lead to different ones.
-    pub fn is_split(&self, hostnames: &Hostnames) -> bool {
-        split::is_split(self, hostnames)
+    pub fn is_split(&self, instance: &InstanceRef, hostnames: &Hostnames) -> bool {
+        split::is_split(self, instance, hostnames)
     }
 
     /// The hostnames that lead to a deployment.
@@ -383,6 +399,10 @@ impl Routing {
             pin_out(&mut traffic, &e);
         } else if !e.rolled_back {
             traffic.pinned_out.clear();
+        }
+        if let Some(domain) = &e.domain {
+            self.domains
+                .insert_mut(domain.hostname.clone(), domain.next.clone());
         }
         if let Some(policy) = &e.policy {
             let instance = e.instance.to_string();
@@ -537,6 +557,8 @@ pub enum Command {
     Split(Split),
     /// Say how traffic is spread over clusters.
     SetPolicy(SetPolicy),
+    /// Take a hostname in or out that its owner brought along.
+    SetDomain(SetDomain),
     /// A deployment is being stopped: take it out of the routes that it shares with others. Those
     /// that lead to it alone stay, so that it has them when it is started again.
     Leave {
@@ -645,7 +667,9 @@ pub fn decide(
                     "the service has no main deployment in this environment",
                     "deploy something first",
                 )),
-                Some(m) if m == target.deployment && !split::is_split(state, &hostnames) => {
+                Some(m)
+                    if m == target.deployment && !state.is_split(&target.instance, &hostnames) =>
+                {
                     Err(Refusal::new(
                         "already_main",
                         "the deployment to go back to is the main one already",
@@ -664,6 +688,7 @@ pub fn decide(
             }
         }
         Command::Split(split) => split::decide(state, split),
+        Command::SetDomain(set) => Ok(domain::decide(state, set)),
         Command::SetPolicy(set) => policy::decide(state, set),
         Command::Leave {
             deployment,
@@ -751,6 +776,7 @@ pub fn decide(
                         .as_ref()
                         .filter(|p| p.next == *state.policy(&bad.instance))
                         .map(PolicyChange::reversed),
+                    domain: bad.domain.as_ref().and_then(DomainChange::undone),
                 },
             ))))
         }
@@ -820,6 +846,7 @@ fn follow_branch(state: &Routing, target: Target, hostnames: Hostnames) -> Decis
         undoes: None,
         note: None,
         policy: None,
+        domain: None,
     })))
 }
 
@@ -880,6 +907,7 @@ fn take_out(
         undoes: None,
         note: None,
         policy: None,
+        domain: None,
     })))
 }
 
@@ -926,7 +954,7 @@ fn switch(
     }];
     let mut wanted = vec![(hostnames.preview.clone(), Stickiness::Deployment)];
     if main {
-        wanted.extend(state.moving(hostnames));
+        wanted.extend(state.moving(&target.instance, hostnames));
     }
     if let Some(branch) = &hostnames.branch
         && state.is_branch_of(branch, &target.instance)
@@ -969,6 +997,7 @@ fn switch(
         undoes: None,
         note,
         policy: None,
+        domain: None,
     })))
 }
 

@@ -9,7 +9,7 @@ use std::str::FromStr;
 use uuid::Uuid;
 
 pub use crate::any::AggregateKind;
-use crate::names::{BuildId, DeploymentId, EnvironmentName, ProjectName};
+use crate::names::{BuildId, DeploymentId, EnvironmentName, Hostname, ProjectName};
 
 /// What every event subject starts with.
 pub const PREFIX: &str = "daybook.ev";
@@ -29,6 +29,8 @@ pub enum Subject {
     Gitops(ProjectName),
     /// A project's route table.
     Routing(ProjectName),
+    /// A hostname that its owner brought along, whosoever it is.
+    Domain(Hostname),
     /// The ledger itself.
     Ledger,
     /// An aggregate that this version does not know, written by a newer one: kept and shown as
@@ -53,6 +55,7 @@ impl Subject {
             Self::Deployment(..) => AggregateKind::Deployment,
             Self::Gitops(_) => AggregateKind::Gitops,
             Self::Routing(_) => AggregateKind::Routing,
+            Self::Domain(_) => AggregateKind::Domain,
             Self::Ledger => AggregateKind::Ledger,
             Self::Other(_) => return None,
         })
@@ -68,7 +71,7 @@ impl Subject {
             | Self::Deployment(p, _, _)
             | Self::Gitops(p)
             | Self::Routing(p) => Some(p),
-            Self::Ledger | Self::Other(_) => None,
+            Self::Domain(_) | Self::Ledger | Self::Other(_) => None,
         }
     }
 
@@ -90,6 +93,11 @@ impl fmt::Display for Subject {
             Self::Deployment(p, e, d) => write!(f, "{PREFIX}.{p}.{e}.deployment.{d}"),
             Self::Gitops(p) => write!(f, "{PREFIX}.{p}._.gitops.{p}"),
             Self::Routing(p) => write!(f, "{PREFIX}.{p}._.routing.{p}"),
+            // No hostname has an underscore, so it stands for the dot, which parts tokens.
+            Self::Domain(h) => {
+                let token = h.as_str().replace('.', "_");
+                write!(f, "{PREFIX}._._.domain.{token}")
+            }
             Self::Ledger => write!(f, "{PREFIX}._._.ledger.log"),
             Self::Other(s) => f.write_str(s),
         }
@@ -126,6 +134,11 @@ impl FromStr for Subject {
         let known = || -> Option<Self> {
             if rest == "_._.ledger.log" {
                 return Some(Self::Ledger);
+            }
+            if let Some(token) = rest.strip_prefix("_._.domain.") {
+                return Hostname::parse(token.replace('_', "."))
+                    .ok()
+                    .map(Self::Domain);
             }
             let p = ProjectName::parse(project).ok()?;
             let e = match environment {

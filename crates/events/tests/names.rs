@@ -290,7 +290,7 @@ fn name() -> impl Strategy<Value = String> {
 }
 
 fn subject() -> impl Strategy<Value = Subject> {
-    (name(), name(), any::<[u8; 16]>(), 0..7_u8).prop_map(|(p, e, id, kind)| {
+    (name(), name(), any::<[u8; 16]>(), 0..8_u8).prop_map(|(p, e, id, kind)| {
         let p = ProjectName::parse(p).unwrap();
         let e = EnvironmentName::parse(e).unwrap();
         let id = uuid::Uuid::from_bytes(id);
@@ -301,6 +301,7 @@ fn subject() -> impl Strategy<Value = Subject> {
             3 => Subject::Deployment(p, e, DeploymentId(id)),
             4 => Subject::Gitops(p),
             5 => Subject::Routing(p),
+            6 => Subject::Domain(format!("{p}.{e}").parse().unwrap()),
             _ => Subject::Ledger,
         }
     })

@@ -4,8 +4,8 @@
 use daybook_events::aggregate::Refusal;
 use daybook_events::deployment::Status;
 use daybook_events::routing::{
-    self, Backend, ClusterPolicy, Command, Hostnames, Routing, RoutingEvent, SetPolicy, Share,
-    Split, SwitchReason, Switched, Target,
+    self, Backend, ClusterPolicy, Command, Hostnames, Routing, RoutingEvent, SetDomain, SetPolicy,
+    Share, Split, Stickiness, SwitchReason, Switched, Target,
 };
 use daybook_events::testing::{Given, given, samples};
 use daybook_events::{ClusterName, DeploymentId, Hostname};
@@ -338,4 +338,120 @@ fn a_switch_without_a_policy_is_written_as_before_there_were_any() {
     let json = serde_json::to_value(&switch).unwrap();
     assert_eq!(json["policy"]["next"], "latency");
     assert_eq!(serde_json::from_value::<Switched>(json).unwrap(), switch);
+}
+
+fn brought(hostname: &str, claim: u32, attach: bool) -> Command {
+    Command::SetDomain(SetDomain {
+        hostname: hostname.parse().unwrap(),
+        instance: samples::shop(),
+        stickiness: Stickiness::Live,
+        claim,
+        attach: attach.then(|| names(0)),
+    })
+}
+
+#[test]
+fn a_hostname_that_was_brought_along_moves_with_the_main_deployment_in_the_same_event() {
+    let www: Hostname = "www.example.com".parse().unwrap();
+    let (joined, given) = after([assign(1), brought("www.example.com", 1, true)]);
+    assert_eq!(joined.reason, SwitchReason::Domain);
+    assert_eq!(leads_to(&given, &www), [(1, 100)]);
+    let start = [assign(1), brought("www.example.com", 1, true)];
+    for (moved, to) in [
+        (vec![assign(2)], 2),
+        (vec![assign(2), rollback(1)], 1),
+        (vec![assign(2), rollback(1), mark_main(2)], 2),
+    ] {
+        let (switch, given) = after(start.clone().into_iter().chain(moved));
+        assert!(
+            switch.changes.iter().any(|c| c.hostname == www),
+            "{switch:?}"
+        );
+        assert_eq!(leads_to(&given, &www), [(to, 100)]);
+    }
+    // The pin of a rollback holds on it too.
+    let pinned = [assign(2), rollback(1), assign(3)];
+    let (_, given) = after(start.into_iter().chain(pinned));
+    assert_eq!(leads_to(&given, &www), [(1, 100)]);
+    // One that is there before the first deployment waits for it.
+    let (early, given) = after([brought("www.example.com", 1, true), assign(1)]);
+    assert_eq!(early.changes.len(), 4);
+    assert_eq!(leads_to(&given, &www), [(1, 100)]);
+}
+
+#[test]
+fn a_claim_that_was_taken_out_never_comes_back() {
+    let www: Hostname = "www.example.com".parse().unwrap();
+    let (switch, given) = after([
+        assign(1),
+        brought("www.example.com", 1, true),
+        brought("www.example.com", 1, false),
+    ]);
+    assert!(switch.changes[0].next.is_empty());
+    assert!(leads_to(&given, &www).is_empty());
+    let late = brought("www.example.com", 1, true);
+    let given = given.when(|s| routing::decide(s, late)).then_nothing();
+    let again = brought("www.example.com", 2, true);
+    let (_, given) = given.when(|s| routing::decide(s, again)).then_some();
+    assert_eq!(leads_to(&given, &www), [(1, 100)]);
+    let zombie = brought("www.example.com", 1, false);
+    given.when(|s| routing::decide(s, zombie)).then_nothing();
+    // Taken out before it was ever taken in: the late one is too late.
+    let (_, given) = after([assign(1), brought("www.example.com", 1, false)]);
+    let late = brought("www.example.com", 1, true);
+    given.when(|s| routing::decide(s, late)).then_nothing();
+}
+
+#[test]
+fn the_address_of_a_branch_goes_to_its_heir_and_never_to_what_is_anothers() {
+    let branch: Hostname = "main.api.production.shop.localhost".parse().unwrap();
+    let with_branch = |number: u64| Hostnames {
+        branch: Some(branch.clone()),
+        ..names(number)
+    };
+    let ready = |number| Command::Assign {
+        target: target(number),
+        hostnames: with_branch(number),
+        take_over: false,
+    };
+    let (_, given) = after([ready(1), ready(2)]);
+    assert_eq!(leads_to(&given, &branch), [(2, 100)]);
+    let gone = Command::Leave {
+        deployment: id(2),
+        instance: samples::shop(),
+        heir: Some(target(1)),
+    };
+    let (switch, given) = given.when(|s| routing::decide(s, gone)).then_some();
+    let RoutingEvent::Switched(switch) = switch else {
+        panic!()
+    };
+    assert_eq!((switch.reason, switch.main), (SwitchReason::Leave, None));
+    assert_eq!(leads_to(&given, &branch), [(1, 100)]);
+    let back = Command::FollowBranch {
+        target: target(2),
+        hostnames: with_branch(2),
+    };
+    let (_, given) = given.when(|s| routing::decide(s, back)).then_some();
+    assert_eq!(leads_to(&given, &branch), [(2, 100)]);
+    // An heir that does not run is none.
+    let mut stopped = target(1);
+    stopped.status = Status::Stopped;
+    let gone = Command::Withdraw {
+        deployment: id(2),
+        instance: samples::shop(),
+        heir: Some(stopped),
+    };
+    let (_, given) = given.when(|s| routing::decide(s, gone)).then_some();
+    assert!(leads_to(&given, &branch).is_empty());
+    // A name that leads elsewhere is left alone.
+    let clash = Command::Assign {
+        target: target(3),
+        hostnames: Hostnames {
+            branch: Some(names(1).preview),
+            ..names(3)
+        },
+        take_over: false,
+    };
+    let (_, given) = given.when(|s| routing::decide(s, clash)).then_some();
+    assert_eq!(leads_to(&given, &names(1).preview), [(1, 100)]);
 }

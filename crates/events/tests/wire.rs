@@ -63,6 +63,11 @@ fn samples_by_kind() -> BTreeMap<&'static str, String> {
         Subject::Routing(p()),
         samples::routing_events(&shop, id),
     );
+    add(
+        &mut all,
+        Subject::Domain("www.example.com".parse().unwrap()),
+        samples::domain_events(&shop),
+    );
     add(&mut all, Subject::Ledger, samples::ledger_events());
     all
 }
@@ -115,6 +120,7 @@ fn decode_and_encode(kind: &str, event: &Event) -> Value {
         "deployment" => again::<deployment::DeploymentEvent>(event),
         "gitops" => again::<gitops::GitopsEvent>(event),
         "routing" => again::<routing::RoutingEvent>(event),
+        "domain" => again::<daybook_events::domain::DomainEvent>(event),
         "ledger" => again::<ledger::LedgerEvent>(event),
         other => panic!("{other} is not an aggregate"),
     }

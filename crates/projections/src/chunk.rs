@@ -484,7 +484,7 @@ impl<'a> Reader<'a> {
                 row.deployment = Some(id);
                 Subject::Deployment(project, e, id)
             }
-            (Kind::Environment | Kind::Deployment, None) | (Kind::Ledger, _) => {
+            (Kind::Environment | Kind::Deployment, None) | (Kind::Domain | Kind::Ledger, _) => {
                 return Err(damaged());
             }
         };

@@ -320,6 +320,9 @@ impl Fold {
                 }
                 result
             }
+            Some((State::Domain(f), AnyPayload::Domain(p))) => {
+                Arc::make_mut(f).step(at, revision, p)
+            }
             Some((State::Ledger(f), AnyPayload::Ledger(p))) => {
                 Arc::make_mut(f).step(at, revision, p)
             }

@@ -44,6 +44,7 @@ fn kind_letter(kind: AggregateKind) -> u8 {
         AggregateKind::Deployment => b'd',
         AggregateKind::Gitops => b'g',
         AggregateKind::Routing => b'r',
+        AggregateKind::Domain => b'n',
         AggregateKind::Ledger => b'l',
     }
 }
@@ -53,6 +54,10 @@ pub(crate) fn state(subject: &Subject) -> Option<Vec<u8>> {
     let kind = subject.kind()?;
     let mut key = vec![b's', kind_letter(kind)];
     if let Subject::Ledger = subject {
+        return Some(key);
+    }
+    if let Subject::Domain(hostname) = subject {
+        key.extend_from_slice(hostname.as_str().as_bytes());
         return Some(key);
     }
     key.extend_from_slice(subject.project()?.as_str().as_bytes());

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use daybook_events::build::Build;
 use daybook_events::deployment::{Deployment, Status};
+use daybook_events::domain::Domain;
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
 use daybook_events::project::Project;
@@ -585,6 +586,17 @@ impl Projections {
     pub fn gitops(&self, project: &ProjectName) -> Result<Option<Gitops>, QueryError> {
         let subject = Subject::Gitops(project.clone());
         Ok(self.folded::<Gitops>(&subject)?.state)
+    }
+
+    /// The hostnames that owners brought along, by name, also those that are free again.
+    pub fn domains(&self) -> Result<Vec<Domain>, QueryError> {
+        self.states(AggregateKind::Domain, None)
+    }
+
+    /// Whose a hostname is.
+    pub fn domain(&self, hostname: &Hostname) -> Result<Option<Domain>, QueryError> {
+        let subject = Subject::Domain(hostname.clone());
+        Ok(self.folded::<Domain>(&subject)?.state)
     }
 
     /// The route table of a project.

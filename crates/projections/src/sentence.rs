@@ -4,6 +4,7 @@ use std::fmt::{self, Write as _};
 
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::{DeploymentEvent, Version};
+use daybook_events::domain::DomainEvent;
 use daybook_events::environment::EnvironmentEvent;
 use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::ledger::LedgerEvent;
@@ -43,6 +44,7 @@ pub(crate) fn say<'a>(
         AnyPayload::Deployment(Ok(e)) => deployment(s, e, before),
         AnyPayload::Gitops(Ok(e)) => gitops(s, e),
         AnyPayload::Routing(Ok(e)) => routing(s, e),
+        AnyPayload::Domain(Ok(e)) => domain(s, e),
         AnyPayload::Ledger(Ok(LedgerEvent::Repaired(e))) => plain(
             s,
             format_args!("The log was restored from its {} signed events.", e.size),
@@ -53,6 +55,7 @@ pub(crate) fn say<'a>(
         | AnyPayload::Deployment(Err(_))
         | AnyPayload::Gitops(Err(_))
         | AnyPayload::Routing(Err(_))
+        | AnyPayload::Domain(Err(_))
         | AnyPayload::Ledger(Err(_))
         | AnyPayload::Other => plain(s, format_args!("An event that this version cannot read.")),
     };
@@ -624,6 +627,21 @@ fn gitops<'a>(out: &mut String, event: &'a GitopsEvent) -> Said<'a> {
     }
 }
 
+fn domain<'a>(out: &mut String, event: &'a DomainEvent) -> Said<'a> {
+    match event {
+        DomainEvent::Claimed(e) => Said {
+            environment: Some(&e.instance.environment),
+            service: Some(&e.instance.service),
+            ..plain(
+                out,
+                format_args!("{} belongs to {} from here on.", e.hostname, e.instance),
+            )
+        },
+        DomainEvent::ReleaseRequested(_) => plain(out, format_args!("It is to be given up.")),
+        DomainEvent::Released(_) => plain(out, format_args!("It belongs to nobody.")),
+    }
+}
+
 fn routing<'a>(out: &mut String, event: &'a RoutingEvent) -> Said<'a> {
     match event {
         RoutingEvent::Switched(e) => {
@@ -636,6 +654,7 @@ fn routing<'a>(out: &mut String, event: &'a RoutingEvent) -> Said<'a> {
                 SwitchReason::Split => "because somebody said which deployments share it",
                 SwitchReason::Leave => "because a deployment is being stopped",
                 SwitchReason::Branch => "because a deployment is the newest of its branch",
+                SwitchReason::Domain => "because it was claimed or given up",
                 SwitchReason::Policy => "to another policy across clusters",
             };
             let names: Vec<_> = e.changes.iter().map(|c| c.hostname.as_str()).collect();

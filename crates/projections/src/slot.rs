@@ -6,6 +6,7 @@ use std::sync::Arc;
 use daybook_events::aggregate::At;
 use daybook_events::build::Build;
 use daybook_events::deployment::{Deployment, Status};
+use daybook_events::domain::Domain;
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
 use daybook_events::ledger::LedgerRecord;
@@ -80,6 +81,7 @@ pub(crate) enum State {
     Deployment(Box<DeploymentSlot>),
     Gitops(Arc<Folded<Gitops>>),
     Routing(Arc<Folded<Routing>>),
+    Domain(Arc<Folded<Domain>>),
     Ledger(Arc<Folded<LedgerRecord>>),
 }
 
@@ -134,6 +136,7 @@ fn snapshot_every(kind: AggregateKind) -> usize {
         | AggregateKind::Environment
         | AggregateKind::Build
         | AggregateKind::Deployment
+        | AggregateKind::Domain
         | AggregateKind::Ledger => 16,
         AggregateKind::Gitops | AggregateKind::Routing => 32,
     }
@@ -329,6 +332,7 @@ impl Kept {
             AggregateKind::Deployment => State::Deployment(Box::default()),
             AggregateKind::Gitops => State::Gitops(Arc::default()),
             AggregateKind::Routing => State::Routing(Arc::default()),
+            AggregateKind::Domain => State::Domain(Arc::default()),
             AggregateKind::Ledger => State::Ledger(Arc::default()),
         };
         Some(Self {
@@ -350,6 +354,7 @@ impl Kept {
             AggregateKind::Build => State::Build(decode_part(&mut rest)?),
             AggregateKind::Gitops => State::Gitops(decode_part(&mut rest)?),
             AggregateKind::Routing => State::Routing(decode_part(&mut rest)?),
+            AggregateKind::Domain => State::Domain(decode_part(&mut rest)?),
             AggregateKind::Ledger => State::Ledger(decode_part(&mut rest)?),
             AggregateKind::Deployment => State::Deployment(Box::new(DeploymentSlot {
                 folded: decode_part(&mut rest)?,
@@ -387,6 +392,7 @@ impl State {
             Self::Deployment(d) => append(out, &d.folded),
             Self::Gitops(f) => append(out, f),
             Self::Routing(f) => append(out, f),
+            Self::Domain(f) => append(out, f),
             Self::Ledger(f) => append(out, f),
         }
     }
@@ -411,6 +417,7 @@ impl State {
             }
             Self::Gitops(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
             Self::Routing(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
+            Self::Domain(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
             Self::Ledger(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
         };
     }
@@ -428,6 +435,7 @@ impl State {
             }
             Self::Gitops(f) => f.clone(),
             Self::Routing(f) => f.clone(),
+            Self::Domain(f) => f.clone(),
             Self::Ledger(f) => f.clone(),
         };
         Shared { folded, created }
@@ -442,6 +450,7 @@ impl State {
             Self::Deployment(d) => d.folded.position,
             Self::Gitops(f) => f.position,
             Self::Routing(f) => f.position,
+            Self::Domain(f) => f.position,
             Self::Ledger(f) => f.position,
         }
     }
@@ -455,6 +464,7 @@ impl State {
             Self::Deployment(d) => Arc::make_mut(&mut d.folded).position = position,
             Self::Gitops(f) => Arc::make_mut(f).position = position,
             Self::Routing(f) => Arc::make_mut(f).position = position,
+            Self::Domain(f) => Arc::make_mut(f).position = position,
             Self::Ledger(f) => Arc::make_mut(f).position = position,
         }
     }

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use daybook_events::build::Build;
 use daybook_events::deployment::Deployment;
+use daybook_events::domain::Domain;
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
 use daybook_events::ledger::LedgerRecord;
@@ -99,6 +100,7 @@ fn states_are_what_a_replay_of_each_aggregate_gives() {
             AggregateKind::Deployment => same_state::<Deployment>(&projections, subject, events),
             AggregateKind::Gitops => same_state::<Gitops>(&projections, subject, events),
             AggregateKind::Routing => same_state::<Routing>(&projections, subject, events),
+            AggregateKind::Domain => same_state::<Domain>(&projections, subject, events),
             AggregateKind::Ledger => same_state::<LedgerRecord>(&projections, subject, events),
         }
     }

@@ -9,6 +9,7 @@ use tokio_util::task::TaskTracker;
 use crate::driver::{self, DriverOptions, Worker};
 use crate::gateway::Gateway;
 use crate::pipeline::build::Builds;
+use crate::pipeline::domains::Domains;
 use crate::pipeline::environment::{EnvironmentEnds, Environments};
 use crate::pipeline::follow::{FollowBuild, FollowDeployment};
 use crate::pipeline::foreign::{self, Decisions, Nudge};
@@ -136,6 +137,7 @@ impl Crew {
         self.hire(Queue(self.bench.clone()));
         self.hire(Route(self.bench.clone()));
         self.hire(RouteApplied(self.bench.clone()));
+        self.hire(Domains(self.bench.clone()));
         self.hire(Deadlines(self.bench.clone()));
     }
 

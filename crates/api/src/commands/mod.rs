@@ -9,6 +9,7 @@ mod approvals;
 mod check;
 mod config;
 mod deploy;
+mod domains;
 mod gitops;
 mod hooks;
 mod lifecycle;

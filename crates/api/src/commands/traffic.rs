@@ -99,7 +99,9 @@ impl Commands {
         let routing = self.ledger.projections().routing(&instance.project)?;
         let traffic = routing.as_ref().and_then(|r| r.traffic(instance));
         let hostnames = self.addresses(instance)?;
-        let shared = routing.as_ref().is_some_and(|r| r.is_split(&hostnames));
+        let shared = routing
+            .as_ref()
+            .is_some_and(|r| r.is_split(instance, &hostnames));
         let main = traffic.and_then(|t| t.main).filter(|_| shared);
         let former = main.or_else(|| traffic?.former.last().copied());
         Ok(former.ok_or_else(|| {

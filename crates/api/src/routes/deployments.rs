@@ -250,7 +250,7 @@ pub(crate) async fn list_deployments(
     let page: Page = page(query.limit, query.cursor.as_deref())?;
     let projections = state.projections();
     let found = projections.deployments(&filter, page)?;
-    let mut shown = Shown::new(projections, &state.settings.gateway);
+    let mut shown = Shown::new(projections, &state.settings);
     let deployments: Result<_, _> = found.items.iter().map(|row| shown.entry(row)).collect();
     Ok(Answer::ok(DeploymentList {
         deployments: deployments?,
@@ -331,7 +331,7 @@ pub(crate) async fn get_deployment(
     Params(NoParams {}): Params<NoParams>,
 ) -> Handled<DeploymentDetail> {
     let row = state.commands.deployment(id)?;
-    let mut shown = Shown::new(state.projections(), &state.settings.gateway);
+    let mut shown = Shown::new(state.projections(), &state.settings);
     Ok(Answer::ok(shown.detail(&row)?))
 }
 

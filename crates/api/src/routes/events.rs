@@ -204,7 +204,7 @@ fn service_of(
             },
             _ => None,
         },
-        Subject::Environment(..) | Subject::Ledger | Subject::Other(_) => None,
+        Subject::Environment(..) | Subject::Domain(_) | Subject::Ledger | Subject::Other(_) => None,
     })
 }
 

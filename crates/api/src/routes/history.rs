@@ -254,7 +254,7 @@ pub(crate) async fn get_instance(
     let routing = projections.routing(&instance.project)?;
     let traffic = routing.as_ref().and_then(|r| r.traffic(&instance));
     let rows = projections.active_of(&instance)?;
-    let mut shown = Shown::new(projections, &state.settings.gateway);
+    let mut shown = Shown::new(projections, &state.settings);
     let deployments: Result<_, _> = rows.iter().map(|row| shown.entry(row)).collect();
     Ok(Answer::ok(InstanceDetail {
         entry: InstanceEntry {

@@ -3,6 +3,7 @@
 pub(crate) mod config;
 pub(crate) mod approvals;
 pub(crate) mod deployments;
+pub(crate) mod domains;
 pub(crate) mod events;
 pub(crate) mod gitops;
 pub(crate) mod history;
@@ -88,6 +89,8 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(traffic::set_policy))
         .routes(routes!(config::scale))
         .routes(routes!(config::change_config))
+        .routes(routes!(domains::list_domains, domains::claim_domain))
+        .routes(routes!(domains::release_domain))
         .routes(routes!(logs::deployment_logs))
         .routes(routes!(history::list_history))
         .routes(routes!(history::list_audit))

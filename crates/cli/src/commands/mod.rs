@@ -6,6 +6,7 @@ mod audit;
 mod config;
 mod demo;
 mod deploy;
+mod domain;
 mod events;
 mod gitops;
 mod gitops_key;
@@ -150,6 +151,9 @@ pub enum Command {
     /// Change the environment variables of a service instance.
     #[command(subcommand)]
     Config(config::ConfigCommand),
+    /// Bring hostnames of your own along.
+    #[command(subcommand)]
+    Domain(domain::DomainCommand),
     /// Scale a deployment to zero; it can be started again.
     Stop(lifecycle::OperationArgs),
     /// Start a stopped deployment.
@@ -218,6 +222,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Routes(command) => routes::run(command).await,
         Command::Scale(args) => config::scale(args).await,
         Command::Config(command) => config::run(command).await,
+        Command::Domain(command) => domain::run(command).await,
         Command::Stop(args) => lifecycle::operate("stop", args).await,
         Command::Start(args) => lifecycle::operate("start", args).await,
         Command::Keep(args) => lifecycle::keep(args).await,

@@ -112,7 +112,8 @@ pub async fn run(command: RoutesCommand) -> Outcome {
     }
 }
 
-fn instance(text: &str) -> Result<InstanceRef, Failure> {
+/// Reads `project.environment.service`.
+pub fn instance(text: &str) -> Result<InstanceRef, Failure> {
     text.parse().map_err(|e: daybook_events::InvalidName| {
         Failure::new(Code::Usage, e.code, e.to_string())
             .hint("write it as project.environment.service")

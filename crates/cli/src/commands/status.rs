@@ -382,6 +382,17 @@ pub fn print_detail(detail: &Value) {
         );
         fields.push(("stops", stop));
     }
+    let internal = detail.pointer("/access/internal");
+    for (cluster, addresses) in internal.and_then(Value::as_object).into_iter().flatten() {
+        let addresses = addresses.as_array().into_iter().flatten();
+        let addresses: Vec<_> = addresses.filter_map(Value::as_str).collect();
+        if !addresses.is_empty() {
+            fields.push(("internal", format!("{} ({cluster})", addresses.join(", "))));
+        }
+    }
+    if !text("/access/load_balancer").is_empty() {
+        fields.push(("gateway", text("/access/load_balancer")));
+    }
     let operations: Vec<_> = detail
         .get("operations")
         .and_then(Value::as_array)

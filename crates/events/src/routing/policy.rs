@@ -120,7 +120,7 @@ pub(super) fn decide(state: &Routing, set: SetPolicy) -> Result<Decision<Routing
         ));
     };
     // The gateways look at the routes that a switch names.
-    let moving = state.moving(&set.hostnames).into_iter();
+    let moving = state.moving(&set.instance, &set.hostnames).into_iter();
     let changes = moving.filter_map(|(hostname, stickiness)| {
         let backends = state.routes.get(&hostname)?.backends.clone();
         Some(RouteChange {
@@ -145,6 +145,7 @@ pub(super) fn decide(state: &Routing, set: SetPolicy) -> Result<Decision<Routing
                 previous,
                 next: set.policy,
             }),
+            domain: None,
             instance: set.instance,
         },
     ))))

@@ -79,7 +79,7 @@ pub(super) fn decide(state: &Routing, split: Split) -> Result<Decision<RoutingEv
     }
     let routes = match only {
         Some(hostname) => vec![one(state, &instance, hostname)?],
-        None => moving(state, &hostnames),
+        None => moving(state, &instance, &hostnames),
     };
     if routes.is_empty() {
         return Err(Refusal::new(
@@ -98,7 +98,7 @@ pub(super) fn decide(state: &Routing, split: Split) -> Result<Decision<RoutingEv
             weight: share.weight,
         })
         .collect();
-    let whole = routes.len() == moving(state, &hostnames).len();
+    let whole = routes.len() == moving(state, &instance, &hostnames).len();
     let changes: Vec<_> = routes
         .into_iter()
         .filter_map(|(hostname, stickiness)| {
@@ -139,6 +139,7 @@ pub(super) fn decide(state: &Routing, split: Split) -> Result<Decision<RoutingEv
             undoes: None,
             note,
             policy: None,
+            domain: None,
         },
     ))))
 }
@@ -176,12 +177,16 @@ fn check_weights(shares: &[Share]) -> Result<(), Refusal> {
 }
 
 /// The routes that exist and move with the main deployment.
-fn moving(state: &Routing, hostnames: &Hostnames) -> Vec<(Hostname, Stickiness)> {
+fn moving(
+    state: &Routing,
+    instance: &InstanceRef,
+    hostnames: &Hostnames,
+) -> Vec<(Hostname, Stickiness)> {
     let routed = |(hostname, stickiness): (Hostname, _)| {
         let routed = state.routes.contains_key(&hostname);
         routed.then_some((hostname, stickiness))
     };
-    let moving = state.moving(hostnames).into_iter();
+    let moving = state.moving(instance, hostnames).into_iter();
     moving.filter_map(routed).collect()
 }
 
@@ -235,8 +240,8 @@ fn unchanged_since(
 }
 
 /// Whether an address that moves with the main deployment leads to anything but one deployment.
-pub(super) fn is_split(state: &Routing, hostnames: &Hostnames) -> bool {
-    let traffic = moving(state, hostnames);
+pub(super) fn is_split(state: &Routing, instance: &InstanceRef, hostnames: &Hostnames) -> bool {
+    let traffic = moving(state, instance, hostnames);
     let mut routes = traffic.iter().filter_map(|(h, _)| state.routes.get(h));
     let Some(first) = routes.next() else {
         return false;

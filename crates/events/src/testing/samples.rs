@@ -14,6 +14,7 @@ use crate::approval::{
 };
 use crate::build::{self, BuildEvent, LogSeal};
 use crate::deployment::{self, DeploymentEvent, SourceCommit, Status, SwitchMode, Version};
+use crate::domain::{self, DomainEvent};
 use crate::environment::{self, EnvironmentEvent, EnvironmentSpec};
 use crate::gitops::{self, Change, GitopsEvent};
 use crate::hook::{BranchPushed, Hook, HookDefined, HookRemoved, Provider};
@@ -720,6 +721,7 @@ pub fn routing_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<R
             undoes: None,
             note: Some("the first one".to_owned()),
             policy: None,
+            domain: None,
         })),
         RoutingEvent::Applied(routing::Applied {
             gateway: "berlin".to_owned(),
@@ -732,6 +734,20 @@ pub fn routing_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<R
             code: "port_in_use".to_owned(),
             message: "port 7071 is taken".to_owned(),
         }),
+    ]
+}
+
+/// The events of a hostname that its owner brought along.
+pub fn domain_events(instance: &InstanceRef) -> Vec<DomainEvent> {
+    vec![
+        DomainEvent::Claimed(domain::Claimed {
+            hostname: Hostname::parse("www.example.com").expect("a hostname"),
+            number: 1,
+            instance: instance.clone(),
+            stickiness: Stickiness::Live,
+        }),
+        DomainEvent::ReleaseRequested(domain::ReleaseRequested { number: 1 }),
+        DomainEvent::Released(domain::Released { number: 1 }),
     ]
 }
 

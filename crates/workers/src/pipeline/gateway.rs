@@ -136,7 +136,19 @@ impl Applier {
             return Ok(());
         };
         daybook_failpoints::reached("route.before");
-        let applied = match self.switch(project, routing)? {
+        let mut switched = self.switch(project, routing)?;
+        // The owner before has given it up, or it could not have been claimed: its table says so,
+        // and was not applied yet.
+        if let Err(ApplyError::HostTaken { owner, .. }) = &switched
+            && let owner = Subject::Routing(owner.clone())
+            && let Some(before) = owner.project()
+            && let Some(routing_before) = &projections.shared::<Routing>(&owner)?.state
+        {
+            // If that cannot be applied either, this one says so.
+            let _ = self.bring_up(before, routing_before)?;
+            switched = self.switch(project, routing)?;
+        }
+        let applied = match switched {
             // The gap is no longer known: the table as a whole closes it.
             Err(ApplyError::Missed { .. }) => self.replace(project, routing)?,
             other => other,
@@ -182,6 +194,18 @@ impl Applier {
             })
             .await
             .map(|_| ())
+    }
+
+    /// Applies a project's newest table, whatever the gateway has.
+    fn bring_up(
+        &self,
+        project: &ProjectName,
+        routing: &Routing,
+    ) -> Result<Result<(), ApplyError>, Stop> {
+        match self.switch(project, routing)? {
+            Err(ApplyError::Missed { .. }) => self.replace(project, routing),
+            other => Ok(other),
+        }
     }
 
     /// Applies what was switched since the table that the gateway has.

@@ -27,6 +27,7 @@ pub mod activity;
 pub mod approvals;
 mod branch;
 pub mod build;
+pub mod domains;
 pub mod environment;
 pub mod follow;
 pub mod foreign;

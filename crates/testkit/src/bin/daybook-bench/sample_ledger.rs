@@ -374,6 +374,7 @@ impl SampleProject {
             undoes: None,
             note: None,
             policy: None,
+            domain: None,
         };
         let applied = routing::Applied {
             gateway: "west".into(),
