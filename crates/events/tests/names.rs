@@ -402,7 +402,7 @@ fn subjects_that_are_none() {
             Err(_) => assert!(text.contains(' ')),
         }
     }
-    assert_eq!(AggregateKind::ALL.len(), 7);
+    assert_eq!(AggregateKind::ALL.len(), 8);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use async_trait::async_trait;
 use daybook_events::deployment::{
-    Deployment, DeploymentEvent, OperationDone, OperationFailed, Status,
+    Deployment, DeploymentEvent, OperationDone, OperationFailed, Status, SwitchMode,
 };
 use daybook_events::environment::Environment;
 use daybook_events::routing::{self, Command, Hostnames, Routing, RoutingEvent};
