@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use async_trait::async_trait;
 use daybook_events::deployment::{
-    Deployment, DeploymentEvent, OperationDone, OperationFailed, Status, SwitchMode,
+    Deployment, DeploymentEvent, OperationDone, OperationFailed, Status,
 };
 use daybook_events::environment::Environment;
 use daybook_events::routing::{self, Command, Hostnames, Routing, RoutingEvent};
@@ -364,7 +364,7 @@ pub(super) async fn assign(
     let command = Command::Assign {
         target: branch::target(row),
         hostnames: branch::with_address(bench, row, hostnames)?,
-        take_over: row.state.request.switch == SwitchMode::Automatic,
+        take_over,
     };
     let context = bench.follow_up(ROLE, row.state.status_event, row.id.0, "routes_assigned");
     let executed = bench
