@@ -26,7 +26,7 @@ fn a_branch_has_an_address_that_goes_to_its_newest_deployment() {
         assert!(url.starts_with(&format!("http://{host}:")), "{access}");
     }
     let internal = access["internal"].as_object().unwrap();
-    assert_eq!(internal.len(), 2, "{access}");
+    assert!(!internal.is_empty(), "{access}");
     for instances in internal.values() {
         let address = instances[0].as_str().unwrap();
         assert!(address.starts_with("127.0.0.1:"), "{access}");
