@@ -6,8 +6,8 @@ use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use daybook_events::{
-    Actor, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, HookName, Hostname, InstanceRef,
-    Position, ProjectName, ServiceName,
+    Actor, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, HookName, Hostname,
+    InstanceRef, Position, ProjectName, ServiceName,
 };
 use daybook_secrets::SecretStore;
 use futures_util::StreamExt;
