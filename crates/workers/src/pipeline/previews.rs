@@ -209,7 +209,7 @@ impl Previews {
         match self.sources.resolve(&source.url, &git_ref).await {
             Ok(found) => {
                 let reason = format!("{name} leads to it");
-                self.head_found(environment, found.commit, reason).await
+                self.head_found(environment, found.commit.commit, reason).await
             }
             Err(e) if e.retryable => Err(e.into()),
             Err(e) => self.settle_head(environment, &e.message).await,
@@ -374,7 +374,7 @@ impl Pushes {
         for (service, spec, source) in services_of(&project, &pushed.repository) {
             let found = self.sources.resolve(&source.url, &tip).await;
             let commit = match found {
-                Ok(found) => found.commit,
+                Ok(found) => found.commit.commit,
                 Err(e) if e.retryable => return Err(e.into()),
                 // The branch is gone again, say: there is nothing to be deployed.
                 Err(e) => {
