@@ -171,10 +171,12 @@ impl Collector {
             return;
         }
         let kind = event.short_kind();
-        // Approvals are read by what they are called, whichever aggregate they will belong to.
+        // Approvals are read by what they are called: a newer version may have more kinds, and
+        // those of another aggregate belong to the deployment whose run they are part of.
         if kind.contains("approval") || kind.contains("emergency") || kind.contains("post_review") {
             self.approvals += 1;
-            let run = self.runs.entry(run.clone()).or_default();
+            let of = if aggregate == "deployment" { id } else { &run };
+            let run = self.runs.entry(of.to_owned()).or_default();
             if kind.contains("emergency") {
                 run.emergency.get_or_insert((event.time, None));
             } else if kind.contains("post_review") {

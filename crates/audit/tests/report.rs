@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use daybook_audit::report::{Collector, Report, Scope, Subject};
 use daybook_audit::world::{Snapshots, differences};
@@ -105,19 +105,54 @@ fn failures_duties_and_approvals_are_reported() {
     assert!(of("deployment.failed.v1") + of("deployment.cancelled.v1") > 0);
     assert_eq!(what("failed"), of("deployment.failed.v1"));
     assert_eq!(what("cancelled"), of("deployment.cancelled.v1"));
-    let requested = of("deployment.requested.v1");
-    let none = |r: &Report| {
-        r.statement
-            .iter()
-            .any(|s| s.contains("No event of this ledger is about approvals"))
-    };
-    for subject in [Subject::SegregationOfDuties, Subject::Unapproved] {
-        let found = report(&ledger, subject, Scope::default());
-        assert!(found.rows.len() >= requested, "nobody approved any of them");
-        assert!(none(&found), "{:?}", found.statement);
+    // Who allowed what, from the events themselves: grants since the last change of the plan.
+    let mut grants: BTreeMap<&str, Vec<&Event>> = BTreeMap::new();
+    let (mut overridden, mut reviewed) = (BTreeSet::new(), BTreeSet::new());
+    for event in &all {
+        let id = event.subject.rsplit('/').next().unwrap();
+        match event.kind.rsplit_once("deployment.").map(|(_, kind)| kind) {
+            Some("requested.v1") => drop(grants.entry(id).or_default()),
+            Some("approval_granted.v1") => grants.get_mut(id).unwrap().push(event),
+            Some("approvals_voided.v1") => grants.get_mut(id).unwrap().clear(),
+            Some("emergency_override.v1") => drop(overridden.insert(id)),
+            Some("post_review_completed.v1") => drop(reviewed.insert(id)),
+            _ => {}
+        }
     }
+    let without: BTreeSet<&str> = grants
+        .iter()
+        .filter_map(|(id, found)| found.is_empty().then_some(*id))
+        .collect();
+    assert!(!without.is_empty() && without.len() < grants.len());
+    assert!(!overridden.is_empty() && !reviewed.is_empty());
+    let unapproved = report(&ledger, Subject::Unapproved, Scope::default());
+    let shown: BTreeSet<&str> = unapproved
+        .rows
+        .iter()
+        .filter(|row| row[2] == "deployment without approval")
+        .map(|row| row[4].split(' ').next().unwrap())
+        .collect();
+    assert_eq!(shown, without);
+    let duties = report(&ledger, Subject::SegregationOfDuties, Scope::default());
+    let nobody: BTreeSet<&str> = duties
+        .rows
+        .iter()
+        .filter(|row| row[7].contains("nobody approved it"))
+        .map(|row| row[2].as_str())
+        .collect();
+    assert_eq!(nobody, without);
     let emergencies = report(&ledger, Subject::Emergency, Scope::default());
-    assert!(emergencies.rows.is_empty() && none(&emergencies));
+    let shown: BTreeSet<(&str, bool)> = emergencies
+        .rows
+        .iter()
+        .map(|row| (row[2].as_str(), row[7].starts_with("reviewed")))
+        .collect();
+    let expected = overridden.iter().map(|id| (*id, reviewed.contains(id)));
+    assert_eq!(shown, expected.collect());
+    for found in [unapproved, duties, emergencies] {
+        let none = |s: &String| s.contains("No event of this ledger is about approvals");
+        assert!(!found.statement.iter().any(none), "{:?}", found.statement);
+    }
     assert_eq!(
         report(&ledger, Subject::Integrity, Scope::default())
             .rows

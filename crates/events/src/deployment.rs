@@ -23,11 +23,11 @@ pub use cluster::{
 pub use operation::{Possibility, ways_to};
 
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
-use crate::config::InstanceConfig;
 use crate::approval::{
     self, Approval, ApprovalGranted, ApprovalRejected, ApprovalRequested, ApprovalsVoided,
     Approved, EmergencyOverride, PostReviewCompleted,
 };
+use crate::config::InstanceConfig;
 use crate::envelope::Payload;
 use crate::log::Position;
 use crate::names::{

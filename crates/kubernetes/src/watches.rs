@@ -43,11 +43,7 @@ pub(crate) async fn objects<K>(
 pub(crate) type Warned = Arc<dyn Fn(&str, &str, Warning) + Send + Sync>;
 
 /// Watches what kubelets and controllers warn of about pods.
-pub(crate) async fn warnings(
-    client: Client,
-    warned: Warned,
-    cancel: CancellationToken,
-) {
+pub(crate) async fn warnings(client: Client, warned: Warned, cancel: CancellationToken) {
     let config = watcher::Config::default().fields("involvedObject.kind=Pod,type=Warning");
     let tell = |event: &Occurrence| {
         let about = &event.involved_object;

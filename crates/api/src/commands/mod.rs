@@ -35,9 +35,9 @@ use uuid::Uuid;
 
 use crate::state::Settings;
 
-pub use config::Configure;
 pub use approvals::Verdict;
 pub(crate) use approvals::approval;
+pub use config::Configure;
 pub use deploy::{Deploy, Deployed, Promote, Redeploy, RunOverrides, What};
 pub use hooks::{HookWish, Received};
 pub use lifecycle::{Lifecycle, Operated};

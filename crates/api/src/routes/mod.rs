@@ -1,7 +1,7 @@
 //! The addresses of the interface.
 
-pub(crate) mod config;
 pub(crate) mod approvals;
+pub(crate) mod config;
 pub(crate) mod deployments;
 pub(crate) mod domains;
 pub(crate) mod events;

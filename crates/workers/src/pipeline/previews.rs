@@ -209,7 +209,8 @@ impl Previews {
         match self.sources.resolve(&source.url, &git_ref).await {
             Ok(found) => {
                 let reason = format!("{name} leads to it");
-                self.head_found(environment, found.commit.commit, reason).await
+                self.head_found(environment, found.commit.commit, reason)
+                    .await
             }
             Err(e) if e.retryable => Err(e.into()),
             Err(e) => self.settle_head(environment, &e.message).await,
