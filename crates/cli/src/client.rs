@@ -73,6 +73,11 @@ impl Client {
         self.seen.fetch_max(position, Ordering::Relaxed);
     }
 
+    /// The newest position that an answer was as of; 0 before the first answer.
+    pub fn position(&self) -> u64 {
+        self.seen.load(Ordering::Relaxed)
+    }
+
     /// The server's URL, as it may be shown.
     pub fn shown(&self) -> String {
         without_credentials(&self.base)

@@ -207,10 +207,21 @@ pub async fn run(args: DeployArgs) -> Outcome {
 pub enum Follow {
     /// A deployment until it is live.
     Deployment,
-    /// An operation on one until it is done.
-    Operation,
-    /// A new try in some of its clusters until each of them is ready or has failed.
-    Retry,
+    /// An operation on one until it is done; it was asked for after this position.
+    Operation(u64),
+    /// A new try in some of its clusters until each of them is ready or has failed; it was asked
+    /// for after this position.
+    Retry(u64),
+}
+
+impl Follow {
+    /// Events up to this position are about something that was before.
+    fn after(self) -> u64 {
+        match self {
+            Self::Deployment => 0,
+            Self::Operation(position) | Self::Retry(position) => position,
+        }
+    }
 }
 
 /// Follows a deployment's events and output, live, until it is settled. The exit code says how it
@@ -240,13 +251,16 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
             }
         }
     });
+    let path = format!("/api/v1/deployments/{id}");
     let query = [
         ("deployment", Some(id.to_owned())),
         ("follow", Some("true".to_owned())),
-        ("after", Some("0".to_owned())),
+        ("after", Some(what.after().to_string())),
     ];
-    let mut last_id = None;
-    'connect: loop {
+    let mut last_id: Option<String> = None;
+    // What is done already has no event to come.
+    let mut done = what != Follow::Deployment && is_settled(&client.get(&path, &[]).await?, what);
+    'connect: while !done {
         let stream = client
             .stream("/api/v1/events", &query, last_id.as_deref())
             .await?;
@@ -272,17 +286,28 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
                 continue;
             };
             let kind = event.event.trim_start_matches("dev.daybook.").to_owned();
-            if what == Follow::Deployment || is_later(&data, begun) {
-                print_event(&kind, &data, begun);
-            }
-            if what == Follow::Retry || ends(&kind) {
-                let detail: Value = client
-                    .get(&format!("/api/v1/deployments/{id}"), &[])
-                    .await?;
-                if is_settled(&detail, what) {
-                    break 'connect;
+            print_event(&kind, &data, begun);
+            if matches!(what, Follow::Retry(_)) || ends(&kind) {
+                let detail: Value = client.get(&path, &[]).await?;
+                done = is_settled(&detail, what);
+                if done {
+                    break;
                 }
             }
+        }
+    }
+    if what != Follow::Deployment {
+        // The state was ahead of the stream.
+        let last = last_id.and_then(|id| id.parse().ok());
+        let query = [
+            ("deployment", Some(id.to_owned())),
+            ("after", Some(last.unwrap_or(what.after()).to_string())),
+        ];
+        let page: Value = client.get("/api/v1/events", &query).await?;
+        for entry in page["events"].as_array().into_iter().flatten() {
+            let event = &entry["event"];
+            let kind = event["type"].as_str().unwrap_or_default();
+            print_event(kind.trim_start_matches("dev.daybook."), event, begun);
         }
     }
     // The server ends the output once it is complete.
@@ -293,9 +318,7 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
     })
     .await;
     reader.abort();
-    let detail: Value = client
-        .get(&format!("/api/v1/deployments/{id}"), &[])
-        .await?;
+    let detail: Value = client.get(&path, &[]).await?;
     if output::is_json() {
         output::json(&detail);
     } else {
@@ -318,13 +341,6 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
     Ok(code)
 }
 
-fn is_later(data: &Value, begun: Timestamp) -> bool {
-    data.get("time")
-        .and_then(Value::as_str)
-        .and_then(|t| t.parse::<Timestamp>().ok())
-        .is_some_and(|t| t >= begun)
-}
-
 fn ends(kind: &str) -> bool {
     matches!(
         kind,
@@ -345,7 +361,7 @@ fn ends(kind: &str) -> bool {
 fn is_settled(detail: &Value, what: Follow) -> bool {
     let state = detail.get("state").and_then(Value::as_str);
     let state = state.unwrap_or_default();
-    if what == Follow::Retry && state == "partially_started" {
+    if matches!(what, Follow::Retry(_)) && state == "partially_started" {
         let clusters = detail.get("cluster_status").and_then(Value::as_array);
         let states = clusters.into_iter().flatten();
         let states: Vec<_> = states.filter_map(|c| c["state"].as_str()).collect();

@@ -185,6 +185,7 @@ pub async fn operate(operation: &str, args: OperationArgs) -> Outcome {
     let client = Client::new(&args.server)?;
     let id = find(&client, &args.deployment).await?;
     let path = format!("/api/v1/deployments/{id}/{operation}");
+    let before = client.position();
     let answer = client
         .post(&path, &json!({ "reason": args.reason }))
         .await?;
@@ -200,7 +201,7 @@ pub async fn operate(operation: &str, args: OperationArgs) -> Outcome {
         }
         return Ok(Code::Success);
     }
-    let code = follow(&client, &id, Follow::Operation).await?;
+    let code = follow(&client, &id, Follow::Operation(before)).await?;
     // A deployment that was cancelled because it was asked for is what was asked for.
     Ok(match code {
         Code::DeploymentCancelled if operation == "cancel" => Code::Success,
@@ -231,6 +232,7 @@ pub async fn retry(args: RetryArgs) -> Outcome {
         body["clusters"] = args.clusters.into();
     }
     let path = format!("/api/v1/deployments/{id}/retry");
+    let before = client.position();
     let answer = client.post(&path, &body).await?;
     if args.detach {
         if output::is_json() {
@@ -240,7 +242,7 @@ pub async fn retry(args: RetryArgs) -> Outcome {
         }
         return Ok(Code::Success);
     }
-    follow(&client, &id, Follow::Retry).await
+    follow(&client, &id, Follow::Retry(before)).await
 }
 
 pub async fn delete(args: OperationArgs) -> Outcome {
@@ -347,10 +349,11 @@ async fn start_if_stopped(client: &Client, id: &str, reason: Option<&str>) -> Ou
     if !matches!(detail["state"].as_str(), Some("stopped" | "start_error")) {
         return Ok(Code::Success);
     }
+    let before = client.position();
     client
         .post(&format!("{path}/start"), &json!({ "reason": reason }))
         .await?;
-    follow(client, id, Follow::Operation).await
+    follow(client, id, Follow::Operation(before)).await
 }
 
 fn switched(answer: &Value, id: &str) -> Outcome {

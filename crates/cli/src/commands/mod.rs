@@ -258,7 +258,8 @@ mod tests {
 
     /// The commands that the documentation shows, as a shell would split them.
     fn shown(text: &str) -> Vec<Vec<String>> {
-        text.lines()
+        text.replace("\\\n", " ")
+            .lines()
             .map(str::trim)
             .filter_map(|line| line.strip_prefix("$ "))
             .filter(|line| line.starts_with("daybook "))
