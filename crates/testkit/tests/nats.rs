@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use async_nats::jetstream::{self, stream};
+use async_nats::{HeaderMap, header};
 use daybook_testkit::left_out;
 use daybook_testkit::nats::{NatsBinary, NatsCluster, NatsServer, NatsSettings};
 
@@ -106,7 +107,22 @@ async fn three_servers_keep_a_stream_whose_leader_is_killed() {
         let stream = tokio::time::timeout(Duration::from_secs(20), created)
             .await
             .expect("the cluster places a stream");
-        js.publish("kept", "1".into()).await.unwrap().await.unwrap();
+        // The stream's own leader may be a moment later than its creation; by its id the message
+        // is stored once.
+        let stored = async {
+            loop {
+                let mut headers = HeaderMap::new();
+                headers.insert(header::NATS_MESSAGE_ID, "1");
+                let sent = js.publish_with_headers("kept", headers, "1".into()).await;
+                if sent.unwrap().await.is_ok() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), stored)
+            .await
+            .expect("the stream takes a message");
         let leader = stream
             .cached_info()
             .cluster

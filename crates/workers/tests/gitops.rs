@@ -199,6 +199,16 @@ async fn git_accepts_what_is_made() {
             ".daybook/checkpoint",
             "README.md",
             "base/Chart.yaml",
+            "base/charts/daybook-app/Chart.yaml",
+            "base/charts/daybook-app/templates/_helpers.tpl",
+            "base/charts/daybook-app/templates/autoscaling.yaml",
+            "base/charts/daybook-app/templates/configmap.yaml",
+            "base/charts/daybook-app/templates/deployment.yaml",
+            "base/charts/daybook-app/templates/disruption.yaml",
+            "base/charts/daybook-app/templates/httproute.yaml",
+            "base/charts/daybook-app/templates/service.yaml",
+            "base/charts/daybook-app/templates/volumes.yaml",
+            "base/charts/daybook-app/values.yaml",
             "base/values.yaml",
             "environments/development/values.yaml"
         ]

@@ -237,9 +237,10 @@ mod tests {
         let tree = "0 daybook-api v0.1.0 (/x)\n1 axum v0.8.0\n1 async-nats v0.51.0\n\
                     1 daybook-workers v0.1.0 (/x)\n\n0 daybook-workers v0.1.0 (/x)\n1 kube v5.0.0\n";
         let found = trespasses(&parse_tree(tree));
-        assert_eq!(found.len(), 2, "{found:?}");
+        assert_eq!(found.len(), 3, "{found:?}");
         assert!(found[0].starts_with("daybook-api must not know async-nats: how events"));
         assert_eq!(found[1], "daybook-api must not build on daybook-workers");
+        assert!(found[2].starts_with("daybook-workers must not know kube: "));
     }
 
     #[test]
