@@ -85,12 +85,15 @@ pub fn play(stage: &mut Stage, versions: &Versions) -> (Cast, Vec<String>) {
     post(stage, &path, json!({}), "switch");
     answered_by(stage, &second);
     traffic.may_come_from(&[&second]);
+    will_be_stopped(stage, &first, true);
 
     traffic.may_come_from(&[&first, &second]);
     let body = json!({"instance_id": instance});
     post(stage, "/api/v1/rollback", body, "rollback");
     answered_by(stage, &first);
     traffic.may_come_from(&[&first]);
+    will_be_stopped(stage, &first, false);
+    will_be_stopped(stage, &second, true);
 
     for (operation, state) in [("stop", "stopped"), ("terminate", "terminated")] {
         let path = format!("/api/v1/deployments/{second}/{operation}");
@@ -129,6 +132,15 @@ fn wait_for(stage: &mut Stage, id: &str, state: &str) {
             detail["failure"]
         );
         (detail["state"] == state).then_some(())
+    });
+}
+
+/// Waits until it is recorded whether a deployment will be stopped by itself. A later decision
+/// would come before it, or not, as chance has it.
+fn will_be_stopped(stage: &mut Stage, id: &str, expected: bool) {
+    let path = format!("/api/v1/deployments/{id}");
+    stage.until(&format!("stop of {id} is scheduled: {expected}"), |stage| {
+        (stage.read(&path)["stops"].is_object() == expected).then_some(())
     });
 }
 

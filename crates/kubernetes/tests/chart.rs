@@ -1,5 +1,7 @@
 //! The chart in every GitOps repository and the objects that are applied directly are the same.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;

@@ -1,5 +1,7 @@
 //! The target against a real API server, with a kubelet that is played.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -112,8 +114,10 @@ fn web() -> ServiceName {
 }
 
 fn release(values: &mut EnvironmentValues, n: u128, replicas: u32) {
-    let mut run = daybook_events::spec::RunSpec::default();
-    run.replicas = replicas;
+    let mut run = daybook_events::spec::RunSpec {
+        replicas,
+        ..Default::default()
+    };
     run.env
         .insert("GREETING".parse().unwrap(), "good \"morning\"\n".to_owned());
     let release = ReleaseValues {

@@ -255,7 +255,7 @@ async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
     match row.state.status {
         Status::Deploying => rollout::deploying(bench, row).await,
         Status::PartiallyStarted => rollout::partially_started(bench, row).await,
-        Status::Starting => rollout::starting(bench, row).await,
+        Status::Starting => Box::pin(rollout::starting(bench, row)).await,
         Status::Stopping => {
             if replicas(&row.state) == Some(0) && row.state.workload_is_gone() {
                 return done(bench, &row, "stopped", DeploymentEvent::Stopped).await;
