@@ -279,3 +279,29 @@ pub fn time(at: jiff::Timestamp) -> String {
         .strftime("%Y-%m-%d %H:%M:%S")
         .to_string()
 }
+
+/// A version as a table has room for it: of an image with a digest its name, its tag and twelve
+/// digits, `web:a1b2c3d@77b362ef137b`; of a full commit id seven; anything else whole.
+pub fn version(version: &str) -> String {
+    let Some((image, digest)) = version.split_once("@sha256:") else {
+        let commit = version.len() == 40 && version.bytes().all(|b| b.is_ascii_hexdigit());
+        return version[..if commit { 7 } else { version.len() }].to_owned();
+    };
+    let name = image.rsplit('/').next().unwrap_or(image);
+    format!("{name}@{}", digest.get(..12).unwrap_or(digest))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn images_are_short_in_tables() {
+        let digest = "77b362ef137b1669ce9d39b265d4639f63dfbd09f33b940e726d0c88b5674f89";
+        let image = format!("registry.example.com:5000/shop/web:a1b2c3d@sha256:{digest}");
+        assert_eq!(super::version(&image), "web:a1b2c3d@77b362ef137b");
+        assert_eq!(super::version("feature/x"), "feature/x");
+        let commit = "f65cf71b599889657704e58fe5a9eeccac48e3f5";
+        assert_eq!(super::version(commit), "f65cf71");
+        assert_eq!(super::version(&commit[1..]), &commit[1..]);
+        assert_eq!(super::version("web@sha256:\u{e9}"), "web@\u{e9}");
+    }
+}

@@ -156,7 +156,7 @@ async fn list(client: &Client, project: Option<String>, env: Option<String>) -> 
             text(one, "/requester"),
             waits,
             text(one, "/hash").chars().take(19).collect(),
-            text(one, "/expires"),
+            time(&text(one, "/expires")),
         ]));
     }
     table.print();
@@ -220,7 +220,7 @@ fn print(shown: &Value) {
         "approvals",
         format!("{} of {required}{names}", granted.len()),
     );
-    field("until", text(shown, "/expires"));
+    field("until", time(&text(shown, "/expires")));
     if !text(shown, "/rejected/approver").is_empty() {
         let line = format!(
             "by {}: {}",
@@ -254,4 +254,9 @@ fn text(value: &Value, pointer: &str) -> String {
         Some(Value::Null) | None => String::new(),
         Some(other) => other.to_string(),
     }
+}
+
+/// A time as it is shown; what is no time stays as it is.
+fn time(text: &str) -> String {
+    text.parse().map_or_else(|_| text.to_owned(), output::time)
 }

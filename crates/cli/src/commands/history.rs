@@ -93,7 +93,7 @@ pub async fn page(client: &Client, query: &[(&str, Option<String>)]) -> Result<(
             output::time(row.timestamp),
             format!("{}.{}.{}{mark}", row.project, row.environment, row.service),
             row.deployment.short(),
-            row.version.clone(),
+            output::version(&row.version),
             row.image_tag
                 .as_ref()
                 .map(ToString::to_string)

@@ -228,7 +228,7 @@ fn row(instance: &InstanceView, d: &DeploymentView, main: bool) -> Row {
     };
     let version = match &d.image_tag {
         Some(tag) if !d.version.contains(tag.as_str()) => format!("{} ({tag})", d.version),
-        _ => d.version.clone(),
+        _ => output::version(&d.version),
     };
     Row::new([
         name,
