@@ -125,10 +125,11 @@ impl Plan {
         let rolled_back = traffic.is_some_and(|t| t.rolled_back);
         let first = traffic.is_none_or(|t| t.main.is_none());
         let takes_over = first || (request.switch == SwitchMode::Automatic && !rolled_back);
-        let mut addresses = vec![&hostnames.preview];
+        let mut addresses = vec![hostnames.preview.clone()];
         if takes_over {
-            addresses.push(&hostnames.environment);
-            addresses.extend(&hostnames.live);
+            let none = Routing::default();
+            let moving = routing.unwrap_or(&none).moving(&instance, hostnames);
+            addresses.extend(moving.into_iter().map(|(hostname, _)| hostname));
         }
         let leads_to = |hostname: &Hostname| {
             let route = routing.and_then(|r| r.routes.get(hostname));
@@ -143,7 +144,7 @@ impl Plan {
             values: changes.collect(),
             routes: addresses
                 .into_iter()
-                .map(|hostname| (hostname.clone(), leads_to(hostname)))
+                .map(|hostname| (hostname.clone(), leads_to(&hostname)))
                 .collect(),
             rule: rule.clone(),
             instance,

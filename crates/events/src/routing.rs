@@ -6,7 +6,9 @@
 //! switch, a *compensation*, that restores what it replaced.
 
 mod branch;
+mod compensation;
 mod domain;
+mod internal;
 mod policy;
 mod split;
 
@@ -19,7 +21,8 @@ use serde::ser::SerializeStruct as _;
 use serde::{Deserialize, Serialize, Serializer};
 
 pub use branch::branch_label;
-pub use domain::{DomainChange, DomainRoute, SetDomain};
+pub use domain::{DOMAINS_MAX, DomainChange, DomainRoute, SetDomain};
+pub use internal::internal_address;
 pub use policy::{ClusterPolicy, PolicyChange, SetPolicy};
 pub use split::{SHARES_MAX, Share, Split};
 
@@ -241,6 +244,25 @@ pub struct InstanceTraffic {
     pub pinned_out: Vec<DeploymentId>,
 }
 
+impl InstanceTraffic {
+    /// Refuses a deployment that the instance was rolled back from.
+    fn must_not_be_pinned_out(&self, target: &Target) -> Result<(), Refusal> {
+        if !self.pinned_out.contains(&target.deployment) {
+            return Ok(());
+        }
+        let Target {
+            deployment,
+            instance,
+            ..
+        } = target;
+        Err(Refusal::new(
+            "pinned_out",
+            format!("{instance} was rolled back from deployment {deployment}"),
+            "lift that with `daybook mark-main`, or name other deployments",
+        ))
+    }
+}
+
 /// The state of a project's route table.
 ///
 /// It is as large as its project. What grows is in maps that share what they have in common with
@@ -292,8 +314,13 @@ impl Routing {
         }
     }
 
-    /// The addresses of an instance that lead to whatever is its main deployment.
-    fn moving(&self, instance: &InstanceRef, hostnames: &Hostnames) -> Vec<(Hostname, Stickiness)> {
+    /// The addresses of an instance that lead to whatever is its main deployment, those that were
+    /// brought along included.
+    pub(crate) fn moving(
+        &self,
+        instance: &InstanceRef,
+        hostnames: &Hostnames,
+    ) -> Vec<(Hostname, Stickiness)> {
         let environment = (hostnames.environment.clone(), Stickiness::Environment);
         let live = hostnames.live.clone().map(|h| (h, Stickiness::Live));
         let brought = self.domains_of(instance, live.is_some());
@@ -660,8 +687,11 @@ pub fn decide(
             note,
         } => {
             must_run(&target)?;
-            let main = state.traffic(&target.instance).and_then(|t| t.main);
-            match main {
+            let traffic = state.traffic(&target.instance);
+            if let Some(traffic) = traffic {
+                traffic.must_not_be_pinned_out(&target)?;
+            }
+            match traffic.and_then(|t| t.main) {
                 None => Err(Refusal::new(
                     "nothing_to_roll_back",
                     "the service has no main deployment in this environment",
@@ -688,7 +718,7 @@ pub fn decide(
             }
         }
         Command::Split(split) => split::decide(state, split),
-        Command::SetDomain(set) => Ok(domain::decide(state, set)),
+        Command::SetDomain(set) => domain::decide(state, set),
         Command::SetPolicy(set) => policy::decide(state, set),
         Command::Leave {
             deployment,
@@ -710,76 +740,7 @@ pub fn decide(
             let reason = SwitchReason::Withdraw;
             Ok(take_out(state, deployment, instance, heir, reason))
         }
-        Command::Compensate { table, note } => {
-            let Some(bad) = state.recent.iter().find(|s| s.table == table) else {
-                return Err(Refusal::new(
-                    "switch_unknown",
-                    format!("table {table} is not among the newest switches"),
-                    "switch explicitly with `daybook mark-main`",
-                ));
-            };
-            if state.recent.iter().any(|s| s.undoes == Some(table)) {
-                return Ok(Decision::Nothing);
-            }
-            // Only what still is as the bad switch left it is restored: a later switch stands.
-            let changes: Vec<_> = bad
-                .changes
-                .iter()
-                .filter(|c| {
-                    state
-                        .routes
-                        .get(&c.hostname)
-                        .map_or(&[][..], |r| &r.backends[..])
-                        == c.next.as_slice()
-                })
-                .map(|c| RouteChange {
-                    hostname: c.hostname.clone(),
-                    stickiness: c.stickiness,
-                    previous: c.next.clone(),
-                    next: c.previous.clone(),
-                })
-                .collect();
-            let traffic = state.traffic(&bad.instance).cloned().unwrap_or_default();
-            let main = bad
-                .main
-                .as_ref()
-                .filter(|m| m.next == traffic.main)
-                .map(|m| MainChange {
-                    previous: m.next,
-                    next: m.previous,
-                });
-            let decided_since = state
-                .recent
-                .iter()
-                .any(|s| s.table > table && s.instance == bad.instance);
-            if changes.is_empty() && main.is_none() {
-                return Ok(Decision::Nothing);
-            }
-            Ok(Decision::Append(RoutingEvent::Switched(Box::new(
-                Switched {
-                    table: state.table + 1,
-                    reason: SwitchReason::Compensation,
-                    instance: bad.instance.clone(),
-                    deployment: bad.deployment,
-                    changes,
-                    main,
-                    rolled_back: if decided_since {
-                        traffic.rolled_back
-                    } else {
-                        bad.was_rolled_back
-                    },
-                    was_rolled_back: traffic.rolled_back,
-                    undoes: Some(table),
-                    note: Some(note),
-                    policy: bad
-                        .policy
-                        .as_ref()
-                        .filter(|p| p.next == *state.policy(&bad.instance))
-                        .map(PolicyChange::reversed),
-                    domain: bad.domain.as_ref().and_then(DomainChange::undone),
-                },
-            ))))
-        }
+        Command::Compensate { table, note } => compensation::decide(state, table, note),
         Command::ReportApplied(e) => {
             let newest = state.applied.get(&e.gateway).copied().unwrap_or_default();
             if e.table <= newest {

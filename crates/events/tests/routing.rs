@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use daybook_events::aggregate::Refusal;
-use daybook_events::deployment::Status;
+use daybook_events::approval::Plan;
+use daybook_events::deployment::{Deployment, DeploymentEvent, Status};
+use daybook_events::log::MAX_EVENT_BYTES;
 use daybook_events::routing::{
     self, Backend, ClusterPolicy, Command, Hostnames, Routing, RoutingEvent, SetDomain, SetPolicy,
     Share, Split, Stickiness, SwitchReason, Switched, Target,
@@ -380,6 +382,25 @@ fn a_hostname_that_was_brought_along_moves_with_the_main_deployment_in_the_same_
 }
 
 #[test]
+fn what_people_are_asked_to_allow_names_the_hostnames_that_were_brought_along() {
+    let deployed = samples::deployment_events(samples::shop(), 2).into_iter();
+    let pinned = |e: &DeploymentEvent| matches!(e, DeploymentEvent::ImagePinned(_));
+    let until_pinned: Vec<_> = {
+        let mut seen = false;
+        let events = deployed.take_while(|e| !std::mem::replace(&mut seen, pinned(e)));
+        events.collect()
+    };
+    let deployment = given::<Deployment>(until_pinned).state.unwrap();
+    let (_, given) = after([assign(1), brought("www.example.com", 1, true)]);
+    let routing = given.state.as_ref();
+    let rule = samples::plan(&samples::shop(), 1).rule;
+    let plan = Plan::of(&deployment, &rule, None, routing, None, &names(2)).unwrap();
+    let www: Hostname = "www.example.com".parse().unwrap();
+    assert_eq!(plan.routes[&www], [id(1)]);
+    assert_eq!(plan.routes.len(), 4);
+}
+
+#[test]
 fn a_claim_that_was_taken_out_never_comes_back() {
     let www: Hostname = "www.example.com".parse().unwrap();
     let (switch, given) = after([
@@ -400,6 +421,132 @@ fn a_claim_that_was_taken_out_never_comes_back() {
     let (_, given) = after([assign(1), brought("www.example.com", 1, false)]);
     let late = brought("www.example.com", 1, true);
     given.when(|s| routing::decide(s, late)).then_nothing();
+}
+
+fn compensate(table: u32) -> Command {
+    Command::Compensate {
+        table,
+        note: "a gateway refused it".to_owned(),
+    }
+}
+
+#[test]
+fn a_hostname_that_could_not_be_taken_in_stays_out_whatever_was_switched_since() {
+    let www: Hostname = "www.example.com".parse().unwrap();
+    let bad = [
+        assign(1),
+        assign(2),
+        brought("www.example.com", 1, true),
+        rollback(1),
+    ];
+    let (undo, given) = after(bad.into_iter().chain([compensate(3)]));
+    assert!(!undo.domain.unwrap().next.attached);
+    assert!(given.state.as_ref().unwrap().domain(&www).is_none());
+    assert!(leads_to(&given, &www).is_empty());
+    // The rollback, which was decided since, stands, and later switches leave the hostname out.
+    assert_eq!(leads_to(&given, &names(0).environment), [(1, 100)]);
+    let (switch, given) = given.when(|s| routing::decide(s, mark_main(2))).then_some();
+    assert!(leads_to(&given, &www).is_empty(), "{switch:?}");
+
+    // One that led nowhere yet is taken out as well.
+    let (undo, given) = after([brought("www.example.com", 1, true), compensate(1)]);
+    assert!(undo.changes.is_empty());
+    let (_, given) = given.when(|s| routing::decide(s, assign(1))).then_some();
+    assert!(leads_to(&given, &www).is_empty());
+
+    // The next claim of it is none of that switch's business.
+    let again = [
+        assign(1),
+        brought("www.example.com", 1, true),
+        brought("www.example.com", 1, false),
+        brought("www.example.com", 3, true),
+    ];
+    let (_, given) = after(again);
+    let given = given
+        .when(|s| routing::decide(s, compensate(2)))
+        .then_nothing();
+    assert_eq!(leads_to(&given, &www), [(1, 100)]);
+    assert_eq!(given.state.unwrap().domain(&www).unwrap().claim, 3);
+}
+
+#[test]
+fn a_hostname_that_joined_a_switch_that_is_undone_goes_back_with_it() {
+    let www: Hostname = "www.example.com".parse().unwrap();
+    let joined = brought("www.example.com", 1, true);
+    let (_, given) = after([assign(1), assign(2), joined, compensate(2)]);
+    assert_eq!(
+        leads_to(&given, names(0).live.as_ref().unwrap()),
+        [(1, 100)]
+    );
+    assert_eq!(leads_to(&given, &www), [(1, 100)]);
+    // Led elsewhere by itself, it stays there.
+    let alone = Command::Split(Split {
+        only: Some(www.clone()),
+        ..shares(&[(3, 100)])
+    });
+    let joined = brought("www.example.com", 1, true);
+    let (_, given) = after([
+        assign(1),
+        assign(2),
+        joined,
+        Command::Assign {
+            target: target(3),
+            hostnames: names(3),
+            take_over: false,
+        },
+        alone,
+        compensate(2),
+    ]);
+    assert_eq!(leads_to(&given, &names(0).environment), [(1, 100)]);
+    assert_eq!(leads_to(&given, &www), [(3, 100)]);
+}
+
+#[test]
+fn what_was_rolled_back_from_is_nothing_to_go_back_to() {
+    let (_, given) = after([assign(1), assign(2), assign(3), rollback(2)]);
+    assert_eq!(refusal(&given, rollback(3)).code, "pinned_out");
+    let (_, given) = given.when(|s| routing::decide(s, rollback(1))).then_some();
+    assert_eq!(refusal(&given, rollback(2)).code, "pinned_out");
+    let (_, given) = given.when(|s| routing::decide(s, mark_main(2))).then_some();
+    given.when(|s| routing::decide(s, rollback(3))).then_some();
+}
+
+#[test]
+fn addresses_that_daybook_gives_cannot_be_brought_along() {
+    let (_, given) = after([assign(1)]);
+    for hostname in [names(1).preview, names(0).environment] {
+        let refused = refusal(&given, brought(hostname.as_str(), 1, true));
+        assert_eq!(refused.code, "hostname_reserved");
+    }
+}
+
+/// Even the largest switch that there can be is an event.
+#[test]
+fn so_many_hostnames_can_be_brought_along_that_a_switch_still_names_them_all() {
+    let longest = |n: usize| {
+        let label = "a".repeat(62);
+        format!("{n:02}{}.{label}.{label}.{label}", "b".repeat(60))
+    };
+    let hosts = (0..routing::DOMAINS_MAX).map(|n| brought(&longest(n), 1, true));
+    let versions = (1..=16).map(assign);
+    let everything = versions.chain(hosts).chain([
+        split(&(1..=16).map(|n| (n, 10_000)).collect::<Vec<_>>()),
+        split(&(1..=16).map(|n| (n, 9_999)).collect::<Vec<_>>()),
+    ]);
+    let (switch, given) = after(everything);
+    assert_eq!(switch.changes.len(), routing::DOMAINS_MAX + 2);
+    let bytes = serde_json::to_vec(&switch).unwrap().len();
+    // The envelope, and a reason of the greatest length.
+    assert!(bytes + 10_000 < MAX_EVENT_BYTES, "{bytes}");
+
+    let one_more = brought("www.example.com", 1, true);
+    assert_eq!(refusal(&given, one_more.clone()).code, "too_many_domains");
+    // The same one again, under a new claim, is none more.
+    let again = brought(&longest(3), 2, true);
+    let (_, given) = given.when(|s| routing::decide(s, again)).then_some();
+    let removed = brought(&longest(0), 1, false);
+    let (_, given) = given.when(|s| routing::decide(s, removed)).then_some();
+    given.when(|s| routing::decide(s, one_more)).then_some();
 }
 
 #[test]

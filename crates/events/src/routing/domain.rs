@@ -4,8 +4,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Hostnames, RouteChange, Routing, RoutingEvent, Stickiness, SwitchReason, Switched};
-use crate::aggregate::Decision;
+use crate::aggregate::{Decision, Refusal};
 use crate::names::{DeploymentId, Hostname, InstanceRef};
+
+/// The most hostnames that move with one main deployment beside its own addresses. A switch names
+/// them all in one event, each with up to sixteen deployments before and after.
+pub const DOMAINS_MAX: usize = 16;
 
 /// A hostname that was taken in, or was.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -60,14 +64,18 @@ pub struct SetDomain {
 }
 
 /// Decides on a hostname, by the number of its claim: what belongs to a claim that was taken out
-/// before, or to an older one, changes nothing.
-pub(super) fn decide(state: &Routing, set: SetDomain) -> Decision<RoutingEvent> {
+/// before, or to an older one, changes nothing. An address that Daybook gave itself stays what it
+/// is.
+pub(super) fn decide(state: &Routing, set: SetDomain) -> Result<Decision<RoutingEvent>, Refusal> {
     let known = state.domains.get(&set.hostname);
     let stale = known.is_some_and(|d| {
         set.claim < d.claim || (set.claim == d.claim && (!d.attached || set.attach.is_some()))
     });
     if stale {
-        return Decision::Nothing;
+        return Ok(Decision::Nothing);
+    }
+    if set.attach.is_some() {
+        must_fit(state, &set)?;
     }
     let traffic = state.traffic(&set.instance).cloned().unwrap_or_default();
     let leads_to = |h: &Hostname| state.routes.get(h).map(|r| r.backends.clone());
@@ -93,20 +101,50 @@ pub(super) fn decide(state: &Routing, set: SetDomain) -> Decision<RoutingEvent> 
             attached: set.attach.is_some(),
         },
     };
-    Decision::Append(RoutingEvent::Switched(Box::new(Switched {
-        table: state.table + 1,
-        reason: SwitchReason::Domain,
-        deployment: traffic.main.unwrap_or(DeploymentId(uuid::Uuid::nil())),
-        instance: set.instance,
-        changes: changes.into_iter().collect(),
-        main: None,
-        rolled_back: traffic.rolled_back,
-        was_rolled_back: traffic.rolled_back,
-        undoes: None,
-        note: None,
-        policy: None,
-        domain: Some(domain),
-    })))
+    Ok(Decision::Append(RoutingEvent::Switched(Box::new(
+        Switched {
+            table: state.table + 1,
+            reason: SwitchReason::Domain,
+            deployment: traffic.main.unwrap_or(DeploymentId(uuid::Uuid::nil())),
+            instance: set.instance,
+            changes: changes.into_iter().collect(),
+            main: None,
+            rolled_back: traffic.rolled_back,
+            was_rolled_back: traffic.rolled_back,
+            undoes: None,
+            note: None,
+            policy: None,
+            domain: Some(domain),
+        },
+    ))))
+}
+
+fn must_fit(state: &Routing, set: &SetDomain) -> Result<(), Refusal> {
+    let SetDomain {
+        hostname, instance, ..
+    } = set;
+    if state.domain(hostname).is_none()
+        && let Some(route) = state.routes.get(hostname)
+    {
+        return Err(Refusal::new(
+            "hostname_reserved",
+            format!(
+                "{hostname} is an address that Daybook gave to {}",
+                route.instance
+            ),
+            "bring a hostname of a domain of yours, such as www.example.com",
+        ));
+    }
+    let live = set.stickiness == Stickiness::Live;
+    let others = state.domains_of(instance, live);
+    if others.filter(|(h, _)| *h != hostname).count() >= DOMAINS_MAX {
+        return Err(Refusal::new(
+            "too_many_domains",
+            format!("{instance} has {DOMAINS_MAX} hostnames of its own already"),
+            "remove one with `daybook domain remove`, or put a proxy in front of the gateway",
+        ));
+    }
+    Ok(())
 }
 
 impl Routing {

@@ -66,16 +66,7 @@ pub(super) fn decide(state: &Routing, split: Split) -> Result<Decision<RoutingEv
             ));
         }
         must_run(target)?;
-        if traffic.pinned_out.contains(&target.deployment) {
-            return Err(Refusal::new(
-                "pinned_out",
-                format!(
-                    "{instance} was rolled back from deployment {}",
-                    target.deployment
-                ),
-                "lift that with `daybook mark-main`, or name other deployments",
-            ));
-        }
+        traffic.must_not_be_pinned_out(target)?;
     }
     let routes = match only {
         Some(hostname) => vec![one(state, &instance, hostname)?],
