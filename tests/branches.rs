@@ -1,6 +1,8 @@
 //! The address of a branch, which leads to its newest deployment.
 
-use crate::support::{Server, Settings, application, replace_flags};
+use reqwest::Method;
+
+use crate::support::{Server, Settings, application, replace_flags, request, until};
 
 const INSTANCE: &str = "shop.production.web";
 
@@ -25,9 +27,9 @@ fn a_branch_has_an_address_that_goes_to_its_newest_deployment() {
         let url = access[kind][0].as_str().unwrap();
         assert!(url.starts_with(&format!("http://{host}:")), "{access}");
     }
-    let internal = access["internal"].as_object().unwrap();
-    assert!(!internal.is_empty(), "{access}");
-    for instances in internal.values() {
+    let instances = access["instances"].as_object().unwrap();
+    assert!(!instances.is_empty(), "{access}");
+    for instances in instances.values() {
         let address = instances[0].as_str().unwrap();
         assert!(address.starts_with("127.0.0.1:"), "{access}");
     }
@@ -68,4 +70,44 @@ fn a_branch_has_an_address_that_goes_to_its_newest_deployment() {
     server.ok(&["terminate", &second]);
     assert_eq!(server.get_from(main, "/", &first).body, "one");
     server.check_replay();
+}
+
+/// The address at which other services on the machine ask for a service: no name to be resolved,
+/// no `Host` to be set.
+#[test]
+fn a_service_is_asked_by_others_at_an_address_that_follows_its_main_deployment() {
+    if std::net::TcpListener::bind(("127.83.12.7", 0)).is_err() {
+        return daybook_testkit::left_out("this system has but one loopback address");
+    }
+    let source = application("--text one");
+    let mut server = Server::start(Settings::default());
+    server.define("shop", "web", &source, &[]);
+    let first = server.deploy(INSTANCE, &[]);
+    let address = |server: &Server, id: &str| {
+        let internal = server.deployment(id)["access"]["internal"].clone();
+        internal.as_str().map(str::to_owned)
+    };
+    let ask = |url: &str, by: &str| {
+        until(&format!("{url} answered by {by}"), || {
+            let answer = request(Method::GET, url, &[], None).ok()?;
+            (answer.status == 200 && answer.by() == Some(by)).then_some(answer.body)
+        })
+    };
+    let internal = address(&server, &first).unwrap();
+    assert_eq!(ask(&internal, &first), "one");
+    let told = server.ok(&["status", &first]).stdout;
+    assert!(told.contains(&internal), "{told}");
+
+    replace_flags(&source, "--text two");
+    let second = server.deploy(INSTANCE, &["--no-switch"]);
+    assert_eq!(address(&server, &second), None);
+    server.ok(&["mark-main", &second]);
+    assert_eq!(ask(&internal, &second), "two");
+    assert_eq!(address(&server, &second), Some(internal.clone()));
+    assert_eq!(address(&server, &first), None);
+    // It is the same after a restart, on the same port.
+    let gateway = server.gateway().trim_start_matches("http://").to_owned();
+    server.kill();
+    server.restart_with(&["--listen", "127.0.0.1:0", "--gateway", &gateway]);
+    assert_eq!(ask(&internal, &second), "two");
 }

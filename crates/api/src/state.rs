@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use daybook_events::lines::LineLog;
-use daybook_events::{ClusterName, Hostname, ImageRepository, PublishedTree};
+use daybook_events::routing::internal_address;
+use daybook_events::{ClusterName, Hostname, ImageRepository, InstanceRef, PublishedTree};
 use daybook_projections::{Ledger, Projections};
 use daybook_secrets::SecretStore;
 use jiff::Timestamp;
@@ -33,6 +34,11 @@ impl Gateway {
             ("http", 80) | ("https", 443) => format!("{}://{hostname}", self.scheme),
             (scheme, port) => format!("{scheme}://{hostname}:{port}"),
         }
+    }
+
+    /// Where it answers for an instance, for others on its machine.
+    pub fn internal_url(&self, instance: &InstanceRef) -> String {
+        format!("http://{}:{}", internal_address(instance), self.port)
     }
 }
 

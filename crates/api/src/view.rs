@@ -10,7 +10,7 @@ use daybook_events::deployment::{
 };
 use daybook_events::environment::{Environment, EnvironmentSpec, EnvironmentStatus};
 use daybook_events::project::Project;
-use daybook_events::routing::{Routing, Stickiness};
+use daybook_events::routing::{Hostnames, Routing, Stickiness};
 use daybook_events::secret::{self, Commitment, Secret, SecretId, SecretRef};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec, ServiceSpec};
 use daybook_events::{
@@ -429,19 +429,32 @@ pub(crate) struct AccessUrls {
     pub(crate) branch: Vec<String>,
     /// At its own address, which never leads to anything else.
     pub(crate) preview: Vec<String>,
+    /// For other services on the machine of the gateway: leads where the address of its
+    /// environment leads, and needs no resolver and no `Host`. None where that does not lead to it.
+    pub(crate) internal: Option<String>,
     /// Its ready instances as they listen, by cluster, past the gateway.
-    pub(crate) internal: BTreeMap<ClusterName, Vec<String>>,
+    pub(crate) instances: BTreeMap<ClusterName, Vec<String>>,
     /// The gateway, which asks for the hostname in `Host`.
     pub(crate) load_balancer: String,
 }
 
 impl AccessUrls {
-    fn of(state: &Deployment, hostnames: &[HostnameView], load_balancer: String) -> Self {
+    fn of(
+        row: &DeploymentRow,
+        hostnames: &[HostnameView],
+        gateway: &Gateway,
+        domain: &Hostname,
+    ) -> Self {
+        let (state, instance) = (&row.state, &row.state.request.instance);
         let sticking = |stickiness| {
             let of = hostnames.iter().filter(|h| h.stickiness == stickiness);
             of.map(|h| h.url.clone()).collect()
         };
-        let internal = state.observed.iter().map(|(cluster, seen)| {
+        let own = Hostnames::under(domain, instance, row.id, false);
+        let leads_here = |own: &Hostnames| hostnames.iter().any(|h| h.hostname == own.environment);
+        let internal = own.is_ok_and(|own| leads_here(&own));
+        let internal = internal.then(|| gateway.internal_url(instance));
+        let instances = state.observed.iter().map(|(cluster, seen)| {
             let ready = seen.instances.iter().filter(|i| i.ready);
             (cluster.clone(), ready.map(|i| i.address.clone()).collect())
         });
@@ -450,8 +463,9 @@ impl AccessUrls {
             environment: sticking(Stickiness::Environment),
             branch: sticking(Stickiness::Branch),
             preview: sticking(Stickiness::Deployment),
-            internal: internal.collect(),
-            load_balancer,
+            internal,
+            instances: instances.collect(),
+            load_balancer: gateway.url(domain),
         }
     }
 }
@@ -742,7 +756,7 @@ impl<'a> Shown<'a> {
             image: state.image.clone(),
             commit: state.commit.clone(),
             revision: newest.or_else(|| state.commit.clone()),
-            access: AccessUrls::of(state, &hostnames, self.gateway.url(self.domain)),
+            access: AccessUrls::of(row, &hostnames, self.gateway, self.domain),
             hostnames,
             failure: state.failure.as_ref().map(|f| FailureView {
                 during: Some(f.during),

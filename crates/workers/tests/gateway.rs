@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
@@ -46,7 +46,14 @@ fn table(revision: u64, policy: ClusterPolicy, backends: Vec<Backend>) -> RouteT
     RouteTable {
         project: project("shop"),
         revision,
-        routes: BTreeMap::from([(host("shop.localhost"), Route { backends, policy })]),
+        routes: BTreeMap::from([(
+            host("shop.localhost"),
+            Route {
+                backends,
+                policy,
+                internal: None,
+            },
+        )]),
     }
 }
 
@@ -265,6 +272,7 @@ async fn changes_follow_on_the_table_in_force_and_leave_other_routes_alone() {
     let route = |deployment| Route {
         backends: vec![backend(deployment, "one", 1)],
         policy: ClusterPolicy::Simple,
+        internal: None,
     };
     let changes = |after, revision, routes: &[(&str, Option<Route>)]| RouteChanges {
         project: project("shop"),
@@ -700,4 +708,76 @@ async fn shutdown_lets_requests_finish_and_takes_no_more() {
     gateway.shutdown(Duration::from_secs(20)).await;
     assert_eq!(body(&slow.await.unwrap()), "done");
     assert!(TcpStream::connect(gateway.addr()).is_err());
+}
+
+/// What a service answers that asks at an address on loopback, as any HTTP client would.
+async fn get_at(addr: SocketAddr) -> std::io::Result<String> {
+    let asked = tokio::task::spawn_blocking(move || {
+        let mut stream = TcpStream::connect(addr)?;
+        let request = format!("GET / HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    });
+    asked.await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_internal_address_leads_to_one_host_name_without_being_told_which() {
+    let internal = Ipv4Addr::new(127, 83, 12, 7);
+    if std::net::TcpListener::bind((internal, 0)).is_err() {
+        return daybook_testkit::left_out("this system has but one loopback address");
+    }
+    let one = TestApp::start(&["--text", "one"]);
+    let two = TestApp::start(&["--text", "two"]);
+    let gateway = gateway().await;
+    let (first, second) = (known(&gateway, &one), known(&gateway, &two));
+    let at = SocketAddr::from((internal, gateway.addr().port()));
+    let table = |revision, routes: &[(&str, DeploymentId)]| RouteTable {
+        project: project("shop"),
+        revision,
+        routes: routes
+            .iter()
+            .map(|(hostname, deployment)| {
+                let route = Route {
+                    backends: vec![backend(*deployment, "one", 1)],
+                    policy: ClusterPolicy::Simple,
+                    internal: Some(internal),
+                };
+                (host(hostname), route)
+            })
+            .collect(),
+    };
+    assert!(get_at(at).await.is_err());
+    gateway.apply(table(1, &[("a.localhost", first)])).unwrap();
+    assert_eq!(body(&get_at(at).await.unwrap()), "one");
+    // It is switched with the host name.
+    gateway.apply(table(2, &[("a.localhost", second)])).unwrap();
+    assert_eq!(body(&get_at(at).await.unwrap()), "two");
+    // Where two want it, neither has it.
+    let both = [("a.localhost", second), ("b.localhost", first)];
+    gateway.apply(table(3, &both)).unwrap();
+    assert_eq!(status(&get_at(at).await.unwrap()), 404);
+    assert_eq!(body(&get(gateway.addr(), "b.localhost", "/").await), "one");
+    gateway.apply(table(4, &[("b.localhost", first)])).unwrap();
+    assert_eq!(body(&get_at(at).await.unwrap()), "one");
+    // When nothing wants it any more, nobody listens there.
+    gateway.apply(table(5, &[])).unwrap();
+    eventually_refused(at).await;
+    gateway.apply(table(6, &[("a.localhost", first)])).unwrap();
+    assert_eq!(body(&get_at(at).await.unwrap()), "one");
+    gateway.shutdown(Duration::from_secs(1)).await;
+    eventually_refused(at).await;
+}
+
+/// Waits until nobody listens at an address.
+async fn eventually_refused(at: SocketAddr) {
+    let refused = async {
+        while get_at(at).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    let refused = tokio::time::timeout(Duration::from_secs(30), refused);
+    refused.await.expect("somebody still listens there");
 }

@@ -821,6 +821,7 @@ async fn the_gateway_follows_what_the_cluster_observes() {
         let route = Route {
             backends: vec![backend],
             policy: ClusterPolicy::Simple,
+            internal: None,
         };
         let host = daybook_events::Hostname::parse("x").unwrap();
         RouteTable {
@@ -889,6 +890,7 @@ async fn replacing_instances_under_load_fails_no_request() {
     let route = Route {
         backends: vec![backend],
         policy: ClusterPolicy::Simple,
+        internal: None,
     };
     let table = RouteTable {
         project: app().project,

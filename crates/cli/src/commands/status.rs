@@ -382,12 +382,16 @@ pub fn print_detail(detail: &Value) {
         );
         fields.push(("stops", stop));
     }
-    let internal = detail.pointer("/access/internal");
-    for (cluster, addresses) in internal.and_then(Value::as_object).into_iter().flatten() {
+    if !text("/access/internal").is_empty() {
+        let internal = text("/access/internal");
+        fields.push(("internal", format!("{internal} (on the gateway's machine)")));
+    }
+    let instances = detail.pointer("/access/instances");
+    for (cluster, addresses) in instances.and_then(Value::as_object).into_iter().flatten() {
         let addresses = addresses.as_array().into_iter().flatten();
         let addresses: Vec<_> = addresses.filter_map(Value::as_str).collect();
         if !addresses.is_empty() {
-            fields.push(("internal", format!("{} ({cluster})", addresses.join(", "))));
+            fields.push(("instances", format!("{} ({cluster})", addresses.join(", "))));
         }
     }
     if !text("/access/load_balancer").is_empty() {

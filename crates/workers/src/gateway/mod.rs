@@ -7,11 +7,15 @@
 //! keep alive are routed anew for each request. Where instances answer is not part of a table:
 //! [`Gateway::track`] follows what a target observes, so that an instance that restarts on
 //! another port needs no new revision.
+//!
+//! Beside its own address a gateway listens on those on loopback that routes name: who asks there
+//! is routed by the address alone.
 
 mod choice;
 mod counters;
 mod endpoint;
 mod headers;
+mod internal;
 mod pool;
 mod problem;
 mod proxy;
@@ -36,6 +40,7 @@ pub use table::{Applied, ApplyError, Backend, Route, RouteChanges, RouteTable};
 
 use crate::target::AppStatus;
 use counters::Counters;
+use internal::Listeners;
 use pool::Pool;
 use table::{Hosts, Routing};
 
@@ -103,6 +108,10 @@ struct Shared {
     hosts: ArcSwap<Hosts>,
     /// What changes are made to, one at a time.
     routing: Mutex<Routing>,
+    /// Beside its own address.
+    listeners: Mutex<Listeners>,
+    /// One for each client connection that may be open.
+    slots: Arc<Semaphore>,
     counters: Counters,
     pool: Pool,
     tasks: TaskTracker,
@@ -129,6 +138,8 @@ impl Gateway {
             addr,
             hosts: ArcSwap::default(),
             routing: Mutex::default(),
+            listeners: Mutex::default(),
+            slots: Arc::new(Semaphore::new(options.max_connections)),
             counters: Counters::default(),
             pool: Pool::new(options.connect_timeout, tasks.clone(), stop.clone()),
             options,
@@ -136,7 +147,8 @@ impl Gateway {
             drain: stop.child_token(),
             stop: stop.clone(),
         });
-        shared.tasks.spawn(accept(shared.clone(), listener));
+        let drain = shared.drain.clone();
+        shared.tasks.spawn(accept(shared.clone(), listener, drain));
         let drain = shared.drain.clone();
         let stale = shared.pool.clone().close_stale();
         shared.tasks.spawn(async move {
@@ -157,12 +169,11 @@ impl Gateway {
     ///
     /// When this returns, every request that arrives from then on is routed by the new table.
     /// The same revision again changes nothing; an older one is refused, as is a host name that
-    /// another project has.
+    /// another project has. Must be called within a Tokio runtime.
     pub fn apply(&self, table: RouteTable) -> Result<Applied, ApplyError> {
         let mut routing = self.shared.lock();
         let applied = routing.apply(table, &self.shared.counters)?;
-        self.shared.absorb_all(&mut routing);
-        self.shared.hosts.store(Arc::new(routing.hosts()));
+        self.shared.serve_by(&mut routing);
         Ok(applied)
     }
 
@@ -174,8 +185,7 @@ impl Gateway {
     pub fn change(&self, changes: RouteChanges) -> Result<Applied, ApplyError> {
         let mut routing = self.shared.lock();
         let applied = routing.change(changes, &self.shared.counters)?;
-        self.shared.absorb_all(&mut routing);
-        self.shared.hosts.store(Arc::new(routing.hosts()));
+        self.shared.serve_by(&mut routing);
         Ok(applied)
     }
 
@@ -269,6 +279,16 @@ impl Shared {
         self.routing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Has requests routed as the tables say from now on.
+    fn serve_by(self: &Arc<Self>, routing: &mut Routing) {
+        self.absorb_all(routing);
+        self.hosts.store(Arc::new(routing.hosts()));
+        let touched = routing.take_internal();
+        let listeners = self.listeners.lock();
+        let mut listeners = listeners.unwrap_or_else(PoisonError::into_inner);
+        listeners.settle(self, touched);
+    }
+
     /// Takes over what tracked targets say now.
     fn absorb_all(&self, routing: &mut Routing) {
         for gone in routing.absorb() {
@@ -277,15 +297,15 @@ impl Shared {
     }
 }
 
-async fn accept(shared: Arc<Shared>, listener: TcpListener) {
-    let slots = Arc::new(Semaphore::new(shared.options.max_connections));
+/// Accepts connections until `ended`.
+async fn accept(shared: Arc<Shared>, listener: TcpListener, ended: CancellationToken) {
     loop {
         let next = async {
-            let slot = slots.clone().acquire_owned().await;
+            let slot = shared.slots.clone().acquire_owned().await;
             (slot, listener.accept().await)
         };
         let (slot, accepted) = tokio::select! {
-            () = shared.drain.cancelled() => return,
+            () = ended.cancelled() => return,
             next = next => next,
         };
         match accepted {

@@ -1,7 +1,7 @@
 //! Route tables, and the form of them that requests are routed by.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use daybook_events::routing::ClusterPolicy;
@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use super::choice::{LiveBackend, LiveRoute, OnCluster};
 use super::counters::Counters;
 use super::endpoint::{Endpoint, Known};
+use super::internal::Wanted;
 use crate::target::{AppStatus, ReleaseStatus};
 
 /// All routes of a project.
@@ -45,6 +46,8 @@ pub struct Route {
     pub backends: Vec<Backend>,
     /// How a cluster of the chosen deployment is chosen.
     pub policy: ClusterPolicy,
+    /// An address on loopback that leads to it too, by itself.
+    pub internal: Option<Ipv4Addr>,
 }
 
 /// A deployment on its clusters.
@@ -120,6 +123,7 @@ pub(super) struct Routing {
     /// How many of them were in use when that was looked at last.
     endpoints_used: usize,
     tracked: Vec<Tracked>,
+    internal: Wanted,
 }
 
 #[derive(Debug)]
@@ -209,13 +213,16 @@ impl Routing {
         for (hostname, route) in routes {
             match route {
                 Some(route) => {
+                    let internal = route.internal;
                     let live = Arc::new(self.live(route, counters));
                     self.hosts.insert_mut(hostname.as_str().to_owned(), live);
+                    self.lead_internal(&hostname, internal);
                     self.owners.insert(hostname.clone(), project.clone());
                     hostnames.insert(hostname);
                 }
                 None if hostnames.remove(&hostname) => {
                     self.hosts.remove_mut(hostname.as_str());
+                    self.lead_internal(&hostname, None);
                     self.owners.remove(&hostname);
                 }
                 None => {}
@@ -227,6 +234,24 @@ impl Routing {
         };
         self.tables.insert(project, table);
         Ok(Applied::Switched)
+    }
+
+    /// Has an internal address lead where a host name leads. No host name looks like one.
+    fn lead_internal(&mut self, hostname: &Hostname, address: Option<Ipv4Addr>) {
+        for address in self.internal.set(hostname, address) {
+            let owner = self.internal.owner(address);
+            let live = owner.and_then(|h| self.hosts.get(h.as_str())).cloned();
+            match live {
+                Some(live) => self.hosts.insert_mut(address.to_string(), live),
+                None => drop(self.hosts.remove_mut(&address.to_string())),
+            }
+        }
+    }
+
+    /// The internal addresses that changes since the last time are about, and whether each is
+    /// wanted.
+    pub(super) fn take_internal(&mut self) -> Vec<(Ipv4Addr, bool)> {
+        self.internal.take_touched()
     }
 
     fn live(&mut self, route: Route, counters: &Counters) -> LiveRoute {

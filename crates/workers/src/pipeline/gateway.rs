@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use daybook_events::aggregate::Decision;
 use daybook_events::deployment::Deployment;
-use daybook_events::routing::{self, Command, Rejected, Routing};
-use daybook_events::{DeploymentId, EventId, ProjectName, Subject};
+use daybook_events::routing::{self, Command, Rejected, Routing, Stickiness};
+use daybook_events::{DeploymentId, EventId, Hostname, ProjectName, Subject};
 use daybook_projections::Change;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -226,7 +226,8 @@ impl Applier {
         let mut routes = BTreeMap::new();
         for hostname in hostnames {
             let route = routing.routes.get(hostname);
-            let route = route.map(|r| self.route(routing, r)).transpose()?;
+            let route = route.map(|r| self.route(routing, hostname, r));
+            let route = route.transpose()?;
             routes.insert(hostname.clone(), route);
         }
         let changes = RouteChanges {
@@ -246,7 +247,7 @@ impl Applier {
     ) -> Result<Result<(), ApplyError>, Stop> {
         let mut routes = BTreeMap::new();
         for (hostname, route) in &routing.routes {
-            routes.insert(hostname.clone(), self.route(routing, route)?);
+            routes.insert(hostname.clone(), self.route(routing, hostname, route)?);
         }
         let table = RouteTable {
             project: project.clone(),
@@ -257,7 +258,12 @@ impl Applier {
     }
 
     /// A route as the gateway has it. Where its backends answer is set before it is used.
-    fn route(&self, routing: &Routing, route: &routing::Route) -> Result<Route, Stop> {
+    fn route(
+        &self,
+        routing: &Routing,
+        hostname: &Hostname,
+        route: &routing::Route,
+    ) -> Result<Route, Stop> {
         let mut backends = Vec::new();
         for backend in &route.backends {
             let subject = Subject::Deployment(
@@ -277,15 +283,22 @@ impl Applier {
             });
         }
         let policy = routing.policy_of(route).clone();
-        Ok(Route { backends, policy })
+        // That of the environment, which Daybook gave, and no other that moves like it.
+        let own = route.stickiness == Stickiness::Environment && routing.domain(hostname).is_none();
+        let internal = own.then(|| routing::internal_address(&route.instance));
+        Ok(Route {
+            backends,
+            policy,
+            internal,
+        })
     }
 
     fn set_all_addresses(&self, project: &ProjectName) -> Result<(), Stop> {
         let projections = self.bench.ledger.projections();
         let folded = projections.shared::<Routing>(&Subject::Routing(project.clone()))?;
         if let Some(routing) = &folded.state {
-            for (_, route) in &routing.routes {
-                self.route(routing, route)?;
+            for (hostname, route) in &routing.routes {
+                self.route(routing, hostname, route)?;
             }
         }
         Ok(())
