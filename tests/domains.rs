@@ -4,7 +4,7 @@ use std::sync::Barrier;
 
 use serde_json::{Value, json};
 
-use crate::support::{Server, Settings, application, replace_flags, site};
+use crate::support::{Server, Settings, application, replace_flags, site, until};
 
 const INSTANCE: &str = "shop.production.web";
 const WWW: &str = "www.example.com";
@@ -18,7 +18,7 @@ fn refused(server: &Server, command: &[&str]) -> String {
 #[test]
 fn a_hostname_of_ones_own_moves_with_the_main_deployment() {
     let source = application("--text one");
-    let server = Server::start(Settings::default());
+    let mut server = Server::start(Settings::default());
     server.define("shop", "web", &source, &[]);
     // It may be claimed before there is anything to lead to.
     server.ok(&["domain", "add", INSTANCE, "early.example.com"]);
@@ -55,6 +55,20 @@ fn a_hostname_of_ones_own_moves_with_the_main_deployment() {
     let moved = |name: &str| moved.iter().any(|c| c["hostname"] == name);
     assert!(moved(WWW) && moved("web.shop.localhost") && moved("early.example.com"));
 
+    // All of it is in the ledger.
+    server.kill();
+    server.restart();
+    for host in [WWW, "early.example.com"] {
+        assert_eq!(server.get_from(host, "/", &third).body, "three");
+    }
+    let access = server.deployment(&third)["access"]["main"].clone();
+    let told = access.as_array().unwrap().iter();
+    let mut told = told.map(|url| url.as_str().unwrap());
+    assert!(
+        told.any(|url| url.starts_with("http://www.example.com:")),
+        "{access}"
+    );
+
     // What is Daybook's own, or no hostname, cannot be brought along.
     for (name, code) in [
         ("api.shop.localhost", "hostname_reserved"),
@@ -65,7 +79,11 @@ fn a_hostname_of_ones_own_moves_with_the_main_deployment() {
         assert_eq!(refused(&server, &["domain", "add", INSTANCE, name]), code);
     }
     server.ok(&["domain", "remove", INSTANCE, WWW]);
-    assert_eq!(server.get(WWW, "/").status, 404);
+    let routes = server.read("/api/v1/projects/shop/routes");
+    assert!(!routes["routes"].to_string().contains(WWW), "{routes}");
+    until("the gateway to have heard of it", || {
+        (server.get(WWW, "/").status == 404).then_some(())
+    });
     let remove = ["domain", "remove", INSTANCE, WWW];
     assert_eq!(refused(&server, &remove), "domain_not_found");
     let list = server.ok(&["domain", "list", "shop"]).stdout;
@@ -115,7 +133,7 @@ fn of_several_projects_that_claim_a_hostname_at_once_one_has_it() {
     // Given up, it is free, and leads to the next owner and nobody else.
     server.ok(&["domain", "remove", &instance(owner), WWW]);
     server.ok(&["domain", "add", &instance(heir), WWW]);
-    crate::support::until("the hostname to lead to its next owner", || {
+    until("the hostname to lead to its next owner", || {
         let answer = server.get(WWW, "/");
         assert_ne!(answer.body, owner);
         (answer.body == heir).then_some(())
@@ -125,4 +143,51 @@ fn of_several_projects_that_claim_a_hostname_at_once_one_has_it() {
         .iter()
         .map(|e| e["event"]["type"].as_str().unwrap());
     assert!(!kinds.any(|k| k.contains("routing.rejected")));
+}
+
+#[test]
+fn a_hostname_is_its_services_alone_and_is_given_up_with_its_environment() {
+    let server = Server::start(Settings::default());
+    let (shop, bakery) = (site("shop"), site("bakery"));
+    server.define("shop", "web", &shop, &[]);
+    server.service("shop", "api", &shop, &[]);
+    server.define("bakery", "web", &bakery, &[]);
+    let env = ["env", "create", "shop", "trial", "--cluster", "local-a"];
+    server.ok(&env);
+    let owner = "shop.trial.web";
+    let added = server.json(&["domain", "add", owner, WWW]);
+    assert_eq!(added["stickiness"], "environment");
+    let id = server.deploy(owner, &[]);
+    assert_eq!(server.get_from(WWW, "/", &id).body, "shop");
+
+    // Nobody else gets it, or can take it away, in whatever way it is written.
+    for other in [
+        "shop.production.web",
+        "shop.trial.api",
+        "bakery.production.web",
+    ] {
+        let add = ["domain", "add", other, "WWW.example.com"];
+        assert_eq!(refused(&server, &add), "hostname_taken", "{other}");
+    }
+    let remove = ["domain", "remove", "bakery.production.web", WWW];
+    assert_eq!(refused(&server, &remove), "domain_not_found");
+    let remove = ["domain", "remove", "shop.trial.api", WWW];
+    assert_eq!(refused(&server, &remove), "other_instance");
+    let body = json!({ "hostname": "x.example.com", "instance_id": owner });
+    let answer = server.post("/api/v1/projects/bakery/domains", &body, None);
+    assert_eq!(answer.json()["code"], "other_project", "{answer:?}");
+    let add = ["domain", "add", "shop.nowhere.web", "x.example.com"];
+    assert_eq!(refused(&server, &add), "environment_not_found");
+    assert_eq!(server.get(WWW, "/").body, "shop");
+
+    // It waits for its service where that goes, and is free when its environment goes.
+    server.ok(&["env", "delete", "shop", "trial", "--yes"]);
+    until("the hostname to be free", || {
+        let domains = server.read("/api/v1/projects/shop/domains");
+        domains["domains"].as_array()?.is_empty().then_some(())
+    });
+    let heir = server.deploy("bakery.production.web", &[]);
+    server.ok(&["domain", "add", "bakery.production.web", WWW]);
+    assert_eq!(server.get_from(WWW, "/", &heir).body, "bakery");
+    server.check_replay();
 }

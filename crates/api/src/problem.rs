@@ -148,6 +148,7 @@ fn status_of(code: &str) -> StatusCode {
         | "hostname_taken"
         | "nothing_routed"
         | "pinned_out"
+        | "too_many_domains"
         | "routes_changed"
         | "nothing_to_roll_back"
         | "nothing_to_promote"

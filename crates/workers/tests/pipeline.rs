@@ -12,9 +12,10 @@ use daybook_events::deployment::{
     CancelRequested, Deployment, DeploymentEvent, OperationRequested, Requested, Status,
     SwitchMode, Version,
 };
+use daybook_events::domain::{self, Domain};
 use daybook_events::environment::{Environment, EnvironmentEvent, EnvironmentSpec};
 use daybook_events::project::{Project, ProjectEvent};
-use daybook_events::routing::{self, Hostnames, Routing, Target as RouteTarget};
+use daybook_events::routing::{self, Hostnames, Routing, Stickiness, Target as RouteTarget};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
 use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition};
 use daybook_events::{
@@ -26,7 +27,7 @@ use daybook_store::embedded::{EmbeddedConfig, EmbeddedLines, EmbeddedLog, LineRe
 use daybook_store::tlog::GuardedLog;
 use daybook_workers::crew::Crew;
 use daybook_workers::driver::DriverOptions;
-use daybook_workers::gateway::Gateway;
+use daybook_workers::gateway::{ClusterPolicy, Gateway, Route, RouteTable};
 use daybook_workers::idle::{IdleImages, IdleRepositories, IdleSources, IdleTarget};
 use daybook_workers::pipeline::{Bench, Settings};
 use daybook_workers::ports::{
@@ -103,6 +104,30 @@ fn cluster() -> ClusterName {
 
 fn instance() -> InstanceRef {
     "shop.production.web".parse().unwrap()
+}
+
+fn of_git(git_ref: &str) -> Version {
+    Version::Git {
+        url: "https://example.com/shop.git".parse().unwrap(),
+        git_ref: GitRef::parse(git_ref).unwrap(),
+        path: String::new(),
+    }
+}
+
+/// Has a gateway route a hostname for a project that the ledger knows nothing of, so that it
+/// refuses to route it for any other.
+fn occupy(gateway: &Gateway, project: &str, hostname: &Hostname) {
+    let route = Route {
+        backends: Vec::new(),
+        policy: ClusterPolicy::Simple,
+        internal: None,
+    };
+    let table = RouteTable {
+        project: project.parse().unwrap(),
+        revision: 1,
+        routes: [(hostname.clone(), route)].into(),
+    };
+    gateway.apply(table).unwrap();
 }
 
 impl World {
@@ -214,12 +239,39 @@ impl World {
     }
 
     async fn request(&self, git_ref: &str, switch: SwitchMode) -> DeploymentId {
-        let version = Version::Git {
-            url: "https://example.com/shop.git".parse().unwrap(),
-            git_ref: GitRef::parse(git_ref).unwrap(),
-            path: String::new(),
+        self.request_version(of_git(git_ref), switch).await
+    }
+
+    async fn claim(&self, hostname: &Hostname) {
+        let command = domain::Command::Claim {
+            hostname: hostname.clone(),
+            instance: instance(),
+            stickiness: Stickiness::Live,
         };
-        self.request_version(version, switch).await
+        let subject = Subject::Domain(hostname.clone());
+        let context = self.context();
+        let claimed = self
+            .ledger
+            .execute::<Domain>(&subject, &context, |s| domain::decide(s, command.clone()));
+        claimed.await.unwrap();
+    }
+
+    /// Waits until the route table of the project is so.
+    async fn routes(&self, what: &str, is_so: impl Fn(&Routing) -> bool) -> Routing {
+        let mut changes = self.ledger.projections().changes();
+        let projections = self.ledger.projections();
+        let waited = tokio::time::timeout(Duration::from_secs(30), async {
+            loop {
+                if let Some(routing) = projections.routing(&instance().project).unwrap()
+                    && is_so(&routing)
+                {
+                    return routing;
+                }
+                changes.changed().await.unwrap();
+            }
+        });
+        let waited = waited.await;
+        waited.unwrap_or_else(|_| panic!("{what}: {:#?}", projections.routing(&instance().project)))
     }
 
     async fn request_version(&self, version: Version, switch: SwitchMode) -> DeploymentId {
@@ -233,6 +285,17 @@ impl World {
         switch: SwitchMode,
     ) -> DeploymentId {
         let id = DeploymentId(Uuid::now_v7());
+        self.request_as(id, instance, version, switch).await;
+        id
+    }
+
+    async fn request_as(
+        &self,
+        id: DeploymentId,
+        instance: InstanceRef,
+        version: Version,
+        switch: SwitchMode,
+    ) {
         let event = DeploymentEvent::Requested(Box::new(Requested {
             instance,
             version,
@@ -249,7 +312,6 @@ impl World {
             secrets: std::collections::BTreeMap::new(),
         }));
         self.apply(id, event).await;
-        id
     }
 
     async fn apply(&self, id: DeploymentId, event: DeploymentEvent) {
@@ -808,5 +870,96 @@ async fn an_observation_that_is_refused_is_told_once_and_recorded_in_the_end() {
     .await
     .unwrap();
     assert_eq!(told.times("observations are not recorded yet"), 1);
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_switch_that_a_gateway_cannot_apply_is_undone_and_its_deployment_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path(), &Ports::default()).await;
+    world.prepare().await;
+    let first = world.request("main", SwitchMode::Automatic).await;
+    world.reach(first, Status::Started).await;
+    let served = |r: &Routing| r.applied.get("local") == Some(&r.table);
+    let before = world.routes("the first table is served", served).await;
+
+    let second = DeploymentId(Uuid::now_v7());
+    let domain = Hostname::parse("localhost").unwrap();
+    let names = Hostnames::under(&domain, &instance(), second, true).unwrap();
+    occupy(&world.gateway, "thief", &names.preview);
+    world
+        .request_as(second, instance(), of_git("main"), SwitchMode::Automatic)
+        .await;
+    let failed = world.reach(second, Status::Failed).await;
+    assert_eq!(failed.failure.unwrap().code, "hostname_taken");
+    let after = world.routes("the table before is served", |r| {
+        served(r) && r.recent.iter().any(|s| s.undoes.is_some())
+    });
+    let after = after.await;
+    let undone: Vec<_> = after.recent.iter().filter_map(|s| s.undoes).collect();
+    assert_eq!(undone, [before.table + 1]);
+    assert_eq!(world.main(), Some(first));
+    let leads_to = |routing: &Routing| -> Vec<_> {
+        let routes = routing.routes.iter();
+        routes
+            .map(|(h, r)| (h.clone(), r.backends.clone()))
+            .collect()
+    };
+    assert_eq!(leads_to(&after), leads_to(&before));
+    let of_gateway = world.gateway.hostnames();
+    let own = of_gateway.iter().filter(|(_, p)| p.as_str() == "shop");
+    assert!(own.map(|(h, _)| h).eq(before.routes.keys()));
+    assert_eq!(
+        world.kinds_of(first).await.last().unwrap(),
+        "deployment.succeeded.v1"
+    );
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hostname_that_a_gateway_cannot_take_in_is_given_up_and_stops_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path(), &Ports::default()).await;
+    world.prepare().await;
+    let first = world.request("main", SwitchMode::Automatic).await;
+    world.reach(first, Status::Started).await;
+    let www = Hostname::parse("www.example.com").unwrap();
+    occupy(&world.gateway, "thief", &www);
+    world.claim(&www).await;
+    let undone = world.routes("taking it in is undone", |r| {
+        r.recent.iter().any(|s| s.undoes.is_some())
+    });
+    assert!(undone.await.domain(&www).is_none());
+    let mut changes = world.ledger.projections().changes();
+    let claim = || {
+        world
+            .ledger
+            .projections()
+            .domain(&www)
+            .unwrap()
+            .unwrap()
+            .claim
+    };
+    while claim().is_some() {
+        let changed = tokio::time::timeout(Duration::from_secs(30), changes.changed());
+        changed.await.expect("the claim was not given up").unwrap();
+    }
+    // Whatever is switched later is served.
+    let second = world.request("main", SwitchMode::Automatic).await;
+    world.reach(second, Status::Started).await;
+    assert_eq!(world.main(), Some(second));
+    let routing = world.ledger.projections().routing(&instance().project);
+    assert!(!routing.unwrap().unwrap().routes.contains_key(&www));
+    assert_eq!(
+        world
+            .ledger
+            .projections()
+            .deployment(first)
+            .unwrap()
+            .unwrap()
+            .state
+            .status,
+        Status::Started
+    );
     world.stop().await;
 }

@@ -1,7 +1,7 @@
 //! Hostnames that their owners bring along.
 
 use daybook_events::domain::{self, Domain};
-use daybook_events::routing::Stickiness;
+use daybook_events::routing::{self, SetDomain, Stickiness};
 use daybook_events::{Hostname, InstanceRef, ProjectName, Refusal, Subject};
 
 use super::{Caller, CommandError, Commands, Done};
@@ -17,13 +17,17 @@ impl Commands {
     ) -> Result<Done, CommandError> {
         let (_, environment) = self.deployable(&instance)?;
         self.bring_along(&hostname)?;
+        let stickiness = match environment.spec.live {
+            true => Stickiness::Live,
+            false => Stickiness::Environment,
+        };
+        if self.earlier(caller).await?.is_none() {
+            self.fits(&hostname, &instance, stickiness)?;
+        }
         let command = domain::Command::Claim {
             hostname: hostname.clone(),
             instance,
-            stickiness: match environment.spec.live {
-                true => Stickiness::Live,
-                false => Stickiness::Environment,
-            },
+            stickiness,
         };
         self.run::<Domain>(caller, &Subject::Domain(hostname), None, |state| {
             domain::decide(state, command.clone())
@@ -46,6 +50,27 @@ impl Commands {
             domain::decide(state, command.clone())
         })
         .await
+    }
+
+    /// Refuses what the route table would refuse, before anything is claimed. The worker that
+    /// routes the hostname asks it again.
+    fn fits(
+        &self,
+        hostname: &Hostname,
+        instance: &InstanceRef,
+        stickiness: Stickiness,
+    ) -> Result<(), CommandError> {
+        let projections = self.ledger.projections();
+        let command = routing::Command::SetDomain(SetDomain {
+            hostname: hostname.clone(),
+            instance: instance.clone(),
+            stickiness,
+            claim: u32::MAX,
+            attach: Some(self.addresses(instance)?),
+        });
+        let routing = projections.routing(&instance.project)?;
+        routing::decide(routing.as_ref(), command)?;
+        Ok(())
     }
 
     /// Refuses names that Daybook itself gives.

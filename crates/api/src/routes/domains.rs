@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::answer::Answer;
 use crate::extract::{Command, CommandBody, Named, NoParams, Params};
 use crate::problem::Problem;
-use crate::routes::deployments::Why;
+use crate::routes::secrets::Nothing;
 use crate::state::AppState;
 
 type Handled<T> = Result<Answer<T>, Problem>;
@@ -139,13 +139,12 @@ pub(crate) async fn claim_domain(
         ("project" = String, Path, description = "The project."),
         ("hostname" = String, Path, description = "The hostname."),
     ),
-    request_body = Option<Why>,
     responses((status = 202, description = "It is being given up.", body = DomainGivenUp)))]
 pub(crate) async fn release_domain(
     State(state): State<AppState>,
     Named((project, hostname)): Named<(ProjectName, Hostname)>,
     Params(NoParams {}): Params<NoParams>,
-    Command { caller, body: _ }: Command<Why>,
+    Command { caller, .. }: Command<Nothing>,
 ) -> Handled<DomainGivenUp> {
     let commands = &state.commands;
     let done = commands

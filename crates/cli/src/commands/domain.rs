@@ -20,10 +20,17 @@ const PATIENCE: Duration = Duration::from_secs(15);
 #[derive(Debug, Subcommand)]
 pub enum DomainCommand {
     /// Claim a hostname for a service: it leads to whatever is its main deployment.
+    ///
+    /// No other service, and no other project, can have it then. In the live environment it moves
+    /// with the service's live address, elsewhere with the environment's, in the same switch: also
+    /// when traffic is shared, or rolled back. To let requests arrive, point the name at the
+    /// gateway in your DNS. A hostname that is claimed before the first deployment waits for it.
     Add(DomainArgs),
-    /// Give a hostname up.
+    /// Give a hostname up: it leads nowhere then, and anybody may claim it.
+    ///
+    /// Deleting an environment gives up the hostnames of its services.
     Remove(DomainArgs),
-    /// The hostnames of a project.
+    /// The hostnames of a project: claimed, routed, or being given up (releasing).
     List(ListArgs),
 }
 
@@ -34,7 +41,7 @@ pub struct DomainArgs {
     server: ServerArgs,
     /// The service instance, as `project.environment.service`.
     instance: String,
-    /// The hostname.
+    /// The hostname, such as `www.example.com`; a name with other letters as DNS has it (`xn--…`).
     hostname: String,
     /// Do not wait until the workers have done it.
     #[arg(long)]
@@ -68,7 +75,8 @@ async fn domains(client: &Client, project: &str) -> Result<Vec<Value>, Failure> 
     Ok(found["domains"].as_array().cloned().unwrap_or_default())
 }
 
-/// Waits until a hostname has this status, or is gone; the last that was seen of it.
+/// Waits until a hostname has this status, or is gone, as long as that is worth it; the last that
+/// was seen of it.
 async fn wait(
     client: &Client,
     project: &str,
@@ -79,7 +87,8 @@ async fn wait(
     loop {
         let all = domains(client, project).await?;
         let found = all.into_iter().find(|d| text(d, "hostname") == hostname);
-        if found.as_ref().map(|d| text(d, "status")) == status || begun.elapsed() > PATIENCE {
+        let seen = found.as_ref().map(|d| text(d, "status"));
+        if seen.is_none() || seen == status || begun.elapsed() > PATIENCE {
             return Ok(found);
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -96,9 +105,17 @@ async fn add(args: DomainArgs) -> Outcome {
         .await?;
     if !args.detach {
         let hostname = text(&domain, "hostname").to_owned();
-        if let Some(seen) = wait(&client, project, &hostname, Some("routed")).await? {
-            domain = seen;
-        }
+        let seen = wait(&client, project, &hostname, Some("routed")).await?;
+        domain = seen
+            .filter(|d| text(d, "status") != "releasing")
+            .ok_or_else(|| {
+                Failure::new(
+                    Code::Refused,
+                    "domain_given_up",
+                    format!("{hostname} could not be routed, and was given up"),
+                )
+                .hint("`daybook audit` says why; claim it again then")
+            })?;
     }
     if output::is_json() {
         output::json(&domain);
@@ -118,6 +135,18 @@ async fn remove(args: DomainArgs) -> Outcome {
     let instance = instance(&args.instance)?;
     let project = instance.project.as_str();
     let hostname = args.hostname.to_ascii_lowercase();
+    let mut known = domains(&client, project).await?.into_iter();
+    if let Some(known) = known.find(|d| text(d, "hostname") == hostname)
+        && text(&known, "instance_id") != instance.to_string()
+    {
+        let owner = text(&known, "instance_id");
+        let message = format!("{hostname} belongs to {owner}, not to {instance}");
+        return Err(
+            Failure::new(Code::Refused, "other_instance", message).hint(format!(
+                "give it up with `daybook domain remove {owner} {hostname}`"
+            )),
+        );
+    }
     let path = format!("/api/v1/projects/{project}/domains/{}", segment(&hostname)?);
     let answer: Value = client
         .command(Method::DELETE, &path, &json!({}), None)

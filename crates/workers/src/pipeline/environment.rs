@@ -23,7 +23,7 @@ use daybook_projections::DeploymentRow;
 
 use super::package::{CommitWork, Occasion, Package, author_of};
 use super::previews::gets_head;
-use super::{Stop, outcome};
+use super::{Stop, domains, outcome};
 use crate::driver::{Activation, Outcome, Worker};
 
 const ROLE: &str = "package";
@@ -260,6 +260,7 @@ impl Package {
             }
         }
         if rows.is_empty() && !self.has_releases(project, name)? {
+            domains::release_all(&self.bench, project, name, environment.status_event).await?;
             self.delete(&environment).await?;
         }
         Ok(())

@@ -13,6 +13,7 @@
 //! foreign  finds commits of others in the GitOps repositories, and undoes those that are not wanted
 //! sync     hands a commit to a cluster
 //! observe  records what a cluster shows
+//! domains  takes claimed hostnames into the routes, and those that are given up out of them
 //! route    ready → routes switched → applied → succeeded; stopped, started, terminated, failed
 //! retry    has a cluster try again what has failed there
 //! probe    asks the public addresses

@@ -12,7 +12,9 @@ use daybook_events::deployment::{
     Deployment, DeploymentEvent, OperationDone, OperationFailed, Status,
 };
 use daybook_events::environment::Environment;
-use daybook_events::routing::{self, Command, Hostnames, Routing, RoutingEvent};
+use daybook_events::routing::{
+    self, Command, DomainChange, Hostnames, Routing, RoutingEvent, SwitchReason,
+};
 use daybook_events::{
     AggregateKind, DeploymentId, EventId, Hostname, ProjectName, Subject, SubjectFilter,
 };
@@ -20,7 +22,7 @@ use daybook_projections::DeploymentRow;
 use futures_util::StreamExt;
 
 use super::timers::keep_for_traffic;
-use super::{Bench, Stop, branch, give_up, outcome, rollout, settle};
+use super::{Bench, Stop, branch, domains, give_up, outcome, rollout, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::StepError;
 
@@ -154,8 +156,19 @@ impl RouteApplied {
                 let mut switches = routing.recent.iter();
                 let switch = switches.find(|s| s.table == rejected.table);
                 let previous = switch.and_then(|s| s.main.as_ref()?.previous);
-                let about = switch.map(|s| s.deployment);
-                self.rejected(&subject, a, rejected, about, previous).await
+                // Only what was to get its first routes by it has failed; the others have theirs.
+                let about = switch.filter(|s| s.reason == SwitchReason::Deploy);
+                let about = about.map(|s| s.deployment);
+                let domain = switch.and_then(|s| s.domain.clone());
+                drop(folded);
+                self.rejected(&subject, a, rejected, about, previous)
+                    .await?;
+                match domain {
+                    Some(DomainChange { hostname, next }) if next.attached => {
+                        domains::refused(&self.0, hostname, next.claim, a.event.id).await
+                    }
+                    _ => Ok(()),
+                }
             }
             Ok(RoutingEvent::Applied(applied)) => {
                 let waiting = self.waiting(project, routing, &applied.hostnames)?;
