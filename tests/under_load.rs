@@ -1,96 +1,24 @@
 //! A service in constant use, on connections that are kept alive and by requests that take their
 //! time, while its routes change all the time.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::thread::JoinHandle;
+use std::collections::BTreeMap;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{Server, Settings, application, replace_flags};
+use crate::support::{
+    Connection, Expected, Load, Server, Settings, application, replace_flags, until,
+};
 
 const INSTANCE: &str = "shop.production.web";
 const LIVE: &str = "web.shop.localhost";
-
-/// Clients that each keep one connection, and ask again as soon as they are answered.
-struct Clients {
-    done: Arc<AtomicBool>,
-    answers: Arc<AtomicU32>,
-    threads: Vec<JoinHandle<Vec<String>>>,
-}
-
-impl Clients {
-    /// Half of them ask for what is answered at once, half for an answer of many pieces.
-    fn of(server: &Server) -> Self {
-        let (done, answers) = (Arc::<AtomicBool>::default(), Arc::<AtomicU32>::default());
-        let threads = (0..8).map(|number| {
-            let (done, answers, url) = (done.clone(), answers.clone(), server.gateway());
-            std::thread::spawn(move || {
-                let path = if number % 2 == 0 { "/" } else { "/stream?10" };
-                let mut failed = Vec::new();
-                let _ = rustls::crypto::ring::default_provider().install_default();
-                let runtime = tokio::runtime::Builder::new_current_thread()
-                    .enable_all()
-                    .build()
-                    .unwrap();
-                let client = reqwest::Client::builder().no_proxy().build().unwrap();
-                while !done.load(Ordering::Relaxed) {
-                    let asked = runtime.block_on(async {
-                        let request = client.get(format!("{url}{path}")).header("Host", LIVE);
-                        let answer = request.send().await?;
-                        let status = answer.status().as_u16();
-                        Ok::<_, reqwest::Error>((status, answer.text().await?))
-                    });
-                    match asked {
-                        Ok((200, text)) if whole(path, &text) => {}
-                        other => failed.push(format!("{path}: {other:?}")),
-                    }
-                    answers.fetch_add(1, Ordering::Relaxed);
-                }
-                failed
-            })
-        });
-        Self {
-            threads: threads.collect(),
-            done,
-            answers,
-        }
-    }
-
-    /// Waits until there were some more answers.
-    fn go_on(&self) {
-        let before = self.answers.load(Ordering::Relaxed);
-        crate::support::until("more answers", || {
-            (self.answers.load(Ordering::Relaxed) >= before + 40).then_some(())
-        });
-    }
-
-    #[track_caller]
-    fn were_all_served(self) {
-        self.done.store(true, Ordering::Relaxed);
-        let failed: Vec<_> = self
-            .threads
-            .into_iter()
-            .map(|t| t.join().unwrap())
-            .collect();
-        assert_eq!(failed.concat(), Vec::<String>::new());
-    }
-}
-
-/// Whether an answer is whole, and of one deployment from its beginning to its end.
-fn whole(path: &str, text: &str) -> bool {
-    ["one", "two"].iter().any(|version| match path {
-        "/" => text == *version,
-        _ => {
-            let pieces = text.matches(&format!("{version}-")).count();
-            pieces == 10 && text.contains(&format!("{version}-9"))
-        }
-    })
-}
+const ENVIRONMENT: &str = "web.production.shop.localhost";
+const WWW: &str = "www.example.com";
+const MORE: &str = "more.example.com";
+const HOSTS: [&str; 3] = [LIVE, ENVIRONMENT, WWW];
 
 /// The tables that gateways say they have applied, in the order of the ledger, by gateway.
-fn applied(server: &Server) -> std::collections::BTreeMap<String, Vec<u64>> {
-    let mut tables = std::collections::BTreeMap::<String, Vec<u64>>::new();
+fn applied(server: &Server) -> BTreeMap<String, Vec<u64>> {
+    let mut tables = BTreeMap::<String, Vec<u64>>::new();
     for entry in server.events() {
         let event = &entry["event"];
         if event["type"].as_str().unwrap().contains("routing.applied") {
@@ -102,6 +30,158 @@ fn applied(server: &Server) -> std::collections::BTreeMap<String, Vec<u64>> {
     tables
 }
 
+/// Waits until a gateway has applied the newest table.
+fn served(server: &Server) {
+    until("the newest table to be applied", || {
+        let routes = server.read("/api/v1/projects/shop/routes");
+        let mut gateways = routes["gateways"].as_object()?.values();
+        gateways
+            .any(|applied| *applied == routes["table"])
+            .then_some(())
+    });
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap().to_owned()
+}
+
+/// A request that an instance has begun to answer, and does not end before it is told to.
+struct Held {
+    connection: Connection,
+    by: String,
+    text: String,
+}
+
+impl Held {
+    fn on(server: &Server, host: &str) -> Self {
+        let mut connection = Connection::open(&server.gateway());
+        let answer = connection.begin(host, "/hold").unwrap();
+        assert_eq!(answer.status, 200, "{answer:?}");
+        Self {
+            by: answer.by().unwrap().to_owned(),
+            text: connection.part().unwrap().unwrap(),
+            connection,
+        }
+    }
+
+    /// Has it answered to its end. The deployment that began it must do so.
+    fn ends(mut self, server: &Server) {
+        let own = server.host_of(&self.by, "deployment");
+        assert_eq!(server.get(&own, "/release").status, 200);
+        while let Some(part) = self.connection.part().unwrap() {
+            self.text += &part;
+        }
+        let (first, _) = self.text.split_once(' ').unwrap();
+        assert_eq!(self.text, format!("{first} holds\n{first} ends\n"));
+        // The connection is as good as new.
+        assert_eq!(self.connection.get(LIVE, "/").unwrap().status, 200);
+    }
+}
+
+/// Two deployments of a service in constant use, and whatever changes where its traffic goes.
+struct Switches<'a> {
+    server: &'a Server,
+    load: &'a Load,
+    /// One connection, which asks once after each switch.
+    visitor: Connection,
+    first: &'a str,
+    second: &'a str,
+}
+
+impl Switches<'_> {
+    /// Does something that changes the routes, while requests are under way at all addresses.
+    /// What it comes to holds for every request, from the moment on in which a gateway says that
+    /// it is there.
+    fn then(&mut self, during: Expected, after: Expected, change: impl FnOnce(&Server)) {
+        let held = HOSTS.map(|host| Held::on(self.server, host));
+        self.load.expect(during);
+        change(self.server);
+        served(self.server);
+        self.load.expect(after.clone());
+        for host in HOSTS {
+            let answer = self.visitor.get(host, "/").unwrap();
+            let by = answer.by().unwrap();
+            assert!(
+                after.allows(None, by),
+                "{host}: {answer:?} is not {after:?}"
+            );
+        }
+        held.into_iter().for_each(|held| held.ends(self.server));
+        self.load.go_on();
+    }
+
+    fn shared(&self) -> Expected {
+        Expected::Shared(self.first.to_owned(), self.second.to_owned())
+    }
+
+    fn post(&mut self, during: Expected, after: Expected, path: &str, body: Value) {
+        self.then(during, after, |server| {
+            let answer = server.post(path, &body, None);
+            assert_eq!(answer.status, 200, "{answer:?}");
+        });
+    }
+
+    fn main(&mut self, from: &str, to: &str) {
+        let path = format!("/api/v1/deployments/{to}/mark-main");
+        let during = Expected::Switch(from.to_owned(), to.to_owned());
+        self.post(during, Expected::only(to), &path, json!({}));
+    }
+
+    fn back(&mut self, during: Expected, to: &str) {
+        let body = json!({ "instance_id": INSTANCE, "to": to });
+        self.post(during, Expected::only(to), "/api/v1/rollback", body);
+    }
+
+    fn split(&mut self, weight: u32) {
+        let to = json!([
+            { "deployment": self.first, "weight": 100 - weight },
+            { "deployment": self.second, "weight": weight },
+        ]);
+        let body = json!({ "instance_id": INSTANCE, "to": to });
+        let path = "/api/v1/projects/shop/routes";
+        self.post(self.shared(), self.shared(), path, body);
+    }
+
+    fn policy(&mut self, expected: Expected, policy: &str) {
+        let body = json!({ "instance_id": INSTANCE, "policy": policy });
+        let path = "/api/v1/projects/shop/routes/policy";
+        self.post(expected.clone(), expected, path, body);
+    }
+
+    /// Brings a hostname along, and gives it up while a request to it is under way.
+    fn domain(&mut self, id: &str) {
+        let same = || (Expected::only(id), Expected::only(id));
+        let (during, after) = same();
+        self.then(during, after, |server| {
+            server.ok(&["domain", "add", INSTANCE, MORE]);
+        });
+        assert_eq!(self.visitor.get(MORE, "/").unwrap().by(), Some(id));
+        let held = Held::on(self.server, MORE);
+        let (during, after) = same();
+        self.then(during, after, |server| {
+            server.ok(&["domain", "remove", INSTANCE, MORE]);
+        });
+        assert_eq!(self.visitor.get(MORE, "/").unwrap().status, 404);
+        held.ends(self.server);
+    }
+
+    /// Every way of changing routes, from the first and back to it.
+    fn round(&mut self) {
+        let (first, second) = (self.first, self.second);
+        self.main(first, second);
+        self.main(second, first);
+        self.main(first, second);
+        self.split(10);
+        self.policy(self.shared(), "latency");
+        self.split(50);
+        self.back(self.shared(), first);
+        self.policy(Expected::only(first), "simple");
+        self.domain(first);
+        self.main(first, second);
+        self.back(Expected::Switch(second.to_owned(), first.to_owned()), first);
+    }
+}
+
 #[test]
 fn no_request_fails_while_routes_change_and_gateways_never_go_back() {
     let source = application("--text one");
@@ -110,68 +190,61 @@ fn no_request_fails_while_routes_change_and_gateways_never_go_back() {
     let first = server.deploy(INSTANCE, &[]);
     replace_flags(&source, "--text two");
     let second = server.deploy(INSTANCE, &["--no-switch"]);
+    server.ok(&["domain", "add", INSTANCE, WWW]);
+    served(&server);
 
-    let main = |server: &Server, id: &str| {
-        let path = format!("/api/v1/deployments/{id}/mark-main");
-        assert_eq!(server.post(&path, &json!({}), None).status, 200);
+    let load = Load::on(&server, &HOSTS, Expected::only(&first));
+    load.go_on();
+    let mut switches = Switches {
+        server: &server,
+        load: &load,
+        visitor: Connection::open(&server.gateway()),
+        first: &first,
+        second: &second,
     };
-    let split = |server: &Server, weight: u32| {
-        let to = json!([
-            { "deployment": first, "weight": 100 - weight },
-            { "deployment": second, "weight": weight },
-        ]);
-        let body = json!({ "instance_id": INSTANCE, "to": to });
-        let answer = server.post("/api/v1/projects/shop/routes", &body, None);
-        assert_eq!(answer.status, 200, "{answer:?}");
-    };
-    let back = |server: &Server, id: &str| {
-        let body = json!({ "instance_id": INSTANCE, "to": id });
-        let answer = server.post("/api/v1/rollback", &body, None);
-        assert_eq!(answer.status, 200, "{answer:?}");
-    };
-    let policy = |server: &Server, policy: &str| {
-        let body = json!({ "instance_id": INSTANCE, "policy": policy });
-        let answer = server.post("/api/v1/projects/shop/routes/policy", &body, None);
-        assert_eq!(answer.status, 200, "{answer:?}");
-    };
-    let clients = Clients::of(&server);
     for _ in 0..4 {
-        main(&server, &second);
-        clients.go_on();
-        split(&server, 10);
-        clients.go_on();
-        policy(&server, "latency");
-        split(&server, 50);
-        clients.go_on();
-        back(&server, &first);
-        policy(&server, "simple");
-        clients.go_on();
+        switches.round();
     }
-    main(&server, &second);
-    clients.go_on();
-    clients.were_all_served();
-    assert_eq!(server.get_from(LIVE, "/", &second).body, "two");
+    switches.main(&first, &second);
+    let requests = load.was_always_served();
+    let routes = server.read("/api/v1/projects/shop/routes");
+    println!("{requests} requests over {} tables", routes["table"]);
 
     // A gateway that comes back serves the newest table from its first answer on.
     let before = applied(&server);
     server.kill();
     server.restart();
-    let answer = server.get(LIVE, "/");
-    assert!(answer.status != 200 || answer.body == "two", "{answer:?}");
-    let clients = {
-        server.get_from(LIVE, "/", &second);
-        Clients::of(&server)
+    for host in HOSTS {
+        let answer = server.get(host, "/");
+        assert!(answer.status != 200 || answer.body == "two", "{answer:?}");
+    }
+    for host in HOSTS {
+        assert_eq!(server.get_from(host, "/", &second).body, "two");
+    }
+    let load = Load::on(&server, &HOSTS, Expected::only(&second));
+    let mut switches = Switches {
+        server: &server,
+        load: &load,
+        visitor: Connection::open(&server.gateway()),
+        first: &first,
+        second: &second,
     };
-    split(&server, 50);
-    clients.go_on();
-    back(&server, &first);
-    clients.go_on();
-    clients.were_all_served();
-    assert_eq!(server.get_from(LIVE, "/", &first).body, "one");
+    let back = Expected::Switch(second.clone(), first.clone());
+    switches.back(back, &first);
+    switches.round();
+    load.was_always_served();
+
+    let routes = server.read("/api/v1/projects/shop/routes");
+    let newest = routes["table"].as_u64();
     let after = applied(&server);
-    assert!(after.values().map(Vec::len).sum::<usize>() > before.values().map(Vec::len).sum());
+    let count = |tables: &BTreeMap<String, Vec<u64>>| tables.values().map(Vec::len).sum::<usize>();
+    assert!(count(&after) > count(&before));
     for (gateway, tables) in after {
         assert!(tables.is_sorted_by(|a, b| a < b), "{gateway}: {tables:?}");
+        assert_eq!(tables.last().copied(), newest, "{gateway}");
     }
+    let rejected = server.events().into_iter();
+    let mut kinds = rejected.map(|e| text(&e["event"]["type"]));
+    assert!(!kinds.any(|k| k.contains("routing.rejected")));
     server.check_replay();
 }

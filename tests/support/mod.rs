@@ -6,14 +6,18 @@
     reason = "each module of the tests uses a part of it"
 )]
 
+mod connection;
 mod http;
+mod load;
 mod process;
 mod search;
 mod server;
 mod source;
 mod watch;
 
+pub use connection::Connection;
 pub use http::{Answer, request, request_with};
+pub use load::{Expected, Load};
 pub use process::{Done, Folder, Process, Refused, daybook, processes_in, processes_of};
 pub use search::Search;
 pub use server::{PATIENCE, Server, Settings, until};

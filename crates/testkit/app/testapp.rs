@@ -16,14 +16,15 @@
 //! `--child`           start a child in a session of its own that outlives it
 //!
 //! Paths: `/`, `/pid`, `/headers`, `/env`, `/echo` (the body), `/stream?N` (N chunks, one each
-//! 20 ms), `/slow?MS`, `/print?TEXT`, `/heal`, `/break`, `/exit?CODE`, `/drop` (closes without an
-//! answer), `/status?CODE`, and any path with `Upgrade:` (echoes bytes).
+//! 20 ms), `/slow?MS`, `/hold` (begins an answer, and ends it after the next `/release`),
+//! `/print?TEXT`, `/heal`, `/break`, `/exit?CODE`, `/drop` (closes without an answer), `/status?CODE`, and any path with `Upgrade:` (echoes bytes).
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, exit};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 static HEALTHY: AtomicBool = AtomicBool::new(true);
@@ -134,6 +135,13 @@ fn run(options: Options) {
     }
 }
 
+/// How often `/release` was asked for.
+static RELEASES: (Mutex<u64>, Condvar) = (Mutex::new(0), Condvar::new());
+
+fn chunk(writer: &mut TcpStream, text: &str) -> std::io::Result<()> {
+    write!(writer, "{:x}\r\n{text}\r\n", text.len())
+}
+
 fn serve(stream: TcpStream, options: &Options) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let mut writer = stream.try_clone()?;
@@ -209,12 +217,28 @@ fn serve(stream: TcpStream, options: &Options) -> std::io::Result<()> {
             "/stream" => {
                 writer.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
                 for n in 0..query.parse::<u64>().unwrap_or(3) {
-                    let part = format!("{}-{n}\n", options.text);
-                    write!(writer, "{:x}\r\n{part}\r\n", part.len())?;
+                    chunk(&mut writer, &format!("{}-{n}\n", options.text))?;
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 writer.write_all(b"0\r\n\r\n")?;
                 continue;
+            }
+            "/hold" => {
+                let (releases, released) = &RELEASES;
+                let before = *releases.lock().expect("nobody panics with it");
+                writer.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+                chunk(&mut writer, &format!("{} holds\n", options.text))?;
+                let releases = releases.lock().expect("nobody panics with it");
+                drop(released.wait_while(releases, |now| *now == before));
+                chunk(&mut writer, &format!("{} ends\n", options.text))?;
+                writer.write_all(b"0\r\n\r\n")?;
+                continue;
+            }
+            "/release" => {
+                let (releases, released) = &RELEASES;
+                *releases.lock().expect("nobody panics with it") += 1;
+                released.notify_all();
+                b"released".to_vec()
             }
             "/slow" => {
                 std::thread::sleep(Duration::from_millis(query.parse().unwrap_or(100)));
