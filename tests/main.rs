@@ -17,6 +17,7 @@ mod credentials;
 mod demo;
 mod domains;
 mod environments;
+mod freeze;
 mod gitops;
 mod gitops_remote;
 mod images;

@@ -481,3 +481,41 @@ fn pushes_go_where_they_are_asked_for_and_never_over_a_rollback() {
     assert_eq!(push("p6", &third)["code"], "branch_not_wanted");
     shop.server.check_replay();
 }
+
+#[test]
+fn a_push_to_a_frozen_environment_waits_and_the_newest_goes() {
+    let shop = Shop::new("github", &[]);
+    let server = &shop.server;
+    let branch = shop.source.git(&["branch", "--show-current"]);
+    server.ok(&["env", "auto-deploy", "shop", "production", &branch]);
+    let freeze = ["freeze", "add", "shop", "production", "sale"];
+    server.ok(&[&freeze[..], &["--from", "2020-01-01T00:00"]].concat());
+    let push = |id: &str, head: &str| {
+        let body = json!({
+            "ref": format!("refs/heads/{branch}"),
+            "before": "0".repeat(40), "after": head,
+            "repository": { "full_name": "acme/shop", "clone_url": shop.source.url() },
+            "sender": { "login": "alice" },
+            "commits": [],
+        });
+        assert_eq!(shop.send("push", id, &body).json()["outcome"], "accepted");
+    };
+    let held = |number: usize| {
+        until("a deployment waits", || {
+            let all = shop.deployments("production");
+            let newest = all.first().filter(|_| all.len() == number)?;
+            let id = newest["id"].as_str()?.to_owned();
+            (server.deployment(&id)["hold"]["waits"] == true).then_some(id)
+        })
+    };
+    push("p1", &shop.source.head());
+    let first = held(1);
+    let second = replace_flags(&shop.source, "--text two");
+    push("p2", &second);
+    let newest = held(2);
+    server.wait_for(&first, "cancelled");
+    server.ok(&["freeze", "remove", "shop", "production", "sale"]);
+    assert_eq!(shop.live("production", &second), newest);
+    server.get_from("web.shop.localhost", "/", &newest);
+    server.check_replay();
+}

@@ -6,7 +6,7 @@ use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use daybook_events::{
-    Actor, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, HookName, Hostname,
+    Actor, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, FreezeName, HookName, Hostname,
     InstanceRef, Position, ProjectName, ServiceName,
 };
 use daybook_secrets::SecretStore;
@@ -50,6 +50,7 @@ segment!(
     CommitId,
     EnvKey,
     HookName,
+    FreezeName,
     Hostname
 );
 
@@ -110,6 +111,15 @@ impl<A: Segment, B: Segment> Segments for (A, B) {
     fn parse(texts: &[String]) -> Result<Self, Problem> {
         match texts {
             [a, b] => Ok((A::parse(a)?, B::parse(b)?)),
+            _ => Err(not_found()),
+        }
+    }
+}
+
+impl<A: Segment, B: Segment, C: Segment> Segments for (A, B, C) {
+    fn parse(texts: &[String]) -> Result<Self, Problem> {
+        match texts {
+            [a, b, c] => Ok((A::parse(a)?, B::parse(b)?, C::parse(c)?)),
             _ => Err(not_found()),
         }
     }

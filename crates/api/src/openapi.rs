@@ -193,6 +193,8 @@ macro_rules! sent {
 
 sent! {
     routes::approvals::ApprovalList,
+    routes::freezes::DefineFreeze, routes::freezes::FreezeGone, routes::freezes::FreezeList,
+    view::FreezeView,
     view::AuditList, view::DeploymentAccepted, view::DeploymentDetail, view::DeploymentList,
     view::EnvironmentList, view::EnvironmentView, view::Health, view::HistoryList,
     view::InstanceDetail, view::InstanceList, view::MainSwitched, view::OperationAccepted,
@@ -204,7 +206,7 @@ sent! {
     routes::hooks::DefineHook, routes::hooks::DeliveryView, routes::hooks::HookList,
     routes::hooks::HookRemovedView, routes::hooks::HookView, routes::hooks::SetAutoDeploy,
     routes::config::ScaleTo, routes::config::ChangeConfig,
-    routes::approvals::ApprovalDetail, routes::approvals::DecideOnPlan,
+    routes::approvals::ApprovalDetail, routes::approvals::DecideOnPlan, routes::approvals::LetThrough,
     routes::projects::CreateProject, routes::projects::DefineService,
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
     routes::deployments::CreateDeployment, routes::deployments::Why,

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use daybook_events::RepositoryUrl;
 use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
     Cancelled, ClusterState, Deployment, Operation, Phase, Possibility, PromotedFrom, Readiness,
     Status, SwitchMode, Version, WorkloadObserved,
 };
 use daybook_events::environment::{Environment, EnvironmentSpec, EnvironmentStatus};
+use daybook_events::freeze::{Freeze, FreezeRule, Freezes};
 use daybook_events::project::Project;
 use daybook_events::routing::{Hostnames, Routing, Stickiness};
 use daybook_events::secret::{self, Commitment, Secret, SecretId, SecretRef};
@@ -17,6 +17,7 @@ use daybook_events::{
     Actor, BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, GitRef,
     Hostname, ImageRepository, Position, ProjectName, ServiceName,
 };
+use daybook_events::{FreezeName, RepositoryUrl};
 use daybook_projections::{AuditRow, views};
 use daybook_projections::{
     Counters, DeploymentRow, HistoryRow, Projections, QueryError, StateHash,
@@ -117,6 +118,9 @@ pub(crate) struct EnvironmentView {
     /// Where its services answer.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) urls: Vec<String>,
+    /// The windows in which nothing new is brought to it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) freezes: Vec<FreezeView>,
     /// What it is.
     #[serde(flatten)]
     pub(crate) spec: EnvironmentSpec,
@@ -175,8 +179,50 @@ impl From<Environment> for EnvironmentView {
                 updated_at: p.pull_request.updated_at,
             }),
             urls: Vec::new(),
+            freezes: FreezeView::all(&e.freezes, Timestamp::now()),
             spec: e.spec,
         }
+    }
+}
+
+/// A window in which an environment is frozen.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct FreezeView {
+    /// Its name.
+    pub(crate) name: FreezeName,
+    /// When, in words.
+    pub(crate) when: String,
+    /// When.
+    pub(crate) rule: FreezeRule,
+    /// Why.
+    pub(crate) reason: Option<String>,
+    /// Whether it is open now.
+    pub(crate) open: bool,
+    /// When it began, or begins next; none if it is over.
+    pub(crate) from: Option<Timestamp>,
+    /// When it ends then; none if it does not end by itself.
+    pub(crate) until: Option<Timestamp>,
+}
+
+impl FreezeView {
+    /// A window as it is at a moment.
+    pub(crate) fn new(name: &FreezeName, freeze: &Freeze, now: Timestamp) -> Self {
+        let next = freeze.rule.next(now);
+        Self {
+            name: name.clone(),
+            when: freeze.rule.to_string(),
+            rule: freeze.rule.clone(),
+            reason: freeze.reason.clone(),
+            open: next.is_some_and(|o| o.has_begun(now)),
+            from: next.map(|o| o.from),
+            until: next.and_then(|o| o.until),
+        }
+    }
+
+    /// The windows of an environment, by name.
+    pub(crate) fn all(freezes: &Freezes, now: Timestamp) -> Vec<Self> {
+        let one = |(name, freeze)| Self::new(name, freeze, now);
+        freezes.iter().map(one).collect()
     }
 }
 
@@ -286,6 +332,9 @@ pub(crate) struct DeploymentDetail {
     /// Who has allowed it, while that is asked for; and an emergency that is to be reviewed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) approval: Option<views::ApprovalView>,
+    /// The freeze that it waits for, or was let through in an emergency that is to be reviewed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) hold: Option<views::HoldView>,
     /// What can be done to it now.
     pub(crate) operations: Vec<Operation>,
     /// All operations; for those that are not possible now, why, and what would make them so.
@@ -743,6 +792,7 @@ impl<'a> Shown<'a> {
             entered: state.milestones.entered.clone(),
             stops: views::StopView::of(state),
             approval: views::ApprovalView::of(state),
+            hold: views::HoldView::of(state),
             operations: state.operations(),
             possibilities: state.possibilities(),
             source: state.source.as_ref().map(|s| SourceView {

@@ -431,11 +431,11 @@ impl Approval {
 /// Refuses what the state of the approvals does not allow, and says whether an event changes
 /// anything. The transition table has allowed it already.
 pub(crate) fn changes(state: &Deployment, event: &DeploymentEvent) -> Result<bool, Refusal> {
+    if let DeploymentEvent::PostReviewCompleted(e) = event {
+        return reviews(state, &e.reviewer);
+    }
     let Some(approval) = &state.approval else {
-        return match event {
-            DeploymentEvent::PostReviewCompleted(_) => Err(no_review()),
-            _ => Ok(true),
-        };
+        return Ok(true);
     };
     match event {
         DeploymentEvent::ApprovalGranted(e) => {
@@ -465,17 +465,37 @@ pub(crate) fn changes(state: &Deployment, event: &DeploymentEvent) -> Result<boo
             Ok(true)
         }
         DeploymentEvent::ApprovalsVoided(e) => Ok(approval.hash != e.hash),
-        DeploymentEvent::PostReviewCompleted(e) => match &approval.emergency {
-            None => Err(no_review()),
-            Some(emergency) if emergency.by == e.reviewer => Err(Refusal::new(
-                "own_change",
-                format!("{} went ahead, and cannot review that too", e.reviewer),
-                "ask somebody else",
-            )),
-            Some(emergency) => Ok(emergency.review.is_none()),
-        },
         _ => Ok(true),
     }
+}
+
+impl Deployment {
+    /// What somebody went ahead with in an emergency: without approvals, or through a freeze.
+    pub fn emergencies(&self) -> impl Iterator<Item = &Emergency> {
+        let approval = self.approval.as_ref().and_then(|a| a.emergency.as_ref());
+        let freeze = self.hold.as_ref().and_then(|h| h.emergency.as_ref());
+        approval.into_iter().chain(freeze)
+    }
+
+    /// Whether somebody still has to look at an emergency.
+    pub fn needs_review(&self) -> bool {
+        self.emergencies().any(|e| e.review.is_none())
+    }
+}
+
+/// Refuses a review of what was no emergency or one's own, and says whether it changes anything.
+fn reviews(state: &Deployment, reviewer: &str) -> Result<bool, Refusal> {
+    if state.emergencies().next().is_none() {
+        return Err(no_review());
+    }
+    if state.emergencies().any(|e| e.by == reviewer) {
+        return Err(Refusal::new(
+            "own_change",
+            format!("{reviewer} went ahead, and cannot review that too"),
+            "ask somebody else",
+        ));
+    }
+    Ok(state.needs_review())
 }
 
 fn undecided(approval: &Approval) -> Result<(), Refusal> {

@@ -29,6 +29,7 @@ use crate::approval::{
 };
 use crate::config::InstanceConfig;
 use crate::envelope::Payload;
+use crate::freeze::{self, FreezeOverride, Held, Hold, Released};
 use crate::log::Position;
 use crate::names::{
     BuildId, ClusterName, CommitId, DeploymentId, EnvKey, EnvironmentName, EventId, GitRef,
@@ -284,6 +285,13 @@ pub const TRANSITIONS: &[Transition] = &{
     }
     [
         t("deployment.queued.v1", &[Requested], Some(Queued)),
+        t("deployment.held.v1", &[Requested, Packaging], None),
+        t("deployment.released.v1", &[Requested, Packaging], None),
+        t(
+            "deployment.emergency_freeze_override.v1",
+            &[Requested, Packaging],
+            None,
+        ),
         t("deployment.cloning_started.v1", &[Queued], Some(Cloning)),
         t("deployment.source_resolved.v1", &[Cloning], None),
         t("deployment.building_started.v1", &[Cloning], Some(Building)),
@@ -520,12 +528,13 @@ pub enum Operation {
     Approve,
     Reject,
     Override,
+    OverrideFreeze,
     Review,
 }
 
 impl Operation {
     /// All operations.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Cancel,
         Self::Stop,
         Self::Start,
@@ -538,6 +547,7 @@ impl Operation {
         Self::Approve,
         Self::Reject,
         Self::Override,
+        Self::OverrideFreeze,
         Self::Review,
     ];
 
@@ -554,6 +564,7 @@ impl Operation {
             Self::Approve => "deployment.approval_granted.v1",
             Self::Reject => "deployment.approval_rejected.v1",
             Self::Override => "deployment.emergency_override.v1",
+            Self::OverrideFreeze => "deployment.emergency_freeze_override.v1",
             Self::Review => "deployment.post_review_completed.v1",
             Self::MarkMain => return &[Status::Started, Status::PartiallyStarted],
             Self::Redeploy => return &Status::ALL,
@@ -1018,6 +1029,12 @@ events! {
         Approved(Approved) = "deployment.approved.v1",
         /// An emergency was looked at.
         PostReviewCompleted(PostReviewCompleted) = "deployment.post_review_completed.v1",
+        /// It waits for the end of a freeze.
+        Held(Held) = "deployment.held.v1",
+        /// It waits no more.
+        Released(Released) = "deployment.released.v1",
+        /// Somebody let it through a freeze.
+        FreezeOverride(FreezeOverride) = "deployment.emergency_freeze_override.v1",
         /// It will be stopped by itself.
         StopScheduled(StopScheduled) = "deployment.stop_scheduled.v1",
         /// It will not.
@@ -1129,6 +1146,8 @@ pub struct Deployment {
     pub stops: StopPlan,
     /// Who allowed it, where that is asked for.
     pub approval: Option<Box<Approval>>,
+    /// The freeze that it waits for, or waited for last.
+    pub hold: Option<Box<Hold>>,
     /// Is there an image?
     pub build_readiness: Readiness,
     /// Does it run?
@@ -1183,6 +1202,7 @@ impl Deployment {
         match self.status {
             Status::Started => self.stops.pending.as_ref().map(|p| p.due),
             Status::AwaitingApproval => self.approval.as_ref().and_then(|a| a.expires),
+            Status::Requested | Status::Packaging => self.held().and_then(|hold| hold.until),
             _ => None,
         }
     }
@@ -1348,6 +1368,7 @@ impl Aggregate for Deployment {
             cancelled: None,
             stops: StopPlan::default(),
             approval: None,
+            hold: None,
             build_readiness: pending(),
             workload_readiness: pending(),
             endpoint_readiness: pending(),
@@ -1578,6 +1599,9 @@ impl Aggregate for Deployment {
             DeploymentEvent::Deleted(_) => {}
             DeploymentEvent::StopScheduled(e) => self.stops.schedule(e),
             DeploymentEvent::StopUnscheduled(e) => self.stops.unschedule(&e),
+            event @ (DeploymentEvent::Held(_)
+            | DeploymentEvent::Released(_)
+            | DeploymentEvent::FreezeOverride(_)) => freeze::fold(&mut self.hold, event, at),
             event @ (DeploymentEvent::ApprovalRequested(_)
             | DeploymentEvent::ApprovalsVoided(_)
             | DeploymentEvent::ApprovalGranted(_)
@@ -1585,6 +1609,9 @@ impl Aggregate for Deployment {
             | DeploymentEvent::EmergencyOverride(_)
             | DeploymentEvent::Approved(_)
             | DeploymentEvent::PostReviewCompleted(_)) => {
+                if let DeploymentEvent::PostReviewCompleted(e) = &event {
+                    freeze::review(&mut self.hold, e, at);
+                }
                 approval::fold(&mut self.approval, event, at);
             }
         }
@@ -1674,7 +1701,7 @@ pub fn decide(
     if let DeploymentEvent::RetryRequested(e) = &event {
         cluster::check_retry(state, e)?;
     }
-    if !approval::changes(state, &event)? {
+    if !approval::changes(state, &event)? || !freeze::changes(state, &event)? {
         return Ok(Decision::Nothing);
     }
     if state.cancel.is_some()

@@ -13,6 +13,7 @@ use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::approval::ApprovalRule;
 use crate::deployment::SwitchMode;
 use crate::envelope::Payload;
+use crate::freeze::{self, FreezeRemoved, FreezeSet, Freezes};
 use crate::log::Position;
 use crate::names::{ClusterName, CommitId, EnvironmentName, EventId, GitRef, ProjectName};
 use crate::preview::{
@@ -152,6 +153,10 @@ events! {
         PullRequestHeadFound(PullRequestHeadFound) = "environment.pull_request_head_found.v1",
         /// Its pull request was closed.
         PullRequestClosed(Box<PullRequestClosed>) = "environment.pull_request_closed.v1",
+        /// It has a window in which it is frozen.
+        FreezeSet(FreezeSet) = "environment.freeze_set.v1",
+        /// It has that window no more.
+        FreezeRemoved(FreezeRemoved) = "environment.freeze_removed.v1",
         /// It is to be deleted.
         DeletionRequested(DeletionRequested) = "environment.deletion_requested.v1",
         /// It is deleted.
@@ -194,6 +199,8 @@ pub struct Environment {
     pub auto_deploy: Option<GitRef>,
     /// The pull request that it is for, if there ever was one.
     pub preview: Option<Preview>,
+    /// The windows in which it is frozen.
+    pub freezes: Freezes,
 }
 
 impl Environment {
@@ -209,6 +216,7 @@ impl Environment {
             status_position: at.position,
             auto_deploy: e.auto_deploy,
             preview: None,
+            freezes: Freezes::new(),
         }
     }
 
@@ -295,6 +303,12 @@ impl Aggregate for Environment {
             }
             (Active, EnvironmentEvent::Changed(e)) => self.spec = e.spec,
             (Active, EnvironmentEvent::AutoDeploySet(e)) => self.auto_deploy = e.branch,
+            (Active, EnvironmentEvent::FreezeSet(e)) => {
+                self.freezes.insert(e.name, e.freeze);
+            }
+            (Active, EnvironmentEvent::FreezeRemoved(e)) => {
+                self.freezes.remove(&e.name);
+            }
             (Active, EnvironmentEvent::DeletionRequested(_)) => {
                 if let Some(preview) = &mut self.preview {
                     preview.dismissed = preview.open;
@@ -400,6 +414,18 @@ pub fn decide(
             } else {
                 Decision::Append(event)
             })
+        }
+        (Some(s), EnvironmentEvent::FreezeSet(e)) => {
+            s.must_be_active()?;
+            Ok(match freeze::sets(s, e)? {
+                true => Decision::Append(event),
+                false => Decision::Nothing,
+            })
+        }
+        (Some(s), EnvironmentEvent::FreezeRemoved(e)) => {
+            s.must_be_active()?;
+            freeze::removes(s, e)?;
+            Ok(Decision::Append(event))
         }
         // Deliveries are decided on in `preview::decide`, which knows what came before them.
         (Some(s), EnvironmentEvent::PullRequestHeadFound(e)) => match &s.preview {

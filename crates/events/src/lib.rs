@@ -16,6 +16,7 @@ pub mod deployment;
 pub mod domain;
 pub mod envelope;
 pub mod environment;
+pub mod freeze;
 pub mod gitops;
 pub mod hook;
 pub mod ledger;

@@ -190,6 +190,33 @@ validated! {
     pattern = "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$", short_label
 }
 validated! {
+    /// The name of a freeze window within an environment: a DNS label of at most 30 characters.
+    FreezeName, "freeze name", "invalid_freeze_name",
+    pattern = "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$", short_label
+}
+validated! {
+    /// The name of a time zone in the IANA database: `Europe/Berlin`. Whether there is one of this
+    /// name is not checked here.
+    ZoneName, "time zone", "invalid_time_zone",
+    pattern = "^[A-Za-z][A-Za-z0-9_+/-]{0,63}$", |s| {
+        if !s.starts_with(|c: char| c.is_ascii_alphabetic()) || s.len() > 64 {
+            return Err("it must have 1 to 64 characters and start with a letter");
+        }
+        if !s.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'+' | b'-' | b'/')) {
+            return Err("only letters, digits, _, +, - and / are allowed");
+        }
+        Ok(())
+    }
+}
+
+impl Default for ZoneName {
+    /// Coordinated universal time.
+    fn default() -> Self {
+        Self("UTC".to_owned())
+    }
+}
+
+validated! {
     /// The name of a cluster: a DNS label of at most 63 characters.
     ClusterName, "cluster name", "invalid_cluster_name",
     pattern = "^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$", |s| label(s, 63)

@@ -277,6 +277,7 @@ pub fn is_service_address(stickiness: Stickiness) -> bool {
 pub fn nonce_of(state: &Deployment) -> Option<EventId> {
     match state.status {
         Status::AwaitingApproval => state.approval.as_ref().map(|a| a.nonce),
+        Status::Requested | Status::Packaging => state.held().map(|hold| hold.nonce),
         _ => state.stops.pending.as_ref().map(|p| p.nonce),
     }
 }

@@ -585,7 +585,7 @@ fn projects_and_services_are_made_once() {
 
 #[test]
 fn environments_are_made_once_changed_and_deleted_in_two_steps() {
-    let [created, changed, asked, deleted, ..]: [_; 9] =
+    let [created, changed, asked, deleted, ..]: [_; 11] =
         samples::environment_events().try_into().unwrap();
     given::<Environment>([])
         .when(|s| environment::decide(s, changed.clone()))

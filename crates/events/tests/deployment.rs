@@ -18,7 +18,7 @@ const LIFE: &[(Status, &str, &str)] = &[
     (
         Status::Requested,
         "queued failed cancelled",
-        "cancel_requested overtaken",
+        "held released emergency_freeze_override cancel_requested overtaken",
     ),
     (
         Status::Queued,
@@ -43,7 +43,7 @@ const LIFE: &[(Status, &str, &str)] = &[
     (
         Status::Packaging,
         "deploying_started approval_requested approvals_voided failed cancelled",
-        "cancel_requested",
+        "held released emergency_freeze_override cancel_requested",
     ),
     (
         Status::AwaitingApproval,
@@ -173,8 +173,12 @@ fn every_state_takes_what_it_should_and_nothing_else() {
         let staying: BTreeSet<_> = staying.split_whitespace().collect();
         for event in events() {
             let kind = event.kind();
-            // That depends on whether there was an emergency, and moves nothing.
-            if kind == "deployment.post_review_completed.v1" {
+            // These depend on whether there was an emergency or is a freeze, and move nothing.
+            let elsewhere = [
+                "deployment.post_review_completed.v1",
+                "deployment.emergency_freeze_override.v1",
+            ];
+            if elsewhere.contains(&kind) {
                 continue;
             }
             let name = kind
@@ -425,8 +429,8 @@ fn what_is_not_possible_says_why_and_what_would_make_it_so() {
         let given = reach(status);
         let state = given.state.as_ref().unwrap();
         let possibilities = state.possibilities();
-        // Those of approvals are only named where somebody was asked.
-        let unasked = if state.approval.is_some() { 0 } else { 4 };
+        // Those of approvals are only named where somebody was asked, those of freezes where one is.
+        let unasked = if state.approval.is_some() { 1 } else { 5 };
         assert_eq!(possibilities.len() + unasked, Operation::ALL.len());
         for possibility in possibilities {
             let operation = possibility.name;
@@ -449,6 +453,7 @@ fn what_is_not_possible_says_why_and_what_would_make_it_so() {
                 | Operation::Approve
                 | Operation::Reject
                 | Operation::Override
+                | Operation::OverrideFreeze
                 | Operation::Review => continue,
             };
             match decide(Some(state), event(command)) {

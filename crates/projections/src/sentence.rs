@@ -6,6 +6,7 @@ use daybook_events::build::BuildEvent;
 use daybook_events::deployment::{DeploymentEvent, Version};
 use daybook_events::domain::DomainEvent;
 use daybook_events::environment::EnvironmentEvent;
+use daybook_events::freeze::ReleaseCause;
 use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::ledger::LedgerEvent;
 use daybook_events::preview::PullRequest;
@@ -179,6 +180,16 @@ fn environment<'a>(out: &mut String, event: &'a EnvironmentEvent) -> Said<'a> {
                 format_args!("Pushes are no longer deployed by themselves."),
             ),
         },
+        EnvironmentEvent::FreezeSet(e) => because(
+            out,
+            format_args!("It is frozen by {} {}.", e.name, e.freeze.rule),
+            e.freeze.reason.as_ref(),
+        ),
+        EnvironmentEvent::FreezeRemoved(e) => because(
+            out,
+            format_args!("It is frozen by {} no more.", e.name),
+            e.reason.as_ref(),
+        ),
         EnvironmentEvent::PullRequestOpened(e) => pull_request(out, &e.pull_request, "is open"),
         EnvironmentEvent::PullRequestUpdated(e) => {
             pull_request(out, &e.pull_request, "has changed")
@@ -466,6 +477,37 @@ fn deployment<'a>(
             out,
             format_args!("{} reviewed the emergency.", e.reviewer),
             e.reason.as_ref(),
+        ),
+        E::Held(e) => match e.until {
+            Some(until) => plain(
+                out,
+                format_args!("It waits for the freeze {}, until {until:.0}.", e.freeze),
+            ),
+            None => plain(
+                out,
+                format_args!(
+                    "It waits for the freeze {}, which has no end yet.",
+                    e.freeze
+                ),
+            ),
+        },
+        E::Released(e) => {
+            let why = match e.cause {
+                ReleaseCause::Ended => "has ended",
+                ReleaseCause::Removed => "was taken away",
+            };
+            plain(
+                out,
+                format_args!("It goes on: the freeze {} {why}.", e.freeze),
+            )
+        }
+        E::FreezeOverride(e) => because(
+            out,
+            format_args!(
+                "{} lets it through the freeze {} in an emergency; to be reviewed later.",
+                e.by, e.freeze
+            ),
+            Some(&e.reason),
         ),
         E::StopScheduled(e) => plain(
             out,

@@ -1,5 +1,6 @@
 //! What queries answer with, in the form in which it is sent.
 
+use daybook_events::FreezeName;
 use daybook_events::deployment::{ClusterState, Deployment, Operation, Phase, Readiness, Status};
 use daybook_events::timer::StopCause;
 use daybook_events::{
@@ -129,6 +130,9 @@ pub struct DeploymentView {
     /// Who has allowed it, while that is asked for; and an emergency that is to be reviewed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<ApprovalView>,
+    /// The freeze that it waits for, or was let through in an emergency that is to be reviewed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold: Option<HoldView>,
     /// What can be done to it now.
     pub operations: Vec<Operation>,
     /// When it was asked for.
@@ -164,6 +168,38 @@ impl ApprovalView {
             granted: approval.approved().approvers,
             required: approval.plan.rule.required,
             expires: approval.expires,
+            waits,
+            to_review: to_review.map(|e| e.by.clone()),
+        })
+    }
+}
+
+/// What a freeze does to a deployment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct HoldView {
+    /// The window.
+    pub freeze: FreezeName,
+    /// When it ends; none if it does not end by itself.
+    pub until: Option<Timestamp>,
+    /// Since when the deployment waits.
+    pub since: Timestamp,
+    /// Whether it waits.
+    pub waits: bool,
+    /// Who let it through in an emergency that nobody has reviewed yet.
+    pub to_review: Option<String>,
+}
+
+impl HoldView {
+    /// What there is to say about a deployment; nothing once it goes on and is reviewed.
+    pub fn of(state: &Deployment) -> Option<Self> {
+        let hold = state.hold.as_ref()?;
+        let waits = state.held().is_some();
+        let emergency = hold.emergency.as_ref();
+        let to_review = emergency.filter(|_| hold.needs_review());
+        (waits || to_review.is_some()).then(|| Self {
+            freeze: hold.freeze.clone(),
+            until: hold.until,
+            since: hold.since,
             waits,
             to_review: to_review.map(|e| e.by.clone()),
         })
@@ -277,6 +313,7 @@ impl DeploymentView {
             }),
             stops: StopView::of(state),
             approval: ApprovalView::of(state),
+            hold: HoldView::of(state),
             operations: state.operations(),
             created_at: state.created_at,
         }

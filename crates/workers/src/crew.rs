@@ -13,6 +13,7 @@ use crate::pipeline::domains::Domains;
 use crate::pipeline::environment::{EnvironmentEnds, Environments};
 use crate::pipeline::follow::{FollowBuild, FollowDeployment};
 use crate::pipeline::foreign::{self, Decisions, Nudge};
+use crate::pipeline::freeze::Freezes;
 use crate::pipeline::package::Package;
 use crate::pipeline::previews::{Previews, Pushes};
 use crate::pipeline::probe::{Probe, ProbeDeployment, ProbeRoutes};
@@ -135,6 +136,7 @@ impl Crew {
     /// Admits deployments, decides on routes, and concludes rollouts.
     pub fn route(&self) {
         self.hire(Queue(self.bench.clone()));
+        self.hire(Freezes(self.bench.clone()));
         self.hire(Route(self.bench.clone()));
         self.hire(RouteApplied(self.bench.clone()));
         self.hire(Domains(self.bench.clone()));

@@ -36,16 +36,6 @@ impl Verdict {
     }
 
     fn event(self, who: String, reason: Option<String>) -> Result<DeploymentEvent, Refusal> {
-        let given = |reason: Option<String>| {
-            let given = reason.filter(|r| !r.trim().is_empty());
-            given.ok_or_else(|| {
-                Refusal::new(
-                    "reason_required",
-                    "it is not said why",
-                    "give a reason: it stays on record",
-                )
-            })
-        };
         Ok(match self {
             Self::Approve(hash) => DeploymentEvent::ApprovalGranted(ApprovalGranted {
                 hash,
@@ -54,12 +44,12 @@ impl Verdict {
             }),
             Self::Reject => DeploymentEvent::ApprovalRejected(ApprovalRejected {
                 approver: who,
-                reason: given(reason)?,
+                reason: check::given(reason)?,
             }),
             Self::Override(hash) => DeploymentEvent::EmergencyOverride(EmergencyOverride {
                 hash,
                 by: who,
-                reason: given(reason)?,
+                reason: check::given(reason)?,
             }),
             Self::Review => DeploymentEvent::PostReviewCompleted(PostReviewCompleted {
                 reviewer: who,
@@ -91,7 +81,9 @@ impl Commands {
     ) -> Result<Operated, CommandError> {
         check::text("reason", reason.as_deref())?;
         let row = self.deployment(id)?;
-        approval(&row.state)?;
+        if row.state.emergencies().next().is_none() {
+            approval(&row.state)?;
+        }
         let event = verdict.event(caller.actor.id.clone(), reason)?;
         let done = self
             .run(

@@ -15,6 +15,18 @@ const TEXT_MAX: usize = 1000;
 /// Longest readiness deadline, in seconds.
 const DEADLINE_MAX: u32 = 3600;
 
+/// A reason that has to be given.
+pub(super) fn given(reason: Option<String>) -> Result<String, Refusal> {
+    let given = reason.filter(|r| !r.trim().is_empty());
+    given.ok_or_else(|| {
+        Refusal::new(
+            "reason_required",
+            "it is not said why",
+            "give a reason: it stays on record",
+        )
+    })
+}
+
 impl Commands {
     pub(crate) fn project(&self, name: &ProjectName) -> Result<Project, CommandError> {
         let found = self.ledger.projections().project(name)?;

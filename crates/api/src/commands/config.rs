@@ -39,6 +39,8 @@ impl Commands {
             return Ok(Operated { id, done });
         }
         check::text("reason", reason.as_deref())?;
+        let (_, environment) = self.deployable(instance)?;
+        self.not_frozen(&environment)?;
         let (id, subject, _) = self.running(instance)?;
         let event = ScaleRequested { replicas, reason };
         let done = self
@@ -73,6 +75,7 @@ impl Commands {
         }
         let (main, _, old) = self.running(&wish.instance)?;
         let (_, environment) = self.deployable(&wish.instance)?;
+        self.not_frozen(&environment)?;
         self.clusters(&old.request.clusters)?;
         let secrets = self.applicable_secrets(&wish.instance).await?;
         let mut named = wish.set.keys().chain(&wish.unset);

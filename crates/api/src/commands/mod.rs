@@ -10,6 +10,7 @@ mod check;
 mod config;
 mod deploy;
 mod domains;
+mod freezes;
 mod gitops;
 mod hooks;
 mod lifecycle;

@@ -60,6 +60,11 @@ impl Commands {
             }
         };
         self.owned(&wish.project, &instance)?;
+        if self.earlier(caller).await?.is_none() {
+            for (id, _) in &wish.to {
+                self.may_get_traffic(*id)?;
+            }
+        }
         let mut shares = Vec::with_capacity(wish.to.len());
         for (id, weight) in wish.to.into_iter().take(routing::SHARES_MAX + 1) {
             let (target, _) = self.target(id)?;
@@ -92,6 +97,10 @@ impl Commands {
         check::text("reason", note.as_deref())?;
         self.owned(project, &instance)?;
         policy.check()?;
+        if self.earlier(caller).await?.is_none() {
+            let environment = self.environment(&instance.project, &instance.environment)?;
+            self.not_frozen(&environment)?;
+        }
         match &policy {
             ClusterPolicy::Failover(order) => self.clusters(order)?,
             ClusterPolicy::Weighted(weights) => {

@@ -29,6 +29,9 @@ impl Commands {
         expected_main: Option<DeploymentId>,
         note: Option<String>,
     ) -> Result<Switched, CommandError> {
+        if self.earlier(caller).await?.is_none() {
+            self.may_get_traffic(id)?;
+        }
         check::text("reason", note.as_deref())?;
         let command = |(target, hostnames)| Command::MarkMain {
             target,

@@ -3,7 +3,7 @@
 use axum::extract::State;
 use daybook_events::approval::{ApprovalRejected, Emergency, Grant, Plan};
 use daybook_events::deployment::Status;
-use daybook_events::{DeploymentId, Digest, EnvironmentName, ProjectName};
+use daybook_events::{DeploymentId, Digest, EnvironmentName, FreezeName, ProjectName};
 use daybook_projections::DeploymentRow;
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -70,6 +70,33 @@ pub(crate) struct ApprovalDetail {
 pub(crate) struct ApprovalList {
     /// Newest first.
     approvals: Vec<ApprovalDetail>,
+    /// What was let through a freeze in an emergency, and waits to be reviewed, newest first.
+    let_through: Vec<LetThrough>,
+}
+
+/// A deployment that somebody let through a freeze, which nobody has reviewed yet.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct LetThrough {
+    /// The deployment.
+    id: DeploymentId,
+    /// `project.environment.service`.
+    instance_id: String,
+    /// The window that held it.
+    freeze: FreezeName,
+    /// Who let it through, and why.
+    emergency: Emergency,
+}
+
+impl LetThrough {
+    fn of(row: &DeploymentRow) -> Option<Self> {
+        let hold = row.state.hold.as_ref().filter(|h| h.needs_review())?;
+        Some(Self {
+            id: row.id,
+            instance_id: row.state.request.instance.to_string(),
+            freeze: hold.freeze.clone(),
+            emergency: hold.emergency.clone()?,
+        })
+    }
 }
 
 /// A plan that is allowed, or gone ahead with.
@@ -118,15 +145,17 @@ pub(crate) async fn list_approvals(
     rows.retain(|row| {
         let of = &row.state.request.instance.environment;
         environment.as_ref().is_none_or(|e| e == of)
-            && (row.state.status == Status::AwaitingApproval
-                || row
-                    .state
-                    .approval
-                    .as_ref()
-                    .is_some_and(|a| a.needs_review()))
+    });
+    let let_through = rows.iter().filter_map(LetThrough::of).collect();
+    rows.retain(|row| {
+        let approval = row.state.approval.as_ref();
+        row.state.status == Status::AwaitingApproval || approval.is_some_and(|a| a.needs_review())
     });
     let approvals = rows.iter().map(detail).collect::<Result<_, _>>()?;
-    Ok(Answer::ok(ApprovalList { approvals }))
+    Ok(Answer::ok(ApprovalList {
+        approvals,
+        let_through,
+    }))
 }
 
 /// The plan of a deployment, and who has allowed it.

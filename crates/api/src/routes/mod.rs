@@ -5,6 +5,7 @@ pub(crate) mod config;
 pub(crate) mod deployments;
 pub(crate) mod domains;
 pub(crate) mod events;
+pub(crate) mod freezes;
 pub(crate) mod gitops;
 pub(crate) mod history;
 pub(crate) mod hooks;
@@ -81,6 +82,9 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(approvals::reject_deployment))
         .routes(routes!(approvals::override_deployment))
         .routes(routes!(approvals::review_deployment))
+        .routes(routes!(freezes::list_freezes))
+        .routes(routes!(freezes::set_freeze, freezes::remove_freeze))
+        .routes(routes!(freezes::override_freeze))
         .routes(routes!(deployments::mark_main))
         .routes(routes!(deployments::redeploy))
         .routes(routes!(deployments::rollback))

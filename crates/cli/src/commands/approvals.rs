@@ -134,7 +134,9 @@ async fn list(client: &Client, project: Option<String>, env: Option<String>) -> 
         return Ok(Code::Success);
     }
     let found = answer["approvals"].as_array().cloned().unwrap_or_default();
-    if found.is_empty() {
+    let let_through = answer["let_through"].as_array();
+    let let_through = let_through.cloned().unwrap_or_default();
+    if found.is_empty() && let_through.is_empty() {
         output::line("nothing waits to be allowed or reviewed");
         return Ok(Code::Success);
     }
@@ -157,6 +159,17 @@ async fn list(client: &Client, project: Option<String>, env: Option<String>) -> 
             waits,
             text(one, "/hash").chars().take(19).collect(),
             time(&text(one, "/expires")),
+        ]));
+    }
+    for one in &let_through {
+        let id = text(one, "/id");
+        table.row(Row::new([
+            id.get(28..).unwrap_or(&id).to_owned(),
+            text(one, "/instance_id"),
+            text(one, "/emergency/by"),
+            format!("a review: through the freeze {}", text(one, "/freeze")),
+            String::new(),
+            String::new(),
         ]));
     }
     table.print();

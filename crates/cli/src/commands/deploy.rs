@@ -431,6 +431,23 @@ pub fn print_event(kind: &str, data: &Value, begun: Timestamp) {
             "{}; look at it with `daybook approvals show`",
             text("/hash")
         ),
+        "deployment.held.v1" => format!(
+            "its environment is frozen by {} until {}; `daybook freeze override` lets it through",
+            text("/freeze"),
+            match text("/until") {
+                until if until.is_empty() => "that is taken away".to_owned(),
+                until => until,
+            }
+        ),
+        "deployment.released.v1" => format!("{} has {}", text("/freeze"), text("/cause")),
+        "deployment.emergency_freeze_override.v1" => {
+            format!(
+                "of {} by {}: {}",
+                text("/freeze"),
+                text("/by"),
+                text("/reason")
+            )
+        }
         "deployment.approval_granted.v1" => format!("by {}", text("/approver")),
         "deployment.workload_observed.v1" => {
             let instances = payload.get("instances").and_then(Value::as_array);

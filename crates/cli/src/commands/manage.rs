@@ -493,6 +493,7 @@ pub async fn environment(command: EnvCommand) -> Outcome {
                     "SWITCH",
                     "AUTO-DEPLOY",
                     "PULL REQUEST",
+                    "FROZEN BY",
                     "URL",
                 ],
                 |e| {
@@ -504,6 +505,7 @@ pub async fn environment(command: EnvCommand) -> Outcome {
                         text(e, "switch"),
                         text(e, "auto_deploy"),
                         pull_request(e),
+                        frozen_by(e),
                         join(e, "urls"),
                     ]
                 },
@@ -511,6 +513,14 @@ pub async fn environment(command: EnvCommand) -> Outcome {
             .await
         }
     }
+}
+
+/// The windows of an environment that are open.
+fn frozen_by(environment: &Value) -> String {
+    let freezes = environment["freezes"].as_array().into_iter().flatten();
+    let open = freezes.filter(|f| f["open"] == true);
+    let names: Vec<_> = open.map(|f| text(f, "name")).collect();
+    names.join(", ")
 }
 
 async fn set_environment(args: SetEnvArgs) -> Outcome {
@@ -533,6 +543,7 @@ async fn set_environment(args: SetEnvArgs) -> Outcome {
             "auto_deploy",
             "pull_request",
             "urls",
+            "freezes",
         ] {
             shown.remove(key);
         }

@@ -8,6 +8,7 @@ mod demo;
 mod deploy;
 mod domain;
 mod events;
+mod freeze;
 mod gitops;
 mod gitops_key;
 mod history;
@@ -131,6 +132,9 @@ pub enum Command {
     /// Look at plans that wait to be allowed, and decide about them.
     #[command(subcommand)]
     Approvals(approvals::ApprovalsCommand),
+    /// Say when nothing new is brought to an environment.
+    #[command(subcommand)]
+    Freeze(freeze::FreezeCommand),
     /// What runs where, with the three readiness answers.
     Status(status::StatusArgs),
     /// What was deployed when, by whom, and what became of it.
@@ -213,6 +217,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Deploy(args) => deploy::run(args).await,
         Command::Promote(args) => deploy::promote(args).await,
         Command::Approvals(command) => approvals::run(command).await,
+        Command::Freeze(command) => freeze::run(command).await,
         Command::Status(args) => status::run(args).await,
         Command::History(args) => history::run(args).await,
         Command::Logs(args) => logs::run(args).await,

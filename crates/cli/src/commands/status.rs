@@ -3,7 +3,7 @@
 use clap::Args;
 use daybook_events::deployment::ClusterState;
 use daybook_projections::Moment;
-use daybook_projections::views::{ApprovalView, DeploymentView, InstanceView, Overview};
+use daybook_projections::views::{ApprovalView, DeploymentView, HoldView, InstanceView, Overview};
 use serde_json::Value;
 
 use super::{Outcome, ServerArgs};
@@ -171,6 +171,9 @@ fn print_overview(overview: &Overview) {
         if let Some(approval) = &d.approval {
             output::line(&style.warn(&approval_line(d, approval)));
         }
+        if let Some(hold) = &d.hold {
+            output::line(&style.warn(&hold_line(d, hold)));
+        }
         if let Some(stop) = &d.stops {
             output::line(&format!(
                 "{} stops at {:.0}, because {}; `daybook keep {0}` keeps it",
@@ -204,6 +207,22 @@ fn approval_line(d: &DeploymentView, approval: &ApprovalView) -> String {
             approval.required
         ),
     }
+}
+
+fn hold_line(d: &DeploymentView, hold: &HoldView) -> String {
+    let (id, freeze) = (d.id.short(), &hold.freeze);
+    if let Some(by) = &hold.to_review {
+        return format!(
+            "{by} let {id} through the freeze {freeze}; once looked at: `daybook approvals review {id}`"
+        );
+    }
+    let end = match hold.until {
+        Some(until) => format!("until {until:.0}"),
+        None => "until that is taken away".to_owned(),
+    };
+    format!(
+        "{id} waits: its environment is frozen by {freeze} {end}; `daybook freeze override {id}` lets it through"
+    )
 }
 
 fn row(instance: &InstanceView, d: &DeploymentView, main: bool) -> Row {
@@ -373,6 +392,17 @@ pub fn print_detail(detail: &Value) {
             let line = format!("by {}, not reviewed yet", text("/approval/to_review"));
             fields.push(("emergency", line));
         }
+    }
+    if !text("/hold/freeze").is_empty() {
+        let mut line = format!("by {} until {}", text("/hold/freeze"), text("/hold/until"));
+        if !text("/hold/to_review").is_empty() {
+            line = format!(
+                "by {}; {} let it through, not reviewed yet",
+                text("/hold/freeze"),
+                text("/hold/to_review")
+            );
+        }
+        fields.push(("frozen", line));
     }
     if !text("/stops/because").is_empty() {
         let stop = format!(

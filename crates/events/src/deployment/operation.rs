@@ -40,6 +40,7 @@ impl Operation {
             Self::Approve => "approvals approve",
             Self::Reject => "approvals reject",
             Self::Override => "approvals override",
+            Self::OverrideFreeze => "freeze override",
             Self::Review => "approvals review",
         }
     }
@@ -74,11 +75,14 @@ impl Operation {
 impl Deployment {
     /// Each operation, with whether it is possible now, and if not, why and what would make it so.
     pub fn possibilities(&self) -> Vec<Possibility> {
-        use Operation::{Approve, Override, Reject, Review};
-        let of_approvals = |o: &Operation| matches!(o, Approve | Reject | Override | Review);
         let all = Operation::ALL.into_iter();
         // Where nobody was asked, nobody is told how to be.
-        let all = all.filter(|o| self.approval.is_some() || !of_approvals(o));
+        let all = all.filter(|o| match o {
+            Operation::Approve | Operation::Reject | Operation::Override => self.approval.is_some(),
+            Operation::OverrideFreeze => self.hold.is_some(),
+            Operation::Review => self.approval.is_some() || self.hold.is_some(),
+            _ => true,
+        });
         let all = all.map(|name| {
             let refusal = self.refusal_of(name);
             Possibility {
@@ -114,9 +118,8 @@ impl Deployment {
                 "nothing would stop the deployment by itself",
                 "wait until a stop is scheduled; `daybook status` shows it",
             )),
-            Operation::Review if self.approval.as_ref().is_none_or(|a| !a.needs_review()) => {
-                Some(crate::approval::no_review())
-            }
+            Operation::OverrideFreeze if self.held().is_none() => Some(crate::freeze::not_held()),
+            Operation::Review if !self.needs_review() => Some(crate::approval::no_review()),
             Operation::Retry if self.failed_clusters().is_empty() => Some(Refusal::new(
                 "nothing_to_retry",
                 "no cluster of the deployment has failed",

@@ -16,6 +16,10 @@ use crate::build::{self, BuildEvent, LogSeal};
 use crate::deployment::{self, DeploymentEvent, SourceCommit, Status, SwitchMode, Version};
 use crate::domain::{self, DomainEvent};
 use crate::environment::{self, EnvironmentEvent, EnvironmentSpec};
+use crate::freeze::{
+    Day, Freeze, FreezeOverride, FreezeRemoved, FreezeRule, FreezeSet, Held, ReleaseCause,
+    Released, Weekly,
+};
 use crate::gitops::{self, Change, GitopsEvent};
 use crate::hook::{BranchPushed, Hook, HookDefined, HookRemoved, Provider};
 use crate::ledger::{self, LedgerEvent};
@@ -238,6 +242,14 @@ pub fn environment_events() -> Vec<EnvironmentEvent> {
         EnvironmentEvent::AutoDeploySet(environment::AutoDeploySet {
             branch: Some("main".parse().unwrap()),
         }),
+        EnvironmentEvent::FreezeSet(FreezeSet {
+            name: "weekend".parse().unwrap(),
+            freeze: weekend(),
+        }),
+        EnvironmentEvent::FreezeRemoved(FreezeRemoved {
+            name: "weekend".parse().unwrap(),
+            reason: Some("the release is on a Saturday".to_owned()),
+        }),
         EnvironmentEvent::PullRequestOpened(Box::new(PullRequestOpened {
             project: "shop".parse().unwrap(),
             name: "production".parse().unwrap(),
@@ -263,6 +275,19 @@ pub fn environment_events() -> Vec<EnvironmentEvent> {
             pull_request: pull_request(142, 3),
         })),
     ]
+}
+
+/// From Friday at four to Monday at eight.
+pub fn weekend() -> Freeze {
+    Freeze {
+        rule: FreezeRule::Weekly(Weekly {
+            days: [Day::Fri].into(),
+            at: "16:00".parse().unwrap(),
+            length: "64h".parse().unwrap(),
+            zone: "Europe/Berlin".parse().unwrap(),
+        }),
+        reason: Some("nobody is there to help".to_owned()),
+    }
 }
 
 /// The events of a build, each as it would follow in attempt 1.
@@ -460,6 +485,21 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
         E::PostReviewCompleted(PostReviewCompleted {
             reviewer: "bob".to_owned(),
             reason: Some("it was one".to_owned()),
+        }),
+        E::Held(Held {
+            freeze: "weekend".parse().unwrap(),
+            until: Some(time(1800)),
+            nonce: nonce(number),
+        }),
+        E::Released(Released {
+            freeze: "weekend".parse().unwrap(),
+            nonce: nonce(number),
+            cause: ReleaseCause::Ended,
+        }),
+        E::FreezeOverride(FreezeOverride {
+            freeze: "weekend".parse().unwrap(),
+            by: "carol".to_owned(),
+            reason: "the shop is down".to_owned(),
         }),
         E::StopScheduled(StopScheduled {
             due: time(1800),

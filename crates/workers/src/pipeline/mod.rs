@@ -6,6 +6,7 @@
 //! source   queued → cloning → commit known, build asked for (or: image checked and pinned)
 //! build    runs a build: clone, build, push
 //! follow   mirrors a build's steps to the deployments that wait for it
+//! freeze   holds what is deployed to a frozen environment until that is none any more
 //! approvals  waits, where an environment asks for it, until people have allowed the plan
 //! package  makes the GitOps commit → deploying; later: stop, start, remove, clean up
 //! previews deploys what webhooks tell of: heads of pull requests, and pushes to branches
@@ -32,6 +33,7 @@ pub mod domains;
 pub mod environment;
 pub mod follow;
 pub mod foreign;
+pub mod freeze;
 pub mod gateway;
 mod leave;
 pub mod observe;

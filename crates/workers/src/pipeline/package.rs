@@ -24,7 +24,7 @@ use daybook_projections::DeploymentRow;
 use uuid::Uuid;
 
 use super::foreign::Nudge;
-use super::{Bench, Stop, approvals, give_up, leave, remote, settle};
+use super::{Bench, Stop, approvals, freeze, give_up, leave, remote, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{GitopsChange, GitopsCommit, KnownHistory, Repositories, StepError};
 use crate::values::ReleaseValues;
@@ -98,6 +98,8 @@ impl Worker for Package {
             kind,
             "deployment.image_pinned.v1"
                 | "deployment.approved.v1"
+                | "deployment.released.v1"
+                | "deployment.emergency_freeze_override.v1"
                 | "deployment.stop_requested.v1"
                 | "deployment.start_requested.v1"
                 | "deployment.terminate_requested.v1"
@@ -186,7 +188,10 @@ impl Package {
         };
         if row.state.status == Status::Packaging {
             // What was committed already, in a try that died, was allowed then.
-            if !self.is_listed(row)? && !approvals::is_allowed(&self.bench, row).await? {
+            if !self.is_listed(row)?
+                && !(approvals::is_allowed(&self.bench, row).await?
+                    && freeze::lets_through(&self.bench, row).await?)
+            {
                 return Ok(());
             }
             self.check_secrets(row).await?;

@@ -10,7 +10,7 @@ use daybook_events::deployment::{Cancelled, DeploymentEvent, Queued, Status};
 use daybook_events::{AggregateKind, Subject, SubjectFilter};
 use daybook_projections::DeploymentRow;
 
-use super::{Bench, Stop, give_up, settle};
+use super::{Bench, Stop, freeze, give_up, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::StepError;
 
@@ -33,6 +33,8 @@ impl Worker for Queue {
             kind,
             "deployment.requested.v1"
                 | "deployment.cancel_requested.v1"
+                | "deployment.released.v1"
+                | "deployment.emergency_freeze_override.v1"
                 | "deployment.succeeded.v1"
                 | "deployment.failed.v1"
                 | "deployment.cancelled.v1"
@@ -85,10 +87,15 @@ impl Queue {
             .active_of(&about.state.request.instance)?;
         pipeline.retain(|r| r.state.status.in_pipeline());
         pipeline.sort_by_key(|r| r.created);
-        let running = pipeline.iter().any(|r| r.state.status.holds_instance());
+        // What a freeze holds before its commit waits as what was not admitted yet does.
+        let waits =
+            |r: &DeploymentRow| r.state.status == Status::Requested || r.state.held().is_some();
+        let running = pipeline
+            .iter()
+            .any(|r| r.state.status.holds_instance() && !waits(r));
         let mut waiting: Vec<_> = pipeline
             .into_iter()
-            .filter(|r| r.state.status == Status::Requested && r.state.cancel.is_none())
+            .filter(|r| waits(r) && r.state.cancel.is_none())
             .collect();
         let Some(newest) = waiting.pop() else {
             return Ok(());
@@ -97,9 +104,14 @@ impl Queue {
             let message = format!("superseded by the newer deployment {}", newest.id);
             moved_is_fine(self.cancel(&older, Some(&newest), message).await)?;
         }
-        if !running {
+        if !running && newest.state.status == Status::Requested {
             if let Some(gone) = self.gone(&newest)? {
                 return moved_is_fine(self.0.fail(ROLE, &newest, &gone).await);
+            }
+            match freeze::lets_through(&self.0, &newest).await {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                Err(stop) => return moved_is_fine(Err(stop)),
             }
             let admitted = self
                 .0

@@ -55,6 +55,7 @@ impl Texts for DeploymentEvent {
             | Self::ApprovalGranted(_)
             | Self::ApprovalRejected(_)
             | Self::EmergencyOverride(_)
+            | Self::FreezeOverride(_)
             | Self::PostReviewCompleted(_)
             | Self::StopRequested(_)
             | Self::StartRequested(_)
@@ -77,6 +78,8 @@ impl Texts for DeploymentEvent {
             | Self::RestartDone(_)
             | Self::Terminated(_)
             | Self::StopScheduled(_)
+            | Self::Held(_)
+            | Self::Released(_)
             | Self::Approved(_)
             | Self::ChangeCommitted(_) => {}
         }

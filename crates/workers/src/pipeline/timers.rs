@@ -22,7 +22,7 @@ use daybook_projections::DeploymentRow;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use super::{Bench, Stop, outcome};
+use super::{Bench, Stop, freeze, outcome};
 use crate::driver::{Activation, Outcome, Worker};
 
 const ROLE: &str = "timers";
@@ -387,6 +387,9 @@ async fn fire(bench: &Bench, id: DeploymentId, now: Timestamp) -> Result<bool, S
     let Some(nonce) = timer::nonce_of(&row.state) else {
         return Ok(false);
     };
+    if row.state.held().is_some() {
+        return freeze::fire(bench, &row, nonce, now).await;
+    }
     let instance = &row.state.request.instance;
     let context = Context {
         id: nonce,
