@@ -5,8 +5,7 @@
 //! somebody takes the window away.
 
 use async_trait::async_trait;
-use daybook_events::deployment::Deployment;
-use daybook_events::deployment::DeploymentEvent;
+use daybook_events::deployment::{Deployment, DeploymentEvent};
 use daybook_events::freeze::{self, Freezes as Windows, Held, Verdict, judge};
 use daybook_events::{
     Actor, AggregateKind, Context, DeploymentId, EventId, InstanceRef, Subject, SubjectFilter,
@@ -53,8 +52,8 @@ impl Freezes {
             return Ok(());
         };
         let projections = self.0.ledger.projections();
-        for row in projections.active_deployments(Some(project), None)? {
-            if row.state.request.instance.environment != *name || row.state.held().is_none() {
+        for row in projections.active_deployments(Some(project), Some(name))? {
+            if row.state.held().is_none() {
                 continue;
             }
             match lets_through(&self.0, &row).await {
