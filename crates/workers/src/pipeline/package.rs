@@ -188,11 +188,13 @@ impl Package {
         };
         if row.state.status == Status::Packaging {
             // What was committed already, in a try that died, was allowed then.
-            if !self.is_listed(row)?
-                && !(approvals::is_allowed(&self.bench, row).await?
-                    && freeze::lets_through(&self.bench, row).await?)
-            {
-                return Ok(());
+            if !self.is_listed(row)? {
+                if !approvals::is_allowed(&self.bench, row).await? {
+                    return Ok(());
+                }
+                if !freeze::lets_through(&self.bench, row).await? {
+                    return Ok(());
+                }
             }
             self.check_secrets(row).await?;
         }
