@@ -31,5 +31,6 @@ mod previews;
 mod routes;
 mod secrets;
 mod support;
+mod templates;
 mod timers;
 mod under_load;

@@ -7,7 +7,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use daybook_events::{
     Actor, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, FreezeName, HookName, Hostname,
-    InstanceRef, Position, ProjectName, ServiceName,
+    InstanceRef, Position, ProjectName, ServiceName, TemplateName,
 };
 use daybook_secrets::SecretStore;
 use futures_util::StreamExt;
@@ -51,6 +51,7 @@ segment!(
     EnvKey,
     HookName,
     FreezeName,
+    TemplateName,
     Hostname
 );
 

@@ -11,6 +11,7 @@ pub mod commands;
 pub mod hooks;
 
 mod answer;
+pub mod catalogue;
 mod consistency;
 mod eject;
 mod extract;

@@ -193,6 +193,8 @@ macro_rules! sent {
 
 sent! {
     routes::approvals::ApprovalList,
+    routes::templates::TemplateList, routes::templates::TemplateDetail,
+    routes::templates::DeployFrom,
     routes::freezes::DefineFreeze, routes::freezes::FreezeGone, routes::freezes::FreezeList,
     view::FreezeView,
     view::AuditList, view::DeploymentAccepted, view::DeploymentDetail, view::DeploymentList,

@@ -15,6 +15,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
+use crate::catalogue::Catalogue;
 use crate::commands::Commands;
 use crate::metrics::Metrics;
 
@@ -64,6 +65,8 @@ pub struct Settings {
     pub request_timeout: Duration,
     /// How often an idle stream says that it is alive.
     pub heartbeat: Duration,
+    /// The templates that services can be made from.
+    pub catalogue: Arc<Catalogue>,
     /// How long open requests may go on once the server is to end.
     pub drain: Duration,
 }
@@ -84,6 +87,7 @@ impl Settings {
             min_position_wait: Duration::from_secs(5),
             request_timeout: Duration::from_secs(30),
             heartbeat: Duration::from_secs(15),
+            catalogue: Arc::default(),
             drain: Duration::from_secs(10),
         }
     }

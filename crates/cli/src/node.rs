@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use daybook_api::catalogue::Catalogue;
 use daybook_api::{AppState, Gateway as PublicGateway, Parts, Settings as ApiSettings};
 use daybook_events::lines::{LineLog, LineSource};
 use daybook_events::timer::KeepFor;
@@ -91,6 +92,8 @@ pub struct NodeOptions {
     pub builds: usize,
     /// How long a deployment is kept running that is no longer the main one.
     pub keep_old: KeepFor,
+    /// A folder with templates of the operator's own.
+    pub templates: Option<PathBuf>,
     /// Where the signed tree is published; below the data folder if not named.
     pub tlog: Option<PathBuf>,
     /// Where its keys are; below the data folder if not named.
@@ -132,6 +135,7 @@ impl NodeOptions {
             image_prefix: None,
             builds: 2,
             keep_old: KeepFor::OLD,
+            templates: None,
             tlog: None,
             tlog_keys: None,
             origin: None,
@@ -228,6 +232,13 @@ impl Node {
             )
         })?;
         let known_clusters = all_clusters(&clusters, &options.kubernetes)?;
+        let catalogue = Catalogue::load(options.templates.as_deref()).map_err(|e| {
+            wrong(
+                "templates_unusable",
+                with_causes(&e),
+                "mend the folder, or name another one with --templates DIR",
+            )
+        })?;
         std::fs::create_dir_all(&options.data).map_err(|e| {
             wrong(
                 "data_unusable",
@@ -449,6 +460,7 @@ impl Node {
             };
             settings.git_root = Some(data.join("git"));
             settings.known_clusters = known_clusters;
+            settings.catalogue = Arc::new(catalogue);
             settings.image_prefix = Some(image_prefix);
             let state = AppState::new(ledger, lines, settings, parts)
                 .with_tree(tree.clone())

@@ -192,6 +192,9 @@ fn values(state: &Deployment) -> BTreeMap<String, String> {
     for (key, value) in &run.env {
         set(format!("env.{key}"), value.clone());
     }
+    for (name, volume) in &run.volumes {
+        set(format!("volume.{name}"), volume.path.clone());
+    }
     for (key, secret) in &request.secrets {
         set(
             format!("secret.{key}"),

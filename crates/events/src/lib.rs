@@ -34,6 +34,7 @@ pub mod secret;
 pub mod simulated;
 pub mod spec;
 pub mod subject;
+pub mod template;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod timer;

@@ -195,6 +195,37 @@ validated! {
     pattern = "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$", short_label
 }
 validated! {
+    /// The name of a template of a catalogue: a DNS label of at most 30 characters.
+    TemplateName, "template name", "invalid_template_name",
+    pattern = "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$", short_label
+}
+validated! {
+    /// The name of a parameter of a template: a DNS label of at most 30 characters.
+    ParameterName, "parameter name", "invalid_parameter_name",
+    pattern = "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$", short_label
+}
+validated! {
+    /// The name of a volume of a service: a DNS label of at most 30 characters.
+    VolumeName, "volume name", "invalid_volume_name",
+    pattern = "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$", short_label
+}
+validated! {
+    /// The version of a template: digits and letters, with . + - between.
+    TemplateVersion, "template version", "invalid_template_version",
+    pattern = "^[0-9A-Za-z]([0-9A-Za-z.+-]{0,30}[0-9A-Za-z])?$", |s| {
+        if !(1..=32).contains(&s.len()) {
+            return Err("it must have 1 to 32 characters");
+        }
+        if !s.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'+' | b'-')) {
+            return Err("only letters, digits and . + - are allowed");
+        }
+        if [s.as_bytes()[0], s.as_bytes()[s.len() - 1]].iter().any(|b| !b.is_ascii_alphanumeric()) {
+            return Err("it must start and end with a letter or digit");
+        }
+        Ok(())
+    }
+}
+validated! {
     /// The name of a time zone in the IANA database: `Europe/Berlin`. Whether there is one of this
     /// name is not checked here.
     ZoneName, "time zone", "invalid_time_zone",

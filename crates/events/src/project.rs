@@ -14,6 +14,7 @@ use crate::names::{HookName, ProjectName, RepositoryUrl, ServiceName};
 use crate::secret::{self, Secret, SecretId, SecretSet, SecretUnset, SecretsErased};
 use crate::spec::ServiceSpec;
 use crate::subject::AggregateKind;
+use crate::template::{TemplateOrigin, TemplateResolved};
 
 /// A project was created.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -49,6 +50,8 @@ events! {
         Created(Created) = "project.created.v1",
         /// A service was added or redefined.
         ServiceDefined(Box<ServiceDefined>) = "project.service_defined.v1",
+        /// A service was made from a template.
+        TemplateResolved(Box<TemplateResolved>) = "project.template_resolved.v1",
         /// A secret was given a value.
         SecretSet(SecretSet) = "project.secret_set.v1",
         /// A secret was taken away.
@@ -83,6 +86,8 @@ pub struct Project {
     pub gitops_remote: Option<RepositoryUrl>,
     /// Its webhooks.
     pub hooks: BTreeMap<HookName, Hook>,
+    /// The templates that services were made from, as long as nobody has redefined them.
+    pub templates: BTreeMap<ServiceName, TemplateOrigin>,
 }
 
 impl Project {
@@ -119,6 +124,7 @@ impl Aggregate for Project {
                 secrets: Vec::new(),
                 gitops_remote: None,
                 hooks: BTreeMap::new(),
+                templates: BTreeMap::new(),
             }),
             other => Err(Illegal::new(other.kind(), "a project that does not exist")),
         }
@@ -130,6 +136,11 @@ impl Aggregate for Project {
                 return Err(Illegal::new("project.created.v1", "a project that exists"));
             }
             ProjectEvent::ServiceDefined(e) => {
+                self.templates.remove(&e.name);
+                self.services.insert(e.name, e.spec);
+            }
+            ProjectEvent::TemplateResolved(e) => {
+                self.templates.insert(e.name.clone(), e.origin());
                 self.services.insert(e.name, e.spec);
             }
             ProjectEvent::SecretSet(e) => {
@@ -189,6 +200,30 @@ impl Aggregate for Project {
     }
 }
 
+/// Refuses a definition that could never be deployed.
+fn check_spec(spec: &ServiceSpec) -> Result<(), Refusal> {
+    if let Some(source) = &spec.source {
+        crate::deployment::check_folder(&source.path)?;
+    }
+    if let Some(dockerfile) = &spec.build.dockerfile {
+        crate::deployment::check_folder(dockerfile)?;
+    }
+    let wrong = |path: &str| {
+        !path.starts_with('/')
+            || path.len() > 200
+            || path.chars().any(char::is_control)
+            || path.split('/').any(|part| part == "..")
+    };
+    match spec.run.volumes.values().find(|v| wrong(&v.path)) {
+        None => Ok(()),
+        Some(volume) => Err(Refusal::new(
+            "invalid_volume_path",
+            format!("{:?} is no place for a volume", volume.path),
+            "use an absolute path without `..`, such as /data",
+        )),
+    }
+}
+
 /// Decides whether `event` may be appended. Creating what exists already is refused; defining a
 /// service exactly as it is changes nothing, and so does setting a secret to the value that it
 /// has.
@@ -209,17 +244,21 @@ pub fn decide(
             "use it, or choose another name",
         )),
         (Some(p), ProjectEvent::ServiceDefined(e)) => {
-            if let Some(source) = &e.spec.source {
-                crate::deployment::check_folder(&source.path)?;
-            }
-            if let Some(dockerfile) = &e.spec.build.dockerfile {
-                crate::deployment::check_folder(dockerfile)?;
-            }
+            check_spec(&e.spec)?;
             if p.services.get(&e.name) == Some(&e.spec) {
                 Ok(Decision::Nothing)
             } else {
                 Ok(Decision::Append(event))
             }
+        }
+        (Some(p), ProjectEvent::TemplateResolved(e)) => {
+            check_spec(&e.spec)?;
+            let same = p.services.get(&e.name) == Some(&e.spec)
+                && p.templates.get(&e.name) == Some(&e.origin());
+            Ok(match same {
+                true => Decision::Nothing,
+                false => Decision::Append(event),
+            })
         }
         (Some(p), ProjectEvent::SecretSet(e)) => {
             secret::check_name(&e.secret.name)?;

@@ -6,9 +6,12 @@ use std::fmt;
 use std::str::FromStr;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeStruct as _;
+use serde::{Deserialize, Serialize, Serializer};
 
-use crate::names::{Digest, EnvKey, GitRef, ImageRepository, ImageTag, InvalidName, RepositoryUrl};
+use crate::names::{
+    Digest, EnvKey, GitRef, ImageRepository, ImageTag, InvalidName, RepositoryUrl, VolumeName,
+};
 
 /// Where the source of a service is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -90,8 +93,33 @@ impl Default for HealthSpec {
     }
 }
 
-/// How a service runs.
+/// A folder that is kept from one deployment of a service instance to the next.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeSpec {
+    /// Where a container finds it: an absolute path.
+    pub path: String,
+    /// The variable that says where it is, also where nothing can be mounted; `VOLUME_` and the
+    /// volume's name if not given.
+    #[serde(default)]
+    pub env: Option<EnvKey>,
+}
+
+impl VolumeSpec {
+    /// The variable that says where the volume of this name is.
+    pub fn variable(&self, name: &VolumeName) -> String {
+        match &self.env {
+            Some(key) => key.to_string(),
+            None => format!(
+                "VOLUME_{}",
+                name.as_str().to_ascii_uppercase().replace('-', "_")
+            ),
+        }
+    }
+}
+
+/// How a service runs.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunSpec {
     /// The port that the container listens on. On the local target, where all instances share
@@ -110,6 +138,27 @@ pub struct RunSpec {
     /// How readiness is asked.
     #[serde(default)]
     pub health: HealthSpec,
+    /// What is kept from one deployment to the next.
+    #[serde(default)]
+    pub volumes: BTreeMap<VolumeName, VolumeSpec>,
+}
+
+/// As derived, but that JSON leaves out `volumes` where there are none, as it was before there were
+/// any. Rows of projections, which are not self-describing, always have them.
+impl Serialize for RunSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let volumes = !(serializer.is_human_readable() && self.volumes.is_empty());
+        let mut out = serializer.serialize_struct("RunSpec", 5 + usize::from(volumes))?;
+        out.serialize_field("port", &self.port)?;
+        out.serialize_field("command", &self.command)?;
+        out.serialize_field("env", &self.env)?;
+        out.serialize_field("replicas", &self.replicas)?;
+        out.serialize_field("health", &self.health)?;
+        if volumes {
+            out.serialize_field("volumes", &self.volumes)?;
+        }
+        out.end()
+    }
 }
 
 fn default_port() -> u16 {
@@ -127,6 +176,7 @@ impl Default for RunSpec {
             env: BTreeMap::new(),
             replicas: default_replicas(),
             health: HealthSpec::default(),
+            volumes: BTreeMap::new(),
         }
     }
 }

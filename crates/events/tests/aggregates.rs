@@ -460,7 +460,7 @@ fn releases_are_what_the_commits_left() {
 
 #[test]
 fn secrets_have_versions_and_the_nearest_one_wins() {
-    let [created, defined, set, unset, erased, ..]: [ProjectEvent; 9] =
+    let [created, defined, set, unset, erased, ..]: [ProjectEvent; 10] =
         samples::project_events().try_into().unwrap();
     let other = |version, commitment| {
         ProjectEvent::SecretSet(SecretSet {
@@ -562,7 +562,7 @@ fn secrets_have_versions_and_the_nearest_one_wins() {
 
 #[test]
 fn projects_and_services_are_made_once() {
-    let [created, defined, ..]: [ProjectEvent; 9] = samples::project_events().try_into().unwrap();
+    let [created, defined, ..]: [ProjectEvent; 10] = samples::project_events().try_into().unwrap();
     given::<Project>([])
         .when(|s| project::decide(s, defined.clone()))
         .then_refused("project_not_found")

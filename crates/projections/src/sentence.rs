@@ -94,6 +94,13 @@ fn because<'a>(
 fn project<'a>(out: &mut String, event: &'a ProjectEvent) -> Said<'a> {
     match event {
         ProjectEvent::Created(e) => plain(out, format_args!("Project {} was created.", e.name)),
+        ProjectEvent::TemplateResolved(e) => plain(
+            out,
+            format_args!(
+                "Service {} was made from the template {} {}.",
+                e.name, e.template.name, e.template.version
+            ),
+        ),
         ProjectEvent::SecretSet(e) => Said {
             environment: e.secret.scope.environment.as_ref(),
             service: e.secret.scope.service.as_ref(),

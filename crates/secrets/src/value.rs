@@ -4,6 +4,8 @@ use std::fmt;
 
 use zeroize::Zeroizing;
 
+use crate::store::SecretError;
+
 /// The fewest bytes that a value may have, and that one of its lines must have. Shorter texts occur
 /// everywhere by chance: they could not be masked without masking half of all output.
 pub const VALUE_MIN: usize = 6;
@@ -48,6 +50,27 @@ impl SecretValue {
         Ok(Self(value))
     }
 
+    /// A value of so many random letters and digits, at least [`VALUE_MIN`].
+    pub fn generate(length: usize) -> Result<Self, SecretError> {
+        const LETTERS: &[u8; 62] =
+            b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
+        let length = length.clamp(VALUE_MIN, VALUE_MAX);
+        let mut value = Zeroizing::new(String::with_capacity(length));
+        let mut random = Zeroizing::new([0_u8; 64]);
+        while value.len() < length {
+            getrandom::fill(&mut *random).map_err(|e| SecretError::Unusable {
+                path: "/dev/urandom".into(),
+                source: std::io::Error::other(e.to_string()),
+            })?;
+            // 248 is four times 62: each letter is as likely as another.
+            let even = random.iter().filter(|byte| **byte < 248);
+            let letters = even.map(|byte| char::from(LETTERS[usize::from(*byte) % 62]));
+            let missing = length - value.len();
+            value.extend(letters.take(missing));
+        }
+        Ok(Self(value))
+    }
+
     /// The value itself, to be handed to whom it is for and to nobody else.
     pub fn expose(&self) -> &str {
         &self.0
@@ -63,6 +86,14 @@ impl fmt::Debug for SecretValue {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn generated_values_are_as_long_as_asked_for_and_differ() {
+        let one = SecretValue::generate(48).unwrap();
+        assert_eq!(one.expose().len(), 48);
+        assert!(one.expose().bytes().all(|b| b.is_ascii_alphanumeric()));
+        assert_ne!(one, SecretValue::generate(48).unwrap());
+    }
 
     fn value(text: &str) -> Result<SecretValue, InvalidValue> {
         SecretValue::new(Zeroizing::new(text.to_owned()))

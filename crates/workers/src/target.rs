@@ -124,6 +124,13 @@ pub trait Target: Send + Sync + std::fmt::Debug {
         ))
     }
 
+    /// Removes what the releases of an Application kept from one to the next: its environment is
+    /// gone. Targets that keep nothing of that kind have nothing to do.
+    async fn remove_volumes(&self, app: &AppRef) -> Result<(), TargetError> {
+        let _ = app;
+        Ok(())
+    }
+
     /// What is seen of an Application, now and at each change.
     fn watch(&self, app: &AppRef) -> watch::Receiver<AppStatus>;
 }

@@ -323,6 +323,7 @@ mod tests {
                         path,
                         deadline_seconds,
                     },
+                    volumes: BTreeMap::new(),
                 },
             )
     }

@@ -17,6 +17,7 @@ mod lifecycle;
 mod project;
 mod routes;
 mod secrets;
+mod templates;
 mod traffic;
 
 use std::sync::Arc;
@@ -44,6 +45,7 @@ pub use hooks::{HookWish, Received};
 pub use lifecycle::{Lifecycle, Operated};
 pub use routes::{RoutesSet, Shares, Traffic};
 pub use secrets::Verified;
+pub use templates::DeployTemplate;
 pub use traffic::Switched;
 
 /// How long a command waits for its own event to be folded, so that whoever asks next sees it.
@@ -70,6 +72,18 @@ impl Caller {
             actor,
             key: None,
             traceparent: None,
+        }
+    }
+
+    /// The same caller for a step before what is asked for: under a key of its own.
+    fn step(&self, name: &str) -> Self {
+        let key = self.key.as_ref().map(|key| RequestKey {
+            seed: Uuid::new_v5(&key.seed, name.as_bytes()),
+            digest: key.digest.clone(),
+        });
+        Self {
+            key,
+            ..self.clone()
         }
     }
 

@@ -312,7 +312,7 @@ pub(crate) async fn create_deployment(
     Ok(accepted(&deployed, &instance))
 }
 
-fn accepted(deployed: &Deployed, instance: &InstanceRef) -> Answer<DeploymentAccepted> {
+pub(crate) fn accepted(deployed: &Deployed, instance: &InstanceRef) -> Answer<DeploymentAccepted> {
     let body = DeploymentAccepted {
         id: deployed.id,
         status: "queued",

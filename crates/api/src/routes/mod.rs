@@ -13,6 +13,7 @@ pub(crate) mod logs;
 pub(crate) mod operations;
 pub(crate) mod projects;
 pub(crate) mod secrets;
+pub(crate) mod templates;
 pub(crate) mod traffic;
 
 use std::any::Any;
@@ -82,6 +83,9 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(approvals::reject_deployment))
         .routes(routes!(approvals::override_deployment))
         .routes(routes!(approvals::review_deployment))
+        .routes(routes!(templates::list_templates))
+        .routes(routes!(templates::get_template))
+        .routes(routes!(templates::deploy_template))
         .routes(routes!(freezes::list_freezes))
         .routes(routes!(freezes::set_freeze, freezes::remove_freeze))
         .routes(routes!(freezes::override_freeze))

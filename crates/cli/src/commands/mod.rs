@@ -24,6 +24,7 @@ mod schema;
 mod secret;
 mod serve;
 mod status;
+mod template;
 mod up;
 
 pub use events::print as print_event;
@@ -132,6 +133,9 @@ pub enum Command {
     /// Look at plans that wait to be allowed, and decide about them.
     #[command(subcommand)]
     Approvals(approvals::ApprovalsCommand),
+    /// Make services from a catalogue.
+    #[command(subcommand)]
+    Template(template::TemplateCommand),
     /// Say when nothing new is brought to an environment.
     #[command(subcommand)]
     Freeze(freeze::FreezeCommand),
@@ -217,6 +221,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Deploy(args) => deploy::run(args).await,
         Command::Promote(args) => deploy::promote(args).await,
         Command::Approvals(command) => approvals::run(command).await,
+        Command::Template(command) => template::run(command).await,
         Command::Freeze(command) => freeze::run(command).await,
         Command::Status(args) => status::run(args).await,
         Command::History(args) => history::run(args).await,

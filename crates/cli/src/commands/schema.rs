@@ -13,7 +13,7 @@ use crate::output;
 /// The JSON Schemas of events and settings, and the OpenAPI document.
 #[derive(Debug, Args)]
 pub struct SchemaArgs {
-    /// What to print: an event type (`deployment.requested.v1`), `service`, or `openapi`. Lists
+    /// What to print: an event type (`deployment.requested.v1`), `service`, `template`, or `openapi`. Lists
     /// what there is if nothing is named.
     name: Option<String>,
     /// Write all of them into a folder instead.
@@ -35,6 +35,10 @@ pub fn run(args: SchemaArgs) -> Outcome {
     all.push((
         "service".into(),
         schemars_value::<daybook_events::spec::ServiceSpec>()?,
+    ));
+    all.push((
+        "template".into(),
+        schemars_value::<daybook_events::template::Template>()?,
     ));
     if let Some(dir) = args.all {
         for (name, value) in &all {

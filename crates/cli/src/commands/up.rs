@@ -91,6 +91,10 @@ pub struct NodeArgs {
     /// environments that do not say so themselves: 45s, 30m, 24h, 7d or `never` to stop it.
     #[arg(long, env = "DAYBOOK_KEEP_OLD", default_value_t = KeepFor::OLD, value_name = "TIME")]
     pub keep_old: KeepFor,
+    /// A folder with templates of your own, beside those that come with Daybook. It is read at the
+    /// start.
+    #[arg(long, env = "DAYBOOK_TEMPLATES", value_name = "DIR")]
+    pub templates: Option<PathBuf>,
     /// Where the signed tree over the ledger is published, for auditors: `tlog` in the data folder
     /// if not given. Best on another disk than the log, as it is what a damaged log is noticed by
     /// and mended from.
@@ -179,6 +183,7 @@ impl NodeArgs {
         options.image_prefix = self.image_prefix.clone();
         options.builds = self.builds.into();
         options.keep_old = self.keep_old;
+        options.templates = self.templates.clone();
         options.tlog = self.tlog.clone();
         options.tlog_keys = self.tlog_keys.clone();
         options.origin = self.origin.clone();

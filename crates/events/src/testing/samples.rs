@@ -36,6 +36,7 @@ use crate::secret::{
     Commitment, SecretId, SecretRef, SecretScope, SecretSet, SecretUnset, SecretsErased,
 };
 use crate::spec::{BuildSpec, PinnedImage, RunSpec, ServiceSpec, SourceSpec};
+use crate::template::{Template, TemplateResolved};
 use crate::timer::{KeepCause, KeepFor, StopCause, StopScheduled, StopUnscheduled};
 
 /// The number-th commit id.
@@ -194,6 +195,7 @@ pub fn project_events() -> Vec<ProjectEvent> {
         ProjectEvent::HookRemoved(HookRemoved {
             name: "github".parse().unwrap(),
         }),
+        ProjectEvent::TemplateResolved(Box::new(resolved())),
     ]
 }
 
@@ -275,6 +277,26 @@ pub fn environment_events() -> Vec<EnvironmentEvent> {
             pull_request: pull_request(142, 3),
         })),
     ]
+}
+
+/// A service as an entry of a catalogue made it.
+pub fn resolved() -> TemplateResolved {
+    let template: Template = serde_json::from_value(serde_json::json!({
+        "name": "cache",
+        "version": "1.2.0",
+        "description": "A cache that keeps what it has.",
+        "parameters": { "tag": { "description": "The version.", "default": "7" } },
+        "secrets": { "PASSWORD": { "description": "Who may use it.", "generate": 32 } },
+        "service": {
+            "image": "registry.example.com/cache:${tag}",
+            "run": { "volumes": { "data": { "path": "/data", "env": "DATA_DIR" } } },
+        },
+    }))
+    .expect("a template");
+    let service = "cache".parse().expect("a name");
+    template
+        .resolve(service, &BTreeMap::new())
+        .expect("it can be resolved")
 }
 
 /// From Friday at four to Monday at eight.

@@ -243,6 +243,10 @@ impl Instance {
             .resolve(&spec.app.project, &spec.secrets)
             .await
             .map_err(|e| problems::secrets(&e, self.is_hopeless()))?;
+        let volumes = &self.cluster.volumes;
+        volumes
+            .make(&spec.app, &spec.service, &spec.run)
+            .map_err(|e| problems::folder(&self.dir, &e))?;
         self.choose_port()?;
         let port = self.port.as_ref().map_or(0, Port::number);
         let spec = &self.record.spec;
@@ -336,10 +340,13 @@ impl Instance {
             .iter()
             .map(|(k, v)| (k.to_string(), v.expose().to_owned()));
         let named = |(k, v): (&str, String)| (k.to_owned(), v);
+        let volumes = &self.cluster.volumes;
+        let volumes = volumes.variables(&spec.app, &spec.service, &spec.run);
         own.into_iter()
             .map(named)
             .chain(wanted)
             .chain(secrets)
+            .chain(volumes)
             .chain(identity.into_iter().map(named))
             .collect()
     }

@@ -29,6 +29,7 @@ mod record;
 mod release;
 mod state_file;
 pub mod static_server;
+mod volumes;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
@@ -57,6 +58,7 @@ use image::Images;
 use process::Process;
 use record::Record;
 use release::{Goal, Release};
+use volumes::Volumes;
 
 /// How long opening a cluster waits for what is taken over to be asked whether it is ready, so that
 /// nobody sees it as not ready meanwhile, and takes its traffic away.
@@ -186,6 +188,8 @@ struct Cluster {
     name: ClusterName,
     /// Starts the mark of each process, so that none is ever taken for another cluster's.
     id: String,
+    /// What is kept from one deployment to the next.
+    volumes: Volumes,
     /// The folder of all releases' files.
     releases: PathBuf,
     images: Images,
@@ -259,6 +263,7 @@ impl LocalCluster {
             name: options.name,
             id: identity.id,
             releases: dir.join("releases"),
+            volumes: Volumes::of(&dir),
             images: Images::new(dir.join("images"), options.images),
             lines: options.lines,
             secrets: options.secrets,
@@ -462,6 +467,13 @@ impl Target for LocalCluster {
                 "what has failed could not be ended in time".into(),
             )),
         }
+    }
+
+    async fn remove_volumes(&self, app: &AppRef) -> Result<(), TargetError> {
+        let (volumes, app) = (self.cluster.volumes.clone(), app.clone());
+        let removed = tokio::task::spawn_blocking(move || volumes.remove(&app)).await;
+        let removed = removed.unwrap_or_else(|e| Err(io::Error::other(e)));
+        removed.map_err(|e| TargetError::Unavailable(format!("volumes stay behind: {e}")))
     }
 
     fn watch(&self, app: &AppRef) -> watch::Receiver<AppStatus> {

@@ -154,7 +154,13 @@ impl Sync {
             ephemeral: false,
             services: BTreeMap::new(),
         };
-        self.apply(project, environment, commit, &nothing).await
+        self.apply(project, environment, commit, &nothing).await?;
+        let app = AppRef {
+            project: project.clone(),
+            environment: environment.clone(),
+        };
+        let removed = self.target.remove_volumes(&app).await;
+        removed.map_err(|e| Stop::Retry(e.to_string()))
     }
 
     async fn converge(
