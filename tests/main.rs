@@ -28,6 +28,7 @@ mod life;
 mod nats;
 mod partial;
 mod previews;
+mod queue;
 mod routes;
 mod secrets;
 mod support;

@@ -20,6 +20,7 @@ mod hosts;
 mod metrics;
 mod openapi;
 mod problem;
+mod queue;
 mod routes;
 mod server;
 mod sse;

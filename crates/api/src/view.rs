@@ -27,6 +27,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::queue::{self, QueueView};
 use crate::state::{Gateway, Part, Settings};
 
 /// How far the projections are.
@@ -359,6 +360,11 @@ pub(crate) struct DeploymentDetail {
     pub(crate) failure: Option<FailureView>,
     /// Why it was cancelled.
     pub(crate) cancelled: Option<CancelledView>,
+    /// Where it stands, while it waits to be admitted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) queue: Option<QueueView>,
+    /// The later deployments that were admitted before it.
+    pub(crate) overtaken_by: Vec<DeploymentId>,
     /// Whether somebody asked to cancel it.
     pub(crate) cancel_requested: bool,
     /// Whether traffic follows it by itself.
@@ -815,6 +821,8 @@ impl<'a> Shown<'a> {
                 remedy: f.remedy.clone(),
             }),
             cancelled: state.cancelled.as_ref().map(CancelledView::from),
+            queue: queue::of(self.projections, row)?,
+            overtaken_by: state.overtaken.clone(),
             cancel_requested: state.cancel.is_some(),
             switch: state.request.switch,
             reason: state.request.reason.clone(),

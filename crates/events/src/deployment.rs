@@ -22,6 +22,7 @@ pub use cluster::{
 };
 pub use operation::{Possibility, ways_to};
 
+use crate::admission;
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
 use crate::approval::{
     self, Approval, ApprovalGranted, ApprovalRejected, ApprovalRequested, ApprovalsVoided,
@@ -936,7 +937,7 @@ pub struct OperationFailed {
     pub remedy: String,
 }
 
-/// While it waited for build capacity, a later one was admitted before it.
+/// While it waited for build capacity, it was decided to admit a later one before it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Overtaken {
     /// The one that went first.
@@ -1698,8 +1699,10 @@ pub fn decide(
         }
         return Err(operation::not_in_this_state(row, state));
     }
-    if let DeploymentEvent::RetryRequested(e) = &event {
-        cluster::check_retry(state, e)?;
+    match &event {
+        DeploymentEvent::RetryRequested(e) => cluster::check_retry(state, e)?,
+        DeploymentEvent::Overtaken(_) => admission::check_overtaken(state.overtaken.len())?,
+        _ => {}
     }
     if !approval::changes(state, &event)? || !freeze::changes(state, &event)? {
         return Ok(Decision::Nothing);

@@ -4,6 +4,7 @@
 //! Nothing in here does I/O, reads a clock or draws a random number: everything that a decision
 //! depends on is passed in, so that the same log always folds to the same state.
 
+pub mod admission;
 pub mod aggregate;
 pub mod any;
 pub mod approval;

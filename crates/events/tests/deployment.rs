@@ -304,6 +304,31 @@ fn no_step_forward_once_it_is_to_be_cancelled() {
 }
 
 #[test]
+fn nobody_is_overtaken_more_often_than_the_bound_says() {
+    let overtaken = |number: u64| {
+        DeploymentEvent::Overtaken(deployment::Overtaken {
+            by: samples::deployment_id(100 + number),
+            reason: "it goes to production".to_owned(),
+        })
+    };
+    let requested = DeploymentEvent::Requested(Box::new(samples::request(samples::shop())));
+    let mut events = vec![requested];
+    for number in 0..5 {
+        given::<Deployment>(events.clone())
+            .when(|s| decide(s, overtaken(number)))
+            .then(overtaken(number));
+        events.push(overtaken(number));
+    }
+    given::<Deployment>(events.clone())
+        .when(|s| decide(s, overtaken(5)))
+        .then_refused("overtaken_enough");
+    // Once more by the same one is no news.
+    given::<Deployment>(events)
+        .when(|s| decide(s, overtaken(4)))
+        .then_nothing();
+}
+
+#[test]
 fn a_bad_request_is_refused() {
     let refused = |code: &str, change: &dyn Fn(&mut daybook_events::deployment::Requested)| {
         let mut request = samples::request(samples::shop());

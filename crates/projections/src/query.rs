@@ -434,6 +434,14 @@ impl Projections {
     }
 
     fn active_in(&self, scope: Scope<'_>) -> Result<Vec<DeploymentRow>, QueryError> {
+        self.active_if(scope, |_, _| Ok(true))
+    }
+
+    fn active_if(
+        &self,
+        scope: Scope<'_>,
+        wanted: impl Fn(DeploymentId, &InstanceRef) -> Result<bool, QueryError>,
+    ) -> Result<Vec<DeploymentRow>, QueryError> {
         let mut found = Vec::new();
         self.inner
             .table
@@ -445,8 +453,10 @@ impl Projections {
         let mut rows = Vec::with_capacity(found.len());
         for value in found {
             let (id, instance) = listed(&value)?;
-            let routing = routing.of(self, &instance.project)?;
-            rows.extend(self.row(id, &instance, routing)?);
+            if wanted(id, &instance)? {
+                let routing = routing.of(self, &instance.project)?;
+                rows.extend(self.row(id, &instance, routing)?);
+            }
         }
         Ok(rows)
     }
@@ -460,6 +470,18 @@ impl Projections {
     ) -> Result<Vec<DeploymentRow>, QueryError> {
         let _gate = self.gate();
         self.active_where(project, environment)
+    }
+
+    /// The deployments whose pipeline still has work to do, newest first.
+    pub fn pipeline(&self) -> Result<Vec<DeploymentRow>, QueryError> {
+        let _gate = self.gate();
+        self.active_if(Scope::All, |id, instance| {
+            let folded = self.shared::<Deployment>(&deployment_of(instance, id))?;
+            Ok(folded
+                .state
+                .as_ref()
+                .is_some_and(|s| s.status.in_pipeline()))
+        })
     }
 
     fn active_where(

@@ -17,12 +17,11 @@ use crate::pipeline::freeze::Freezes;
 use crate::pipeline::package::Package;
 use crate::pipeline::previews::{Previews, Pushes};
 use crate::pipeline::probe::{Probe, ProbeDeployment, ProbeRoutes};
-use crate::pipeline::queue::Queue;
 use crate::pipeline::retry::Retry;
 use crate::pipeline::route::{Deadlines, Route, RouteApplied};
 use crate::pipeline::source::Source;
 use crate::pipeline::sync::Sync;
-use crate::pipeline::{Bench, activity, approvals, gateway, observe, timers};
+use crate::pipeline::{Bench, activity, approvals, gateway, observe, queue, timers};
 use crate::ports::{Images, Repositories, Sources};
 use crate::target::Target;
 
@@ -135,7 +134,8 @@ impl Crew {
 
     /// Admits deployments, decides on routes, and concludes rollouts.
     pub fn route(&self) {
-        self.hire(Queue(self.bench.clone()));
+        self.tasks
+            .spawn(queue::run(self.bench.clone(), self.cancel.clone()));
         self.hire(Freezes(self.bench.clone()));
         self.hire(Route(self.bench.clone()));
         self.hire(RouteApplied(self.bench.clone()));

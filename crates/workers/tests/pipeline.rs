@@ -2,6 +2,7 @@
 //! appends what, in which order, and what survives a restart.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -19,8 +20,8 @@ use daybook_events::routing::{self, Hostnames, Routing, Stickiness, Target as Ro
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
 use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition};
 use daybook_events::{
-    Actor, ClusterName, Context, DeploymentId, EventId, EventLog, GitRef, Hostname, InstanceRef,
-    Position, Subject, SubjectFilter, deployment, environment, project,
+    Actor, AggregateKind, ClusterName, Context, DeploymentId, EventId, EventLog, Folded, GitRef,
+    Hostname, InstanceRef, Position, Subject, SubjectFilter, deployment, environment, project,
 };
 use daybook_projections::{Ledger, Projections};
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLines, EmbeddedLog, LineRetention};
@@ -29,9 +30,9 @@ use daybook_workers::crew::Crew;
 use daybook_workers::driver::DriverOptions;
 use daybook_workers::gateway::{ClusterPolicy, Gateway, Route, RouteTable};
 use daybook_workers::idle::{IdleImages, IdleRepositories, IdleSources, IdleTarget};
-use daybook_workers::pipeline::{Bench, Settings};
+use daybook_workers::pipeline::{Bench, Settings, queue};
 use daybook_workers::ports::{
-    BuildInput, BuiltImage, Images, Output, Repositories, Sources, StepError,
+    BuildInput, BuiltImage, Images, Output, Repositories, Resolved, Sources, StepError,
 };
 use daybook_workers::target::{AppRef, Target};
 use jiff::Timestamp;
@@ -41,6 +42,7 @@ use uuid::Uuid;
 
 /// Everything of a process, with idle ports.
 struct World {
+    bench: Bench,
     gateway: Gateway,
     log: Arc<EmbeddedLog>,
     ledger: Ledger,
@@ -170,7 +172,7 @@ impl World {
             ack_wait: Duration::from_secs(2),
             ..DriverOptions::default()
         };
-        let crew = Crew::new(bench, options, cancel.clone());
+        let crew = Crew::new(bench.clone(), options, cancel.clone());
         crew.build(ports.sources.clone(), ports.images.clone());
         crew.package(ports.repositories.clone());
         crew.sync(ports.repositories.clone(), ports.target.clone());
@@ -178,6 +180,7 @@ impl World {
         let gateway = Gateway::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
         crew.gateway(gateway.clone(), "local");
         Self {
+            bench,
             gateway,
             log: embedded,
             ledger,
@@ -296,6 +299,8 @@ impl World {
         version: Version,
         switch: SwitchMode,
     ) {
+        let subject =
+            Subject::Deployment(instance.project.clone(), instance.environment.clone(), id);
         let event = DeploymentEvent::Requested(Box::new(Requested {
             instance,
             version,
@@ -311,18 +316,22 @@ impl World {
             config: Default::default(),
             secrets: std::collections::BTreeMap::new(),
         }));
-        self.apply(id, event).await;
+        self.append(&subject, id, event).await;
     }
 
     async fn apply(&self, id: DeploymentId, event: DeploymentEvent) {
         let i = instance();
         let subject = Subject::Deployment(i.project, i.environment, id);
+        self.append(&subject, id, event).await;
+    }
+
+    async fn append(&self, subject: &Subject, id: DeploymentId, event: DeploymentEvent) {
         let context = Context {
             correlation: id.0,
             ..self.context()
         };
         self.ledger
-            .execute::<Deployment>(&subject, &context, |s| deployment::decide(s, event.clone()))
+            .execute::<Deployment>(subject, &context, |s| deployment::decide(s, event.clone()))
             .await
             .unwrap();
     }
@@ -353,6 +362,22 @@ impl World {
         }
     }
 
+    /// Waits until a deployment is live or superseded.
+    async fn reach_any(&self, id: DeploymentId) {
+        let mut changes = self.ledger.projections().changes();
+        let waited = tokio::time::timeout(Duration::from_secs(60), async {
+            loop {
+                let row = self.ledger.projections().deployment(id).unwrap();
+                match row.map(|r| r.state.status) {
+                    Some(Status::Started | Status::Cancelled) => return,
+                    Some(Status::Failed) => panic!("{id} failed"),
+                    _ => changes.changed().await.unwrap(),
+                }
+            }
+        });
+        waited.await.unwrap();
+    }
+
     async fn kinds_of(&self, id: DeploymentId) -> Vec<String> {
         let i = instance();
         let subject = Subject::Deployment(i.project, i.environment, id);
@@ -361,6 +386,19 @@ impl World {
             .iter()
             .map(|r| r.event().unwrap().short_kind().to_owned())
             .collect()
+    }
+
+    /// What another process on the same log decides with: projections of its own.
+    fn another_process(&self, folder: &Path) -> Bench {
+        let projections = Projections::open(folder).unwrap();
+        let log = self.ledger.log().clone();
+        let (runs, cancel) = (projections.clone(), self.cancel.clone());
+        let fold = log.clone();
+        tokio::spawn(async move { daybook_projections::runner::run(runs, fold, cancel).await });
+        Bench {
+            ledger: Ledger::new(log, projections),
+            ..self.bench.clone()
+        }
     }
 
     fn main(&self) -> Option<DeploymentId> {
@@ -962,4 +1000,233 @@ async fn a_hostname_that_a_gateway_cannot_take_in_is_given_up_and_stops_nothing_
         Status::Started
     );
     world.stop().await;
+}
+
+/// More deployments than there is capacity to build: those to production are built first, and who
+/// is overtaken hears of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn production_is_built_first_and_who_is_overtaken_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, gate) = slow(false);
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let of = |environment: &str, number: usize| InstanceRef {
+        environment: environment.parse().unwrap(),
+        service: format!("web-{number}").parse().unwrap(),
+        ..instance()
+    };
+    let version = |number: usize| Version::Git {
+        url: "https://example.com/shop.git".parse().unwrap(),
+        git_ref: GitRef::parse(format!("v{number}")).unwrap(),
+        path: String::new(),
+    };
+    let mut staging = Vec::new();
+    for number in 0..16 {
+        let instance = of("staging", number);
+        staging.push(
+            world
+                .request_of(instance, version(number), SwitchMode::Automatic)
+                .await,
+        );
+    }
+    // Both builders are busy, and four builds wait that nobody has taken on.
+    let ahead = |status: Status| {
+        let rows = world.ledger.projections().active_deployments(None, None);
+        rows.unwrap()
+            .iter()
+            .filter(|r| r.state.status == status)
+            .count()
+    };
+    let mut changes = world.ledger.projections().changes();
+    tokio::time::timeout(Duration::from_secs(30), async {
+        while ahead(Status::Building) < 2 || ahead(Status::Requested) > 10 {
+            changes.changed().await.unwrap();
+        }
+    })
+    .await
+    .unwrap();
+    let first_waiting = staging[6];
+    let production = world
+        .request_of(of("production", 99), version(99), SwitchMode::Automatic)
+        .await;
+    // One that needs no build waits for nobody.
+    let image = Version::Image {
+        reference: "registry.example/shop/web:v1".parse().unwrap(),
+    };
+    let given = world
+        .request_of(of("staging", 100), image, SwitchMode::Automatic)
+        .await;
+    world.reach(given, Status::Started).await;
+    assert_eq!(ahead(Status::Requested), 11);
+    // One build ends, and production's is asked for; once those ahead have ended it is built.
+    gate.add_permits(1);
+    let mut changes = world.ledger.projections().changes();
+    tokio::time::timeout(Duration::from_secs(30), async {
+        let asked_for = || {
+            let row = world.ledger.projections().deployment(production).unwrap();
+            row.unwrap().state.build.is_some()
+        };
+        while !asked_for() {
+            changes.changed().await.unwrap();
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(ahead(Status::Requested), 10);
+    gate.add_permits(6);
+    let done = world.reach(production, Status::Started).await;
+    assert!(done.overtaken.is_empty());
+    let overtaken = world.ledger.projections().deployment(first_waiting);
+    assert_eq!(overtaken.unwrap().unwrap().state.overtaken, [production]);
+    assert!(ahead(Status::Requested) > 0);
+    gate.add_permits(100);
+    for id in staging {
+        world.reach(id, Status::Started).await;
+    }
+    world.stop().await;
+}
+
+/// A source that never answers for one service.
+struct StuckSources;
+
+#[async_trait]
+impl Sources for StuckSources {
+    async fn resolve(
+        &self,
+        url: &daybook_events::RepositoryUrl,
+        git_ref: &GitRef,
+    ) -> Result<Resolved, StepError> {
+        if git_ref.as_str() == "stuck" {
+            std::future::pending::<()>().await;
+        }
+        IdleSources.resolve(url, git_ref).await
+    }
+    async fn checkout(
+        &self,
+        url: &daybook_events::RepositoryUrl,
+        commit: &daybook_events::CommitId,
+        folder: &Path,
+        output: &Output,
+        cancel: &CancellationToken,
+    ) -> Result<(), StepError> {
+        IdleSources
+            .checkout(url, commit, folder, output, cancel)
+            .await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trouble_with_one_service_delays_no_other_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let ports = Ports {
+        sources: Arc::new(StuckSources),
+        ..Ports::default()
+    };
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let stuck = world.request("stuck", SwitchMode::Automatic).await;
+    world.reach(stuck, Status::Cloning).await;
+    let behind = world.request("main", SwitchMode::Automatic).await;
+    let mut others = Vec::new();
+    for number in 0..8 {
+        let other = InstanceRef {
+            service: format!("other-{number}").parse().unwrap(),
+            ..instance()
+        };
+        let version = Version::Git {
+            url: "https://example.com/other.git".parse().unwrap(),
+            git_ref: GitRef::parse(format!("v{number}")).unwrap(),
+            path: String::new(),
+        };
+        others.push(
+            world
+                .request_of(other, version, SwitchMode::Automatic)
+                .await,
+        );
+    }
+    for id in others {
+        world.reach(id, Status::Started).await;
+    }
+    let behind = world
+        .ledger
+        .projections()
+        .deployment(behind)
+        .unwrap()
+        .unwrap();
+    assert_eq!(behind.state.status, Status::Requested);
+    world.stop().await;
+}
+
+/// However many processes admit, with projections of their own, which lag behind the log each in
+/// its own way: the ledger has at no moment two of an instance in the pipeline.
+#[tokio::test(flavor = "multi_thread")]
+async fn several_processes_admit_one_of_an_instance_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path(), &Ports::default()).await;
+    world.prepare().await;
+    let mut queues = Vec::new();
+    for number in 0..3 {
+        let bench = world.another_process(&dir.path().join(format!("projections-{number}")));
+        queues.push(tokio::spawn(queue::run(bench, world.cancel.clone())));
+    }
+    let mut all = Vec::new();
+    for number in 0..60 {
+        let instance = InstanceRef {
+            service: format!("web-{}", number % 4).parse().unwrap(),
+            ..instance()
+        };
+        let version = Version::Git {
+            url: "https://example.com/shop.git".parse().unwrap(),
+            git_ref: GitRef::parse(format!("v{number}")).unwrap(),
+            path: String::new(),
+        };
+        let id = world
+            .request_of(instance, version, SwitchMode::Automatic)
+            .await;
+        all.push(id);
+        if number % 7 == 0 {
+            world.reach_any(id).await;
+        }
+    }
+    for id in &all {
+        world.reach_any(*id).await;
+    }
+    // The newest of each is live.
+    for id in &all[56..] {
+        world.reach(*id, Status::Started).await;
+    }
+    let of = SubjectFilter::of(AggregateKind::Deployment);
+    let log = world.ledger.log();
+    let events = log.read(Position::ZERO, &of, 100_000).await.unwrap();
+    let mut states = HashMap::<DeploymentId, Folded<Deployment>>::new();
+    let mut running = HashMap::<InstanceRef, DeploymentId>::new();
+    for recorded in events {
+        let event = recorded.event().unwrap();
+        let Subject::Deployment(_, _, id) = recorded.subject else {
+            continue;
+        };
+        let folded = states.entry(id).or_default();
+        let before = folded.state.as_ref().map(|s| s.status);
+        folded.apply(recorded.position, &event).unwrap();
+        let state = folded.state.as_ref().unwrap();
+        if state.status == Status::Cancelled {
+            assert_eq!(
+                before,
+                Some(Status::Requested),
+                "{id} was superseded while it ran"
+            );
+        }
+        let instance = state.request.instance.clone();
+        if state.status.holds_instance() {
+            let holder = *running.entry(instance).or_insert(id);
+            assert_eq!(holder, id, "two of an instance are in the pipeline");
+        } else if running.get(&instance) == Some(&id) {
+            running.remove(&instance);
+        }
+    }
+    assert_eq!(states.len(), all.len());
+    world.stop().await;
+    for queue in queues {
+        queue.await.unwrap();
+    }
 }

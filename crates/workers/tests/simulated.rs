@@ -23,7 +23,7 @@ use daybook_events::simulated::{SimulatedLog, Weather};
 use daybook_events::spec::{BuildSpec, RunSpec};
 use daybook_events::{
     Actor, Aggregate, ClusterName, Context, Decision, DeploymentId, EventId, EventLog, Folded,
-    GitRef, Hostname, InstanceRef, Position, Refusal, Subject, SubjectFilter,
+    GitRef, Hostname, InstanceRef, Position, Recorded, Refusal, Subject, SubjectFilter,
 };
 use daybook_projections::{Ledger, Projections, replay, runner};
 use daybook_store::embedded::{EmbeddedLines, LineRetention};
@@ -340,6 +340,35 @@ fn misled(client: &Process) -> Option<(DeploymentId, Status)> {
     })
 }
 
+/// At no position of the log are two deployments of an instance in the pipeline.
+fn one_at_a_time(all: &[Recorded]) -> Result<(), String> {
+    let mut folds = BTreeMap::<DeploymentId, Folded<Deployment>>::new();
+    let mut running = BTreeMap::<InstanceRef, DeploymentId>::new();
+    for recorded in all {
+        let Subject::Deployment(_, _, id) = recorded.subject else {
+            continue;
+        };
+        let folded = folds.entry(id).or_default();
+        // What does not count changes nothing.
+        let _ = folded.apply(recorded.position, &recorded.event().unwrap());
+        let Some(state) = &folded.state else { continue };
+        let instance = &state.request.instance;
+        match running.get(instance) {
+            Some(holder) if *holder != id && state.status.holds_instance() => {
+                return Err(format!("{holder} and {id} of {instance} run at once"));
+            }
+            Some(holder) if *holder == id && !state.status.holds_instance() => {
+                running.remove(instance);
+            }
+            None if state.status.holds_instance() => {
+                running.insert(instance.clone(), id);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 fn judge(outside: &Outside, client: &Process, made: &[DeploymentId]) -> Result<(), String> {
     let runtime = client.runtime.as_ref().unwrap();
     let everything = SubjectFilter::default();
@@ -360,6 +389,7 @@ fn judge(outside: &Outside, client: &Process, made: &[DeploymentId]) -> Result<(
             return Err(format!("{} was recorded twice", made.commit));
         }
     }
+    one_at_a_time(&all)?;
     let projections = client.ledger.projections();
     for id in made {
         let subject = Subject::Deployment(instance(0).project, instance(0).environment, *id);

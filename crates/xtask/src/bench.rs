@@ -10,7 +10,7 @@ use crate::servers;
 pub(crate) const HELP: &str = "\
 Run a benchmark against its yardstick and print the ratios
 
-Usage: cargo xtask bench <append|audit|notarise|orchestrate|package|rebuild|switch> [OPTIONS]
+Usage: cargo xtask bench <append|audit|drain|notarise|orchestrate|package|rebuild|switch> [OPTIONS]
 
 Both sides run interleaved in one run on the same machine; figures are medians. Build and run are
 optimised. The figures also go to target/bench/ as JSON.

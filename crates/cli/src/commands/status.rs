@@ -357,6 +357,22 @@ pub fn print_detail(detail: &Value) {
             format!("{} ({reason}){message}", output::readiness_word(&state)),
         ));
     }
+    if !text("/queue/reason").is_empty() {
+        let place = match detail.pointer("/queue/position").and_then(Value::as_u64) {
+            Some(place) => format!("{place} of {}: ", text("/queue/waiting")),
+            None => String::new(),
+        };
+        fields.push(("queue", format!("{place}{}", text("/queue/reason"))));
+    }
+    let overtaken = detail.get("overtaken_by").and_then(Value::as_array);
+    let overtaken: Vec<_> = overtaken
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    if !overtaken.is_empty() {
+        fields.push(("overtaken", format!("by {}", overtaken.join(", "))));
+    }
     let clusters = detail.get("cluster_status").and_then(Value::as_array);
     for cluster in clusters.into_iter().flatten() {
         fields.push(("cluster", cluster_line(cluster)));

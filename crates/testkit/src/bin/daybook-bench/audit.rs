@@ -264,12 +264,12 @@ fn hash(path: &Path, threads: usize) -> Result<(), Failure> {
 }
 
 /// The kernel forgets how much memory this process has had at most.
-fn reset_peak() -> Result<(), Failure> {
+pub(crate) fn reset_peak() -> Result<(), Failure> {
     Ok(fs::write("/proc/self/clear_refs", "5")?)
 }
 
 /// How much memory this process has had at most, in MiB.
-fn peak() -> Result<f64, Failure> {
+pub(crate) fn peak() -> Result<f64, Failure> {
     let mut text = String::new();
     File::open("/proc/self/status")?.read_to_string(&mut text)?;
     let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"));

@@ -5,6 +5,7 @@
 mod append;
 mod audit;
 mod coverage;
+mod drain;
 mod group_commit_file;
 mod logs;
 mod notarise;
@@ -53,6 +54,8 @@ enum Benchmark {
     Audit(audit::Options),
     /// Deployments whose build and sync do nothing, from request to success
     Orchestrate(orchestrate::Options),
+    /// The memory that a long queue of deployments takes while it drains
+    Drain(drain::Options),
     /// Signed GitOps commits into a repository of 10,000 files, against the `git` CLI
     Package(package::Options),
     /// Projections from nothing, against a raw read of the same stream
@@ -78,6 +81,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         Benchmark::Notarise(options) => notarise::run(options).await?,
         Benchmark::Audit(options) => audit::run(options).await?,
         Benchmark::Orchestrate(options) => orchestrate::run(options).await?,
+        Benchmark::Drain(options) => drain::run(options).await?,
         Benchmark::Package(options) => package::run(options).await?,
         Benchmark::Rebuild(options) => rebuild::run(options).await?,
         Benchmark::Switch(options) => switch::run(options).await?,

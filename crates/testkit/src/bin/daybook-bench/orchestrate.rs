@@ -103,7 +103,7 @@ fn middle(values: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
-struct World {
+pub(crate) struct World {
     ledger: Ledger,
     crew: Crew,
     cancel: CancellationToken,
@@ -113,6 +113,13 @@ struct World {
 
 impl World {
     async fn start(folder: &Path) -> Result<Self, Failure> {
+        let world = Self::open(folder).await?;
+        world.work().await?;
+        Ok(world)
+    }
+
+    /// Everything but the workers.
+    pub(crate) async fn open(folder: &Path) -> Result<Self, Failure> {
         let log = logs::embedded(&folder.join("log")).await?;
         let lines: Arc<dyn LineLog> =
             Arc::new(EmbeddedLines::open(folder.join("lines"), LineRetention::default()).await?);
@@ -156,12 +163,6 @@ impl World {
                 project::decide(s, created.clone())
             })
             .await?;
-        let repositories = Arc::new(IdleRepositories::default());
-        crew.build(Arc::new(IdleSources), Arc::new(IdleImages));
-        crew.package(repositories.clone());
-        crew.sync(repositories, Arc::new(IdleTarget::new(cluster.clone())));
-        crew.route();
-        crew.gateway(Gateway::bind(([127, 0, 0, 1], 0).into()).await?, "local");
         Ok(Self {
             ledger,
             crew,
@@ -171,7 +172,20 @@ impl World {
         })
     }
 
-    async fn stop(self) {
+    /// The workers begin.
+    pub(crate) async fn work(&self) -> Result<(), Failure> {
+        let repositories = Arc::new(IdleRepositories::default());
+        let target = Arc::new(IdleTarget::new(self.cluster.clone()));
+        self.crew.build(Arc::new(IdleSources), Arc::new(IdleImages));
+        self.crew.package(repositories.clone());
+        self.crew.sync(repositories, target);
+        self.crew.route();
+        let gateway = Gateway::bind(([127, 0, 0, 1], 0).into()).await?;
+        self.crew.gateway(gateway, "local");
+        Ok(())
+    }
+
+    pub(crate) async fn stop(self) {
         self.cancel.cancel();
         self.crew.ended().await;
         let _ = self.runner.await;
@@ -219,9 +233,20 @@ impl World {
     }
 
     async fn deploy(&self) -> Result<Duration, Failure> {
+        let begun = Instant::now();
+        let service = format!("s{}", &Uuid::new_v4().simple().to_string()[..8]);
+        let subject = self.request(&service, 1).await?;
+        match self.settled(&subject).await? {
+            Status::Started => Ok(begun.elapsed()),
+            other => Err(format!("{subject} is {}", other.as_str()).into()),
+        }
+    }
+
+    /// Asks for a deployment of a service, with a commit of its own.
+    pub(crate) async fn request(&self, service: &str, replicas: u32) -> Result<Subject, Failure> {
         let id = DeploymentId(Uuid::now_v7());
         let mut instance: InstanceRef = "bench.production.service".parse()?;
-        instance.service = ServiceName::parse(format!("s{}", id.short()))?;
+        instance.service = ServiceName::parse(service)?;
         let subject =
             Subject::Deployment(instance.project.clone(), instance.environment.clone(), id);
         let event = DeploymentEvent::Requested(Box::new(Requested {
@@ -234,7 +259,10 @@ impl World {
             clusters: vec![self.cluster.clone()],
             build: BuildSpec::default(),
             image_repository: None,
-            run: RunSpec::default(),
+            run: RunSpec {
+                replicas,
+                ..RunSpec::default()
+            },
             switch: SwitchMode::Automatic,
             reason: None,
             redeploy_of: None,
@@ -244,23 +272,25 @@ impl World {
             secrets: std::collections::BTreeMap::new(),
         }));
         let context = context(id.0);
-        let begun = Instant::now();
         self.ledger
             .execute::<Deployment>(&subject, &context, |s| deployment::decide(s, event.clone()))
             .await?;
+        Ok(subject)
+    }
+
+    /// Waits until a deployment has come to an end, and says to which.
+    pub(crate) async fn settled(&self, subject: &Subject) -> Result<Status, Failure> {
         let mut changes = self.ledger.projections().changes();
         loop {
             let status = self
                 .ledger
                 .projections()
-                .folded::<Deployment>(&subject)?
+                .shared::<Deployment>(subject)?
                 .state
+                .as_ref()
                 .map(|s| s.status);
             match status {
-                Some(Status::Started) => return Ok(begun.elapsed()),
-                Some(Status::Failed | Status::Cancelled) => {
-                    return Err(format!("deployment {id} did not succeed").into());
-                }
+                Some(status) if status.is_settled() => return Ok(status),
                 _ => changes.changed().await?,
             }
         }
