@@ -10,6 +10,7 @@ mod audit;
 mod bad_input;
 mod branches;
 mod cancelling;
+mod charts;
 mod commands;
 mod concurrent;
 mod config;

@@ -12,7 +12,7 @@ use daybook_events::freeze::{Freeze, FreezeRule, Freezes};
 use daybook_events::project::Project;
 use daybook_events::routing::{Hostnames, Routing, Stickiness};
 use daybook_events::secret::{self, Commitment, Secret, SecretId, SecretRef};
-use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec, ServiceSpec};
+use daybook_events::spec::{BuildSpec, PinnedImage, RunSpec, ServiceSpec};
 use daybook_events::{
     Actor, BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, GitRef,
     Hostname, ImageRepository, Position, ProjectName, ServiceName,
@@ -896,7 +896,7 @@ fn entry(row: &DeploymentRow, hostnames: &[HostnameView]) -> DeploymentEntry {
         project: instance.project.clone(),
         environment: instance.environment.clone(),
         service: instance.service.clone(),
-        version: version(&state.request.version),
+        version: state.request.version.to_string(),
         status: state.status.lifecycle().to_owned(),
         state: state.status,
         phase: state.status.phase(),
@@ -904,14 +904,6 @@ fn entry(row: &DeploymentRow, hostnames: &[HostnameView]) -> DeploymentEntry {
         created_at: state.created_at,
         clusters: state.request.clusters.clone(),
         url: hostnames.first().map(|h| h.url.clone()),
-    }
-}
-
-/// What was asked for, in the caller's words.
-fn version(version: &Version) -> String {
-    match version {
-        Version::Git { git_ref, .. } => git_ref.to_string(),
-        Version::Image { reference } => ImageReference::to_string(reference),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use daybook_events::deployment::{DeploymentEvent, Version};
+use daybook_events::deployment::DeploymentEvent;
 use daybook_events::gitops::GitopsEvent;
 use daybook_events::routing::{RoutingEvent, SwitchReason};
 use daybook_events::{DeploymentId, Event, Position};
@@ -206,10 +206,7 @@ impl Collector {
                         run.reason = e.reason.unwrap_or_default();
                         run.requester = actor;
                         run.outcome = "under way".into();
-                        run.version = match e.version {
-                            Version::Git { git_ref, .. } => git_ref.to_string(),
-                            Version::Image { reference } => reference.to_string(),
-                        };
+                        run.version = e.version.to_string();
                     }
                     DeploymentEvent::SourceResolved(e) => {
                         run.author =

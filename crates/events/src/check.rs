@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde::de::value::{BorrowedStrDeserializer, Error};
 use uuid::Uuid;
 
+use crate::chart::{ChartReference, ChartVersion};
 use crate::names::{
     BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, EventId, GitRef,
     Hostname, ImageRepository, ImageTag, InstanceRef, ProjectName, RepositoryUrl, ServiceName,
@@ -182,7 +183,7 @@ macro_rules! names {
 }
 
 names! {
-    ClusterName, CommitId, Digest, EnvKey, EnvironmentName, GitRef, Hostname, ImageRepository,
+    ChartReference, ChartVersion, ClusterName, CommitId, Digest, EnvKey, EnvironmentName, GitRef, Hostname, ImageRepository,
     ImageTag, ProjectName, RepositoryUrl, ServiceName,
 }
 
@@ -416,6 +417,10 @@ impl Check for deployment::Version {
             GitRef::check(text)?;
             text.literal(r#","path":"#)?;
             String::check(text)?;
+        } else if text.literal(r#"{"helm":{"chart":"#).is_some() {
+            ChartReference::check(text)?;
+            text.literal(r#","version":"#)?;
+            ChartVersion::check(text)?;
         } else {
             text.literal(r#"{"image":{"reference":"#)?;
             ImageReference::check(text)?;

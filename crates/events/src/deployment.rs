@@ -7,6 +7,7 @@
 //! [`Status::lifecycle`]).
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -28,6 +29,7 @@ use crate::approval::{
     self, Approval, ApprovalGranted, ApprovalRejected, ApprovalRequested, ApprovalsVoided,
     Approved, EmergencyOverride, PostReviewCompleted,
 };
+use crate::chart::{ChartReference, ChartVersion};
 use crate::config::InstanceConfig;
 use crate::envelope::Payload;
 use crate::freeze::{self, FreezeOverride, Held, Hold, Released};
@@ -592,6 +594,24 @@ pub enum Version {
         /// What the caller wrote.
         reference: ImageReference,
     },
+    /// A Helm chart, for clusters that render charts.
+    Helm {
+        /// The chart in its repository.
+        chart: ChartReference,
+        /// Its version.
+        version: ChartVersion,
+    },
+}
+
+impl fmt::Display for Version {
+    /// What was asked for, in the caller's words.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Git { git_ref, .. } => git_ref.fmt(f),
+            Self::Image { reference } => reference.fmt(f),
+            Self::Helm { chart, version } => write!(f, "{chart}:{version}"),
+        }
+    }
 }
 
 /// Whether traffic follows a deployment by itself.

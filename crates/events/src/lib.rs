@@ -11,6 +11,7 @@ pub mod approval;
 pub mod build;
 pub mod catalog;
 pub mod causes;
+pub mod chart;
 pub mod check;
 pub mod config;
 pub mod deployment;

@@ -52,28 +52,28 @@ macro_rules! validated {
         pub struct $name(String);
 
         // By hand, because what serde derives for a text of one's own copies it first.
-        impl Serialize for $name {
+        impl serde::Serialize for $name {
             fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
                 s.serialize_str(&self.0)
             }
         }
-        impl<'de> Deserialize<'de> for $name {
+        impl<'de> serde::Deserialize<'de> for $name {
             fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-                let value = String::deserialize(d)?;
+                let value = <String as serde::Deserialize>::deserialize(d)?;
                 Self::parse(value).map_err(serde::de::Error::custom)
             }
         }
 
         impl $name {
             /// Parses a name; the error says which rule it breaks.
-            pub fn parse(value: impl Into<String>) -> Result<Self, InvalidName> {
+            pub fn parse(value: impl Into<String>) -> Result<Self, $crate::names::InvalidName> {
                 let value = value.into();
                 match Self::rule(&value) {
                     Ok(()) => Ok(Self(value)),
-                    Err(rule) => Err(InvalidName {
+                    Err(rule) => Err($crate::names::InvalidName {
                         what: $what,
                         code: $code,
-                        value: without_credentials(&value).chars().take(80).collect(),
+                        value: $crate::names::without_credentials(&value).chars().take(80).collect(),
                         rule,
                     }),
                 }
@@ -91,25 +91,25 @@ macro_rules! validated {
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str(&self.0)
             }
         }
-        impl fmt::Debug for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 write!(f, "{:?}", self.0)
             }
         }
-        impl FromStr for $name {
-            type Err = InvalidName;
-            fn from_str(s: &str) -> Result<Self, InvalidName> {
+        impl std::str::FromStr for $name {
+            type Err = $crate::names::InvalidName;
+            fn from_str(s: &str) -> Result<Self, $crate::names::InvalidName> {
                 Self::parse(s)
             }
         }
         impl TryFrom<String> for $name {
-            type Error = InvalidName;
-            fn try_from(s: String) -> Result<Self, InvalidName> {
+            type Error = $crate::names::InvalidName;
+            fn try_from(s: String) -> Result<Self, $crate::names::InvalidName> {
                 Self::parse(s)
             }
         }
@@ -123,7 +123,7 @@ macro_rules! validated {
                 &self.0
             }
         }
-        impl JsonSchema for $name {
+        impl schemars::JsonSchema for $name {
             fn schema_name() -> std::borrow::Cow<'static, str> {
                 stringify!($name).into()
             }
@@ -133,6 +133,8 @@ macro_rules! validated {
         }
     };
 }
+
+pub(crate) use validated;
 
 /// A DNS-1035 label of at most `max` characters: it starts with a letter, so that it can also be
 /// a Kubernetes Service name.

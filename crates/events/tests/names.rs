@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use daybook_events::chart::{ChartReference, ChartVersion};
 use daybook_events::spec::ImageReference;
 use daybook_events::{
     AggregateKind, BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName,
@@ -170,6 +171,65 @@ fn commits_tags_digests_and_keys() {
         &["1A", "A-B", "A=B", "A.B", "A B", &long],
     );
     check(EnvKey::parse, &[], NEVER);
+}
+
+#[test]
+fn charts() {
+    check(
+        ChartReference::parse,
+        &[
+            "https://charts.example.com/web",
+            "https://charts.example.com:8443/stable/web-2",
+            "oci://registry.example.com/charts/web_app.v2",
+        ],
+        &[
+            "charts.example.com/web",
+            "http://charts.example.com/web",
+            "file:///charts/web",
+            "https://",
+            "https:///web",
+            "https://charts.example.com",
+            "https://charts.example.com/",
+            "https://ada:secret@charts.example.com/web",
+            "https://charts.example.com/../web",
+            "https://charts.example.com//web",
+            "https://charts.example.com/Web",
+            "https://charts.example.com/-web",
+            "https://charts.example.com/web?token=1",
+            "https://charts.example.com/web#1",
+            "https://charts.example.com/%2e%2e/web",
+            "https://charts.example.com:0/web",
+            "https://-charts/web",
+        ],
+    );
+    check(ChartReference::parse, &[], NEVER);
+    check(
+        ChartVersion::parse,
+        &[
+            "0.1.0",
+            "1.2.3",
+            "v1.2.3",
+            "1.2.3-rc.1",
+            "1.2.3-a-b+build.5",
+        ],
+        &[
+            "1",
+            "1.2",
+            "1.2.3.4",
+            "^1.2.3",
+            "~1.2",
+            "1.x.0",
+            "latest",
+            "01.2.3",
+            "1.2.3-",
+            "1.2.3+",
+            "1.2.3-a..b",
+            "1.2.3+a+b",
+            ">=1.2.3",
+            "1.2.3 ",
+        ],
+    );
+    check(ChartVersion::parse, &[], NEVER);
 }
 
 #[test]

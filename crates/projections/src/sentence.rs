@@ -291,10 +291,7 @@ fn deployment<'a>(
             }
         }
         E::Requested(e) => {
-            let what: &dyn fmt::Display = match &e.version {
-                Version::Git { git_ref, .. } => git_ref,
-                Version::Image { reference } => reference,
-            };
+            let what = &e.version;
             let verb = if e.redeploy_of.is_some() {
                 "redeploy"
             } else {

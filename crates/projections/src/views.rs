@@ -322,8 +322,5 @@ impl DeploymentView {
 
 /// What was asked to be deployed, as the caller wrote it.
 pub fn version_text(state: &Deployment) -> String {
-    match &state.request.version {
-        daybook_events::deployment::Version::Git { git_ref, .. } => git_ref.to_string(),
-        daybook_events::deployment::Version::Image { reference } => reference.to_string(),
-    }
+    state.request.version.to_string()
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use daybook_events::chart::{ChartReference, ChartVersion};
 use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
     self, Deployment, DeploymentEvent, PromotedFrom, Requested, Status, SwitchMode, Version,
@@ -26,6 +27,8 @@ pub enum What {
     GitRef(String),
     /// An image: a whole reference, or a tag or digest in the service's repository.
     Image(String),
+    /// A Helm chart: its reference, and its version.
+    Chart(String, String),
     /// A git ref or an image, whichever fits: a service with a source takes it for a ref unless
     /// it has the form of an image reference or a digest; one without takes it for an image.
     Version(String),
@@ -334,6 +337,10 @@ impl Commands {
         match what {
             What::GitRef(text) => git_version(instance, service, Some(text)),
             What::Image(text) => self.image_version(instance, service, &text),
+            What::Chart(chart, version) => Ok(Version::Helm {
+                chart: ChartReference::parse(chart)?,
+                version: ChartVersion::parse(version)?,
+            }),
             // No git ref contains a colon, and every image reference with a tag or digest does.
             What::Version(text) if has_source && !text.contains(':') => {
                 git_version(instance, service, Some(text))
@@ -431,6 +438,7 @@ pub(super) fn pinned_version(id: DeploymentId, old: &Deployment) -> Result<Versi
         return Ok(Version::Image { reference });
     }
     match (&old.request.version, &old.source) {
+        (chart @ Version::Helm { .. }, _) => Ok(chart.clone()),
         (Version::Git { url, path, .. }, Some(source)) => Ok(Version::Git {
             url: url.clone(),
             git_ref: GitRef::parse(source.commit.as_str())?,

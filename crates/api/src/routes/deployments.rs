@@ -49,8 +49,8 @@ pub(crate) struct DeploymentQuery {
 }
 
 /// A deployment to be made: of an instance (`instance_id`, or `project`, `environment` and
-/// `service`), of at most one of `version`, `git_ref` and `image`; without any, of the service's
-/// default ref.
+/// `service`), of at most one of `version`, `git_ref`, `image` and `chart`; without any, of the
+/// service's default ref.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct CreateDeployment {
@@ -68,6 +68,11 @@ pub(crate) struct CreateDeployment {
     git_ref: Option<String>,
     /// An image reference, or a tag or digest in the service's image repository.
     image: Option<String>,
+    /// A Helm chart in its repository, for clusters that render charts:
+    /// `https://host/path/name` or `oci://host/path/name`. Needs `chart_version`.
+    chart: Option<String>,
+    /// The exact version of the chart.
+    chart_version: Option<String>,
     /// The clusters; the environment's if not given.
     #[serde(alias = "cluster_ids")]
     clusters: Option<Vec<String>>,
@@ -216,15 +221,32 @@ pub(super) fn instance(
 }
 
 fn what(body: &mut CreateDeployment) -> Result<What, Problem> {
-    match (body.version.take(), body.git_ref.take(), body.image.take()) {
-        (None, None, None) => Ok(What::Default),
-        (Some(version), None, None) => Ok(What::Version(version)),
-        (None, Some(git_ref), None) => Ok(What::GitRef(git_ref)),
-        (None, None, Some(image)) => Ok(What::Image(image)),
+    let chart = match (body.chart.take(), body.chart_version.take()) {
+        (Some(chart), Some(version)) => Some(What::Chart(chart, version)),
+        (None, None) => None,
+        _ => {
+            return Err(Refusal::new(
+                "chart_incomplete",
+                "a chart and the version of one belong together",
+                "give both chart and chart_version, or neither",
+            )
+            .into());
+        }
+    };
+    let wishes = [
+        body.version.take().map(What::Version),
+        body.git_ref.take().map(What::GitRef),
+        body.image.take().map(What::Image),
+        chart,
+    ];
+    let mut wishes = wishes.into_iter().flatten();
+    match (wishes.next(), wishes.next()) {
+        (None, _) => Ok(What::Default),
+        (Some(what), None) => Ok(what),
         _ => Err(Refusal::new(
             "version_ambiguous",
             "the request names more than one thing to deploy",
-            "give one of version, git_ref and image",
+            "give one of version, git_ref, image and chart",
         )
         .into()),
     }

@@ -13,7 +13,7 @@ use crate::client::Client;
 use crate::exit::{Code, Failure};
 use crate::output;
 
-/// Deploys a git ref or an image, and follows it until it is live.
+/// Deploys a git ref, an image or a Helm chart, and follows it until it is live.
 #[derive(Debug, Args)]
 pub struct DeployArgs {
     #[command(flatten)]
@@ -36,6 +36,13 @@ pub struct DeployArgs {
     /// An existing image: `repository:tag`, `repository@digest` or both.
     #[arg(long)]
     image: Option<String>,
+    /// A Helm chart, for clusters that render charts: `https://host/path/name` or
+    /// `oci://host/path/name`.
+    #[arg(long, requires = "chart_version", conflicts_with_all = ["git_ref", "image"])]
+    chart: Option<String>,
+    /// The exact version of the chart: `1.2.3`.
+    #[arg(long, value_name = "VERSION", requires = "chart")]
+    chart_version: Option<String>,
     /// A cluster to deploy to, if not to all of the environment; may be given several times.
     #[arg(long = "cluster", value_name = "NAME")]
     clusters: Vec<String>,
@@ -181,6 +188,8 @@ pub async fn run(args: DeployArgs) -> Outcome {
     }
     set("git_ref", args.git_ref.clone().map(Value::from));
     set("image", args.image.clone().map(Value::from));
+    set("chart", args.chart.clone().map(Value::from));
+    set("chart_version", args.chart_version.clone().map(Value::from));
     set("reason", args.reason.clone().map(Value::from));
     if !args.clusters.is_empty() {
         set("clusters", Some(args.clusters.clone().into()));

@@ -3,15 +3,17 @@
 
 use async_trait::async_trait;
 use daybook_events::build::{self, Build, BuildEvent};
+use daybook_events::chart::ChartReference;
 use daybook_events::deployment::{
     CloningStarted, DeploymentEvent, ImagePinned, SourceResolved, Status, Version, build_id,
 };
 use daybook_events::{AggregateKind, ImageTag, Subject, SubjectFilter};
+use daybook_projections::DeploymentRow;
 use std::sync::Arc;
 
 use super::{Bench, Stop, give_up, settle};
 use crate::driver::{Activation, Outcome, Worker};
-use crate::ports::{Images, Sources};
+use crate::ports::{Images, Sources, StepError};
 
 const ROLE: &str = "source";
 
@@ -83,6 +85,7 @@ impl Source {
                     .await?;
                 return Ok(());
             }
+            Version::Helm { chart, .. } => return Err(not_rendered(&row, &chart).into()),
             Version::Git { url, git_ref, path } => (url, git_ref, path),
         };
         if row.state.status == Status::Queued {
@@ -147,4 +150,23 @@ impl Source {
             .await?;
         Ok(())
     }
+}
+
+/// Why a chart is not deployed: no kind of cluster that there is renders charts.
+fn not_rendered(row: &DeploymentRow, chart: &ChartReference) -> StepError {
+    let clusters: Vec<_> = row
+        .state
+        .request
+        .clusters
+        .iter()
+        .map(|c| c.as_str())
+        .collect();
+    StepError::fatal(
+        "charts_not_supported",
+        format!(
+            "{chart} is a Helm chart, and {} cannot render charts",
+            clusters.join(", ")
+        ),
+        "deploy an image (`--image`) or a git ref (`--ref`) of the service",
+    )
 }
