@@ -102,9 +102,9 @@ struct Queue {
 impl Queue {
     fn new(bench: Bench) -> Self {
         Self {
+            capacity: Capacity::of(bench.settings.builds),
             bench,
             pipeline: Pipeline::new(),
-            capacity: Capacity::default(),
             read_at: Some(Instant::now()),
             unread: Trouble::default(),
             changed: true,

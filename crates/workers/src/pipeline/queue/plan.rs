@@ -81,14 +81,24 @@ impl Orders {
     }
 }
 
-/// How many builds are run at once, as far as that has been seen.
+/// How many builds are run at once, as far as that is known.
 #[derive(Debug, Default)]
 pub(super) struct Capacity {
+    /// So many are run here, if builds are run here at all.
+    least: usize,
     /// The most builds that were seen running at once since builds were last waited for.
     running_max: usize,
 }
 
 impl Capacity {
+    /// At least so many builds are taken to be run at once.
+    pub(super) fn of(least: usize) -> Self {
+        Self {
+            least,
+            running_max: 0,
+        }
+    }
+
     /// How many more may be admitted that are going to build. `status` is that of the build of one
     /// whose source is known.
     pub(super) fn free(
@@ -126,7 +136,7 @@ impl Capacity {
             self.running_max = 0;
         }
         self.running_max = self.running_max.max(running.len());
-        let limit = AHEAD + 2 * self.running_max;
+        let limit = AHEAD + 2 * self.running_max.max(self.least);
         limit.saturating_sub(running.len() + ahead.len() + resolving)
     }
 }
@@ -362,5 +372,10 @@ mod tests {
         assert_eq!(free(&pipeline, BuildStatus::Succeeded), AHEAD + 4);
         pipeline.clear();
         assert_eq!(free(&pipeline, BuildStatus::Requested), AHEAD);
+        let mut known = Capacity::of(3);
+        assert_eq!(
+            known.free(&pipeline, |_, _| BuildStatus::Requested, now()),
+            AHEAD + 6
+        );
     }
 }
