@@ -44,6 +44,10 @@ pub(crate) fn of(
     if row.state.cancel.is_some() {
         return Ok(Some(QueueView::other("it is being cancelled")));
     }
+    if let Some(held) = row.state.held() {
+        let reason = format!("its environment is frozen by {}", held.freeze);
+        return Ok(Some(QueueView::other(reason)));
+    }
     let pipeline = projections.pipeline()?;
     if let Some(reason) = behind_its_own(&pipeline, row) {
         return Ok(Some(QueueView::other(reason)));
@@ -77,7 +81,7 @@ fn behind_its_own(pipeline: &[DeploymentRow], row: &DeploymentRow) -> Option<Str
             "the newer deployment {newer} of its service takes its place"
         ));
     }
-    let running = of_it().find(|r| r.state.status.holds_instance())?;
+    let running = of_it().find(|r| r.state.status.holds_instance() && r.state.held().is_none())?;
     let (id, status) = (running.id.short(), running.state.status.as_str());
     Some(format!(
         "deployment {id} of its service is {}; it goes next",
@@ -113,12 +117,15 @@ fn waiting(
             *next = Some(row);
         }
     }
-    for row in pipeline.iter().filter(|r| r.state.status.holds_instance()) {
+    let runs = |r: &&DeploymentRow| r.state.status.holds_instance() && r.state.held().is_none();
+    for row in pipeline.iter().filter(runs) {
         newest.insert(&row.state.request.instance, None);
     }
     let mut waiting = Vec::new();
     for (instance, row) in newest {
-        let Some(row) = row else { continue };
+        let Some(row) = row.filter(|r| r.state.held().is_none()) else {
+            continue;
+        };
         if !matches!(row.state.request.version, Version::Git { .. }) {
             continue;
         }

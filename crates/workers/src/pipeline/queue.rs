@@ -38,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::plan::{Capacity, Entry, Orders, Pipeline, plan};
 use super::trouble::Trouble;
-use super::{Bench, Stop};
+use super::{Bench, Stop, freeze};
 use crate::ports::StepError;
 
 const ROLE: &str = "queue";
@@ -208,6 +208,7 @@ impl Queue {
             status: state.status,
             since: state.status_since,
             cancelled: false,
+            held: false,
             build: None,
             overtaken: 0,
             instance,
@@ -377,6 +378,11 @@ async fn carry_out(bench: &Bench, orders: Orders) -> Result<(), Stop> {
     if let Some(gone) = gone(bench, &newest)? {
         return moved_is_fine(bench.fail(ROLE, &newest, &gone).await);
     }
+    match freeze::lets_through(bench, &newest).await {
+        Ok(true) => {}
+        Ok(false) => return Ok(()),
+        Err(stop) => return moved_is_fine::<()>(Err(stop)),
+    }
     let overtaken = orders.overtakes.map(|id| bench.row(id)).transpose()?;
     if let Some(overtaken) = overtaken.flatten()
         && !overtake(bench, &newest, &overtaken).await?
@@ -433,7 +439,8 @@ async fn cancel(
     let context = bench.follow_up(ROLE, row.state.status_event, row.id.0, "cancelled");
     let executed = bench
         .append::<Deployment>(&row.subject, &context, |state| {
-            if by.is_some() && state.is_some_and(|s| s.status.holds_instance()) {
+            let runs = |s: &Deployment| s.status.holds_instance() && s.held().is_none();
+            if by.is_some() && state.is_some_and(runs) {
                 return Err(Refusal::new(
                     ADMITTED,
                     "it was admitted meanwhile",

@@ -30,6 +30,8 @@ pub(super) struct Entry {
     pub(super) since: Timestamp,
     /// Whether somebody asked to cancel it.
     pub(super) cancelled: bool,
+    /// Whether a freeze of its environment holds it: before its admission, or before its commit.
+    pub(super) held: bool,
     pub(super) build: Option<BuildId>,
     pub(super) overtaken: usize,
 }
@@ -40,12 +42,18 @@ impl Entry {
         self.status = state.status;
         self.since = state.status_since;
         self.cancelled = state.cancel.is_some();
+        self.held = state.held().is_some();
         self.build = state.build;
         self.overtaken = state.overtaken.len();
     }
 
+    /// What a freeze holds before its commit waits as what was not admitted yet does.
     fn waits(&self) -> bool {
-        self.status == Status::Requested && !self.cancelled
+        (self.status == Status::Requested || self.held) && !self.cancelled
+    }
+
+    fn runs(&self) -> bool {
+        self.status.holds_instance() && !self.held
     }
 }
 
@@ -168,9 +176,9 @@ pub(super) fn plan(
             ..Orders::default()
         };
         orders.newest = orders.supersede.pop();
-        let runs = of_it.iter().any(|(_, e)| e.status.holds_instance());
+        let runs = of_it.iter().any(|(_, e)| e.runs());
         let newest = orders.newest.and_then(|id| Some((id, pipeline.get(&id)?)));
-        if let Some((id, entry)) = newest.filter(|_| !runs) {
+        if let Some((id, entry)) = newest.filter(|(_, e)| !runs && !e.held) {
             if entry.builds {
                 waiting.push(Waiting {
                     id,
@@ -243,6 +251,7 @@ mod tests {
             status,
             since: now(),
             cancelled: false,
+            held: false,
             build: None,
             overtaken: 0,
         };
@@ -305,6 +314,28 @@ mod tests {
             ..Orders::default()
         };
         assert_eq!(orders[0].1, expected);
+    }
+
+    #[test]
+    fn what_a_freeze_holds_gives_way_to_a_newer_one_and_is_not_admitted() {
+        let mut held = entry(1, "staging", "web", Status::Packaging);
+        held.1.held = true;
+        let mut pipeline = Pipeline::from([held]);
+        assert!(plan(&pipeline, |_| false, 9, now()).is_empty());
+
+        pipeline.extend([entry(2, "staging", "web", Status::Requested)]);
+        let expected = Orders {
+            supersede: vec![id(1)],
+            newest: Some(id(2)),
+            admit: true,
+            ..Orders::default()
+        };
+        assert_eq!(plan(&pipeline, |_| false, 9, now())[0].1, expected);
+
+        // The newer one is held, too: it waits until it is let go.
+        pipeline.remove(&id(1));
+        pipeline.get_mut(&id(2)).unwrap().held = true;
+        assert!(plan(&pipeline, |_| false, 9, now()).is_empty());
     }
 
     #[test]
