@@ -295,8 +295,11 @@ impl Run {
 
     /// What this run says of a row; nothing if it does not know it.
     pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Option<IVec>>, TableError> {
+        if !self.may_hold(key) {
+            return Ok(None);
+        }
         let begun = self.index.count(|first| first <= key);
-        let Some(block) = begun.checked_sub(1).filter(|_| self.may_hold(key)) else {
+        let Some(block) = begun.checked_sub(1) else {
             return Ok(None);
         };
         let bytes = self.block(block)?;

@@ -21,11 +21,13 @@ use crate::table::TableError;
 /// states is kept: what is encoded for the one serves the other.
 const BATCH: usize = 16 << 10;
 /// Most events that are read at once.
-const READ: usize = 1024;
+const READ: usize = 512;
 /// How many such reads may wait for the fold.
-const AHEAD: usize = 8;
+const AHEAD: usize = 32;
 
-/// How long a batch that is large already waits for more.
+/// A batch of so many events is one of a store that catches up.
+const LARGE: usize = 512;
+/// How long such a batch waits for more.
 const LINGER: Duration = Duration::from_millis(2);
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -227,21 +229,22 @@ fn fold_all(
     projections: &Projections,
     mut receiver: mpsc::Receiver<Vec<Recorded>>,
 ) -> Result<(), FoldError> {
-    let runtime = tokio::runtime::Handle::current();
-    let mut folded = 0;
+    let (mut folded, mut lingered) = (0, false);
     loop {
         let more = match receiver.try_recv() {
             Ok(more) => Some(more),
             Err(TryRecvError::Disconnected) => None,
             Err(TryRecvError::Empty) if folded == 0 => receiver.blocking_recv(),
             // It is catching up, and has been faster than the log: what an event costs is less the
-            // more of them are written at once.
-            Err(TryRecvError::Empty) if folded >= READ / 2 => {
-                let next = async { tokio::time::timeout(LINGER, receiver.recv()).await };
-                runtime.block_on(next).ok().flatten()
+            // more of them are written at once, and the more of them a wait is for.
+            Err(TryRecvError::Empty) if folded >= LARGE && !lingered => {
+                std::thread::sleep(LINGER);
+                lingered = true;
+                continue;
             }
             Err(TryRecvError::Empty) => None,
         };
+        lingered = false;
         let Some(more) = more else {
             if folded == 0 {
                 return Ok(());

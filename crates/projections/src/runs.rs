@@ -2,7 +2,7 @@
 //!
 //! They lie in a folder, each named by the batches in it. The newest run that knows a row says what it
 //! is. Whenever there are several of one size they become one, so that there are never many, and
-//! a row is rewritten only as often as the store grows eightfold.
+//! a row is rewritten only as often as the store grows sixteenfold.
 
 use std::fs;
 use std::io;
@@ -15,7 +15,7 @@ use crate::run::{Cursor, KeyRange, Row, Run, Writer};
 use crate::table::{Rows, TableError, Way};
 
 /// So many runs of one size become one.
-const FEW: usize = 8;
+const FEW: usize = 16;
 
 /// All runs, as they are at a moment.
 #[derive(Debug, Clone, Default)]
@@ -261,7 +261,10 @@ mod tests {
             }
         }
         let found = names(&runs.folder);
-        assert_eq!(found, ["0-64.run", "64-65.run", "65-66.run", "66-67.run"]);
+        assert_eq!(
+            found,
+            ["0-256.run", "256-257.run", "257-258.run", "258-259.run"]
+        );
     }
 
     #[test]
@@ -277,11 +280,11 @@ mod tests {
         fs::copy(path(folder.path(), 2, 3), &old).unwrap();
         runs.merged().unwrap().unwrap();
         fs::rename(old, path(folder.path(), 2, 3)).unwrap();
-        fs::write(folder.path().join("8-9.new"), "half").unwrap();
+        fs::write(folder.path().join("16-17.new"), "half").unwrap();
         let runs = Runs::open(folder.path()).unwrap();
-        assert_eq!(names(folder.path()), ["0-8.run"]);
-        assert_eq!(runs.get(b"a").unwrap().as_deref(), Some(b"7".as_slice()));
-        fs::rename(path(folder.path(), 0, 8), path(folder.path(), 1, 8)).unwrap();
+        assert_eq!(names(folder.path()), ["0-16.run"]);
+        assert_eq!(runs.get(b"a").unwrap().as_deref(), Some(b"15".as_slice()));
+        fs::rename(path(folder.path(), 0, 16), path(folder.path(), 1, 16)).unwrap();
         assert!(matches!(
             Runs::open(folder.path()),
             Err(TableError::Broken(_))

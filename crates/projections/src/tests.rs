@@ -423,9 +423,9 @@ fn a_table_with_runs_says_what_one_in_memory_says() {
     let memory = Table::memory();
     let mut disk = Table::open(dir.path(), b"t").unwrap();
     let mut choose = choices(11);
-    // Ten large batches, of which eight become one run, and then small ones, which go to sled.
+    // Eighteen large batches, of which sixteen become one run, and then small ones, which go to sled.
     for batch in 0..40_u32 {
-        let (rows, size) = if batch < 10 { (700, 4000) } else { (40, 20) };
+        let (rows, size) = if batch < 18 { (400, 6000) } else { (40, 20) };
         for table in [&memory, &disk] {
             let mut choose = choices(u64::from(batch));
             let mut of_batch: Vec<_> = (0..rows)
@@ -472,7 +472,7 @@ fn a_table_with_runs_says_what_one_in_memory_says() {
         }
         match batch {
             6 => assert_eq!(runs(dir.path()).len(), 7),
-            9.. => assert_eq!(runs(dir.path()).len(), 3),
+            17.. => assert_eq!(runs(dir.path()).len(), 3),
             _ => {}
         }
     }
