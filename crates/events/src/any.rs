@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::aggregate::{At, Folded, Void};
 use crate::build::{Build, BuildEvent};
+use crate::check;
 use crate::deployment::{Deployment, DeploymentEvent};
 use crate::domain::{Domain, DomainEvent};
 use crate::envelope::{DecodeError, EventView, Payload as _};
@@ -67,6 +68,9 @@ macro_rules! aggregates {
             /// Reads a payload of a type (without the common prefix) from a text that may be no
             /// JSON, which is an error as any other. Old versions are upcast.
             pub fn decode(aggregate: Option<AggregateKind>, kind: &str, data: &str) -> Self {
+                if let Some(payload) = aggregate.and_then(|of| check::read(of, kind, data)) {
+                    return payload;
+                }
                 match aggregate {
                     $( Some(AggregateKind::$kind) => {
                         Self::$kind(<$event>::decode_text(kind, data))

@@ -179,6 +179,7 @@ pub struct Build {
     /// What is to be built.
     pub request: Requested,
     /// When it was asked for.
+    #[serde(with = "crate::instant")]
     pub created_at: Timestamp,
     /// Where it is.
     pub status: BuildStatus,
@@ -199,6 +200,7 @@ pub struct Build {
     /// What it printed.
     pub log: LogSeal,
     /// When it ended.
+    #[serde(with = "crate::instant::option")]
     pub ended_at: Option<Timestamp>,
 }
 

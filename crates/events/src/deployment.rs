@@ -32,6 +32,7 @@ use crate::approval::{
 use crate::chart::{ChartReference, ChartVersion};
 use crate::config::InstanceConfig;
 use crate::envelope::Payload;
+use crate::few::Few;
 use crate::freeze::{self, FreezeOverride, Held, Hold, Released};
 use crate::log::Position;
 use crate::names::{
@@ -730,6 +731,8 @@ pub struct SourceCommit {
     /// The author's address.
     pub author_email: String,
     /// When it was committed.
+    #[serde(with = "crate::instant")]
+    #[schemars(with = "Timestamp")]
     pub committed_at: Timestamp,
     /// A link to the commit, or the repository's URL where none is known.
     pub url: String,
@@ -1077,6 +1080,8 @@ pub struct Readiness {
     /// A sentence, if there is more to say.
     pub message: Option<String>,
     /// Since when the state is this.
+    #[serde(with = "crate::instant")]
+    #[schemars(with = "Timestamp")]
     pub since: Timestamp,
     /// What it was true for: a digest, a GitOps commit, a hostname.
     pub revision: Option<String>,
@@ -1100,6 +1105,8 @@ pub enum ReadinessState {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Milestones {
     /// Each state with the time at which it was first entered.
+    #[serde(with = "crate::instant::values")]
+    #[schemars(with = "BTreeMap<Status, Timestamp>")]
     pub entered: BTreeMap<Status, Timestamp>,
 }
 
@@ -1120,12 +1127,14 @@ pub struct Deployment {
     /// The request's event.
     pub requested_by_event: EventId,
     /// When it was asked for.
+    #[serde(with = "crate::instant")]
     pub created_at: Timestamp,
     /// Where it is in its life.
     pub status: Status,
     /// The event that led to this status.
     pub status_event: EventId,
     /// Since when.
+    #[serde(with = "crate::instant")]
     pub status_since: Timestamp,
     /// When each state was first entered.
     pub milestones: Milestones,
@@ -1148,13 +1157,13 @@ pub struct Deployment {
     /// The event that asked for another number, until it is committed.
     pub scaling: Option<Scaling>,
     /// What was last seen, by cluster.
-    pub observed: BTreeMap<ClusterName, WorkloadObserved>,
+    pub observed: Few<ClusterName, WorkloadObserved>,
     /// Where it is in each of its clusters.
-    pub clusters: BTreeMap<ClusterName, ClusterProgress>,
+    pub clusters: Few<ClusterName, ClusterProgress>,
     /// The later ones that were admitted before it.
     pub overtaken: Vec<DeploymentId>,
     /// What was last seen of its addresses.
-    pub endpoints: BTreeMap<Hostname, EndpointObserved>,
+    pub endpoints: Few<Hostname, EndpointObserved>,
     /// Its API description.
     pub openapi: Option<OpenapiFound>,
     /// Somebody asked to cancel it.
@@ -1381,8 +1390,8 @@ impl Aggregate for Deployment {
             image: None,
             commit: None,
             change: None,
-            observed: BTreeMap::new(),
-            endpoints: BTreeMap::new(),
+            observed: Few::default(),
+            endpoints: Few::default(),
             openapi: None,
             cancel: None,
             failure: None,

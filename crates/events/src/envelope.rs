@@ -5,6 +5,8 @@
 
 mod canonical;
 
+pub(crate) use canonical::timestamp;
+
 use std::borrow::Cow;
 
 use bytes::Bytes;

@@ -27,11 +27,23 @@ impl Step {
     /// accepted here is accepted there, and is the same step.
     pub fn check(aggregate: AggregateKind, kind: &str, data: &str) -> Option<Self> {
         let step = check::check(kind, data)?;
-        let of = match step {
+        (step.aggregate() == aggregate).then_some(step)
+    }
+
+    /// The kind of aggregate that it belongs to.
+    pub fn aggregate(self) -> AggregateKind {
+        match self {
             Self::Deployment(_) => AggregateKind::Deployment,
             Self::Build(_) => AggregateKind::Build,
-        };
-        (of == aggregate).then_some(step)
+        }
+    }
+
+    /// The event's type (without the common prefix).
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Deployment(step) => step.kind(),
+            Self::Build(step) => step.kind(),
+        }
     }
 
     /// The step that a payload is, or why it could not be read; none if it belongs to an
@@ -85,8 +97,7 @@ impl Outline {
             (Standing::Build(standing), Step::Build(step)) => {
                 *standing = Some(step.follow(*standing)?);
             }
-            (_, Step::Deployment(step)) => return Err(Void::Unknown(step.kind().to_owned())),
-            (_, Step::Build(step)) => return Err(Void::Unknown(step.kind().to_owned())),
+            (_, step) => return Err(Void::Unknown(step.kind().to_owned())),
         }
         Ok(())
     }

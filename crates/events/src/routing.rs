@@ -221,6 +221,8 @@ pub struct Route {
     /// The table that made it so.
     pub table: u32,
     /// Since when.
+    #[serde(with = "crate::instant")]
+    #[schemars(with = "Timestamp")]
     pub since: Timestamp,
     /// Why that table was made.
     pub reason: SwitchReason,

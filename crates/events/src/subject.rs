@@ -121,13 +121,14 @@ impl FromStr for Subject {
             .and_then(|r| r.strip_prefix('.'))
             .ok_or_else(bad)?;
         let mut tokens = rest.split('.');
+        let wild = |b: u8| matches!(b, b'*' | b'>' | b' ');
         let mut token = || {
             tokens
                 .next()
-                .filter(|t| !t.contains(['*', '>', ' ']) && !t.is_empty())
+                .filter(|t| !t.is_empty() && !t.bytes().any(wild))
         };
         let (Some(project), Some(environment), Some(aggregate), Some(id), None) =
-            (token(), token(), token(), token(), rest.split('.').nth(4))
+            (token(), token(), token(), token(), tokens.next())
         else {
             return Err(bad());
         };

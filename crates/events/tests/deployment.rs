@@ -545,7 +545,13 @@ fn each_cluster_has_a_state_of_its_own() {
     assert_eq!(states(&given), both(C::Started, C::Pending));
     let given = given.and(event("cluster_retried"));
     assert_eq!(states(&given), both(C::Started, C::Syncing));
-    let progress = &given.state.as_ref().unwrap().clusters[&samples::cluster("oslo")];
+    let progress = given
+        .state
+        .as_ref()
+        .unwrap()
+        .clusters
+        .get(&samples::cluster("oslo"))
+        .unwrap();
     assert_eq!(progress.tries, 2);
     let given = given.and(seen("oslo", 1, true)).and(event("succeeded"));
     assert_eq!(states(&given), both(C::Started, C::Started));

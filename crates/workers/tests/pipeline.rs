@@ -860,7 +860,7 @@ async fn an_observation_that_is_refused_is_told_once_and_recorded_in_the_end() {
     world.prepare().await;
     let id = world.request("main", SwitchMode::Automatic).await;
     let started = world.reach(id, Status::Started).await;
-    let observed = started.observed[&cluster()].clone();
+    let observed = started.observed.get(&cluster()).unwrap().clone();
     assert_eq!(observed.wanted, 1);
 
     // The ledger is stopped, and then the cluster shows something else.
@@ -896,7 +896,7 @@ async fn an_observation_that_is_refused_is_told_once_and_recorded_in_the_end() {
     tokio::time::timeout(Duration::from_secs(30), async {
         loop {
             let row = world.ledger.projections().deployment(id).unwrap().unwrap();
-            if row.state.observed[&cluster()].wanted == 3 {
+            if row.state.observed.get(&cluster()).unwrap().wanted == 3 {
                 break;
             }
             changes.changed().await.unwrap();

@@ -129,12 +129,14 @@ pub struct ClusterProgress {
     /// Where it is there.
     pub state: ClusterState,
     /// Since when.
+    #[serde(with = "crate::instant")]
     pub since: Timestamp,
     /// Why it failed there, or is not ready.
     pub cause: Option<ClusterCause>,
     /// How often it was tried there, from 1.
     pub tries: u32,
     /// When the present try was asked for.
+    #[serde(with = "crate::instant")]
     pub tried_at: Timestamp,
     /// Why it was given up there.
     failure: Option<ClusterCause>,
@@ -332,7 +334,7 @@ impl Deployment {
             status: self.status,
             failure: failure.as_ref(),
         };
-        for (cluster, progress) in &mut self.clusters {
+        for (cluster, progress) in self.clusters.iter_mut() {
             let (state, cause) = progress.judge(&deployment, self.observed.get(cluster));
             if state == ClusterState::Started {
                 progress.begin();

@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::EventView;
+use crate::check::plain;
 use crate::names::EventId;
 
 /// Reads an event that is written exactly as Daybook writes one. `None` says nothing about it.
@@ -78,6 +79,7 @@ pub(super) fn read(text: &str) -> Option<EventView<'_>> {
     })
 }
 
+#[inline(always)]
 fn literal(rest: &mut &str, literal: &str) -> Option<()> {
     *rest = rest.strip_prefix(literal)?;
     Some(())
@@ -86,8 +88,7 @@ fn literal(rest: &mut &str, literal: &str) -> Option<()> {
 /// A string without escapes.
 fn string<'a>(rest: &mut &'a str) -> Option<&'a str> {
     let text = rest.strip_prefix('"')?;
-    let ends = |b: u8| b == b'"' || b == b'\\' || b < 0x20;
-    let (text, after) = text.split_at(text.bytes().position(ends)?);
+    let (text, after) = text.split_at_checked(plain(text.as_bytes()))?;
     *rest = after.strip_prefix('"')?;
     Some(text)
 }
@@ -107,7 +108,7 @@ fn number(rest: &mut &str) -> Option<u32> {
 }
 
 /// A time in UTC as Daybook writes it: `2024-01-15T10:30:00Z`, or with a fraction of a second.
-fn timestamp(text: &str) -> Option<Timestamp> {
+pub(crate) fn timestamp(text: &str) -> Option<Timestamp> {
     let bytes = text.as_bytes();
     let (moment, rest) = bytes.split_first_chunk::<19>()?;
     let fraction = rest.strip_suffix(b"Z")?;
