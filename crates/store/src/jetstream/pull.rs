@@ -267,14 +267,18 @@ pub(crate) struct Delivered {
 /// Reads `$JS.ACK.<stream>.<consumer>.<attempt>.<sequence>.<number>.<time>.<pending>`, or the
 /// longer form with domain and account before the stream (and a token after the end).
 pub(crate) fn parse_delivery(reply: &str) -> Option<Delivered> {
-    let mut tokens = reply.strip_prefix("$JS.ACK.")?.split('.');
-    let skipped = if tokens.clone().count() >= 9 { 4 } else { 2 };
-    let mut tokens = tokens.by_ref().skip(skipped);
+    let rest = reply.strip_prefix("$JS.ACK.")?;
+    let dots = rest.bytes().filter(|b| *b == b'.').count();
+    let mut tokens = rest.split('.').skip(if dots >= 8 { 4 } else { 2 });
+    let attempt = tokens.next()?.parse().ok()?;
+    let sequence = tokens.next()?.parse().ok()?;
+    let number = tokens.next()?.parse().ok()?;
+    let stored_at: i64 = tokens.next()?.parse().ok()?;
     Some(Delivered {
-        attempt: tokens.next()?.parse().ok()?,
-        sequence: tokens.next()?.parse().ok()?,
-        number: tokens.next()?.parse().ok()?,
-        stored_at: tokens.next()?.parse().ok()?,
+        attempt,
+        sequence,
+        number,
+        stored_at: stored_at.into(),
     })
 }
 

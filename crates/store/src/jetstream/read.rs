@@ -146,7 +146,8 @@ impl Cursor {
 
     /// Everything that follows, for ever or up to an error.
     pub(super) fn into_stream(self) -> EventStream {
-        stream::unfold(Some(self), |cursor| async move {
+        // It goes from hand to hand with each event, and is large.
+        stream::unfold(Some(Box::new(self)), |cursor| async move {
             let mut cursor = cursor?;
             match cursor.next().await {
                 Ok(recorded) => Some((Ok(recorded), Some(cursor))),
