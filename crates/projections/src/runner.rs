@@ -179,8 +179,10 @@ pub(crate) async fn pump(
         opened = log.tail(reached, SubjectFilter::default()) => opened?.ready_chunks(READ),
     };
     let (sender, receiver) = mpsc::channel(AHEAD);
+    // What was folded is dropped where it was made: memory that goes from thread to thread is dear.
+    let (give_back, mut folded) = mpsc::channel(AHEAD);
     let folding = projections.clone();
-    let fold = tokio::task::spawn_blocking(move || fold_all(&folding, receiver));
+    let fold = tokio::task::spawn_blocking(move || fold_all(&folding, receiver, &give_back));
     let ended = loop {
         if until.is_some_and(|u| u <= reached) {
             break Ok(());
@@ -188,6 +190,7 @@ pub(crate) async fn pump(
         let chunk = tokio::select! {
             () = cancel.cancelled() => break Ok(()),
             () = sender.closed() => break Ok(()),
+            Some(_) = folded.recv() => continue,
             chunk = events.next() => chunk,
         };
         let Some(chunk) = chunk else {
@@ -228,6 +231,7 @@ pub(crate) async fn pump(
 fn fold_all(
     projections: &Projections,
     mut receiver: mpsc::Receiver<Vec<Recorded>>,
+    give_back: &mpsc::Sender<Vec<Recorded>>,
 ) -> Result<(), FoldError> {
     let (mut folded, mut lingered) = (0, false);
     loop {
@@ -262,5 +266,7 @@ fn fold_all(
                 folded = 0;
             }
         }
+        // What nobody takes is dropped here.
+        let _ = give_back.try_send(more);
     }
 }

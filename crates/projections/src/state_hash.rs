@@ -199,6 +199,23 @@ impl StateSum {
         Ok(())
     }
 
+    /// Adds the state of an aggregate as bincode writes it in its standard configuration.
+    pub fn add_encoded(&mut self, subject: &Subject, folded: &[u8]) {
+        self.0.replace(None, Some(Element::of(subject, folded)));
+    }
+
+    /// Takes away a state that was added.
+    pub fn remove_encoded(&mut self, subject: &Subject, folded: &[u8]) {
+        self.0.replace(Some(Element::of(subject, folded)), None);
+    }
+
+    /// Adds all states of another sum, which must have none in common with this one.
+    pub fn merge(&mut self, other: &Self) {
+        for (lane, other) in self.0.0.iter_mut().zip(other.0.0.iter()) {
+            *lane = lane.wrapping_add(*other);
+        }
+    }
+
     /// The hash over the states that were added.
     pub fn hash(&self) -> StateHash {
         self.0.hash()
