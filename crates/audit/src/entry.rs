@@ -52,6 +52,8 @@ pub(crate) struct Read {
     pub(crate) subject: Subject,
     pub(crate) time: Timestamp,
     pub(crate) revision: u32,
+    /// Where the payload stands in the bytes, if it stands there literally.
+    pub(crate) data: Option<Range<usize>>,
     pub(crate) payload: Payload,
 }
 
@@ -65,7 +67,7 @@ pub(crate) enum Payload {
 }
 
 /// The text of a subject.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Subject {
     In(Range<usize>),
     Text(String),
@@ -205,6 +207,7 @@ impl Checks {
             .map_err(|e| e.to_string())?;
         if let Subject::In(_) = read.subject {
             read.subject = Subject::Text(event.subject.clone());
+            read.data = None;
         }
         Ok((id, read))
     }
@@ -263,13 +266,17 @@ impl Checks {
             &|| "it names nobody as its author".into(),
         );
         self.judge_payload(text, kind, &payload, broken);
-        let at = subject.as_ptr() as usize;
-        let start = at.wrapping_sub(text.as_ptr() as usize);
+        let place = |part: &str| {
+            let at = part.as_ptr() as usize;
+            let start = at.wrapping_sub(text.as_ptr() as usize);
+            start..start.wrapping_add(part.len())
+        };
         let read = Read {
             key: self.keys.of(subject),
-            subject: Subject::In(start..start.wrapping_add(subject.len())),
+            subject: Subject::In(place(subject)),
             time: envelope.time,
             revision: envelope.revision,
+            data: Some(place(envelope.data)),
             payload,
         };
         Ok((envelope.id, read))
@@ -375,6 +382,7 @@ fn canonical(text: &str) -> Option<Envelope<'_>> {
     })
 }
 
+#[inline(always)]
 fn literal(rest: &mut &str, literal: &str) -> Option<()> {
     *rest = rest.strip_prefix(literal)?;
     Some(())

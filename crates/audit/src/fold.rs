@@ -13,12 +13,10 @@ use daybook_events::envelope::DecodeError;
 use daybook_events::outline::Step;
 use daybook_events::subject::PREFIX;
 use daybook_events::{AnyFolded, AnyPayload, Outline, Position, Subject};
-use daybook_projections::{StateHash, StateSum};
+use daybook_projections::StateSum;
 
 use crate::entry::{Payload, Read};
 
-/// States that are used are kept in memory up to about so many bytes of events that made them.
-const HOT_BYTES: usize = 96 << 20;
 /// What a state costs beyond the events that made it.
 const STATE_BYTES: usize = 1 << 10;
 /// An aggregate with many events is not larger for it.
@@ -51,7 +49,7 @@ enum State {
 }
 
 /// A subject, as an envelope has it.
-fn parsed(subject: &str) -> Option<Subject> {
+pub(crate) fn parsed(subject: &str) -> Option<Subject> {
     Subject::from_str(&format!("{PREFIX}.{}", subject.replace('/', "."))).ok()
 }
 
@@ -183,12 +181,25 @@ impl Slot {
         }
     }
 
-    fn read(bytes: &[u8]) -> io::Result<Self> {
+    /// The subject and the state in what was written.
+    fn split(bytes: &[u8]) -> io::Result<(&str, &[u8])> {
         let bad = || io::Error::other("a state in the file is not as it was written");
         let (len, rest) = bytes.split_first_chunk().ok_or_else(bad)?;
         let subject_and_state = rest.split_at_checked(u32::from_le_bytes(*len) as usize);
         let (subject, folded) = subject_and_state.ok_or_else(bad)?;
         let subject = std::str::from_utf8(subject).map_err(io::Error::other)?;
+        Ok((subject, folded))
+    }
+
+    /// The same, if this version knows the aggregate.
+    fn encoded(bytes: &[u8]) -> io::Result<Option<(Subject, &[u8])>> {
+        let (subject, folded) = Self::split(bytes)?;
+        let known = parsed(subject).filter(|subject| subject.kind().is_some());
+        Ok(known.map(|subject| (subject, folded)))
+    }
+
+    fn read(bytes: &[u8]) -> io::Result<Self> {
+        let (subject, folded) = Self::split(bytes)?;
         let mut state = State::of(subject);
         if let State::Known(known) = &mut state {
             let coding = bincode::config::standard();
@@ -222,12 +233,8 @@ pub(crate) struct Folds {
 }
 
 impl Folds {
-    /// With outlines, there is no [`state_hash`](Self::state_hash).
-    pub(crate) fn new(outlines: bool) -> io::Result<Self> {
-        Self::with(outlines, HOT_BYTES)
-    }
-
-    fn with(outlines: bool, hot_bytes: usize) -> io::Result<Self> {
+    /// States that are used are kept in memory up to about so many bytes of events that made them.
+    pub(crate) fn new(outlines: bool, hot_bytes: usize) -> io::Result<Self> {
         Ok(Self {
             outlines,
             sketches: Map::default(),
@@ -306,18 +313,13 @@ impl Folds {
         sketch.step(revision, step)
     }
 
-    /// The hash over the states of all aggregates that this version knows.
-    pub(crate) fn state_hash(&self) -> io::Result<StateHash> {
-        let mut sum = StateSum::default();
+    /// Adds the states of all aggregates that this version knows and that are no outlines.
+    pub(crate) fn add_states_to(&self, sum: &mut StateSum) -> io::Result<()> {
         for slot in self.young.values().chain(self.old.values()) {
-            slot.state.add_to(&slot.subject, &mut sum)?;
+            slot.state.add_to(&slot.subject, sum)?;
         }
-        for (at, len) in self.cold.places.values() {
-            let bytes = self.cold.read(*at, *len)?;
-            let slot = Slot::read(&bytes)?;
-            slot.state.add_to(&slot.subject, &mut sum)?;
-        }
-        Ok(sum.hash())
+        sum.merge(&self.cold.sum);
+        Ok(())
     }
 
     /// What was not used since the last time goes to the file.
@@ -339,6 +341,8 @@ struct Cold {
     unwritten: Vec<u8>,
     /// Where each state begins, and how long it is.
     places: Map<(u64, u32)>,
+    /// The sum of the states in it: they are encoded here as the sum takes them.
+    sum: StateSum,
 }
 
 impl Cold {
@@ -348,12 +352,17 @@ impl Cold {
             len: 0,
             unwritten: Vec::new(),
             places: Map::default(),
+            sum: StateSum::default(),
         })
     }
 
     fn put(&mut self, key: u128, slot: &Slot) -> io::Result<()> {
         let begin = self.unwritten.len();
         slot.write(&mut self.unwritten)?;
+        let written = self.unwritten.get(begin..).unwrap_or_default();
+        if let Some((subject, state)) = Slot::encoded(written)? {
+            self.sum.add_encoded(&subject, state);
+        }
         let len = u32::try_from(self.unwritten.len() - begin).map_err(io::Error::other)?;
         self.places.insert(key, (self.len + begin as u64, len));
         if self.unwritten.len() > 1 << 20 {
@@ -373,7 +382,11 @@ impl Cold {
         let Some((begin, len)) = self.places.remove(&key) else {
             return Ok(None);
         };
-        self.read(begin, len).map(Some)
+        let bytes = self.read(begin, len)?;
+        if let Some((subject, state)) = Slot::encoded(&bytes)? {
+            self.sum.remove_encoded(&subject, state);
+        }
+        Ok(Some(bytes))
     }
 
     /// Reads a state; all of them are written at the end of [`Folds::age`].
@@ -394,13 +407,18 @@ pub(crate) fn at(position: Position, id: daybook_events::EventId, read: &Read) -
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::entry::{Checks, Content, Keys};
     use crate::schema::Schemas;
     use daybook_events::testing::fleet::{Fleet, Size, choices};
 
-    fn checks(outlines: bool) -> Checks {
+    use daybook_projections::StateHash;
+
+    /// More than any test needs.
+    pub(crate) const HOT_BYTES: usize = 96 << 20;
+
+    pub(crate) fn checks(outlines: bool) -> Checks {
         Checks {
             keys: Keys::default(),
             schemas: Schemas::default(),
@@ -409,7 +427,7 @@ mod tests {
         }
     }
 
-    fn fold(checks: &Checks, folds: &mut Folds, position: u64, bytes: &[u8]) -> Outcome {
+    pub(crate) fn fold(checks: &Checks, folds: &mut Folds, position: u64, bytes: &[u8]) -> Outcome {
         let entry = checks.read(Position(position), bytes, 0..bytes.len());
         let (Content::Event(read), Some(id)) = (entry.content, entry.id) else {
             panic!("{position} is no event");
@@ -430,14 +448,16 @@ mod tests {
         let checks = checks(false);
         let mut fleet = Fleet::new(Size::default());
         let mut choose = choices(11);
-        let mut folds = Folds::with(false, hot_bytes).unwrap();
+        let mut folds = Folds::new(false, hot_bytes).unwrap();
         let mut outcomes = Vec::new();
         for number in 1..=2000 {
             let bytes = fleet.next(&mut choose).bytes;
             outcomes.push(fold(&checks, &mut folds, number, &bytes));
         }
-        let hash = folds.state_hash().unwrap();
-        (outcomes, folds.aggregates(), hash, folds.cold.places.len())
+        let mut sum = StateSum::default();
+        folds.add_states_to(&mut sum).unwrap();
+        let cold = folds.cold.places.len();
+        (outcomes, folds.aggregates(), sum.hash(), cold)
     }
 
     #[test]
@@ -452,7 +472,7 @@ mod tests {
 
     /// A history in which some events are missing, twice there, late, of a version to come, of a
     /// subject that is none, or claim the revision that is due.
-    fn disturbed(seed: u64) -> Vec<Vec<u8>> {
+    pub(crate) fn disturbed(seed: u64) -> Vec<Vec<u8>> {
         let mut fleet = Fleet::new(Size::default());
         let mut choose = choices(seed);
         let mut history: Vec<Vec<u8>> = Vec::new();
@@ -490,7 +510,7 @@ mod tests {
     fn what_becomes_of_events_is_the_same_by_outlines_as_by_states() {
         let (mut void, mut unknown, mut none) = (0, 0, 0);
         for seed in 0..8 {
-            let mut by = [false, true].map(|o| (checks(o), Folds::with(o, HOT_BYTES).unwrap()));
+            let mut by = [false, true].map(|o| (checks(o), Folds::new(o, HOT_BYTES).unwrap()));
             for (number, bytes) in (1..).zip(disturbed(seed)) {
                 let [states, outlines] = by
                     .each_mut()

@@ -25,6 +25,7 @@ pub mod receipt;
 pub mod report;
 mod schema;
 mod source;
+mod states;
 mod tree;
 mod verify;
 pub mod world;

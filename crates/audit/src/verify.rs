@@ -28,10 +28,16 @@ use crate::kept::{KeepError, Keeper, Kept};
 use crate::pipeline::{self, Bundle, Plan, Step, Suspect};
 use crate::schema::Schemas;
 use crate::source::{CHECKPOINT, Found, KEYS, STATE, Source};
+use crate::states::States;
 use crate::tree::{Edge, Levels};
 
 /// Suspects are remembered up to so many; more say nothing new.
 const SUSPECTS: usize = 1000;
+
+/// States that are in use are kept in memory up to about so many bytes of events that made them:
+/// those of deployments and builds, and all others.
+const STATES_BYTES: usize = 72 << 20;
+const OTHERS_BYTES: usize = 24 << 20;
 
 /// How thoroughly a ledger is verified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -451,13 +457,11 @@ pub fn observe(
     let older_heads: Vec<TreeHead> = [kept, earlier].into_iter().flatten().collect();
     let older_sizes: Vec<u64> = older_heads.iter().map(|h| h.size).collect();
 
-    // The states are needed only for their hash.
-    let outlines = options.thoroughness == Thoroughness::Normal && source.small(STATE).is_none();
     let checks = Checks {
         keys: Keys::default(),
         schemas: Schemas::of_this_version(),
         all_schemas: options.thoroughness == Thoroughness::Full,
-        outlines,
+        outlines: true,
     };
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let plan = Plan {
@@ -469,9 +473,17 @@ pub fn observe(
         threads: options.threads.unwrap_or(cores).clamp(1, 16),
         stop: &options.stop,
     };
+    // The states are needed only for their hash.
+    let hashed = match options.thoroughness {
+        Thoroughness::Quick => false,
+        Thoroughness::Normal => source.small(STATE).is_some(),
+        Thoroughness::Full => true,
+    };
+    let states = hashed.then(|| States::start(plan.threads, STATES_BYTES));
     let mut walk = Walk {
         findings,
-        folds: Folds::new(outlines).map_err(failed)?,
+        folds: Folds::new(true, OTHERS_BYTES).map_err(failed)?,
+        states: states.transpose().map_err(failed)?,
         counts: Counts::default(),
         period: None,
         entries: Some(Edge::default()),
@@ -688,6 +700,8 @@ struct Walk<'o> {
     observer: &'o mut dyn Observe,
     findings: Findings,
     folds: Folds,
+    /// The states of what the folds have only outlines of, if anybody asks for them.
+    states: Option<States>,
     counts: Counts,
     period: Option<(Timestamp, Timestamp)>,
     /// The tree over the entries; none once some of them could not be read.
@@ -782,6 +796,9 @@ impl Walk<'_> {
                 ..place.clone()
             })?;
         }
+        if let Some(states) = &mut self.states {
+            states.hand_over(&bytes);
+        }
         Ok(())
     }
 
@@ -793,7 +810,7 @@ impl Walk<'_> {
             broken,
             ..
         } = entry;
-        let bytes = bundle.get(entry.place).unwrap_or_default();
+        let bytes = bundle.get(entry.place.clone()).unwrap_or_default();
         self.counts.bytes += bytes.len() as u64;
         let place = || Place {
             position: Some(position),
@@ -808,7 +825,7 @@ impl Walk<'_> {
             }
             self.findings.push(kind, place(), message);
         }
-        let (Content::Event(read), Some(id)) = (content, id) else {
+        let (Content::Event(mut read), Some(id)) = (content, id) else {
             return Ok(());
         };
         self.counts.events += 1;
@@ -816,6 +833,9 @@ impl Walk<'_> {
         let (first, last) = self.period.unwrap_or((time, time));
         self.period = Some((first.min(time), last.max(time)));
         let step = at(position, id, &read);
+        if let Some(states) = &mut self.states {
+            states.take(step, entry.place, &mut read);
+        }
         let of_repository = matches!(
             &read.payload,
             Payload::Whole(p) if matches!(**p, AnyPayload::Gitops(Ok(_)))
@@ -956,10 +976,12 @@ impl Walk<'_> {
     fn judge_state(&mut self, source: &Source, verified: &mut Verified) -> io::Result<()> {
         let claim = source.small(STATE);
         let claim = claim.as_deref().map(String::from_utf8_lossy);
-        if claim.is_none() && verified.thoroughness != Thoroughness::Full {
+        let Some(states) = self.states.take() else {
             return Ok(());
-        }
-        let hash = self.folds.state_hash()?;
+        };
+        let mut sum = states.finish()?;
+        self.folds.add_states_to(&mut sum)?;
+        let hash = sum.hash();
         verified.state_hash = Some(hash);
         let Some(claim) = claim else { return Ok(()) };
         let (position, claimed) = claim.trim_end().split_once(' ').unwrap_or_default();
