@@ -114,7 +114,9 @@ fn failures_duties_and_approvals_are_reported() {
             Some("requested.v1") => drop(grants.entry(id).or_default()),
             Some("approval_granted.v1") => grants.get_mut(id).unwrap().push(event),
             Some("approvals_voided.v1") => grants.get_mut(id).unwrap().clear(),
-            Some("emergency_override.v1") => drop(overridden.insert(id)),
+            Some("emergency_override.v1" | "emergency_freeze_override.v1") => {
+                overridden.insert(id);
+            }
             Some("post_review_completed.v1") => drop(reviewed.insert(id)),
             _ => {}
         }
