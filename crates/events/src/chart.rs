@@ -39,8 +39,8 @@ validated! {
 }
 
 validated! {
-    /// The version of a Helm chart: one exact version as Semantic Versioning 2 has it, and no
-    /// range.
+    /// The version of a Helm chart: one exact version as Semantic Versioning 2 has it, with or
+    /// without a `v` before it as Helm takes it, and no range.
     ChartVersion, "chart version", "invalid_chart_version",
     pattern = "^v?(0|[1-9][0-9]*)\\.(0|[1-9][0-9]*)\\.(0|[1-9][0-9]*)(-[0-9A-Za-z.-]+)?(\\+[0-9A-Za-z.-]+)?$", |s| {
         if s.len() > 128 {
@@ -57,6 +57,10 @@ validated! {
             return Err("it must be one exact version, such as 1.2.3");
         }
         let word = |p: &str| !p.is_empty() && p.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+        let leading = |p: &str| p.len() > 1 && p.starts_with('0') && p.bytes().all(|b| b.is_ascii_digit());
+        if pre.is_some_and(|pre| pre.split('.').any(leading)) {
+            return Err("numbers of a pre-release have no leading zeros");
+        }
         let words = |part: Option<&str>| part.is_none_or(|p| p.split('.').all(word));
         if !words(pre) || !words(build) {
             return Err("what follows - and + must be letters, digits and hyphens between dots");

@@ -214,14 +214,27 @@ fn check_spec(spec: &ServiceSpec) -> Result<(), Refusal> {
             || path.chars().any(char::is_control)
             || path.split('/').any(|part| part == "..")
     };
-    match spec.run.volumes.values().find(|v| wrong(&v.path)) {
-        None => Ok(()),
-        Some(volume) => Err(Refusal::new(
-            "invalid_volume_path",
-            format!("{:?} is no place for a volume", volume.path),
-            "use an absolute path without `..`, such as /data",
-        )),
+    let mut variables = BTreeSet::new();
+    for (name, volume) in &spec.run.volumes {
+        if wrong(&volume.path) {
+            return Err(Refusal::new(
+                "invalid_volume_path",
+                format!("{:?} is no place for a volume", volume.path),
+                "use an absolute path without `..`, such as /data",
+            ));
+        }
+        let variable = volume.variable(name);
+        let own = ["HOST", "PORT"].contains(&variable.as_str()) || variable.starts_with("DAYBOOK_");
+        let set = spec.run.env.keys().any(|key| key.as_str() == variable);
+        if own || set || !variables.insert(variable.clone()) {
+            return Err(Refusal::new(
+                "volume_variable_taken",
+                format!("{variable} has another meaning than where the volume {name} is"),
+                "name another variable in the volume's `env`",
+            ));
+        }
     }
+    Ok(())
 }
 
 /// Decides whether `event` may be appended. Creating what exists already is refused; defining a

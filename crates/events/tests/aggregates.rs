@@ -577,6 +577,34 @@ fn projects_and_services_are_made_once() {
     let ProjectEvent::ServiceDefined(mut bad) = defined else {
         panic!()
     };
+    let volume = |path: &str, env: Option<&str>| daybook_events::spec::VolumeSpec {
+        path: path.to_owned(),
+        env: env.map(|key| key.parse().unwrap()),
+    };
+    let set = "GREETING";
+    let env = &mut bad.spec.run.env;
+    env.insert(set.parse().unwrap(), "good morning".to_owned());
+    for (volumes, code) in [
+        (vec![volume("data", None)], "invalid_volume_path"),
+        (vec![volume("/a/../b", None)], "invalid_volume_path"),
+        (vec![volume("/data", Some("PORT"))], "volume_variable_taken"),
+        (
+            vec![volume("/data", Some("DAYBOOK_PROJECT"))],
+            "volume_variable_taken",
+        ),
+        (vec![volume("/data", Some(set))], "volume_variable_taken"),
+        (
+            vec![volume("/a", Some("DATA")), volume("/b", Some("DATA"))],
+            "volume_variable_taken",
+        ),
+    ] {
+        let mut bad = bad.clone();
+        let names = ["one", "two"].map(|name| name.parse().unwrap());
+        bad.spec.run.volumes = names.into_iter().zip(volumes).collect();
+        given::<Project>([created.clone()])
+            .when(|s| project::decide(s, ProjectEvent::ServiceDefined(bad)))
+            .then_refused(code);
+    }
     bad.spec.build.dockerfile = Some("../Dockerfile".to_owned());
     given::<Project>([created])
         .when(|s| project::decide(s, ProjectEvent::ServiceDefined(bad)))

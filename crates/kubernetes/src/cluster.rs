@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use crate::apply::Space;
+use crate::apply::{ANSWER_WITHIN, Space};
 use crate::diagnosis::Warning;
 use crate::error::ConnectError;
 use crate::names;
@@ -88,7 +88,8 @@ const NEEDED: usize = 3;
 impl KubernetesCluster {
     /// Begins to look after a cluster, if its API server answers.
     pub async fn open(options: ClusterOptions) -> Result<Self, ConnectError> {
-        let version = options.client.apiserver_version().await;
+        let version = tokio::time::timeout(ANSWER_WITHIN, options.client.apiserver_version());
+        let version = version.await.map_err(|_| ConnectError::Silent)?;
         let version = version.map_err(ConnectError::Api)?;
         tracing::info!(cluster = %options.name, version = version.git_version, "connected");
         let cancel = options.cancel.child_token();
@@ -268,9 +269,13 @@ impl Target for KubernetesCluster {
         let asked = self.bring(app, &namespace, revision, desired).await?;
         let mut world = self.shared.world();
         let known = world.spaces.entry(namespace.clone()).or_default();
+        let again = asked.again();
         known.asked = Some(asked);
         world.publish(&namespace);
-        Ok(())
+        match again {
+            Some(why) => Err(TargetError::Unavailable(why)),
+            None => Ok(()),
+        }
     }
 
     fn watch(&self, app: &AppRef) -> watch::Receiver<AppStatus> {
@@ -303,6 +308,7 @@ impl KubernetesCluster {
             ephemeral: desired.ephemeral,
         };
         let mut asked = Asked::new(revision.clone());
+        let mut kept = Vec::new();
         let mut wanted = objects::objects(desired, &place);
         if wanted.is_empty() && desired.ephemeral {
             space.remove().await?;
@@ -320,13 +326,18 @@ impl KubernetesCluster {
                 if let Some(problem) = not_pullable(release) {
                     asked.holds(*deployment, problem);
                 }
+                let name = names::release(service, *deployment);
                 match self
                     .secret(app, &place, desired, *deployment, release)
                     .await
                 {
                     Ok(Some(secret)) => wanted.insert(0, secret),
                     Ok(None) => {}
-                    Err(problem) => asked.holds(*deployment, problem),
+                    Err(problem) => {
+                        asked.holds(*deployment, problem);
+                        // What it has of them keeps it running.
+                        kept.push(name);
+                    }
                 }
             }
         }
@@ -336,16 +347,16 @@ impl KubernetesCluster {
                 asked.applied(&object.name, applied.uid, applied.generation);
             }
         }
-        let mut kinds = vec![
+        // Routes also where none are made any more.
+        let kinds = [
+            Kind::HTTP_ROUTE,
             Kind::SERVICE,
             Kind::DEPLOYMENT,
             Kind::CONFIG_MAP,
             Kind::SECRET,
         ];
-        if place.gateway.is_some() {
-            kinds.insert(0, Kind::HTTP_ROUTE);
-        }
-        let keep = wanted.iter().map(|o| (o.kind, o.name.as_str())).collect();
+        let mut keep: HashSet<_> = wanted.iter().map(|o| (o.kind, o.name.as_str())).collect();
+        keep.extend(kept.iter().map(|name| (Kind::SECRET, name.as_str())));
         space.prune(&kinds, &keep).await?;
         Ok(asked)
     }

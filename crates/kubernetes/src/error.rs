@@ -9,6 +9,9 @@ pub enum ConnectError {
     /// The kubeconfig cannot be used.
     #[error("the kubeconfig cannot be used")]
     Config(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The API server took the request and gave no answer.
+    #[error("the API server gave no answer in time")]
+    Silent,
     /// The API server gave no answer, or not a fitting one.
     #[error("the API server does not answer")]
     Api(#[source] kube::Error),

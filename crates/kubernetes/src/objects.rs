@@ -227,7 +227,9 @@ impl Release<'_> {
             },
         });
         if !run.command.is_empty() {
-            container["command"] = json!(run.command);
+            // `$` begins a reference to a variable there, and is nothing special here.
+            let words = run.command.iter().map(|word| word.replace('$', "$$"));
+            container["command"] = words.collect();
         }
         if !run.env.is_empty() {
             container["envFrom"] = json!([{ "configMapRef": { "name": self.name() } }]);

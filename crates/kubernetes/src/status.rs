@@ -67,6 +67,12 @@ impl Asked {
         self.held.insert(deployment, problem);
     }
 
+    /// Why not all was applied, if it may be had by trying again.
+    pub fn again(&self) -> Option<String> {
+        let mut held = self.held.values().filter(|problem| problem.transient);
+        held.next().map(|problem| problem.message.clone())
+    }
+
     /// Whether a workload is as it was applied, or newer.
     fn covers(&self, workload: &Deployment) -> bool {
         let metadata = &workload.metadata;
@@ -107,6 +113,7 @@ impl Seen {
         AppStatus {
             revision: Some(asked.revision.clone()),
             releases,
+            is_whole: asked.again().is_none(),
         }
     }
 

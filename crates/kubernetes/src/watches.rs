@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
 use k8s_openapi::api::core::v1::Event as Occurrence;
@@ -72,33 +73,47 @@ async fn run<K>(
 ) where
     K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    let stream = watch(api, config).default_backoff().modify(|object| {
-        object.managed_fields_mut().clear();
-    });
-    let mut stream = std::pin::pin!(stream);
-    let mut listed: HashMap<(Option<String>, String), K> = HashMap::new();
+    let mut pause = PAUSE_MIN;
     loop {
-        let next = tokio::select! {
-            () = cancel.cancelled() => return,
-            next = stream.try_next() => next,
+        let stream = watch(api.clone(), config.clone()).modify(|object| {
+            object.managed_fields_mut().clear();
+        });
+        let mut stream = std::pin::pin!(stream);
+        let mut listed: HashMap<(Option<String>, String), K> = HashMap::new();
+        let error = loop {
+            let next = tokio::select! {
+                () = cancel.cancelled() => return,
+                next = stream.try_next() => next,
+            };
+            match next {
+                Ok(Some(Event::Init)) => listed.clear(),
+                Ok(Some(Event::InitApply(object))) => {
+                    listed.insert((object.namespace(), object.name_any()), object);
+                }
+                Ok(Some(Event::InitDone)) => {
+                    pause = PAUSE_MIN;
+                    troubled(None);
+                    changed(Change::All(listed.drain().map(|(_, o)| o).collect()));
+                }
+                Ok(Some(Event::Apply(object))) => changed(Change::Applied(Box::new(object))),
+                Ok(Some(Event::Delete(object))) => changed(Change::Deleted(Box::new(object))),
+                Ok(None) => return,
+                Err(error) => break error,
+            }
         };
-        match next {
-            Ok(Some(Event::Init)) => listed.clear(),
-            Ok(Some(Event::InitApply(object))) => {
-                listed.insert((object.namespace(), object.name_any()), object);
-            }
-            Ok(Some(Event::InitDone)) => {
-                troubled(None);
-                changed(Change::All(listed.drain().map(|(_, o)| o).collect()));
-            }
-            Ok(Some(Event::Apply(object))) => changed(Change::Applied(Box::new(object))),
-            Ok(Some(Event::Delete(object))) => changed(Change::Deleted(Box::new(object))),
-            Ok(None) => return,
-            Err(error) => {
-                let why = daybook_events::with_causes(&error);
-                tracing::warn!(kind = %K::kind(&()), why, "a watch was cut; it is begun again");
-                troubled(Some(why));
-            }
+        // Listed anew and not resumed: of a kind that is quiet, nothing else would show that it is
+        // watched again.
+        let why = daybook_events::with_causes(&error);
+        tracing::warn!(kind = %K::kind(&()), why, "a watch was cut; it is begun again");
+        troubled(Some(why));
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
         }
+        pause = (pause * 2).min(PAUSE_MAX);
     }
 }
+
+/// How long it is waited before a watch that was cut is begun again: at first, and at most.
+const PAUSE_MIN: Duration = Duration::from_millis(500);
+const PAUSE_MAX: Duration = Duration::from_secs(15);

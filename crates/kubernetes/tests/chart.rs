@@ -62,7 +62,7 @@ fn values() -> EnvironmentValues {
     ] {
         run.env.insert(key.parse().unwrap(), value.to_owned());
     }
-    run.command = vec!["serve".to_owned(), "--name=it's: #1".to_owned()];
+    run.command = vec!["serve".to_owned(), "--name=it's $5 $(PORT): #1".to_owned()];
     run.health.path = "/ready?x=1&y=\"2\"".to_owned();
     let (id, mut whole) = release(1, run);
     let reference = SecretRef {

@@ -3,18 +3,20 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use daybook_events::secret::{SecretId, SecretRef, SecretScope};
 use daybook_events::{CommitId, DeploymentId, Digest, EnvironmentName, ProjectName, ServiceName};
 use daybook_kubernetes::names;
 use daybook_kubernetes::{ClusterOptions, KubernetesCluster};
-use daybook_secrets::NoSecrets;
+use daybook_secrets::{NoSecrets, SecretFolder, SecretStore, SecretValue};
 use daybook_testkit::kubernetes::{ControlPlane, Fate, Kubelet};
 use daybook_workers::target::{AppRef, AppStatus, ReleaseStatus, Target, TargetError};
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Secret, Service};
 use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
@@ -31,13 +33,19 @@ struct Stage {
 
 impl Stage {
     async fn new(environment: &str) -> Option<Self> {
+        Self::with(environment, Arc::new(NoSecrets)).await
+    }
+
+    async fn with(environment: &str, secrets: Arc<dyn SecretStore>) -> Option<Self> {
         let plane = tokio::task::spawn_blocking(ControlPlane::shared)
             .await
             .unwrap()?;
         let client = plane.client().await;
-        let target = KubernetesCluster::open(options(client.clone()))
-            .await
-            .unwrap();
+        let options = ClusterOptions {
+            secrets,
+            ..options(client.clone())
+        };
+        let target = KubernetesCluster::open(options).await.unwrap();
         let app = AppRef {
             project: "shop".parse::<ProjectName>().unwrap(),
             environment: environment.parse::<EnvironmentName>().unwrap(),
@@ -362,6 +370,74 @@ async fn a_namespace_of_somebody_else_is_not_taken() {
             .items
             .is_empty()
     );
+
+    // Nor is it taken away with an environment of that name.
+    let nothing = EnvironmentValues {
+        ephemeral: true,
+        ..stage.values()
+    };
+    stage.apply(2, &nothing).await.unwrap();
+    let there = spaces.get(&stage.namespace()).await.unwrap();
+    assert!(there.metadata.deletion_timestamp.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_that_cannot_be_read_for_a_while_stay_in_the_cluster() {
+    let folder = tempfile::tempdir().unwrap();
+    let secrets = SecretFolder::new(folder.path(), None);
+    let Some(stage) = Stage::with("secretive", Arc::new(secrets.clone())).await else {
+        return;
+    };
+    let id = SecretId {
+        name: "DATABASE_URL".parse().unwrap(),
+        scope: SecretScope::default(),
+    };
+    let value = SecretValue::new("postgres://shop".to_owned().into()).unwrap();
+    let committed = secrets.put(&stage.app.project, &id, &value).await.unwrap();
+    let reference = SecretRef {
+        secret: id.name.clone(),
+        scope: id.scope.clone(),
+        version: 1,
+        commitment: committed.commitment,
+    };
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    let service = values.services.get_mut(&web()).unwrap();
+    let first = service.releases.get_mut(&deployment(1)).unwrap();
+    first.secret_env.insert(id.name.clone(), reference);
+    stage.apply(1, &values).await.unwrap();
+    let kept: Api<Secret> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let name = names::release(&web(), deployment(1));
+    let before = kept.get(&name).await.unwrap();
+
+    // The store cannot be read: each of its files is a folder.
+    let files = std::fs::read_dir(folder.path()).unwrap();
+    let files: Vec<_> = files.map(|f| f.unwrap().path()).collect();
+    let away = |path: &Path| path.with_extension("away");
+    for file in &files {
+        std::fs::rename(file, away(file)).unwrap();
+        std::fs::create_dir(file).unwrap();
+    }
+    release(&mut values, 2, 1);
+    let refused = stage.apply(2, &values).await;
+    assert!(
+        matches!(refused, Err(TargetError::Unavailable(_))),
+        "{refused:?}"
+    );
+    assert_eq!(kept.get(&name).await.unwrap().data, before.data);
+    let status = stage.until("the rest is applied", |s| of(s, 2).is_some());
+    let status = status.await;
+    assert!(!status.is_whole);
+    let problem = of(&status, 1).unwrap().problem.as_ref().unwrap();
+    assert_eq!(problem.reason, "SecretMissing");
+
+    for file in &files {
+        std::fs::remove_dir(file).unwrap();
+        std::fs::rename(away(file), file).unwrap();
+    }
+    stage.apply(2, &values).await.unwrap();
+    let whole = stage.until("all is applied", |s| s.is_whole).await;
+    assert_eq!(whole.revision, Some(commit(2)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -110,11 +110,7 @@ impl Crew {
 
     /// Looks after a cluster.
     pub fn sync(&self, repositories: Arc<dyn Repositories>, target: Arc<dyn Target>) {
-        let sync = Sync {
-            bench: self.bench.clone(),
-            repositories,
-            target: target.clone(),
-        };
+        let sync = Sync::new(self.bench.clone(), repositories, target.clone());
         let cancel = self.cancel.clone();
         let restore = sync.clone();
         self.tasks.spawn(async move {

@@ -320,6 +320,7 @@ impl Target for IdleTarget {
             status.send_replace(AppStatus {
                 revision: Some(revision.clone()),
                 releases,
+                is_whole: true,
             })
         });
         Ok(())

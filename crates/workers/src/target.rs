@@ -96,6 +96,8 @@ pub struct AppStatus {
     pub revision: Option<CommitId>,
     /// Its releases.
     pub releases: Vec<ReleaseStatus>,
+    /// Whether the commit was applied whole. If not, applying it again may do so.
+    pub is_whole: bool,
 }
 
 /// A cluster that deployments run on.

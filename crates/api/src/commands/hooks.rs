@@ -180,7 +180,8 @@ impl Commands {
                 project::decide(state, ProjectEvent::HookRemoved(event.clone()))
             })
             .await?;
-        if let Some(secret) = secret {
+        // A removal that is asked for once more was carried out: what is there now was added since.
+        if let Some(secret) = secret.filter(|_| !done.replayed) {
             self.secret_store()?.erase(&project, &secret.id()).await?;
         }
         Ok(done)

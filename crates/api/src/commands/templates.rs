@@ -84,7 +84,12 @@ impl Commands {
         template: &Template,
     ) -> Result<(), CommandError> {
         for (name, secret) in &template.secrets {
-            if secret.generate.is_none() && !self.has_secret(instance, name)? {
+            if self.has_secret(instance, name)? {
+                continue;
+            }
+            if secret.generate.is_some() {
+                self.secret_store()?;
+            } else {
                 let InstanceRef {
                     project,
                     environment,

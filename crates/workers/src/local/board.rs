@@ -171,6 +171,7 @@ impl State {
         AppStatus {
             revision: Some(revision.clone()),
             releases,
+            is_whole: true,
         }
     }
 }

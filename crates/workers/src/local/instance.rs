@@ -345,8 +345,8 @@ impl Instance {
         own.into_iter()
             .map(named)
             .chain(wanted)
-            .chain(secrets)
             .chain(volumes)
+            .chain(secrets)
             .chain(identity.into_iter().map(named))
             .collect()
     }

@@ -41,7 +41,7 @@ impl Worker for Freezes {
     }
     async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         tracing::error!(subject = %a.subject, %why,
-            "what waits for a freeze was not judged once more; its end lets it go on");
+            "what waits for a freeze was not judged once more; if that has no end, `daybook freeze override` lets it go on");
         Outcome::Done
     }
 }
@@ -67,34 +67,39 @@ impl Freezes {
 
 /// Whether a deployment that waits to be admitted, or to be committed, goes on now. That it waits,
 /// or waits no more, is recorded first; what is recorded wakes whoever asked.
+///
+/// Once that is recorded it is judged again: a window that was taken away meanwhile has woken only
+/// what was held by then.
 pub(super) async fn lets_through(bench: &Bench, row: &DeploymentRow) -> Result<bool, Stop> {
-    let instance = &row.state.request.instance;
-    let windows = bench.windows(instance)?;
-    if windows.is_empty() && row.state.held().is_none() {
-        return Ok(true);
-    }
-    if row.state.held().is_none() && is_way_back(bench, &row.state)? {
-        return Ok(true);
-    }
-    let event = match judge(&row.state, &windows, Timestamp::now()) {
-        Verdict::Goes => return Ok(true),
-        Verdict::Waits => return Ok(false),
-        Verdict::Record(event) => event,
-    };
-    let step = match &event {
-        DeploymentEvent::Held(e) => {
-            bench.say(row.id, None, waits(e, &windows)).await;
-            format!("held {}", e.nonce)
+    let mut row = row.clone();
+    let mut recorded = false;
+    loop {
+        let windows = bench.windows(&row.state.request.instance)?;
+        let is_free =
+            row.state.held().is_none() && (windows.is_empty() || is_way_back(bench, &row.state)?);
+        if is_free {
+            return Ok(!recorded);
         }
-        DeploymentEvent::Released(e) => {
-            let text = format!("is not held by {} any more", e.freeze);
-            bench.say(row.id, None, text).await;
-            format!("released {}", e.nonce)
-        }
-        _ => return Ok(false),
-    };
-    bench.advance(ROLE, row, &step, event).await?;
-    Ok(false)
+        let event = match judge(&row.state, &windows, Timestamp::now()) {
+            Verdict::Goes => return Ok(!recorded),
+            Verdict::Waits => return Ok(false),
+            Verdict::Record(event) => event,
+        };
+        let step = match &event {
+            DeploymentEvent::Held(e) => {
+                bench.say(row.id, None, waits(e, &windows)).await;
+                format!("held {}", e.nonce)
+            }
+            DeploymentEvent::Released(e) => {
+                let text = format!("is not held by {} any more", e.freeze);
+                bench.say(row.id, None, text).await;
+                format!("released {}", e.nonce)
+            }
+            _ => return Ok(false),
+        };
+        row = bench.advance(ROLE, &row, &step, event).await?;
+        recorded = true;
+    }
 }
 
 fn waits(held: &Held, windows: &Windows) -> String {
@@ -134,10 +139,20 @@ pub(super) async fn fire(
         freeze::fire(state, &windows, nonce, now)
     });
     match decided.await {
-        Ok(executed) => match executed.position() {
-            Some(position) => bench.folded(position).await.map(|()| true),
-            None => Ok(false),
-        },
+        Ok(executed) => {
+            let Some(position) = executed.position() else {
+                return Ok(false);
+            };
+            bench.folded(position).await?;
+            // Another window may hold it now, and may have been taken away meanwhile.
+            if let Some(row) = bench.row(row.id)?.filter(|r| r.state.held().is_some()) {
+                match lets_through(bench, &row).await {
+                    Ok(_) | Err(Stop::Moved(_)) => {}
+                    Err(other) => return Err(other),
+                }
+            }
+            Ok(true)
+        }
         Err(Stop::Moved(_)) => Ok(false),
         Err(other) => Err(other),
     }

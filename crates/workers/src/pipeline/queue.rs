@@ -51,9 +51,15 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 pub async fn run(bench: Bench, cancel: CancellationToken) {
     let mut feed = bench.ledger.projections().feed();
     let mut queue = Queue::new(bench);
+    let mut look_at = Instant::now();
     loop {
+        // At its own time, however much happens meanwhile.
+        if look_at <= Instant::now() {
+            look_at = Instant::now() + LOOK_AGAIN;
+            queue.changed = true;
+        }
         queue.act();
-        let pause = queue.pause();
+        let wake = queue.read_at.unwrap_or(look_at);
         tokio::select! {
             () = cancel.cancelled() => return,
             Some(done) = queue.under_way.next() => queue.settle(done),
@@ -64,7 +70,7 @@ pub async fn run(bench: Bench, cancel: CancellationToken) {
                     queue.take(&change);
                 }
             }
-            () = tokio::time::sleep(pause) => queue.changed = true,
+            () = tokio::time::sleep_until(wake) => {}
         }
     }
 }
@@ -111,14 +117,6 @@ impl Queue {
             busy: HashSet::new(),
             under_way: FuturesUnordered::new(),
             troubles: HashMap::new(),
-        }
-    }
-
-    /// How long it is slept if nothing happens.
-    fn pause(&self) -> Duration {
-        match self.read_at {
-            Some(at) => at.saturating_duration_since(Instant::now()),
-            None => LOOK_AGAIN,
         }
     }
 

@@ -3,8 +3,8 @@
 //! A commit replaces all before it, so what is applied is always the newest one that the ledger
 //! knows of an environment, never the one that happened to wake the worker.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -32,7 +32,12 @@ pub struct Sync {
     pub repositories: Arc<dyn Repositories>,
     /// The cluster.
     pub target: Arc<dyn Target>,
+    turns: Turns,
 }
+
+/// One change of an environment on a cluster at a time. Whoever has waited for its turn reads what
+/// is newest then: otherwise an older commit, that was read first, could be applied last.
+type Turns = Arc<Mutex<HashMap<AppRef, Arc<tokio::sync::Mutex<()>>>>>;
 
 #[async_trait]
 impl Worker for Sync {
@@ -77,6 +82,21 @@ impl Worker for Sync {
 }
 
 impl Sync {
+    /// The sync worker of a cluster.
+    pub fn new(bench: Bench, repositories: Arc<dyn Repositories>, target: Arc<dyn Target>) -> Self {
+        Self {
+            bench,
+            repositories,
+            target,
+            turns: Turns::default(),
+        }
+    }
+
+    fn turn(&self, app: &AppRef) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.entry(app.clone()).or_default().clone()
+    }
+
     /// A deployment that this cluster does not take has failed in this cluster.
     async fn fail(&self, id: DeploymentId, error: StepError) -> Result<(), Stop> {
         settle_in(&self.bench, ROLE, id, self.target.cluster(), error).await
@@ -88,18 +108,8 @@ impl Sync {
         instance: &InstanceRef,
         about: DeploymentId,
     ) -> Result<(), Stop> {
-        let gitops = self.bench.ledger.projections().gitops(&instance.project)?;
-        let environment = &instance.environment;
-        match gitops
-            .as_ref()
-            .and_then(|g| g.environments.get(environment))
-        {
-            Some(commit) => {
-                self.converge(&instance.project, environment, commit, Some(about))
-                    .await
-            }
-            None => Ok(()),
-        }
+        self.converge(&instance.project, &instance.environment, Some(about))
+            .await
     }
 
     /// Brings the cluster to the newest known commit of every environment of a project. What is
@@ -119,10 +129,10 @@ impl Sync {
             return Ok(());
         };
         let mut result = Ok(());
-        for (environment, commit) in &gitops.environments {
+        for environment in gitops.environments.keys() {
             let its_own = about.as_ref().is_some_and(|(_, of)| of == environment);
             let id = about.as_ref().map(|(id, _)| *id);
-            match self.converge(project, environment, commit, id).await {
+            match self.converge(project, environment, id).await {
                 Ok(()) | Err(Stop::Moved(_)) => {}
                 Err(Stop::Fail(error)) if !its_own => {
                     let cluster = self.target.cluster();
@@ -143,6 +153,12 @@ impl Sync {
         environment: &EnvironmentName,
         commit: &CommitId,
     ) -> Result<(), Stop> {
+        let app = AppRef {
+            project: project.clone(),
+            environment: environment.clone(),
+        };
+        let turn = self.turn(&app);
+        let _turn = turn.lock().await;
         let gitops = self.bench.ledger.projections().gitops(project)?;
         // It may be there again by now.
         if gitops.is_some_and(|g| g.environments.contains_key(environment)) {
@@ -154,28 +170,36 @@ impl Sync {
             ephemeral: false,
             services: BTreeMap::new(),
         };
-        self.apply(project, environment, commit, &nothing).await?;
-        let app = AppRef {
-            project: project.clone(),
-            environment: environment.clone(),
-        };
+        self.apply(&app, commit, &nothing).await?;
         let removed = self.target.remove_volumes(&app).await;
         removed.map_err(|e| Stop::Retry(e.to_string()))
     }
 
+    /// Brings the cluster to the newest known commit of an environment, if it has one.
     async fn converge(
         &self,
         project: &ProjectName,
         environment: &EnvironmentName,
-        commit: &CommitId,
         about: Option<DeploymentId>,
     ) -> Result<(), Stop> {
         let app = AppRef {
             project: project.clone(),
             environment: environment.clone(),
         };
-        if self.target.watch(&app).borrow().revision.as_ref() == Some(commit) {
+        let turn = self.turn(&app);
+        let _turn = turn.lock().await;
+        let subject = Subject::Gitops(project.clone());
+        let gitops = self.bench.ledger.projections().shared::<Gitops>(&subject)?;
+        let newest = gitops.state.as_ref();
+        let Some(commit) = newest.and_then(|g| g.environments.get(environment)) else {
             return Ok(());
+        };
+        {
+            let watched = self.target.watch(&app);
+            let now = watched.borrow();
+            if now.is_whole && now.revision.as_ref() == Some(commit) {
+                return Ok(());
+            }
         }
         let mut desired = self.repositories.read(project, environment, commit).await?;
         let cluster = self.target.cluster();
@@ -192,23 +216,18 @@ impl Sync {
             let text = format!("syncing {} to {cluster}", commit.short());
             self.bench.say(id, Some(cluster.clone()), text).await;
         }
-        self.apply(project, environment, commit, &desired).await
+        self.apply(&app, commit, &desired).await
     }
 
     async fn apply(
         &self,
-        project: &ProjectName,
-        environment: &EnvironmentName,
+        app: &AppRef,
         commit: &CommitId,
         desired: &EnvironmentValues,
     ) -> Result<(), Stop> {
         let cluster = self.target.cluster();
-        let app = AppRef {
-            project: project.clone(),
-            environment: environment.clone(),
-        };
         daybook_failpoints::reached("sync.before");
-        let applied = self.target.apply(&app, commit, desired).await;
+        let applied = self.target.apply(app, commit, desired).await;
         daybook_failpoints::reached("sync.after");
         applied.map_err(|e| match e {
             TargetError::Unavailable(why) => {
