@@ -27,7 +27,7 @@ use daybook_workers::builder::dockerfile::DockerfileBuilder;
 use daybook_workers::builder::port::BuiltImages;
 use daybook_workers::crew::Crew;
 use daybook_workers::driver::DriverOptions;
-use daybook_workers::gateway::Gateway;
+use daybook_workers::gateway::{Gateway, GatewayOptions};
 use daybook_workers::gitops::{GitopsRepositories, SigningKey};
 use daybook_workers::image::layout::Layout;
 use daybook_workers::image::local::LayoutStore;
@@ -264,9 +264,14 @@ impl Node {
         } else {
             None
         };
+        // Whoever comes before the routes are there waits for them.
+        let closed = GatewayOptions {
+            begins_closed: true,
+            ..GatewayOptions::default()
+        };
         let gateway = if has(Role::Gateway) {
             Some(
-                Gateway::bind(options.gateway)
+                Gateway::bind_with(options.gateway, closed)
                     .await
                     .map_err(|e| taken("gateway", options.gateway, &e.source, "--gateway"))?,
             )

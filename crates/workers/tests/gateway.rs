@@ -666,6 +666,34 @@ async fn a_request_with_both_framings_smuggles_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_comes_before_the_routes_waits_for_them() {
+    let app = TestApp::start(&[]);
+    let options = GatewayOptions {
+        begins_closed: true,
+        ..GatewayOptions::default()
+    };
+    let gateway = Gateway::bind_with("127.0.0.1:0".parse().unwrap(), options)
+        .await
+        .unwrap();
+    // Connected and sent, by what the system says, before anything is routed.
+    let mut early = TcpStream::connect(gateway.addr()).unwrap();
+    early
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    let request = "GET /pid HTTP/1.1\r\nHost: shop.localhost\r\nConnection: close\r\n\r\n";
+    early.write_all(request.as_bytes()).unwrap();
+    let id = known(&gateway, &app);
+    gateway.apply(to(1, id)).unwrap();
+    gateway.open();
+    let read = tokio::task::spawn_blocking(move || {
+        let mut answer = String::new();
+        early.read_to_string(&mut answer).map(|_| answer)
+    });
+    let answer = read.await.unwrap().unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn silence_and_broken_answers_end_in_an_error_that_says_so() {
     let app = TestApp::start(&[]);
     let options = GatewayOptions {

@@ -64,6 +64,9 @@ pub struct GatewayOptions {
     /// Whether another proxy that can be trusted stands in front: `X-Forwarded-*` of requests
     /// is then kept and extended. Otherwise it is replaced by what the gateway itself sees.
     pub trust_forwarded: bool,
+    /// Whether connections are accepted only after [`Gateway::open`]. Until then the system keeps
+    /// them waiting.
+    pub begins_closed: bool,
 }
 
 impl Default for GatewayOptions {
@@ -76,6 +79,7 @@ impl Default for GatewayOptions {
             max_headers: 128,
             max_head_bytes: 64 * 1024,
             trust_forwarded: false,
+            begins_closed: false,
         }
     }
 }
@@ -119,6 +123,8 @@ struct Shared {
     drain: CancellationToken,
     /// Whatever is still open is cut.
     stop: CancellationToken,
+    /// Connections are accepted from here on.
+    open: CancellationToken,
 }
 
 impl Gateway {
@@ -133,6 +139,10 @@ impl Gateway {
         let listener = TcpListener::bind(addr).await.map_err(failed)?;
         let addr = listener.local_addr().map_err(failed)?;
         let stop = CancellationToken::new();
+        let open = CancellationToken::new();
+        if !options.begins_closed {
+            open.cancel();
+        }
         let tasks = TaskTracker::new();
         let shared = Arc::new(Shared {
             addr,
@@ -146,9 +156,15 @@ impl Gateway {
             tasks,
             drain: stop.child_token(),
             stop: stop.clone(),
+            open: open.clone(),
         });
         let drain = shared.drain.clone();
-        shared.tasks.spawn(accept(shared.clone(), listener, drain));
+        let accepting = accept(shared.clone(), listener, drain.clone());
+        shared.tasks.spawn(async move {
+            if drain.run_until_cancelled(open.cancelled()).await.is_some() {
+                accepting.await;
+            }
+        });
         let drain = shared.drain.clone();
         let stale = shared.pool.clone().close_stale();
         shared.tasks.spawn(async move {
@@ -158,6 +174,12 @@ impl Gateway {
             shared,
             _stop: Arc::new(stop.drop_guard()),
         })
+    }
+
+    /// Accepts connections from now on, if it began closed. Those that came before are kept waiting
+    /// by the system until then, and not refused.
+    pub fn open(&self) {
+        self.shared.open.cancel();
     }
 
     /// Where it listens.

@@ -105,6 +105,7 @@ impl Applier {
                         dirty.projects.insert(name);
                     }
                     dirty.everything = false;
+                    self.open(&dirty.projects);
                 }
                 Err(error) => tracing::warn!(%error, "the projects could not be listed"),
             }
@@ -125,6 +126,20 @@ impl Applier {
             let later = (Bound::Excluded(project), Bound::Unbounded);
             next = dirty.projects.range(later).next().cloned();
         }
+    }
+
+    /// Lets the gateway accept connections once it has every table. What cannot be applied is
+    /// reported later, and does not keep the others from being served.
+    fn open(&self, projects: &BTreeSet<ProjectName>) {
+        for project in projects {
+            let subject = Subject::Routing(project.clone());
+            if let Ok(folded) = self.bench.ledger.projections().shared::<Routing>(&subject)
+                && let Some(routing) = &folded.state
+            {
+                let _ = self.bring_up(project, routing);
+            }
+        }
+        self.gateway.open();
     }
 
     /// Brings the gateway to a project's newest table, and reports that it is there.
