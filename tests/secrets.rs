@@ -414,6 +414,13 @@ fn canaries_are_nowhere_but_where_they_belong() {
     server.check_replay();
     let logs = server.ok(&["logs", &second]).stdout;
     assert!(logs.matches("***").count() > 5, "{logs}");
+    // What a process prints stands in its file until it is carried from there.
+    let clusters = server.folder().data().join("clusters");
+    until("all output is carried", || {
+        let mut printed = canaries();
+        printed.look_in(&clusters, Path::new(""));
+        printed.is_clean().then_some(())
+    });
     assert!(server.stop().success());
     look_at_files(&server, &mut search);
     search.found_nothing(100);

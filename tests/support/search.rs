@@ -74,10 +74,13 @@ impl Search {
     }
 
     /// Looks at all files below a folder but those of one, and into those that are compressed.
+    /// What is taken away meanwhile is passed over.
     pub fn look_in(&mut self, folder: &Path, except: &Path) {
-        for entry in fs::read_dir(folder).unwrap() {
+        for entry in fs::read_dir(folder).into_iter().flatten() {
             let path = entry.unwrap().path();
-            let kind = fs::symlink_metadata(&path).unwrap().file_type();
+            let Ok(kind) = fs::symlink_metadata(&path).map(|m| m.file_type()) else {
+                continue;
+            };
             if path == except || kind.is_symlink() {
                 continue;
             }
@@ -93,6 +96,11 @@ impl Search {
                 }
             }
         }
+    }
+
+    /// Whether nothing was found so far.
+    pub fn is_clean(&self) -> bool {
+        self.found.is_empty()
     }
 
     /// Looks at what a command printed.
