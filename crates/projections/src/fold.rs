@@ -527,6 +527,14 @@ impl Fold {
                     put(&mut self.rows, keys::timer(due, *id), IVec::default());
                 }
             }
+            if marks.undecided != before.undecided {
+                let key = keys::undecided(&state.request.instance.project, *id);
+                if marks.undecided {
+                    put(&mut self.rows, key, IVec::default());
+                } else {
+                    remove(&mut self.rows, key);
+                }
+            }
         }
         Ok(())
     }

@@ -128,6 +128,16 @@ pub(crate) fn timer(due: Timestamp, deployment: DeploymentId) -> Vec<u8> {
     [TIMERS, &micros.to_be_bytes(), deployment.0.as_bytes()].concat()
 }
 
+/// A deployment whose plan waits to be allowed.
+pub(crate) fn undecided(project: &ProjectName, deployment: DeploymentId) -> Vec<u8> {
+    [undecided_of(project).as_slice(), deployment.0.as_bytes()].concat()
+}
+
+/// What the rows of all of a project whose plans wait to be allowed start with.
+pub(crate) fn undecided_of(project: &ProjectName) -> Vec<u8> {
+    [b"u", project.as_str().as_bytes(), b"\0"].concat()
+}
+
 /// The event of a request that carried an idempotency key.
 pub(crate) fn request(id: EventId) -> Vec<u8> {
     [b"k".as_slice(), id.0.as_bytes()].concat()
@@ -249,6 +259,7 @@ pub(crate) fn describe(key: &[u8]) -> String {
         Some(b'w') => format!("deployments that wait for build {}", uuid()),
         Some(b'k') => format!("request {}", uuid()),
         Some(b't') => "a timer".to_owned(),
+        Some(b'u') => "a deployment whose plan waits to be allowed".to_owned(),
         Some(b'x') => format!("list of deployments, at event {}", place()),
         Some(b'n') => format!("list of active deployments, at event {}", place()),
         Some(b'h') => format!("history of the deployment of event {}", place()),

@@ -518,6 +518,20 @@ impl Projections {
         Ok(found.into_iter().map(DeploymentId).collect())
     }
 
+    /// The deployments of a project whose plans wait to be allowed.
+    pub fn undecided(&self, project: &ProjectName) -> Result<Vec<DeploymentId>, QueryError> {
+        let prefix = keys::undecided_of(project);
+        let mut found = Vec::new();
+        self.inner
+            .table
+            .scan::<()>(&prefix, None, Way::Up, |key, _| {
+                let id = key.strip_prefix(prefix.as_slice());
+                found.extend(id.and_then(|id| Uuid::from_slice(id).ok()));
+                ControlFlow::Continue(())
+            })?;
+        Ok(found.into_iter().map(DeploymentId).collect())
+    }
+
     /// The deployments that wait for a time, the earliest first, at most so many. The times are
     /// exact to the microsecond.
     pub fn timers(&self, most: usize) -> Result<Vec<(Timestamp, DeploymentId)>, QueryError> {

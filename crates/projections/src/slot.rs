@@ -44,6 +44,8 @@ pub(crate) struct Marks {
     pub(crate) waits_for: Option<BuildId>,
     /// The time that it waits for.
     pub(crate) due: Option<Timestamp>,
+    /// It waits for people to allow its plan.
+    pub(crate) undecided: bool,
 }
 
 impl Marks {
@@ -52,6 +54,7 @@ impl Marks {
             active: is_active(state.status),
             waits_for: state.build.filter(|_| state.status.in_pipeline()),
             due: state.due(),
+            undecided: state.status == Status::AwaitingApproval,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use daybook_events::build::Build;
-use daybook_events::deployment::Deployment;
+use daybook_events::deployment::{Deployment, Status};
 use daybook_events::domain::Domain;
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
@@ -319,7 +319,14 @@ fn deployments_are_listed_newest_first_by_every_filter() {
                 .contains(id);
             assert_eq!(waiting, state.status.in_pipeline());
         }
+        let undecided = projections
+            .undecided(&state.request.instance.project)
+            .unwrap()
+            .contains(id);
+        assert_eq!(undecided, state.status == Status::AwaitingApproval);
     }
+    let mut undecided = all.iter().map(|(_, d)| d.status);
+    assert!(undecided.any(|s| s == Status::AwaitingApproval));
     let overview = projections.overview(None, None).unwrap();
     let shown: usize = overview
         .instances

@@ -88,13 +88,13 @@ impl Worker for Plans {
 
 impl Plans {
     async fn look_again(&self, a: &Activation) -> Result<(), Stop> {
-        let projections = self.0.ledger.projections();
-        for row in projections.active_deployments(a.subject.project(), None)? {
-            if row.state.status == Status::AwaitingApproval {
-                match step(&self.0, row.id).await {
-                    Ok(()) | Err(Stop::Moved(_)) => {}
-                    Err(other) => return Err(other),
-                }
+        let Some(project) = a.subject.project() else {
+            return Ok(());
+        };
+        for id in self.0.ledger.projections().undecided(project)? {
+            match step(&self.0, id).await {
+                Ok(()) | Err(Stop::Moved(_)) => {}
+                Err(other) => return Err(other),
             }
         }
         Ok(())
