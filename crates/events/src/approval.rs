@@ -193,7 +193,8 @@ fn values(state: &Deployment) -> BTreeMap<String, String> {
         set(format!("env.{key}"), value.clone());
     }
     for (name, volume) in &run.volumes {
-        set(format!("volume.{name}"), volume.path.clone());
+        let place = format!("{} in {}", volume.path, volume.variable(name));
+        set(format!("volume.{name}"), place);
     }
     for (key, secret) in &request.secrets {
         set(

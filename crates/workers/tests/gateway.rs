@@ -325,6 +325,45 @@ async fn changes_follow_on_the_table_in_force_and_leave_other_routes_alone() {
     assert_eq!(gateway.hostnames().len(), 3);
 }
 
+/// Two projects take a host name over from each other: neither table can be applied before the
+/// other one, unless the names are released first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_released_hostname_leads_where_it_led_until_another_project_routes_it() {
+    let one = TestApp::start(&["--text", "one"]);
+    let two = TestApp::start(&["--text", "two"]);
+    let gateway = gateway().await;
+    let (first, second) = (known(&gateway, &one), known(&gateway, &two));
+    let table = |name: &str, revision, hostname: &str, deployment| RouteTable {
+        project: project(name),
+        revision,
+        routes: [(
+            host(hostname),
+            Route {
+                backends: vec![backend(deployment, "one", 1)],
+                policy: ClusterPolicy::Simple,
+                internal: None,
+            },
+        )]
+        .into(),
+    };
+    gateway.apply(table("a", 1, "x.localhost", first)).unwrap();
+    gateway.apply(table("b", 1, "y.localhost", second)).unwrap();
+    let swapped = table("a", 2, "y.localhost", first);
+    assert!(matches!(
+        gateway.apply(swapped.clone()),
+        Err(ApplyError::HostTaken { .. })
+    ));
+    gateway.release(&project("b"), &host("y.localhost"));
+    assert_eq!(body(&get(gateway.addr(), "y.localhost", "/").await), "two");
+    gateway.apply(swapped).unwrap();
+    gateway.apply(table("b", 2, "x.localhost", second)).unwrap();
+    assert_eq!(body(&get(gateway.addr(), "y.localhost", "/").await), "one");
+    assert_eq!(body(&get(gateway.addr(), "x.localhost", "/").await), "two");
+    // What somebody else has is nobody else's to release.
+    gateway.release(&project("b"), &host("y.localhost"));
+    assert_eq!(gateway.hostnames()[&host("y.localhost")], project("a"));
+}
+
 /// Eight kept-alive connections under constant load, while the route goes back and forth: no
 /// request fails, and one that starts after `apply` has returned meets the new deployment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

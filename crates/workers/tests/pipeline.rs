@@ -21,7 +21,8 @@ use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
 use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition};
 use daybook_events::{
     Actor, AggregateKind, ClusterName, Context, DeploymentId, EventId, EventLog, Folded, GitRef,
-    Hostname, InstanceRef, Position, Subject, SubjectFilter, deployment, environment, project,
+    Hostname, InstanceRef, Position, ProjectName, Subject, SubjectFilter, deployment, environment,
+    project,
 };
 use daybook_projections::{Ledger, Projections};
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLines, EmbeddedLog, LineRetention};
@@ -210,7 +211,10 @@ impl World {
     }
 
     async fn prepare(&self) {
-        let i = instance();
+        self.prepare_for(&instance()).await;
+    }
+
+    async fn prepare_for(&self, i: &InstanceRef) {
         let created = ProjectEvent::Created(project::Created {
             name: i.project.clone(),
             description: None,
@@ -261,11 +265,20 @@ impl World {
 
     /// Waits until the route table of the project is so.
     async fn routes(&self, what: &str, is_so: impl Fn(&Routing) -> bool) -> Routing {
+        self.routes_of(&instance().project, what, is_so).await
+    }
+
+    async fn routes_of(
+        &self,
+        project: &ProjectName,
+        what: &str,
+        is_so: impl Fn(&Routing) -> bool,
+    ) -> Routing {
         let mut changes = self.ledger.projections().changes();
         let projections = self.ledger.projections();
         let waited = tokio::time::timeout(Duration::from_secs(30), async {
             loop {
-                if let Some(routing) = projections.routing(&instance().project).unwrap()
+                if let Some(routing) = projections.routing(project).unwrap()
                     && is_so(&routing)
                 {
                     return routing;
@@ -274,7 +287,7 @@ impl World {
             }
         });
         let waited = waited.await;
-        waited.unwrap_or_else(|_| panic!("{what}: {:#?}", projections.routing(&instance().project)))
+        waited.unwrap_or_else(|_| panic!("{what}: {:#?}", projections.routing(project)))
     }
 
     async fn request_version(&self, version: Version, switch: SwitchMode) -> DeploymentId {
@@ -999,6 +1012,35 @@ async fn a_hostname_that_a_gateway_cannot_take_in_is_given_up_and_stops_nothing_
             .status,
         Status::Started
     );
+    world.stop().await;
+}
+
+/// A gateway that lags behind still leads a hostname for the project that gave it up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hostname_is_taken_in_from_a_project_that_has_given_it_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path(), &Ports::default()).await;
+    let books: InstanceRef = "books.production.web".parse().unwrap();
+    let www = Hostname::parse("www.example.com").unwrap();
+    // What the gateway has of that project is older than what the ledger has.
+    occupy(&world.gateway, "books", &www);
+    for instance in [&books, &instance()] {
+        world.prepare_for(instance).await;
+        world
+            .request_of(instance.clone(), of_git("main"), SwitchMode::Automatic)
+            .await;
+    }
+    let served = |r: &Routing| r.table > 0 && r.applied.get("local") == Some(&r.table);
+    world
+        .routes_of(&books.project, "books are served", served)
+        .await;
+    world.routes("the shop is served", served).await;
+    world.claim(&www).await;
+    let claimed = world.routes("the hostname is served", |r| {
+        served(r) && r.routes.contains_key(&www)
+    });
+    assert!(claimed.await.recent.iter().all(|s| s.undoes.is_none()));
+    assert_eq!(world.gateway.hostnames()[&www].as_str(), "shop");
     world.stop().await;
 }
 

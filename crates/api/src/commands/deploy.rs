@@ -7,6 +7,7 @@ use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
     self, Deployment, DeploymentEvent, PromotedFrom, Requested, Status, SwitchMode, Version,
 };
+use daybook_events::environment::Environment;
 use daybook_events::secret::{self, SecretRef};
 use daybook_events::spec::{HealthSpec, ImageReference, RunSpec, ServiceSpec};
 use daybook_events::{
@@ -119,9 +120,21 @@ impl Commands {
         if let Some((done, _)) = self.earlier(caller).await? {
             return Ok(Deployed { id, done });
         }
-        let (service, _) = self.deployable(&wish.instance)?;
-        let version = self.version(&wish.instance, &service, wish.what.clone())?;
-        self.release(caller, id, wish, version, None).await
+        let made_from = self.deployable(&wish.instance)?;
+        self.deploy_as(caller, id, wish, made_from).await
+    }
+
+    /// Requests a deployment of what a service is defined as, to an environment as it was read.
+    pub(super) async fn deploy_as(
+        &self,
+        caller: &Caller,
+        id: DeploymentId,
+        wish: Deploy,
+        made_from: (ServiceSpec, Environment),
+    ) -> Result<Deployed, CommandError> {
+        let version = self.version(&wish.instance, &made_from.0, wish.what.clone())?;
+        self.release(caller, id, wish, made_from, version, None)
+            .await
     }
 
     /// Requests a deployment of the image, by its digest, that a deployment of another environment
@@ -182,7 +195,8 @@ impl Commands {
             run: wish.run,
             reason: wish.reason,
         };
-        self.release(caller, id, wish, version, Some(promoted_from))
+        let made_from = self.deployable(&wish.instance)?;
+        self.release(caller, id, wish, made_from, version, Some(promoted_from))
             .await
     }
 
@@ -203,11 +217,11 @@ impl Commands {
         caller: &Caller,
         id: DeploymentId,
         wish: Deploy,
+        (service, environment): (ServiceSpec, Environment),
         version: Version,
         promoted_from: Option<PromotedFrom>,
     ) -> Result<Deployed, CommandError> {
         check::text("reason", wish.reason.as_deref())?;
-        let (service, environment) = self.deployable(&wish.instance)?;
         let clusters = wish.clusters.unwrap_or(environment.spec.clusters);
         self.clusters(&clusters)?;
         let mut run = service.run;

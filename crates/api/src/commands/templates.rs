@@ -43,6 +43,7 @@ impl Commands {
             .template
             .resolve(instance.service.clone(), &wish.parameters)?;
         check::run(&resolved.spec.run)?;
+        self.clusters(&environment.spec.clusters)?;
         self.can_be_given(&instance, &wish.template)?;
         self.define(caller, &instance, resolved.clone()).await?;
         self.give_secrets(caller, &instance, &wish.template).await?;
@@ -59,7 +60,10 @@ impl Commands {
             run: RunOverrides::default(),
             reason: wish.reason,
         };
-        self.deploy(caller, wish).await
+        // Somebody may have defined the service otherwise since: what was resolved is deployed.
+        let id = caller.deployment_id();
+        self.deploy_as(caller, id, wish, (resolved.spec, environment))
+            .await
     }
 
     async fn define(

@@ -250,9 +250,11 @@ impl Weekly {
             }
         }
         let (from, until) = found.filter(|(_, until)| *until > now)?;
+        // What goes on for longer than a week without a gap goes on for ever.
+        let ends = until.duration_since(from) < SignedDuration::from_hours(8 * 24);
         Some(Occurrence {
             from,
-            until: Some(until),
+            until: ends.then_some(until),
         })
     }
 
@@ -349,6 +351,18 @@ mod tests {
             until: until.map(at),
         };
         assert_eq!(rule.next(at(now)), Some(expected), "{rule} at {now}");
+    }
+
+    #[test]
+    fn a_week_without_a_gap_never_ends() {
+        use Day::{Fri, Mon, Sat, Sun, Thu, Tue, Wed};
+        let whole = [Mon, Tue, Wed, Thu, Fri, Sat, Sun];
+        let now: Timestamp = "2026-11-21T12:00:00Z".parse().unwrap();
+        let always = weekly(&whole, "00:00", "24h", "Europe/Berlin");
+        let found = always.next(now).unwrap();
+        assert!(found.from < now && found.until.is_none(), "{found:?}");
+        let almost = weekly(&whole[1..], "00:00", "24h", "Europe/Berlin");
+        assert!(almost.next(now).unwrap().until.is_some());
     }
 
     #[test]

@@ -211,6 +211,15 @@ impl Gateway {
         Ok(applied)
     }
 
+    /// Lets another project route a host name that this one has given up in a table which is not
+    /// in force yet. Until one does it leads where it led.
+    ///
+    /// The tables of projects are applied one by one: without this, two that take host names over
+    /// from each other would each wait for the other one.
+    pub fn release(&self, project: &ProjectName, hostname: &Hostname) {
+        self.shared.lock().release(project, hostname);
+    }
+
     /// The revision of a project's table that requests are routed by.
     pub fn revision(&self, project: &ProjectName) -> Option<u64> {
         self.shared.lock().revision(project)

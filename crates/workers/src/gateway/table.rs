@@ -236,6 +236,15 @@ impl Routing {
         Ok(Applied::Switched)
     }
 
+    /// Takes a host name from its project, and leaves its route for the next owner to replace.
+    pub(super) fn release(&mut self, project: &ProjectName, hostname: &Hostname) {
+        if let Some(table) = self.tables.get_mut(project)
+            && table.hostnames.remove(hostname)
+        {
+            self.owners.remove(hostname);
+        }
+    }
+
     /// Has an internal address lead where a host name leads. No host name looks like one.
     fn lead_internal(&mut self, hostname: &Hostname, address: Option<Ipv4Addr>) {
         for address in self.internal.set(hostname, address) {

@@ -7,6 +7,7 @@
 use async_trait::async_trait;
 use daybook_events::deployment::{Deployment, DeploymentEvent};
 use daybook_events::freeze::{self, Freezes as Windows, Held, Verdict, judge};
+use daybook_events::spec::RunSpec;
 use daybook_events::{
     Actor, AggregateKind, Context, DeploymentId, EventId, InstanceRef, Subject, SubjectFilter,
 };
@@ -113,12 +114,23 @@ fn waits(held: &Held, windows: &Windows) -> String {
     format!("waits: its environment is frozen by {} {end}", held.freeze)
 }
 
-/// Whether a deployment repeats one that was the main one of its instance before: then it is a way
-/// back, which no freeze bars.
+/// Whether a deployment repeats one that was the main one of its instance before, and changes
+/// nothing of it: then it is a way back, which no freeze bars.
 fn is_way_back(bench: &Bench, state: &Deployment) -> Result<bool, Stop> {
     let Some(of) = state.request.redeploy_of else {
         return Ok(false);
     };
+    let Some(before) = bench.row(of)? else {
+        return Ok(false);
+    };
+    // How many run is no part of what was live.
+    let run = RunSpec {
+        replicas: before.state.request.run.replicas,
+        ..state.request.run.clone()
+    };
+    if run != before.state.request.run {
+        return Ok(false);
+    }
     let instance = &state.request.instance;
     let routing = bench.ledger.projections().routing(&instance.project)?;
     let traffic = routing.as_ref().and_then(|r| r.traffic(instance));

@@ -151,23 +151,15 @@ impl Applier {
             return Ok(());
         };
         daybook_failpoints::reached("route.before");
-        let mut switched = self.switch(project, routing)?;
+        let mut applied = self.bring_up(project, routing)?;
         // The owner before has given it up, or it could not have been claimed: its table says so,
-        // and was not applied yet.
-        if let Err(ApplyError::HostTaken { owner, .. }) = &switched
-            && let owner = Subject::Routing(owner.clone())
-            && let Some(before) = owner.project()
-            && let Some(routing_before) = &projections.shared::<Routing>(&owner)?.state
+        // and was not applied yet, perhaps as it waits for a host name itself.
+        while let Err(ApplyError::HostTaken { hostname, owner }) = &applied
+            && self.has_given_up(owner, hostname)?
         {
-            // If that cannot be applied either, this one says so.
-            let _ = self.bring_up(before, routing_before)?;
-            switched = self.switch(project, routing)?;
+            self.gateway.release(owner, hostname);
+            applied = self.bring_up(project, routing)?;
         }
-        let applied = match switched {
-            // The gap is no longer known: the table as a whole closes it.
-            Err(ApplyError::Missed { .. }) => self.replace(project, routing)?,
-            other => other,
-        };
         daybook_failpoints::reached("route.after");
         let table = routing.table;
         let rejected = match applied {
@@ -209,6 +201,18 @@ impl Applier {
             })
             .await
             .map(|_| ())
+    }
+
+    /// Whether a project's newest table leads a host name nowhere.
+    fn has_given_up(&self, owner: &ProjectName, hostname: &Hostname) -> Result<bool, Stop> {
+        let subject = Subject::Routing(owner.clone());
+        let folded = self
+            .bench
+            .ledger
+            .projections()
+            .shared::<Routing>(&subject)?;
+        let routing = folded.state.as_ref();
+        Ok(routing.is_some_and(|r| !r.routes.contains_key(hostname)))
     }
 
     /// Applies a project's newest table, whatever the gateway has.
