@@ -13,7 +13,7 @@ fn an_image_goes_to_a_registry_and_is_deployed_from_there_by_tag_and_by_digest()
     let prefix = format!("{}/team", registry.host());
     let settings = Settings::default().arg("--image-prefix").arg(&prefix);
     let server = Server::start(settings);
-    let source = application("--text from-a-registry");
+    let source = application("--text from-a-registry --describe Shop");
     server.define("shop", "web", &source, &[]);
     let built = server.deploy("shop.production.web", &[]);
     let image = server.deployment(&built)["image"].clone();
@@ -21,6 +21,17 @@ fn an_image_goes_to_a_registry_and_is_deployed_from_there_by_tag_and_by_digest()
     assert_eq!(image["repository"], repository.as_str());
     let tag = image["tag"].as_str().unwrap().to_owned();
     let digest = image["digest"].as_str().unwrap().to_owned();
+
+    // What it took, and what it says of itself.
+    until("its API description", || {
+        (server.deployment(&built)["openapi"]["title"] == "Shop").then_some(())
+    });
+    let shown = server.deployment(&built);
+    assert!(shown["durations"]["image_pull_ms"].is_u64(), "{shown:#}");
+    let shown = server.ok(&["status", &built]).stdout;
+    for part in ["/openapi.json Shop 1", " in all, queue ", ", image pull "] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
 
     // A service that is nothing but an image.
     server.ok(&["service", "create", "shop", "copy"]);
@@ -34,6 +45,9 @@ fn an_image_goes_to_a_registry_and_is_deployed_from_there_by_tag_and_by_digest()
         let answer = server.get_from("copy.shop.localhost", "/", &id);
         assert_eq!(answer.body, "from-a-registry");
         assert_eq!(server.deployment(&id)["image"]["digest"], digest.as_str());
+        // It is there already.
+        let took = server.deployment(&id)["durations"].clone();
+        assert!(took["image_pull_ms"].is_null(), "{took}");
         let kinds = server.kinds(&id);
         assert!(!kinds.iter().any(|k| k.contains("building")), "{kinds:?}");
     }

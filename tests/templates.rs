@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use daybook_testkit::git::git;
 use serde_json::Value;
 
-use crate::support::{Done, Server, Settings, application, site, until};
+use crate::support::{Done, Server, Settings, application, processes_of, site, until};
 
 const INSTANCE: &str = "shop.production.web";
 const HOST: &str = "web.shop.localhost";
@@ -41,6 +42,16 @@ service:
         path: /count
         env: COUNT_DIR
 "#;
+
+/// A variable of the process that runs a deployment.
+fn variable(deployment: &str, name: &str) -> String {
+    let process = until("its process", || processes_of(deployment).first().copied());
+    let all = fs::read(format!("/proc/{process}/environ")).unwrap();
+    let prefix = format!("{name}=");
+    let all = String::from_utf8(all).unwrap();
+    let value = all.split('\0').find_map(|v| v.strip_prefix(&prefix));
+    value.unwrap_or_else(|| panic!("no {name}")).to_owned()
+}
 
 fn start(settings: Settings) -> Server {
     let server = Server::start(settings);
@@ -163,12 +174,23 @@ fn a_volume_and_a_secret_stay_from_one_deployment_to_the_next() {
     };
     let (first, body) = deploy(&server, "hello");
     assert_eq!(body, "hello 1 32");
-    let (_, body) = deploy(&server, "bye");
+    let (second, body) = deploy(&server, "bye");
     assert_eq!(body, "bye 2 32");
-    // The secret was made once, and its value is nowhere but in the secret store.
+    // The secret was made once, and its value is nowhere but in the secret store and its process.
     let secrets = event(&server, "project.secret_set");
     assert_eq!(secrets.len(), 1, "{secrets:?}");
-    assert!(!server.deployment(&first)["id"].is_null());
+    let value = variable(&second, "TOKEN");
+    assert_eq!(value.len(), 32);
+    let shown = [
+        server.ok(&["events", "--output", "json"]).stdout,
+        server.ok(&["logs", &first]).stdout,
+        server.ok(&["logs", &second]).stdout,
+        server.ok(&["status", &second, "--output", "json"]).stdout,
+        git(&server.gitops("shop"), &["grep", "-h", "", "main"]),
+    ];
+    for text in shown {
+        assert!(!text.is_empty() && !text.contains(&value), "{text}");
+    }
 
     // Nothing needs the catalogue any more.
     server.kill();

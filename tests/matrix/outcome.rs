@@ -11,14 +11,16 @@ use crate::scenario::Cast;
 use crate::stage::Stage;
 use crate::support::{Done, daybook};
 
-/// Events that may be there more often after a crash, because what they tell happened more often: a
-/// build's further attempts, and what was seen of processes before and after.
-const MAY_REPEAT: [&str; 5] = [
+/// Events that may be there more or less often after a crash, because what they tell did: a build's
+/// further attempts, what was seen of processes before and after, and images that were there when
+/// their processes were taken over.
+const MAY_REPEAT: [&str; 6] = [
     "build.started",
     "build.builder_started",
     "build.push_started",
     "deployment.workload_observed",
     "deployment.endpoint_observed",
+    "deployment.image_pulled",
 ];
 
 /// What is there at the end.

@@ -196,13 +196,14 @@ fn unpack(headers: &HeaderMap, input: Vec<u8>) -> Result<Vec<u8>, GitRefusal> {
 }
 
 /// `git` without anybody's configuration.
-fn git() -> Command {
-    let mut command = Command::new("git");
+pub(crate) fn git() -> std::process::Command {
+    let mut command = std::process::Command::new("git");
     command
         .env_clear()
         .env("LC_ALL", "C")
         .env("GIT_CONFIG_NOSYSTEM", "1")
         .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .env("GIT_NO_REPLACE_OBJECTS", "1")
         .env("GIT_TERMINAL_PROMPT", "0");
     if let Some(path) = std::env::var_os("PATH") {
         command.env("PATH", path);
@@ -244,7 +245,7 @@ pub(crate) async fn diff(
     };
     let root = state.settings.git_root.as_ref().ok_or_else(missing)?;
     let _place = place()?;
-    let mut child = git()
+    let mut child = Command::from(git())
         .arg("--git-dir")
         .arg(root.join(format!("{project}.git")))
         .args([
@@ -334,7 +335,7 @@ impl Run {
                 "too many clones at once; try again in a moment",
             )
         })?;
-        let mut command = git();
+        let mut command = Command::from(git());
         if let Some(protocol) = &self.protocol {
             command.env("GIT_PROTOCOL", protocol);
         }

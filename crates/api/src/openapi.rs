@@ -211,6 +211,7 @@ sent! {
     routes::approvals::ApprovalDetail, routes::approvals::DecideOnPlan, routes::approvals::LetThrough,
     routes::projects::CreateProject, routes::projects::DefineService,
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
+    routes::projects::PatchEnvironment,
     routes::deployments::CreateDeployment, routes::deployments::Why,
     routes::deployments::MarkMain, routes::deployments::RedeployOptions,
     routes::deployments::RetryIn,

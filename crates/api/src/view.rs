@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
-    Cancelled, ClusterState, Deployment, Operation, Phase, Possibility, PromotedFrom, Readiness,
-    Status, SwitchMode, Version, WorkloadObserved,
+    Cancelled, ClusterState, Deployment, OpenapiFound, Operation, Phase, Possibility, PromotedFrom,
+    Readiness, Status, SwitchMode, Version, WorkloadObserved,
 };
 use daybook_events::environment::{Environment, EnvironmentSpec, EnvironmentStatus};
 use daybook_events::freeze::{Freeze, FreezeRule, Freezes};
@@ -350,6 +350,9 @@ pub(crate) struct DeploymentDetail {
     pub(crate) commit: Option<CommitId>,
     /// The newest GitOps commit about it.
     pub(crate) revision: Option<CommitId>,
+    /// The OpenAPI document that it serves, if it was found to serve one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) openapi: Option<OpenapiFound>,
     /// Instances in each cluster that are asked for while it runs.
     pub(crate) replicas: u32,
     /// The addresses that lead to it.
@@ -378,7 +381,7 @@ pub(crate) struct DeploymentDetail {
     pub(crate) promoted_from: Option<PromotedFrom>,
     /// What it is made from, as it was when it was asked for.
     pub(crate) snapshot: Snapshot,
-    /// How manieth event of it this shows.
+    /// The number of the event that this shows, among those of its aggregate.
     pub(crate) event_revision: u32,
 }
 
@@ -436,6 +439,8 @@ pub(crate) struct Durations {
     pub(crate) queue_ms: Option<i64>,
     /// From then until its image was pinned.
     pub(crate) build_ms: Option<i64>,
+    /// For its image to be fetched, in the cluster where that took longest; none if it was there.
+    pub(crate) image_pull_ms: Option<u64>,
     /// From its GitOps commit until it was live.
     pub(crate) startup_ms: Option<i64>,
     /// From the request until it was live, failed or was cancelled.
@@ -562,8 +567,10 @@ impl From<&Cancelled> for CancelledView {
 /// What a deployment is made from.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Snapshot {
-    /// The source or the image.
+    /// The source or the image, as it was asked for.
     pub(crate) version: Version,
+    /// The image that this led to, by its digest; none before it is pinned.
+    pub(crate) image: Option<PinnedImage>,
     /// How it is built.
     pub(crate) build: BuildSpec,
     /// Where its image goes, if its service says so.
@@ -812,6 +819,7 @@ impl<'a> Shown<'a> {
             image: state.image.clone(),
             commit: state.commit.clone(),
             revision: newest.or_else(|| state.commit.clone()),
+            openapi: state.openapi.clone(),
             access: AccessUrls::of(row, &hostnames, self.gateway, self.domain),
             hostnames,
             failure: state.failure.as_ref().map(|f| FailureView {
@@ -831,6 +839,7 @@ impl<'a> Shown<'a> {
             replicas: state.replicas,
             snapshot: Snapshot {
                 version: state.request.version.clone(),
+                image: state.image.clone(),
                 build: state.request.build.clone(),
                 image_repository: state.request.image_repository.clone(),
                 run: state.request.run.clone(),
@@ -957,6 +966,7 @@ fn durations(state: &Deployment) -> Durations {
     Durations {
         queue_ms: between(requested, taken_on),
         build_ms: between(first(&[Status::Cloning]), pinned),
+        image_pull_ms: state.image_pulls.values().max().copied(),
         startup_ms: between(first(&[Status::Deploying]), live),
         total_ms: between(requested, ended),
     }

@@ -19,7 +19,7 @@ pub enum Role {
     Route,
     /// Asks the public addresses.
     Probe,
-    /// Stops by themselves what is scheduled to be stopped.
+    /// Does what falls due: scheduled stops, ends of freezes, approvals that expire.
     Timers,
     /// The local gateway, which serves the routes.
     Gateway,

@@ -42,7 +42,7 @@ pub fn event_schema(kind: &str, payload: Schema) -> serde_json::Value {
             "datacontenttype": { "const": "application/json" },
             "revision": {
                 "type": "integer", "minimum": 1, "maximum": 2_147_483_647_u32,
-                "description": "How manieth event of its aggregate this is."
+                "description": "Its number among the events of its aggregate, from 1."
             },
             "correlationid": uuid("The request or run that it belongs to."),
             "causationid": uuid("The event that directly led to it."),

@@ -702,6 +702,7 @@ mod tests {
                 "deployment.emergency_freeze_override.v1",
                 "deployment.emergency_override.v1",
                 "deployment.held.v1",
+                "deployment.image_pulled.v1",
                 "deployment.openapi_found.v1",
                 "deployment.post_review_completed.v1",
                 "deployment.released.v1",

@@ -350,6 +350,7 @@ pub const TRANSITIONS: &[Transition] = &{
             ],
             None,
         ),
+        t("deployment.image_pulled.v1", COMMITTED, None),
         t(
             "deployment.openapi_found.v1",
             &[Deploying, Started, PartiallyStarted],
@@ -860,6 +861,15 @@ pub struct EndpointObserved {
     pub message: Option<String>,
 }
 
+/// A cluster had not had the image, and has fetched it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ImagePulled {
+    /// Where.
+    pub cluster: ClusterName,
+    /// How long that took, in milliseconds.
+    pub took_ms: u64,
+}
+
 /// The workload serves an OpenAPI document.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct OpenapiFound {
@@ -999,6 +1009,8 @@ events! {
         WorkloadObserved(WorkloadObserved) = "deployment.workload_observed.v1",
         /// Its public address was looked at.
         EndpointObserved(EndpointObserved) = "deployment.endpoint_observed.v1",
+        /// A cluster has fetched its image.
+        ImagePulled(ImagePulled) = "deployment.image_pulled.v1",
         /// It serves an OpenAPI document.
         OpenapiFound(OpenapiFound) = "deployment.openapi_found.v1",
         /// It is live.
@@ -1164,6 +1176,9 @@ pub struct Deployment {
     pub overtaken: Vec<DeploymentId>,
     /// What was last seen of its addresses.
     pub endpoints: Few<Hostname, EndpointObserved>,
+    /// How long clusters took to fetch its image first, in milliseconds: those that did not have
+    /// it.
+    pub image_pulls: Few<ClusterName, u64>,
     /// Its API description.
     pub openapi: Option<OpenapiFound>,
     /// Somebody asked to cancel it.
@@ -1392,6 +1407,7 @@ impl Aggregate for Deployment {
             change: None,
             observed: Few::default(),
             endpoints: Few::default(),
+            image_pulls: Few::default(),
             openapi: None,
             cancel: None,
             failure: None,
@@ -1515,6 +1531,11 @@ impl Aggregate for Deployment {
                     host,
                 );
                 self.endpoints.insert(e.hostname.clone(), e);
+            }
+            DeploymentEvent::ImagePulled(e) => {
+                if self.image_pulls.get(&e.cluster).is_none() {
+                    self.image_pulls.insert(e.cluster, e.took_ms);
+                }
             }
             DeploymentEvent::OpenapiFound(e) => self.openapi = Some(e),
             DeploymentEvent::Succeeded(_) | DeploymentEvent::RestartDone(_) => {
@@ -1682,6 +1703,7 @@ pub fn decide(
             o.wanted == e.wanted && o.instances == e.instances && o.problem == e.problem
         }),
         DeploymentEvent::EndpointObserved(e) => state.endpoints.get(&e.hostname) == Some(e),
+        DeploymentEvent::ImagePulled(e) => state.image_pulls.get(&e.cluster).is_some(),
         DeploymentEvent::OpenapiFound(e) => state.openapi.as_ref() == Some(e),
         DeploymentEvent::CancelRequested(_) => {
             state.cancel.is_some() || state.status == Status::Cancelled

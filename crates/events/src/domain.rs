@@ -20,7 +20,7 @@ use crate::subject::AggregateKind;
 pub struct Claimed {
     /// The hostname.
     pub hostname: Hostname,
-    /// How manieth claim of it this is.
+    /// The number of this claim among those of the hostname, from 1.
     pub number: u32,
     /// The instance.
     pub instance: InstanceRef,

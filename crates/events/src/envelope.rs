@@ -76,7 +76,7 @@ pub struct Event {
     pub recordedtime: Timestamp,
     /// `application/json`.
     pub datacontenttype: String,
-    /// How manieth event of its aggregate this is, from 1. Of two events that claim the same
+    /// Its number among the events of its aggregate, from 1. Of two events that claim the same
     /// revision the first in log order counts, and the other is void.
     pub revision: u32,
     /// The request or run that all of this belongs to: for a deployment, its id.
@@ -148,7 +148,7 @@ pub struct EventView<'a> {
     pub recordedtime: Timestamp,
     #[serde(borrow, rename = "datacontenttype")]
     _datacontenttype: Cow<'a, str>,
-    /// How manieth event of its aggregate this is, from 1.
+    /// Its number among the events of its aggregate, from 1.
     pub revision: u32,
     /// The request or run that all of this belongs to.
     pub correlationid: Uuid,

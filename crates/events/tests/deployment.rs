@@ -53,55 +53,55 @@ const LIFE: &[(Status, &str, &str)] = &[
     (
         Status::Deploying,
         "succeeded partially_succeeded failed cancelled",
-        "workload_observed endpoint_observed openapi_found cancel_requested cluster_failed \
+        "workload_observed image_pulled endpoint_observed openapi_found cancel_requested cluster_failed \
          stop_scheduled stop_unscheduled",
     ),
     (
         Status::Started,
         "stop_requested",
-        "workload_observed endpoint_observed openapi_found stop_scheduled stop_unscheduled \
+        "workload_observed image_pulled endpoint_observed openapi_found stop_scheduled stop_unscheduled \
          change_committed scale_requested",
     ),
     (
         Status::PartiallyStarted,
         "succeeded stop_requested terminate_requested",
-        "workload_observed endpoint_observed openapi_found cluster_failed retry_requested \
+        "workload_observed image_pulled endpoint_observed openapi_found cluster_failed retry_requested \
          cluster_retried stop_scheduled stop_unscheduled",
     ),
     (
         Status::Stopping,
         "stopped stop_failed",
-        "workload_observed endpoint_observed change_committed",
+        "workload_observed image_pulled endpoint_observed change_committed",
     ),
     (
         Status::Stopped,
         "start_requested terminate_requested",
-        "workload_observed endpoint_observed",
+        "workload_observed image_pulled endpoint_observed",
     ),
     (
         Status::Starting,
         "started partially_succeeded start_failed",
-        "workload_observed endpoint_observed change_committed cluster_failed cluster_retried",
+        "workload_observed image_pulled endpoint_observed change_committed cluster_failed cluster_retried",
     ),
     (
         Status::StartError,
         "start_requested stop_requested terminate_requested",
-        "workload_observed",
+        "workload_observed image_pulled",
     ),
     (
         Status::StopError,
         "stop_requested terminate_requested",
-        "workload_observed",
+        "workload_observed image_pulled",
     ),
     (
         Status::Terminating,
         "terminated terminate_failed",
-        "workload_observed change_committed",
+        "workload_observed image_pulled change_committed",
     ),
     (
         Status::TerminateError,
         "terminate_requested",
-        "workload_observed",
+        "workload_observed image_pulled",
     ),
     (Status::Terminated, "deleted", ""),
     (Status::Failed, "deleted", "change_committed"),
@@ -254,6 +254,7 @@ fn what_is_repeated_changes_nothing() {
             format!("{TO_DEPLOYING} endpoint_observed"),
             "endpoint_observed",
         ),
+        (format!("{TO_DEPLOYING} image_pulled"), "image_pulled"),
         (format!("{TO_DEPLOYING} openapi_found"), "openapi_found"),
         (
             format!("{TO_DEPLOYING} cancel_requested"),

@@ -106,6 +106,7 @@ impl Seen {
                     wanted: 0,
                     instances: self.instances(deployment, None),
                     problem: None,
+                    image_pull: None,
                 });
             }
         }
@@ -141,6 +142,7 @@ impl Seen {
             wanted,
             instances,
             problem,
+            image_pull: None,
         }
     }
 

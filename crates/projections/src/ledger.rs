@@ -36,7 +36,7 @@ pub enum Executed {
     Appended {
         /// Where.
         position: Position,
-        /// How manieth of its aggregate it is.
+        /// Its number among the events of its aggregate, from 1.
         revision: u32,
     },
     /// Its event was there already: the command is a repetition.

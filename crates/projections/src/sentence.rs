@@ -387,6 +387,15 @@ fn deployment<'a>(
             ),
             e.message.as_ref(),
         ),
+        E::ImagePulled(e) => plain(
+            out,
+            format_args!(
+                "{} has fetched its image in {}.{:03} s.",
+                e.cluster,
+                e.took_ms / 1000,
+                e.took_ms % 1000
+            ),
+        ),
         E::OpenapiFound(e) => plain(
             out,
             format_args!("It serves an OpenAPI document at {}.", e.path),

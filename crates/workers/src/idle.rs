@@ -314,6 +314,7 @@ impl Target for IdleTarget {
                     .map(|n| instance(*id, n))
                     .collect(),
                 problem: None,
+                image_pull: None,
             })
             .collect();
         self.app(app, |status| {

@@ -1,6 +1,8 @@
 //! The port to what deployments run on. A target converges to the GitOps repository and tells
 //! what it observes; it decides nothing.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use daybook_events::{
     ClusterName, CommitId, DeploymentId, EnvironmentName, ProjectName, ServiceName,
@@ -46,6 +48,9 @@ pub struct ReleaseStatus {
     pub instances: Vec<InstanceStatus>,
     /// Why it is not (or no longer) as asked for.
     pub problem: Option<Problem>,
+    /// How long its image took to be fetched; none if it was there, or that is not known.
+    #[serde(default)]
+    pub image_pull: Option<Duration>,
 }
 
 impl ReleaseStatus {

@@ -793,6 +793,7 @@ async fn get_at(addr: SocketAddr) -> std::io::Result<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_internal_address_leads_to_one_host_name_without_being_told_which() {
     let internal = Ipv4Addr::new(127, 83, 12, 7);
+    let other = Ipv4Addr::new(127, 83, 12, 8);
     if std::net::TcpListener::bind((internal, 0)).is_err() {
         return daybook_testkit::left_out("this system has but one loopback address");
     }
@@ -810,7 +811,10 @@ async fn an_internal_address_leads_to_one_host_name_without_being_told_which() {
                 let route = Route {
                     backends: vec![backend(*deployment, "one", 1)],
                     policy: ClusterPolicy::Simple,
-                    internal: Some(internal),
+                    internal: match *hostname {
+                        "c.localhost" => Some(other),
+                        _ => Some(internal),
+                    },
                 };
                 (host(hostname), route)
             })
@@ -832,7 +836,13 @@ async fn an_internal_address_leads_to_one_host_name_without_being_told_which() {
     // When nothing wants it any more, nobody listens there.
     gateway.apply(table(5, &[])).unwrap();
     eventually_refused(at).await;
+    // Where somebody else listens it is tried again with what is switched later.
+    let somebody = std::net::TcpListener::bind(at).unwrap();
     gateway.apply(table(6, &[("a.localhost", first)])).unwrap();
+    drop(somebody);
+    eventually_refused(at).await;
+    let both = [("a.localhost", first), ("c.localhost", second)];
+    gateway.apply(table(7, &both)).unwrap();
     assert_eq!(body(&get_at(at).await.unwrap()), "one");
     gateway.shutdown(Duration::from_secs(1)).await;
     eventually_refused(at).await;

@@ -161,6 +161,12 @@ pub(super) fn text(what: &str, value: Option<&str>) -> Result<(), Refusal> {
     ))
 }
 
+/// What a service is defined as, by hand or by a template.
+pub(super) fn service(spec: &ServiceSpec) -> Result<(), Refusal> {
+    run(&spec.run)?;
+    arguments("build command", &spec.build.command)
+}
+
 /// Refuses a definition that nothing could run.
 pub(super) fn run(run: &RunSpec) -> Result<(), Refusal> {
     if run.replicas == 0 || run.replicas > 100 {
@@ -211,7 +217,7 @@ pub(super) fn run(run: &RunSpec) -> Result<(), Refusal> {
 }
 
 /// Refuses a command line that no process could be started with.
-pub(super) fn arguments(what: &str, command: &[String]) -> Result<(), Refusal> {
+fn arguments(what: &str, command: &[String]) -> Result<(), Refusal> {
     let fault = if command.first().is_some_and(|c| c.trim().is_empty()) {
         "starts with an empty program name"
     } else if command.iter().any(|a| a.contains('\0')) {

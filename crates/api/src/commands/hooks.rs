@@ -364,14 +364,16 @@ impl Commands {
     /// A text from outside as it may be kept and shown.
     fn shown(&self, project: &ProjectName, text: &str, max: usize) -> String {
         let plain = text.chars().map(|c| if c.is_control() { ' ' } else { c });
-        let plain: String = plain.take(max).collect();
-        match &self.secrets {
+        let plain: String = plain.collect();
+        // Masked before it is cut: nobody recognises half a secret.
+        let masked = match &self.secrets {
             Some(store) => store
                 .masker_or_withhold(Some(project))
                 .mask(&plain)
                 .into_owned(),
             None => plain,
-        }
+        };
+        masked.chars().take(max).collect()
     }
 }
 

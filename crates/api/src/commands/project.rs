@@ -3,7 +3,10 @@
 use daybook_events::environment::{self, Environment, EnvironmentEvent, EnvironmentSpec};
 use daybook_events::project::{self, ProjectEvent};
 use daybook_events::spec::ServiceSpec;
-use daybook_events::{EnvironmentName, GitRef, ProjectName, RepositoryUrl, ServiceName, Subject};
+use daybook_events::{
+    EnvironmentName, GitRef, ProjectName, Refusal, RepositoryUrl, ServiceName, Subject,
+};
+use serde_json::Value;
 
 use super::{Caller, CommandError, Commands, Done, check};
 
@@ -50,8 +53,7 @@ impl Commands {
         name: ServiceName,
         spec: ServiceSpec,
     ) -> Result<Done, CommandError> {
-        check::run(&spec.run)?;
-        check::arguments("build command", &spec.build.command)?;
+        check::service(&spec)?;
         self.project(&project)?;
         let event = project::ServiceDefined { name, spec };
         self.run(caller, &Subject::Project(project), None, |state| {
@@ -136,5 +138,61 @@ impl Commands {
             environment::decide(state, EnvironmentEvent::Changed(event.clone()))
         })
         .await
+    }
+    /// Changes some of what an environment is, and leaves the rest as it is when this is decided: a
+    /// JSON Merge Patch (RFC 7396).
+    pub async fn patch_environment(
+        &self,
+        caller: &Caller,
+        project: &ProjectName,
+        name: &EnvironmentName,
+        patch: &Fields,
+    ) -> Result<(Done, Environment), CommandError> {
+        let found = self.environment(project, name)?;
+        self.clusters(&patched(&found.spec, patch)?.clusters)?;
+        let subject = Subject::Environment(project.clone(), name.clone());
+        let done = self
+            .run(caller, &subject, None, |state: Option<&Environment>| {
+                let before = state.map(|s| s.spec.clone()).unwrap_or_default();
+                let spec = patched(&before, patch)?;
+                environment::decide(
+                    state,
+                    EnvironmentEvent::Changed(environment::Changed { spec }),
+                )
+            })
+            .await?;
+        Ok((done, self.environment(project, name)?))
+    }
+}
+
+type Fields = serde_json::Map<String, Value>;
+
+fn patched(spec: &EnvironmentSpec, patch: &Fields) -> Result<EnvironmentSpec, Refusal> {
+    let refused = |e: serde_json::Error| {
+        Refusal::new(
+            "invalid_environment",
+            format!("the environment cannot be changed so: {e}"),
+            "GET /openapi.json says what an environment consists of",
+        )
+    };
+    let mut whole = serde_json::to_value(spec).map_err(refused)?;
+    merge(&mut whole, patch);
+    serde_json::from_value(whole).map_err(refused)
+}
+
+/// RFC 7396, section 2.
+fn merge(target: &mut Value, patch: &Fields) {
+    if !target.is_object() {
+        *target = Value::Object(Fields::new());
+    }
+    let Some(target) = target.as_object_mut() else {
+        return;
+    };
+    for (key, value) in patch {
+        match value {
+            Value::Null => drop(target.remove(key)),
+            Value::Object(patch) => merge(target.entry(key.clone()).or_default(), patch),
+            value => drop(target.insert(key.clone(), value.clone())),
+        }
     }
 }

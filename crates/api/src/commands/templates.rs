@@ -42,7 +42,7 @@ impl Commands {
         let resolved = wish
             .template
             .resolve(instance.service.clone(), &wish.parameters)?;
-        check::run(&resolved.spec.run)?;
+        check::service(&resolved.spec)?;
         self.clusters(&environment.spec.clusters)?;
         self.can_be_given(&instance, &wish.template)?;
         self.define(caller, &instance, resolved.clone()).await?;

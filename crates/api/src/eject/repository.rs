@@ -35,18 +35,8 @@ impl AtHead {
     }
 
     fn git(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new("git");
+        let mut command = crate::git::git();
         command
-            .env_clear()
-            .env("LC_ALL", "C")
-            .env("GIT_CONFIG_NOSYSTEM", "1")
-            .env("GIT_CONFIG_GLOBAL", "/dev/null")
-            .env("GIT_NO_REPLACE_OBJECTS", "1");
-        if let Some(path) = std::env::var_os("PATH") {
-            command.env("PATH", path);
-        }
-        command
-            .args(["-c", "safe.directory=*"])
             .arg("--git-dir")
             .arg(&self.path)
             .args(arguments)
@@ -58,12 +48,13 @@ impl AtHead {
 
     fn output(&self, arguments: &[&str], input: &[u8]) -> io::Result<Vec<u8>> {
         let mut child = self.git(arguments).spawn()?;
-        if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(input)?;
-        }
+        let written = match child.stdin.take() {
+            Some(mut stdin) => stdin.write_all(input),
+            None => Ok(()),
+        };
         let output = child.wait_with_output()?;
         if output.status.success() {
-            return Ok(output.stdout);
+            return written.map(|()| output.stdout);
         }
         let what = arguments.first().copied().unwrap_or_default();
         Err(io::Error::other(format!("git {what}: {}", output.status)))
@@ -195,8 +186,10 @@ impl Objects {
         let mut content = Vec::new();
         let mut rest = (&mut self.stdout).take(size + 1);
         rest.read_to_end(&mut content)?;
-        // A line break that is no part of it.
-        content.pop();
+        // It is followed by a line break that is no part of it.
+        if content.pop().is_none() || content.len() as u64 != size {
+            return Err(io::Error::other(format!("git cat-file ended within {id}")));
+        }
         Ok(content)
     }
 }

@@ -60,7 +60,7 @@ pub(crate) struct HookView {
     prefix: EnvironmentName,
     /// Whether pull requests from other repositories get one.
     forks: bool,
-    /// How manieth secret it has.
+    /// The number of its secret, from 1.
     secret_version: u32,
 }
 

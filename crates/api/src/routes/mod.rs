@@ -49,6 +49,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(
             projects::get_environment,
             projects::change_environment,
+            projects::patch_environment,
             projects::delete_environment
         ))
         .routes(routes!(hooks::list_hooks))

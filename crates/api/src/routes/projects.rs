@@ -76,6 +76,13 @@ impl CommandBody for CreateEnvironment {}
 pub(crate) struct ChangeEnvironment(EnvironmentSpec);
 impl CommandBody for ChangeEnvironment {}
 
+/// What of an environment is to change: the fields that are given, and `null` for those that are to
+/// be as if they had never been given (a JSON Merge Patch, RFC 7396). The others stay as they are.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub(crate) struct PatchEnvironment(serde_json::Map<String, serde_json::Value>);
+impl CommandBody for PatchEnvironment {}
+
 type Handled<T> = Result<Answer<T>, Problem>;
 
 /// All projects, by name.
@@ -301,6 +308,29 @@ pub(crate) async fn change_environment(
         spec,
         ..commands.environment(&project, &name)?
     };
+    Ok(Answer::done(&done, changed.into()))
+}
+
+/// Changes some of what an environment is. What is not named stays as it is, whoever changes it at
+/// the same time.
+#[utoipa::path(patch, path = "/api/v1/projects/{project}/environments/{environment}",
+    tag = "projects",
+    params(
+        ("project" = String, Path, description = "The project."),
+        ("environment" = String, Path, description = "The environment."),
+    ),
+    request_body = PatchEnvironment,
+    responses((status = 200, description = "It is changed.", body = EnvironmentView)))]
+pub(crate) async fn patch_environment(
+    State(state): State<AppState>,
+    Named((project, name)): Named<(ProjectName, EnvironmentName)>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<PatchEnvironment>,
+) -> Handled<EnvironmentView> {
+    let commands = &state.commands;
+    let (done, changed) = commands
+        .patch_environment(&caller, &project, &name, &body.0)
+        .await?;
     Ok(Answer::done(&done, changed.into()))
 }
 

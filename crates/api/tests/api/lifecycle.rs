@@ -1,4 +1,4 @@
-use daybook_events::deployment::{DeploymentEvent, Failed, Status};
+use daybook_events::deployment::{DeploymentEvent, Failed, ImagePulled, OpenapiFound, Status};
 use serde_json::json;
 
 use crate::support::*;
@@ -70,7 +70,23 @@ async fn everything_that_is_known_is_shown() {
         .await
         .ok();
     let id = accepted["id"].as_str().unwrap();
-    server.make_live(id.parse().unwrap()).await;
+    let deployment = id.parse().unwrap();
+    server.make_live(deployment).await;
+    for (cluster, took_ms) in [("east", 300), ("west", 1250)] {
+        let pulled = ImagePulled {
+            cluster: cluster.parse().unwrap(),
+            took_ms,
+        };
+        let pulled = DeploymentEvent::ImagePulled(pulled);
+        server.happens(deployment, pulled).await;
+    }
+    let described = DeploymentEvent::OpenapiFound(OpenapiFound {
+        path: "/openapi.json".into(),
+        digest: DIGEST.parse().unwrap(),
+        title: Some("Shop".into()),
+        version: None,
+    });
+    server.happens(deployment, described).await;
     let shown = server.get(&format!("/api/v1/deployments/{id}")).await.ok();
     assert_eq!(shown["state"], "started");
     assert_eq!(shown["phase"], "SUCCEEDED");
@@ -84,6 +100,9 @@ async fn everything_that_is_known_is_shown() {
     for duration in ["queue_ms", "build_ms", "startup_ms", "total_ms"] {
         assert!(shown["durations"][duration].is_i64(), "{duration}");
     }
+    assert_eq!(shown["durations"]["image_pull_ms"], 1250);
+    assert_eq!(shown["openapi"]["title"], "Shop");
+    assert_eq!(shown["snapshot"]["image"]["digest"], DIGEST);
     assert_eq!(shown["source"]["commit"], COMMIT);
     assert_eq!(shown["source"]["message"], "Faster carts\n");
     assert_eq!(shown["image"]["digest"], DIGEST);

@@ -119,6 +119,10 @@ async fn what_exists_or_is_missing_is_refused_with_a_way_out() {
         .await
         .refused(404, "environment_not_found");
     server
+        .patch("/api/v1/projects/shop/environments/none", json!({}))
+        .await
+        .refused(404, "environment_not_found");
+    server
         .get("/api/v1/instances/shop.none.api")
         .await
         .refused(404, "environment_not_found");
@@ -175,4 +179,47 @@ async fn what_exists_or_is_missing_is_refused_with_a_way_out() {
     }
     // Nothing of all that left a trace.
     assert_eq!(server.get("/api/v1/projects").await.position(), before);
+}
+
+/// Two that change different things of an environment at once undo nothing of each other.
+#[tokio::test]
+async fn a_patch_changes_what_it_names_and_nothing_else() {
+    let server = server().await;
+    server.shop().await;
+    let path = "/api/v1/projects/shop/environments/production";
+    let before = server.get(path).await.ok();
+    let rule = json!({ "required": 2, "approvers": ["ada", "bob"], "expires": "1h" });
+    let changed = server.patch(path, json!({ "approval": rule })).await.ok();
+    assert_eq!(changed["approval"]["required"], 2);
+    assert_eq!(changed["clusters"], before["clusters"]);
+    assert_eq!(changed["live"], before["live"]);
+    let patches = [
+        json!({ "approval": { "required": 1 } }),
+        json!({ "keep_old": "1h" }),
+        json!({ "switch": "manual" }),
+    ];
+    let [one, two, three] = patches.map(|patch| server.patch(path, patch));
+    let (one, two, three) = tokio::join!(one, two, three);
+    for done in [one, two, three] {
+        done.ok();
+    }
+    let after = server.get(path).await.ok();
+    assert_eq!(after["approval"]["required"], 1);
+    assert_eq!(after["approval"]["approvers"], json!(["ada", "bob"]));
+    assert_eq!(after["keep_old"], "1h");
+    assert_eq!(after["switch"], "manual");
+    assert_eq!(after["clusters"], before["clusters"]);
+    let without = server.patch(path, json!({ "approval": null })).await.ok();
+    assert!(without["approval"].is_null(), "{without:#}");
+
+    for (patch, code) in [
+        (
+            json!({ "aproval": null, "wrong": 1 }),
+            "invalid_environment",
+        ),
+        (json!({ "live": "perhaps" }), "invalid_environment"),
+        (json!({ "clusters": ["mars"] }), "unknown_cluster"),
+    ] {
+        server.patch(path, patch).await.refused(422, code);
+    }
 }

@@ -184,6 +184,11 @@ impl Server {
         self.send(self.request(Method::PUT, path).json(&body)).await
     }
 
+    pub async fn patch(&self, path: &str, body: Value) -> Reply {
+        let request = self.request(Method::PATCH, path);
+        self.send(request.json(&body)).await
+    }
+
     pub async fn post_with_key(&self, path: &str, key: &str, body: Value) -> Reply {
         let request = self.request(Method::POST, path).json(&body);
         self.send(request.header("Idempotency-Key", key)).await

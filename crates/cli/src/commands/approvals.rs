@@ -105,7 +105,11 @@ async fn on_plan(verb: &str, args: PlanArgs) -> Outcome {
         None => text(&approval(&client, &id).await?, "/hash"),
     };
     let body = json!({ "hash": hash, "reason": args.reason });
-    decide(&client, verb, &id, &body).await
+    let done = decide(&client, verb, &id, &body).await?;
+    if !output::is_json() {
+        output::line(&format!("the plan is {hash}"));
+    }
+    Ok(done)
 }
 
 async fn with_reason(verb: &str, args: ReasonArgs) -> Outcome {

@@ -476,6 +476,10 @@ pub fn print_event(kind: &str, data: &Value, begun: Timestamp) {
                 problem.map(|p| format!(", {p}")).unwrap_or_default()
             )
         }
+        "deployment.image_pulled.v1" => {
+            let took = payload.get("took_ms").and_then(Value::as_u64);
+            format!("{} in {} ms", text("/cluster"), took.unwrap_or_default())
+        }
         "deployment.endpoint_observed.v1" => {
             let ready = payload.get("ready").and_then(Value::as_bool) == Some(true);
             format!(

@@ -531,23 +531,7 @@ async fn set_environment(args: SetEnvArgs) -> Outcome {
         segment(name)?
     );
     let client = Client::new(&args.server)?;
-    let mut spec: Value = client.get(&path, &[]).await?;
-    if let Some(shown) = spec.as_object_mut() {
-        // What an environment is shown with beside what it is.
-        for key in [
-            "project",
-            "name",
-            "created_at",
-            "status",
-            "from",
-            "auto_deploy",
-            "pull_request",
-            "urls",
-            "freezes",
-        ] {
-            shown.remove(key);
-        }
-    }
+    let mut spec = json!({});
     if !args.clusters.is_empty() {
         spec["clusters"] = args.clusters.clone().into();
     }
@@ -558,7 +542,7 @@ async fn set_environment(args: SetEnvArgs) -> Outcome {
         spec["switch"] = if manual { "manual" } else { "automatic" }.into();
     }
     args.rules.write(&mut spec);
-    let answer: Value = client.command(Method::PUT, &path, &spec, None).await?;
+    let answer: Value = client.command(Method::PATCH, &path, &spec, None).await?;
     if output::is_json() {
         output::json(&answer);
     } else {

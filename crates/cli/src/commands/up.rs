@@ -70,8 +70,8 @@ pub struct NodeArgs {
         value_delimiter = ','
     )]
     pub kubernetes: Vec<Context>,
-    /// The kubeconfig; ~/.kube/config if not given.
-    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    /// The kubeconfig; if not given, the files of $KUBECONFIG, or ~/.kube/config.
+    #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
     /// The Gateway that addresses on Kubernetes clusters are attached to; none are made without.
     #[arg(

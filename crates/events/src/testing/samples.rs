@@ -413,6 +413,10 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
             http_status: Some(200),
             message: None,
         }),
+        E::ImagePulled(deployment::ImagePulled {
+            cluster: cluster("berlin"),
+            took_ms: 1_250,
+        }),
         E::OpenapiFound(deployment::OpenapiFound {
             path: "/openapi.json".to_owned(),
             digest: Digest::of(b"openapi"),

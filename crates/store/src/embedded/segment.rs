@@ -25,7 +25,7 @@ pub(super) const SEGMENT_BYTES: u64 = 64 << 20;
 /// Steps of allocation: about as much as there is already, within these bounds.
 const ALLOCATE_MIN: u64 = 1 << 20;
 const ALLOCATE_MAX: u64 = 16 << 20;
-/// The offset of every so manieth record is kept in memory; between them records are walked.
+/// The offset of one record in so many is kept in memory; between them records are walked.
 const MARK_EVERY: u64 = 8;
 /// How much is read at a time.
 const CHUNK: usize = 256 << 10;

@@ -258,7 +258,7 @@ pub(crate) struct Delivered {
     pub(crate) attempt: u32,
     /// The message's place in the stream.
     pub(crate) sequence: u64,
-    /// How manieth delivery of the consumer this is.
+    /// Its number among the consumer's deliveries, from 1.
     pub(crate) number: u64,
     /// When the stream stored it, in nanoseconds since 1970.
     pub(crate) stored_at: i128,

@@ -68,7 +68,11 @@ impl Wanted {
 
 /// The addresses that a gateway listens on. Dropped, it listens no longer.
 #[derive(Debug, Default)]
-pub(super) struct Listeners(BTreeMap<Ipv4Addr, DropGuard>);
+pub(super) struct Listeners {
+    open: BTreeMap<Ipv4Addr, DropGuard>,
+    /// Those that are wanted and could not be listened on, and whether that was said.
+    missing: BTreeMap<Ipv4Addr, bool>,
+}
 
 impl Listeners {
     /// Listens where it is wanted, on the gateway's own port, and nowhere else.
@@ -77,30 +81,50 @@ impl Listeners {
         if shared.addr.ip().is_unspecified() {
             return;
         }
+        if touched.is_empty() {
+            return;
+        }
         for (address, wanted) in touched {
             if !wanted {
-                self.0.remove(&address);
-            } else if !self.0.contains_key(&address) && !shared.drain.is_cancelled() {
-                self.open(shared, address);
+                self.open.remove(&address);
+                self.missing.remove(&address);
+            } else if !self.open.contains_key(&address) {
+                self.missing.entry(address).or_default();
             }
+        }
+        // What somebody else had, or there was no room for, may be free by now.
+        let missing = std::mem::take(&mut self.missing);
+        for (address, was_said) in missing {
+            if shared.drain.is_cancelled() || self.listens(shared, address, was_said) {
+                continue;
+            }
+            self.missing.insert(address, true);
         }
     }
 
-    fn open(&mut self, shared: &Arc<Shared>, address: Ipv4Addr) {
+    fn listens(&mut self, shared: &Arc<Shared>, address: Ipv4Addr, was_said: bool) -> bool {
         let at = SocketAddr::new(IpAddr::V4(address), shared.addr.port());
-        if self.0.len() >= LISTENERS_MAX {
-            tracing::warn!(%at, "no further internal address: there are {LISTENERS_MAX} already");
-            return;
+        if self.open.len() >= LISTENERS_MAX {
+            if !was_said {
+                tracing::warn!(%at, "no further internal address: there are {LISTENERS_MAX} already");
+            }
+            return false;
         }
         match listen(at) {
             Ok(listener) => {
                 let ended = shared.drain.child_token();
                 let accepting = accept(shared.clone(), listener, ended.clone());
                 shared.tasks.spawn(accepting);
-                self.0.insert(address, ended.drop_guard());
+                self.open.insert(address, ended.drop_guard());
+                true
             }
             // Not every system has more than one loopback address.
-            Err(error) => tracing::warn!(%at, %error, "no internal address"),
+            Err(error) => {
+                if !was_said {
+                    tracing::warn!(%at, %error, "no internal address");
+                }
+                false
+            }
         }
     }
 }

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use daybook_events::{CommitId, DeploymentId, ServiceName};
 use jiff::Timestamp;
@@ -31,6 +32,8 @@ pub(super) struct Report {
     pub(super) restarts: u32,
     pub(super) started_at: Timestamp,
     pub(super) problem: Option<Problem>,
+    /// How long the image took to be fetched, if this instance had to wait for that.
+    pub(super) image_pull: Option<Duration>,
 }
 
 /// See the module.
@@ -166,6 +169,7 @@ impl State {
                 wanted: release.wanted.replicas,
                 instances: release.instances(),
                 problem: release.problem(),
+                image_pull: release.instances.values().find_map(|i| i.image_pull),
             })
             .collect();
         AppStatus {
@@ -230,6 +234,7 @@ mod tests {
             restarts: 0,
             started_at: Timestamp::UNIX_EPOCH,
             problem: None,
+            image_pull: None,
         }
     }
 

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use daybook_events::spec::PinnedImage;
 use daybook_events::{DeploymentId, Digest};
@@ -19,6 +20,8 @@ pub(super) struct Unpacked {
     /// Its files.
     pub(super) root: PathBuf,
     pub(super) config: ImageConfig,
+    /// How long it took to be fetched and unpacked; none if it was there.
+    pub(super) took: Option<Duration>,
 }
 
 /// The unpacked images of a cluster.
@@ -65,8 +68,13 @@ impl Images {
         let root = folder.join("root");
         let about = folder.join("image.json");
         if let Ok(Some(config)) = state_file::read(&about) {
-            return Ok(Unpacked { root, config });
+            return Ok(Unpacked {
+                root,
+                config,
+                took: None,
+            });
         }
+        let begun = Instant::now();
         // Made beside its place and moved there as a whole, so that a folder in its place is
         // complete.
         let partial = Partial(self.dir.join(format!("{}.partial", uuid::Uuid::new_v4())));
@@ -82,7 +90,11 @@ impl Images {
         reached("unpack.before");
         std::fs::rename(&partial.0, &folder).map_err(refused)?;
         reached("unpack.after");
-        Ok(Unpacked { root, config })
+        Ok(Unpacked {
+            root,
+            config,
+            took: Some(begun.elapsed()),
+        })
     }
 
     /// Says that a release no longer needs an image, and removes the image if nobody does.

@@ -58,6 +58,8 @@ pub(super) struct Instance {
     port: Option<Port>,
     ready: bool,
     problem: Option<Problem>,
+    /// How long the image took to be fetched, if this had to wait for that.
+    image_pull: Option<Duration>,
     /// Starts in a row that did not lead to a ready instance.
     failed_starts: u32,
     lost_ports: u32,
@@ -130,6 +132,7 @@ impl Instance {
             port: None,
             ready: false,
             problem: None,
+            image_pull: None,
             failed_starts: 0,
             lost_ports: 0,
             runs,
@@ -237,6 +240,7 @@ impl Instance {
             .get(&spec.image, spec.deployment)
             .await
             .map_err(|e| problems::image(&spec.image, &e, self.is_hopeless()))?;
+        self.image_pull = self.image_pull.or(unpacked.took);
         let secrets = self
             .cluster
             .secrets
@@ -561,6 +565,7 @@ impl Instance {
             restarts: self.record.restarts,
             started_at: self.record.started_at,
             problem: self.problem.clone(),
+            image_pull: self.image_pull,
         };
         self.board
             .report(self.record.spec.deployment, &self.name, report);

@@ -53,7 +53,7 @@ pub(super) fn with_address(
     let Some(branch) = &row.state.branch else {
         return Ok(hostnames);
     };
-    let newer = |other: &DeploymentRow| other.state.created_at > row.state.created_at;
+    let newer = |other: &DeploymentRow| other.created > row.created;
     if siblings(bench, row)?.iter().any(newer) {
         return Ok(hostnames);
     }

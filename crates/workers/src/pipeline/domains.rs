@@ -36,7 +36,18 @@ impl Worker for Domains {
     }
     async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         tracing::error!(subject = %a.subject, %why, "a claimed hostname was not routed");
-        Outcome::Done
+        // A claim that leads nowhere would keep the hostname from everybody else.
+        let claim = match self.0.ledger.projections().shared::<Domain>(&a.subject) {
+            Ok(folded) => folded.state.as_ref().and_then(|d| d.claim.clone()),
+            Err(e) => return outcome(Err(e.into())),
+        };
+        match claim.filter(|claim| !claim.releasing) {
+            Some(claim) => {
+                let given_up = release(&self.0, &a.subject, &claim, claim.by, "given_up");
+                outcome(given_up.await)
+            }
+            None => Outcome::Done,
+        }
     }
 }
 
@@ -53,9 +64,10 @@ impl Domains {
         };
         drop(folded);
         if !claim.releasing {
-            let joined = match self.addresses(&claim)? {
-                Some(addresses) => self.set(&hostname, number, &claim, Some(addresses)).await,
-                None => Err(Stop::Moved(gone(&claim))),
+            let joined = match self.addresses(&claim) {
+                Ok(Some(addresses)) => self.set(&hostname, number, &claim, Some(addresses)).await,
+                Ok(None) => Err(Stop::Moved(gone(&claim))),
+                Err(unusable) => Err(unusable),
             };
             // Between the claim and now it has become impossible: it is given back.
             return match joined {
@@ -123,7 +135,10 @@ impl Domains {
         let none = DeploymentId(Uuid::nil());
         let (domain, live) = (&self.0.settings.domain, environment.spec.live);
         let hostnames = Hostnames::under(domain, instance, none, live);
-        hostnames.map(Some).map_err(|e| Stop::Retry(e.to_string()))
+        hostnames.map(Some).map_err(|e| {
+            let way_out = "use a shorter domain for this server";
+            Stop::Moved(Refusal::new(e.code, e.to_string(), way_out))
+        })
     }
 }
 

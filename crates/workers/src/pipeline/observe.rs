@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_events::deployment::{
-    self, Deployment, DeploymentEvent, Instance, Problem, Status, WorkloadObserved,
+    self, Deployment, DeploymentEvent, ImagePulled, Instance, Problem, Status, WorkloadObserved,
 };
 use daybook_events::gitops::Gitops;
 use daybook_events::{Actor, CommitId, Context, DeploymentId, EventId, ProjectName, Subject};
@@ -103,6 +103,7 @@ struct Seen {
     wanted: u32,
     instances: Vec<InstanceStatus>,
     problem: Option<crate::target::Problem>,
+    image_pull: Option<Duration>,
 }
 
 impl Seen {
@@ -110,6 +111,7 @@ impl Seen {
         self.wanted == release.wanted
             && self.instances == release.instances
             && self.problem == release.problem
+            && self.image_pull == release.image_pull
     }
 }
 
@@ -228,6 +230,7 @@ impl Watch {
                         wanted: release.wanted,
                         instances: release.instances.clone(),
                         problem: release.problem.clone(),
+                        image_pull: release.image_pull,
                     },
                 );
                 self.dirty.insert(release.deployment);
@@ -256,13 +259,18 @@ impl Watch {
         let mut listed = HashMap::new();
         for release in &now.releases {
             if self.dirty.contains(&release.deployment) {
-                listed.insert(release.deployment, observation(&*self.target, release));
+                let seen = (observation(&*self.target, release), release.image_pull);
+                listed.insert(release.deployment, seen);
             }
         }
-        let look = |id| Look {
-            id,
-            revision: revision.clone(),
-            observed: listed.remove(&id),
+        let look = |id| {
+            let (observed, image_pull) = listed.remove(&id).unzip();
+            Look {
+                id,
+                revision: revision.clone(),
+                observed,
+                image_pull: image_pull.flatten(),
+            }
         };
         self.dirty.drain().map(look).collect()
     }
@@ -320,6 +328,7 @@ struct Look {
     id: DeploymentId,
     revision: CommitId,
     observed: Option<WorkloadObserved>,
+    image_pull: Option<Duration>,
 }
 
 /// Records what is new of a deployment. Some can only be recorded later, once the ledger or the
@@ -367,8 +376,38 @@ async fn record(
     if state.status < Status::Deploying {
         return Ok(Looked::Later);
     }
+    if let Some(took) = look.image_pull {
+        pulled(bench, target, &subject, look.id, state, took).await?;
+    }
     append(bench, &subject, look.id, state, observed).await?;
     Ok(Looked::Settled)
+}
+
+/// Records how long a cluster took to fetch the image, once.
+async fn pulled(
+    bench: &Bench,
+    target: &dyn Target,
+    subject: &Subject,
+    id: DeploymentId,
+    state: &Deployment,
+    took: Duration,
+) -> Result<(), Stop> {
+    let cluster = target.cluster().clone();
+    if state.image_pulls.get(&cluster).is_some() {
+        return Ok(());
+    }
+    let event_id = EventId::derived(id.0, &format!("image_pulled/{cluster}"));
+    let context = context(event_id, id, state);
+    let event = DeploymentEvent::ImagePulled(ImagePulled {
+        cluster,
+        took_ms: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+    });
+    bench
+        .append::<Deployment>(subject, &context, |state| {
+            deployment::decide(state, event.clone())
+        })
+        .await
+        .map(|_| ())
 }
 
 fn observation(target: &dyn Target, release: &ReleaseStatus) -> WorkloadObserved {
@@ -421,15 +460,7 @@ async fn append(
     let text = describe(observed);
     // The same thing may be seen again later, so an observation's id says nothing but that it is
     // this one.
-    let context = Context {
-        id: EventId(Uuid::now_v7()),
-        time: Timestamp::now(),
-        correlation: id.0,
-        causation: Some(state.status_event),
-        actor: Actor::system("worker/observe"),
-        traceparent: None,
-        request_digest: None,
-    };
+    let context = context(EventId(Uuid::now_v7()), id, state);
     let done = bench
         .append::<Deployment>(subject, &context, |state| {
             deployment::decide(state, event.clone())
@@ -441,6 +472,18 @@ async fn append(
         bench.folded(position).await?;
     }
     Ok(())
+}
+
+fn context(event: EventId, about: DeploymentId, state: &Deployment) -> Context {
+    Context {
+        id: event,
+        time: Timestamp::now(),
+        correlation: about.0,
+        causation: Some(state.status_event),
+        actor: Actor::system("worker/observe"),
+        traceparent: None,
+        request_digest: None,
+    }
 }
 
 fn describe(o: &WorkloadObserved) -> String {

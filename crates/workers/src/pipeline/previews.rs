@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use daybook_events::aggregate::Decision;
 use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
     self, CancelRequested, Deployment, DeploymentEvent, Requested, Version,
@@ -246,6 +247,11 @@ impl Previews {
         let context = self.bench.follow_up(ROLE, cause, cause.0, "head_found");
         self.bench
             .append::<Environment>(&subject, &context, |state| {
+                // A head that was delivered since is to be asked about, too: its event does so.
+                let known = state.and_then(|s| s.preview.as_ref());
+                if known.is_some_and(|p| p.head_event != cause) {
+                    return Ok(Decision::Nothing);
+                }
                 environment::decide(state, event.clone())
             })
             .await?;

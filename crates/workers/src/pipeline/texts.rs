@@ -70,6 +70,7 @@ impl Texts for DeploymentEvent {
             | Self::BuildingStarted(_)
             | Self::PushingStarted(_)
             | Self::ImagePinned(_)
+            | Self::ImagePulled(_)
             | Self::DeployingStarted(_)
             | Self::Succeeded(_)
             | Self::ClusterRetried(_)

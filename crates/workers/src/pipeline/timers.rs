@@ -1,4 +1,5 @@
-//! Timers: stops that happen by themselves when their time has come.
+//! Timers: stops that happen by themselves when their time has come, freezes that end and approvals
+//! that expire.
 //!
 //! What is scheduled is decided by events: [`Replaced`] follows the switches of routes, [`Idle`]
 //! the deployments of environments where what nobody asks for is stopped. What is due is fired by
