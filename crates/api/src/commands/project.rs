@@ -191,7 +191,7 @@ fn merge(target: &mut Value, patch: &Fields) {
     for (key, value) in patch {
         match value {
             Value::Null => drop(target.remove(key)),
-            Value::Object(patch) => merge(target.entry(key.clone()).or_default(), patch),
+            Value::Object(patch) => merge(target.entry(key.clone()).or_insert(Value::Null), patch),
             value => drop(target.insert(key.clone(), value.clone())),
         }
     }

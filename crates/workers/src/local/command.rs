@@ -183,6 +183,7 @@ mod tests {
         Unpacked {
             root: root.into(),
             config,
+            took: None,
         }
     }
 
