@@ -47,6 +47,11 @@ impl Actor {
         }
     }
 
+    /// Whether it is a part of Daybook itself.
+    pub fn is_system(&self) -> bool {
+        self.kind == "system"
+    }
+
     /// Somebody who said a name that nobody checked, as on an open loopback server.
     pub fn unauthenticated(id: impl Into<String>) -> Self {
         Self {

@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use daybook_events::deployment::{
     self, ChangeCommitted, DeployingStarted, Deployment, DeploymentEvent, Status,
 };
+use daybook_events::environment::EnvironmentStatus;
 use daybook_events::gitops::{
     self, Change, Committed, Gitops, GitopsEvent, RemoteStep, RepositoryCreated,
 };
@@ -20,7 +21,7 @@ use daybook_events::{
     Actor, AggregateKind, Context, EnvKey, EnvironmentName, Event, EventId, Position, ProjectName,
     Subject, SubjectFilter,
 };
-use daybook_projections::DeploymentRow;
+use daybook_projections::{AuditFilter, DeploymentRow, Page};
 use uuid::Uuid;
 
 use super::foreign::Nudge;
@@ -105,6 +106,7 @@ impl Worker for Package {
                 | "deployment.terminate_requested.v1"
                 | "deployment.failed.v1"
                 | "deployment.cancelled.v1"
+                | "deployment.deleted.v1"
                 | SCALED
         )
     }
@@ -183,7 +185,9 @@ impl Package {
             }
             Status::Terminating => (remove, None),
             // It may have been committed although the event that says so was never accepted.
-            Status::Failed | Status::Cancelled if self.is_listed(row)? => (remove, None),
+            Status::Failed | Status::Cancelled | Status::Deleted if self.is_listed(row)? => {
+                (remove, None)
+            }
             _ => return Ok(()),
         };
         if row.state.status == Status::Packaging {
@@ -504,16 +508,50 @@ impl Package {
         Ok(())
     }
 
-    /// The person behind a commit: who asked for the operation, or for the deployment.
+    /// The person behind a commit: who asked for the operation, or for the deployment. What a worker
+    /// does because an environment is deleted is done by who deleted that.
     async fn author(&self, event: Option<&Event>, row: &DeploymentRow) -> Result<String, Stop> {
+        let asked = |kind| self.asked_by(row, kind);
         let actor = match row.state.status {
             Status::Stopping | Status::Starting | Status::Terminating => event
                 .filter(|event| event.id == row.state.status_event)
                 .map(Event::actor),
             Status::Packaging => self.actor_at(row.created).await?,
+            Status::Cancelled | Status::Deleted => asked("deployment.cancel_requested.v1")?,
             _ => None,
         };
-        Ok(author_of(actor))
+        let person = actor.as_ref().is_some_and(|a| !a.is_system());
+        let deleted_by = if person {
+            None
+        } else {
+            self.deleted_by(row).await?
+        };
+        Ok(author_of(deleted_by.or(actor)))
+    }
+
+    /// Who last did something of this kind to a deployment.
+    fn asked_by(&self, row: &DeploymentRow, kind: &str) -> Result<Option<Actor>, Stop> {
+        let filter = AuditFilter {
+            deployment: Some(row.id),
+            kind: Some(kind.to_owned()),
+            ..AuditFilter::default()
+        };
+        let newest = Page::new(Some(1), None).map_err(|e| Stop::Retry(e.to_string()))?;
+        let found = self.bench.ledger.projections().audit(&filter, newest)?;
+        Ok(found.items.into_iter().next().map(|asked| asked.actor))
+    }
+
+    /// Who deletes the environment of a deployment, if somebody does.
+    async fn deleted_by(&self, row: &DeploymentRow) -> Result<Option<Actor>, Stop> {
+        let instance = &row.state.request.instance;
+        let projections = self.bench.ledger.projections();
+        let environment = projections.environment(&instance.project, &instance.environment)?;
+        match environment {
+            Some(e) if e.status == EnvironmentStatus::Deleting => {
+                self.actor_at(e.status_position).await
+            }
+            _ => Ok(None),
+        }
     }
 }
 
