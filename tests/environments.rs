@@ -27,6 +27,16 @@ fn messages(server: &Server) -> Vec<String> {
     log.lines().map(str::to_owned).collect()
 }
 
+/// Who made the commits about an environment, newest first.
+fn authors(server: &Server, environment: &str) -> Vec<String> {
+    let grep = format!("--grep={environment}");
+    let log = daybook_testkit::git::git(
+        server.gitops("shop").as_path(),
+        &["log", "--format=%an", &grep, "main"],
+    );
+    log.lines().map(str::to_owned).collect()
+}
+
 fn files(server: &Server) -> String {
     daybook_testkit::git::git(
         server.gitops("shop").as_path(),
@@ -161,6 +171,8 @@ fn an_environment_made_from_another_runs_what_runs_there_and_leaves_nothing_behi
     assert_eq!(server.get(host, "/").status, 404);
     assert!(processes_of(&copy).is_empty());
     assert_eq!(messages(&server).pop().unwrap(), "env(delete): pr-142");
+    // Stopped, removed, deleted: all of it is what one person asked for.
+    assert_eq!(authors(&server, "pr-142")[..3], ["tester"; 3]);
     assert!(
         !files(&server).contains("environments/pr-142"),
         "{}",

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-use crate::support::{Server, Settings, site, until};
+use crate::support::{Server, Settings, application, processes_of, replace_flags, site, until};
 
 const INSTANCE: &str = "shop.production.web";
 const TOKEN: &str = "canary-token-8c1f";
@@ -299,4 +299,44 @@ fn a_remote_with_another_history_stops_commits_until_somebody_decides() {
     let files = forge.remote.git(&["ls-tree", "-r", "--name-only", "main"]);
     assert!(files.contains("base/Chart.yaml"), "{files}");
     assert_eq!(forge.remote.git(&["show", "main:README.md"]), "theirs");
+}
+
+#[test]
+fn what_is_deleted_while_its_remote_refuses_is_taken_out_when_that_is_back() {
+    let forge = Forge::new();
+    let server = Server::start(forge.settings());
+    let source = application("--text one");
+    server.define("shop", "web", &source, &[]);
+    server.ok(&["gitops", "remote", "shop", &forge.url()]);
+    let first = server.deploy(INSTANCE, &[]);
+    replace_flags(&source, "--text two --slow-start 600000");
+    let second = server.begin(INSTANCE, &[]);
+    server.wait_for(&second, "deploying");
+    until("it runs", || {
+        (!processes_of(&second).is_empty()).then_some(())
+    });
+
+    forge.remote.refuse_pushes("the branch is protected");
+    server.ok(&["cancel", &second]);
+    server.wait_for(&second, "cancelled");
+    server.ok(&["delete", &second]);
+    assert_eq!(server.deployment(&second)["state"], "deleted");
+    until("its removal waits for the remote", || {
+        let trouble = show(&server)["remote_trouble"].clone();
+        (trouble["during"] == "push").then_some(())
+    });
+    assert!(!processes_of(&second).is_empty());
+    forge.remote.accept_pushes();
+    server.check_undone(&second);
+    let last = forge.titles().pop().unwrap();
+    assert!(
+        last.starts_with("config(production): remove web "),
+        "{last}"
+    );
+    // Whoever cancelled it is who took it out.
+    let author = forge.remote.git(&["log", "-1", "--format=%an", "main"]);
+    assert_eq!(author, "tester");
+    server.get_from("web.shop.localhost", "/", &first);
+    server.ok(&["env", "delete", "shop", "production", "--yes"]);
+    server.check_replay();
 }

@@ -3,7 +3,7 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use daybook_testkit::git::SourceRepository;
+use daybook_testkit::git::{SourceRepository, git};
 use hmac::{Hmac, Mac};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -231,6 +231,12 @@ fn from_open_to_closed(provider: &'static str) {
     shop.gone("pr-142");
     assert!(processes_of(&next).is_empty());
     assert_eq!(shop.server.get(HOST, "/").status, 404);
+    // Whatever follows from a pull request is by who sent it.
+    let authors = git(
+        &shop.server.gitops("shop"),
+        &["log", "--format=%an", "--grep=pr-142", "main"],
+    );
+    assert!(authors.lines().all(|a| a == "alice"), "{authors}");
     for (action, head, at) in [
         (opened, &first, 1),
         (updated, &second, 2),

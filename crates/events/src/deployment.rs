@@ -429,7 +429,15 @@ pub const TRANSITIONS: &[Transition] = &{
         ),
         t(
             "deployment.change_committed.v1",
-            &[Started, Stopping, Starting, Terminating, Failed, Cancelled],
+            &[
+                Started,
+                Stopping,
+                Starting,
+                Terminating,
+                Failed,
+                Cancelled,
+                Deleted,
+            ],
             None,
         ),
         t("deployment.scale_requested.v1", &[Started], None),

@@ -106,7 +106,7 @@ const LIFE: &[(Status, &str, &str)] = &[
     (Status::Terminated, "deleted", ""),
     (Status::Failed, "deleted", "change_committed"),
     (Status::Cancelled, "deleted", "change_committed"),
-    (Status::Deleted, "", ""),
+    (Status::Deleted, "", "change_committed"),
 ];
 
 fn events() -> Vec<DeploymentEvent> {

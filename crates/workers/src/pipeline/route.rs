@@ -62,6 +62,7 @@ impl Worker for Route {
                 | "deployment.change_committed.v1"
                 | "deployment.failed.v1"
                 | "deployment.cancelled.v1"
+                | "deployment.deleted.v1"
                 | "deployment.terminate_requested.v1"
         )
     }
@@ -283,7 +284,7 @@ async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
             let event = DeploymentEvent::TerminateFailed;
             overdue(bench, &row, "terminate_failed", event).await
         }
-        Status::Failed | Status::Cancelled => withdraw(bench, &row).await,
+        Status::Failed | Status::Cancelled | Status::Deleted => withdraw(bench, &row).await,
         _ => Ok(()),
     }
 }
@@ -407,9 +408,8 @@ pub(super) async fn withdraw(bench: &Bench, row: &DeploymentRow) -> Result<(), S
         routing.recent.iter().rev().find(|s| {
             s.deployment == row.id && s.main.as_ref().is_some_and(|m| m.previous.is_some())
         });
-    if let (true, Status::Failed | Status::Cancelled, Some(switch)) =
-        (is_main, row.state.status, took_over)
-    {
+    let ended = [Status::Failed, Status::Cancelled, Status::Deleted].contains(&row.state.status);
+    if let (true, true, Some(switch)) = (is_main, ended, took_over) {
         if let Some(previous) = switch.main.as_ref().and_then(|m| m.previous) {
             keep_for_traffic(bench, row.state.status_event, previous).await?;
         }
