@@ -1,6 +1,6 @@
 //! Environments that ask for approvals: what is deployed to them waits until people have allowed it.
 
-use daybook_testkit::git::SourceRepository;
+use daybook_testkit::git::{SourceRepository, git};
 use serde_json::Value;
 
 use crate::support::{Done, Server, Settings, application, replace_flags, until};
@@ -255,5 +255,75 @@ fn what_is_rejected_expires_or_is_cancelled_ends_and_an_emergency_is_reviewed() 
         "json",
     ]);
     refused(&bad, "invalid_approval_rule");
+    server.check_replay();
+}
+
+/// Adds a line to the environment's values, as somebody does who has a clone.
+fn by_hand(server: &Server) {
+    let clone = tempfile::tempdir().unwrap();
+    let repository = server.gitops("shop");
+    let url = repository.to_str().unwrap();
+    git(clone.path(), &["clone", "--quiet", url, "."]);
+    let file = clone.path().join("environments/production/values.yaml");
+    let values = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, format!("{values}# by hand\n")).unwrap();
+    git(clone.path(), &["commit", "--quiet", "-am", "By hand"]);
+    git(clone.path(), &["push", "--quiet", "origin", "HEAD:main"]);
+}
+
+#[test]
+fn whatever_changes_the_plan_voids_what_was_granted() {
+    let server = Server::start(Settings::default().arg("--gitops-watch").arg("1"));
+    let source = application("--text one");
+    server.define("shop", "web", &source, &[]);
+    server.deploy(INSTANCE, &[]);
+    replace_flags(&source, "--text two");
+    let beside = server.deploy(INSTANCE, &["--no-switch"]);
+    server.ok(&["env", "set", "shop", "production", "--approvals", "2"]);
+    let waits = server.begin(INSTANCE, &["--no-switch", "--replicas", "2"]);
+    server.wait_for(&waits, "awaiting_approval");
+    // Also where the traffic does not follow by itself: somebody may move it later.
+    let plan = approval(&server, &waits);
+    assert!(plan["plan"]["routes"][HOST].is_array(), "{plan}");
+    assert_eq!(plan["plan"]["values"]["run.replicas"]["after"], "2");
+
+    let voids = |what: &str, change: &dyn Fn()| {
+        let before = count(&server, &waits, "approvals_voided");
+        allowed(&by(&server, "bob", &["approve", &waits]));
+        let plan = approval(&server, &waits);
+        assert_eq!(plan["grants"][0]["approver"], "bob", "{what}");
+        change();
+        let now = until(what, || {
+            let now = approval(&server, &waits);
+            (now["hash"] != plan["hash"]).then_some(now)
+        });
+        assert_eq!(now["grants"], Value::Array(vec![]), "{what}");
+        assert!(
+            count(&server, &waits, "approvals_voided") > before,
+            "{what}"
+        );
+        assert_eq!(server.deployment(&waits)["state"], "awaiting_approval");
+    };
+    voids("a commit by hand in the GitOps repository", &|| {
+        by_hand(&server)
+    });
+    voids("another main deployment", &|| {
+        server.ok(&["mark-main", &beside]);
+    });
+    voids("another hostname", &|| {
+        server.ok(&["domain", "add", INSTANCE, "www.example.com"]);
+    });
+
+    // What is not deployed cannot be allowed.
+    let scale = ["scale", INSTANCE, "--replicas", "2", "--output", "json"];
+    let done = server.cli(&scale);
+    assert_eq!(done.code, 5, "{done:?}");
+    refused(&done, "approval_required");
+    // Two of them for one and the same plan.
+    allowed(&by(&server, "Bob", &["approve", &waits]));
+    allowed(&by(&server, "bob", &["approve", &waits]));
+    assert_eq!(server.deployment(&waits)["state"], "awaiting_approval");
+    allowed(&by(&server, "carol", &["approve", &waits]));
+    server.wait_for(&waits, "started");
     server.check_replay();
 }

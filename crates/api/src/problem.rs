@@ -160,6 +160,7 @@ fn status_of(code: &str) -> StatusCode {
         | "no_approval_asked_for"
         | "no_review_open"
         | "environment_frozen"
+        | "approval_required"
         | "freeze_changed"
         | "not_held"
         | "own_change"

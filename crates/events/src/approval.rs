@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::aggregate::{At, Refusal};
-use crate::deployment::{Deployment, DeploymentEvent, Failed, Status, SwitchMode};
+use crate::deployment::{Deployment, DeploymentEvent, Failed, Status};
 use crate::gitops::Gitops;
 use crate::names::{CommitId, DeploymentId, Digest, EventId, Hostname, InstanceRef};
 use crate::routing::{Hostnames, Routing};
@@ -41,7 +41,8 @@ fn day() -> KeepFor {
 impl ApprovalRule {
     /// Refuses a rule that nobody could meet.
     pub fn check(&self) -> Result<(), Refusal> {
-        let named = self.approvers.len();
+        let named: BTreeSet<_> = self.approvers.iter().map(|n| n.to_lowercase()).collect();
+        let named = named.len();
         let enough = named == 0 || u32::try_from(named).is_ok_and(|n| n >= self.required);
         let sound = |name: &String| {
             (1..=200).contains(&name.len()) && !name.chars().any(|c| c.is_control())
@@ -92,7 +93,7 @@ pub struct Plan {
     /// What will be different from that one, by name: `run.replicas`, `env.LOG_LEVEL`. Long values
     /// are named by their digest.
     pub values: BTreeMap<String, ValueChange>,
-    /// The addresses that will lead to it, with the deployments that they lead to now.
+    /// The addresses that will lead to it, or can be made to, with the deployments that they lead to now.
     pub routes: BTreeMap<Hostname, Vec<DeploymentId>>,
     /// What is asked for.
     pub rule: ApprovalRule,
@@ -100,7 +101,7 @@ pub struct Plan {
 
 impl Plan {
     /// The plan of a deployment whose image is pinned; none before. `hostnames` are those that it
-    /// gets if it takes over.
+    /// gets if it takes over, now or later.
     pub fn of(
         state: &Deployment,
         rule: &ApprovalRule,
@@ -121,16 +122,11 @@ impl Plan {
             };
             (change.before != change.after).then_some((name, change))
         });
-        let traffic = routing.and_then(|r| r.traffic(&instance));
-        let rolled_back = traffic.is_some_and(|t| t.rolled_back);
-        let first = traffic.is_none_or(|t| t.main.is_none());
-        let takes_over = first || (request.switch == SwitchMode::Automatic && !rolled_back);
-        let mut addresses = vec![hostnames.preview.clone()];
-        if takes_over {
-            let none = Routing::default();
-            let moving = routing.unwrap_or(&none).moving(&instance, hostnames);
-            addresses.extend(moving.into_iter().map(|(hostname, _)| hostname));
-        }
+        // Where it does not take over by itself, somebody may move the traffic to it later.
+        let none = Routing::default();
+        let moving = routing.unwrap_or(&none).moving(&instance, hostnames);
+        let moving = moving.into_iter().map(|(hostname, _)| hostname);
+        let addresses = std::iter::once(hostnames.preview.clone()).chain(moving);
         let leads_to = |hostname: &Hostname| {
             let route = routing.and_then(|r| r.routes.get(hostname));
             let backends = route.into_iter().flat_map(|r| &r.backends);
@@ -139,11 +135,10 @@ impl Plan {
         Some(Self {
             source: state.source.as_ref().map(|s| s.commit.clone()),
             image: state.image.clone()?,
-            base: gitops.and_then(|g| g.environments.get(&instance.environment).cloned()),
+            base: gitops.and_then(|g| g.newest_about(&instance.environment).cloned()),
             main: main.map(|(id, _)| id),
             values: changes.collect(),
             routes: addresses
-                .into_iter()
                 .map(|hostname| (hostname.clone(), leads_to(&hostname)))
                 .collect(),
             rule: rule.clone(),
@@ -182,7 +177,7 @@ fn values(state: &Deployment) -> BTreeMap<String, String> {
     let clusters: Vec<_> = request.clusters.iter().map(ToString::to_string).collect();
     set("clusters".into(), clusters.join(", "));
     set("run.port".into(), run.port.to_string());
-    set("run.replicas".into(), run.replicas.to_string());
+    set("run.replicas".into(), state.replicas.to_string());
     set("run.command".into(), run.command.join(" "));
     set("run.health.path".into(), run.health.path.clone());
     set(
@@ -333,6 +328,8 @@ pub struct Approval {
     pub rejected: Option<ApprovalRejected>,
     /// Who went ahead without.
     pub emergency: Option<Emergency>,
+    /// The hash of the plan that they went ahead with.
+    pub overridden: Option<Digest>,
     /// The hash that it went on with.
     pub approved: Option<Digest>,
 }
@@ -350,6 +347,7 @@ impl Approval {
             grants: Vec::new(),
             rejected: None,
             emergency: None,
+            overridden: None,
             approved: None,
         }
     }
@@ -357,7 +355,12 @@ impl Approval {
     /// Whether what is asked for is there.
     pub fn is_enough(&self) -> bool {
         let granted = u32::try_from(self.grants.len()).unwrap_or(u32::MAX);
-        self.rejected.is_none() && (self.emergency.is_some() || granted >= self.plan.rule.required)
+        self.rejected.is_none() && (self.is_overridden() || granted >= self.plan.rule.required)
+    }
+
+    /// Whether somebody went ahead with this plan, and not with one before it.
+    pub fn is_overridden(&self) -> bool {
+        self.overridden.as_ref() == Some(&self.hash)
     }
 
     /// Whether somebody still has to look at an emergency.
@@ -370,7 +373,7 @@ impl Approval {
         Approved {
             hash: self.hash.clone(),
             approvers: self.grants.iter().map(|g| g.approver.clone()).collect(),
-            emergency: self.emergency.is_some(),
+            emergency: self.is_overridden(),
         }
     }
 
@@ -390,10 +393,7 @@ impl Approval {
 
     /// Refuses who may not decide about their own change, or not at all.
     fn may_decide(&self, who: &str) -> Result<(), Refusal> {
-        let own = |other: &str| {
-            let account = other.split('@').next().unwrap_or_default();
-            [other, account].iter().any(|o| o.eq_ignore_ascii_case(who))
-        };
+        let own = |other: &str| same_person(other, who);
         if own(&self.requester) {
             return Err(Refusal::new(
                 "own_change",
@@ -409,7 +409,8 @@ impl Approval {
             ));
         }
         let named = &self.plan.rule.approvers;
-        if !named.is_empty() && !named.contains(who) {
+        let is_named = |name: &String| name.to_lowercase() == who.to_lowercase();
+        if !named.is_empty() && !named.iter().any(is_named) {
             let names: Vec<_> = named.iter().map(String::as_str).collect();
             return Err(Refusal::new(
                 "not_an_approver",
@@ -432,6 +433,14 @@ impl Approval {
     }
 }
 
+/// Whether two names stand for one person: letters are alike whether large or small, and an account
+/// is whoever has an address that begins with it. Two addresses are two people.
+pub(crate) fn same_person(one: &str, other: &str) -> bool {
+    let (one, other) = (one.to_lowercase(), other.to_lowercase());
+    let account = |name: &str| name.split('@').next().map(str::to_owned);
+    one == other || (one.contains('@') != other.contains('@') && account(&one) == account(&other))
+}
+
 /// Refuses what the state of the approvals does not allow, and says whether an event changes
 /// anything. The transition table has allowed it already.
 pub(crate) fn changes(state: &Deployment, event: &DeploymentEvent) -> Result<bool, Refusal> {
@@ -446,7 +455,8 @@ pub(crate) fn changes(state: &Deployment, event: &DeploymentEvent) -> Result<boo
             undecided(approval)?;
             approval.is_plan(&e.hash)?;
             approval.may_decide(&e.approver)?;
-            Ok(approval.grants.iter().all(|g| g.approver != e.approver))
+            let mut grants = approval.grants.iter();
+            Ok(!grants.any(|g| same_person(&g.approver, &e.approver)))
         }
         DeploymentEvent::ApprovalRejected(e) => {
             undecided(approval)?;
@@ -456,7 +466,7 @@ pub(crate) fn changes(state: &Deployment, event: &DeploymentEvent) -> Result<boo
         DeploymentEvent::EmergencyOverride(e) => {
             undecided(approval)?;
             approval.is_plan(&e.hash)?;
-            Ok(approval.emergency.is_none())
+            Ok(!approval.is_overridden())
         }
         DeploymentEvent::Approved(e) => {
             undecided(approval)?;
@@ -492,7 +502,7 @@ fn reviews(state: &Deployment, reviewer: &str) -> Result<bool, Refusal> {
     if state.emergencies().next().is_none() {
         return Err(no_review());
     }
-    if state.emergencies().any(|e| e.by == reviewer) {
+    if state.emergencies().any(|e| same_person(&e.by, reviewer)) {
         return Err(Refusal::new(
             "own_change",
             format!("{reviewer} went ahead, and cannot review that too"),
@@ -552,11 +562,13 @@ pub(crate) fn fold(approval: &mut Option<Box<Approval>>, event: DeploymentEvent,
             let ApprovalsVoided { plan, hash, .. } = *e;
             (approval.plan, approval.hash, approval.approved) = (plan, hash, None);
             approval.grants.clear();
-            // An emergency was about another plan; that it was one is still to be reviewed.
+            // An emergency was about another plan, and goes no further. That somebody went ahead is
+            // still to be reviewed.
         }
         DeploymentEvent::ApprovalGranted(e) => approval.grants.push(grant(e.approver, e.reason)),
         DeploymentEvent::ApprovalRejected(e) => approval.rejected = Some(e),
         DeploymentEvent::EmergencyOverride(e) => {
+            approval.overridden = Some(e.hash);
             approval.emergency = Some(Emergency {
                 by: e.by,
                 reason: e.reason,

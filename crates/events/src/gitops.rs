@@ -463,6 +463,21 @@ impl Gitops {
         self.foreign.iter().find(|f| f.commit == *commit)
     }
 
+    /// The newest commit about an environment, whoever made it: also one of somebody else on which
+    /// nobody has decided, and which the next commit follows on all the same.
+    pub fn newest_about(&self, environment: &EnvironmentName) -> Option<&CommitId> {
+        let known = self.environments.get(environment);
+        let ordinal = self.environment_ordinals.get(environment).copied();
+        let open = [ForeignStatus::Found, ForeignStatus::Reverting];
+        let foreign = self.foreign.iter().rev().filter(|f| {
+            open.contains(&f.status) && f.environments.contains(environment) && f.ordinal > ordinal
+        });
+        foreign
+            .max_by_key(|f| f.ordinal)
+            .map(|f| &f.commit)
+            .or(known)
+    }
+
     /// The commits of others that wait for somebody's decision.
     pub fn undecided(&self) -> impl Iterator<Item = &ForeignCommit> {
         self.foreign

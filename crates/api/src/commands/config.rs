@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use daybook_events::deployment::{
     self, Deployment, DeploymentEvent, Requested, ScaleRequested, SwitchMode,
 };
+use daybook_events::environment::Environment;
 use daybook_events::{DeploymentId, EnvKey, InstanceRef, Refusal, Subject};
 
 use super::deploy::pinned_version;
@@ -41,6 +42,7 @@ impl Commands {
         check::text("reason", reason.as_deref())?;
         let (_, environment) = self.deployable(instance)?;
         self.not_frozen(&environment)?;
+        needs_no_approval(&environment)?;
         let (id, subject, _) = self.running(instance)?;
         let event = ScaleRequested { replicas, reason };
         let done = self
@@ -146,4 +148,19 @@ impl Commands {
         let row = self.deployment(main)?;
         Ok((main, row.subject, row.state))
     }
+}
+
+/// Refuses what is done in place, where people have to allow what changes: they allow deployments.
+fn needs_no_approval(environment: &Environment) -> Result<(), Refusal> {
+    if environment.spec.approval.is_none() {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        "approval_required",
+        format!(
+            "{} asks for approvals, and nobody can allow a change in place",
+            environment.name
+        ),
+        "deploy with the number that you want, `daybook deploy --replicas`, and have that allowed",
+    ))
 }

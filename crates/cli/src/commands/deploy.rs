@@ -46,6 +46,9 @@ pub struct DeployArgs {
     /// A cluster to deploy to, if not to all of the environment; may be given several times.
     #[arg(long = "cluster", value_name = "NAME")]
     clusters: Vec<String>,
+    /// How many instances of it run in each cluster, if not as many as of the main deployment.
+    #[arg(long, value_name = "NUMBER")]
+    replicas: Option<u32>,
     /// Run it beside the main deployment; traffic follows with `daybook mark-main`.
     #[arg(long)]
     no_switch: bool,
@@ -193,6 +196,9 @@ pub async fn run(args: DeployArgs) -> Outcome {
     set("reason", args.reason.clone().map(Value::from));
     if !args.clusters.is_empty() {
         set("clusters", Some(args.clusters.clone().into()));
+    }
+    if let Some(replicas) = args.replicas {
+        set("run", Some(json!({ "replicas": replicas })));
     }
     if args.no_switch {
         set("switch", Some("manual".into()));

@@ -47,6 +47,7 @@ impl Worker for Decisions {
                 | "deployment.approval_granted.v1"
                 | "deployment.approval_rejected.v1"
                 | "deployment.emergency_override.v1"
+                | "deployment.approvals_voided.v1"
         )
     }
     async fn activate(&self, a: &Activation) -> Outcome {
@@ -119,7 +120,7 @@ async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
     if !plan_holds(bench, &row, approval).await? || !approval.is_enough() {
         return Ok(());
     }
-    let text = if approval.emergency.is_some() {
+    let text = if approval.is_overridden() {
         "goes on in an emergency"
     } else {
         "its plan is allowed"
@@ -147,10 +148,8 @@ pub(super) async fn is_allowed(bench: &Bench, row: &DeploymentRow) -> Result<boo
     let Some(plan) = plan(bench, row, &rule)? else {
         return Ok(true);
     };
-    let created = bench.ledger.log().get(row.created).await;
-    let created = created.map_err(|e| Stop::Retry(e.to_string()))?;
-    let created = created.and_then(|r| r.event().ok());
-    let requester = created.map_or_else(String::new, |e| e.authid);
+    // Who asked may not allow it: without that name nobody is asked.
+    let requester = super::actor_at(bench, row.created).await?.id;
     let now = jiff::Timestamp::now();
     let expires = rule.expires.duration();
     let hash = plan.hash();
@@ -226,4 +225,39 @@ fn plan(bench: &Bench, row: &DeploymentRow, rule: &ApprovalRule) -> Result<Optio
     let plan = Plan::of(&row.state, rule, main, routing, gitops.as_ref(), &hostnames);
     // What is hashed is what is recorded.
     Ok(plan.map(|plan| bench.masked(&row.subject, plan)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use daybook_events::memory::MemoryLog;
+    use daybook_events::timer::KeepFor;
+    use daybook_events::{Hostname, Position};
+    use daybook_projections::{Ledger, Projections};
+    use daybook_store::embedded::{EmbeddedLines, LineRetention};
+
+    use super::super::{Bench, Settings, Stop, actor_at};
+
+    #[tokio::test]
+    async fn it_is_waited_for_who_asked_and_never_taken_for_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let lines = EmbeddedLines::open(dir.path(), LineRetention::default());
+        let bench = Bench {
+            ledger: Ledger::new(Arc::new(MemoryLog::new()), Projections::in_memory()),
+            lines: Arc::new(lines.await.unwrap()),
+            secrets: Arc::new(daybook_secrets::NoSecrets),
+            settings: Arc::new(Settings {
+                worker: "test".to_owned(),
+                domain: Hostname::parse("localhost").unwrap(),
+                image_prefix: "registry.example".to_owned(),
+                scratch: dir.path().join("scratch"),
+                gateway_url: None,
+                builds: 1,
+                keep_old: KeepFor::Never,
+            }),
+        };
+        let found = actor_at(&bench, Position(7)).await;
+        assert!(matches!(found, Err(Stop::Retry(_))), "{found:?}");
+    }
 }

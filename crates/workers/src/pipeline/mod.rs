@@ -342,6 +342,16 @@ pub(crate) fn said(activation: &Activation, why: &str) -> StepError {
     )
 }
 
+/// Who did what an event says. An event that cannot be read is tried again: nobody did nothing.
+pub(crate) async fn actor_at(bench: &Bench, position: Position) -> Result<Actor, Stop> {
+    let recorded = bench.ledger.log().get(position).await;
+    let recorded = recorded.map_err(|e| Stop::Retry(e.to_string()))?;
+    recorded
+        .and_then(|r| r.event().ok())
+        .map(|e| e.actor())
+        .ok_or_else(|| Stop::Retry(format!("the event at {position} cannot be read")))
+}
+
 /// The deployment that an event is about: its own, or the one that it is correlated with.
 pub fn deployment_of(subject: &Subject, event: &Event) -> Option<DeploymentId> {
     match subject {

@@ -22,11 +22,11 @@ use daybook_events::project::{Project, ProjectEvent};
 use daybook_events::spec::{ServiceSpec, SourceSpec};
 use daybook_events::{
     Actor, AggregateKind, CommitId, DeploymentId, EnvironmentName, EventId, GitRef, InstanceRef,
-    Position, ProjectName, ServiceName, Subject, SubjectFilter, secret,
+    ProjectName, ServiceName, Subject, SubjectFilter, secret,
 };
 use daybook_projections::{DeploymentFilter, Page};
 
-use super::{Bench, Stop, outcome};
+use super::{Bench, Stop, actor_at, outcome};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::Sources;
 
@@ -456,16 +456,6 @@ fn deployment_of(
     service: &ServiceName,
 ) -> DeploymentId {
     DeploymentId::derived(cause.0, &format!("delivered {environment}.{service}"))
-}
-
-/// Who did what an event says.
-async fn actor_at(bench: &Bench, position: Position) -> Result<Actor, Stop> {
-    let recorded = bench.ledger.log().get(position).await;
-    let recorded = recorded.map_err(|e| Stop::Retry(e.to_string()))?;
-    recorded
-        .and_then(|r| r.event().ok())
-        .map(|e| e.actor())
-        .ok_or_else(|| Stop::Retry(format!("the event at {position} cannot be read")))
 }
 
 /// What an instance's main deployment runs differently from its service's definition.
