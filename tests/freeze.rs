@@ -285,3 +285,28 @@ fn freezes_are_told_over_the_interface() {
     assert_eq!(answer.status, 200, "{answer:?}");
     assert!(server.read(base)["freezes"].is_null());
 }
+
+#[test]
+fn a_way_back_leads_to_what_was_live() {
+    let (server, source) = start(Settings::default());
+    let first = server.deploy(INSTANCE, &[]);
+    replace_flags(&source, "--text two");
+    let beside = server.deploy(INSTANCE, &["--no-switch"]);
+    replace_flags(&source, "--text three");
+    let main = server.deploy(INSTANCE, &[]);
+    freeze(&server, "sale");
+    // What never had the traffic is none, by whichever name it is asked for.
+    for to in [
+        vec!["mark-main", &beside],
+        vec!["rollback", INSTANCE, "--to", &beside],
+    ] {
+        let done = server.cli(&[&to[..], &["--output", "json"]].concat());
+        refused(&done, "environment_frozen");
+    }
+    server.get_from(HOST, "/", &main);
+    server.ok(&["rollback", INSTANCE, "--to", &first]);
+    server.get_from(HOST, "/", &first);
+    thaw(&server, "sale");
+    server.ok(&["rollback", INSTANCE, "--to", &beside]);
+    server.get_from(HOST, "/", &beside);
+}

@@ -161,3 +161,53 @@ fn what_stops_leaves_the_routes_that_it_shares_before_it_stops() {
     server.ok(&["start", &first]);
     assert_eq!(answers(&server, LIVE, 20)["two"], 20);
 }
+
+#[test]
+fn a_rollback_by_deploying_once_more_is_pinned_as_any_other() {
+    let server = Server::start(Settings::default());
+    let source = application("--text one");
+    server.define("shop", "web", &source, &[]);
+    let first = server.deploy(INSTANCE, &[]);
+    replace_flags(&source, "--text two");
+    let second = server.deploy(INSTANCE, &[]);
+    server.ok(&["stop", &first]);
+    server.ok(&["terminate", &first]);
+    let plain = ["rollback", INSTANCE, "--to", &first];
+    assert_eq!(refused(&server, &plain), "target_not_running");
+
+    let done = server.json(&["rollback", INSTANCE, "--redeploy", "--reason", "too loud"]);
+    let again = done["id"].as_str().unwrap();
+    assert_eq!(done["previous_main"], second.as_str());
+    assert_eq!(server.get_from(LIVE, "/", again).body, "one");
+    let detail = server.deployment(again);
+    assert_eq!(detail["redeploy_of"], first.as_str(), "{detail}");
+    // Nothing takes over by itself until somebody says so.
+    replace_flags(&source, "--text three");
+    let third = server.deploy(INSTANCE, &[]);
+    assert_eq!(server.deployment(&third)["main"], false);
+    assert_eq!(server.get_from(LIVE, "/", again).body, "one");
+    server.ok(&["mark-main", &third]);
+    server.get_from(LIVE, "/", &third);
+
+    // Over the interface in one request, however often that is sent.
+    server.ok(&["stop", again]);
+    let body = json!({ "instance_id": INSTANCE, "to": again, "start": true });
+    let answer = server.post("/api/v1/rollback", &body, Some("back-1"));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert_eq!(answer.json()["previous_main"], third.as_str());
+    assert_eq!(server.get_from(LIVE, "/", again).body, "one");
+    let repeated = server.post("/api/v1/rollback", &body, Some("back-1"));
+    assert_eq!(repeated.json(), answer.json());
+    let body = json!({ "instance_id": INSTANCE, "to": first, "redeploy": true });
+    let answer = server.post("/api/v1/rollback", &body, Some("back-2"));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let anew = answer.json()["id"].as_str().unwrap().to_owned();
+    assert!(anew != first && anew != again);
+    assert_eq!(server.get_from(LIVE, "/", &anew).body, "one");
+    let repeated = server.post("/api/v1/rollback", &body, Some("back-2"));
+    assert_eq!(repeated.json(), answer.json());
+    let both = json!({ "instance_id": INSTANCE, "start": true, "redeploy": true });
+    let answer = server.post("/api/v1/rollback", &both, None);
+    assert_eq!(answer.json()["code"], "rollback_ambiguous");
+    server.check_replay();
+}

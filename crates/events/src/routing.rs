@@ -247,6 +247,11 @@ pub struct InstanceTraffic {
 }
 
 impl InstanceTraffic {
+    /// Whether a deployment is the main one, or was it lately.
+    pub fn was_main(&self, deployment: DeploymentId) -> bool {
+        self.main == Some(deployment) || self.former.contains(&deployment)
+    }
+
     /// Refuses a deployment that the instance was rolled back from.
     fn must_not_be_pinned_out(&self, target: &Target) -> Result<(), Refusal> {
         if !self.pinned_out.contains(&target.deployment) {

@@ -19,6 +19,7 @@ mod routes;
 mod secrets;
 mod templates;
 mod traffic;
+mod way_back;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,6 +48,7 @@ pub use routes::{RoutesSet, Shares, Traffic};
 pub use secrets::Verified;
 pub use templates::DeployTemplate;
 pub use traffic::Switched;
+pub use way_back::First;
 
 /// How long a command waits for its own event to be folded, so that whoever asks next sees it.
 const OWN_WRITE_WAIT: Duration = Duration::from_secs(2);

@@ -59,21 +59,15 @@ impl Commands {
         }
         check::text("reason", note.as_deref())?;
         self.deployable(&instance)?;
-        let to = match to {
-            Some(to) => to,
-            None => self.former_main(&instance)?,
-        };
-        let (target, _) = self.target(to)?;
-        if target.instance != instance {
-            return Err(Refusal::new(
-                "other_instance",
-                format!(
-                    "deployment {to} belongs to {}, not to {instance}",
-                    target.instance
-                ),
-                "name a deployment of this instance; `daybook history` lists them",
-            )
-            .into());
+        let to = self.way_back(&instance, to)?;
+        // What had the traffic before may have it back at any time, also if it is deployed once more
+        // for that; another one as by `mark-main`.
+        let routing = self.ledger.projections().routing(&instance.project)?;
+        let traffic = routing.as_ref().and_then(|r| r.traffic(&instance));
+        let was_main = |id| traffic.is_some_and(|t| t.was_main(id));
+        let of = self.deployment(to)?.state.request.redeploy_of;
+        if !was_main(to) && !of.is_some_and(was_main) {
+            self.may_get_traffic(to)?;
         }
         let command = |(target, hostnames)| Command::Rollback {
             target,
@@ -87,13 +81,39 @@ impl Commands {
         rolled_back.map_err(|e| match e {
             CommandError::Refused(mut r) if r.code == "target_not_running" => {
                 r.remedy = format!(
-                    "{}; or repeat it with `daybook redeploy {to}`, or name another one that runs",
+                    "{}; or deploy it once more with `daybook rollback --redeploy --to {to}`, or name \
+                     another one that runs",
                     r.remedy
                 );
                 r.into()
             }
             other => other,
         })
+    }
+
+    /// The deployment that a rollback goes back to, if `to` does not say which.
+    pub(super) fn way_back(
+        &self,
+        instance: &InstanceRef,
+        to: Option<DeploymentId>,
+    ) -> Result<DeploymentId, CommandError> {
+        let to = match to {
+            Some(to) => to,
+            None => self.former_main(instance)?,
+        };
+        let (target, _) = self.target(to)?;
+        if target.instance != *instance {
+            return Err(Refusal::new(
+                "other_instance",
+                format!(
+                    "deployment {to} belongs to {}, not to {instance}",
+                    target.instance
+                ),
+                "name a deployment of this instance; `daybook history` lists them",
+            )
+            .into());
+        }
+        Ok(to)
     }
 
     /// The deployment that a rollback goes back to: the main one, if others share its traffic, and

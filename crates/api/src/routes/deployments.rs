@@ -12,7 +12,7 @@ use utoipa::IntoParams;
 
 use crate::answer::Answer;
 use crate::commands::{
-    Deploy, Deployed, Lifecycle, Promote, Redeploy, RunOverrides, Switched, What,
+    Deploy, Deployed, First, Lifecycle, Promote, Redeploy, RunOverrides, Switched, What,
 };
 use crate::extract::{Command, CommandBody, Named, NoParams, Params, deployment_id};
 use crate::problem::Problem;
@@ -192,6 +192,14 @@ pub(crate) struct RollbackTo {
     service: Option<String>,
     /// The deployment to go back to; the main one before if not given.
     to: Option<String>,
+    /// Whether it is started first if it is stopped. The answer then waits until it is ready.
+    #[serde(default)]
+    start: bool,
+    /// Whether what it was made from is deployed once more, and that is gone back to: also where it
+    /// was removed. The answer waits until that is ready; under an Idempotency-Key, a repetition goes
+    /// on where the first request ended.
+    #[serde(default)]
+    redeploy: bool,
     /// Why.
     reason: Option<String>,
 }
@@ -536,7 +544,7 @@ pub(crate) async fn redeploy(
     Ok(accepted(&deployed, &instance))
 }
 
-/// Sends traffic back to an older deployment that still runs. From here on no deployment takes
+/// Sends traffic back to an older deployment, which must run, unless it is said how it comes to. From here on no deployment takes
 /// over by itself, until one is marked as main.
 #[utoipa::path(post, path = "/api/v1/rollback", tag = "traffic",
     request_body = RollbackTo,
@@ -553,9 +561,22 @@ pub(crate) async fn rollback(
         body.service,
     )?;
     let to = body.to.as_deref().map(deployment_id).transpose()?;
+    let first = match (body.start, body.redeploy) {
+        (false, false) => First::Nothing,
+        (true, false) => First::Start,
+        (false, true) => First::Redeploy,
+        (true, true) => {
+            return Err(Refusal::new(
+                "rollback_ambiguous",
+                "it is to be started, and to be deployed once more",
+                "give one of start and redeploy",
+            )
+            .into());
+        }
+    };
     let done = state
         .commands
-        .rollback(&caller, instance, to, body.reason)
+        .roll_back_after(&caller, instance, to, first, body.reason)
         .await?;
     Ok(switched(done))
 }

@@ -96,6 +96,9 @@ pub struct RollbackArgs {
     /// Start it first if it is stopped, and wait until it is ready.
     #[arg(long)]
     start: bool,
+    /// Deploy once more what it was made from, also if it was removed, and go back to that.
+    #[arg(long, conflicts_with = "start")]
+    redeploy: bool,
     /// Why, for the ledger.
     #[arg(long)]
     reason: Option<String>,
@@ -307,15 +310,21 @@ pub async fn rollback(args: RollbackArgs) -> Outcome {
     if let Some(to) = &args.to {
         body["to"] = find(&client, to).await?.into();
     }
-    if args.start {
+    if args.start || args.redeploy {
         let to = match body["to"].as_str() {
             Some(to) => Some(to.to_owned()),
             None => former_main(&client, &body).await?,
         };
         if let Some(to) = to {
-            let started = start_if_stopped(&client, &to, args.reason.as_deref()).await?;
-            if started != Code::Success {
-                return Ok(started);
+            let reason = args.reason.as_deref();
+            let (to, ready) = if args.redeploy {
+                deploy_again(&client, &to, reason).await?
+            } else {
+                let started = start_if_stopped(&client, &to, reason).await?;
+                (to, started)
+            };
+            if ready != Code::Success {
+                return Ok(ready);
             }
             // What was started is what is gone back to, whatever was switched meanwhile.
             body["to"] = to.into();
@@ -341,6 +350,21 @@ async fn former_main(client: &Client, wish: &Value) -> Result<Option<String>, Fa
     let detail: Value = client.get(&path, &[]).await?;
     let former = detail["former"].as_array().and_then(|f| f.last());
     Ok(former.and_then(Value::as_str).map(str::to_owned))
+}
+
+/// Deploys beside what runs what an older deployment was made from. Returns the new one, and how
+/// that ended.
+async fn deploy_again(
+    client: &Client,
+    id: &str,
+    reason: Option<&str>,
+) -> Result<(String, Code), Failure> {
+    let path = format!("/api/v1/deployments/{id}/redeploy");
+    let body = json!({ "switch": "manual", "reason": reason });
+    let answer: Value = client.post(&path, &body).await?;
+    let new = answer["id"].as_str().unwrap_or_default().to_owned();
+    let code = follow(client, &new, Follow::Deployment).await?;
+    Ok((new, code))
 }
 
 async fn start_if_stopped(client: &Client, id: &str, reason: Option<&str>) -> Outcome {
