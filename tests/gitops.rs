@@ -5,7 +5,7 @@ use std::path::Path;
 
 use daybook_testkit::git::{git, git_command};
 
-use crate::support::{Server, Settings, site, until};
+use crate::support::{Server, Settings, Visitor, site, until};
 
 /// Commits by hand into a bare repository.
 fn by_hand(repository: &Path, file: &str, text: &str) -> String {
@@ -312,4 +312,109 @@ fn an_ejected_repository_stands_alone_and_is_the_same_each_time() {
     assert_eq!(refused.code, 5, "{refused:?}");
     assert!(refused.stderr.contains("value of a secret") && !refused.stderr.contains(CANARY));
     assert!(!out("three").exists());
+}
+
+/// Reverts the commit of a deployment by hand. Where the stop of the one before came after it, that
+/// conflicts, and is resolved as a person does: what was before, and stopped.
+fn revert_by_hand(repository: &Path, commit: &str) {
+    let clone = clone_of(repository);
+    let at = clone.path();
+    let mut revert = git_command(at);
+    revert.args(["revert", "--no-commit", commit]);
+    revert.output().unwrap();
+    let values = "environments/production/values.yaml";
+    if git(at, &["ls-files", "--unmerged"]).contains(values) {
+        let before = git(at, &["show", &format!("{commit}^:{values}")]);
+        let stopped = before.replace("replicas: 1", "replicas: 0");
+        fs::write(at.join(values), format!("{stopped}\n")).unwrap();
+        git(at, &["add", values]);
+    }
+    git(at, &["checkout", "--quiet", "HEAD", "--", ".daybook"]);
+    let message = format!("Revert it\n\nThis reverts commit {commit}.");
+    git(at, &["commit", "--quiet", "-m", &message]);
+    git(at, &["push", "--quiet", "origin", "HEAD:main"]);
+}
+
+fn newest_deploy(repository: &Path) -> String {
+    let newest = ["log", "-1", "--format=%H", "--grep=^deploy(", "main"];
+    git(repository, &newest)
+}
+
+#[test]
+fn a_git_revert_starts_what_was_stopped_and_no_request_fails() {
+    let settings = Settings::default().arg("--gitops-watch").arg("1");
+    let server = Server::start(settings.arg("--keep-old").arg("1s"));
+    let source = site("one");
+    server.define("shop", "web", &source, &[]);
+    let instance = "shop.production.web";
+    let first = server.deploy(instance, &[]);
+    source.commit("Two", &[("index.html", "two")]);
+    let second = server.deploy(instance, &[]);
+    server.get_from("web.shop.localhost", "/", &second);
+    server.wait_for(&first, "stopped");
+    let repository = server.gitops("shop");
+    let visitor = Visitor::of_any(&server, "web.shop.localhost", &["one", "two"]);
+
+    revert_by_hand(&repository, &newest_deploy(&repository));
+    server.get_from("web.shop.localhost", "/", &first);
+    server.wait_for(&second, "stopped");
+    visitor.was_always_served();
+    let detail = server.deployment(&first);
+    assert_eq!(
+        (&detail["main"], &detail["state"]),
+        (&true.into(), &"started".into())
+    );
+    let shown = server.json(&["gitops", "show", "shop"]);
+    assert_eq!(shown["foreign"][0]["undoes"], second.as_str(), "{shown}");
+    assert_eq!(shown["foreign"][0]["status"], "adopted");
+    let said = server.ok(&["logs", &second]).stdout;
+    assert!(said.contains("gets the traffic when it is ready"), "{said}");
+    let events = server.events();
+    let by_ada = events
+        .iter()
+        .filter(|e| e["event"]["authid"] == "ada@example.com");
+    let kinds: Vec<_> = by_ada.filter_map(|e| e["event"]["type"].as_str()).collect();
+    assert_eq!(
+        kinds,
+        [
+            "dev.daybook.deployment.start_requested.v1",
+            "dev.daybook.routing.switched.v1",
+            "dev.daybook.gitops.foreign_commit_adopted.v1",
+            "dev.daybook.deployment.stop_requested.v1"
+        ]
+    );
+    server.check_replay();
+}
+
+#[test]
+fn what_has_the_traffic_is_kept_although_its_release_was_taken_out_by_hand() {
+    let mut server = Server::start(Settings::default().arg("--gitops-watch").arg("1"));
+    let source = site("one");
+    server.define("shop", "web", &source, &[]);
+    let instance = "shop.production.web";
+    let first = server.deploy(instance, &[]);
+    server.get_from("web.shop.localhost", "/", &first);
+    let repository = server.gitops("shop");
+    let visitor = Visitor::of(&server, "web.shop.localhost", "one");
+    // There is nothing to go back to.
+    revert_by_hand(&repository, &newest_deploy(&repository));
+    until("it is found", || {
+        let shown = server.json(&["gitops", "show", "shop"]);
+        (shown["undecided"].as_u64() == Some(1)).then_some(())
+    });
+    // The next commits are made on top of it, and none of them ends what leads there.
+    server.service("shop", "api", &source, &[]);
+    let other = server.deploy("shop.production.api", &[]);
+    server.get_from("api.shop.localhost", "/", &other);
+    visitor.was_always_served();
+    server.kill();
+    server.restart();
+    server.get_from("web.shop.localhost", "/", &first);
+    source.commit("Two", &[("index.html", "two")]);
+    let second = server.deploy(instance, &[]);
+    assert_eq!(
+        server.get_from("web.shop.localhost", "/", &second).body,
+        "two"
+    );
+    server.check_replay();
 }

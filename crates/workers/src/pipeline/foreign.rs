@@ -359,10 +359,19 @@ impl Worker for Decisions {
         outcome(done)
     }
     async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
-        let (Subject::Gitops(project), Ok(GitopsEvent::RevertRequested(e))) =
-            (&a.subject, a.event.payload::<GitopsEvent>())
-        else {
+        let Subject::Gitops(project) = &a.subject else {
             return Outcome::Done;
+        };
+        let e = match a.event.payload::<GitopsEvent>() {
+            Ok(GitopsEvent::RevertRequested(e)) => e,
+            Ok(GitopsEvent::ForeignCommitFound(e)) => {
+                let bench = &self.0.bench;
+                return match &e.undoes {
+                    Some(undone) => reverted::give_up(bench, a, project, &e, undone, why).await,
+                    None => Outcome::Done,
+                };
+            }
+            _ => return Outcome::Done,
         };
         let error = StepError::fatal(
             "gave_up",
@@ -466,7 +475,7 @@ impl Decisions {
     }
 
     /// Stops, starts and removals could not be committed while the history was in doubt, or the
-    /// remote away.
+    /// remote away. Removals are also those of what ended before it was live.
     async fn go_on(&self, project: &ProjectName) -> Result<(), Stop> {
         let waiting: Vec<DeploymentId> = self
             .0
@@ -483,7 +492,7 @@ impl Decisions {
             })
             .map(|row| row.id)
             .collect();
-        for id in waiting {
+        for id in waiting.into_iter().chain(self.listed(project)?) {
             if let Some(row) = self.0.bench.row(id)? {
                 let done = match row.state.status {
                     Status::Started => self.0.scale(&row).await,
@@ -496,5 +505,20 @@ impl Decisions {
             }
         }
         Ok(())
+    }
+
+    /// What the repository still lists although it ended before it was live.
+    fn listed(&self, project: &ProjectName) -> Result<Vec<DeploymentId>, Stop> {
+        let bench = &self.0.bench;
+        let gitops = bench.ledger.projections().gitops(project)?;
+        let mut ended = Vec::new();
+        for id in gitops.iter().flat_map(|g| g.releases.keys()) {
+            let row = bench.row(*id)?.filter(|row| {
+                let status = row.state.status;
+                [Status::Failed, Status::Cancelled, Status::Deleted].contains(&status)
+            });
+            ended.extend(row.map(|row| row.id));
+        }
+        Ok(ended)
     }
 }

@@ -3,27 +3,37 @@
 //! Somebody who reverts the commit of a deployment in the GitOps repository wants what ran before.
 //! So it is done as `daybook rollback` does it: the routes go back to the main deployment before,
 //! pinned so that no deployment takes over by itself, and only when a gateway serves them is the
-//! commit adopted, and what it took out stopped. The person who made the commit is the actor, as
+//! commit adopted, and what it took out stopped. A deployment that was stopped meanwhile is started
+//! first; until it is ready, nothing is switched. The person who made the commit is the actor, as
 //! far as the commit can be believed: nobody checked the name.
 
-use daybook_events::deployment::{DeploymentEvent, OperationRequested, Status};
+use std::time::Duration;
+
+use daybook_events::deployment::{self, Deployment, DeploymentEvent, OperationRequested, Status};
 use daybook_events::environment::Environment;
 use daybook_events::gitops::{
     self, ForeignCommitAdopted, ForeignCommitFound, ForeignStatus, Gitops, GitopsEvent,
     UndoneDeployment,
 };
-use daybook_events::routing::{self, Command, Hostnames, Routing, SwitchReason, Target};
+use daybook_events::routing::{self, Command, Hostnames, Routing, RoutingEvent, Target};
 use daybook_events::{
     Actor, Context, DeploymentId, EventId, InstanceRef, Position, ProjectName, Subject,
 };
-use daybook_projections::DeploymentRow;
+use daybook_projections::{DeploymentRow, Executed};
 use jiff::Timestamp;
 
+use super::timers::keep_for_traffic;
 use super::{Bench, Stop};
 use crate::driver::{Activation, Outcome};
 
 /// The longest name of a person that is taken over, in bytes.
 const MAX_NAME: usize = 200;
+
+/// The step that moves the routes.
+const SWITCHES: &str = "revert rolls back";
+
+/// The longest time between two looks at what is being started.
+const LOOK_AGAIN: Duration = Duration::from_secs(15);
 
 /// Rolls back what a commit takes back.
 pub(super) async fn honour(
@@ -40,7 +50,58 @@ pub(super) async fn honour(
         found,
         undone,
     };
-    super::outcome(revert.carry_out().await)
+    match revert.carry_out().await {
+        Ok(Progress::Settled) => Outcome::Done,
+        Ok(Progress::Starting) => {
+            let doubled = Duration::from_millis(250 << a.attempt.saturating_sub(1).min(8));
+            Outcome::Wait(doubled.min(LOOK_AGAIN))
+        }
+        Err(stop) => super::outcome(Err(stop)),
+    }
+}
+
+/// Says that it was tried to the bound.
+pub(super) async fn give_up(
+    bench: &Bench,
+    a: &Activation,
+    project: &ProjectName,
+    found: &ForeignCommitFound,
+    undone: &UndoneDeployment,
+    why: &str,
+) -> Outcome {
+    let revert = Revert {
+        bench,
+        a,
+        project,
+        found,
+        undone,
+    };
+    super::outcome(match bench.row(undone.deployment) {
+        Ok(Some(row)) => {
+            revert.not_honoured(&row, why).await;
+            Ok(())
+        }
+        Ok(None) => Ok(()),
+        Err(stop) => Err(stop),
+    })
+}
+
+/// How far a rollback is.
+enum Progress {
+    /// Nothing is left to do.
+    Settled,
+    /// What is gone back to is not ready yet.
+    Starting,
+}
+
+/// What came of moving the routes.
+enum Moved {
+    /// This table does it.
+    By(u32),
+    /// What is gone back to is not ready yet.
+    NotYet,
+    /// They are not moved, and it is said why.
+    Never,
 }
 
 struct Revert<'a> {
@@ -52,7 +113,7 @@ struct Revert<'a> {
 }
 
 impl Revert<'_> {
-    async fn carry_out(&self) -> Result<(), Stop> {
+    async fn carry_out(&self) -> Result<Progress, Stop> {
         let projections = self.bench.ledger.projections();
         let gitops = projections.gitops(self.project)?;
         let status = gitops
@@ -60,29 +121,31 @@ impl Revert<'_> {
             .and_then(|g| g.foreign_commit(&self.found.commit))
             .map(|f| f.status);
         let Some(row) = self.bench.row(self.undone.deployment)? else {
-            return Ok(());
+            return Ok(Progress::Settled);
         };
+        let switched = self.switched().await?;
         match status {
             Some(ForeignStatus::Found) => {}
             // The process may have died between the adoption and the stop.
-            Some(ForeignStatus::Adopted) if self.is_rolled_back()? => {
-                return self.stop(&row).await;
+            Some(ForeignStatus::Adopted) if switched.is_some() => {
+                self.stop(&row).await?;
+                return Ok(Progress::Settled);
             }
             // Somebody decided otherwise.
-            _ => return Ok(()),
+            _ => return Ok(Progress::Settled),
         }
-        let table = if self.is_rolled_back()? {
-            self.table()?
-        } else {
-            match self.switch(&row).await {
-                Ok(Some(table)) => table,
-                Ok(None) => return Ok(()),
+        let table = match switched {
+            Some(table) => table,
+            None => match self.switch(&row).await {
+                Ok(Moved::By(table)) => table,
+                Ok(Moved::NotYet) => return Ok(Progress::Starting),
+                Ok(Moved::Never) => return Ok(Progress::Settled),
                 Err(Stop::Moved(refusal)) => {
                     self.not_honoured(&row, &refusal.message).await;
-                    return Ok(());
+                    return Ok(Progress::Settled);
                 }
                 Err(stop) => return Err(stop),
-            }
+            },
         };
         let routing = projections.routing(self.project)?;
         if !routing.is_some_and(|r| r.applied.values().any(|applied| *applied >= table)) {
@@ -91,11 +154,12 @@ impl Revert<'_> {
             ));
         }
         self.adopt().await?;
-        self.stop(&row).await
+        self.stop(&row).await?;
+        Ok(Progress::Settled)
     }
 
-    /// Moves the routes, if what was reverted has them. Returns the table that does it.
-    async fn switch(&self, row: &DeploymentRow) -> Result<Option<u32>, Stop> {
+    /// Moves the routes, if what was reverted has them.
+    async fn switch(&self, row: &DeploymentRow) -> Result<Moved, Stop> {
         let instance = &row.state.request.instance;
         let projections = self.bench.ledger.projections();
         let routing = projections.routing(self.project)?;
@@ -103,15 +167,24 @@ impl Revert<'_> {
         if traffic.and_then(|t| t.main) != Some(row.id) {
             self.not_honoured(row, "it is not the main deployment")
                 .await;
-            return Ok(None);
+            return Ok(Moved::Never);
         }
         let Some(to) = traffic.and_then(|t| t.former.last().copied()) else {
             self.not_honoured(row, "there was no other main deployment before it")
                 .await;
-            return Ok(None);
+            return Ok(Moved::Never);
         };
         let Some(target) = self.bench.row(to)? else {
-            return Ok(None);
+            return Ok(Moved::Never);
+        };
+        match target.state.status {
+            Status::Stopped | Status::StartError => return self.start(row, &target).await,
+            Status::Stopping | Status::Starting => return Ok(Moved::NotYet),
+            _ => {}
+        }
+        keep_for_traffic(self.bench, self.a.event.id, to).await?;
+        let Some(target) = self.bench.row(to)? else {
+            return Ok(Moved::Never);
         };
         let command = Command::Rollback {
             hostnames: self.hostnames(instance, to)?,
@@ -126,7 +199,7 @@ impl Revert<'_> {
         let subject = Subject::Routing(self.project.clone());
         let executed = self
             .bench
-            .append::<Routing>(&subject, &self.context("revert rolls back"), |state| {
+            .append::<Routing>(&subject, &self.context(SWITCHES), |state| {
                 routing::decide(state, command.clone())
             })
             .await?;
@@ -137,7 +210,46 @@ impl Revert<'_> {
             self.found.commit.short()
         );
         self.bench.say(row.id, None, text).await;
-        self.table().map(Some)
+        let table = self.switched().await?;
+        Ok(table.map_or(Moved::Never, Moved::By))
+    }
+
+    /// Starts what is gone back to, once.
+    async fn start(&self, row: &DeploymentRow, target: &DeploymentRow) -> Result<Moved, Stop> {
+        let event = DeploymentEvent::StartRequested(OperationRequested {
+            reason: Some(format!(
+                "commit {} goes back to it",
+                self.found.commit.short()
+            )),
+        });
+        let context = Context {
+            correlation: target.id.0,
+            ..self.context("revert starts")
+        };
+        let asked = self
+            .bench
+            .append::<Deployment>(&target.subject, &context, |state| {
+                deployment::decide(state, event.clone())
+            })
+            .await?;
+        let target = self.bench.reread(target, asked.position()).await?;
+        if let Executed::Duplicate { .. } = asked
+            && matches!(target.state.status, Status::Stopped | Status::StartError)
+        {
+            let failure = target.state.failure.as_ref();
+            let why = failure.map_or("it was stopped again", |f| f.message.as_str());
+            let why = format!("{} could not be started: {why}", target.id);
+            self.not_honoured(row, &why).await;
+            return Ok(Moved::Never);
+        }
+        let text = format!(
+            "{} reverted its commit with {}: {} is started, and gets the traffic when it is ready",
+            self.found.author,
+            self.found.commit.short(),
+            target.id
+        );
+        self.bench.say(row.id, None, text).await;
+        Ok(Moved::NotYet)
     }
 
     fn hostnames(&self, instance: &InstanceRef, id: DeploymentId) -> Result<Hostnames, Stop> {
@@ -149,23 +261,25 @@ impl Revert<'_> {
         Hostnames::under(domain, instance, id, live).map_err(|e| Stop::Retry(e.to_string()))
     }
 
-    /// The newest table of the project.
-    fn table(&self) -> Result<u32, Stop> {
-        let routing = self.bench.ledger.projections().routing(self.project)?;
-        Ok(routing.map_or(0, |r| r.table))
+    /// The table by which an earlier try has moved the routes, if one has.
+    async fn switched(&self) -> Result<Option<u32>, Stop> {
+        let projections = self.bench.ledger.projections();
+        let Some(known) = projections.event_by_id(self.context(SWITCHES).id)? else {
+            return Ok(None);
+        };
+        let recorded = self.bench.ledger.log().get(known.position).await;
+        let recorded = recorded.map_err(|e| Stop::Retry(e.to_string()))?;
+        let event = recorded.and_then(|r| r.event().ok());
+        match event.and_then(|e| e.payload::<RoutingEvent>().ok()) {
+            Some(RoutingEvent::Switched(switch)) => Ok(Some(switch.table)),
+            _ => Err(Stop::Retry(format!(
+                "the switch at {} cannot be read",
+                known.position
+            ))),
+        }
     }
 
-    /// Whether an earlier try has moved the routes.
-    fn is_rolled_back(&self) -> Result<bool, Stop> {
-        let routing = self.bench.ledger.projections().routing(self.project)?;
-        let note = Some(self.note());
-        Ok(routing.is_some_and(|r| {
-            let mut recent = r.recent.iter();
-            recent.any(|s| s.reason == SwitchReason::Rollback && s.note == note)
-        }))
-    }
-
-    /// What the switch says, by which it is known again.
+    /// What the switch says.
     fn note(&self) -> String {
         format!(
             "git revert in commit {}: {}",
@@ -203,8 +317,8 @@ impl Revert<'_> {
         };
         let asked = self
             .bench
-            .append::<daybook_events::deployment::Deployment>(&row.subject, &context, |state| {
-                daybook_events::deployment::decide(state, event.clone())
+            .append::<Deployment>(&row.subject, &context, |state| {
+                deployment::decide(state, event.clone())
             })
             .await;
         match asked {
@@ -241,7 +355,8 @@ impl Revert<'_> {
             causation: Some(event.id),
             actor: person(&self.found.author),
             traceparent: None,
-            request_digest: None,
+            // By which it is found again, however long ago it was.
+            request_digest: Some(self.found.commit.to_string()),
         }
     }
 }

@@ -2,16 +2,21 @@
 //!
 //! A commit replaces all before it, so what is applied is always the newest one that the ledger
 //! knows of an environment, never the one that happened to wake the worker.
+//!
+//! A release that somebody took out of the repository by hand is kept while its deployment is the
+//! main one: routes are moved first, and what runs is stopped last.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use daybook_events::deployment::Status;
 use daybook_events::gitops::{Change, Gitops, GitopsEvent};
+use daybook_events::routing::Routing;
 use daybook_events::{
-    AggregateKind, CommitId, DeploymentId, EnvironmentName, InstanceRef, ProjectName, Subject,
-    SubjectFilter,
+    AggregateKind, CommitId, DeploymentId, EnvironmentName, InstanceRef, ProjectName, ServiceName,
+    Subject, SubjectFilter,
 };
 
 use super::rollout::settle_in;
@@ -19,7 +24,7 @@ use super::{Bench, Stop, deployment_of, outcome, said};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{Repositories, StepError};
 use crate::target::{AppRef, Target, TargetError};
-use crate::values::EnvironmentValues;
+use crate::values::{EnvironmentValues, ReleaseValues};
 
 const ROLE: &str = "sync";
 
@@ -33,7 +38,14 @@ pub struct Sync {
     /// The cluster.
     pub target: Arc<dyn Target>,
     turns: Turns,
+    kept: Kept,
 }
+
+/// What is kept of each environment although its newest commit does not list it.
+type Kept = Arc<Mutex<HashMap<AppRef, Releases>>>;
+
+/// Releases with their services.
+type Releases = BTreeMap<DeploymentId, (ServiceName, ReleaseValues)>;
 
 /// One change of an environment on a cluster at a time. Whoever has waited for its turn reads what
 /// is newest then: otherwise an older commit, that was read first, could be applied last.
@@ -89,6 +101,7 @@ impl Sync {
             repositories,
             target,
             turns: Turns::default(),
+            kept: Kept::default(),
         }
     }
 
@@ -188,20 +201,36 @@ impl Sync {
         };
         let turn = self.turn(&app);
         let _turn = turn.lock().await;
+        // Read before the commit: what is the main one by then is in what is read of the commits,
+        // unless somebody took it out.
+        let main = self.main_of(&app)?;
         let subject = Subject::Gitops(project.clone());
         let gitops = self.bench.ledger.projections().shared::<Gitops>(&subject)?;
         let newest = gitops.state.as_ref();
         let Some(commit) = newest.and_then(|g| g.environments.get(environment)) else {
             return Ok(());
         };
-        {
+        let applied = {
             let watched = self.target.watch(&app);
             let now = watched.borrow();
-            if now.is_whole && now.revision.as_ref() == Some(commit) {
+            if now.is_whole
+                && now.revision.as_ref() == Some(commit)
+                && !self.all_kept().contains_key(&app)
+            {
                 return Ok(());
             }
-        }
+            now.revision.clone()
+        };
         let mut desired = self.repositories.read(project, environment, commit).await?;
+        let kept = self.taken_out(&app, &main, &desired, applied).await?;
+        let keeps = !kept.is_empty();
+        if keeps {
+            self.all_kept().insert(app.clone(), kept.clone());
+        }
+        for (id, (service, release)) in kept {
+            let releases = &mut desired.services.entry(service).or_default().releases;
+            releases.insert(id, release);
+        }
         let cluster = self.target.cluster();
         for service in desired.services.values_mut() {
             service.releases.retain(|_, r| r.clusters.contains(cluster));
@@ -216,7 +245,92 @@ impl Sync {
             let text = format!("syncing {} to {cluster}", commit.short());
             self.bench.say(id, Some(cluster.clone()), text).await;
         }
-        self.apply(&app, commit, &desired).await
+        self.apply(&app, commit, &desired).await?;
+        // Not before: what was kept is gone only now.
+        if !keeps {
+            self.all_kept().remove(&app);
+        }
+        Ok(())
+    }
+
+    /// The deployments that have the traffic of an environment's services.
+    fn main_of(&self, app: &AppRef) -> Result<Vec<(ServiceName, DeploymentId)>, Stop> {
+        let subject = Subject::Routing(app.project.clone());
+        let projections = self.bench.ledger.projections();
+        let routing = projections.shared::<Routing>(&subject)?;
+        let Some(routing) = &routing.state else {
+            return Ok(Vec::new());
+        };
+        let prefix = format!("{}.{}.", app.project, app.environment);
+        let instances = routing.instances.range(prefix.clone()..);
+        let instances = instances.map_while(|(name, traffic)| {
+            let service = name.strip_prefix(&prefix)?;
+            Some((ServiceName::parse(service).ok(), traffic.main))
+        });
+        Ok(instances
+            .filter_map(|(service, main)| service.zip(main))
+            .collect())
+    }
+
+    fn all_kept(&self) -> MutexGuard<'_, HashMap<AppRef, Releases>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The releases of main deployments that run and that a commit does not list any more: as they
+    /// were applied last, or else as the ledger has them.
+    async fn taken_out(
+        &self,
+        app: &AppRef,
+        main: &[(ServiceName, DeploymentId)],
+        desired: &EnvironmentValues,
+        applied: Option<CommitId>,
+    ) -> Result<Releases, Stop> {
+        let listed = |service, id| {
+            let service = desired.services.get(service);
+            service.is_some_and(|s| s.releases.contains_key(id))
+        };
+        let mut before = self.all_kept().get(app).cloned().unwrap_or_default();
+        let mut releases = Releases::new();
+        let mut last = None;
+        for (service, id) in main.iter().filter(|(service, id)| !listed(service, id)) {
+            let Some(row) = self.bench.row(*id)? else {
+                continue;
+            };
+            let runs = matches!(row.state.status, Status::Started | Status::PartiallyStarted);
+            let Some(image) = row.state.image.clone().filter(|_| runs) else {
+                continue;
+            };
+            if last.is_none()
+                && let Some(commit) = &applied
+            {
+                let (project, environment) = (&app.project, &app.environment);
+                last = self
+                    .repositories
+                    .read(project, environment, commit)
+                    .await
+                    .ok();
+            }
+            let known = before.remove(id).or_else(|| {
+                let release = last.as_ref()?.services.get(service)?.releases.get(id)?;
+                Some((service.clone(), release.clone()))
+            });
+            let release = known.unwrap_or_else(|| {
+                let request = &row.state.request;
+                let mut run = request.run.clone();
+                run.replicas = row.state.replicas;
+                let release = ReleaseValues {
+                    image,
+                    clusters: request.clusters.clone(),
+                    secret_env: request.secrets.clone(),
+                    run,
+                };
+                (service.clone(), release)
+            });
+            tracing::warn!(project = %app.project, environment = %app.environment, deployment.id = %id,
+                "a release is not in the repository any more, and kept while its deployment is the main one");
+            releases.insert(*id, release);
+        }
+        Ok(releases)
     }
 
     async fn apply(
