@@ -11,6 +11,7 @@ mod bad_input;
 mod branches;
 mod cancelling;
 mod charts;
+mod clusters;
 mod commands;
 mod concurrent;
 mod config;
