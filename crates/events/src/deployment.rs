@@ -1245,6 +1245,16 @@ impl Deployment {
         config
     }
 
+    /// Whether it runs as another one does, in whatever number.
+    pub fn runs_as(&self, other: &Self) -> bool {
+        let other = &other.request.run;
+        let run = RunSpec {
+            replicas: other.replicas,
+            ..self.request.run.clone()
+        };
+        run == *other
+    }
+
     /// Whether the GitOps repository still lists it.
     pub fn in_repository(&self) -> bool {
         self.commit.is_some() && self.change.as_ref().is_none_or(|c| c.replicas.is_some())

@@ -60,13 +60,7 @@ impl Commands {
         check::text("reason", note.as_deref())?;
         self.deployable(&instance)?;
         let to = self.way_back(&instance, to)?;
-        // What had the traffic before may have it back at any time, also if it is deployed once more
-        // for that; another one as by `mark-main`.
-        let routing = self.ledger.projections().routing(&instance.project)?;
-        let traffic = routing.as_ref().and_then(|r| r.traffic(&instance));
-        let was_main = |id| traffic.is_some_and(|t| t.was_main(id));
-        let of = self.deployment(to)?.state.request.redeploy_of;
-        if !was_main(to) && !of.is_some_and(was_main) {
+        if !self.was_live(&instance, to)? {
             self.may_get_traffic(to)?;
         }
         let command = |(target, hostnames)| Command::Rollback {
@@ -88,6 +82,22 @@ impl Commands {
                 r.into()
             }
             other => other,
+        })
+    }
+
+    /// Whether a deployment had the traffic of its instance lately, or is one that had, deployed once
+    /// more and not changed: nobody has to allow that it gets it back.
+    fn was_live(&self, instance: &InstanceRef, id: DeploymentId) -> Result<bool, CommandError> {
+        let routing = self.ledger.projections().routing(&instance.project)?;
+        let traffic = routing.as_ref().and_then(|r| r.traffic(instance));
+        let was_main = |id| traffic.is_some_and(|t| t.was_main(id));
+        if was_main(id) {
+            return Ok(true);
+        }
+        let again = self.deployment(id)?.state;
+        Ok(match again.request.redeploy_of.filter(|of| was_main(*of)) {
+            Some(of) => again.runs_as(&self.deployment(of)?.state),
+            None => false,
         })
     }
 

@@ -7,7 +7,6 @@
 use async_trait::async_trait;
 use daybook_events::deployment::{Deployment, DeploymentEvent};
 use daybook_events::freeze::{self, Freezes as Windows, Held, Verdict, judge};
-use daybook_events::spec::RunSpec;
 use daybook_events::{
     Actor, AggregateKind, Context, DeploymentId, EventId, InstanceRef, Subject, SubjectFilter,
 };
@@ -123,12 +122,7 @@ fn is_way_back(bench: &Bench, state: &Deployment) -> Result<bool, Stop> {
     let Some(before) = bench.row(of)? else {
         return Ok(false);
     };
-    // How many run is no part of what was live.
-    let run = RunSpec {
-        replicas: before.state.request.run.replicas,
-        ..state.request.run.clone()
-    };
-    if run != before.state.request.run {
+    if !state.runs_as(&before.state) {
         return Ok(false);
     }
     let instance = &state.request.instance;
