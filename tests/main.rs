@@ -28,6 +28,7 @@ mod kubernetes;
 mod ledger;
 mod life;
 mod nats;
+mod page;
 mod partial;
 mod previews;
 mod queue;

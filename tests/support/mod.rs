@@ -6,6 +6,7 @@
     reason = "each module of the tests uses a part of it"
 )]
 
+mod browser;
 mod connection;
 mod http;
 mod load;
@@ -15,6 +16,7 @@ mod server;
 mod source;
 mod watch;
 
+pub use browser::Browser;
 pub use connection::Connection;
 pub use http::{Answer, request, request_with};
 pub use load::{Expected, Load};

@@ -19,6 +19,7 @@ mod git;
 mod hosts;
 mod metrics;
 mod openapi;
+mod page;
 mod problem;
 mod queue;
 mod routes;

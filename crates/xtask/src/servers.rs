@@ -32,6 +32,9 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
     }
     let buildah = locate("DAYBOOK_BUILDAH", || installed("buildah", "buildah"));
     found.extend(entered(left_out, "DAYBOOK_BUILDAH", "buildah", buildah)?);
+    let chromium = locate("DAYBOOK_CHROMIUM", || installed("chromium", "chromium"));
+    let what = "Chromium, which the page is tested in";
+    found.extend(entered(left_out, "DAYBOOK_CHROMIUM", what, chromium)?);
     let judge = locate("DAYBOOK_TLOG_JUDGE", || GoProgram::JUDGE.build());
     let kubernetes = locate("KUBEBUILDER_ASSETS", kubernetes);
     let what = "a Kubernetes control plane";

@@ -33,7 +33,7 @@ use utoipa_axum::routes;
 use crate::extract::not_found;
 use crate::problem::Problem;
 use crate::state::AppState;
-use crate::{consistency, git, hosts, metrics, openapi, tlog};
+use crate::{consistency, git, hosts, metrics, openapi, page, tlog};
 
 /// The routes with their description, which still lacks its schemas.
 pub(crate) fn described() -> (Router<AppState>, OpenApi) {
@@ -140,6 +140,8 @@ pub fn router(state: AppState) -> Router {
     let timeout = state.settings.request_timeout;
     router
         .route("/openapi.json", routing::get(serve_document))
+        .route("/", routing::get(page::index))
+        .route("/page/{file}", routing::get(page::file))
         .route("/tlog/tile/{*rest}", routing::get(tlog::tile))
         .fallback(async || not_found())
         .method_not_allowed_fallback(method_not_allowed)

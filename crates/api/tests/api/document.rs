@@ -1,5 +1,6 @@
 use std::collections::BTreeSet;
 
+use reqwest::Method;
 use serde_json::Value;
 
 use crate::support::*;
@@ -79,4 +80,30 @@ async fn every_route_of_the_document_is_served() {
         }
     }
     assert_eq!(routes, 81);
+}
+
+#[tokio::test]
+async fn the_page_is_served_for_browsers_that_may_load_nothing_from_elsewhere() {
+    let server = server().await;
+    let page = server.get("/").await;
+    assert_eq!(page.status.as_u16(), 200);
+    let header = |name: &str| page.header(name).unwrap_or_default().to_owned();
+    assert!(header("content-security-policy").starts_with("default-src 'none'"));
+    assert!(header("content-type").starts_with("text/html"));
+    assert_eq!(header("x-content-type-options"), "nosniff");
+    let known = server.request(Method::GET, "/");
+    let known = server.send(known.header("if-none-match", header("etag")));
+    let known = known.await;
+    assert_eq!((known.status.as_u16(), known.text.as_str()), (304, ""));
+    let script = server.get("/page/main.js").await;
+    assert!(
+        script
+            .header("content-type")
+            .unwrap()
+            .starts_with("text/javascript")
+    );
+    server
+        .get("/page/nothing.js")
+        .await
+        .refused(404, "no_such_address");
 }

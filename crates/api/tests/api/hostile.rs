@@ -84,7 +84,7 @@ async fn bad_addresses_are_refused() {
     let server = server().await;
     server.shop().await;
     for (path, status, code) in [
-        ("/", 404, "no_such_address"),
+        ("/page/none.js", 404, "no_such_address"),
         ("/api/v1", 404, "no_such_address"),
         ("/api/v1/deployments/", 404, "no_such_address"),
         ("/api/v2/projects", 404, "no_such_address"),

@@ -1,0 +1,81 @@
+// The HTTP interface as this page uses it. Whatever the page shows comes from here.
+
+/** A refusal of the server (RFC 9457), with its code and the way out. */
+export class Refused extends Error {
+  constructor(problem) {
+    super(problem.remedy ? `${problem.detail}. ${problem.remedy}` : problem.detail);
+    this.code = problem.code;
+  }
+}
+
+async function answer(response) {
+  const body = await response.json().catch(() => ({}));
+  if (response.ok) return body;
+  throw new Refused({ detail: `the server answered ${response.status}`, ...body });
+}
+
+/** Reads; parameters without a value are left out. */
+export async function get(path, parameters = {}, signal) {
+  const query = new URLSearchParams(Object.entries(parameters).filter(([, v]) => v !== undefined && v !== null && v !== ""));
+  const url = query.size ? `/api/v1/${path}?${query}` : `/api/v1/${path}`;
+  return answer(await fetch(url, { headers: { accept: "application/json" }, signal }));
+}
+
+export const actor = {
+  get name() { return localStorage.getItem("daybook-actor") ?? ""; },
+  set name(name) { localStorage.setItem("daybook-actor", name); },
+};
+
+/** Asks for a change. The same click is carried out once, however often it is sent. */
+export async function send(method, path, body) {
+  const headers = { "content-type": "application/json", accept: "application/json", "idempotency-key": crypto.randomUUID() };
+  if (actor.name) headers["daybook-actor"] = actor.name;
+  const request = { method, headers };
+  if (body !== undefined) request.body = JSON.stringify(body);
+  return answer(await fetch(`/api/v1/${path}`, request));
+}
+
+/**
+ * Follows a stream of server-sent events until `signal`, for ever: a connection that ends is made
+ * again after the last event, so nothing is missed.
+ */
+export async function follow(url, onEvent, { last, signal, onState = () => {} }) {
+  let pause = 500;
+  while (!signal.aborted) {
+    try {
+      const headers = { accept: "text/event-stream" };
+      if (last !== undefined) headers["last-event-id"] = String(last);
+      const response = await fetch(url, { headers, signal });
+      if (!response.ok) throw new Error(`status ${response.status}`);
+      onState(true);
+      const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+      let rest = "";
+      for (;;) {
+        const { done, value } = await reader.read();
+        if (done) break;
+        pause = 500;
+        rest += value;
+        const frames = rest.split("\n\n");
+        rest = frames.pop();
+        for (const frame of frames) {
+          const event = { data: "" };
+          for (const line of frame.split("\n")) {
+            const at = line.indexOf(":");
+            if (at <= 0) continue;
+            const [field, text] = [line.slice(0, at), line.slice(at + 1).replace(/^ /, "")];
+            if (field === "data") event.data += text;
+            else event[field] = text;
+          }
+          if (event.id !== undefined) last = event.id;
+          if (event.event === "end") return;
+          if (event.data) onEvent(event);
+        }
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+    }
+    onState(false);
+    await new Promise((resolve) => setTimeout(resolve, pause));
+    pause = Math.min(pause * 2, 15_000);
+  }
+}

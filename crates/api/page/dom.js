@@ -1,0 +1,107 @@
+// Elements without a template language: nothing that comes from the ledger is ever parsed as HTML.
+
+/** An element with attributes and children; `onclick` and the like are listeners. */
+export function h(name, attributes = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes ?? {})) {
+    if (value === undefined || value === null || value === false) continue;
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else element.setAttribute(key, value === true ? "" : value);
+  }
+  element.append(...children.flat(Infinity).filter((c) => c !== null && c !== undefined && c !== false));
+  return element;
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** An element of a drawing. */
+export function svg(name, attributes = {}, ...children) {
+  const element = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+/** A table with the names of its columns; rows are lists of cells. */
+export function table(caption, columns, rows, empty) {
+  if (rows.length === 0) return h("p", { class: "quiet" }, empty);
+  const head = h("tr", {}, columns.map((c) => h("th", { scope: "col" }, c)));
+  const body = rows.map((cells) => h("tr", {}, cells.map((c) => (c instanceof HTMLTableCellElement ? c : h("td", {}, c ?? "")))));
+  const all = h("table", { "aria-label": caption }, h("thead", {}, head), h("tbody", {}, body));
+  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, all);
+}
+
+/** A moment, in the reader's own zone; the exact one in its title. */
+export function moment(text) {
+  if (!text) return "";
+  const at = new Date(text);
+  const today = at.toDateString() === new Date().toDateString();
+  const shown = at.toLocaleString(undefined, today ? { timeStyle: "medium" } : { dateStyle: "short", timeStyle: "short" });
+  return h("time", { datetime: text, title: text }, shown);
+}
+
+/** A duration in words: `340 ms`, `2.4 s`, `3 min 5 s`. */
+export function duration(ms) {
+  if (ms < 1000) return `${Math.round(ms)} ms`;
+  if (ms < 60_000) return `${(ms / 1000).toFixed(1)} s`;
+  return `${Math.floor(ms / 60_000)} min ${Math.round((ms % 60_000) / 1000)} s`;
+}
+
+export const short = (id) => (id ?? "").slice(-8);
+export const commit = (id) => (id ?? "").slice(0, 7);
+
+const GOOD = new Set(["started", "ready", "sound", "proven"]);
+const BAD = new Set(["failed", "start_error", "stop_error", "terminate_error", "not_ready", "broken", "not_proven", "partially_started"]);
+const BUSY = new Set(["requested", "queued", "cloning", "building", "pushing", "packaging", "awaiting_approval", "deploying", "starting", "stopping", "terminating", "pending"]);
+
+/** A state as a coloured word. The word says all; the colour only helps. */
+export function tag(word, title, before = "") {
+  const kind = GOOD.has(word) ? "good" : BAD.has(word) ? "bad" : BUSY.has(word) ? "busy" : "";
+  return h("span", { class: `tag ${kind}`, title }, before, String(word).replaceAll("_", " "));
+}
+
+/** What is wrong and what helps. */
+export function problem(p) {
+  if (!p) return null;
+  const code = p.code ?? p.reason ?? "";
+  return h("div", { class: "problem" }, h("strong", {}, code), " ", p.message ?? "", p.remedy ? h("p", { class: "quiet" }, p.remedy) : null);
+}
+
+/** The three answers to "is it up?", each with its reason. */
+export function answers(of) {
+  const one = (name, a) => a && h("li", {}, tag(a.state, `${name}: ${a.reason}${a.message ? `, ${a.message}` : ""}`, `${name} `));
+  return h("ul", { class: "answers" }, one("build", of.build), one("workload", of.workload), one("endpoint", of.endpoint));
+}
+
+/** Facts as a list of terms; those without a value are left out. */
+export function facts(pairs) {
+  const known = pairs.filter(([, v]) => v !== null && v !== undefined && v !== "" && v !== false);
+  return h("dl", { class: "facts" }, known.map(([k, v]) => [h("dt", {}, k), h("dd", {}, v)]));
+}
+
+/** Tells something at the edge of the page for a while. */
+export function notice(text, isError = false) {
+  const shown = h("p", { class: `notice ${isError ? "error" : ""}` }, text);
+  document.getElementById("notices").append(shown);
+  setTimeout(() => shown.remove(), isError ? 12_000 : 5000);
+}
+
+/** Asks before something is done. Resolves to the reason, or to null if it is not to be done. */
+export function ask(title, text, { danger = false, verb = "Do it" } = {}) {
+  return new Promise((resolve) => {
+    const reason = h("input", { name: "reason", autocomplete: "off", maxlength: "500" });
+    const dialog = h("dialog", { "aria-labelledby": "asked" },
+      h("form", { method: "dialog" },
+        h("h2", { id: "asked" }, title), h("p", {}, text),
+        h("label", {}, "Why (kept in the ledger; may be empty)", reason),
+        h("div", { class: "row" },
+          h("button", { value: "do", class: danger ? "danger" : "" }, verb),
+          h("button", { value: "", formnovalidate: true }, "Leave it"))));
+    dialog.addEventListener("close", () => {
+      resolve(dialog.returnValue === "do" ? reason.value : null);
+      dialog.remove();
+    });
+    document.body.append(dialog);
+    dialog.showModal();
+  });
+}

@@ -1,0 +1,122 @@
+// Which view is shown, and keeping it true while events arrive.
+
+import { follow, get } from "./api.js";
+import { h, notice } from "./dom.js";
+import { overview } from "./overview.js";
+import { deployment } from "./deployment.js";
+import { history } from "./history.js";
+import { environments } from "./environments.js";
+import { routes } from "./routes.js";
+import { approvals } from "./approvals.js";
+import { ledger } from "./ledger.js";
+
+const VIEWS = [
+  { path: "", name: "Overview", show: overview },
+  { path: "environments", name: "Environments", show: environments },
+  { path: "routes", name: "Routes", show: routes },
+  { path: "history", name: "History", show: history },
+  { path: "approvals", name: "Approvals", show: approvals },
+  { path: "ledger", name: "Ledger", show: ledger },
+  { path: "deployments", show: deployment },
+];
+
+const content = document.getElementById("content");
+let shown;
+let opened = false;
+
+function address() {
+  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
+  const [view, ...rest] = path.split("/");
+  return { view, rest: rest.map(decodeURIComponent), query: Object.fromEntries(new URLSearchParams(query)) };
+}
+
+async function show() {
+  shown?.ended.abort();
+  const at = address();
+  const view = VIEWS.find((v) => v.path === at.view) ?? VIEWS[0];
+  const current = (shown = { view, ended: new AbortController(), refresh: null });
+  document.getElementById("nav").replaceChildren(...VIEWS.filter((v) => v.name).map((v) =>
+    h("a", { href: `#/${v.path}`, "aria-current": v === view ? "page" : null }, v.name)));
+  try {
+    const made = await view.show({ ...at, signal: current.ended.signal });
+    if (shown !== current) return;
+    current.refresh = made.refresh;
+    document.title = `${made.title} · Daybook`;
+    content.replaceChildren(made.node);
+    // Who follows a link goes on at the top of what it leads to; who opens the page is left alone.
+    if (opened) {
+      content.focus({ preventScroll: true });
+      scrollTo(0, 0);
+    }
+    opened = true;
+  } catch (error) {
+    if (shown === current && error.name !== "AbortError") content.replaceChildren(h("h1", {}, "This cannot be shown"), h("p", {}, error.message));
+  }
+}
+
+// Many events of one moment make one refresh, and nothing is taken from under somebody's hands.
+let due;
+function changed(event) {
+  const at = shown;
+  if (at?.refresh && !at.pending) at.pending = [];
+  at?.pending?.push(event);
+  clearTimeout(due);
+  due = setTimeout(refresh, 120);
+}
+
+async function refresh() {
+  const at = shown;
+  if (!at?.refresh || !at.pending) return;
+  if (content.querySelector("input:focus, select:focus, textarea:focus") || document.querySelector("dialog[open]")) {
+    due = setTimeout(refresh, 1000);
+    return;
+  }
+  const events = at.pending;
+  at.pending = null;
+  const focused = content.contains(document.activeElement) ? document.activeElement.id : "";
+  try {
+    await at.refresh(events);
+    if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
+  } catch (error) {
+    if (error.name !== "AbortError") notice(error.message, true);
+  }
+}
+
+async function watchLedger() {
+  const line = document.getElementById("ledger");
+  const tell = async (connected) => {
+    if (!connected) {
+      line.className = "ledger broken";
+      line.textContent = "not connected; trying again";
+      return;
+    }
+    const report = await get("ledger").catch(() => null);
+    if (!report) return;
+    const broken = report.condition.state === "broken";
+    line.className = broken ? "ledger broken" : "ledger";
+    line.textContent = broken
+      ? `BROKEN: ${report.condition.message}`
+      : `${report.head ?? report.position} events, ${report.signed?.size ?? 0} signed`;
+  };
+  let report;
+  while (!report) {
+    report = await get("ledger").catch(() => null);
+    if (!report) {
+      await tell(false);
+      await new Promise((resolve) => setTimeout(resolve, 2000));
+    }
+  }
+  await tell(true);
+  let telling;
+  const never = new AbortController();
+  follow("/api/v1/events?follow=true", (event) => {
+    changed(JSON.parse(event.data));
+    clearTimeout(telling);
+    // The signature follows within a second.
+    telling = setTimeout(() => tell(true), 1300);
+  }, { last: report.position, signal: never.signal, onState: tell });
+}
+
+addEventListener("hashchange", show);
+await show();
+watchLedger();

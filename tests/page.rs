@@ -1,0 +1,132 @@
+//! The page at `/`, in a real browser.
+
+use serde_json::json;
+
+use crate::support::{Browser, Server, Settings, application, replace_flags};
+
+const INSTANCE: &str = "shop.production.web";
+
+#[test]
+fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
+    let server = Server::start(Settings::default());
+    let Some(mut page) = Browser::open(&server.url(), (1200, 900)) else {
+        return;
+    };
+    page.shows("Nothing yet.");
+    // Whatever happens from here on is shown without a reload: this would be gone after one.
+    page.evaluate("window.kept = true");
+
+    let source = application("--text one");
+    server.define("shop", "web", &source, &[]);
+    let first = server.deploy(INSTANCE, &[]);
+    page.shows("web production");
+    page.shows("web.shop.localhost");
+    for answer in ["build ready", "workload ready", "endpoint ready"] {
+        page.shows(answer);
+    }
+    replace_flags(&source, "--text two");
+    let second = server.deploy(INSTANCE, &[]);
+    let short = |id: &str| id.replace('-', "")[24..].to_owned();
+
+    // The traffic goes back to the first one, by a click, and with a reason.
+    page.click("nav a", "Routes");
+    page.shows(&format!("Main: {}", short(&second)));
+    let button = page.evaluate(&format!(
+        "document.getElementById('switch-{first}')?.textContent"
+    ));
+    page.click("button", button.as_str().unwrap());
+    page.evaluate("document.querySelector('dialog input').value = 'as before'");
+    page.click("dialog button", "Switch");
+    page.shows(&format!("Main: {}", short(&first)));
+    assert_eq!(server.get("web.shop.localhost", "/").body, "one");
+    assert_eq!(server.deployment(&first)["main"], true);
+
+    // A deployment with its steps, its output, and what can be done to it.
+    page.evaluate(&format!("location.hash = '#/deployments/{second}'"));
+    page.shows("What happened");
+    page.shows("It is live.");
+    page.shows("cloning");
+    page.click("button", "Stop");
+    page.click("dialog button", "Stop");
+    server.wait_for(&second, "stopped");
+    page.shows("stopped");
+    page.click("button", "Terminate");
+    page.click("dialog button", "Leave it");
+    assert_eq!(server.deployment(&second)["state"], "stopped");
+
+    // What two deployments differ in.
+    page.click("nav a", "History");
+    page.shows("Choose two");
+    for id in [&first, &second] {
+        page.evaluate(&format!("document.getElementById('choose-{id}').click()"));
+    }
+    page.shows("What changed between them");
+    page.shows("image.digest");
+
+    // Every event can be proven, and one whose bytes differ cannot.
+    page.evaluate("location.hash = '#/ledger/1'");
+    page.shows("In this browser: this event is in the signed ledger");
+    let forged = "import('/page/merkle.js').then(async ({ prove }) => {
+        const bytes = async (path) => {
+            const all = new Uint8Array(await (await fetch(`/tlog/${path}`)).arrayBuffer());
+            if (path.includes('entries')) all[10] ^= 1;
+            return all;
+        };
+        const text = async (path) => (await fetch(`/tlog/${path}`)).text();
+        const proof = await prove(1, bytes, text);
+        return { proven: proof.proven, failed: proof.steps.filter((s) => !s.ok).length };
+    })";
+    assert_eq!(
+        page.evaluate(forged),
+        json!({ "proven": false, "failed": 1 })
+    );
+
+    assert_eq!(page.evaluate("window.kept"), true);
+    assert_eq!(page.complaints(), Vec::<String>::new());
+    server.check_replay();
+}
+
+#[test]
+fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
+    let server = Server::start(Settings::default());
+    let source = application("--text one");
+    server.define("shop", "web", &source, &[]);
+    let id = server.deploy(INSTANCE, &[]);
+    let Some(mut page) = Browser::open(&server.url(), (390, 800)) else {
+        return;
+    };
+    page.shows("web production");
+    let views = [
+        "",
+        "environments",
+        "routes",
+        "history",
+        "approvals",
+        "ledger",
+        "ledger/1",
+    ];
+    let views = views.map(str::to_owned).into_iter();
+    for view in views.chain([format!("deployments/{id}")]) {
+        page.evaluate(&format!("location.hash = '#/{view}'"));
+        let heading = match view.split('/').next().unwrap_or_default() {
+            "" => "What runs where",
+            "environments" => "Environments side by side",
+            "routes" => "Where each address leads",
+            "history" => "Choose two",
+            "approvals" => "Nothing waits",
+            "ledger" if view.contains('/') => "In this browser",
+            "ledger" => "The ledger",
+            _ => "What can be done",
+        };
+        page.shows(heading);
+        let wide = page.evaluate("document.documentElement.scrollWidth - innerWidth");
+        assert!(wide.as_i64() <= Some(0), "{view}: {wide} pixels too wide");
+        let nameless = page.evaluate(
+            "[...document.querySelectorAll('button, a, input, select')].filter((e) =>
+                !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length))
+                .map((e) => e.outerHTML)",
+        );
+        assert_eq!(nameless, json!([]), "{view}");
+    }
+    assert_eq!(page.complaints(), Vec::<String>::new());
+}
