@@ -14,6 +14,7 @@ use crate::pipeline::environment::{EnvironmentEnds, Environments};
 use crate::pipeline::follow::{FollowBuild, FollowDeployment};
 use crate::pipeline::foreign::{self, Decisions, Nudge};
 use crate::pipeline::freeze::Freezes;
+use crate::pipeline::order::Order;
 use crate::pipeline::package::Package;
 use crate::pipeline::previews::{Previews, Pushes};
 use crate::pipeline::probe::{Probe, ProbeDeployment, ProbeRoutes};
@@ -95,6 +96,7 @@ impl Crew {
             bench: self.bench.clone(),
             repositories,
             nudge: Nudge::default(),
+            order: Order::default(),
         };
         self.hire(Decisions(package.clone()));
         self.hire(approvals::Decisions(self.bench.clone()));

@@ -205,10 +205,22 @@ impl Repositories for IdleRepositories {
             ledger: None,
             signer: None,
             unchanged: false,
+            after_own: !repository.by_cause.is_empty(),
         };
         repository.head = Some(made.commit.clone());
         repository.by_cause.insert(change.cause, made.clone());
         Ok(made)
+    }
+
+    async fn find(
+        &self,
+        project: &ProjectName,
+        cause: EventId,
+        _: Vec<String>,
+    ) -> Result<Option<GitopsCommit>, StepError> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let repository = all.get(project);
+        Ok(repository.and_then(|r| r.by_cause.get(&cause)).cloned())
     }
 
     fn signer(&self) -> Result<Option<SignerAdded>, StepError> {

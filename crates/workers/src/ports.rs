@@ -207,6 +207,8 @@ pub struct GitopsCommit {
     pub signer: Option<String>,
     /// Nothing was to be changed, and this is an older commit that has it so already.
     pub unchanged: bool,
+    /// Its parent was made by this process, too, which records it.
+    pub after_own: bool,
 }
 
 /// A commit that undoes another one.
@@ -232,6 +234,15 @@ pub trait Repositories: Send + Sync + 'static {
         project: &ProjectName,
         change: GitopsChange,
     ) -> Result<GitopsCommit, StepError>;
+
+    /// The commit that was made for an event, if the branch has it: the remote's, where there is
+    /// one. `signers` are the public keys that commits were signed with. Makes no repository.
+    async fn find(
+        &self,
+        project: &ProjectName,
+        cause: EventId,
+        signers: Vec<String>,
+    ) -> Result<Option<GitopsCommit>, StepError>;
 
     /// The key that commits are signed with now; none if they are not signed, and then nothing is
     /// known of who else commits either.

@@ -137,10 +137,14 @@ impl EnvironmentValues {
         write(&self.document()?)
     }
 
-    /// The values file that takes the place of `previous`, with what others wrote there: keys
-    /// that Daybook does not know, in places that still exist, and comments with their keys.
-    pub fn to_yaml_over(&self, previous: &str) -> Result<String, InvalidValues> {
-        let known = Self::from_yaml(previous)?.document()?;
+    /// The values file that takes the place of `previous`, which holds `before`, with what others
+    /// wrote there: keys that Daybook does not know, in places that still exist, and comments with
+    /// their keys.
+    pub fn to_yaml_over(&self, previous: &str, before: &Self) -> Result<String, InvalidValues> {
+        let known = before.document()?;
+        if write(&known)? == previous {
+            return self.to_yaml();
+        }
         let whole: Value =
             serde_saphyr::from_str(previous).map_err(|e| InvalidValues(first_line(&e)))?;
         let mut document = self.document()?;
@@ -403,7 +407,7 @@ mod tests {
             let text = values.to_yaml().unwrap();
             prop_assert_eq!(&EnvironmentValues::from_yaml(&text).unwrap(), &values, "{}", text);
             // Writing over a file that nobody touched changes nothing.
-            prop_assert_eq!(values.to_yaml_over(&text).unwrap(), text);
+            prop_assert_eq!(values.to_yaml_over(&text, &values).unwrap(), text);
         }
 
         #[test]
@@ -413,7 +417,7 @@ mod tests {
             document[CHART]["nodeSelector"] = serde_json::json!({ "disk": "ssd" });
             document[CHART]["labels"]["team"] = "payments".into();
             let text = write(&document).unwrap();
-            let written = after.to_yaml_over(&text).unwrap();
+            let written = after.to_yaml_over(&text, &before).unwrap();
             prop_assert_eq!(EnvironmentValues::from_yaml(&written).unwrap(), after);
             let read: Value = serde_saphyr::from_str(&written).unwrap();
             prop_assert_eq!(&read["global"]["note"], &Value::from(note));
@@ -457,6 +461,10 @@ mod tests {
         assert!(EnvironmentValues::from_yaml(&"[".repeat(100_000)).is_err());
         assert!(EnvironmentValues::from_yaml(&" ".repeat(MAX_VALUES_BYTES + 1)).is_err());
         let text = example().to_yaml().unwrap();
-        assert!(example().to_yaml_over(&format!("{text}{bomb}")).is_err());
+        assert!(
+            example()
+                .to_yaml_over(&format!("{text}{bomb}"), &example())
+                .is_err()
+        );
     }
 }

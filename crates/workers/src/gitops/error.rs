@@ -139,6 +139,12 @@ pub enum GitopsError {
     /// Somebody asked to stop.
     #[error("cancelled")]
     Cancelled,
+    /// Whoever made the commit ended without an answer. It may have been made.
+    #[error("the commit was interrupted")]
+    Interrupted,
+    /// What kept all commits from being made that were to be made together.
+    #[error(transparent)]
+    Shared(std::sync::Arc<GitopsError>),
 }
 
 impl GitopsError {
@@ -183,6 +189,8 @@ impl GitopsError {
             Self::Damaged(_) => "gitops_damaged",
             Self::Disk { .. } => "worker_disk",
             Self::Cancelled => "cancelled",
+            Self::Interrupted => "gitops_interrupted",
+            Self::Shared(error) => error.code(),
         }
     }
 
@@ -193,7 +201,9 @@ impl GitopsError {
             Self::Contended { .. }
             | Self::PushRefused { .. }
             | Self::Key(_)
+            | Self::Interrupted
             | Self::Disk { .. } => true,
+            Self::Shared(error) => error.is_retryable(),
             Self::Remote(e) => matches!(
                 e,
                 TransportError::Unavailable { .. }
@@ -256,6 +266,8 @@ impl GitopsError {
             }
             Self::Disk { .. } => "Check the worker's disk: free space, permissions.".into(),
             Self::Cancelled => "Start it again if it is still wanted.".into(),
+            Self::Interrupted => "It is tried again; report it if it comes back.".into(),
+            Self::Shared(error) => error.remedy(),
         }
     }
 }

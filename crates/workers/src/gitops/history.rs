@@ -1,6 +1,6 @@
 //! Reading a GitOps repository's history.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::Path;
 
 use daybook_events::{CommitId, DeploymentId, Digest, EventId};
@@ -66,6 +66,10 @@ pub(super) struct EventIndex {
     ordinal: u64,
     /// Oldest last.
     commits: HashMap<EventId, Vec<Oid>>,
+    /// Commits of that history, oldest first, with the events that caused them. The newest are all
+    /// there.
+    newest: VecDeque<(Oid, Option<EventId>)>,
+    ids: HashSet<Oid>,
 }
 
 impl EventIndex {
@@ -105,26 +109,69 @@ impl EventIndex {
         Ok(self.ordinal)
     }
 
+    /// Whether a commit is among the newest in the history of `head`.
+    pub(super) fn has(
+        &mut self,
+        repository: &Repository,
+        head: Oid,
+        commit: Oid,
+    ) -> Result<bool, git2::Error> {
+        self.bring_to(repository, head)?;
+        Ok(self.ids.contains(&commit))
+    }
+
+    /// Takes in commits that were made on top of `head`, oldest first.
+    pub(super) fn extend(&mut self, head: Oid, made: &[(EventId, Oid)]) {
+        if self.head != Some(head) {
+            return;
+        }
+        for (event, commit) in made {
+            self.commits.entry(*event).or_default().insert(0, *commit);
+            self.note(*commit, Some(*event));
+            self.ordinal += 1;
+            self.head = Some(*commit);
+        }
+        self.forget();
+    }
+
+    fn note(&mut self, commit: Oid, event: Option<EventId>) {
+        if self.ids.insert(commit) {
+            self.newest.push_back((commit, event));
+        }
+    }
+
+    /// Forgets what is older than promised.
+    fn forget(&mut self) {
+        while self.newest.len() > 2 * MEMORY {
+            let Some((commit, event)) = self.newest.pop_front() else {
+                return;
+            };
+            self.ids.remove(&commit);
+            let Some(event) = event else { continue };
+            if let Some(all) = self.commits.get_mut(&event) {
+                all.retain(|known| *known != commit);
+                if all.is_empty() {
+                    self.commits.remove(&event);
+                }
+            }
+        }
+    }
+
     fn bring_to(&mut self, repository: &Repository, head: Oid) -> Result<(), git2::Error> {
         if self.head == Some(head) {
             return Ok(());
         }
         let known = match self.head {
-            Some(known)
-                if self.commits.len() < 2 * MEMORY && is_ancestor(repository, known, head)? =>
-            {
-                Some(known)
-            }
-            // The first time, or the branch was set to something else, or more is remembered than
-            // is promised.
+            Some(known) if is_ancestor(repository, known, head)? => Some(known),
+            // The first time, or the branch was set to something else.
             _ => {
-                self.commits.clear();
-                self.ordinal = 0;
+                *self = Self::default();
                 None
             }
         };
         self.head = None;
         let mut walk = repository.revwalk()?;
+        walk.set_sorting(Sort::TOPOLOGICAL)?;
         walk.push(head)?;
         if let Some(known) = known {
             walk.hide(known)?;
@@ -133,23 +180,20 @@ impl EventIndex {
         for id in walk {
             let id = id?;
             walked += 1;
-            if walked <= MEMORY
-                && let Some(event) = trailers_of(&repository.find_commit(id)?).event
-            {
-                found.push((event, id));
+            if walked <= MEMORY {
+                found.push((id, trailers_of(&repository.find_commit(id)?).event));
             }
         }
-        for (event, id) in found {
-            let all = self.commits.entry(event).or_default();
-            // What was known before is older than what is new.
-            let at = all.iter().position(|known| *known == id);
-            if at.is_none() {
-                match known {
-                    Some(_) => all.insert(0, id),
-                    None => all.push(id),
+        for (id, event) in found.into_iter().rev() {
+            if let Some(event) = event {
+                let all = self.commits.entry(event).or_default();
+                if !all.contains(&id) {
+                    all.insert(0, id);
                 }
             }
+            self.note(id, event);
         }
+        self.forget();
         self.ordinal += walked as u64;
         self.head = Some(head);
         Ok(())

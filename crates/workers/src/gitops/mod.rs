@@ -17,7 +17,8 @@
 //!   [`MEMORY`] commits.
 //! - The branch moves only by compare-and-swap, from the commit that the change was made on. Two
 //!   processes, or somebody's `git push`, never overwrite each other, and history is linear.
-//! - Objects and refs are synced to disk before a commit is reported.
+//! - Objects and refs are synced to disk before a commit is reported. Commits that wait for the same
+//!   repository are synced together; what is wrong with one of them is only its own failure.
 //! - With a remote, a commit is on the remote before it is on the local branch: since there is a
 //!   remote, the local branch has no commit that the remote does not. Nothing is ever forced.
 //!
@@ -27,12 +28,16 @@
 mod change;
 mod chart;
 mod error;
+mod group;
 mod history;
+mod making;
 mod message;
+mod pack;
 mod port;
 mod publish;
 mod repository;
 mod signing;
+mod staged;
 pub mod survey;
 mod template;
 mod undone;

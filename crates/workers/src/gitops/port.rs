@@ -8,7 +8,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use daybook_events::gitops::{Change as AskedChange, SignerAdded};
 use daybook_events::tree::PublishedTree;
-use daybook_events::{CommitId, EnvironmentName, ProjectName, RepositoryUrl};
+use daybook_events::{CommitId, EnvironmentName, EventId, ProjectName, RepositoryUrl};
 use daybook_projections::Projections;
 use jiff::Timestamp;
 use tokio::sync::{Mutex, OnceCell};
@@ -182,7 +182,27 @@ impl Repositories for GitopsRepositories {
         let done = repository
             .commit(request, &CancellationToken::new())
             .await?;
-        Ok(done.into())
+        let after_own = done.parent.as_ref().is_some_and(|p| repository.has_made(p));
+        Ok(GitopsCommit {
+            after_own,
+            ..done.into()
+        })
+    }
+
+    async fn find(
+        &self,
+        project: &ProjectName,
+        cause: EventId,
+        signers: Vec<String>,
+    ) -> Result<Option<GitopsCommit>, StepError> {
+        if !self.path(project).exists() && self.remotes.remote_of(project)?.is_none() {
+            return Ok(None);
+        }
+        let repository = self.open(project).await?;
+        let found = repository
+            .find(cause, signers, &CancellationToken::new())
+            .await?;
+        Ok(found.map(GitopsCommit::from))
     }
 
     fn signer(&self) -> Result<Option<SignerAdded>, StepError> {
@@ -275,6 +295,7 @@ impl From<Committed> for GitopsCommit {
             ledger: done.ledger,
             signer: done.signer,
             unchanged: done.unchanged,
+            after_own: false,
         }
     }
 }

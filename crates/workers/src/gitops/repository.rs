@@ -1,35 +1,31 @@
 //! One GitOps repository.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use daybook_events::gitops::{DiffSummary, LedgerAnchor};
-use daybook_events::spec::PinnedImage;
-use daybook_events::{CommitId, Digest, EnvironmentName, EventId, ProjectName, ServiceName};
+use daybook_events::{CommitId, Digest, EnvironmentName, EventId, ProjectName};
 use daybook_failpoints::reached;
-use git2::build::TreeUpdateBuilder;
-use git2::{
-    Config, ConfigLevel, ErrorCode, FileMode, ObjectType, Oid, Repository, RepositoryInitOptions,
-    Signature,
-};
+use git2::{Config, ConfigLevel, ErrorCode, ObjectType, Oid, Repository, RepositoryInitOptions};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use super::change::{self, After, CannotChange, Change};
+use super::change::Change;
+use super::group::{self, Queue, Wanted};
 use super::history::{self, ChangedFile, CommitRecord, Diff, EventIndex, commit_id};
-use super::message::{
-    self, ALLOWED_SIGNERS, Author, CHECKPOINT, COMMITTER, COMMITTER_ADDRESS, LedgerPoint,
-};
+use super::making::Making;
+use super::message::{Author, LedgerPoint};
 use super::publish::{Moved, Remote, swap};
-use super::signing::{self, SigningKey, allowed_signers};
-use super::{GitopsError, survey, template};
+use super::signing::{self, SigningKey};
+use super::staged::Lately;
+use super::{GitopsError, pack, survey};
 use crate::file_lock::FileLock;
 use crate::git_transport::{
     GitTransport, Session, TransportConfig, TransportError, in_background, prepare_process,
-    printable,
 };
 use crate::values::EnvironmentValues;
 
@@ -38,13 +34,20 @@ pub const BRANCH: &str = "main";
 pub(super) const BRANCH_REF: &str = "refs/heads/main";
 
 /// How often a change is made anew because the branch moved.
-const MAX_ATTEMPTS: u32 = 12;
+pub(super) const MAX_ATTEMPTS: u32 = 12;
 
 /// Settings that are libgit2's alone.
 const SYNCED: &str = "daybook.config";
 
-/// How many commits are looked through for the image that a service had before.
-const IMAGE_MEMORY: usize = 500;
+/// After how many packs it is looked whether there are too many.
+const TIDIED: usize = 16;
+
+/// How many own commits are remembered.
+const MADE: usize = 10_000;
+
+/// How often a handle is used. It knows the packs that were there when it was opened, and keeps
+/// those open that another process has replaced since.
+const USES: u32 = 64;
 
 /// The setting of the repository that names its project.
 const PROJECT_SETTING: &str = "daybook.project";
@@ -135,16 +138,32 @@ pub struct GitopsRepository {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+pub(super) struct Inner {
     path: PathBuf,
-    project: ProjectName,
-    remote: Option<Remote>,
-    key: Option<Arc<SigningKey>>,
+    pub(super) project: ProjectName,
+    pub(super) remote: Option<Remote>,
+    pub(super) key: Option<Arc<SigningKey>>,
     /// For sessions that need no network.
     no_network: GitTransport,
     /// Open handles. One is used by one thread at a time.
-    handles: Mutex<Vec<Repository>>,
+    handles: Mutex<Vec<Open>>,
+    /// How often packs were replaced.
+    replaced: AtomicU64,
+    /// How many packs were written since it was looked whether there are too many.
+    packs_written: AtomicUsize,
     index: Mutex<EventIndex>,
+    lately: Mutex<Lately>,
+    /// Commits that this process made, as far as they are remembered.
+    made: Mutex<HashSet<Oid>>,
+    pub(super) queue: Queue,
+}
+
+/// A handle that is kept.
+struct Open {
+    repository: Repository,
+    /// What [`Inner::replaced`] was when it was opened.
+    replaced: u64,
+    uses: u32,
 }
 
 impl std::fmt::Debug for Inner {
@@ -184,7 +203,13 @@ impl GitopsRepository {
                 key,
                 no_network: GitTransport::new(TransportConfig::default()),
                 handles: Mutex::default(),
+                replaced: AtomicU64::new(0),
+                // Somebody may have died at it.
+                packs_written: AtomicUsize::new(TIDIED),
                 index: Mutex::default(),
+                lately: Mutex::default(),
+                made: Mutex::default(),
+                queue: Queue::default(),
             }),
         };
         let inner = this.inner.clone();
@@ -206,28 +231,19 @@ impl GitopsRepository {
         &self.inner.project
     }
 
-    /// Makes a change, or finds that it was made, or that there is nothing to change.
+    /// Whether this process made a commit. It is not remembered for ever.
+    pub fn has_made(&self, commit: &CommitId) -> bool {
+        Oid::from_str(commit.as_str()).is_ok_and(|id| self.inner.made().contains(&id))
+    }
+
+    /// Makes a change, or finds that it was made, or that there is nothing to change. Commits that
+    /// are asked for at the same time are written together.
     pub async fn commit(
         &self,
         request: CommitRequest,
         cancel: &CancellationToken,
     ) -> Result<Committed, GitopsError> {
-        let inner = self.inner.clone();
-        in_background(cancel, move |cancel| {
-            let session = inner.session(&cancel);
-            let _lock = inner.lock(&session)?;
-            inner.with(|repository| {
-                let tried = Tried {
-                    event: request.event,
-                    author: request.author.to_string(),
-                    witness: &request.witness,
-                };
-                inner.commit(repository, &session, &tried, |base| {
-                    inner.prepare(repository, base, &request)
-                })
-            })
-        })
-        .await
+        group::submit(&self.inner, Wanted::Change(Box::new(request)), cancel).await
     }
 
     /// Undoes a commit by a further one, or finds that it was undone for the same event.
@@ -236,19 +252,33 @@ impl GitopsRepository {
         request: RevertRequest,
         cancel: &CancellationToken,
     ) -> Result<Committed, GitopsError> {
+        group::submit(&self.inner, Wanted::Revert(Box::new(request)), cancel).await
+    }
+
+    /// The commit that was made for an event, if it is on the branch: on the remote's, where there
+    /// is one. `signers` are the public keys that the ledger lists for this repository; as for a
+    /// commit, only one that is signed with one of them, or with the key that signs now, counts.
+    pub async fn find(
+        &self,
+        event: EventId,
+        signers: Vec<String>,
+        cancel: &CancellationToken,
+    ) -> Result<Option<Committed>, GitopsError> {
+        let witness = Witness {
+            signers,
+            ..Witness::default()
+        };
         let inner = self.inner.clone();
         in_background(cancel, move |cancel| {
             let session = inner.session(&cancel);
-            let _lock = inner.lock(&session)?;
             inner.with(|repository| {
-                let tried = Tried {
-                    event: request.event,
-                    author: request.author.to_string(),
-                    witness: &request.witness,
+                let here = inner.made_for(repository, inner.head(repository)?, event, &witness)?;
+                let (None, Some(remote)) = (&here, &inner.remote) else {
+                    return Ok(here);
                 };
-                inner.commit(repository, &session, &tried, |base| {
-                    inner.prepare_revert(repository, base, &request)
-                })
+                let _lock = inner.lock_for(&session)?;
+                remote.follow(repository, &session)?;
+                inner.made_for(repository, inner.head(repository)?, event, &witness)
             })
         })
         .await
@@ -268,7 +298,7 @@ impl GitopsRepository {
             inner.with(|repository| {
                 let mut head = None;
                 if let Some(remote) = &inner.remote {
-                    let _lock = inner.lock(&session)?;
+                    let _lock = inner.lock_for(&session)?;
                     head = match remote.follow(repository, &session) {
                         // Where the remote is, and not where the branch was left here.
                         Err(GitopsError::Diverged { remote, .. }) => {
@@ -311,7 +341,7 @@ impl GitopsRepository {
             let session = inner.session(&cancel);
             inner.with(|repository| {
                 if let Some(remote) = &inner.remote {
-                    let _lock = inner.lock(&session)?;
+                    let _lock = inner.lock_for(&session)?;
                     remote.follow(repository, &session)?;
                 }
                 Ok(commit_id(inner.head(repository)?)?)
@@ -328,10 +358,9 @@ impl GitopsRepository {
     ) -> Result<EnvironmentValues, GitopsError> {
         let (commit, environment) = (commit.clone(), environment.clone());
         self.read(move |inner, repository| {
-            let id = find(repository, &commit)?;
-            inner
-                .values(repository, id, &environment)?
-                .map(|(values, _)| values)
+            let base = Some((find(repository, &commit)?, 0));
+            let mut at = Making::on(base, repository, &inner.project, None, Lately::default())?;
+            at.read_environment(&environment)?
                 .ok_or(GitopsError::EnvironmentMissing { environment })
         })
         .await
@@ -420,25 +449,52 @@ impl GitopsRepository {
 
 impl Inner {
     /// Works with an open handle, which is kept for the next one unless the work failed.
-    fn with<T>(
+    pub(super) fn with<T>(
         &self,
         work: impl FnOnce(&Repository) -> Result<T, GitopsError>,
     ) -> Result<T, GitopsError> {
+        let replaced = self.replaced.load(Ordering::Acquire);
         let kept = self.handles().pop();
-        let repository = match kept {
-            Some(repository) => repository,
-            None => open(&self.path)?,
+        let mut open = match kept {
+            Some(open) if open.replaced == replaced && open.uses < USES => open,
+            _ => Open {
+                repository: open(&self.path)?,
+                replaced,
+                uses: 0,
+            },
         };
-        let done = work(&repository)?;
-        self.handles().push(repository);
+        let done = work(&open.repository)?;
+        open.uses += 1;
+        self.handles().push(open);
         Ok(done)
     }
 
-    fn handles(&self) -> std::sync::MutexGuard<'_, Vec<Repository>> {
+    fn handles(&self) -> MutexGuard<'_, Vec<Open>> {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn session(&self, cancel: &CancellationToken) -> Session {
+    pub(super) fn index(&self) -> MutexGuard<'_, EventIndex> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn lately(&self) -> MutexGuard<'_, Lately> {
+        self.lately.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn made(&self) -> MutexGuard<'_, HashSet<Oid>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Remembers commits as made by this process.
+    pub(super) fn remember(&self, commits: impl Iterator<Item = Oid>) {
+        let mut made = self.made();
+        if made.len() > MADE {
+            made.clear();
+        }
+        made.extend(commits);
+    }
+
+    pub(super) fn session(&self, cancel: &CancellationToken) -> Session {
         let transport = self
             .remote
             .as_ref()
@@ -446,22 +502,51 @@ impl Inner {
         Session::new(transport, cancel)
     }
 
-    /// The right to write, among all processes. It lies beside the repository, so that it is there
-    /// before the repository is.
-    fn lock(&self, session: &Session) -> Result<FileLock, GitopsError> {
+    /// The right to write, among all processes; `waiting` is asked now and then whether to go on.
+    /// It lies beside the repository, so that it is there before the repository is.
+    pub(super) fn lock(
+        &self,
+        waiting: impl FnMut() -> Result<(), GitopsError>,
+    ) -> Result<FileLock, GitopsError> {
         let path = beside(&self.path, ".lock");
-        FileLock::acquire(
-            &path,
-            true,
-            |e| GitopsError::disk(&path)(e),
-            || Ok(session.check_cancelled()?),
-        )
+        FileLock::acquire(&path, true, |e| GitopsError::disk(&path)(e), waiting)
+    }
+
+    fn lock_for(&self, session: &Session) -> Result<FileLock, GitopsError> {
+        self.lock(|| Ok(session.check_cancelled()?))
+    }
+
+    /// Where packs are.
+    pub(super) fn packs(&self) -> PathBuf {
+        packs_of(&self.path)
+    }
+
+    pub(super) fn count_pack(&self) {
+        self.packs_written.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Joins packs now and then. Nothing depends on it.
+    pub(super) fn tidy(&self) {
+        if self.packs_written.load(Ordering::Relaxed) < TIDIED {
+            return;
+        }
+        self.packs_written.store(0, Ordering::Relaxed);
+        match pack::tidy(&self.packs()) {
+            Ok(true) => {
+                self.replaced.fetch_add(1, Ordering::Release);
+                self.handles().clear();
+            }
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(project = %self.project, %error, "packs could not be joined");
+            }
+        }
     }
 
     fn create_or_check(&self, session: &Session) -> Result<(), GitopsError> {
         let parent = self.path.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(parent).map_err(GitopsError::disk(parent))?;
-        let _lock = self.lock(session)?;
+        let _lock = self.lock_for(session)?;
         if !self.path.exists() {
             self.create(session)?;
         }
@@ -534,20 +619,14 @@ impl Inner {
     }
 
     fn first_commit(&self, repository: &Repository) -> Result<Oid, GitopsError> {
-        let empty = repository.find_tree(repository.treebuilder(None)?.write()?)?;
-        let mut update = TreeUpdateBuilder::new();
-        for (path, content) in template::files(&self.project) {
-            update.upsert(&*path, repository.blob(content.as_bytes())?, FileMode::Blob);
-        }
-        if let Some(key) = &self.key {
-            let text = allowed_signers([key.signer()?.public_key.as_str()]);
-            let blob = repository.blob(text.as_bytes())?;
-            update.upsert(ALLOWED_SIGNERS, blob, FileMode::Blob);
-        }
-        let tree = update.create_updated(repository, &empty)?;
-        let message = format!("init: {}\n", self.project);
-        let daybook = committer(Timestamp::now())?;
-        self.write_commit(repository, &daybook, &daybook, &message, tree, None)
+        let key = self.key.as_deref();
+        let mut making = Making::on(None, repository, &self.project, key, Lately::default())?;
+        making.begin()?;
+        let first = making.tip();
+        let packs = packs_of(repository.path());
+        let (objects, _) = making.into_staged().into_parts();
+        pack::write(&packs, &objects).map_err(GitopsError::disk(&packs))?;
+        first.ok_or_else(|| git2::Error::from_str("no first commit").into())
     }
 
     /// Refuses what is no GitOps repository, or another project's.
@@ -586,394 +665,13 @@ impl Inner {
         Ok(())
     }
 
-    fn head(&self, repository: &Repository) -> Result<Oid, GitopsError> {
+    pub(super) fn head(&self, repository: &Repository) -> Result<Oid, GitopsError> {
         Ok(repository.refname_to_id(BRANCH_REF)?)
-    }
-
-    fn commit(
-        &self,
-        repository: &Repository,
-        session: &Session,
-        tried: &Tried<'_>,
-        prepare: impl Fn(Oid) -> Result<Prepared, GitopsError>,
-    ) -> Result<Committed, GitopsError> {
-        let signers = self.signers(tried.witness)?;
-        for attempt in 0..MAX_ATTEMPTS {
-            session.check_cancelled()?;
-            let base = self.head(repository)?;
-            if let Some(expected) = &tried.witness.after
-                && !contains(repository, base, expected)?
-            {
-                // Another machine may have recorded what it pushed before it is known here.
-                match &self.remote {
-                    Some(remote) if attempt == 0 => {
-                        match remote.follow(repository, session) {
-                            // Somebody accepted that the remote's history is another one.
-                            Err(GitopsError::Diverged { remote, .. })
-                                if contains(repository, find(repository, &remote)?, expected)? =>
-                            {
-                                swap(repository, Some(base), find(repository, &remote)?)?;
-                            }
-                            other => drop(other?),
-                        }
-                        continue;
-                    }
-                    _ => {
-                        return Err(GitopsError::HistoryRewritten {
-                            expected: expected.clone(),
-                            found: commit_id(base)?,
-                        });
-                    }
-                }
-            }
-            let (made, ordinal) = {
-                let mut index = self.index();
-                (
-                    index.find(repository, base, tried.event, signers.as_deref())?,
-                    index.ordinal(repository, base)?,
-                )
-            };
-            if let Some(made) = made {
-                let ordinal = history::ordinal_of(repository, made)?;
-                return Ok(Committed {
-                    found: true,
-                    ..self.committed(repository, made, ordinal)?
-                });
-            }
-            reached("gitops.commit.before");
-            let next = match prepare(base)? {
-                Prepared::Commit(next) => next,
-                Prepared::Nothing { title } => {
-                    let head = self.committed(repository, base, ordinal)?;
-                    return Ok(Committed {
-                        message: title.clone(),
-                        title,
-                        author: tried.author.clone(),
-                        files: BTreeMap::new(),
-                        files_digest: digest_of(&BTreeMap::new()),
-                        unchanged: true,
-                        ..head
-                    });
-                }
-            };
-            reached("gitops.commit.written");
-            let moved = match &self.remote {
-                None => swap(repository, Some(base), next)?,
-                Some(remote) => remote.publish(repository, session, base, next)?,
-            };
-            reached("gitops.commit.after");
-            if moved == Moved::Yes {
-                return self.committed(repository, next, ordinal + 1);
-            }
-            if let Some(remote) = &self.remote {
-                if attempt > 0 {
-                    pause(attempt, session)?;
-                }
-                remote.follow(repository, session)?;
-            }
-        }
-        Err(GitopsError::Contended {
-            attempts: MAX_ATTEMPTS,
-        })
-    }
-
-    /// The keys whose signatures count; none if nothing is signed here.
-    fn signers(&self, witness: &Witness) -> Result<Option<Vec<String>>, GitopsError> {
-        let Some(key) = &self.key else {
-            return Ok(None);
-        };
-        let mut signers = witness.signers.clone();
-        let own = key.signer()?.public_key;
-        if !signers.contains(&own) {
-            signers.push(own);
-        }
-        Ok(Some(signers))
-    }
-
-    /// Puts in what every repository begins with, where a remote brought a history of its own that
-    /// has nothing of it: a README and a licence, as forges make them.
-    fn furnish(
-        &self,
-        repository: &Repository,
-        base: &git2::Commit<'_>,
-        update: &mut TreeUpdateBuilder,
-    ) -> Result<(), GitopsError> {
-        let tree = base.tree()?;
-        let has = |path: &str| tree.get_path(Path::new(path)).is_ok();
-        if has("base") || has("environments") {
-            return Ok(());
-        }
-        for (path, content) in template::files(&self.project) {
-            if !has(&path) {
-                update.upsert(&*path, repository.blob(content.as_bytes())?, FileMode::Blob);
-            }
-        }
-        Ok(())
-    }
-
-    /// Puts in what the commit witnesses of the ledger.
-    fn witness(
-        &self,
-        repository: &Repository,
-        base: &git2::Commit<'_>,
-        witness: &Witness,
-        update: &mut TreeUpdateBuilder,
-    ) -> Result<(), GitopsError> {
-        if let Some(ledger) = &witness.ledger {
-            let blob = repository.blob(&ledger.checkpoint)?;
-            update.upsert(CHECKPOINT, blob, FileMode::Blob);
-        }
-        if let Some(signers) = self.signers(witness)? {
-            let text = allowed_signers(signers.iter().map(String::as_str));
-            let there = base.tree()?.get_path(Path::new(ALLOWED_SIGNERS)).ok();
-            let same = there.is_some_and(|entry| {
-                repository
-                    .find_blob(entry.id())
-                    .is_ok_and(|blob| blob.content() == text.as_bytes())
-            });
-            if !same {
-                let blob = repository.blob(text.as_bytes())?;
-                update.upsert(ALLOWED_SIGNERS, blob, FileMode::Blob);
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes the commit that undoes another one on a base, without moving the branch.
-    fn prepare_revert(
-        &self,
-        repository: &Repository,
-        base: Oid,
-        request: &RevertRequest,
-    ) -> Result<Prepared, GitopsError> {
-        let commit = request.commit.clone();
-        let undone = repository.find_commit(find(repository, &commit)?)?;
-        if undone.parent_count() > 1 {
-            return Err(GitopsError::RevertOfMerge { commit });
-        }
-        let base = repository.find_commit(base)?;
-        let mut index = repository.revert_commit(&undone, &base, 0, None)?;
-        if index.has_conflicts() {
-            let paths = conflicts(&index)?;
-            return Err(GitopsError::RevertConflicts { commit, paths });
-        }
-        let reverted = repository.find_tree(index.write_tree_to(repository)?)?;
-        if reverted.id() == base.tree_id() {
-            return Err(GitopsError::NothingToRevert { commit });
-        }
-        let difference =
-            repository.diff_tree_to_tree(Some(&base.tree()?), Some(&reverted), None)?;
-        let environments = survey::environments(difference.deltas());
-        let mut update = TreeUpdateBuilder::new();
-        self.witness(repository, &base, &request.witness, &mut update)?;
-        let tree = update.create_updated(repository, &reverted)?;
-        let line = message::revert_line(&commit);
-        let body = match request.reason.as_deref().map(str::trim) {
-            None | Some("") => line,
-            Some(reason) => format!("{reason}\n\n{line}"),
-        };
-        let undone = format!("{} {}", commit.short(), history::title_of(&undone));
-        let text = message::compose(
-            &message::revert_title(&environments, undone.trim_end()),
-            Some(&body),
-            request.event,
-            None,
-            request.witness.ledger.as_ref().map(|l| &l.anchor),
-        );
-        let author = signature(&request.author, request.at)?;
-        let committer = committer(Timestamp::now())?;
-        let next = self.write_commit(repository, &author, &committer, &text, tree, Some(&base))?;
-        Ok(Prepared::Commit(next))
-    }
-
-    /// Makes the commit of a change on a base, without moving the branch.
-    fn prepare(
-        &self,
-        repository: &Repository,
-        base: Oid,
-        request: &CommitRequest,
-    ) -> Result<Prepared, GitopsError> {
-        let environment = &request.environment;
-        let current = self.values(repository, base, environment)?;
-        let other = match request.change.reads() {
-            Some(name) => self.values(repository, base, name)?,
-            None => None,
-        };
-        let mut changed = change::make(
-            &request.change,
-            EnvironmentValues::new(self.project.clone(), environment.clone(), false),
-            current.as_ref().map(|(values, _)| values),
-            other.as_ref().map(|(values, _)| values),
-        )
-        .map_err(|why| cannot(why, request))?;
-        if let (Change::Remove { service, .. }, After::Values(values)) =
-            (&request.change, &mut changed.after)
-        {
-            self.settle_image(repository, base, environment, service, values)?;
-        }
-        let tag = changed.image.as_ref().map(|i| i.tag.as_str());
-        let title = message::title(environment, &request.change, tag);
-        let base_commit = repository.find_commit(base)?;
-        let path = values_path(environment);
-        let mut update = TreeUpdateBuilder::new();
-        self.furnish(repository, &base_commit, &mut update)?;
-        match (&changed.after, &current) {
-            (After::AsBefore, _) => return Ok(Prepared::Nothing { title }),
-            (After::Values(values), Some((before, _))) if before == values => {
-                return Ok(Prepared::Nothing { title });
-            }
-            (After::Values(values), current) => {
-                let text = match current {
-                    Some((_, previous)) => values.to_yaml_over(previous),
-                    None => values.to_yaml(),
-                };
-                let at = commit_id(base)?;
-                let text = text.map_err(|e| GitopsError::InvalidValues {
-                    path: path.clone(),
-                    commit: at,
-                    reason: e.to_string(),
-                })?;
-                update.upsert(path, repository.blob(text.as_bytes())?, FileMode::Blob);
-            }
-            (After::Deleted, _) => {
-                let folder = format!("environments/{environment}");
-                if base_commit.tree()?.get_path(Path::new(&folder)).is_err() {
-                    return Ok(Prepared::Nothing { title });
-                }
-                update.remove(folder);
-            }
-        }
-        self.witness(repository, &base_commit, &request.witness, &mut update)?;
-        let tree = update.create_updated(repository, &base_commit.tree()?)?;
-        let body = request.body.clone().or(message::body(&request.change, tag));
-        let text = message::compose(
-            &title,
-            body.as_deref(),
-            request.event,
-            request.change.deployment(),
-            request.witness.ledger.as_ref().map(|l| &l.anchor),
-        );
-        let author = signature(&request.author, request.at)?;
-        let committer = committer(Timestamp::now())?;
-        let next = self.write_commit(
-            repository,
-            &author,
-            &committer,
-            &text,
-            tree,
-            Some(&base_commit),
-        )?;
-        Ok(Prepared::Commit(next))
-    }
-
-    /// What a service was deployed with last, after a release was removed: if none that is left has
-    /// that image, the newest one before that one of them has. A deployment that failed so leaves
-    /// nothing behind that could be promoted.
-    fn settle_image(
-        &self,
-        repository: &Repository,
-        base: Oid,
-        environment: &EnvironmentName,
-        service: &ServiceName,
-        values: &mut EnvironmentValues,
-    ) -> Result<(), GitopsError> {
-        let Some(left) = values.services.get_mut(service) else {
-            return Ok(());
-        };
-        let runs = |image: &PinnedImage| left.releases.values().any(|r| r.image == *image);
-        if left.image.as_ref().is_none_or(runs) {
-            return Ok(());
-        }
-        let mut found = None;
-        let mut at = (!left.releases.is_empty()).then_some(base);
-        let mut seen = None;
-        for _ in 0..IMAGE_MEMORY {
-            let Some(commit) = at else { break };
-            let commit = repository.find_commit(commit)?;
-            at = commit.parent_ids().next();
-            let blob = commit
-                .tree()?
-                .get_path(Path::new(&values_path(environment)))
-                .map(|entry| entry.id())
-                .ok();
-            if blob == seen {
-                continue;
-            }
-            seen = blob;
-            // Somebody may have broken it then.
-            if let Ok(Some((then, _))) = self.values(repository, commit.id(), environment)
-                && let Some(image) = then.services.get(service).and_then(|s| s.image.clone())
-                && runs(&image)
-            {
-                found = Some(image);
-                break;
-            }
-        }
-        left.image = found.or_else(|| left.releases.values().next().map(|r| r.image.clone()));
-        Ok(())
-    }
-
-    /// An environment's values at a commit, with their text; none if it is not there.
-    fn values(
-        &self,
-        repository: &Repository,
-        commit: Oid,
-        environment: &EnvironmentName,
-    ) -> Result<Option<(EnvironmentValues, String)>, GitopsError> {
-        let path = values_path(environment);
-        let tree = repository.find_commit(commit)?.tree()?;
-        let entry = match tree.get_path(Path::new(&path)) {
-            Ok(entry) => entry,
-            Err(e) if e.code() == ErrorCode::NotFound => return Ok(None),
-            Err(e) => return Err(e.into()),
-        };
-        let at = commit_id(commit)?;
-        let invalid = |reason: String| GitopsError::InvalidValues {
-            path: path.clone(),
-            commit: at.clone(),
-            reason,
-        };
-        let blob = repository
-            .find_blob(entry.id())
-            .map_err(|_| invalid("it is no file".into()))?;
-        let text = std::str::from_utf8(blob.content())
-            .map_err(|_| invalid("it is not UTF-8".into()))?
-            .to_owned();
-        let values = EnvironmentValues::from_yaml(&text).map_err(|e| invalid(e.to_string()))?;
-        if values.project != self.project || values.environment != *environment {
-            return Err(invalid(format!(
-                "it says that it is {}/{}",
-                values.project, values.environment
-            )));
-        }
-        Ok(Some((values, text)))
-    }
-
-    /// Writes a commit object, signed if there is a key.
-    fn write_commit(
-        &self,
-        repository: &Repository,
-        author: &Signature<'_>,
-        committer: &Signature<'_>,
-        message: &str,
-        tree: Oid,
-        parent: Option<&git2::Commit<'_>>,
-    ) -> Result<Oid, GitopsError> {
-        let parents: Vec<_> = parent.into_iter().collect();
-        let tree = repository.find_tree(tree)?;
-        let text = repository.commit_create_buffer(author, committer, message, &tree, &parents)?;
-        let Some(key) = &self.key else {
-            return Ok(repository.odb()?.write(ObjectType::Commit, &text)?);
-        };
-        let text = std::str::from_utf8(&text)
-            .map_err(|_| git2::Error::from_str("the text of a commit is not UTF-8"))?;
-        let signature = key.load()?.sign(text).map_err(GitopsError::Signing)?;
-        Ok(repository.commit_signed(text, &signature, None)?)
     }
 
     /// What is reported of a commit, read from the repository: the same for the one who made it
     /// and for the one who finds it.
-    fn committed(
+    pub(super) fn committed(
         &self,
         repository: &Repository,
         id: Oid,
@@ -1005,27 +703,6 @@ impl Inner {
             unchanged: false,
         })
     }
-
-    fn index(&self) -> std::sync::MutexGuard<'_, EventIndex> {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// What a request is known by.
-struct Tried<'a> {
-    event: EventId,
-    author: String,
-    witness: &'a Witness,
-}
-
-enum Prepared {
-    Commit(Oid),
-    Nothing { title: String },
-}
-
-fn committer(at: Timestamp) -> Result<Signature<'static>, GitopsError> {
-    let time = git2::Time::new(at.as_second(), 0);
-    Ok(Signature::new(COMMITTER, COMMITTER_ADDRESS, &time)?)
 }
 
 pub(super) fn digest_of(files: &BTreeMap<String, Option<Digest>>) -> Digest {
@@ -1040,68 +717,6 @@ pub(super) fn digest_of(files: &BTreeMap<String, Option<Digest>>) -> Digest {
     Digest::of(lines.concat().as_bytes())
 }
 
-fn signature(author: &Author, at: Timestamp) -> Result<Signature<'static>, GitopsError> {
-    let time = git2::Time::new(at.as_second(), 0);
-    Ok(Signature::new(author.name(), author.email(), &time)?)
-}
-
-/// Whether a commit is in the history of another one.
-fn contains(repository: &Repository, head: Oid, commit: &CommitId) -> Result<bool, GitopsError> {
-    let commit = Oid::from_str(commit.as_str())?;
-    Ok(history::is_ancestor(repository, commit, head)?)
-}
-
-fn conflicts(index: &git2::Index) -> Result<Vec<String>, GitopsError> {
-    let mut paths = Vec::new();
-    for conflict in index.conflicts()? {
-        let conflict = conflict?;
-        let entry = conflict.our.or(conflict.their).or(conflict.ancestor);
-        if let Some(entry) = entry {
-            paths.push(printable(&String::from_utf8_lossy(&entry.path)));
-        }
-    }
-    paths.dedup();
-    Ok(paths)
-}
-
-fn cannot(why: CannotChange, request: &CommitRequest) -> GitopsError {
-    let environment = request.environment.clone();
-    match (why, &request.change) {
-        (
-            CannotChange::ReleaseMissing,
-            Change::Scale {
-                service,
-                deployment,
-                ..
-            }
-            | Change::Configure {
-                service,
-                deployment,
-                ..
-            },
-        ) => GitopsError::ReleaseMissing {
-            environment,
-            service: service.clone(),
-            deployment: *deployment,
-        },
-        (CannotChange::NothingToPromote, Change::Promote { from, service, .. }) => {
-            GitopsError::NothingToPromote {
-                from: from.clone(),
-                service: service.clone(),
-            }
-        }
-        (
-            CannotChange::EnvironmentMissing,
-            Change::CreateEnvironment {
-                from: Some(from), ..
-            },
-        ) => GitopsError::EnvironmentMissing {
-            environment: from.clone(),
-        },
-        _ => GitopsError::EnvironmentMissing { environment },
-    }
-}
-
 pub(super) fn find(repository: &Repository, commit: &CommitId) -> Result<Oid, GitopsError> {
     let missing = || GitopsError::CommitMissing {
         commit: commit.clone(),
@@ -1114,8 +729,8 @@ pub(super) fn find(repository: &Repository, commit: &CommitId) -> Result<Oid, Gi
     }
 }
 
-fn values_path(environment: &EnvironmentName) -> String {
-    format!("environments/{environment}/values.yaml")
+fn packs_of(repository: &Path) -> PathBuf {
+    repository.join("objects/pack")
 }
 
 /// Opens a repository so that objects and refs are synced before they are reported as written.
@@ -1147,7 +762,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Waits before another try, longer each time and never as long as somebody else.
-fn pause(attempt: u32, session: &Session) -> Result<(), TransportError> {
+pub(super) fn pause(attempt: u32, session: &Session) -> Result<(), TransportError> {
     let most = 25u64 << attempt.min(6);
     let random = uuid::Uuid::now_v7().as_u128() as u64 % most;
     let mut left = Duration::from_millis(most / 2 + random);

@@ -420,9 +420,10 @@ impl Decisions {
             Err(e) => return self.failed(a, project, commit, e).await,
         };
         let made = reverted.made;
-        if made.parent.as_ref() != Some(&state.head) {
+        if made.parent.as_ref() != Some(&state.head) && !made.after_own {
             self.0.nudge.give();
         }
+        let _turn = self.0.order.turn(project, &made).await;
         let event = GitopsEvent::Reverted(Box::new(Reverted {
             reverts: commit,
             commit: made.commit,

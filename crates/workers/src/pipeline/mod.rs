@@ -37,6 +37,7 @@ pub mod freeze;
 pub mod gateway;
 mod leave;
 pub mod observe;
+pub mod order;
 pub mod package;
 pub mod previews;
 pub mod probe;

@@ -3,7 +3,9 @@
 //!
 //! The commit is a fact about the outside: made first, recorded then. Its trailer names the event
 //! that it follows on, so that after a crash in between the same commit is found and not made
-//! again. All commits of a project are made one after the other.
+//! again. A deployment that is held, or has ended, in that moment is no exception: its commit is
+//! looked for in the repository, which knows more than the ledger then. What waits at the same time
+//! is committed together.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -25,6 +27,7 @@ use daybook_projections::{AuditFilter, DeploymentRow, Page};
 use uuid::Uuid;
 
 use super::foreign::Nudge;
+use super::order::Order;
 use super::{Bench, Stop, approvals, freeze, give_up, leave, remote, settle};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{GitopsChange, GitopsCommit, KnownHistory, Repositories, StepError};
@@ -34,6 +37,9 @@ const ROLE: &str = "package";
 
 /// Somebody asked for another number of instances.
 const SCALED: &str = "deployment.scale_requested.v1";
+
+/// What leads to a deployment's being packaged, and is the cause of its commit.
+const LEADS_TO_PACKAGING: [&str; 2] = ["deployment.image_pinned.v1", "deployment.approved.v1"];
 
 /// The code of a step that meets a rewritten history.
 pub(super) const REWRITTEN: &str = "gitops_history_rewritten";
@@ -50,6 +56,8 @@ pub struct Package {
     pub repositories: Arc<dyn Repositories>,
     /// Has the branch looked over when somebody else was seen to have committed.
     pub nudge: Nudge,
+    /// Has what is committed together recorded in its order.
+    pub order: Order,
 }
 
 /// What a commit follows on.
@@ -109,11 +117,6 @@ impl Worker for Package {
                 | "deployment.deleted.v1"
                 | SCALED
         )
-    }
-    fn key(&self, subject: &Subject) -> String {
-        subject
-            .project()
-            .map_or_else(String::new, ToString::to_string)
     }
     async fn activate(&self, a: &Activation) -> Outcome {
         let Subject::Deployment(_, _, id) = a.subject else {
@@ -183,16 +186,22 @@ impl Package {
                     Some(replicas),
                 )
             }
-            Status::Terminating => (remove, None),
-            // It may have been committed although the event that says so was never accepted.
-            Status::Failed | Status::Cancelled | Status::Deleted if self.is_listed(row)? => {
+            Status::Terminating | Status::Failed | Status::Cancelled | Status::Deleted => {
                 (remove, None)
             }
             _ => return Ok(()),
         };
+        let instance = &row.state.request.instance;
+        let is_planned = row.state.status == Status::Packaging && self.is_planned(row)?;
+        let _permit = self.order.permit(&instance.project, is_planned).await;
+        // It may have been committed although no event says so: whoever made the commit died, or
+        // its record was not accepted any more.
+        if has_ended(row) && !self.is_listed(row)? && !self.record_lost(row).await? {
+            return Ok(());
+        }
         if row.state.status == Status::Packaging {
             // What was committed already, in a try that died, was allowed then.
-            if !self.is_listed(row)? {
+            if !self.is_listed(row)? && !self.was_let_through(row).await? {
                 if !approvals::is_allowed(&self.bench, row).await? {
                     return Ok(());
                 }
@@ -212,7 +221,6 @@ impl Package {
             secret_env: row.state.request.secrets.clone(),
             run: row.state.request.run.clone(),
         });
-        let instance = &row.state.request.instance;
         let work = CommitWork {
             project: &instance.project,
             environment: &instance.environment,
@@ -256,11 +264,89 @@ impl Package {
             })
         };
         match self.bench.advance(ROLE, row, "committed", event).await {
-            // It was cancelled while the commit was made: its ending event wakes this worker
-            // again, which then takes the release out.
+            // It was cancelled while the commit was made. Whoever is woken by that, here or
+            // elsewhere, may have looked before the commit was there.
+            Err(Stop::Moved(_)) if row.state.status == Status::Packaging => {
+                drop(_permit);
+                match self.bench.row(row.id)? {
+                    Some(now) if has_ended(&now) => Box::pin(self.carry_out(&now, None)).await,
+                    _ => Ok(()),
+                }
+            }
             Err(Stop::Moved(_)) => Ok(()),
             other => other.map(|_| ()),
         }
+    }
+
+    /// Whether people have to allow the plan of what is packaged.
+    fn is_planned(&self, row: &DeploymentRow) -> Result<bool, Stop> {
+        let instance = &row.state.request.instance;
+        let projections = self.bench.ledger.projections();
+        let environment = projections.environment(&instance.project, &instance.environment)?;
+        let asks = environment.is_some_and(|e| e.spec.approval.is_some());
+        Ok(asks || row.state.approval.is_some())
+    }
+
+    /// Whether what is packaged was committed in a try that died before it was recorded. Where
+    /// nothing could hold it now this is not asked: whoever commits finds it.
+    async fn was_let_through(&self, row: &DeploymentRow) -> Result<bool, Stop> {
+        let instance = &row.state.request.instance;
+        let projections = self.bench.ledger.projections();
+        let environment = projections.environment(&instance.project, &instance.environment)?;
+        let is_frozen = environment.is_some_and(|e| !e.freezes.is_empty());
+        if !is_frozen && row.state.hold.is_none() && !self.is_planned(row)? {
+            return Ok(false);
+        }
+        let made = self.find(&instance.project, row.state.status_event);
+        Ok(made.await?.is_some())
+    }
+
+    /// Records the commit of a deployment that has ended, if there is one that nobody recorded.
+    async fn record_lost(&self, row: &DeploymentRow) -> Result<bool, Stop> {
+        let entered = &row.state.milestones.entered;
+        if !entered.contains_key(&Status::Packaging) || entered.contains_key(&Status::Deploying) {
+            return Ok(false);
+        }
+        let instance = &row.state.request.instance;
+        let events = self.bench.ledger.log().read_aggregate(&row.subject).await;
+        let events = events.map_err(|e| Stop::Retry(e.to_string()))?;
+        for event in events.iter().rev().filter_map(|r| r.event().ok()) {
+            if !LEADS_TO_PACKAGING.contains(&event.short_kind()) {
+                continue;
+            }
+            let Some(made) = self.find(&instance.project, event.id).await? else {
+                continue;
+            };
+            let promoted_from = row.state.request.promoted_from.clone();
+            let change = Change::Deploy {
+                service: instance.service.clone(),
+                deployment: row.id,
+                from: promoted_from.map(|p| p.environment),
+            };
+            let occasion = Occasion {
+                cause: event.id,
+                correlation: row.id.0,
+            };
+            let (project, environment) = (&instance.project, &instance.environment);
+            self.record_commit(project, environment, change, occasion, &made)
+                .await?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// The commit that was made for an event, recorded or not.
+    async fn find(
+        &self,
+        project: &ProjectName,
+        cause: EventId,
+    ) -> Result<Option<GitopsCommit>, Stop> {
+        // The repository is recorded before the first commit is made.
+        let Some(gitops) = self.gitops(project)? else {
+            return Ok(None);
+        };
+        let found = self.repositories.find(project, cause, gitops.signers).await;
+        Ok(found?)
     }
 
     /// Commits the number of instances that is asked for now, if it is not committed yet.
@@ -270,6 +356,7 @@ impl Package {
         };
         let cause = scaling.event;
         let instance = &row.state.request.instance;
+        let _permit = self.order.permit(&instance.project, false).await;
         let replicas = row.state.replicas;
         let made = self
             .commit(CommitWork {
@@ -389,7 +476,6 @@ impl Package {
         let CommitWork {
             project, occasion, ..
         } = work;
-        let subject = Subject::Gitops(project.clone());
         let known = self.known(project, occasion).await?;
         let head = known.head.clone();
         let made = self
@@ -420,15 +506,30 @@ impl Package {
         };
         remote::worked(&self.bench, project, self.gitops(project)?.as_ref()).await?;
         // Somebody else committed in between, or a process whose record is still to come.
-        if made.parent != head {
+        if made.parent != head && !made.after_own {
             self.nudge.give();
         }
+        self.record_commit(project, work.environment, work.change, occasion, &made)
+            .await?;
+        Ok(made)
+    }
+
+    /// Records a commit, after those that it was made on.
+    async fn record_commit(
+        &self,
+        project: &ProjectName,
+        environment: &EnvironmentName,
+        change: Change,
+        occasion: Occasion,
+        made: &GitopsCommit,
+    ) -> Result<(), Stop> {
+        let _turn = self.order.turn(project, made).await;
         let event = GitopsEvent::Committed(Box::new(Committed {
             commit: made.commit.clone(),
             parent: made.parent.clone(),
             ordinal: Some(made.ordinal),
-            environment: work.environment.clone(),
-            change: work.change,
+            environment: environment.clone(),
+            change,
             message: made.message.clone(),
             author: made.author.clone(),
             cause: occasion.cause,
@@ -439,8 +540,8 @@ impl Package {
             unchanged: made.unchanged,
         }));
         let context = self.context(occasion, "gitops_committed");
-        self.record(&subject, &context, event).await?;
-        Ok(made)
+        let subject = Subject::Gitops(project.clone());
+        self.record(&subject, &context, event).await
     }
 
     fn context(&self, occasion: Occasion, step: &str) -> Context {
@@ -553,6 +654,14 @@ impl Package {
             _ => Ok(None),
         }
     }
+}
+
+/// Whether nothing of a deployment is to be in the repository, whatever became of its commit.
+fn has_ended(row: &DeploymentRow) -> bool {
+    matches!(
+        row.state.status,
+        Status::Failed | Status::Cancelled | Status::Deleted
+    )
 }
 
 /// An actor as the author of a commit; Daybook itself, if there is none.

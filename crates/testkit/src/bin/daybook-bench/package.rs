@@ -1,9 +1,12 @@
 //! Workload D: signed GitOps commits into a repository of 10,000 files, against the `git` CLI's
 //! plumbing commands doing the same.
 //!
-//! Both sides have the same repository at the start, each its own copy of it, on the same disk. A
+//! All sides have the same repository at the start, each its own copy of it, on the same disk. A
 //! commit replaces two files, an environment's values and the signed checkpoint, is signed with an
-//! SSH key, and is synced before the branch is moved to it.
+//! SSH key, and is synced before whoever asked for it hears of it. Daybook is measured twice: asked
+//! for one commit after the other, and asked for several by as many who wait at the same time, each
+//! for the own one, as the deployments of a project do. Plumbing commands can only make one after
+//! the other: each needs the commit before.
 
 use std::fs;
 use std::io::Write as _;
@@ -22,6 +25,7 @@ use daybook_workers::gitops::{
     SigningKey, Witness,
 };
 use daybook_workers::values::ReleaseValues;
+use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -39,6 +43,11 @@ pub(crate) struct Options {
     /// Commits of Daybook in each round
     #[arg(long, default_value_t = 300)]
     commits: u32,
+
+    /// How many wait for a commit at once, in the row of those who do; at most as many as there are
+    /// environments
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    at_once: u16,
 
     /// Commits of the git CLI in each round
     #[arg(long, default_value_t = 8)]
@@ -59,31 +68,42 @@ pub(crate) struct Options {
 
 pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
     let folder = temporary_folder(options.folder.as_deref())?;
-    let mut ours = Ours::prepare(folder.path(), options.environments).await?;
+    let at_once = usize::from(options.at_once).min(options.environments);
+    let mut single = Ours::prepare(folder.path(), "single", options.environments).await?;
     // A worker that keeps nothing between commits reads the tree each time; one that keeps its
     // index need not.
-    let mut stateless = Git::clone_of(&ours, folder.path(), "stateless", false)?;
-    let mut keeping = Git::clone_of(&ours, folder.path(), "keeping", true)?;
-    let (mut measured, mut against_stateless, mut against_keeping) = (vec![], vec![], vec![]);
+    let mut stateless = Git::clone_of(&single, folder.path(), "stateless", false)?;
+    let mut keeping = Git::clone_of(&single, folder.path(), "keeping", true)?;
+    let mut together = Ours::prepare(folder.path(), "together", options.environments).await?;
+    let (mut one, mut many, mut against_stateless, mut against_keeping) =
+        (vec![], vec![], vec![], vec![]);
     for round in 0..options.rounds {
-        for turn in 0..3 {
-            match (round + turn) % 3 {
-                0 => measured.push(ours.round(options.commits).await?),
-                1 => against_stateless.push(stateless.round(options.git_commits)?),
+        for turn in 0..4 {
+            match (round + turn) % 4 {
+                0 => one.push(single.round(options.commits, 1).await?),
+                1 => many.push(together.round(options.commits, at_once).await?),
+                2 => against_stateless.push(stateless.round(options.git_commits)?),
                 _ => against_keeping.push(keeping.round(options.git_commits)?),
             }
         }
     }
-    stateless.check()?;
-    keeping.check()?;
-    ours.check()?;
-    let comparison = |yardstick, against, limit| Comparison {
-        subject: "daybook, one commit after the other".into(),
-        yardstick,
-        measured: measured.clone(),
-        against,
-        limit,
-    };
+    for git in [&stateless, &keeping] {
+        git.check()?;
+    }
+    for ours in [&single, &together] {
+        ours.check()?;
+    }
+    let waiting = format!("daybook, {at_once} who wait at once");
+    let comparison =
+        |subject: &str, measured: &[f64], yardstick, against: &[f64], limit| Comparison {
+            subject: subject.to_owned(),
+            yardstick,
+            measured: measured.to_vec(),
+            against: against.to_vec(),
+            limit,
+        };
+    let single = "daybook, one commit after the other";
+    let (plumbing, kept) = ("git plumbing", "git plumbing, index kept");
     Ok(Report {
         title: format!(
             "Signed commits of two files into a repository of {} files, synced; medians of {} \
@@ -92,10 +112,20 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
             options.rounds
         ),
         unit: "commits/s",
-        notes: Vec::new(),
+        notes: vec![
+            format!(
+                "Where {at_once} wait at once, each has asked for a commit of its own and hears of \
+                 it when that is on the disk; those that wait are synced together."
+            ),
+            "git makes one commit after the other in all rows: each of its commands needs the \
+             commit before."
+                .to_owned(),
+        ],
         comparisons: vec![
-            comparison("git plumbing", against_stateless, Some(LIMIT)),
-            comparison("git plumbing, index kept", against_keeping, None),
+            comparison(&waiting, &many, plumbing, &against_stateless, Some(LIMIT)),
+            comparison(&waiting, &many, kept, &against_keeping, None),
+            comparison(single, &one, plumbing, &against_stateless, None),
+            comparison(single, &one, kept, &against_keeping, None),
         ],
     })
 }
@@ -110,8 +140,8 @@ struct Ours {
 }
 
 impl Ours {
-    async fn prepare(folder: &Path, environments: usize) -> Result<Self, Failure> {
-        let (path, key) = (folder.join("ours.git"), folder.join("key"));
+    async fn prepare(folder: &Path, name: &str, environments: usize) -> Result<Self, Failure> {
+        let (path, key) = (folder.join(format!("{name}.git")), folder.join("key"));
         let signing = SigningKey::open_or_create(&key)?;
         let project = ProjectName::parse("shop")?;
         let open = GitopsRepository::open_signing(&path, &project, None, Some(signing.into()));
@@ -131,7 +161,7 @@ impl Ours {
                 deployment,
                 release: release()?,
             };
-            ours.commit(environment.clone(), deploy).await?;
+            ours.commit(0, environment.clone(), deploy).await?;
             ours.environments.push((environment, deployment));
         }
         git(&path, &["repack", "-adq"], "")?;
@@ -140,6 +170,7 @@ impl Ours {
 
     async fn commit(
         &self,
+        number: u32,
         environment: EnvironmentName,
         change: Change,
     ) -> Result<Committed, Failure> {
@@ -153,10 +184,10 @@ impl Ours {
             witness: Witness {
                 ledger: Some(LedgerPoint {
                     anchor: LedgerAnchor {
-                        size: u64::from(self.made) + 1,
+                        size: u64::from(number) + 1,
                         root: "A".repeat(43) + "=",
                     },
-                    checkpoint: checkpoint(self.made).into(),
+                    checkpoint: checkpoint(number).into(),
                 }),
                 ..Witness::default()
             },
@@ -165,24 +196,32 @@ impl Ours {
         Ok(self.repository.commit(request, &cancel).await?)
     }
 
-    /// Commits a second.
-    async fn round(&mut self, commits: u32) -> Result<f64, Failure> {
+    /// Commits a second, where so many wait at once.
+    async fn round(&mut self, commits: u32, at_once: usize) -> Result<f64, Failure> {
+        let first = self.made + 1;
+        self.made += commits;
         let begun = Instant::now();
-        for _ in 0..commits {
-            self.made += 1;
-            let turn = self.made as usize % self.environments.len();
-            let (environment, deployment) = self.environments[turn].clone();
-            let scale = Change::Scale {
-                service: ServiceName::parse("web")?,
-                deployment,
-                replicas: 2 + self.made % 40 + self.made / 40 % 2,
-            };
-            let done = self.commit(environment, scale).await?;
+        let all = (first..first + commits).map(|number| self.scale(number));
+        let mut done = stream::iter(all).buffer_unordered(at_once);
+        while let Some(done) = done.next().await {
+            let done = done?;
             if done.unchanged || done.files.len() != 2 {
                 return Err(format!("no commit of two files: {done:?}").into());
             }
         }
         Ok(f64::from(commits) / begun.elapsed().as_secs_f64())
+    }
+
+    /// The commit with this number.
+    async fn scale(&self, number: u32) -> Result<Committed, Failure> {
+        let turn = number as usize % self.environments.len();
+        let (environment, deployment) = self.environments[turn].clone();
+        let scale = Change::Scale {
+            service: ServiceName::parse("web")?,
+            deployment,
+            replicas: 2 + number % 40 + number / 40 % 2,
+        };
+        self.commit(number, environment, scale).await
     }
 
     fn check(&self) -> Result<(), Failure> {
@@ -252,7 +291,14 @@ impl Git {
         let path = folder.join(name);
         git(
             folder,
-            &["clone", "-q", "--bare", "--no-hardlinks", "ours.git", name],
+            &[
+                "clone",
+                "-q",
+                "--bare",
+                "--no-hardlinks",
+                "single.git",
+                name,
+            ],
             "",
         )?;
         let key = ours.key.display().to_string();
