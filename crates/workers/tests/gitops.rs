@@ -23,6 +23,7 @@ use daybook_workers::gitops::{
     LedgerPoint, Remote, Witness,
 };
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
+use futures_util::future::join_all;
 use jiff::Timestamp;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -772,11 +773,16 @@ async fn child_that_commits() {
     let repository = GitopsRepository::open_or_create(&path, &project(), remote)
         .await
         .unwrap();
-    for n in first..first + count {
-        commit(&repository, deploy("development", n, &format!("t{n}")))
-            .await
-            .unwrap();
-        println!("COMMITTED {n}");
+    // Some of them wait for it at the same time.
+    let all: Vec<u128> = (first..first + count).collect();
+    for some in all.chunks(3) {
+        let some = some.iter().map(async |n| {
+            commit(&repository, deploy("development", *n, &format!("t{n}")))
+                .await
+                .unwrap();
+            println!("COMMITTED {n}");
+        });
+        join_all(some).await;
     }
 }
 
@@ -792,6 +798,165 @@ fn child(path: &Path, first: u128, count: u128, remote: Option<&str>) -> std::pr
         .stderr(Stdio::null())
         .spawn()
         .unwrap()
+}
+
+/// Has all of these asked for before the first one is made, in this order.
+async fn together(
+    repository: &GitopsRepository,
+    requests: Vec<CommitRequest>,
+) -> Vec<Result<Committed, GitopsError>> {
+    let lock = repository.path().with_extension("git.lock");
+    let lock = fs::File::open(lock).unwrap();
+    lock.lock().unwrap();
+    let none = CancellationToken::new();
+    let all = requests.into_iter().map(|r| repository.commit(r, &none));
+    let mut all = join_all(all);
+    assert!(futures_util::poll!(&mut all).is_pending());
+    lock.unlock().unwrap();
+    all.await
+}
+
+fn packs(path: &Path) -> usize {
+    let packs = fs::read_dir(path.join("objects/pack")).unwrap();
+    let names = packs.map(|e| e.unwrap().path());
+    names
+        .filter(|p| p.extension().is_some_and(|e| e == "pack"))
+        .count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_at_the_same_time_is_written_together_and_fails_alone() {
+    let (_folder, repository) = repository().await;
+    let path = repository.path();
+    commit(&repository, deploy("development", 1, "one"))
+        .await
+        .unwrap();
+    let before = packs(path);
+    let elsewhere = CommitId::parse("a".repeat(40)).unwrap();
+    let unknown = CommitRequest {
+        witness: Witness {
+            after: Some(elsewhere),
+            ..Witness::default()
+        },
+        ..deploy("development", 5, "five")
+    };
+    let requests = vec![
+        deploy("development", 2, "two"),
+        // There is no such release.
+        scale("development", 3, 99, 2),
+        deploy("staging", 4, "four"),
+        // The ledger knows a commit that is not here.
+        unknown,
+        // So it is already, with what comes before it in the same group.
+        scale("staging", 6, 4, 1),
+        // The same once more, made here and made before.
+        deploy("development", 2, "two"),
+        deploy("development", 1, "one"),
+        scale("development", 7, 2, 0),
+    ];
+    let done = together(&repository, requests).await;
+    let codes: Vec<_> = done
+        .iter()
+        .map(|d| d.as_ref().map_or_else(GitopsError::code, |_| ""))
+        .collect();
+    let expected = [
+        "",
+        "release_missing",
+        "",
+        "gitops_history_rewritten",
+        "",
+        "",
+        "",
+        "",
+    ];
+    assert_eq!(codes, expected);
+    let done: Vec<_> = done.into_iter().map(Result::ok).collect();
+    let at = |n: usize| done[n].as_ref().unwrap();
+    assert_eq!(at(2).parent.as_ref(), Some(&at(0).commit));
+    assert_eq!(at(7).parent.as_ref(), Some(&at(2).commit));
+    assert_eq!((at(0).ordinal, at(2).ordinal, at(7).ordinal), (3, 4, 5));
+    assert!(at(4).unchanged && at(4).commit == at(2).commit);
+    assert!(at(5).found && at(5).commit == at(0).commit);
+    assert!(at(6).found && at(6).ordinal == 2);
+    assert_eq!(repository.head().await.unwrap(), at(7).commit);
+    assert_eq!(check(path).len(), 4);
+    assert_eq!(packs(path), before + 1);
+    // What is reported of one that was made is what is found of it.
+    for n in [0, 2, 7] {
+        let made = at(n);
+        let again = open(path).await;
+        let event = [2, 0, 4, 0, 0, 0, 0, 7][n];
+        let found = again
+            .find(self::event(event), Vec::new(), &CancellationToken::new())
+            .await
+            .unwrap();
+        let expected = Committed {
+            found: true,
+            ..made.clone()
+        };
+        assert_eq!(found, Some(expected));
+    }
+    let cancel = CancellationToken::new();
+    let none = repository.find(event(3), Vec::new(), &cancel).await;
+    assert_eq!(none.unwrap(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packs_are_joined_and_clones_and_open_handles_go_on() {
+    let (folder, repository) = repository().await;
+    let reader = open(repository.path()).await;
+    let mut last = None;
+    for n in 0..70 {
+        let done = commit(&repository, deploy("development", n, &format!("t{n}")))
+            .await
+            .unwrap();
+        // Another process reads with what it opened long ago.
+        if n % 10 == 0 {
+            let values = reader
+                .read_environment(&done.commit, &env("development"))
+                .await
+                .unwrap();
+            assert_eq!(values.services[&api()].releases.len() as u128, n + 1);
+        }
+        last = Some(done.commit);
+    }
+    assert!(
+        packs(repository.path()) < 35,
+        "{}",
+        packs(repository.path())
+    );
+    assert_eq!(check(repository.path()).len(), 70);
+    let path = repository.path().to_str().unwrap();
+    git(folder.path(), &["clone", "--quiet", path, "clone"]);
+    let head = git(&folder.path().join("clone"), &["rev-parse", "HEAD"]);
+    assert_eq!(Some(head.as_str()), last.as_ref().map(CommitId::as_str));
+    // `git gc` by hand is welcome, too.
+    git(repository.path(), &["gc", "--quiet", "--prune=now"]);
+    commit(&repository, deploy("development", 100, "more"))
+        .await
+        .unwrap();
+    assert_eq!(check(repository.path()).len(), 71);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_those_that_wait_together_one_can_be_cancelled() {
+    let (_folder, repository) = repository().await;
+    let lock = fs::File::open(repository.path().with_extension("git.lock")).unwrap();
+    lock.lock().unwrap();
+    let (none, cancel) = (CancellationToken::new(), CancellationToken::new());
+    let kept = repository.commit(deploy("development", 1, "one"), &none);
+    let gone = repository.commit(deploy("development", 2, "two"), &cancel);
+    let dropped = Box::pin(repository.commit(deploy("development", 3, "three"), &none));
+    let (mut kept, mut gone, mut dropped) = (Box::pin(kept), Box::pin(gone), dropped);
+    assert!(futures_util::poll!(&mut kept).is_pending());
+    assert!(futures_util::poll!(&mut gone).is_pending());
+    assert!(futures_util::poll!(&mut dropped).is_pending());
+    cancel.cancel();
+    drop(dropped);
+    assert!(gone.await.unwrap_err().is_cancelled());
+    lock.unlock().unwrap();
+    kept.await.unwrap();
+    assert_eq!(check(repository.path()), [event(1).to_string()]);
 }
 
 #[tokio::test]
@@ -955,6 +1120,51 @@ async fn commits_are_pushed_and_others_pushes_are_built_upon() {
     let log = p.repository.log(Some(&next.commit), 9).await.unwrap();
     assert_eq!(log.len(), 1);
     assert_eq!(log[0].event, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_together_is_pushed_once_and_refused_alone() {
+    let p = Pushed::new().await;
+    p.remote.hook(
+        "pre-receive",
+        "echo push >> pushes\n\
+         while read old new ref; do\n\
+         git log --format=%s $old..$new | grep -q poison && echo 'no poison' >&2 && exit 1\n\
+         done\n\
+         exit 0",
+    );
+    let pushes = || {
+        let text = fs::read_to_string(p.remote.path().join("pushes"));
+        text.unwrap_or_default().lines().count()
+    };
+    let some = (1..=6).map(|n| deploy("development", n, &format!("t{n}")));
+    for done in together(&p.repository, some.collect()).await {
+        done.unwrap();
+    }
+    assert_eq!(p.check().len(), 6);
+    assert_eq!(pushes(), 1);
+    let tags = [(11, "x"), (12, "poison"), (13, "y")];
+    let some = tags.map(|(n, tag)| deploy("development", n, tag));
+    let done = together(&p.repository, some.into()).await;
+    assert!(done[0].is_ok() && done[2].is_ok(), "{done:?}");
+    let refused = done[1].as_ref().unwrap_err();
+    assert_eq!(refused.code(), "gitops_push_refused", "{refused:?}");
+    assert_eq!(p.check().len(), 8);
+    // Somebody pushed: all of them are made on top of that.
+    let foreign = p.remote.foreign_commit("by hand", &[("NOTES", "x")]);
+    let some = (21..=23).map(|n| deploy("development", n, "x")).collect();
+    let done = together(&p.repository, some).await;
+    let first = done[0].as_ref().unwrap();
+    assert_eq!(first.parent.as_ref().unwrap().as_str(), foreign);
+    assert_eq!(p.check().len(), 11);
+    // What keeps all of them is said to all.
+    p.server.answer("/", 503, "text/plain", "");
+    let some = (31..=33).map(|n| deploy("development", n, "x")).collect();
+    for done in together(&p.repository, some).await {
+        let error = done.unwrap_err();
+        assert_eq!(error.code(), "gitops_remote_unavailable");
+        assert!(error.is_retryable(), "{error:?}");
+    }
 }
 
 #[tokio::test]

@@ -15,14 +15,16 @@ use daybook_events::deployment::{
 };
 use daybook_events::domain::{self, Domain};
 use daybook_events::environment::{Environment, EnvironmentEvent, EnvironmentSpec};
+use daybook_events::freeze::{Freeze, FreezeRule, FreezeSet, OneOff};
+use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::project::{Project, ProjectEvent};
 use daybook_events::routing::{self, Hostnames, Routing, Stickiness, Target as RouteTarget};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
 use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition};
 use daybook_events::{
-    Actor, AggregateKind, ClusterName, Context, DeploymentId, EventId, EventLog, Folded, GitRef,
-    Hostname, InstanceRef, Position, ProjectName, Subject, SubjectFilter, deployment, environment,
-    project,
+    Actor, AggregateKind, ClusterName, Context, DeploymentId, EnvironmentName, EventId, EventLog,
+    Folded, GitRef, Hostname, InstanceRef, Position, ProjectName, Subject, SubjectFilter,
+    deployment, environment, project,
 };
 use daybook_projections::{Ledger, Projections};
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLines, EmbeddedLog, LineRetention};
@@ -30,12 +32,16 @@ use daybook_store::tlog::GuardedLog;
 use daybook_workers::crew::Crew;
 use daybook_workers::driver::DriverOptions;
 use daybook_workers::gateway::{ClusterPolicy, Gateway, Route, RouteTable};
+use daybook_workers::git_transport::{GitTransport, TransportConfig};
+use daybook_workers::gitops::{GitopsRepositories, survey};
 use daybook_workers::idle::{IdleImages, IdleRepositories, IdleSources, IdleTarget};
 use daybook_workers::pipeline::{Bench, Settings, queue};
 use daybook_workers::ports::{
-    BuildInput, BuiltImage, Images, Output, Repositories, Resolved, Sources, StepError,
+    BuildInput, BuiltImage, GitopsChange, GitopsCommit, GitopsRevert, GitopsReverted, Images,
+    Output, Repositories, Resolved, Sources, StepError,
 };
 use daybook_workers::target::{AppRef, Target};
+use daybook_workers::values::EnvironmentValues;
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -55,7 +61,7 @@ struct World {
 struct Ports {
     sources: Arc<dyn Sources>,
     images: Arc<dyn Images>,
-    repositories: Arc<IdleRepositories>,
+    repositories: Arc<dyn Repositories>,
     target: Arc<IdleTarget>,
     tree: Arc<Breakable>,
 }
@@ -94,7 +100,7 @@ impl Default for Ports {
         Self {
             sources: Arc::new(IdleSources),
             images: Arc::new(IdleImages),
-            repositories: Arc::default(),
+            repositories: Arc::new(IdleRepositories::default()),
             target: Arc::new(IdleTarget::new(cluster())),
             tree: Arc::default(),
         }
@@ -1271,4 +1277,255 @@ async fn several_processes_admit_one_of_an_instance_at_a_time() {
     for queue in queues {
         queue.await.unwrap();
     }
+}
+
+/// Real repositories. A deployment's commit is made, and the answer is lost: as if whoever made it
+/// had died before recording it. What comes next waits until it is let go on.
+#[derive(Debug)]
+struct LostAnswer {
+    real: GitopsRepositories,
+    is_lost: AtomicBool,
+    made: Semaphore,
+    goes_on: Semaphore,
+}
+
+#[async_trait]
+impl Repositories for LostAnswer {
+    async fn commit(
+        &self,
+        project: &ProjectName,
+        change: GitopsChange,
+    ) -> Result<GitopsCommit, StepError> {
+        let is_deploy = matches!(change.change, Change::Deploy { .. });
+        let done = self.real.commit(project, change).await?;
+        if is_deploy && !self.is_lost.swap(true, SeqCst) {
+            self.made.add_permits(1);
+            self.goes_on.acquire().await.unwrap().forget();
+            return Err(StepError::passing("lost", "the answer was lost", ""));
+        }
+        Ok(done)
+    }
+    async fn ensure(
+        &self,
+        project: &ProjectName,
+    ) -> Result<(String, daybook_events::CommitId), StepError> {
+        self.real.ensure(project).await
+    }
+    async fn find(
+        &self,
+        project: &ProjectName,
+        cause: EventId,
+        signers: Vec<String>,
+    ) -> Result<Option<GitopsCommit>, StepError> {
+        self.real.find(project, cause, signers).await
+    }
+    fn signer(&self) -> Result<Option<daybook_events::gitops::SignerAdded>, StepError> {
+        self.real.signer()
+    }
+    async fn revert(
+        &self,
+        project: &ProjectName,
+        revert: GitopsRevert,
+    ) -> Result<GitopsReverted, StepError> {
+        self.real.revert(project, revert).await
+    }
+    async fn survey(
+        &self,
+        project: &ProjectName,
+        request: survey::Request,
+    ) -> Result<survey::Survey, StepError> {
+        self.real.survey(project, request).await
+    }
+    async fn read(
+        &self,
+        project: &ProjectName,
+        environment: &EnvironmentName,
+        commit: &daybook_events::CommitId,
+    ) -> Result<EnvironmentValues, StepError> {
+        self.real.read(project, environment, commit).await
+    }
+    async fn has_remote(&self, project: &ProjectName) -> Result<bool, StepError> {
+        self.real.has_remote(project).await
+    }
+}
+
+fn losing_an_answer(folder: &Path) -> (Ports, Arc<LostAnswer>) {
+    let repositories = Arc::new(LostAnswer {
+        real: GitopsRepositories::new(
+            folder.join("gitops"),
+            HashMap::new(),
+            GitTransport::new(TransportConfig::default()),
+        ),
+        is_lost: AtomicBool::new(false),
+        made: Semaphore::new(0),
+        goes_on: Semaphore::new(0),
+    });
+    let ports = Ports {
+        repositories: repositories.clone(),
+        ..Ports::default()
+    };
+    (ports, repositories)
+}
+
+/// What the ledger says of the repository, oldest first.
+async fn commits(world: &World) -> Vec<(daybook_events::CommitId, Change)> {
+    let subject = Subject::Gitops(instance().project);
+    let events = world.ledger.log().read_aggregate(&subject).await.unwrap();
+    let payloads = events
+        .iter()
+        .map(|r| r.event().unwrap().payload::<GitopsEvent>().unwrap());
+    payloads
+        .filter_map(|e| match e {
+            GitopsEvent::Committed(e) => Some((e.commit, e.change)),
+            _ => None,
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_nobody_recorded_is_taken_out_when_its_deployment_is_cancelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, repositories) = losing_an_answer(dir.path());
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let id = world.request("main", SwitchMode::Automatic).await;
+    repositories.made.acquire().await.unwrap().forget();
+    let cancel = DeploymentEvent::CancelRequested(CancelRequested { reason: None });
+    world.apply(id, cancel).await;
+    world.reach(id, Status::Cancelled).await;
+    assert_eq!(commits(&world).await, []);
+    repositories.goes_on.add_permits(1);
+
+    let project = instance().project;
+    let projections = world.ledger.projections();
+    let mut changes = projections.changes();
+    let taken_out = async {
+        loop {
+            let state = projections.gitops(&project).unwrap().unwrap();
+            if state.commits == 3 {
+                return state;
+            }
+            changes.changed().await.unwrap();
+        }
+    };
+    let state = tokio::time::timeout(Duration::from_secs(20), taken_out).await;
+    let state = state.expect("the release is taken out again");
+    assert!(!state.releases.contains_key(&id));
+    let recorded = commits(&world).await;
+    assert!(matches!(recorded[0].1, Change::Deploy { deployment, .. } if deployment == id));
+    assert!(matches!(recorded[1].1, Change::Remove { deployment, .. } if deployment == id));
+    // The repository says the same, and each thing once.
+    let real = repositories.real.open(&project).await.unwrap();
+    let log = real.log(None, 9).await.unwrap();
+    let listed: Vec<_> = log.iter().skip(1).map(|c| c.commit.clone()).collect();
+    let expected: Vec<_> = recorded.into_iter().map(|(commit, _)| commit).collect();
+    assert_eq!(listed, expected);
+    let head = real.head().await.unwrap();
+    let values = real.read_environment(&head, &instance().environment).await;
+    assert!(
+        values.unwrap().services[&instance().service]
+            .releases
+            .is_empty()
+    );
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_nobody_recorded_goes_on_when_its_environment_is_frozen() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, repositories) = losing_an_answer(dir.path());
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let id = world.request("main", SwitchMode::Automatic).await;
+    repositories.made.acquire().await.unwrap().forget();
+    // It was allowed when it was committed.
+    let set = EnvironmentEvent::FreezeSet(FreezeSet {
+        name: "stop".parse().unwrap(),
+        freeze: Freeze {
+            rule: FreezeRule::Once(OneOff {
+                from: "2020-01-01T00:00".parse().unwrap(),
+                until: None,
+                zone: Default::default(),
+            }),
+            reason: None,
+        },
+    });
+    let i = instance();
+    let subject = Subject::Environment(i.project.clone(), i.environment);
+    let context = world.context();
+    let frozen = world
+        .ledger
+        .execute::<Environment>(&subject, &context, |s| environment::decide(s, set.clone()))
+        .await
+        .unwrap();
+    let frozen = frozen.position().unwrap();
+    let projections = world.ledger.projections();
+    projections
+        .wait_for(frozen, Duration::from_secs(20))
+        .await
+        .unwrap();
+    repositories.goes_on.add_permits(1);
+    world.reach(id, Status::Started).await;
+    let kinds = world.kinds_of(id).await;
+    assert!(
+        !kinds.iter().any(|k| k == "deployment.held.v1"),
+        "{kinds:?}"
+    );
+    assert_eq!(commits(&world).await.len(), 1);
+    // The next one waits.
+    let next = world.request("next", SwitchMode::Automatic).await;
+    let mut changes = projections.changes();
+    let held = async {
+        while projections
+            .deployment(next)
+            .unwrap()
+            .is_none_or(|row| row.state.held().is_none())
+        {
+            changes.changed().await.unwrap();
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), held)
+        .await
+        .expect("the next one is held");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deployments_of_one_project_are_committed_side_by_side_and_recorded_in_order() {
+    const SERVICES: usize = 12;
+    let dir = tempfile::tempdir().unwrap();
+    let repositories = Arc::new(GitopsRepositories::new(
+        dir.path().join("gitops"),
+        HashMap::new(),
+        GitTransport::new(TransportConfig::default()),
+    ));
+    let ports = Ports {
+        repositories: repositories.clone(),
+        ..Ports::default()
+    };
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let mut all = Vec::new();
+    for n in 0..SERVICES {
+        let instance = InstanceRef {
+            service: format!("web-{n}").parse().unwrap(),
+            ..instance()
+        };
+        let version = of_git(&format!("v{n}"));
+        all.push(
+            world
+                .request_of(instance, version, SwitchMode::Automatic)
+                .await,
+        );
+    }
+    for id in &all {
+        world.reach(*id, Status::Started).await;
+    }
+    let recorded: Vec<_> = commits(&world).await.into_iter().map(|(c, _)| c).collect();
+    let real = repositories.open(&instance().project).await.unwrap();
+    let log = real.log(None, 99).await.unwrap();
+    let listed: Vec<_> = log.into_iter().skip(1).map(|c| c.commit).collect();
+    assert_eq!(recorded, listed);
+    assert_eq!(listed.len(), SERVICES);
+    world.stop().await;
 }

@@ -805,12 +805,32 @@ async fn repository_and_ledger_prove_each_other_and_any_difference_is_named() {
     // An object is gone: the repository cannot be vouched for at all.
     git(&path, &["update-ref", branch, undo.as_str()]);
     assert_eq!(audit(&path, &events, None), Vec::<String>::new());
-    let object = path
-        .join("objects")
-        .join(&ours.as_str()[..2])
-        .join(&ours.as_str()[2..]);
-    fs::remove_file(object).unwrap();
+    let lone = path.join("objects").join(&ours.as_str()[..2]);
+    unpack(&path);
+    fs::remove_file(lone.join(&ours.as_str()[2..])).unwrap();
     assert!(verify_repository(&path, events, None).is_err());
+}
+
+/// Gives every object of a repository a file of its own.
+fn unpack(repository: &Path) {
+    let packs = repository.join("objects/pack");
+    let aside = TempDir::new().unwrap();
+    for file in fs::read_dir(&packs).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), aside.path().join(file.file_name())).unwrap();
+        fs::remove_file(file.path()).unwrap();
+    }
+    for pack in fs::read_dir(aside.path()).unwrap() {
+        let pack = pack.unwrap().path();
+        if pack.extension().is_some_and(|e| e == "pack") {
+            let unpacked = git_command(repository)
+                .args(["unpack-objects", "-q"])
+                .stdin(fs::File::open(pack).unwrap())
+                .status()
+                .unwrap();
+            assert!(unpacked.success());
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,7 +10,8 @@ Kill the binary at each failpoint, and check that nothing is lost, doubled or le
 
 Usage: cargo xtask matrix [--all] [--nats] [--remote] [PLACE]...
 
-  cargo xtask matrix               each place once, when there is traffic to disturb
+  cargo xtask matrix               each place once, when there is traffic to disturb; CI runs this,
+                                   and --remote with gitops.push and gitops.commit
   cargo xtask matrix --all         each place also when it is reached for the first time
   cargo xtask matrix --nats        on JetStream, with the workers in processes of their own
   cargo xtask matrix --remote gitops.push    with a GitOps remote: before and after each push
@@ -28,24 +29,34 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
     if let Some(unknown) = unknown {
         return Err(format!("unknown argument {unknown:?}; see --help").into());
     }
-    run_matrix(arguments).map(exit_code)
+    let ended = play(arguments);
+    restore()?;
+    ended.map(exit_code)
 }
 
-/// All places once; it is an error if one run fails.
+/// All places once, and with a GitOps remote those of pushes and of what is pushed; it is an error
+/// if one run fails.
 pub(crate) fn all() -> Result<(), Failure> {
-    match run_matrix(&[])? {
-        ended if ended.success() => Ok(()),
-        _ => Err("a crash was not survived".into()),
+    let with_remote = ["--remote", "gitops.push", "gitops.commit"].map(str::to_owned);
+    let ended = [play(&[]), play(&with_remote)];
+    restore()?;
+    for ended in ended {
+        if !ended?.success() {
+            return Err("a crash was not survived".into());
+        }
     }
+    Ok(())
 }
 
-fn run_matrix(arguments: &[String]) -> Result<ExitStatus, Failure> {
+fn play(arguments: &[String]) -> Result<ExitStatus, Failure> {
     let mut test = cargo();
     test.args(["test", "-p", "daybook", "--features", "failpoints"])
         .args(["--test", "matrix", "--"])
         .args(arguments);
-    let ended = status(&mut test);
-    // Where everybody looks for the binary is none now that can be made to die.
-    run_command(cargo().args(["build", "-p", "daybook"]))?;
-    ended
+    status(&mut test)
+}
+
+/// Where everybody looks for the binary is one again that cannot be made to die.
+fn restore() -> Result<(), Failure> {
+    run_command(cargo().args(["build", "-p", "daybook"]))
 }

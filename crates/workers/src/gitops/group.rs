@@ -173,19 +173,31 @@ impl Queue {
     }
 }
 
-/// The duty to answer all who wait. Whoever is left when it ends is not left waiting.
-struct Leadership(Arc<Inner>);
+/// The duty to answer all who wait. Should its holder die, nobody is left waiting.
+struct Leadership {
+    inner: Arc<Inner>,
+    is_over: bool,
+}
+
+impl Leadership {
+    fn carry_out(mut self) {
+        self.inner.lead();
+        // From here on somebody else may have it.
+        self.is_over = true;
+    }
+}
 
 impl Drop for Leadership {
     fn drop(&mut self) {
-        let mut waiting = self.0.queue.waiting();
-        if waiting.led && std::thread::panicking() || !waiting.jobs.is_empty() {
-            waiting.led = false;
-            // Their answers end unsent.
-            let jobs = mem::take(&mut waiting.jobs);
-            drop(waiting);
-            drop(jobs);
+        if self.is_over {
+            return;
         }
+        let mut waiting = self.inner.queue.waiting();
+        waiting.led = false;
+        // Their answers end unsent.
+        let jobs = mem::take(&mut waiting.jobs);
+        drop(waiting);
+        drop(jobs);
     }
 }
 
@@ -205,8 +217,11 @@ pub(super) async fn submit(
         answer,
     };
     if inner.queue.put(job) {
-        let leadership = Leadership(inner.clone());
-        tokio::task::spawn_blocking(move || leadership.0.lead());
+        let leadership = Leadership {
+            inner: inner.clone(),
+            is_over: false,
+        };
+        tokio::task::spawn_blocking(move || leadership.carry_out());
     }
     answered.await.unwrap_or(Err(GitopsError::Interrupted))
 }

@@ -584,6 +584,8 @@ impl Inner {
             Some(remote) => self.begin_with(remote, &repository, session)?,
         }
         drop(repository);
+        // What libgit2 begins a repository with, it does not sync.
+        sync_all(&fresh).map_err(GitopsError::disk(&fresh))?;
         reached("gitops.create.before");
         fs::rename(&fresh, &self.path).map_err(GitopsError::disk(&self.path))?;
         let parent = self.path.parent().unwrap_or(Path::new("/"));
@@ -752,6 +754,19 @@ fn open(path: &Path) -> Result<Repository, GitopsError> {
     config.add_file(&synced, ConfigLevel::App, false)?;
     repository.set_config(&config)?;
     Ok(repository)
+}
+
+/// Syncs a folder and all that is in it.
+fn sync_all(folder: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        match entry.file_type()? {
+            kind if kind.is_dir() => sync_all(&entry.path())?,
+            kind if kind.is_file() => fs::File::open(entry.path())?.sync_all()?,
+            _ => {}
+        }
+    }
+    fs::File::open(folder)?.sync_all()
 }
 
 /// A path beside another one: `shop.git` and `shop.git.lock`.
