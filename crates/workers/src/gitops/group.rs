@@ -419,11 +419,11 @@ impl Inner {
                     ..done.clone()
                 }),
                 _ => match self.make_one(repository, base, making, job) {
-                    Ok(One::Found(done)) => Ok(done),
+                    Ok(One::Found(done)) => Ok(*done),
                     Ok(One::Made(Made::Commit(done))) => {
                         made.insert(event, answers.len());
-                        newest = Some(done.clone());
-                        Ok(done)
+                        newest = Some(Committed::clone(&done));
+                        Ok(*done)
                     }
                     Ok(One::Made(Made::Nothing { title })) => {
                         let has_it = match &newest {
@@ -461,7 +461,7 @@ impl Inner {
         }
         let event = job.wanted.event();
         if let Some(found) = self.made_for(repository, base, event, witness)? {
-            return Ok(One::Found(found));
+            return Ok(One::Found(Box::new(found)));
         }
         Ok(One::Made(match &job.wanted {
             Wanted::Change(request) => making.change(request)?,
@@ -509,7 +509,7 @@ impl Inner {
 /// What became of one job before anything is written.
 enum One {
     /// An earlier try had made it.
-    Found(Committed),
+    Found(Box<Committed>),
     Made(Made),
 }
 

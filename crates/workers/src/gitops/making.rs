@@ -24,7 +24,7 @@ const IMAGE_MEMORY: usize = 500;
 /// What a request came to.
 pub(super) enum Made {
     /// A commit.
-    Commit(Committed),
+    Commit(Box<Committed>),
     /// All is as it should be already. This would have been the title.
     Nothing { title: String },
 }
@@ -277,7 +277,7 @@ impl<'a> Making<'a> {
             ordinal,
         });
         self.commits.push((event, commit));
-        Ok(Made::Commit(Committed {
+        Ok(Made::Commit(Box::new(Committed {
             commit: commit_id(commit)?,
             parent: Some(commit_id(base.commit)?),
             tree: tree.to_string(),
@@ -291,7 +291,7 @@ impl<'a> Making<'a> {
             signer,
             found: false,
             unchanged: false,
-        }))
+        })))
     }
 
     /// A commit object on top of what was made, signed if there is a key, and with whose key.

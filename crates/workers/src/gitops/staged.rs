@@ -359,8 +359,11 @@ fn entries(tree: &[u8]) -> Result<Vec<RawEntry<'_>>, git2::Error> {
     Ok(found)
 }
 
-/// Modes and ids of a tree's entries; none of a tree that is not there.
-fn by_name(tree: Option<&[u8]>) -> Result<BTreeMap<&[u8], (&[u8], Oid)>, git2::Error> {
+/// The modes and ids of a tree's entries.
+type ByName<'a> = BTreeMap<&'a [u8], (&'a [u8], Oid)>;
+
+/// The entries of a tree; none of one that is not there.
+fn by_name(tree: Option<&[u8]>) -> Result<ByName<'_>, git2::Error> {
     let entries = entries(tree.unwrap_or_default())?;
     Ok(entries
         .into_iter()

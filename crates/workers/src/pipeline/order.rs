@@ -126,13 +126,13 @@ mod tests {
     #[tokio::test]
     async fn commits_are_recorded_in_their_order_whoever_comes_first() {
         let (order, shop) = (Order::default(), ProjectName::parse("shop").unwrap());
-        let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let (told, mut heard) = tokio::sync::mpsc::channel(4);
         let mut tasks = Vec::new();
         for ordinal in [5, 3, 4, 2] {
             let (order, shop, told) = (order.clone(), shop.clone(), told.clone());
             tasks.push(tokio::spawn(async move {
                 let _turn = order.turn(&shop, &commit(ordinal, ordinal > 2)).await;
-                told.send(ordinal).unwrap();
+                told.send(ordinal).await.unwrap();
             }));
             tokio::task::yield_now().await;
         }
