@@ -87,6 +87,42 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
 }
 
 #[test]
+fn a_plan_is_shown_and_allowed_by_who_says_so() {
+    let server = Server::start(Settings::default());
+    let Some(mut page) = Browser::open(&format!("{}/#/approvals", server.url()), (1200, 900))
+    else {
+        return;
+    };
+    page.shows("Nothing waits");
+    let source = application("--text one");
+    server.define("shop", "web", &source, &[]);
+    server.ok(&["env", "set", "shop", "production", "--approvals", "1"]);
+    let id = server.begin(INSTANCE, &["--actor", "ada"]);
+    server.wait_for(&id, "awaiting_approval");
+    let shown = server.json(&["approvals", "show", &id]);
+    page.shows(shown["hash"].as_str().unwrap());
+    page.shows("web.shop.localhost new");
+    // Who asked for it cannot allow it, and is told so.
+    let name = |name: &str| {
+        format!(
+            "const actor = document.querySelector('input[name=actor]'); actor.value = '{name}';
+             actor.dispatchEvent(new Event('change'))"
+        )
+    };
+    page.evaluate(&format!("{{ {} }}", name("ada")));
+    page.click("button", "Approve this plan");
+    page.click("dialog button", "Approve");
+    page.shows("ada asked for this deployment");
+    page.evaluate(&format!("{{ {} }}", name("bob")));
+    page.click("button", "Approve this plan");
+    page.click("dialog button", "Approve");
+    server.wait_for(&id, "started");
+    page.shows("Nothing waits");
+    // The refusal is an answer that a browser complains of.
+    assert_eq!(page.complaints().len(), 1, "{:?}", page.complaints());
+}
+
+#[test]
 fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
     let server = Server::start(Settings::default());
     let source = application("--text one");

@@ -1,7 +1,7 @@
 // What waits for somebody to allow it, with the exact plan.
 
 import { actor, get, send } from "./api.js";
-import { ask, facts, h, moment, notice, table } from "./dom.js";
+import { ask, facts, h, moment, notice, short, table } from "./dom.js";
 import { link } from "./overview.js";
 
 export async function approvals({ signal }) {
@@ -18,7 +18,7 @@ async function parts(signal) {
   return [h("h1", {}, "Approvals"),
     h("form", { class: "filters", onsubmit: (e) => e.preventDefault() }, h("label", {}, "You are (nobody checks this yet; it is recorded)", name)),
     waiting.length ? h("div", { class: "cards" }, waiting.map(card)) : h("p", { class: "quiet" }, "Nothing waits to be allowed or reviewed."),
-    through?.length ? [h("h2", {}, "Let through a freeze, to be reviewed"), h("ul", {}, through.map((t) => h("li", {}, link(t.deployment), ` ${t.reason ?? ""}`)))] : ""].flat();
+    through?.length ? [h("h2", {}, "Let through a freeze, to be reviewed"), h("ul", {}, through.map((t) => h("li", {}, link(t.id), ` ${t.instance_id}, past ${t.freeze}: ${t.emergency.reason ?? ""}`)))] : ""].flat();
 }
 
 function card(a) {
@@ -27,7 +27,7 @@ function card(a) {
     const reason = await ask(title, text, { danger, verb: title.replace("?", "") });
     if (reason === null) return;
     try {
-      await send("POST", `deployments/${a.deployment ?? a.id}/${verb}`, { ...body, ...(reason ? { reason } : {}) });
+      await send("POST", `deployments/${a.id}/${verb}`, { ...body, ...(reason ? { reason } : {}) });
       notice("recorded");
     } catch (error) {
       notice(error.message, true);
@@ -35,13 +35,16 @@ function card(a) {
   };
   const values = Object.entries(plan.values ?? {});
   return h("article", { class: "card" },
-    h("header", {}, h("h3", {}, a.instance_id ?? ""), link(a.deployment ?? a.id)),
+    h("header", {}, h("h3", {}, a.instance_id), link(a.id)),
     facts([
       ["plan", h("span", { class: "mono" }, a.hash)],
       ["asked for by", a.requester],
       ["author", a.author],
-      ["image", h("span", { class: "mono" }, plan.image?.digest ?? "")],
-      ["approvals", a.waits ? `${a.grants.length} of ${plan.rule?.required ?? "?"}${a.grants.length ? `: ${a.grants.map((g) => g.approver).join(", ")}` : ""}` : "let through in an emergency; to be reviewed"],
+      ["source", plan.source ? h("span", { class: "mono" }, plan.source) : null],
+      ["image", h("span", { class: "mono" }, plan.image.digest)],
+      ["in place of", plan.main ? link(plan.main) : null],
+      ["addresses", Object.entries(plan.routes).map(([name, now]) => h("div", { class: "mono" }, name, h("span", { class: "quiet" }, now.length ? ` now ${now.map(short).join(", ")}` : " new")))],
+      ["approvals", a.waits ? `${a.grants.length} of ${plan.rule.required}${a.grants.length ? `: ${a.grants.map((g) => g.approver).join(", ")}` : ""}` : "let through in an emergency; to be reviewed"],
       ["until", a.expires ? moment(a.expires) : null],
     ]),
     values.length ? table("Values that change", ["Value", "Before", "After"], values.map(([k, v]) => [h("code", {}, k), v.before ?? "", v.after ?? ""]), "") : null,

@@ -57,7 +57,7 @@ function top(d) {
           ["reason", d.reason],
           ["repeats", d.redeploy_of ? link(d.redeploy_of) : null],
           ["promoted from", d.promoted_from ? `${d.promoted_from.environment}` : null],
-          ["stops", d.stops ? `${d.stops.due}: ${d.stops.because ?? ""}` : null],
+          ["stops", d.stops ? [moment(d.stops.at), `, because ${d.stops.because}`] : null],
           ["waits", d.queue?.reason ?? null],
           ["approvals", d.approval ? h("a", { href: "#/approvals" }, "asked for") : null],
         ])),
