@@ -901,6 +901,26 @@ async fn what_waits_at_the_same_time_is_written_together_and_fails_alone() {
     assert_eq!(none.unwrap(), None);
 }
 
+/// Whoever leads ends when nobody waits, and somebody may come in that very moment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn leaders_come_and_go_and_nobody_is_left_waiting() {
+    let (_folder, repository) = repository().await;
+    let tasks = (0..6u128).map(|worker| {
+        let repository = repository.clone();
+        tokio::spawn(async move {
+            for n in (0..40).map(|i| worker * 100 + i) {
+                let environment = format!("pr-{worker}");
+                let done = commit(&repository, deploy(&environment, n, "x")).await;
+                assert!(!done.unwrap().found);
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+    assert_eq!(check(repository.path()).len(), 240);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn packs_are_joined_and_clones_and_open_handles_go_on() {
     let (folder, repository) = repository().await;
