@@ -3,7 +3,9 @@
 use std::sync::{Arc, Mutex};
 
 use daybook_testkit::TestApp;
-use daybook_testkit::kubernetes::{ControlPlane, Fate, Kubelet};
+use daybook_testkit::git::SourceRepository;
+use daybook_testkit::kubernetes::argocd::{self, ArgoCd};
+use daybook_testkit::kubernetes::{ControlPlane, Crd, Fate, Kubelet};
 use daybook_testkit::registry::{Registry, RegistryConfig};
 
 use reqwest::Method;
@@ -60,82 +62,171 @@ impl Cluster {
     }
 }
 
-#[test]
-fn a_source_runs_on_a_cluster_and_what_keeps_the_next_from_it_is_said() {
-    let Some(cluster) = Cluster::start() else {
-        return;
-    };
-    let Some(registry) = Registry::start(RegistryConfig::default()) else {
-        return;
-    };
-    // The pods' address is that of an application that runs here.
-    let app = TestApp::start(&["--text", "from-a-pod"]);
-    let settings = Settings::default()
-        .arg("--image-prefix")
-        .arg(format!("{}/team", registry.host()))
-        .arg("--kubeconfig")
-        .arg(cluster.plane.kubeconfig().display().to_string())
-        .arg("--kubernetes")
-        .arg("oslo=test");
-    let server = Server::start(settings);
-    let source = application("--text unused");
-    server.ok(&["project", "create", "kube"]);
-    server.ok(&[
-        "env",
-        "create",
-        "kube",
-        "production",
-        "--cluster",
-        "oslo",
-        "--live",
-    ]);
-    let port = app.addr.port().to_string();
-    server.service(
-        "kube",
-        "web",
-        &source,
-        &["--port", &port, "--health-deadline", "5"],
+/// The same life on any kind of cluster: a source is deployed and served, stopped and started, and
+/// another deployment takes its place. Returns the last one.
+fn a_life(
+    server: &Server,
+    project: &str,
+    cluster: &str,
+    source: &SourceRepository,
+    port: &str,
+) -> String {
+    server.ok(&["project", "create", project]);
+    let env = ["env", "create", project, "production", "--live"];
+    server.ok(&[&env[..], &["--cluster", cluster]].concat());
+    let flags = ["--port", port, "--health-deadline", "5"];
+    server.service(project, "web", source, &flags);
+    let (instance, host) = (
+        format!("{project}.production.web"),
+        format!("web.{project}.localhost"),
     );
+    let first = server.deploy(&instance, &[]);
+    server.get_from(&host, "/", &first);
 
-    let first = server.deploy("kube.production.web", &[]);
-    let answer = server.get_from("web.kube.localhost", "/", &first);
-    assert_eq!(answer.body, "from-a-pod");
-
-    // The next one cannot be pulled: said while it is tried, and in the end the failure's cause.
-    *cluster.fate.lock().unwrap() = Fate::NoImage("manifest unknown".to_owned());
-    source.commit("Another", &[("another", "file")]);
-    let second = server.begin("kube.production.web", &[]);
-    until("the cause, while it is tried", || {
-        let detail = server.deployment(&second);
-        let text = detail.to_string();
-        (detail["state"] == "deploying" && text.contains("ImagePullBackOff")).then_some(())
-    });
-    assert_eq!(server.wait_for_failure(&second), "ImagePullBackOff");
-    server.get_from("web.kube.localhost", "/", &first);
-
-    // What is stopped has no pods, and what is terminated leaves nothing.
-    *cluster.fate.lock().unwrap() = Fate::Ready {
-        ip: "127.0.0.1".to_owned(),
-    };
     server.ok(&["stop", &first]);
     server.wait_for(&first, "stopped");
-    let namespace = "kube--production";
-    assert_eq!(
-        cluster.count::<k8s_openapi::api::core::v1::Pod>(namespace),
-        0
-    );
     server.ok(&["start", &first]);
     server.wait_for(&first, "started");
+    server.get_from(&host, "/", &first);
+
+    source.commit("Another", &[("another", "file")]);
+    let second = server.deploy(&instance, &[]);
+    server.get_from(&host, "/", &second);
     server.ok(&["stop", &first]);
     server.wait_for(&first, "stopped");
     server.ok(&["terminate", &first]);
     server.wait_for(&first, "terminated");
-    until("nothing is left", || {
-        let left = cluster.count::<k8s_openapi::api::apps::v1::Deployment>(namespace)
-            + cluster.count::<k8s_openapi::api::core::v1::Service>(namespace);
-        (left == 0).then_some(())
-    });
+    server.get_from(&host, "/", &second);
+    second
+}
+
+#[test]
+fn a_life_on_a_local_cluster() {
+    let server = Server::start(Settings::default().arg("--local-cluster").arg("local-a"));
+    let source = application("--text here");
+    a_life(&server, "kubeless", "local-a", &source, "8080");
     server.check_replay();
+}
+
+#[test]
+fn a_life_on_a_kubernetes_cluster_and_what_keeps_the_next_from_it_is_said() {
+    let Some(stage) = Stage::start() else {
+        return;
+    };
+    let server = Server::start(stage.settings());
+    stage.life(&server, "kube");
+}
+
+#[test]
+fn a_life_on_a_cluster_that_argocd_brings_to_the_repository() {
+    let Some(stage) = Stage::start() else {
+        return;
+    };
+    let Some(helm) = argocd::helm_program() else {
+        return;
+    };
+    let namespace = "argocd-for-all";
+    let client = stage.cluster.runtime.block_on(stage.cluster.plane.client());
+    let installed = stage.cluster.runtime.block_on(async {
+        let spaces: kube::Api<k8s_openapi::api::core::v1::Namespace> =
+            kube::Api::all(client.clone());
+        let space = serde_json::json!({ "metadata": { "name": namespace } });
+        let space = serde_json::from_value(space).unwrap();
+        spaces.create(&Default::default(), &space).await.unwrap();
+        Crd::Application.install(&client).await
+    });
+    if !installed {
+        return;
+    }
+    let port = daybook_testkit::free_port();
+    let settings = stage
+        .settings()
+        .arg("--argocd")
+        .arg(namespace)
+        .arg("--argocd-repositories")
+        .arg(format!("http://127.0.0.1:{port}/git"));
+    let mut server = Server::stopped(settings);
+    let listen = format!("127.0.0.1:{port}");
+    server.restart_with(&["--listen", &listen, "--gateway", "127.0.0.1:0"]);
+    let _controller = {
+        let _within = stage.cluster.runtime.enter();
+        ArgoCd::start(client, namespace, argocd::helm(helm))
+    };
+    stage.life(&server, "argo");
+}
+
+/// A cluster with a registry, and an application that is what its pods answer.
+struct Stage {
+    cluster: Cluster,
+    registry: Registry,
+    app: TestApp,
+}
+
+impl Stage {
+    fn start() -> Option<Self> {
+        Some(Self {
+            cluster: Cluster::start()?,
+            registry: Registry::start(RegistryConfig::default())?,
+            app: TestApp::start(&["--text", "from-a-pod"]),
+        })
+    }
+
+    fn settings(&self) -> Settings {
+        Settings::default()
+            .arg("--image-prefix")
+            .arg(format!("{}/team", self.registry.host()))
+            .arg("--kubeconfig")
+            .arg(self.cluster.plane.kubeconfig().display().to_string())
+            .arg("--kubernetes")
+            .arg("oslo=test")
+    }
+
+    fn life(&self, server: &Server, project: &str) {
+        let source = application("--text unused");
+        let port = self.app.addr.port().to_string();
+        let running = a_life(server, project, "oslo", &source, &port);
+        let host = format!("web.{project}.localhost");
+        assert_eq!(server.get_from(&host, "/", &running).body, "from-a-pod");
+
+        // The next one cannot be pulled: said while it is tried, and in the end the failure's cause.
+        let next = |fate| *self.cluster.fate.lock().unwrap() = fate;
+        next(Fate::NoImage("manifest unknown".to_owned()));
+        source.commit("A third", &[("third", "file")]);
+        let third = server.begin(&format!("{project}.production.web"), &[]);
+        until("the cause, while it is tried", || {
+            let detail = server.deployment(&third);
+            let text = detail.to_string();
+            (detail["state"] == "deploying" && text.contains("ImagePullBackOff")).then_some(())
+        });
+        assert_eq!(server.wait_for_failure(&third), "ImagePullBackOff");
+        server.get_from(&host, "/", &running);
+
+        // What is stopped has no pods, and what is terminated leaves nothing.
+        next(Fate::Ready {
+            ip: "127.0.0.1".to_owned(),
+        });
+        server.ok(&["stop", &running]);
+        server.wait_for(&running, "stopped");
+        let namespace = format!("{project}--production");
+        until("no pods are left", || {
+            let left = self
+                .cluster
+                .count::<k8s_openapi::api::core::v1::Pod>(&namespace);
+            (left == 0).then_some(())
+        });
+        server.ok(&["terminate", &running]);
+        server.wait_for(&running, "terminated");
+        until("nothing is left", || {
+            let left = self
+                .cluster
+                .count::<k8s_openapi::api::apps::v1::Deployment>(&namespace)
+                + self
+                    .cluster
+                    .count::<k8s_openapi::api::core::v1::Service>(&namespace);
+            (left == 0).then_some(())
+        });
+        server.check_replay();
+    }
 }
 
 #[test]

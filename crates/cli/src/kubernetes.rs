@@ -8,9 +8,10 @@ use std::time::Duration;
 use daybook_api::Parts;
 use daybook_events::{ClusterName, with_causes};
 use daybook_kubernetes::objects::GatewayRef;
-use daybook_kubernetes::{ClusterOptions, KubernetesCluster, connect};
+use daybook_kubernetes::{ArgoCd, ClusterOptions, KubernetesCluster, connect};
 use daybook_secrets::SecretStore;
 use daybook_workers::crew::Crew;
+use daybook_workers::gitops::Remotes;
 use daybook_workers::ports::Repositories;
 use tokio_util::sync::CancellationToken;
 
@@ -72,6 +73,44 @@ impl FromStr for GatewayName {
     }
 }
 
+/// The Argo CD of the Kubernetes clusters, if it is to apply there.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct ArgoCdArgs {
+    /// Has Argo CD, which runs in this namespace of each Kubernetes cluster, apply there; Daybook
+    /// does so itself without. The namespace is `argocd` if none is given.
+    #[arg(
+        long,
+        env = "DAYBOOK_ARGOCD",
+        value_name = "NAMESPACE",
+        num_args = 0..=1,
+        default_missing_value = "argocd"
+    )]
+    pub argocd: Option<String>,
+    /// The AppProject of its Applications.
+    #[arg(
+        long,
+        env = "DAYBOOK_ARGOCD_PROJECT",
+        value_name = "NAME",
+        default_value = "default"
+    )]
+    pub argocd_project: String,
+    /// Where it fetches GitOps repositories that have no remote: the HTTP interface of this Daybook
+    /// as clusters reach it, such as http://daybook.internal:7070/git.
+    #[arg(long, env = "DAYBOOK_ARGOCD_REPOSITORIES", value_name = "URL")]
+    pub argocd_repositories: Option<String>,
+}
+
+impl ArgoCdArgs {
+    fn with(&self, remotes: Arc<dyn Remotes>) -> Option<ArgoCd> {
+        Some(ArgoCd {
+            namespace: self.argocd.clone()?,
+            project: self.argocd_project.clone(),
+            repositories: self.argocd_repositories.clone(),
+            remotes,
+        })
+    }
+}
+
 /// The Kubernetes clusters of a node.
 #[derive(Debug, Clone, Default)]
 pub struct Kubernetes {
@@ -81,6 +120,8 @@ pub struct Kubernetes {
     pub kubeconfig: Option<PathBuf>,
     /// Where addresses are attached.
     pub gateway: Option<GatewayName>,
+    /// The Argo CD that applies there.
+    pub argocd: ArgoCdArgs,
 }
 
 /// What looking after a cluster needs.
@@ -88,6 +129,7 @@ pub struct Carer {
     pub secrets: Arc<dyn SecretStore>,
     pub crew: Arc<Crew>,
     pub repositories: Arc<dyn Repositories>,
+    pub remotes: Arc<dyn Remotes>,
     pub domain: String,
     pub parts: Parts,
     pub cancel: CancellationToken,
@@ -100,6 +142,7 @@ impl Carer {
     pub async fn look_after(self, options: Kubernetes, context: Context) {
         let part = format!("cluster {}", context.name);
         let gateway = options.gateway.map(|g| (g.0, self.domain.clone()));
+        let argocd = options.argocd.with(self.remotes.clone());
         let cluster = loop {
             let opened = async {
                 let client = connect(options.kubeconfig.as_deref(), &context.context).await?;
@@ -108,6 +151,7 @@ impl Carer {
                     client,
                     secrets: self.secrets.clone(),
                     gateway: gateway.clone(),
+                    argocd: argocd.clone(),
                     cancel: self.foundations.clone(),
                 })
                 .await

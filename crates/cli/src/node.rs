@@ -441,6 +441,7 @@ impl Node {
                     secrets: secrets.clone(),
                     crew: crew.clone(),
                     repositories: repositories.clone(),
+                    remotes: Arc::new(projections.clone()),
                     domain: domain.to_string(),
                     parts: parts.clone(),
                     cancel: cancel.clone(),

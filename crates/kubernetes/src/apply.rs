@@ -19,7 +19,7 @@ use crate::objects::{Kind, Object};
 pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
 /// The answer to a request about `what`, if it comes in time.
-async fn timely<T>(
+pub(crate) async fn timely<T>(
     what: &str,
     request: impl Future<Output = kube::Result<T>>,
 ) -> Result<kube::Result<T>, TargetError> {

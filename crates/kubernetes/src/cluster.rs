@@ -7,24 +7,28 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use daybook_events::{ClusterName, CommitId, DeploymentId};
 use daybook_secrets::SecretStore;
-use daybook_workers::image::LOCAL_HOST;
-use daybook_workers::target::{AppRef, AppStatus, Problem, Target, TargetError};
-use daybook_workers::values::{EnvironmentValues, ReleaseValues};
-use k8s_openapi::ByteString;
+use daybook_workers::target::{AppRef, AppStatus, ReleaseStatus, Target, TargetError};
+use daybook_workers::values::EnvironmentValues;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::Pod;
-use kube::{Client, ResourceExt};
+use kube::{Api, Client, ResourceExt};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use crate::apply::{ANSWER_WITHIN, Space};
+use crate::apply::ANSWER_WITHIN;
+use crate::argocd::{self, Application, ArgoCd, State};
+use crate::asked::Asked;
 use crate::diagnosis::Warning;
 use crate::error::ConnectError;
 use crate::names;
-use crate::objects::{self, GatewayRef, Kind, Object, Place};
-use crate::status::{Asked, Seen};
-use crate::watches::{self, Change};
+use crate::objects::GatewayRef;
+use crate::retry;
+use crate::status::Seen;
+use crate::watches::{self, Change, Watched};
+
+/// What is said of Argo CD's objects where they cannot be watched.
+const APPLICATIONS: &str = "applications of Argo CD";
 
 /// What a cluster is made of.
 #[derive(Clone)]
@@ -37,6 +41,8 @@ pub struct ClusterOptions {
     pub secrets: Arc<dyn SecretStore>,
     /// The Gateway for the addresses of releases, and what those end in; none are made without.
     pub gateway: Option<(GatewayRef, String)>,
+    /// The Argo CD that applies there; Daybook does so itself without.
+    pub argocd: Option<ArgoCd>,
     /// Ends the looking after it. What runs there keeps running.
     pub cancel: CancellationToken,
 }
@@ -70,6 +76,8 @@ struct World {
     /// The kinds that were listed at least once. Before all were, nothing is said of any release:
     /// what was not listed yet would look gone.
     listed: HashSet<&'static str>,
+    /// How many kinds have to be.
+    needed: usize,
     /// Watches that are cut, with the reason.
     troubles: BTreeMap<&'static str, String>,
 }
@@ -82,9 +90,6 @@ struct Known {
     status: watch::Sender<AppStatus>,
 }
 
-/// The kinds without which nothing can be said.
-const NEEDED: usize = 3;
-
 impl KubernetesCluster {
     /// Begins to look after a cluster, if its API server answers.
     pub async fn open(options: ClusterOptions) -> Result<Self, ConnectError> {
@@ -93,15 +98,23 @@ impl KubernetesCluster {
         let version = version.map_err(ConnectError::Api)?;
         tracing::info!(cluster = %options.name, version = version.git_version, "connected");
         let cancel = options.cancel.child_token();
+        let world = World {
+            needed: 3 + usize::from(options.argocd.is_some()),
+            ..World::default()
+        };
         let shared = Arc::new(Shared {
             options,
-            world: Mutex::default(),
+            world: Mutex::new(world),
             turns: Mutex::default(),
         });
         let tasks = TaskTracker::new();
-        shared.follow::<Deployment>(&tasks, &cancel, "deployments", |seen| &mut seen.workloads);
-        shared.follow::<ReplicaSet>(&tasks, &cancel, "replicasets", |seen| &mut seen.sets);
-        shared.follow::<Pod>(&tasks, &cancel, "pods", |seen| &mut seen.pods);
+        shared.follow_all::<Deployment>(&tasks, &cancel, "deployments", |s| &mut s.workloads);
+        shared.follow_all::<ReplicaSet>(&tasks, &cancel, "replicasets", |s| &mut s.sets);
+        shared.follow_all::<Pod>(&tasks, &cancel, "pods", |s| &mut s.pods);
+        if let Some(argocd) = &shared.options.argocd {
+            let api = argocd.api(&shared.options.client);
+            shared.follow(&tasks, &cancel, APPLICATIONS, api, World::take_applications);
+        }
         let weak = Arc::downgrade(&shared);
         let warned = move |namespace: &str, pod: &str, warning: Warning| {
             if let Some(shared) = weak.upgrade() {
@@ -124,7 +137,31 @@ impl KubernetesCluster {
     pub fn trouble(&self) -> Option<String> {
         let world = self.shared.world();
         let (kind, why) = world.troubles.first_key_value()?;
-        Some(format!("{kind} cannot be watched: {why}"))
+        let text = format!("{kind} cannot be watched: {why}");
+        let argocd = self
+            .options()
+            .argocd
+            .as_ref()
+            .filter(|_| *kind == APPLICATIONS);
+        Some(match argocd {
+            Some(argocd) => argocd::missing(
+                &argocd.namespace,
+                &format!("{text}. If there is no Argo CD"),
+            ),
+            None => text,
+        })
+    }
+
+    pub(crate) fn options(&self) -> &ClusterOptions {
+        &self.shared.options
+    }
+
+    /// What Argo CD says of a commit of an environment.
+    pub(crate) fn sync_state(&self, app: &AppRef, revision: &CommitId) -> State {
+        let namespace = names::namespace(&app.project, &app.environment);
+        let world = self.shared.world();
+        let known = world.spaces.get(&namespace);
+        State::of(known.and_then(|k| k.seen.application.as_ref()), revision)
     }
 }
 
@@ -138,25 +175,32 @@ impl Shared {
         turns.entry(namespace.to_owned()).or_default().clone()
     }
 
-    /// Keeps the objects of a kind.
-    fn follow<K>(
+    /// Keeps the objects of a kind, of all environments.
+    fn follow_all<K: Watched>(
         self: &Arc<Self>,
         tasks: &TaskTracker,
         cancel: &CancellationToken,
         kind: &'static str,
         of: fn(&mut Seen) -> &mut HashMap<String, K>,
-    ) where
-        K: kube::Resource<DynamicType = ()>
-            + Clone
-            + fmt::Debug
-            + serde::de::DeserializeOwned
-            + Send
-            + 'static,
-    {
+    ) {
+        let api = Api::all(self.options.client.clone());
+        let take = move |world: &mut World, change| world.take(kind, change, of);
+        self.follow(tasks, cancel, kind, api, take);
+    }
+
+    /// Tells the world of the objects of a kind.
+    fn follow<K: Watched>(
+        self: &Arc<Self>,
+        tasks: &TaskTracker,
+        cancel: &CancellationToken,
+        kind: &'static str,
+        api: Api<K>,
+        take: impl Fn(&mut World, Change<K>) + Send + 'static,
+    ) {
         let weak = Arc::downgrade(self);
         let changed = move |change| {
             if let Some(shared) = weak.upgrade() {
-                shared.world().take(kind, change, of);
+                take(&mut shared.world(), change);
             }
         };
         let weak = Arc::downgrade(self);
@@ -169,12 +213,7 @@ impl Shared {
                 };
             }
         };
-        tasks.spawn(watches::objects(
-            self.options.client.clone(),
-            changed,
-            troubled,
-            cancel.clone(),
-        ));
+        tasks.spawn(watches::objects(api, changed, troubled, cancel.clone()));
     }
 
     fn warned(&self, namespace: &str, pod: &str, warning: Warning) {
@@ -229,14 +268,54 @@ impl World {
         }
     }
 
+    /// Applications are called as the namespaces that they are for.
+    fn take_applications(&mut self, change: Change<Application>) {
+        let mut changed = Vec::new();
+        match change {
+            Change::All(all) => {
+                for (namespace, known) in &mut self.spaces {
+                    if known.seen.application.take().is_some() {
+                        changed.push(namespace.clone());
+                    }
+                }
+                changed.extend(all.iter().map(ResourceExt::name_any));
+                for application in all {
+                    let known = self.spaces.entry(application.name_any()).or_default();
+                    known.seen.application = Some(application);
+                }
+                self.listed.insert(APPLICATIONS);
+                changed.extend(self.spaces.keys().cloned());
+            }
+            Change::Applied(application) => {
+                let name = application.name_any();
+                let known = self.spaces.entry(name.clone()).or_default();
+                known.seen.application = Some(*application);
+                changed.push(name);
+            }
+            Change::Deleted(application) => {
+                let name = application.name_any();
+                if let Some(known) = self.spaces.get_mut(&name) {
+                    known.seen.application = None;
+                }
+                changed.push(name);
+            }
+        }
+        for namespace in changed {
+            self.publish(&namespace);
+        }
+    }
+
     /// Tells what is seen of an environment, if that is different from before.
     fn publish(&mut self, namespace: &str) {
-        if self.listed.len() < NEEDED {
+        if self.listed.len() < self.needed {
             return;
         }
-        if let Some(known) = self.spaces.get(namespace)
-            && let Some(asked) = &known.asked
+        if let Some(known) = self.spaces.get_mut(namespace)
+            && let Some(asked) = &mut known.asked
         {
+            for deployment in known.seen.settled(asked) {
+                asked.settles(deployment);
+            }
             let status = known.seen.status(asked);
             known.status.send_if_modified(|before| {
                 let differs = *before != status;
@@ -266,15 +345,64 @@ impl Target for KubernetesCluster {
         let namespace = names::namespace(&app.project, &app.environment);
         let turn = self.shared.turn(&namespace);
         let _turn = turn.lock().await;
-        let asked = self.bring(app, &namespace, revision, desired).await?;
+        let mut asked = self.bring(app, &namespace, revision, desired).await?;
         let mut world = self.shared.world();
         let known = world.spaces.entry(namespace.clone()).or_default();
         let again = asked.again();
+        if let Some(before) = &known.asked {
+            asked.follows(before);
+        }
         known.asked = Some(asked);
         world.publish(&namespace);
         match again {
             Some(why) => Err(TargetError::Unavailable(why)),
             None => Ok(()),
+        }
+    }
+
+    async fn retry(&self, app: &AppRef, deployment: DeploymentId) -> Result<(), TargetError> {
+        let namespace = names::namespace(&app.project, &app.environment);
+        let turn = self.shared.turn(&namespace);
+        let _turn = turn.lock().await;
+        let mut status = self.watch(app);
+        let release = of(&status.borrow(), deployment).cloned();
+        let Some(release) = release else {
+            return Err(TargetError::Unavailable(format!(
+                "deployment {} is not seen there yet",
+                deployment.short()
+            )));
+        };
+        let (held, unsynced) = {
+            let world = self.shared.world();
+            let known = world.spaces.get(&namespace);
+            let asked = known.and_then(|known| known.asked.as_ref());
+            let held = asked.and_then(|asked| asked.held(deployment));
+            let held = held.filter(|problem| !problem.transient).cloned();
+            let unsynced = asked.filter(|asked| !asked.is_settled(deployment));
+            (held, unsynced.map(|asked| asked.revision().clone()))
+        };
+        if let Some(problem) = held {
+            return Err(TargetError::Refused(problem.message));
+        }
+        let unready = release.instances.iter();
+        let unready = unready.filter(|i| !i.ready && !i.outdated);
+        let unready: Vec<String> = unready.map(|i| i.name.clone()).collect();
+        let workload = names::release(&release.service, deployment);
+        let client = &self.options().client;
+        match (&self.options().argocd, unsynced) {
+            (Some(argocd), Some(revision)) => argocd.sync_again(client, app, &revision).await?,
+            _ => retry::again(client, &namespace, &workload, &unready).await?,
+        }
+        let is_over = |status: &AppStatus| {
+            let problem = of(status, deployment).and_then(|r| r.problem.as_ref());
+            problem.is_some_and(|problem| !problem.transient)
+        };
+        let forgotten = status.wait_for(|status| !is_over(status));
+        match tokio::time::timeout(ANSWER_WITHIN, forgotten).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(TargetError::Unavailable(format!(
+                "Deployment {workload} still shows that it has failed"
+            ))),
         }
     }
 
@@ -286,128 +414,8 @@ impl Target for KubernetesCluster {
     }
 }
 
-impl KubernetesCluster {
-    async fn bring(
-        &self,
-        app: &AppRef,
-        namespace: &str,
-        revision: &CommitId,
-        desired: &EnvironmentValues,
-    ) -> Result<Asked, TargetError> {
-        let options = &self.shared.options;
-        let gateway = options.gateway.as_ref();
-        let place = Place {
-            cluster: &options.name,
-            namespace,
-            gateway: gateway.map(|(gateway, domain)| (gateway, domain.as_str())),
-        };
-        let space = Space {
-            client: &options.client,
-            app,
-            namespace,
-            ephemeral: desired.ephemeral,
-        };
-        let mut asked = Asked::new(revision.clone());
-        let mut kept = Vec::new();
-        let mut wanted = objects::objects(desired, &place);
-        if wanted.is_empty() && desired.ephemeral {
-            space.remove().await?;
-            return Ok(asked);
-        }
-        if !wanted.is_empty() {
-            space.ensure().await?;
-        }
-        for (service, values) in &desired.services {
-            for (deployment, release) in &values.releases {
-                if !release.clusters.contains(&options.name) {
-                    continue;
-                }
-                asked.wants(*deployment, service.clone(), release.run.replicas);
-                if let Some(problem) = not_pullable(release) {
-                    asked.holds(*deployment, problem);
-                }
-                let name = names::release(service, *deployment);
-                match self
-                    .secret(app, &place, desired, *deployment, release)
-                    .await
-                {
-                    Ok(Some(secret)) => wanted.insert(0, secret),
-                    Ok(None) => {}
-                    Err(problem) => {
-                        asked.holds(*deployment, problem);
-                        // What it has of them keeps it running.
-                        kept.push(name);
-                    }
-                }
-            }
-        }
-        for object in &wanted {
-            let applied = space.apply(object).await?;
-            if object.kind == Kind::DEPLOYMENT {
-                asked.applied(&object.name, applied.uid, applied.generation);
-            }
-        }
-        // Routes also where none are made any more.
-        let kinds = [
-            Kind::HTTP_ROUTE,
-            Kind::SERVICE,
-            Kind::DEPLOYMENT,
-            Kind::CONFIG_MAP,
-            Kind::SECRET,
-        ];
-        let mut keep: HashSet<_> = wanted.iter().map(|o| (o.kind, o.name.as_str())).collect();
-        keep.extend(kept.iter().map(|name| (Kind::SECRET, name.as_str())));
-        space.prune(&kinds, &keep).await?;
-        Ok(asked)
-    }
-
-    /// The object with the values of a release's secrets. Values that are not to be had keep only
-    /// this release from running.
-    async fn secret(
-        &self,
-        app: &AppRef,
-        place: &Place<'_>,
-        desired: &EnvironmentValues,
-        deployment: DeploymentId,
-        release: &ReleaseValues,
-    ) -> Result<Option<Object>, Problem> {
-        if release.secret_env.is_empty() {
-            return Ok(None);
-        }
-        let values = self
-            .shared
-            .options
-            .secrets
-            .resolve(&app.project, &release.secret_env)
-            .await
-            .map_err(|e| Problem {
-                reason: "SecretMissing".to_owned(),
-                message: e.to_line(),
-                remedy: e.remedy().to_owned(),
-                transient: e.is_retryable(),
-            })?;
-        let data = values
-            .iter()
-            .map(|(key, value)| (key.as_str(), ByteString(value.expose().as_bytes().to_vec())));
-        Ok(objects::secret(
-            desired,
-            place,
-            deployment,
-            data.collect::<BTreeMap<_, _>>(),
-        ))
-    }
-}
-
-/// An image that only Daybook's own machine has.
-fn not_pullable(release: &ReleaseValues) -> Option<Problem> {
-    let image = release.image.to_string();
-    let local = image.split('/').next() == Some(LOCAL_HOST);
-    (local && release.run.replicas > 0).then(|| Problem {
-        reason: "ImagePullBackOff".to_owned(),
-        message: format!("the image {image} is in no registry, so that no cluster can pull it"),
-        remedy: "Start Daybook with --image-prefix HOST/PATH, a registry that the cluster \
-                 reaches, and deploy again."
-            .to_owned(),
-        transient: false,
-    })
+/// What is seen of one release.
+fn of(status: &AppStatus, deployment: DeploymentId) -> Option<&ReleaseStatus> {
+    let mut releases = status.releases.iter();
+    releases.find(|release| release.deployment == deployment)
 }

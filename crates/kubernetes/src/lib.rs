@@ -9,15 +9,22 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod apply;
+mod argocd;
+mod asked;
+mod bring;
 mod cluster;
 mod connect;
 pub mod diagnosis;
+pub mod differences;
 mod error;
 pub mod names;
 pub mod objects;
+mod retry;
 pub mod status;
 mod watches;
 
+pub use argocd::ArgoCd;
+pub use asked::Asked;
 pub use cluster::{ClusterOptions, KubernetesCluster};
 pub use connect::connect;
 pub use error::ConnectError;

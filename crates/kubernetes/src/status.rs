@@ -2,13 +2,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use daybook_events::{CommitId, DeploymentId, ServiceName};
+use daybook_events::{DeploymentId, ServiceName};
 use daybook_workers::target::{AppStatus, InstanceStatus, Problem, ReleaseStatus};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
+use crate::argocd::{Application, State};
+use crate::asked::Asked;
 use crate::diagnosis::{self, Warning};
 use crate::names::{self, DEPLOYMENT, SERVICE};
 
@@ -28,81 +30,31 @@ pub struct Seen {
     pub pods: HashMap<String, Pod>,
     /// The newest warning about each pod.
     pub warnings: HashMap<String, Warning>,
-}
-
-/// What was asked of an environment and applied: what is seen is held against it.
-#[derive(Debug)]
-pub struct Asked {
-    revision: CommitId,
-    releases: BTreeMap<DeploymentId, (ServiceName, u32)>,
-    /// The workloads as the API server had them right after they were applied: what is seen of an
-    /// older generation is of the time before.
-    applied: HashMap<String, (String, i64)>,
-    held: HashMap<DeploymentId, Problem>,
-}
-
-impl Asked {
-    /// Nothing, at a revision.
-    pub fn new(revision: CommitId) -> Self {
-        Self {
-            revision,
-            releases: BTreeMap::new(),
-            applied: HashMap::new(),
-            held: HashMap::new(),
-        }
-    }
-
-    /// So many instances of a release.
-    pub fn wants(&mut self, deployment: DeploymentId, service: ServiceName, replicas: u32) {
-        self.releases.insert(deployment, (service, replicas));
-    }
-
-    /// A workload was applied.
-    pub fn applied(&mut self, name: &str, uid: String, generation: i64) {
-        self.applied.insert(name.to_owned(), (uid, generation));
-    }
-
-    /// Something keeps a release from being applied whole.
-    pub fn holds(&mut self, deployment: DeploymentId, problem: Problem) {
-        self.held.insert(deployment, problem);
-    }
-
-    /// Why not all was applied, if it may be had by trying again.
-    pub fn again(&self) -> Option<String> {
-        let mut held = self.held.values().filter(|problem| problem.transient);
-        held.next().map(|problem| problem.message.clone())
-    }
-
-    /// Whether a workload is as it was applied, or newer.
-    fn covers(&self, workload: &Deployment) -> bool {
-        let metadata = &workload.metadata;
-        let applied = metadata.name.as_ref().and_then(|n| self.applied.get(n));
-        applied.is_some_and(|(uid, generation)| {
-            metadata.uid.as_ref() == Some(uid) && metadata.generation >= Some(*generation)
-        })
-    }
+    /// What Argo CD says.
+    pub(crate) application: Option<Application>,
 }
 
 impl Seen {
     /// The status of the environment. What was not asked for is listed until its workload and the
     /// last of its pods are gone.
     pub fn status(&self, asked: &Asked) -> AppStatus {
+        let sync = self.sync(asked);
         let mut releases: Vec<ReleaseStatus> = asked
-            .releases
+            .releases()
             .iter()
             .map(|(deployment, (service, wanted))| {
-                self.release(*deployment, service, *wanted, asked)
+                self.release(*deployment, service, *wanted, asked, sync.as_ref())
             })
             .collect();
         let workloads = self.workloads.values().map(|w| &w.metadata);
         let pods = self.pods.values().map(|p| &p.metadata);
         let left: BTreeMap<_, _> = workloads.chain(pods).filter_map(belongs).collect();
         for (deployment, service) in left {
-            if !asked.releases.contains_key(&deployment) {
+            if !asked.releases().contains_key(&deployment) {
                 releases.push(ReleaseStatus {
                     deployment,
                     service,
-                    revision: asked.revision.clone(),
+                    revision: asked.revision().clone(),
                     wanted: 0,
                     instances: self.instances(deployment, None),
                     problem: None,
@@ -112,10 +64,29 @@ impl Seen {
         }
         releases.sort_by_key(|r| r.deployment);
         AppStatus {
-            revision: Some(asked.revision.clone()),
+            revision: Some(asked.revision().clone()),
             releases,
-            is_whole: asked.again().is_none(),
+            is_whole: asked.again().is_none() && sync.is_none_or(|state| state == State::Synced),
         }
+    }
+
+    /// What Argo CD says of the commit, where it applies it.
+    fn sync(&self, asked: &Asked) -> Option<State> {
+        let by_argocd = asked.is_by_argocd() && !asked.releases().is_empty();
+        by_argocd.then(|| State::of(self.application.as_ref(), asked.revision()))
+    }
+
+    /// The releases that are as they are to be now that Argo CD has synced the commit.
+    pub(crate) fn settled(&self, asked: &Asked) -> Vec<DeploymentId> {
+        if self.sync(asked) != Some(State::Synced) {
+            return Vec::new();
+        }
+        let releases = asked.releases().iter();
+        let settled = releases.filter(|(deployment, (service, _))| {
+            let workload = self.workloads.get(&names::release(service, **deployment));
+            workload.is_some_and(|w| asked.covers(**deployment, w))
+        });
+        settled.map(|(deployment, _)| *deployment).collect()
     }
 
     fn release(
@@ -124,13 +95,19 @@ impl Seen {
         service: &ServiceName,
         wanted: u32,
         asked: &Asked,
+        sync: Option<&State>,
     ) -> ReleaseStatus {
-        let workload = self.workloads.get(&names::release(service, deployment));
-        let workload = workload.filter(|w| asked.covers(w));
+        let name = names::release(service, deployment);
+        let workload = self.workloads.get(&name);
+        let workload = workload.filter(|w| asked.covers(deployment, w));
+        let unsynced = sync.filter(|_| !asked.is_settled(deployment));
+        let unsynced = unsynced.and_then(|state| state.problem_of(&name, workload.is_some()));
+        let workload = workload.filter(|_| unsynced.is_none());
         let template = workload.and_then(|w| self.template(w));
         let instances = self.instances(deployment, template.as_deref());
         let ready = instances.iter().filter(|i| i.ready && !i.outdated).count();
-        let problem = asked.held.get(&deployment).cloned().or_else(|| {
+        let held = asked.held(deployment).or(unsynced);
+        let problem = held.cloned().or_else(|| {
             let workload = workload?;
             let missing = u32::try_from(ready).unwrap_or(u32::MAX) < wanted;
             missing.then(|| self.problem(workload, deployment, template.as_deref()))?
@@ -138,7 +115,7 @@ impl Seen {
         ReleaseStatus {
             deployment,
             service: service.clone(),
-            revision: asked.revision.clone(),
+            revision: asked.revision().clone(),
             wanted,
             instances,
             problem,
@@ -162,7 +139,8 @@ impl Seen {
             let name = pod.metadata.name.as_deref().unwrap_or_default();
             (pod, self.warnings.get(name))
         });
-        diagnosis::release(workload, current, is_over(workload))
+        let found = diagnosis::release(workload, current, is_over(workload));
+        found.or_else(|| self.application.as_ref()?.unhealthy(workload))
     }
 
     /// The `pod-template-hash` of the workload's present specification; none while the controller

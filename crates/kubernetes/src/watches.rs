@@ -26,18 +26,27 @@ pub(crate) enum Change<K> {
     Deleted(Box<K>),
 }
 
+/// A kind that can be watched.
+pub(crate) trait Watched:
+    kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
+{
+}
+
+impl<K> Watched for K where
+    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
+{
+}
+
 /// Watches Daybook's objects of a kind until `cancel`. A watch that is cut, or too old, is begun
 /// anew by listing them all; nothing is missed.
-pub(crate) async fn objects<K>(
-    client: Client,
+pub(crate) async fn objects<K: Watched>(
+    api: Api<K>,
     changed: impl Fn(Change<K>),
     troubled: impl Fn(Option<String>),
     cancel: CancellationToken,
-) where
-    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-{
+) {
     let config = watcher::Config::default().labels(&format!("{MANAGED_BY}={MANAGER}"));
-    run(Api::all(client), config, changed, troubled, cancel).await;
+    run(api, config, changed, troubled, cancel).await;
 }
 
 /// Told of a warning about a pod: its namespace, its name, and what it says.
@@ -64,15 +73,13 @@ pub(crate) async fn warnings(client: Client, warned: Warned, cancel: Cancellatio
     run(Api::all(client), config, changed, |_| {}, cancel).await;
 }
 
-async fn run<K>(
+async fn run<K: Watched>(
     api: Api<K>,
     config: watcher::Config,
     changed: impl Fn(Change<K>),
     troubled: impl Fn(Option<String>),
     cancel: CancellationToken,
-) where
-    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-{
+) {
     let mut pause = PAUSE_MIN;
     loop {
         let stream = watch(api.clone(), config.clone()).modify(|object| {

@@ -3,26 +3,16 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::process::Command;
 
 use daybook_events::secret::{Commitment, SecretRef};
 use daybook_events::spec::{PinnedImage, RunSpec};
 use daybook_events::{DeploymentId, Digest};
 use daybook_kubernetes::objects::{GatewayRef, Place, objects};
+use daybook_testkit::kubernetes::argocd::helm_program;
 use daybook_workers::gitops::chart_files;
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
 use serde_json::Value;
-
-fn helm() -> Option<PathBuf> {
-    let set = std::env::var_os("DAYBOOK_HELM").map(PathBuf::from);
-    let built = daybook_testkit::nats::tools_folder().map(|f| f.join("bin/helm"));
-    let found = set.or(built).filter(|p| p.is_file());
-    if found.is_none() {
-        daybook_testkit::left_out("no helm: neither DAYBOOK_HELM nor `cargo xtask tools helm`");
-    }
-    found
-}
 
 fn release(n: u128, run: RunSpec) -> (DeploymentId, ReleaseValues) {
     let release = ReleaseValues {
@@ -92,7 +82,9 @@ fn values() -> EnvironmentValues {
 
 #[test]
 fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
-    let Some(helm) = helm() else { return };
+    let Some(helm) = helm_program() else {
+        return;
+    };
     let values = values();
     let dir = tempfile::tempdir().unwrap();
     for (path, content) in chart_files() {

@@ -23,8 +23,11 @@ use tempfile::TempDir;
 use crate::free_port;
 use crate::nats::tools_folder;
 
+pub mod argocd;
+mod crds;
 mod kubelet;
 
+pub use crds::Crd;
 pub use kubelet::{Fate, Kubelet};
 
 /// How long each of the servers may take to be ready.

@@ -5,13 +5,15 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
+mod crds;
+
 use crate::Failure;
 use crate::command::{cargo, is_executable, on_path, output, root, run as run_command};
 
 pub(crate) const HELP: &str = "\
 Build the pinned servers and tools into a cache outside the checkout, each once
 
-Usage: cargo xtask tools [nats|nats-oldest|judge|tessera|kubernetes|helm|deny]...
+Usage: cargo xtask tools [nats|nats-oldest|judge|tessera|kubernetes|crds|helm|deny]...
 
 Without a name all of them are built:
   nats         the newest nats-server, as tools/go.mod pins it (needs Go)
@@ -20,7 +22,9 @@ Without a name all of them are built:
   tessera      the log that the notary is measured against, in tools/judges too (needs Go)
   kubernetes   kube-apiserver, kube-controller-manager and etcd, as tools/kubernetes/go.mod and
                tools/etcd/go.mod pin them (needs Go and about 15 minutes of one core), or those in
-               $KUBEBUILDER_ASSETS
+               $KUBEBUILDER_ASSETS; with them comes what `crds` is
+  crds         the custom resource definitions of Argo CD and Gateway API that tests install, as
+               tools/crds/go.mod pins them (needs Go)
   helm         helm, as tools/helm/go.mod pins it (needs Go)
   deny         cargo-deny, unless a fitting one is on PATH
 
@@ -40,6 +44,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
         "judge",
         "tessera",
         "kubernetes",
+        "crds",
         "helm",
         "deny",
     ];
@@ -50,6 +55,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
     for name in names {
         let path = match name {
             "kubernetes" => kubernetes()?,
+            "crds" => crds::fetch()?,
             "helm" => GoProgram::HELM.build()?,
             "nats" => GoProgram::NATS_NEWEST.build()?,
             "nats-oldest" => GoProgram::NATS_OLDEST.build()?,
@@ -215,6 +221,7 @@ fn pinned<'a>(go_mod: &'a str, package: &str) -> Option<&'a str> {
 /// The folder that holds a Kubernetes control plane: `KUBEBUILDER_ASSETS` if it is set, or the
 /// cache, where what is missing is built now.
 pub(crate) fn kubernetes() -> Result<PathBuf, Failure> {
+    crds::fetch()?;
     let set = std::env::var_os("KUBEBUILDER_ASSETS").filter(|value| !value.is_empty());
     if let Some(folder) = set {
         return Ok(folder.into());

@@ -10,7 +10,7 @@ use daybook_events::timer::KeepFor;
 use super::Outcome;
 use crate::exit::{Code, Failure};
 use crate::gitops_remotes::GitopsRemoteArgs;
-use crate::kubernetes::{Context, GatewayName, Kubernetes};
+use crate::kubernetes::{ArgoCdArgs, Context, GatewayName, Kubernetes};
 use crate::node::{self, Node, NodeOptions};
 use crate::output;
 
@@ -80,6 +80,8 @@ pub struct NodeArgs {
         value_name = "[NAMESPACE/]NAME[:LISTENER]"
     )]
     pub kubernetes_gateway: Option<GatewayName>,
+    #[command(flatten)]
+    pub argocd: ArgoCdArgs,
     /// Where images go whose services name no repository: `host[:port]/path`. Kept in the data
     /// folder if not given.
     #[arg(long, env = "DAYBOOK_IMAGE_PREFIX", value_name = "PREFIX")]
@@ -179,6 +181,7 @@ impl NodeArgs {
             contexts: self.kubernetes.clone(),
             kubeconfig: self.kubeconfig.clone(),
             gateway: self.kubernetes_gateway.clone(),
+            argocd: self.argocd.clone(),
         };
         options.image_prefix = self.image_prefix.clone();
         options.builds = self.builds.into();

@@ -83,12 +83,23 @@ async fn give_up_overdue(bench: &Bench, mut row: DeploymentRow) -> Result<Deploy
         .map(|(cluster, progress)| (cluster, progress.tries))
         .collect();
     for (cluster, tries) in overdue {
-        let remedy = "check that a worker looks after the cluster, and `daybook logs`";
+        let seen = row.state.observed.get(&cluster);
+        let late = format!("it was not seen ready in time in {cluster}");
+        let (message, remedy) = match seen.and_then(|o| o.problem.as_ref()) {
+            Some(p) => (
+                format!("{late}: {} ({})", p.message, p.reason),
+                p.remedy.clone(),
+            ),
+            None => {
+                let remedy = "check that a worker looks after the cluster, and `daybook logs`";
+                (late, remedy.to_owned())
+            }
+        };
         let event = ClusterFailed {
             cluster: cluster.clone(),
             code: "rollout_timeout".into(),
-            message: format!("it was not seen ready in time in {cluster}"),
-            remedy: remedy.into(),
+            message,
+            remedy,
         };
         let failed = fail_in(bench, ROLE, &row, event, tries).await;
         row = match failed {

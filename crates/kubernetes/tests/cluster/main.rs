@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod argocd;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -37,23 +39,21 @@ impl Stage {
     }
 
     async fn with(environment: &str, secrets: Arc<dyn SecretStore>) -> Option<Self> {
+        Self::of(environment, |options| options.secrets = secrets).await
+    }
+
+    async fn of(environment: &str, set: impl FnOnce(&mut ClusterOptions)) -> Option<Self> {
         let plane = tokio::task::spawn_blocking(ControlPlane::shared)
             .await
             .unwrap()?;
         let client = plane.client().await;
-        let options = ClusterOptions {
-            secrets,
-            ..options(client.clone())
-        };
+        let mut options = options(client.clone());
+        set(&mut options);
         let target = KubernetesCluster::open(options).await.unwrap();
-        let app = AppRef {
-            project: "shop".parse::<ProjectName>().unwrap(),
-            environment: environment.parse::<EnvironmentName>().unwrap(),
-        };
         Some(Self {
             client,
             target,
-            app,
+            app: app(environment),
         })
     }
 
@@ -95,12 +95,20 @@ async fn wait(
     Some(found.ok()?.ok()?.clone())
 }
 
+fn app(environment: &str) -> AppRef {
+    AppRef {
+        project: "shop".parse::<ProjectName>().unwrap(),
+        environment: environment.parse::<EnvironmentName>().unwrap(),
+    }
+}
+
 fn options(client: Client) -> ClusterOptions {
     ClusterOptions {
         name: "oslo".parse().unwrap(),
         client,
         secrets: Arc::new(NoSecrets),
         gateway: None,
+        argocd: None,
         cancel: CancellationToken::new(),
     }
 }
@@ -321,6 +329,64 @@ async fn a_rollout_past_its_deadline_has_failed_with_its_cause() {
         problem.is_some_and(|p| !p.transient && p.reason == "ImagePullBackOff")
     };
     stage.until("it has failed", over).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_failed_is_tried_again_and_what_is_ready_is_left_alone() {
+    let Some(stage) = Stage::new("retried").await else {
+        return;
+    };
+    // One of two finds its image.
+    let pulled = std::sync::atomic::AtomicBool::new(false);
+    let ready_one = move |_: &Pod| match pulled.swap(true, std::sync::atomic::Ordering::SeqCst) {
+        false => Fate::Ready {
+            ip: "10.1.2.3".to_owned(),
+        },
+        true => Fate::NoImage("denied".to_owned()),
+    };
+    let kubelet = Kubelet::start(stage.client.clone(), Some(&stage.namespace()), ready_one);
+    let mut values = stage.values();
+    release(&mut values, 1, 2);
+    let service = values.services.get_mut(&web()).unwrap();
+    let first = service.releases.get_mut(&deployment(1)).unwrap();
+    first.run.health.deadline_seconds = 2;
+    stage.apply(1, &values).await.unwrap();
+    let over = |s: &AppStatus| {
+        let problem = of(s, 1).and_then(|r| r.problem.as_ref());
+        problem.is_some_and(|p| !p.transient)
+    };
+    let failed = stage.until("it has failed", over).await;
+    let is_ready = |s: &AppStatus| {
+        let instances = of(s, 1).into_iter().flat_map(|r| &r.instances);
+        let ready = instances.filter(|i| i.ready);
+        ready.map(|i| i.name.clone()).collect::<Vec<_>>()
+    };
+    let before = is_ready(&failed);
+    assert_eq!(before.len(), 1);
+
+    drop(kubelet);
+    let retried = stage.target.retry(&stage.app, deployment(1)).await;
+    retried.unwrap();
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.4".to_owned(),
+    });
+    let whole = stage.until("both are ready", |s| ready(s, 1) == 2).await;
+    assert!(is_ready(&whole).contains(&before[0]));
+
+    // What Daybook itself keeps from running is not tried in vain.
+    release(&mut values, 2, 1);
+    let service = values.services.get_mut(&web()).unwrap();
+    let second = service.releases.get_mut(&deployment(2)).unwrap();
+    second.image.repository = "local.daybook/shop/web".parse().unwrap();
+    stage.apply(2, &values).await.unwrap();
+    stage
+        .until("it is not pullable", |s| of(s, 2).is_some())
+        .await;
+    let refused = stage.target.retry(&stage.app, deployment(2)).await;
+    assert!(
+        matches!(&refused, Err(TargetError::Refused(why)) if why.contains("is in no registry")),
+        "{refused:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,243 @@
+//! Clusters that Argo CD brings to what the GitOps repository says.
+//!
+//! An environment is one Application, which points at the repository and is pinned to a commit:
+//! what runs is what the ledger has, and what Argo CD says is about exactly that commit. A
+//! rollback is a further commit, so that automatic syncing never needs to be off.
+
+mod application;
+mod state;
+
+use std::fmt;
+use std::sync::Arc;
+
+use daybook_events::{ClusterName, CommitId, ProjectName};
+use daybook_workers::gitops::Remotes;
+use daybook_workers::target::{AppRef, TargetError};
+use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::{Api, Client, ResourceExt};
+use serde_json::{Value, json};
+
+pub(crate) use application::Application;
+pub(crate) use state::State;
+
+use crate::apply::timely;
+use crate::error::refusal;
+use crate::names::{self, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
+use crate::objects::GatewayRef;
+
+/// Asks Argo CD to look at an Application now. It removes the annotation when it does.
+const REFRESH: &str = "argocd.argoproj.io/refresh";
+/// Has what an Application made go with it.
+const FINALIZER: &str = "resources-finalizer.argocd.argoproj.io";
+/// The cluster that Argo CD runs in.
+const IN_CLUSTER: &str = "https://kubernetes.default.svc";
+
+/// The Argo CD of a cluster.
+#[derive(Clone)]
+pub struct ArgoCd {
+    /// The namespace that it runs in.
+    pub namespace: String,
+    /// The AppProject that Applications belong to.
+    pub project: String,
+    /// Where it fetches repositories that have no remote: the address of Daybook's HTTP interface
+    /// with `/git`, as it is reached from the cluster. Without, those are refused.
+    pub repositories: Option<String>,
+    /// The remotes of those that have one.
+    pub remotes: Arc<dyn Remotes>,
+}
+
+impl fmt::Debug for ArgoCd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ArgoCd")
+            .field("namespace", &self.namespace)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One environment, for Argo CD.
+pub(crate) struct Wanted<'a> {
+    pub(crate) app: &'a AppRef,
+    pub(crate) revision: &'a CommitId,
+    pub(crate) cluster: &'a ClusterName,
+    pub(crate) gateway: Option<(&'a GatewayRef, &'a str)>,
+    pub(crate) ephemeral: bool,
+    /// Whether Argo CD is to look at it at once.
+    pub(crate) refresh: bool,
+}
+
+impl ArgoCd {
+    /// Applies the Application of an environment. One that belongs to somebody else is refused.
+    pub(crate) async fn apply(
+        &self,
+        client: &Client,
+        wanted: &Wanted<'_>,
+    ) -> Result<(), TargetError> {
+        let name = names::namespace(&wanted.app.project, &wanted.app.environment);
+        let what = format!("Application {name}");
+        let api = self.api(client);
+        let found = timely(&what, api.get_opt(&name)).await?;
+        let found = found.map_err(|e| self.refusal(&what, &e))?;
+        if found.is_some_and(|found| !is_ours(&found, wanted.app)) {
+            return Err(TargetError::Refused(format!(
+                "{what} in namespace {} exists and is not Daybook's. To hand it over, label it: \
+                 kubectl label application {name} --namespace {} {PROJECT}={} {ENVIRONMENT}={}",
+                self.namespace, self.namespace, wanted.app.project, wanted.app.environment
+            )));
+        }
+        let url = self.url(&wanted.app.project)?;
+        let patch = Patch::Apply(self.body(&name, &url, wanted));
+        let params = PatchParams::apply(MANAGER);
+        let applied = timely(&what, api.patch(&name, &params, &patch)).await?;
+        applied.map(|_| ()).map_err(|e| self.refusal(&what, &e))
+    }
+
+    /// Removes the Application of an environment, and with it what it made.
+    pub(crate) async fn remove(&self, client: &Client, app: &AppRef) -> Result<(), TargetError> {
+        let name = names::namespace(&app.project, &app.environment);
+        let what = format!("Application {name}");
+        let api = self.api(client);
+        let found = match timely(&what, api.get_opt(&name)).await? {
+            Ok(found) => found,
+            Err(e) => return Err(self.refusal(&what, &e)),
+        };
+        if !found.is_some_and(|found| is_ours(&found, app)) {
+            return Ok(());
+        }
+        match timely(&what, api.delete(&name, &DeleteParams::default())).await? {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(e) => Err(refusal(&what, &e)),
+        }
+    }
+
+    /// Has Argo CD sync a commit once more. After a sync that failed it does not by itself.
+    pub(crate) async fn sync_again(
+        &self,
+        client: &Client,
+        app: &AppRef,
+        revision: &CommitId,
+    ) -> Result<(), TargetError> {
+        let name = names::namespace(&app.project, &app.environment);
+        let what = format!("Application {name}");
+        let patch = Patch::Merge(json!({
+            "metadata": { "annotations": { REFRESH: "hard" } },
+            "operation": {
+                "initiatedBy": { "username": MANAGER },
+                "sync": { "revision": revision, "prune": true },
+            },
+        }));
+        // Not the manager that applies it: Argo CD takes the operation away once it is begun.
+        let params = PatchParams {
+            field_manager: Some(format!("{MANAGER}-retry")),
+            ..PatchParams::default()
+        };
+        let patched = timely(&what, self.api(client).patch(&name, &params, &patch)).await?;
+        patched.map(|_| ()).map_err(|e| self.refusal(&what, &e))
+    }
+
+    pub(crate) fn api(&self, client: &Client) -> Api<Application> {
+        Api::namespaced(client.clone(), &self.namespace)
+    }
+
+    /// Where Argo CD fetches the repository of a project.
+    fn url(&self, project: &ProjectName) -> Result<String, TargetError> {
+        let remote = self.remotes.remote_of(project);
+        let remote = remote.map_err(|e| TargetError::Unavailable(e.to_string()))?;
+        match (remote, &self.repositories) {
+            (Some(url), _) => Ok(url.to_string()),
+            (None, Some(base)) => Ok(format!("{}/{project}.git", base.trim_end_matches('/'))),
+            (None, None) => Err(TargetError::Refused(format!(
+                "Argo CD has nowhere to fetch the GitOps repository of {project} from. Give the \
+                 project a remote (daybook gitops remote {project} URL), or start \
+                 Daybook with --argocd-repositories URL, where clusters reach its HTTP interface"
+            ))),
+        }
+    }
+
+    fn body(&self, name: &str, url: &str, wanted: &Wanted<'_>) -> Value {
+        let app = wanted.app;
+        let mut parameters = vec![("cluster", wanted.cluster.to_string())];
+        if let Some((gateway, domain)) = wanted.gateway {
+            parameters.push(("domain", domain.to_owned()));
+            parameters.push(("gateway.name", gateway.name.clone()));
+            let namespace = gateway.namespace.iter();
+            parameters.extend(namespace.map(|n| ("gateway.namespace", n.clone())));
+            let section = gateway.section_name.iter();
+            parameters.extend(section.map(|n| ("gateway.sectionName", n.clone())));
+        }
+        let parameters = parameters.into_iter().map(|(key, value)| {
+            json!({ "name": format!("daybook-app.{key}"), "value": value, "forceString": true })
+        });
+        let mut metadata = json!({
+            "name": name,
+            "namespace": self.namespace,
+            "labels": {
+                MANAGED_BY: MANAGER,
+                PROJECT: app.project,
+                ENVIRONMENT: app.environment,
+                EPHEMERAL: wanted.ephemeral.to_string(),
+            },
+            "finalizers": [FINALIZER],
+        });
+        if wanted.refresh {
+            metadata["annotations"] = json!({ REFRESH: "normal" });
+        }
+        json!({
+            "apiVersion": "argoproj.io/v1alpha1",
+            "kind": "Application",
+            "metadata": metadata,
+            "spec": {
+                "project": self.project,
+                "destination": {
+                    "server": IN_CLUSTER,
+                    "namespace": names::namespace(&app.project, &app.environment),
+                },
+                "source": {
+                    "repoURL": url,
+                    "targetRevision": wanted.revision,
+                    "path": "base",
+                    "helm": {
+                        "releaseName": app.project,
+                        "valueFiles": [format!("../environments/{}/values.yaml", app.environment)],
+                        "parameters": parameters.collect::<Vec<_>>(),
+                    },
+                },
+                "syncPolicy": {
+                    "automated": { "prune": true, "selfHeal": true },
+                    "retry": {
+                        "limit": 2,
+                        "backoff": { "duration": "5s", "factor": 2, "maxDuration": "1m" },
+                    },
+                },
+            },
+        })
+    }
+
+    /// As for any other object, but that a cluster without Argo CD is told apart.
+    fn refusal(&self, what: &str, error: &kube::Error) -> TargetError {
+        match error {
+            kube::Error::Api(status) if status.code == 404 => TargetError::Refused(format!(
+                "{what}: {}",
+                missing(&self.namespace, "the cluster has no Argo CD")
+            )),
+            other => refusal(what, other),
+        }
+    }
+}
+
+/// What helps where there are no Applications.
+pub(crate) fn missing(namespace: &str, what: &str) -> String {
+    format!(
+        "{what} in namespace {namespace}. Install it (kubectl create namespace {namespace}; kubectl \
+         apply --server-side --namespace {namespace} --filename \
+         https://raw.githubusercontent.com/argoproj/argo-cd/stable/manifests/install.yaml), or start \
+         Daybook without --argocd to have it apply directly"
+    )
+}
+
+/// Whether an Application says that it is for this environment.
+fn is_ours(found: &Application, app: &AppRef) -> bool {
+    let label = |key| found.labels().get(key).map(String::as_str);
+    label(PROJECT) == Some(app.project.as_str())
+        && label(ENVIRONMENT) == Some(app.environment.as_str())
+}

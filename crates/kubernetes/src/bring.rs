@@ -1,0 +1,209 @@
+//! Brings a cluster to what an environment is to be: by applying its objects, or by handing it to
+//! Argo CD.
+
+use std::collections::{BTreeMap, HashSet};
+
+use daybook_events::{CommitId, DeploymentId};
+use daybook_workers::image::LOCAL_HOST;
+use daybook_workers::target::{AppRef, Problem, TargetError};
+use daybook_workers::values::{EnvironmentValues, ReleaseValues};
+use k8s_openapi::ByteString;
+use serde_json::Value;
+
+use crate::apply::Space;
+use crate::argocd::{ArgoCd, State, Wanted};
+use crate::asked::Asked;
+use crate::cluster::KubernetesCluster;
+use crate::names;
+use crate::objects::{self, Kind, Object, Place};
+
+impl KubernetesCluster {
+    /// Does what is asked for, as far as it can be done now.
+    pub(crate) async fn bring(
+        &self,
+        app: &AppRef,
+        namespace: &str,
+        revision: &CommitId,
+        desired: &EnvironmentValues,
+    ) -> Result<Asked, TargetError> {
+        let options = self.options();
+        let gateway = options.gateway.as_ref();
+        let place = Place {
+            cluster: &options.name,
+            namespace,
+            gateway: gateway.map(|(gateway, domain)| (gateway, domain.as_str())),
+        };
+        let space = Space {
+            client: &options.client,
+            app,
+            namespace,
+            ephemeral: desired.ephemeral,
+        };
+        let argocd = options.argocd.as_ref();
+        let mut asked = match argocd {
+            Some(_) => Asked::by_argocd(revision.clone()),
+            None => Asked::new(revision.clone()),
+        };
+        let mut kept = Vec::new();
+        let mut wanted = objects::objects(desired, &place);
+        if wanted.is_empty() {
+            if let Some(argocd) = argocd {
+                argocd.remove(&options.client, app).await?;
+            }
+            if desired.ephemeral {
+                space.remove().await?;
+                return Ok(asked);
+            }
+        }
+        if !wanted.is_empty() {
+            space.ensure().await?;
+        }
+        for (service, values) in &desired.services {
+            for (deployment, release) in &values.releases {
+                if !release.clusters.contains(&options.name) {
+                    continue;
+                }
+                asked.wants(*deployment, service.clone(), release.run.replicas);
+                if let Some(problem) = not_pullable(release) {
+                    asked.holds(*deployment, problem);
+                }
+                let name = names::release(service, *deployment);
+                match self
+                    .secret(app, &place, desired, *deployment, release)
+                    .await
+                {
+                    Ok(Some(secret)) => wanted.insert(0, secret),
+                    Ok(None) => {}
+                    Err(problem) => {
+                        asked.holds(*deployment, problem);
+                        // What it has of them keeps it running.
+                        kept.push(name);
+                    }
+                }
+            }
+        }
+        if argocd.is_some() {
+            for (deployment, values, workload) in workloads(desired, &wanted) {
+                asked.handed_over(deployment, values, workload);
+            }
+            // The values of secrets are in no repository.
+            wanted.retain(|object| object.kind == Kind::SECRET);
+        }
+        for object in &wanted {
+            let applied = space.apply(object).await?;
+            if object.kind == Kind::DEPLOYMENT {
+                asked.applied(&object.name, applied.uid, applied.generation);
+            }
+        }
+        // Routes also where none are made any more.
+        let all = [
+            Kind::HTTP_ROUTE,
+            Kind::SERVICE,
+            Kind::DEPLOYMENT,
+            Kind::CONFIG_MAP,
+            Kind::SECRET,
+        ];
+        let mut keep: HashSet<_> = wanted.iter().map(|o| (o.kind, o.name.as_str())).collect();
+        keep.extend(kept.iter().map(|name| (Kind::SECRET, name.as_str())));
+        let kinds = match argocd {
+            Some(_) => &all[4..],
+            None => &all[..],
+        };
+        if let Some(argocd) = argocd
+            && !asked.releases().is_empty()
+        {
+            self.hand_over(argocd, app, revision, desired.ephemeral)
+                .await?;
+        }
+        space.prune(kinds, &keep).await?;
+        Ok(asked)
+    }
+
+    /// Has Argo CD bring the environment to a commit.
+    async fn hand_over(
+        &self,
+        argocd: &ArgoCd,
+        app: &AppRef,
+        revision: &CommitId,
+        ephemeral: bool,
+    ) -> Result<(), TargetError> {
+        let options = self.options();
+        let gateway = options.gateway.as_ref();
+        let wanted = Wanted {
+            app,
+            revision,
+            cluster: &options.name,
+            gateway: gateway.map(|(gateway, domain)| (gateway, domain.as_str())),
+            ephemeral,
+            refresh: self.sync_state(app, revision) != State::Synced,
+        };
+        argocd.apply(&options.client, &wanted).await
+    }
+
+    /// The object with the values of a release's secrets. Values that are not to be had keep only
+    /// this release from running.
+    async fn secret(
+        &self,
+        app: &AppRef,
+        place: &Place<'_>,
+        desired: &EnvironmentValues,
+        deployment: DeploymentId,
+        release: &ReleaseValues,
+    ) -> Result<Option<Object>, Problem> {
+        if release.secret_env.is_empty() {
+            return Ok(None);
+        }
+        let values = self
+            .options()
+            .secrets
+            .resolve(&app.project, &release.secret_env)
+            .await
+            .map_err(|e| Problem {
+                reason: "SecretMissing".to_owned(),
+                message: e.to_line(),
+                remedy: e.remedy().to_owned(),
+                transient: e.is_retryable(),
+            })?;
+        let data = values
+            .iter()
+            .map(|(key, value)| (key.as_str(), ByteString(value.expose().as_bytes().to_vec())));
+        Ok(objects::secret(
+            desired,
+            place,
+            deployment,
+            data.collect::<BTreeMap<_, _>>(),
+        ))
+    }
+}
+
+/// Each release with the workload that is made of it.
+fn workloads<'a>(
+    desired: &'a EnvironmentValues,
+    objects: &'a [Object],
+) -> impl Iterator<Item = (DeploymentId, ReleaseValues, Value)> + 'a {
+    let releases = desired.services.iter();
+    let releases = releases.flat_map(|(service, values)| {
+        let of_service = values.releases.iter();
+        of_service.map(move |(id, release)| (service, *id, release))
+    });
+    releases.filter_map(|(service, id, release)| {
+        let name = names::release(service, id);
+        let mut objects = objects.iter();
+        let workload = objects.find(|o| o.kind == Kind::DEPLOYMENT && o.name == name)?;
+        Some((id, release.clone(), workload.body.clone()))
+    })
+}
+
+/// An image that only Daybook's own machine has.
+fn not_pullable(release: &ReleaseValues) -> Option<Problem> {
+    let image = release.image.to_string();
+    let local = image.split('/').next() == Some(LOCAL_HOST);
+    (local && release.run.replicas > 0).then(|| Problem {
+        reason: "ImagePullBackOff".to_owned(),
+        message: format!("the image {image} is in no registry, so that no cluster can pull it"),
+        remedy: "Start Daybook with --image-prefix HOST/PATH, a registry that the cluster \
+                 reaches, and deploy again."
+            .to_owned(),
+        transient: false,
+    })
+}

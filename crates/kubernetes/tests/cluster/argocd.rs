@@ -1,0 +1,346 @@
+//! Clusters that Argo CD brings to what the repository says; its controller is played.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use daybook_kubernetes::ArgoCd;
+use daybook_kubernetes::objects::{Place, objects};
+use daybook_testkit::kubernetes::{Crd, argocd as testkit};
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
+use serde_json::Value;
+
+use super::*;
+
+/// What the repository holds, by commit.
+#[derive(Clone, Default)]
+struct Repository(Arc<Mutex<HashMap<CommitId, EnvironmentValues>>>);
+
+impl Repository {
+    fn commit(&self, n: u8, values: &EnvironmentValues) {
+        self.0.lock().unwrap().insert(commit(n), values.clone());
+    }
+
+    /// What Argo CD's repo server makes of an Application.
+    fn render(&self, application: &Value) -> Result<Vec<Value>, String> {
+        let source = &application["spec"]["source"];
+        let revision = source["targetRevision"].as_str().unwrap();
+        let revision = CommitId::parse(revision.to_owned()).unwrap();
+        let commits = self.0.lock().unwrap();
+        let values = commits.get(&revision).ok_or("no such commit")?;
+        let namespace = application["spec"]["destination"]["namespace"].as_str();
+        let place = Place {
+            cluster: &"oslo".parse().unwrap(),
+            namespace: namespace.unwrap(),
+            gateway: None,
+        };
+        let objects = objects(values, &place);
+        Ok(objects.into_iter().map(|o| o.body).collect())
+    }
+}
+
+struct Argo {
+    stage: Stage,
+    repository: Repository,
+    namespace: String,
+}
+
+impl Argo {
+    async fn new(environment: &str) -> Option<Self> {
+        let namespace = format!("argocd-{environment}");
+        let argocd = ArgoCd {
+            namespace: namespace.clone(),
+            project: "default".to_owned(),
+            repositories: Some("http://daybook.example.com/git/".to_owned()),
+            remotes: Arc::new(HashMap::new()),
+        };
+        let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+        let client = plane.await.unwrap()?.client().await;
+        if !Crd::Application.install(&client).await {
+            return None;
+        }
+        let spaces: Api<Namespace> = Api::all(client);
+        let space = json!({ "metadata": { "name": namespace } });
+        let space: Namespace = serde_json::from_value(space).unwrap();
+        spaces.create(&PostParams::default(), &space).await.unwrap();
+        let stage = Stage::of(environment, |options| options.argocd = Some(argocd)).await?;
+        Some(Self {
+            stage,
+            repository: Repository::default(),
+            namespace,
+        })
+    }
+
+    fn controller(&self) -> testkit::ArgoCd {
+        let repository = self.repository.clone();
+        let render = move |application: &Value| repository.render(application);
+        testkit::ArgoCd::start(self.stage.client.clone(), &self.namespace, render)
+    }
+
+    async fn apply(&self, n: u8, values: &EnvironmentValues) -> Result<(), TargetError> {
+        self.repository.commit(n, values);
+        self.stage.apply(n, values).await
+    }
+
+    fn applications(&self) -> Api<DynamicObject> {
+        let kind = GroupVersionKind::gvk("argoproj.io", "v1alpha1", "Application");
+        let client = self.stage.client.clone();
+        Api::namespaced_with(client, &self.namespace, &ApiResource::from_gvk(&kind))
+    }
+
+    async fn application(&self) -> Value {
+        let name = self.stage.namespace();
+        let found = self.applications().get(&name).await.unwrap();
+        serde_json::to_value(found).unwrap()
+    }
+}
+
+fn problem(status: &AppStatus, n: u128) -> Option<&daybook_workers::target::Problem> {
+    of(status, n)?.problem.as_ref()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn argocd_brings_an_environment_to_the_commit_and_takes_away_what_is_gone() {
+    let Some(argo) = Argo::new("gitops").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let _controller = argo.controller();
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    release(&mut values, 1, 2);
+    argo.apply(1, &values).await.unwrap();
+    let whole = |n| move |s: &AppStatus| s.revision == Some(commit(n)) && s.is_whole;
+    let status = stage.until("two are ready", |s| ready(s, 1) == 2).await;
+    assert!(whole(1)(&status));
+
+    let spec = argo.application().await["spec"].take();
+    assert_eq!(
+        spec["source"]["repoURL"],
+        "http://daybook.example.com/git/shop.git"
+    );
+    assert_eq!(spec["source"]["targetRevision"], json!(commit(1)));
+    assert_eq!(
+        spec["source"]["helm"]["valueFiles"],
+        json!(["../environments/gitops/values.yaml"])
+    );
+    assert_eq!(
+        spec["source"]["helm"]["parameters"][0]["name"],
+        "daybook-app.cluster"
+    );
+    assert_eq!(spec["syncPolicy"]["automated"]["prune"], true);
+    assert_eq!(spec["syncPolicy"]["automated"]["selfHeal"], true);
+
+    // A further commit leaves what it does not change ready all the time.
+    let mut seen = stage.target.watch(&stage.app);
+    let always = tokio::spawn(async move {
+        let unready = seen.wait_for(|s| ready(s, 1) < 2).await;
+        unready.map(|s| s.clone()).ok()
+    });
+    release(&mut values, 2, 1);
+    argo.apply(2, &values).await.unwrap();
+    stage
+        .until("the second is ready", |s| whole(2)(s) && ready(s, 2) == 1)
+        .await;
+    assert!(!always.is_finished(), "{:?}", always.await);
+    always.abort();
+
+    // The same again writes nothing.
+    let version = |o: Value| o["metadata"]["resourceVersion"].clone();
+    let before = version(argo.application().await);
+    argo.apply(2, &values).await.unwrap();
+    assert_eq!(version(argo.application().await), before);
+
+    let service = values.services.get_mut(&web()).unwrap();
+    service.releases.remove(&deployment(1));
+    argo.apply(3, &values).await.unwrap();
+    stage
+        .until("the first is gone", |s| of(s, 1).is_none() && whole(3)(s))
+        .await;
+    let nothing = stage.values();
+    argo.apply(4, &nothing).await.unwrap();
+    stage
+        .until("all is gone", |s| s.releases.is_empty() && whole(4)(s))
+        .await;
+    let name = stage.namespace();
+    let gone = kube::runtime::wait::await_condition(
+        argo.applications(),
+        &name,
+        |found: Option<&DynamicObject>| found.is_none(),
+    );
+    tokio::time::timeout(PATIENCE, gone).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_claimed_before_argocd_has_synced_this_commit() {
+    let Some(argo) = Argo::new("stale").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    argo.apply(1, &values).await.unwrap();
+    let is = |said: &'static str| {
+        move |s: &AppStatus| problem(s, 1).is_some_and(|p| p.transient && p.message.contains(said))
+    };
+    stage.until("it waits", is("it has not looked at it")).await;
+
+    // The result of another commit is none of this one.
+    let source = json!({ "repoURL": "x", "targetRevision": commit(9) });
+    let stale = json!({ "status": { "sync": {
+        "status": "Synced",
+        "revision": commit(9),
+        "comparedTo": { "source": source, "destination": {} },
+    }}});
+    let (api, name) = (argo.applications(), stage.namespace());
+    let params = PatchParams::default();
+    api.patch(&name, &params, &Patch::Merge(stale))
+        .await
+        .unwrap();
+    // What is said of this one comes after it.
+    let source = json!({ "repoURL": "x", "targetRevision": commit(1) });
+    let unknown = json!({ "status": {
+        "sync": { "status": "Unknown", "comparedTo": { "source": source } },
+        "conditions": [{ "type": "ComparisonError", "message": "repository not accessible" }],
+    }});
+    api.patch(&name, &params, &Patch::Merge(unknown))
+        .await
+        .unwrap();
+    let seen = stage
+        .until("why it cannot", is("repository not accessible"))
+        .await;
+    assert_eq!((ready(&seen, 1), seen.is_whole), (0, false));
+    let _controller = argo.controller();
+    stage
+        .until("it is ready", |s| ready(s, 1) == 1 && s.is_whole)
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sync_that_fails_keeps_only_what_it_could_not_apply_and_is_tried_again() {
+    let Some(argo) = Argo::new("refused").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let broken = Arc::new(Mutex::new(None));
+    let render = {
+        let (repository, broken) = (argo.repository.clone(), broken.clone());
+        move |application: &Value| {
+            let mut objects = repository.render(application)?;
+            let name: Option<String> = broken.lock().unwrap().clone();
+            for object in &mut objects {
+                if object["kind"] == "Service"
+                    && Some(object["metadata"]["name"].as_str().unwrap()) == name.as_deref()
+                {
+                    object["spec"]["type"] = json!("Bogus");
+                }
+            }
+            Ok(objects)
+        }
+    };
+    let _controller = testkit::ArgoCd::start(stage.client.clone(), &argo.namespace, render);
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    argo.apply(1, &values).await.unwrap();
+    stage
+        .until("the first is ready", |s| ready(s, 1) == 1)
+        .await;
+
+    *broken.lock().unwrap() = Some(names::release(&web(), deployment(2)));
+    release(&mut values, 2, 1);
+    argo.apply(2, &values).await.unwrap();
+    let failed = |s: &AppStatus| problem(s, 2).is_some_and(|p| !p.transient);
+    let status = stage.until("the second has failed", failed).await;
+    let why = problem(&status, 2).unwrap();
+    assert_eq!(why.reason, "SyncFailed");
+    assert!(
+        why.message.contains("Unsupported value: \"Bogus\""),
+        "{why:?}"
+    );
+    assert_eq!((ready(&status, 1), problem(&status, 1)), (1, None));
+
+    *broken.lock().unwrap() = None;
+    stage.target.retry(&stage.app, deployment(2)).await.unwrap();
+    let both = |s: &AppStatus| ready(s, 1) == 1 && ready(s, 2) == 1 && s.is_whole;
+    stage.until("both are ready", both).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_application_of_somebody_else_is_not_taken() {
+    let Some(argo) = Argo::new("theirs").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let theirs = json!({
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "Application",
+        "metadata": { "name": stage.namespace() },
+        "spec": {
+            "project": "default",
+            "destination": {},
+            "source": { "repoURL": "https://example.com/theirs.git" },
+        },
+    });
+    let theirs: DynamicObject = serde_json::from_value(theirs).unwrap();
+    let (api, params) = (argo.applications(), PostParams::default());
+    api.create(&params, &theirs).await.unwrap();
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    let refused = argo.apply(1, &values).await;
+    assert!(
+        matches!(&refused, Err(TargetError::Refused(why)) if why.contains("is not Daybook's")),
+        "{refused:?}"
+    );
+    let spec = argo.application().await["spec"].take();
+    assert_eq!(spec["source"]["repoURL"], "https://example.com/theirs.git");
+    // Nor is it taken away with an environment of that name.
+    argo.apply(2, &stage.values()).await.unwrap();
+    argo.application().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_without_argocd_says_how_to_install_it() {
+    let plane = tokio::task::spawn_blocking(ControlPlane::start);
+    let Some(plane) = plane.await.unwrap() else {
+        return;
+    };
+    let client = plane.client().await;
+    let argocd = ArgoCd {
+        namespace: "argocd".to_owned(),
+        project: "default".to_owned(),
+        repositories: Some("http://daybook.example.com/git".to_owned()),
+        remotes: Arc::new(HashMap::new()),
+    };
+    let mut options = options(client.clone());
+    options.argocd = Some(argocd);
+    let target = KubernetesCluster::open(options).await.unwrap();
+    let stage = Stage {
+        client,
+        target,
+        app: app("none"),
+    };
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    let refused = stage.apply(1, &values).await;
+    assert!(
+        matches!(&refused, Err(TargetError::Refused(why)) if why.contains("manifests/install.yaml")),
+        "{refused:?}"
+    );
+    let trouble = tokio::time::timeout(PATIENCE, async {
+        loop {
+            match stage.target.trouble() {
+                Some(trouble) => break trouble,
+                None => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    });
+    let trouble = trouble.await.unwrap();
+    assert!(trouble.contains("manifests/install.yaml"), "{trouble}");
+}

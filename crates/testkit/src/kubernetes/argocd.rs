@@ -1,0 +1,302 @@
+//! What Argo CD's application controller does with Applications, without Argo CD.
+//!
+//! The shapes are those that Argo CD 3.5 writes: the status with `sync`, `operationState`,
+//! `conditions` and `resources`, the tracking annotation on what it applies, the refresh
+//! annotation and the operation that it takes away, the finalizer.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::{Api, Client, ResourceExt};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+use crate::nats::tools_folder;
+
+const TRACKING: &str = "argocd.argoproj.io/tracking-id";
+const REFRESH: &str = "argocd.argoproj.io/refresh";
+/// Between two looks at the Applications.
+const EVERY: Duration = Duration::from_millis(100);
+
+/// Makes the objects of an Application, or says why that is not possible.
+type Render = dyn Fn(&Value) -> Result<Vec<Value>, String> + Send + Sync;
+
+/// Stands in for Argo CD in one namespace, until it is dropped.
+#[derive(Debug)]
+pub struct ArgoCd(JoinHandle<()>);
+
+impl Drop for ArgoCd {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl ArgoCd {
+    /// Syncs the Applications of a namespace: those that are new, have changed, or are asked to be
+    /// refreshed or synced. `render` makes their objects.
+    pub fn start(
+        client: Client,
+        namespace: &str,
+        render: impl Fn(&Value) -> Result<Vec<Value>, String> + Send + Sync + 'static,
+    ) -> Self {
+        let controller = Controller {
+            applications: Api::namespaced_with(
+                client.clone(),
+                namespace,
+                &resource("argoproj.io/v1alpha1", "Application"),
+            ),
+            client,
+            render: Arc::new(render),
+        };
+        Self(tokio::spawn(async move {
+            loop {
+                let all = controller.applications.list(&ListParams::default()).await;
+                for application in all.into_iter().flatten() {
+                    // What could not be done is done at the next look.
+                    let _ = controller.reconcile(&application).await;
+                }
+                tokio::time::sleep(EVERY).await;
+            }
+        }))
+    }
+}
+
+struct Controller {
+    client: Client,
+    applications: Api<DynamicObject>,
+    render: Arc<Render>,
+}
+
+impl Controller {
+    async fn reconcile(&self, application: &DynamicObject) -> kube::Result<()> {
+        let name = application.name_any();
+        let data = &application.data;
+        let namespace = data["spec"]["destination"]["namespace"].as_str();
+        let namespace = namespace.unwrap_or_default();
+        if application.metadata.deletion_timestamp.is_some() {
+            self.prune(&name, namespace, &[]).await?;
+            return self
+                .write(&name, json!({ "metadata": { "finalizers": null } }))
+                .await;
+        }
+        let revision = &data["spec"]["source"]["targetRevision"];
+        let compared = &data["status"]["sync"]["comparedTo"]["source"];
+        let asked = application.annotations().contains_key(REFRESH) || !data["operation"].is_null();
+        if *compared == data["spec"]["source"] && !asked {
+            return Ok(());
+        }
+        self.write(
+            &name,
+            json!({ "metadata": { "annotations": { REFRESH: null } }, "operation": null }),
+        )
+        .await?;
+        let (render, whole) = (self.render.clone(), data.clone());
+        let rendered = tokio::task::spawn_blocking(move || render(&whole)).await;
+        let sync = |status: &str| {
+            json!({
+                "status": status,
+                "revision": revision,
+                "comparedTo": {
+                    "source": data["spec"]["source"],
+                    "destination": data["spec"]["destination"],
+                },
+            })
+        };
+        let objects = match rendered.expect("it does not panic") {
+            Ok(objects) => objects,
+            Err(why) => {
+                let condition = json!({
+                    "type": "ComparisonError",
+                    "message": format!("Failed to load target state: {why}"),
+                    "lastTransitionTime": now(),
+                });
+                let status = json!({ "sync": sync("Unknown"), "conditions": [condition] });
+                return self.write(&name, json!({ "status": status })).await;
+            }
+        };
+        let begun = now();
+        let operation = |phase: &str, message: &str, results: &[Value]| {
+            json!({
+                "operation": { "sync": { "revision": revision, "prune": true } },
+                "phase": phase,
+                "message": message,
+                "startedAt": begun,
+                "syncResult": {
+                    "revision": revision,
+                    "source": data["spec"]["source"],
+                    "resources": results,
+                },
+            })
+        };
+        let running = json!({
+            "sync": sync("OutOfSync"),
+            "conditions": null,
+            "operationState": operation("Running", "", &[]),
+        });
+        self.write(&name, json!({ "status": running })).await?;
+        let mut results = Vec::new();
+        for object in &objects {
+            results.push(self.apply(&name, object).await);
+        }
+        self.prune(&name, namespace, &objects).await?;
+        let failed = results.iter().any(|r| r["status"] == "SyncFailed");
+        let status = if failed {
+            let message = "one or more objects failed to apply";
+            json!({
+                "sync": sync("OutOfSync"),
+                "operationState": operation("Failed", message, &results),
+            })
+        } else {
+            json!({
+                "sync": sync("Synced"),
+                "operationState": operation("Succeeded", "successfully synced", &results),
+                "health": { "status": "Progressing" },
+            })
+        };
+        self.write(&name, json!({ "status": status })).await
+    }
+
+    /// Applies an object, and says what came of it.
+    async fn apply(&self, application: &str, object: &Value) -> Value {
+        let kind = object["kind"].as_str().unwrap_or_default();
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default();
+        let api_version = object["apiVersion"].as_str().unwrap_or_default();
+        let mut tracked = object.clone();
+        tracked["metadata"]["annotations"][TRACKING] =
+            json!(format!("{application}:{kind}:{namespace}/{name}"));
+        let resource = resource(api_version, kind);
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(self.client.clone(), namespace, &resource);
+        let params = PatchParams::apply("argocd-controller").force();
+        let (status, message) = match api.patch(name, &params, &Patch::Apply(tracked)).await {
+            Ok(_) => ("Synced", format!("{kind}/{name} configured")),
+            Err(error) => ("SyncFailed", error.to_string()),
+        };
+        json!({
+            "group": resource.group,
+            "version": resource.version,
+            "kind": kind,
+            "namespace": namespace,
+            "name": name,
+            "status": status,
+            "message": message,
+            "syncPhase": "Sync",
+        })
+    }
+
+    /// Removes what the Application made and no longer lists.
+    async fn prune(&self, application: &str, space: &str, kept: &[Value]) -> kube::Result<()> {
+        for (api_version, kind) in [
+            ("apps/v1", "Deployment"),
+            ("v1", "Service"),
+            ("v1", "ConfigMap"),
+        ] {
+            let resource = resource(api_version, kind);
+            let api: Api<DynamicObject> =
+                Api::namespaced_with(self.client.clone(), space, &resource);
+            for object in api.list_metadata(&ListParams::default()).await? {
+                let name = object.name_any();
+                let tracked = object.annotations().get(TRACKING);
+                let ours = tracked.is_some_and(|id| id.starts_with(&format!("{application}:")));
+                let is_kept = kept
+                    .iter()
+                    .any(|k| k["kind"] == kind && k["metadata"]["name"] == name.as_str());
+                if ours && !is_kept {
+                    api.delete(&name, &DeleteParams::background()).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, name: &str, patch: Value) -> kube::Result<()> {
+        let params = PatchParams::default();
+        let patch = Patch::Merge(patch);
+        let patched = self.applications.patch(name, &params, &patch).await;
+        patched.map(|_| ())
+    }
+}
+
+fn now() -> String {
+    format!("{:.0}", Timestamp::now())
+}
+
+fn resource(api_version: &str, kind: &str) -> ApiResource {
+    let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+    ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind))
+}
+
+/// The helm that `DAYBOOK_HELM` names or `cargo xtask tools helm` built; none after saying so with
+/// [`crate::left_out`].
+pub fn helm_program() -> Option<PathBuf> {
+    let set = std::env::var_os("DAYBOOK_HELM").map(PathBuf::from);
+    let built = tools_folder().map(|folder| folder.join("bin/helm"));
+    let found = set.or(built).filter(|path| path.is_file());
+    if found.is_none() {
+        crate::left_out("no helm: neither DAYBOOK_HELM nor `cargo xtask tools helm`");
+    }
+    found
+}
+
+/// Makes an Application's objects as Argo CD's repo server does: the repository is cloned from
+/// where the Application says, at the commit that it says, and `helm template` is run in the path
+/// that it says, with its value files and parameters.
+pub fn helm(helm: PathBuf) -> impl Fn(&Value) -> Result<Vec<Value>, String> + Send + Sync {
+    move |application| {
+        let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+        let source = &application["spec"]["source"];
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let git = |arguments: &[&str]| run(Command::new("git").args(arguments), dir.path());
+        git(&["clone", "--quiet", &text(&source["repoURL"]), "checkout"])?;
+        let revision = text(&source["targetRevision"]);
+        git(&["-C", "checkout", "checkout", "--quiet", &revision])?;
+        let path = dir.path().join("checkout").join(text(&source["path"]));
+        let mut command = Command::new(&helm);
+        command
+            .args(["template", &text(&source["helm"]["releaseName"]), "."])
+            .arg("--namespace")
+            .arg(text(&application["spec"]["destination"]["namespace"]));
+        for file in source["helm"]["valueFiles"]
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
+            command.arg("--values").arg(text(file));
+        }
+        for set in source["helm"]["parameters"]
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
+            let set = format!("{}={}", text(&set["name"]), text(&set["value"]));
+            command.arg("--set-string").arg(set);
+        }
+        for folder in ["cache", "config", "data"] {
+            let name = format!("HELM_{}_HOME", folder.to_uppercase());
+            command.env(name, dir.path().join(folder));
+        }
+        let rendered = run(&mut command, &path)?;
+        let parts = rendered.split("\n---\n").filter(|part| {
+            let mut lines = part.lines().map(str::trim);
+            lines.any(|line| !line.is_empty() && !line.starts_with('#') && line != "---")
+        });
+        parts
+            .map(|part| serde_saphyr::from_str(part).map_err(|e| format!("{e}: {part}")))
+            .collect()
+    }
+}
+
+fn run(command: &mut Command, dir: &Path) -> Result<String, String> {
+    let output = command.current_dir(dir).output();
+    let output = output.map_err(|e| e.to_string())?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    String::from_utf8(output.stdout).map_err(|e| e.to_string())
+}
