@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex};
 use daybook_testkit::TestApp;
 use daybook_testkit::git::SourceRepository;
 use daybook_testkit::kubernetes::argocd::{self, ArgoCd};
-use daybook_testkit::kubernetes::{ControlPlane, Crd, Fate, Kubelet};
+use daybook_testkit::kubernetes::{ControlPlane, Crd, Fate, Gateway, Kubelet};
 use daybook_testkit::registry::{Registry, RegistryConfig};
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 
 use reqwest::Method;
+use serde_json::Value;
 
 use crate::support::request;
 use crate::support::{Server, Settings, application, until};
@@ -22,7 +24,9 @@ struct Cluster {
 }
 
 impl Cluster {
-    fn start() -> Option<Self> {
+    /// One for all tests; the kubelet is played for one project only.
+    fn start(project: &str) -> Option<Self> {
+        let namespace = format!("{project}--production");
         let plane = ControlPlane::shared()?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -35,7 +39,9 @@ impl Cluster {
         let next = fate.clone();
         let kubelet = runtime.block_on(async {
             let client = plane.client().await;
-            Kubelet::start(client, None, move |_| next.lock().unwrap().clone())
+            Kubelet::start(client, Some(&namespace), move |_| {
+                next.lock().unwrap().clone()
+            })
         });
         Some(Self {
             plane,
@@ -110,16 +116,61 @@ fn a_life_on_a_local_cluster() {
 
 #[test]
 fn a_life_on_a_kubernetes_cluster_and_what_keeps_the_next_from_it_is_said() {
-    let Some(stage) = Stage::start() else {
+    let Some(stage) = Stage::start("kube") else {
         return;
     };
-    let server = Server::start(stage.settings());
-    stage.life(&server, "kube");
+    let edge = "edge-for-all";
+    let Some((client, _gateway)) = stage.cluster.runtime.block_on(async {
+        let client = stage.cluster.plane.client().await;
+        for crd in [Crd::Gateway, Crd::HttpRoute] {
+            if !crd.install(&client).await {
+                return None;
+            }
+        }
+        make_namespace(&client, edge).await;
+        let gateway = Gateway::start(client.clone(), edge, "public", |_| None).await;
+        Some((client, gateway))
+    }) else {
+        return;
+    };
+    let settings = stage.settings();
+    let settings = settings
+        .arg("--kubernetes-gateway")
+        .arg(format!("{edge}/public"));
+    let server = Server::start(settings);
+    stage.life(&server, "kube", |running| {
+        // The cluster's Gateway leads there as well.
+        let kind = GroupVersionKind::gvk("gateway.networking.k8s.io", "v1", "HTTPRoute");
+        let kind = ApiResource::from_gvk(&kind);
+        let api: kube::Api<DynamicObject> =
+            kube::Api::namespaced_with(client, "kube--production", &kind);
+        let release = format!("web-{}", &running[running.len() - 8..]);
+        until("it leads to the release", || {
+            let route = stage
+                .cluster
+                .runtime
+                .block_on(api.get("web.kube.localhost"));
+            let route = route.ok()?.data;
+            let backends = route["spec"]["rules"][0]["backendRefs"].as_array()?;
+            let names: Vec<_> = backends.iter().map(|b| b["name"].clone()).collect();
+            (names == [release.clone()]).then_some(())
+        });
+        until("the ledger says so", || {
+            let mut events = server.events().into_iter();
+            let said = |e: &Value| {
+                e["event"]["type"]
+                    .as_str()
+                    .is_some_and(|t| t.ends_with("routing.applied.v1"))
+                    && e["event"]["data"]["gateway"] == "oslo"
+            };
+            events.any(|e| said(&e)).then_some(())
+        });
+    });
 }
 
 #[test]
 fn a_life_on_a_cluster_that_argocd_brings_to_the_repository() {
-    let Some(stage) = Stage::start() else {
+    let Some(stage) = Stage::start("argo") else {
         return;
     };
     let Some(helm) = argocd::helm_program() else {
@@ -128,11 +179,7 @@ fn a_life_on_a_cluster_that_argocd_brings_to_the_repository() {
     let namespace = "argocd-for-all";
     let client = stage.cluster.runtime.block_on(stage.cluster.plane.client());
     let installed = stage.cluster.runtime.block_on(async {
-        let spaces: kube::Api<k8s_openapi::api::core::v1::Namespace> =
-            kube::Api::all(client.clone());
-        let space = serde_json::json!({ "metadata": { "name": namespace } });
-        let space = serde_json::from_value(space).unwrap();
-        spaces.create(&Default::default(), &space).await.unwrap();
+        make_namespace(&client, namespace).await;
         Crd::Application.install(&client).await
     });
     if !installed {
@@ -152,7 +199,46 @@ fn a_life_on_a_cluster_that_argocd_brings_to_the_repository() {
         let _within = stage.cluster.runtime.enter();
         ArgoCd::start(client, namespace, argocd::helm(helm))
     };
-    stage.life(&server, "argo");
+    stage.life(&server, "argo", |_| {});
+}
+
+#[test]
+fn a_cluster_that_has_failed_is_tried_again_alone() {
+    let Some(stage) = Stage::start("again") else {
+        return;
+    };
+    let next = |fate| *stage.cluster.fate.lock().unwrap() = fate;
+    next(Fate::NoImage("manifest unknown".to_owned()));
+    let server = Server::start(stage.settings().arg("--local-cluster").arg("local-a"));
+    let source = application("--text here");
+    server.ok(&["project", "create", "again"]);
+    let clusters = ["--cluster", "local-a", "--cluster", "oslo"];
+    server.ok(&[&["env", "create", "again", "production"][..], &clusters].concat());
+    let port = stage.app.addr.port().to_string();
+    let flags = ["--port", &port, "--health-deadline", "5"];
+    server.service("again", "web", &source, &flags);
+    let id = server.begin("again.production.web", &[]);
+    let detail = server.wait_for(&id, "partially_started");
+    assert!(detail.to_string().contains("manifest unknown"), "{detail}");
+
+    next(Fate::Ready {
+        ip: "127.0.0.1".to_owned(),
+    });
+    server.ok(&["retry", &id]);
+    server.wait_for(&id, "started");
+    let kinds = server.kinds(&id);
+    let retried = kinds
+        .iter()
+        .filter(|k| k.as_str() == "deployment.cluster_retried.v1");
+    assert_eq!(retried.count(), 1, "{kinds:?}");
+    server.check_replay();
+}
+
+async fn make_namespace(client: &kube::Client, name: &str) {
+    let spaces: kube::Api<k8s_openapi::api::core::v1::Namespace> = kube::Api::all(client.clone());
+    let space = serde_json::json!({ "metadata": { "name": name } });
+    let space = serde_json::from_value(space).unwrap();
+    spaces.create(&Default::default(), &space).await.unwrap();
 }
 
 /// A cluster with a registry, and an application that is what its pods answer.
@@ -163,9 +249,9 @@ struct Stage {
 }
 
 impl Stage {
-    fn start() -> Option<Self> {
+    fn start(project: &str) -> Option<Self> {
         Some(Self {
-            cluster: Cluster::start()?,
+            cluster: Cluster::start(project)?,
             registry: Registry::start(RegistryConfig::default())?,
             app: TestApp::start(&["--text", "from-a-pod"]),
         })
@@ -181,12 +267,14 @@ impl Stage {
             .arg("oslo=test")
     }
 
-    fn life(&self, server: &Server, project: &str) {
+    fn life(&self, server: &Server, project: &str, while_it_runs: impl FnOnce(&str)) {
         let source = application("--text unused");
         let port = self.app.addr.port().to_string();
         let running = a_life(server, project, "oslo", &source, &port);
         let host = format!("web.{project}.localhost");
         assert_eq!(server.get_from(&host, "/", &running).body, "from-a-pod");
+
+        while_it_runs(&running);
 
         // The next one cannot be pulled: said while it is tried, and in the end the failure's cause.
         let next = |fate| *self.cluster.fate.lock().unwrap() = fate;
@@ -231,7 +319,7 @@ impl Stage {
 
 #[test]
 fn a_cluster_that_does_not_answer_shows_and_delays_no_other() {
-    let Some(cluster) = Cluster::start() else {
+    let Some(cluster) = Cluster::start("shop") else {
         return;
     };
     let folder = tempfile::tempdir().unwrap();

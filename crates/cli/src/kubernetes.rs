@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_api::Parts;
+use daybook_events::lines::LineLog;
 use daybook_events::{ClusterName, with_causes};
 use daybook_kubernetes::objects::GatewayRef;
 use daybook_kubernetes::{ArgoCd, ClusterOptions, KubernetesCluster, connect};
@@ -127,6 +128,7 @@ pub struct Kubernetes {
 /// What looking after a cluster needs.
 pub struct Carer {
     pub secrets: Arc<dyn SecretStore>,
+    pub lines: Arc<dyn LineLog>,
     pub crew: Arc<Crew>,
     pub repositories: Arc<dyn Repositories>,
     pub remotes: Arc<dyn Remotes>,
@@ -152,6 +154,7 @@ impl Carer {
                     secrets: self.secrets.clone(),
                     gateway: gateway.clone(),
                     argocd: argocd.clone(),
+                    lines: Some(self.lines.clone()),
                     cancel: self.foundations.clone(),
                 })
                 .await

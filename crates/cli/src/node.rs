@@ -439,6 +439,7 @@ impl Node {
             for context in &options.kubernetes.contexts {
                 let carer = Carer {
                     secrets: secrets.clone(),
+                    lines: lines.clone(),
                     crew: crew.clone(),
                     repositories: repositories.clone(),
                     remotes: Arc::new(projections.clone()),

@@ -12,7 +12,7 @@ use kube::{Api, Client, ResourceExt};
 use serde_json::json;
 
 use crate::error::refusal;
-use crate::names::{ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
+use crate::names::{ADDRESS, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
 use crate::objects::{Kind, Object};
 
 /// An API server that takes longer for an answer is taken for one that does not answer.
@@ -107,7 +107,7 @@ impl Space<'_> {
         wanted: &HashSet<(Kind, &str)>,
     ) -> Result<(), TargetError> {
         let ours = format!(
-            "{MANAGED_BY}={MANAGER},{PROJECT}={},{ENVIRONMENT}={}",
+            "{MANAGED_BY}={MANAGER},{PROJECT}={},{ENVIRONMENT}={},!{ADDRESS}",
             self.app.project, self.app.environment
         );
         let list = ListParams::default().labels(&ours);

@@ -22,9 +22,8 @@ pub struct Asked {
 /// Who applies it.
 #[derive(Debug)]
 enum By {
-    /// Daybook: the workloads as the API server had them right after that. What is seen of an older
-    /// generation is of the time before.
-    Daybook(HashMap<String, (String, i64)>),
+    /// Daybook: the workloads as the API server had them right after that.
+    Daybook(HashMap<String, Applied>),
     /// Argo CD, at a time of its own.
     ArgoCd {
         /// What is to become of each release.
@@ -32,6 +31,14 @@ enum By {
         /// Releases that were there as they are to be, at this commit or at one before.
         settled: BTreeSet<DeploymentId>,
     },
+}
+
+/// A workload that was applied. What is seen of an older generation is of the time before.
+#[derive(Debug)]
+struct Applied {
+    uid: String,
+    generation: i64,
+    wanted: Value,
 }
 
 impl Asked {
@@ -76,10 +83,15 @@ impl Asked {
         self.releases.insert(deployment, (service, replicas));
     }
 
-    /// A workload was applied.
-    pub fn applied(&mut self, name: &str, uid: String, generation: i64) {
+    /// A workload was applied, which is `wanted` to be so.
+    pub fn applied(&mut self, name: &str, uid: String, generation: i64, wanted: Value) {
         if let By::Daybook(applied) = &mut self.by {
-            applied.insert(name.to_owned(), (uid, generation));
+            let workload = Applied {
+                uid,
+                generation,
+                wanted,
+            };
+            applied.insert(name.to_owned(), workload);
         }
     }
 
@@ -134,21 +146,40 @@ impl Asked {
         match &self.by {
             By::Daybook(applied) => {
                 let applied = metadata.name.as_ref().and_then(|name| applied.get(name));
-                applied.is_some_and(|(uid, generation)| {
-                    metadata.uid.as_ref() == Some(uid) && metadata.generation >= Some(*generation)
+                applied.is_some_and(|applied| {
+                    metadata.uid.as_ref() == Some(&applied.uid)
+                        && metadata.generation >= Some(applied.generation)
                 })
             }
-            By::ArgoCd { wanted, .. } => {
-                let live = serde_json::to_value(workload).unwrap_or_default();
-                let wanted = wanted.get(&deployment);
-                wanted.is_some_and(|(_, wanted)| {
-                    let found = differences(wanted, &live);
-                    found
-                        .iter()
-                        .all(|field| is_autoscaled(field, wanted, &live))
-                })
+            // What has drifted since is still this release.
+            By::ArgoCd { wanted, settled } => {
+                settled.contains(&deployment)
+                    || wanted.contains_key(&deployment)
+                        && self.drift(deployment, workload).is_empty()
             }
         }
+    }
+
+    /// The fields of a workload that somebody has set otherwise.
+    pub(crate) fn drift(&self, deployment: DeploymentId, workload: &Deployment) -> Vec<String> {
+        let metadata = &workload.metadata;
+        let (wanted, by_argocd) = match &self.by {
+            By::Daybook(applied) => {
+                let applied = metadata.name.as_ref().and_then(|name| applied.get(name));
+                // As it was applied: there is nothing to look for.
+                let applied = applied.filter(|a| metadata.generation != Some(a.generation));
+                (applied.map(|applied| &applied.wanted), false)
+            }
+            By::ArgoCd { wanted, .. } => (wanted.get(&deployment).map(|(_, w)| w), true),
+        };
+        let Some(wanted) = wanted else {
+            return Vec::new();
+        };
+        let live = serde_json::to_value(workload).unwrap_or_default();
+        let mut found = differences(wanted, &live);
+        // The chart may have an autoscaler made.
+        found.retain(|field| !(by_argocd && is_autoscaled(field, wanted, &live)));
+        found
     }
 
     /// Whether Argo CD's word about this commit no longer matters for a release: it is there as it

@@ -92,7 +92,8 @@ impl KubernetesCluster {
         for object in &wanted {
             let applied = space.apply(object).await?;
             if object.kind == Kind::DEPLOYMENT {
-                asked.applied(&object.name, applied.uid, applied.generation);
+                let body = object.body.clone();
+                asked.applied(&object.name, applied.uid, applied.generation, body);
             }
         }
         // Routes also where none are made any more.

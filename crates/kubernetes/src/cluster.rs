@@ -5,8 +5,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use daybook_events::lines::LineLog;
 use daybook_events::{ClusterName, CommitId, DeploymentId};
 use daybook_secrets::SecretStore;
+use daybook_workers::host_routes::HostRoutes;
 use daybook_workers::target::{AppRef, AppStatus, ReleaseStatus, Target, TargetError};
 use daybook_workers::values::EnvironmentValues;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
@@ -23,7 +25,9 @@ use crate::diagnosis::Warning;
 use crate::error::ConnectError;
 use crate::names;
 use crate::objects::GatewayRef;
+use crate::output::Output;
 use crate::retry;
+use crate::routes::{self, HttpRoute};
 use crate::status::Seen;
 use crate::watches::{self, Change, Watched};
 
@@ -43,6 +47,8 @@ pub struct ClusterOptions {
     pub gateway: Option<(GatewayRef, String)>,
     /// The Argo CD that applies there; Daybook does so itself without.
     pub argocd: Option<ArgoCd>,
+    /// Where what pods print goes; nobody carries it without.
+    pub lines: Option<Arc<dyn LineLog>>,
     /// Ends the looking after it. What runs there keeps running.
     pub cancel: CancellationToken,
 }
@@ -64,6 +70,8 @@ impl fmt::Debug for KubernetesCluster {
 struct Shared {
     options: ClusterOptions,
     world: Mutex<World>,
+    /// The routes of its Gateway; none before they were listed.
+    routes: watch::Sender<Option<routes::Known>>,
     /// One change of a namespace at a time.
     turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -90,6 +98,13 @@ struct Known {
     status: watch::Sender<AppStatus>,
 }
 
+impl Known {
+    /// Whether nothing is there, nothing was asked for, and nobody looks.
+    fn is_of_no_use(&self) -> bool {
+        self.asked.is_none() && self.seen.is_empty() && self.status.receiver_count() == 0
+    }
+}
+
 impl KubernetesCluster {
     /// Begins to look after a cluster, if its API server answers.
     pub async fn open(options: ClusterOptions) -> Result<Self, ConnectError> {
@@ -105,18 +120,37 @@ impl KubernetesCluster {
         let shared = Arc::new(Shared {
             options,
             world: Mutex::new(world),
+            routes: watch::Sender::default(),
             turns: Mutex::default(),
         });
         let tasks = TaskTracker::new();
         shared.follow_all::<Deployment>(&tasks, &cancel, "deployments", |s| &mut s.workloads);
         shared.follow_all::<ReplicaSet>(&tasks, &cancel, "replicasets", |s| &mut s.sets);
-        shared.follow_all::<Pod>(&tasks, &cancel, "pods", |s| &mut s.pods);
+        let output = shared.output(&tasks, &cancel);
+        let pods: Api<Pod> = Api::all(shared.options.client.clone());
+        let told = output.clone();
+        shared.follow(&tasks, &cancel, "pods", pods, move |world, change| {
+            if let Some(output) = &told {
+                output.pods(&change);
+            }
+            world.take("pods", change, |s| &mut s.pods);
+        });
+        if shared.options.gateway.is_some() {
+            let routes: Api<HttpRoute> = Api::all(shared.options.client.clone());
+            let known = shared.routes.clone();
+            shared.follow(&tasks, &cancel, "httproutes", routes, move |_, change| {
+                routes::take(&known, change);
+            });
+        }
         if let Some(argocd) = &shared.options.argocd {
             let api = argocd.api(&shared.options.client);
             shared.follow(&tasks, &cancel, APPLICATIONS, api, World::take_applications);
         }
         let weak = Arc::downgrade(&shared);
         let warned = move |namespace: &str, pod: &str, warning: Warning| {
+            if let Some(output) = &output {
+                output.warned(namespace, pod, &warning);
+            }
             if let Some(shared) = weak.upgrade() {
                 shared.warned(namespace, pod, warning);
             }
@@ -175,6 +209,14 @@ impl Shared {
         turns.entry(namespace.to_owned()).or_default().clone()
     }
 
+    /// Carries what pods print, if anybody keeps it.
+    fn output(&self, tasks: &TaskTracker, cancel: &CancellationToken) -> Option<Output> {
+        let ClusterOptions { client, name, .. } = &self.options;
+        let lines = self.options.lines.clone()?;
+        let (client, name) = (client.clone(), name.clone());
+        Some(Output::start(client, name, lines, tasks, cancel.clone()))
+    }
+
     /// Keeps the objects of a kind, of all environments.
     fn follow_all<K: Watched>(
         self: &Arc<Self>,
@@ -218,9 +260,9 @@ impl Shared {
 
     fn warned(&self, namespace: &str, pod: &str, warning: Warning) {
         let mut world = self.world();
-        // Warnings outlive their pods, and other pods have theirs.
+        // Other pods have theirs.
         if let Some(known) = world.spaces.get_mut(namespace) {
-            known.seen.warnings.insert(pod.to_owned(), warning);
+            known.seen.warn(pod, warning);
         }
         world.publish(namespace);
     }
@@ -264,6 +306,9 @@ impl World {
                     }
                 }
                 self.publish(&namespace);
+                if self.spaces.get(&namespace).is_some_and(Known::is_of_no_use) {
+                    self.spaces.remove(&namespace);
+                }
             }
         }
     }
@@ -404,6 +449,22 @@ impl Target for KubernetesCluster {
                 "Deployment {workload} still shows that it has failed"
             ))),
         }
+    }
+
+    fn has_gateway(&self) -> bool {
+        self.options().gateway.is_some()
+    }
+
+    async fn route(&self, routes: &HostRoutes) -> Result<(), TargetError> {
+        let Some((gateway, _)) = &self.options().gateway else {
+            return Err(TargetError::Refused("it has no Gateway".to_owned()));
+        };
+        let gateway = routes::Gateway {
+            client: &self.options().client,
+            gateway,
+            known: self.shared.routes.subscribe(),
+        };
+        gateway.lead(routes).await
     }
 
     fn watch(&self, app: &AppRef) -> watch::Receiver<AppStatus> {

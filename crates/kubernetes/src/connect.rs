@@ -23,5 +23,8 @@ pub async fn connect(kubeconfig: Option<&Path>, context: &str) -> Result<Client,
         ..KubeConfigOptions::default()
     };
     let config = Config::from_custom_kubeconfig(config.map_err(unusable)?, &options).await;
-    Client::try_from(config.map_err(unusable)?).map_err(|e| ConnectError::Config(Box::new(e)))
+    let mut config = config.map_err(unusable)?;
+    // Whoever asks tries again, and says why: not silently, for minutes.
+    config.default_retry = false;
+    Client::try_from(config).map_err(|e| ConnectError::Config(Box::new(e)))
 }

@@ -82,6 +82,19 @@ fn deadline() -> Found {
     )
 }
 
+/// Somebody has set fields of a workload otherwise than they are to be.
+pub fn drift(workload: &str, fields: &[String]) -> Problem {
+    Problem {
+        reason: "Drift".to_owned(),
+        message: format!(
+            "Deployment {workload} was changed by somebody else: {}",
+            fields.join(", ")
+        ),
+        remedy: "Undo that in the cluster, or change the service and deploy it.".to_owned(),
+        transient: true,
+    }
+}
+
 /// No pod could even be made: quota, admission, a missing service account.
 fn not_created(workload: &Deployment) -> Option<Found> {
     let conditions = workload.status.as_ref()?.conditions.as_ref()?;

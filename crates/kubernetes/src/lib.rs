@@ -19,7 +19,9 @@ pub mod differences;
 mod error;
 pub mod names;
 pub mod objects;
+mod output;
 mod retry;
+mod routes;
 pub mod status;
 mod watches;
 

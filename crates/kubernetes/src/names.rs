@@ -17,6 +17,9 @@ pub const EPHEMERAL: &str = "daybook.dev/ephemeral";
 pub const SERVICE: &str = "daybook.dev/service";
 /// The deployment that an object is of.
 pub const DEPLOYMENT: &str = "daybook.dev/deployment";
+/// On the HTTPRoute of a hostname that moves from one release to another, so that it is told from
+/// those that belong to a release.
+pub const ADDRESS: &str = "daybook.dev/address";
 /// On a namespace: the GitOps commit that everything in it was brought to.
 pub const REVISION: &str = "daybook.dev/revision";
 

@@ -118,6 +118,22 @@ pub fn secret(
     Some(release.object(Kind::SECRET, json!({ "type": "Opaque", "data": data })))
 }
 
+/// A Gateway, as routes refer to it.
+pub(crate) fn parent(gateway: &GatewayRef) -> Value {
+    let mut parent = json!({
+        "group": "gateway.networking.k8s.io",
+        "kind": "Gateway",
+        "name": gateway.name,
+    });
+    if let Some(namespace) = &gateway.namespace {
+        parent["namespace"] = json!(namespace);
+    }
+    if let Some(section) = &gateway.section_name {
+        parent["sectionName"] = json!(section);
+    }
+    parent
+}
+
 struct Release<'a> {
     values: &'a EnvironmentValues,
     place: &'a Place<'a>,
@@ -261,17 +277,6 @@ impl Release<'_> {
 
     /// The address that always leads to this release.
     fn route(&self, gateway: &GatewayRef, domain: &str) -> Value {
-        let mut parent = json!({
-            "group": "gateway.networking.k8s.io",
-            "kind": "Gateway",
-            "name": gateway.name,
-        });
-        if let Some(namespace) = &gateway.namespace {
-            parent["namespace"] = json!(namespace);
-        }
-        if let Some(section) = &gateway.section_name {
-            parent["sectionName"] = json!(section);
-        }
         let short = self.deployment.short();
         let (project, environment) = (&self.values.project, &self.values.environment);
         let hostname = format!("{short}.{}.{environment}.{project}.{domain}", self.service);
@@ -283,7 +288,7 @@ impl Release<'_> {
             "weight": 1,
         });
         json!({
-            "parentRefs": [parent],
+            "parentRefs": [parent(gateway)],
             "hostnames": [hostname],
             "rules": [{
                 "matches": [{ "path": { "type": "PathPrefix", "value": "/" } }],

@@ -34,7 +34,28 @@ pub struct Seen {
     pub(crate) application: Option<Application>,
 }
 
+/// Warnings may come before their pods are seen; so many are kept without.
+const EARLY: usize = 64;
+
 impl Seen {
+    /// Whether there is nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.workloads.is_empty()
+            && self.sets.is_empty()
+            && self.pods.is_empty()
+            && self.application.is_none()
+    }
+
+    /// Keeps the newest warning about a pod. Those about pods that are gone go in time.
+    pub(crate) fn warn(&mut self, pod: &str, warning: Warning) {
+        self.warnings.insert(pod.to_owned(), warning);
+        if self.warnings.len() > self.pods.len() + EARLY {
+            let pods = &self.pods;
+            self.warnings
+                .retain(|name, _| name == pod || pods.contains_key(name));
+        }
+    }
+
     /// The status of the environment. What was not asked for is listed until its workload and the
     /// last of its pods are gone.
     pub fn status(&self, asked: &Asked) -> AppStatus {
@@ -110,7 +131,11 @@ impl Seen {
         let problem = held.cloned().or_else(|| {
             let workload = workload?;
             let missing = u32::try_from(ready).unwrap_or(u32::MAX) < wanted;
-            missing.then(|| self.problem(workload, deployment, template.as_deref()))?
+            let found = missing.then(|| self.problem(workload, deployment, template.as_deref()));
+            found.flatten().or_else(|| {
+                let fields = asked.drift(deployment, workload);
+                (!fields.is_empty()).then(|| diagnosis::drift(&name, &fields))
+            })
         });
         ReleaseStatus {
             deployment,

@@ -25,10 +25,15 @@ use crate::nats::tools_folder;
 
 pub mod argocd;
 mod crds;
+mod gateway;
 mod kubelet;
+mod node;
+pub mod proxy;
 
 pub use crds::Crd;
+pub use gateway::Gateway;
 pub use kubelet::{Fate, Kubelet};
+pub use node::Node;
 
 /// How long each of the servers may take to be ready.
 const PATIENCE: Duration = Duration::from_secs(90);

@@ -22,7 +22,9 @@ use crate::pipeline::retry::Retry;
 use crate::pipeline::route::{Deadlines, Route, RouteApplied};
 use crate::pipeline::source::Source;
 use crate::pipeline::sync::Sync;
-use crate::pipeline::{Bench, activity, approvals, gateway, observe, queue, timers};
+use crate::pipeline::{
+    Bench, activity, approvals, cluster_gateway, gateway, observe, queue, timers,
+};
 use crate::ports::{Images, Repositories, Sources};
 use crate::target::Target;
 
@@ -124,6 +126,11 @@ impl Crew {
         self.hire(Retry(sync.clone()));
         self.hire(sync);
         self.tasks.spawn(observe::run(
+            self.bench.clone(),
+            target.clone(),
+            self.cancel.clone(),
+        ));
+        self.tasks.spawn(cluster_gateway::run(
             self.bench.clone(),
             target,
             self.cancel.clone(),

@@ -12,6 +12,7 @@ mod file_lock;
 pub mod gateway;
 pub mod git_transport;
 pub mod gitops;
+pub mod host_routes;
 pub mod idle;
 pub mod image;
 pub mod local;

@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::host_routes::HostRoutes;
 use crate::values::EnvironmentValues;
 
 /// One Application: a project's environment on one cluster.
@@ -136,6 +137,20 @@ pub trait Target: Send + Sync + std::fmt::Debug {
     async fn remove_volumes(&self, app: &AppRef) -> Result<(), TargetError> {
         let _ = app;
         Ok(())
+    }
+
+    /// Whether it has a Gateway of its own, which is to serve hostnames.
+    fn has_gateway(&self) -> bool {
+        false
+    }
+
+    /// Leads the hostnames of a project where they are to lead, and none of its others anywhere.
+    /// Returns once the cluster's Gateway has taken that. Applying the same again changes nothing.
+    async fn route(&self, routes: &HostRoutes) -> Result<(), TargetError> {
+        let _ = routes;
+        Err(TargetError::Refused(
+            "this kind of cluster has no Gateway".into(),
+        ))
     }
 
     /// What is seen of an Application, now and at each change.

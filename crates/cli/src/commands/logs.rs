@@ -17,6 +17,8 @@ pub enum LogType {
     Container,
     /// What workers report.
     Status,
+    /// What the platform underneath says, such as warnings of Kubernetes.
+    Platform,
 }
 
 /// Output of a build and of running instances.
@@ -45,6 +47,7 @@ pub async fn run(args: LogsArgs) -> Outcome {
             LogType::Build => "build",
             LogType::Container => "container",
             LogType::Status => "status",
+            LogType::Platform => "platform",
         }
         .to_owned()
     });

@@ -3,6 +3,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod argocd;
+mod faults;
+mod logs;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -109,6 +112,7 @@ fn options(client: Client) -> ClusterOptions {
         secrets: Arc::new(NoSecrets),
         gateway: None,
         argocd: None,
+        lines: None,
         cancel: CancellationToken::new(),
     }
 }
@@ -410,6 +414,48 @@ async fn fields_that_somebody_else_set_are_named_with_who_did() {
         panic!("{refused:?}");
     };
     assert!(why.contains(".spec.replicas (somebody)"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_changes_is_said_field_by_field_and_defaults_are_not() {
+    let Some(stage) = Stage::new("drift").await else {
+        return;
+    };
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    stage.apply(1, &values).await.unwrap();
+    let whole = |s: &AppStatus| ready(s, 1) == 1 && of(s, 1).unwrap().problem.is_none();
+    stage
+        .until("it is ready, and nothing has drifted", whole)
+        .await;
+    let workloads: Api<Deployment> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let name = names::release(&web(), deployment(1));
+    let set = |deadline: i32, limit: i32| {
+        let spec = json!({ "progressDeadlineSeconds": deadline, "minReadySeconds": limit });
+        let (workloads, name) = (workloads.clone(), name.clone());
+        async move {
+            let patch = Patch::Merge(json!({ "spec": spec }));
+            let params = PatchParams::default();
+            workloads.patch(&name, &params, &patch).await.unwrap()
+        }
+    };
+    let before = workloads.get(&name).await.unwrap().spec.unwrap();
+    let deadline = before.progress_deadline_seconds.unwrap();
+    set(deadline + 1, 1).await;
+    let drifted = |s: &AppStatus| of(s, 1).is_some_and(|r| r.problem.is_some());
+    let status = stage.until("it has drifted", drifted).await;
+    let problem = of(&status, 1).unwrap().problem.clone().unwrap();
+    assert_eq!(problem.reason, "Drift");
+    // How long it has to be ready is nothing that was asked for.
+    assert!(
+        problem.message.ends_with(": .spec.progressDeadlineSeconds"),
+        "{problem:?}"
+    );
+    set(deadline, 1).await;
+    stage.until("it is as it is to be", whole).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -174,33 +174,12 @@ impl Applier {
                     code: "hostname_taken".into(),
                     message: error.to_string(),
                 };
-                Some(self.bench.masked(&subject, rejected))
+                Some(rejected)
             }
         };
-        if table == 0 || routing.applied.get(&self.name) == Some(&table) {
-            return Ok(());
-        }
-        let cause = folded.last_id.unwrap_or(EventId(Uuid::nil()));
-        let about = routing
-            .recent
-            .last()
-            .map_or(Uuid::nil(), |s| s.deployment.0);
-        let step = format!("table-{table}-{}", self.name);
-        let mut context = self.bench.follow_up(ROLE, cause, about, &step);
-        context.id = EventId::derived(about, &format!("{project}/{step}/{}", rejected.is_none()));
         // The fold need not copy the table for the sake of this reader.
         drop(folded);
-        self.bench
-            .append::<Routing>(&subject, &context, |state| {
-                let command = match (&rejected, state) {
-                    (Some(rejected), _) => Command::ReportRejected(rejected.clone()),
-                    (None, Some(state)) => Command::ReportApplied(state.report(&self.name, table)),
-                    (None, None) => return Ok(Decision::Nothing),
-                };
-                routing::decide(state, command)
-            })
-            .await
-            .map(|_| ())
+        report(&self.bench, project, &self.name, table, rejected).await
     }
 
     /// Whether a project's newest table leads a host name nowhere.
@@ -355,6 +334,45 @@ impl Applier {
             self.gateway.set_addresses(id, cluster, addresses, why);
         }
     }
+}
+
+/// Reports that a gateway has applied a table, or why it has not, unless that is known.
+pub(super) async fn report(
+    bench: &Bench,
+    project: &ProjectName,
+    name: &str,
+    table: u32,
+    rejected: Option<Rejected>,
+) -> Result<(), Stop> {
+    let subject = Subject::Routing(project.clone());
+    let folded = bench.ledger.projections().shared::<Routing>(&subject)?;
+    let Some(routing) = &folded.state else {
+        return Ok(());
+    };
+    if table == 0 || routing.applied.get(name) == Some(&table) {
+        return Ok(());
+    }
+    let cause = folded.last_id.unwrap_or(EventId(Uuid::nil()));
+    let about = routing
+        .recent
+        .last()
+        .map_or(Uuid::nil(), |s| s.deployment.0);
+    let step = format!("table-{table}-{name}");
+    let mut context = bench.follow_up(ROLE, cause, about, &step);
+    context.id = EventId::derived(about, &format!("{project}/{step}/{}", rejected.is_none()));
+    drop(folded);
+    let rejected = rejected.map(|rejected| bench.masked(&subject, rejected));
+    bench
+        .append::<Routing>(&subject, &context, |state| {
+            let command = match (&rejected, state) {
+                (Some(rejected), _) => Command::ReportRejected(rejected.clone()),
+                (None, Some(state)) => Command::ReportApplied(state.report(name, table)),
+                (None, None) => return Ok(Decision::Nothing),
+            };
+            routing::decide(state, command)
+        })
+        .await
+        .map(|_| ())
 }
 
 /// What a visitor is told of a deployment that answers nowhere.

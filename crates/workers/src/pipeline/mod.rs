@@ -29,6 +29,7 @@ pub mod activity;
 pub mod approvals;
 mod branch;
 pub mod build;
+pub mod cluster_gateway;
 pub mod domains;
 pub mod environment;
 pub mod follow;

@@ -1,0 +1,210 @@
+//! What API servers and networks do to whoever relies on them.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use daybook_testkit::kubernetes::proxy::{FaultProxy, expired, refusal};
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+
+use super::*;
+
+/// A target that reaches the API server through the proxy; its tests reach it directly.
+async fn through_proxy(environment: &str) -> Option<(Stage, FaultProxy)> {
+    let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+    let plane = plane.await.unwrap()?;
+    let proxy = FaultProxy::start(plane).await;
+    let client = proxy.client();
+    let stage = Stage::of(environment, |options| options.client = client).await?;
+    Some((stage, proxy))
+}
+
+fn is_watch(method: &str, address: &str) -> bool {
+    method == "GET" && address.contains("watch=true")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_that_is_cut_or_too_old_is_begun_anew() {
+    let Some((stage, proxy)) = through_proxy("cut").await else {
+        return;
+    };
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    stage.apply(1, &values).await.unwrap();
+    let kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    stage.until("it is ready", |s| ready(s, 1) == 1).await;
+
+    // Nothing gets through, and meanwhile the pod changes.
+    proxy.answer(|_, _| Some(refusal(503, "ServiceUnavailable")));
+    proxy.cut();
+    drop(kubelet);
+    let pods: Api<Pod> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let pod = pods
+        .list(&ListParams::default())
+        .await
+        .unwrap()
+        .items
+        .remove(0);
+    Kubelet::play(&stage.client, &pod, &Fate::OutOfMemory).await;
+    let troubled = tokio::time::timeout(PATIENCE, async {
+        while stage.target.trouble().is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    troubled.await.unwrap();
+    proxy.behave();
+    let out_of_memory = |s: &AppStatus| {
+        let problem = of(s, 1).and_then(|r| r.problem.as_ref());
+        problem.is_some_and(|p| p.reason == "OOMKilled")
+    };
+    stage
+        .until("what happened meanwhile is seen", out_of_memory)
+        .await;
+
+    // Each watch is told once that it is too old.
+    let told = Arc::new(AtomicUsize::new(0));
+    let count = told.clone();
+    proxy.answer(move |method, address| {
+        let too_old = is_watch(method, address) && count.fetch_add(1, Ordering::SeqCst) < 8;
+        too_old.then(expired)
+    });
+    proxy.cut();
+    let running = Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    };
+    Kubelet::play(&stage.client, &pod, &running).await;
+    stage.until("it is ready again", |s| ready(s, 1) == 1).await;
+    assert!(told.load(Ordering::SeqCst) > 0);
+    let well = tokio::time::timeout(PATIENCE, async {
+        while stage.target.trouble().is_some() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    well.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bursts_of_refusals_are_no_reason_to_give_up() {
+    let Some((stage, proxy)) = through_proxy("bursts").await else {
+        return;
+    };
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    for (code, reason) in [
+        (409, "Conflict"),
+        (429, "TooManyRequests"),
+        (500, "InternalError"),
+        (503, "ServiceUnavailable"),
+        (504, "Timeout"),
+    ] {
+        proxy.answer(move |method, address| {
+            let write = method == "PATCH" && address.contains("/deployments/");
+            write.then(|| refusal(code, reason))
+        });
+        let refused = stage.apply(1, &values).await;
+        let Err(TargetError::Unavailable(why)) = refused else {
+            panic!("{code}: {refused:?}");
+        };
+        let name = names::release(&web(), deployment(1));
+        assert!(why.contains(&format!("Deployment {name}")), "{why}");
+        assert!(why.contains(&code.to_string()), "{why}");
+    }
+    proxy.behave();
+    stage.apply(1, &values).await.unwrap();
+    stage
+        .until("it is applied", |s| {
+            s.revision == Some(commit(1)) && of(s, 1).is_some()
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_that_is_missing_is_named() {
+    let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+    let Some(plane) = plane.await.unwrap() else {
+        return;
+    };
+    let admin = plane.client().await;
+    // All that is needed but one verb on one kind.
+    let role = json!({
+        "metadata": { "name": "almost-daybook" },
+        "rules": [
+            { "apiGroups": [""], "resources": ["namespaces", "configmaps", "secrets", "services"],
+              "verbs": ["get", "list", "watch", "create", "patch", "delete"] },
+            { "apiGroups": ["apps"], "resources": ["deployments", "replicasets"],
+              "verbs": ["get", "list", "watch", "create", "delete"] },
+            { "apiGroups": [""], "resources": ["pods", "events"], "verbs": ["list", "watch"] },
+        ],
+    });
+    let binding = json!({
+        "metadata": { "name": "almost-daybook" },
+        "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole",
+                     "name": "almost-daybook" },
+        "subjects": [{ "apiGroup": "rbac.authorization.k8s.io", "kind": "User",
+                       "name": "almost-daybook" }],
+    });
+    let (roles, bindings): (Api<ClusterRole>, Api<ClusterRoleBinding>) =
+        (Api::all(admin.clone()), Api::all(admin.clone()));
+    let params = PostParams::default();
+    let role = serde_json::from_value(role).unwrap();
+    roles.create(&params, &role).await.unwrap();
+    let binding = serde_json::from_value(binding).unwrap();
+    bindings.create(&params, &binding).await.unwrap();
+    let config = kube::config::Kubeconfig::read_from(plane.kubeconfig()).unwrap();
+    let all = kube::config::KubeConfigOptions::default();
+    let mut config = kube::Config::from_custom_kubeconfig(config, &all)
+        .await
+        .unwrap();
+    config.auth_info.impersonate = Some("almost-daybook".to_owned());
+    let limited = Client::try_from(config).unwrap();
+    let stage = Stage::of("limited", |options| options.client = limited)
+        .await
+        .unwrap();
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    let refused = stage.apply(1, &values).await;
+    let Err(TargetError::Refused(why)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(
+        why.contains("cannot patch resource \"deployments\""),
+        "{why}"
+    );
+    assert!(
+        why.contains("Give the account that Daybook uses there this right"),
+        "{why}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_that_is_being_deleted_is_waited_for() {
+    let Some(stage) = Stage::new("going").await else {
+        return;
+    };
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    stage.apply(1, &values).await.unwrap();
+    let maps: Api<ConfigMap> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let holds = json!({ "metadata": { "name": "holds", "finalizers": ["example.com/test"] } });
+    let holds: ConfigMap = serde_json::from_value(holds).unwrap();
+    maps.create(&PostParams::default(), &holds).await.unwrap();
+    let spaces: Api<Namespace> = Api::all(stage.client.clone());
+    let name = stage.namespace();
+    spaces.delete(&name, &Default::default()).await.unwrap();
+    let refused = stage.apply(2, &values).await;
+    assert!(
+        matches!(&refused, Err(TargetError::Unavailable(why)) if why.contains("still being deleted")),
+        "{refused:?}"
+    );
+    let release = Patch::Merge(json!({ "metadata": { "finalizers": null } }));
+    maps.patch("holds", &PatchParams::default(), &release)
+        .await
+        .unwrap();
+    let again = tokio::time::timeout(PATIENCE, async {
+        while let Err(error) = stage.apply(2, &values).await {
+            assert!(matches!(error, TargetError::Unavailable(_)), "{error}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    again.await.unwrap();
+}

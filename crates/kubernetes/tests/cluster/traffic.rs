@@ -1,0 +1,189 @@
+//! Hostnames of a project on the Gateway of a cluster, whose controller is played.
+
+use daybook_kubernetes::objects::GatewayRef;
+use daybook_testkit::kubernetes::{Crd, Gateway};
+use daybook_workers::host_routes::{HostBackend, HostRoute, HostRoutes};
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
+use serde_json::Value;
+
+use super::*;
+
+struct Edge {
+    stage: Stage,
+    namespace: String,
+}
+
+impl Edge {
+    async fn new(environment: &str) -> Option<Self> {
+        let namespace = format!("edge-{environment}");
+        let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+        let client = plane.await.unwrap()?.client().await;
+        for crd in [Crd::Gateway, Crd::HttpRoute] {
+            if !crd.install(&client).await {
+                return None;
+            }
+        }
+        let gateway = GatewayRef {
+            name: "public".to_owned(),
+            namespace: Some(namespace.clone()),
+            section_name: None,
+        };
+        let stage = Stage::of(environment, |options| {
+            options.gateway = Some((gateway, "example.com".to_owned()));
+        });
+        let mut stage = stage.await?;
+        // Whatever else a project has is pruned.
+        stage.app.project = format!("shop-{environment}").parse().unwrap();
+        let spaces: Api<Namespace> = Api::all(client);
+        let params = PostParams::default();
+        for name in [&namespace, &stage.namespace()] {
+            let space = json!({ "metadata": { "name": name } });
+            let space: Namespace = serde_json::from_value(space).unwrap();
+            spaces.create(&params, &space).await.unwrap();
+        }
+        Some(Self { stage, namespace })
+    }
+
+    async fn controller(
+        &self,
+        refuses: impl Fn(&Value) -> Option<String> + Send + Sync + 'static,
+    ) -> Gateway {
+        let client = self.stage.client.clone();
+        Gateway::start(client, &self.namespace, "public", refuses).await
+    }
+
+    fn api(&self) -> Api<DynamicObject> {
+        let kind = GroupVersionKind::gvk("gateway.networking.k8s.io", "v1", "HTTPRoute");
+        let client = self.stage.client.clone();
+        Api::namespaced_with(
+            client,
+            &self.stage.namespace(),
+            &ApiResource::from_gvk(&kind),
+        )
+    }
+
+    async fn names(&self) -> Vec<String> {
+        let all = self.api().list(&ListParams::default()).await.unwrap();
+        all.iter().map(ResourceExt::name_any).collect()
+    }
+
+    fn host(&self, hostname: &str, backends: &[(u128, u32)]) -> HostRoute {
+        let backends = backends.iter().map(|(n, weight)| HostBackend {
+            service: web(),
+            deployment: deployment(*n),
+            weight: *weight,
+        });
+        HostRoute {
+            hostname: hostname.parse().unwrap(),
+            environment: self.stage.app.environment.clone(),
+            backends: backends.collect(),
+        }
+    }
+
+    async fn route(&self, hosts: Vec<HostRoute>) -> Result<(), TargetError> {
+        let project = self.stage.app.project.clone();
+        self.stage
+            .target
+            .route(&HostRoutes { project, hosts })
+            .await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostnames_lead_where_the_table_says_and_foreign_routes_stay() {
+    let Some(edge) = Edge::new("traffic").await else {
+        return;
+    };
+    let _controller = edge.controller(|_| None).await;
+    let theirs = json!({
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "HTTPRoute",
+        "metadata": { "name": "theirs" },
+        "spec": {
+            "parentRefs": [{ "name": "public", "namespace": edge.namespace }],
+            "hostnames": ["shop.example.com"],
+            "rules": [{ "backendRefs": [{ "name": "theirs", "port": 80 }] }],
+        },
+    });
+    let theirs: DynamicObject = serde_json::from_value(theirs).unwrap();
+    let (api, params) = (edge.api(), PostParams::default());
+    api.create(&params, &theirs).await.unwrap();
+
+    let both = |weights| {
+        vec![
+            edge.host("shop.example.com", weights),
+            edge.host("web.traffic.shop.example.com", &[(1, 1)]),
+        ]
+    };
+    edge.route(both(&[(1, 90), (2, 10)])).await.unwrap();
+    let found = api.get("shop.example.com").await.unwrap();
+    let backends = &found.data["spec"]["rules"][0]["backendRefs"];
+    let weights: Vec<_> = [0, 1]
+        .map(|n| (backends[n]["name"].clone(), backends[n]["weight"].clone()))
+        .into();
+    let service = |n| json!(names::release(&web(), deployment(n)));
+    assert_eq!(weights, [(service(1), json!(90)), (service(2), json!(10))]);
+    assert_eq!(
+        found.data["status"]["parents"][0]["conditions"][0]["status"],
+        "True"
+    );
+
+    // The same again writes nothing; a switch writes what differs.
+    let version = |o: DynamicObject| o.resource_version().unwrap();
+    let before = version(found);
+    edge.route(both(&[(1, 90), (2, 10)])).await.unwrap();
+    assert_eq!(version(api.get("shop.example.com").await.unwrap()), before);
+    edge.route(both(&[(2, 1)])).await.unwrap();
+    let found = api.get("shop.example.com").await.unwrap();
+    let backends = found.data["spec"]["rules"][0]["backendRefs"].as_array();
+    assert_eq!(backends.unwrap().len(), 1);
+
+    // What syncs an environment leaves them alone.
+    edge.stage.apply(1, &edge.stage.values()).await.unwrap();
+    edge.route(vec![edge.host("shop.example.com", &[(2, 1)])])
+        .await
+        .unwrap();
+    assert_eq!(edge.names().await, ["shop.example.com", "theirs"]);
+    edge.route(Vec::new()).await.unwrap();
+    assert_eq!(edge.names().await, ["theirs"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_gateway_does_not_take_is_refused_with_its_reason() {
+    let Some(edge) = Edge::new("unrouted").await else {
+        return;
+    };
+    let refuses = |route: &Value| {
+        let bad = route["spec"]["hostnames"][0] == "forbidden.example.com";
+        bad.then(|| "no listener allows this hostname".to_owned())
+    };
+    let _controller = edge.controller(refuses).await;
+    let hosts = vec![
+        edge.host("allowed.example.com", &[(1, 1)]),
+        edge.host("forbidden.example.com", &[(1, 1)]),
+    ];
+    let refused = edge.route(hosts).await;
+    let Err(TargetError::Refused(why)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(why.contains("HTTPRoute forbidden.example.com"), "{why}");
+    assert!(why.contains("no listener allows this hostname"), "{why}");
+
+    // Nor is a route of somebody else taken over.
+    let theirs = json!({
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "HTTPRoute",
+        "metadata": { "name": "theirs.example.com" },
+        "spec": { "hostnames": ["theirs.example.com"] },
+    });
+    let theirs: DynamicObject = serde_json::from_value(theirs).unwrap();
+    let (api, params) = (edge.api(), PostParams::default());
+    api.create(&params, &theirs).await.unwrap();
+    let refused = edge
+        .route(vec![edge.host("theirs.example.com", &[(1, 1)])])
+        .await;
+    assert!(
+        matches!(&refused, Err(TargetError::Refused(why)) if why.contains("is not Daybook's")),
+        "{refused:?}"
+    );
+}

@@ -1,0 +1,216 @@
+//! Stands between a client and a real API server, and misbehaves when it is told to.
+
+use std::convert::Infallible;
+use std::fs;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::header::{AUTHORIZATION, HOST, HeaderValue};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_rustls::TlsConnector;
+
+use super::{ControlPlane, TOKEN};
+
+type Body = BoxBody<Bytes, hyper::Error>;
+/// What is answered in place of the API server: asked with the method and the address with its query.
+type Fault = dyn Fn(&str, &str) -> Option<(u16, String)> + Send + Sync;
+
+/// The proxy. It ends when this is dropped.
+pub struct FaultProxy {
+    port: u16,
+    shared: Arc<Shared>,
+    server: JoinHandle<()>,
+}
+
+struct Shared {
+    upstream: u16,
+    tls: TlsConnector,
+    fault: Mutex<Option<Box<Fault>>>,
+    connections: Mutex<JoinSet<()>>,
+}
+
+impl Drop for FaultProxy {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl FaultProxy {
+    /// One in front of a control plane, which behaves.
+    ///
+    /// # Panics
+    /// If it has no port.
+    pub async fn start(plane: &ControlPlane) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let shared = Arc::new(Shared {
+            upstream: plane.port,
+            tls: connector(plane),
+            fault: Mutex::new(None),
+            connections: Mutex::new(JoinSet::new()),
+        });
+        Self {
+            port,
+            shared: shared.clone(),
+            server: tokio::spawn(serve(listener, shared)),
+        }
+    }
+
+    /// A client of the administrator, through the proxy.
+    ///
+    /// # Panics
+    /// If there cannot be one.
+    pub fn client(&self) -> kube::Client {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let url = format!("http://127.0.0.1:{}", self.port);
+        let mut config = kube::Config::new(url.parse().expect("an address"));
+        config.default_retry = false;
+        kube::Client::try_from(config).expect("a client")
+    }
+
+    /// From now on answers in place of the API server what this does not leave to it.
+    pub fn answer(
+        &self,
+        fault: impl Fn(&str, &str) -> Option<(u16, String)> + Send + Sync + 'static,
+    ) {
+        *self.shared.fault.lock().expect("no panic") = Some(Box::new(fault));
+    }
+
+    /// Behaves again.
+    pub fn behave(&self) {
+        *self.shared.fault.lock().expect("no panic") = None;
+    }
+
+    /// Cuts all connections.
+    pub fn cut(&self) {
+        self.shared
+            .connections
+            .lock()
+            .expect("no panic")
+            .abort_all();
+    }
+}
+
+/// A `Status` as API servers answer with it.
+pub fn refusal(code: u16, reason: &str) -> (u16, String) {
+    (code, status(code, reason).to_string())
+}
+
+/// The end of a watch that has become too old.
+pub fn expired() -> (u16, String) {
+    let event = json!({ "type": "ERROR", "object": status(410, "Expired") });
+    (200, format!("{event}\n"))
+}
+
+fn status(code: u16, reason: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Status",
+        "metadata": {},
+        "status": "Failure",
+        "message": format!("{reason} by order of a test"),
+        "reason": reason,
+        "code": code,
+    })
+}
+
+async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            continue;
+        };
+        let of_connection = shared.clone();
+        let connection = async move {
+            let service =
+                service_fn(move |request| {
+                    let shared = of_connection.clone();
+                    async move {
+                        let answer = shared.pass(request).await;
+                        Ok::<_, Infallible>(answer.unwrap_or_else(|| {
+                            plain(502, "the API server does not answer".to_owned())
+                        }))
+                    }
+                });
+            let _ = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        };
+        shared
+            .connections
+            .lock()
+            .expect("no panic")
+            .spawn(connection);
+    }
+}
+
+impl Shared {
+    /// Passes a request on, over a connection of its own.
+    async fn pass(&self, mut request: Request<Incoming>) -> Option<Response<Body>> {
+        let fault = {
+            let fault = self.fault.lock().expect("no panic");
+            let address = request.uri().to_string();
+            fault
+                .as_ref()
+                .and_then(|fault| fault(request.method().as_str(), &address))
+        };
+        if let Some((code, text)) = fault {
+            return Some(plain(code, text));
+        }
+        let stream = TcpStream::connect(("127.0.0.1", self.upstream))
+            .await
+            .ok()?;
+        let name = ServerName::try_from("localhost").ok()?;
+        let stream = self.tls.connect(name, stream).await.ok()?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .ok()?;
+        tokio::spawn(connection);
+        let token = HeaderValue::from_str(&format!("Bearer {TOKEN}")).ok()?;
+        request.headers_mut().insert(AUTHORIZATION, token);
+        request
+            .headers_mut()
+            .insert(HOST, HeaderValue::from_static("localhost"));
+        let answer = sender.send_request(request).await.ok()?;
+        Some(answer.map(BodyExt::boxed))
+    }
+}
+
+fn plain(code: u16, text: String) -> Response<Body> {
+    let body = Full::new(Bytes::from(text)).map_err(|never| match never {});
+    let mut answer = Response::new(body.boxed());
+    *answer.status_mut() = StatusCode::from_u16(code).expect("a status");
+    let json = HeaderValue::from_static("application/json");
+    answer.headers_mut().insert("content-type", json);
+    answer
+}
+
+fn connector(plane: &ControlPlane) -> TlsConnector {
+    let ca = fs::read(plane.dir.path().join("ca.crt")).expect("a certificate");
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in certificates(&ca) {
+        roots.add(certificate).expect("a certificate");
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    TlsConnector::from(Arc::new(config))
+}
+
+fn certificates(pem: &[u8]) -> Vec<rustls::pki_types::CertificateDer<'static>> {
+    use rustls::pki_types::pem::PemObject as _;
+    rustls::pki_types::CertificateDer::pem_slice_iter(pem)
+        .map(|certificate| certificate.expect("a certificate"))
+        .collect()
+}

@@ -1,0 +1,220 @@
+//! Brings the Gateway of a cluster to the newest route table of every project, and says when it is
+//! there: under the cluster's name, as Daybook's own gateways do under theirs.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use daybook_events::deployment::Deployment;
+use daybook_events::routing::{self, Rejected, Routing, Stickiness};
+use daybook_events::{ProjectName, Subject};
+use daybook_projections::{Change, QueryError};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::trouble::Trouble;
+use super::{Bench, Stop, gateway};
+use crate::host_routes::{HostBackend, HostRoute, HostRoutes};
+use crate::target::{Target, TargetError};
+
+/// When the projects are listed again if that was not possible.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Keeps the Gateway of a cluster up to date until `cancel`, if it has one. Projects do not wait
+/// for each other.
+pub async fn run(bench: Bench, target: Arc<dyn Target>, cancel: CancellationToken) {
+    if !target.has_gateway() {
+        return;
+    }
+    let tasks = TaskTracker::new();
+    let mut known = HashSet::new();
+    let mut feed = bench.ledger.projections().feed();
+    let mut change = Some(Change::Any);
+    while let Some(found) = change {
+        let projects = match projects(&bench, &found) {
+            Ok(projects) => projects,
+            Err(error) => {
+                tracing::warn!(%error, "the projects could not be listed; trying again");
+                change = tokio::select! {
+                    () = cancel.cancelled() => None,
+                    () = tokio::time::sleep(AGAIN) => Some(Change::Any),
+                };
+                continue;
+            }
+        };
+        for project in projects {
+            if known.insert(project.clone()) {
+                let applier = Applier {
+                    bench: bench.clone(),
+                    target: target.clone(),
+                    project,
+                };
+                let cancel = cancel.clone();
+                tasks.spawn(async move {
+                    tokio::select! {
+                        () = applier.run() => {}
+                        () = cancel.cancelled() => {}
+                    }
+                });
+            }
+        }
+        change = tokio::select! {
+            () = cancel.cancelled() => None,
+            change = feed.next() => change,
+        };
+    }
+    tasks.close();
+    tasks.wait().await;
+}
+
+/// The projects whose routes may have changed.
+fn projects(bench: &Bench, change: &Change) -> Result<Vec<ProjectName>, QueryError> {
+    Ok(match change {
+        Change::Any => {
+            let all = bench.ledger.projections().projects()?;
+            all.into_iter().map(|project| project.name).collect()
+        }
+        Change::Of(subjects) => {
+            let subjects = subjects.iter().filter_map(|subject| match subject {
+                Subject::Routing(project) => Some(project.clone()),
+                _ => None,
+            });
+            subjects.collect()
+        }
+    })
+}
+
+/// Applies the tables of one project.
+struct Applier {
+    bench: Bench,
+    target: Arc<dyn Target>,
+    project: ProjectName,
+}
+
+impl Applier {
+    async fn run(self) {
+        let mut feed = self.bench.ledger.projections().feed();
+        let mut trouble = Trouble::default();
+        loop {
+            let applied = self.apply().await;
+            let (cluster, project) = (self.target.cluster(), &self.project);
+            let failed = match applied {
+                Ok(()) | Err(Stop::Moved(_)) => {
+                    if trouble.over() {
+                        tracing::info!(%cluster, %project, "routes are applied again");
+                    }
+                    false
+                }
+                Err(stop) => {
+                    let why = match stop {
+                        Stop::Retry(why) => why,
+                        other => format!("{other:?}"),
+                    };
+                    if trouble.met(&why) {
+                        tracing::warn!(%cluster, %project, why, "routes are not applied yet");
+                    }
+                    true
+                }
+            };
+            loop {
+                let change = tokio::select! {
+                    change = feed.next() => change,
+                    () = tokio::time::sleep(trouble.pause()), if failed => break,
+                };
+                match change {
+                    None => return,
+                    Some(Change::Any) => break,
+                    Some(Change::Of(subjects)) => {
+                        let own = |s: &Subject| matches!(s, Subject::Routing(p) if p == project);
+                        if subjects.iter().any(own) {
+                            break;
+                        }
+                    }
+                }
+            }
+            // What came meanwhile is applied together.
+            while feed.next_now().is_some() {}
+        }
+    }
+
+    /// Brings the cluster to the newest table, and reports that it is there.
+    async fn apply(&self) -> Result<(), Stop> {
+        let subject = Subject::Routing(self.project.clone());
+        let projections = self.bench.ledger.projections();
+        let folded = projections.shared::<Routing>(&subject)?;
+        let Some(routing) = &folded.state else {
+            return Ok(());
+        };
+        let table = routing.table;
+        let name = self.target.cluster().to_string();
+        if table == 0 {
+            return Ok(());
+        }
+        let routes = self.routes(routing)?;
+        // A project without anything here is none of this cluster's.
+        if routes.hosts.is_empty() && !routing.applied.contains_key(&name) {
+            return Ok(());
+        }
+        drop(folded);
+        let rejected = match self.target.route(&routes).await {
+            Ok(()) => None,
+            Err(TargetError::Unavailable(why)) => return Err(Stop::Retry(why)),
+            Err(TargetError::Refused(message)) => Some(Rejected {
+                gateway: name.clone(),
+                table,
+                code: "route_refused".into(),
+                message,
+            }),
+        };
+        gateway::report(&self.bench, &self.project, &name, table, rejected).await
+    }
+
+    /// The part of the table that leads to this cluster.
+    fn routes(&self, routing: &Routing) -> Result<HostRoutes, Stop> {
+        let mut hosts = Vec::new();
+        for (hostname, route) in &routing.routes {
+            // An address that never moves comes with its release.
+            if route.stickiness == Stickiness::Deployment {
+                continue;
+            }
+            let backends = self.backends(route)?;
+            if !backends.is_empty() {
+                hosts.push(HostRoute {
+                    hostname: hostname.clone(),
+                    environment: route.instance.environment.clone(),
+                    backends,
+                });
+            }
+        }
+        Ok(HostRoutes {
+            project: self.project.clone(),
+            hosts,
+        })
+    }
+
+    fn backends(&self, route: &routing::Route) -> Result<Vec<HostBackend>, Stop> {
+        let instance = &route.instance;
+        let mut backends = Vec::new();
+        for backend in &route.backends {
+            let (project, environment) = (&instance.project, &instance.environment);
+            let subject =
+                Subject::Deployment(project.clone(), environment.clone(), backend.deployment);
+            let folded = self
+                .bench
+                .ledger
+                .projections()
+                .shared::<Deployment>(&subject)?;
+            let here = folded.state.as_ref().is_some_and(|state| {
+                state.request.clusters.contains(self.target.cluster()) && state.in_repository()
+            });
+            if here {
+                backends.push(HostBackend {
+                    service: instance.service.clone(),
+                    deployment: backend.deployment,
+                    weight: backend.weight,
+                });
+            }
+        }
+        Ok(backends)
+    }
+}
