@@ -210,11 +210,15 @@ impl Shared {
     }
 
     /// Carries what pods print, if anybody keeps it.
-    fn output(&self, tasks: &TaskTracker, cancel: &CancellationToken) -> Option<Output> {
-        let ClusterOptions { client, name, .. } = &self.options;
-        let lines = self.options.lines.clone()?;
-        let (client, name) = (client.clone(), name.clone());
-        Some(Output::start(client, name, lines, tasks, cancel.clone()))
+    fn output(&self, tasks: &TaskTracker, cancel: &CancellationToken) -> Option<Arc<Output>> {
+        Some(Arc::new(Output {
+            client: self.options.client.clone(),
+            cluster: self.options.name.clone(),
+            lines: self.options.lines.clone()?,
+            tasks: tasks.clone(),
+            cancel: cancel.clone(),
+            known: Mutex::default(),
+        }))
     }
 
     /// Keeps the objects of a kind, of all environments.

@@ -6,15 +6,15 @@
 
 mod pod;
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use daybook_events::ClusterName;
 use daybook_events::lines::{LineKind, LineLog, LineSource, NewLine};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Client, ResourceExt};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -25,81 +25,24 @@ use pod::{Container, Follower};
 
 /// Warnings that come before their pods are seen are kept for them, so many at most.
 const EARLY: usize = 256;
+/// So many warnings about one pod may wait for the line log; more are dropped.
+const WAITING: usize = 16;
 
-/// Where the watches tell what they see.
-#[derive(Debug, Clone)]
-pub(crate) struct Output(mpsc::UnboundedSender<Told>);
-
-#[derive(Debug)]
-enum Told {
-    All(Vec<Pod>),
-    Seen(Box<Pod>),
-    Gone(String),
-    Warned(Warned),
+/// Carries output until it is cancelled. The watches tell it what they see.
+pub(crate) struct Output {
+    pub(crate) client: Client,
+    pub(crate) cluster: ClusterName,
+    pub(crate) lines: Arc<dyn LineLog>,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) cancel: CancellationToken,
+    pub(crate) known: Mutex<Known>,
 }
 
-#[derive(Debug)]
-struct Warned {
-    namespace: String,
-    pod: String,
-    warning: Warning,
-}
-
-impl Output {
-    /// Carries output until `cancel`.
-    pub(crate) fn start(
-        client: Client,
-        cluster: ClusterName,
-        lines: Arc<dyn LineLog>,
-        tasks: &TaskTracker,
-        cancel: CancellationToken,
-    ) -> Self {
-        let (sender, told) = mpsc::unbounded_channel();
-        let carrier = Carrier {
-            client,
-            cluster,
-            lines,
-            cancel,
-            tasks: tasks.clone(),
-            followed: HashMap::new(),
-            said: HashMap::new(),
-            early: VecDeque::new(),
-        };
-        tasks.spawn(carrier.run(told));
-        Self(sender)
-    }
-
-    /// What became of pods.
-    pub(crate) fn pods(&self, change: &Change<Pod>) {
-        let told = match change {
-            Change::All(pods) => Told::All(pods.clone()),
-            Change::Applied(pod) => Told::Seen(pod.clone()),
-            Change::Deleted(pod) => Told::Gone(pod.uid().unwrap_or_default()),
-        };
-        // It only ends with the process.
-        let _ = self.0.send(told);
-    }
-
-    /// A warning about a pod.
-    pub(crate) fn warned(&self, namespace: &str, pod: &str, warning: &Warning) {
-        let _ = self.0.send(Told::Warned(Warned {
-            namespace: namespace.to_owned(),
-            pod: pod.to_owned(),
-            warning: warning.clone(),
-        }));
-    }
-}
-
-struct Carrier {
-    client: Client,
-    cluster: ClusterName,
-    lines: Arc<dyn LineLog>,
-    cancel: CancellationToken,
-    tasks: TaskTracker,
-    /// By the pods' uids.
+/// The pods that are followed.
+#[derive(Default)]
+pub(crate) struct Known {
+    /// By their uids.
     followed: HashMap<String, Followed>,
-    /// The newest warning about each of them that was passed on.
-    said: HashMap<String, Warning>,
     /// Warnings about pods that are not seen yet.
     early: VecDeque<Warned>,
 }
@@ -107,43 +50,54 @@ struct Carrier {
 struct Followed {
     namespace: String,
     name: String,
-    source: LineSource,
-    container: tokio::sync::watch::Sender<Container>,
+    container: watch::Sender<Container>,
+    warnings: mpsc::Sender<Warning>,
+    /// The newest warning that was passed on.
+    said: Option<Warning>,
 }
 
-impl Carrier {
-    async fn run(mut self, mut told: mpsc::UnboundedReceiver<Told>) {
-        loop {
-            let next = tokio::select! {
-                () = self.cancel.cancelled() => return,
-                next = told.recv() => next,
-            };
-            match next {
-                None => return,
-                Some(Told::All(pods)) => {
-                    let listed: Vec<_> = pods.iter().filter_map(ResourceExt::uid).collect();
-                    self.followed.retain(|uid, _| listed.contains(uid));
-                    for pod in &pods {
-                        self.seen(pod).await;
-                    }
+struct Warned {
+    namespace: String,
+    pod: String,
+    warning: Warning,
+}
+
+impl Output {
+    /// What became of pods.
+    pub(crate) fn pods(&self, change: &Change<Pod>) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        match change {
+            Change::All(pods) => {
+                let listed: HashSet<_> = pods.iter().filter_map(ResourceExt::uid).collect();
+                known.followed.retain(|uid, _| listed.contains(uid));
+                for pod in pods {
+                    self.seen(&mut known, pod);
                 }
-                Some(Told::Seen(pod)) => self.seen(&pod).await,
-                Some(Told::Gone(uid)) => {
-                    // Its follower reads what is left, and ends.
-                    self.followed.remove(&uid);
-                    self.said.remove(&uid);
-                }
-                Some(Told::Warned(warned)) => self.warn(warned).await,
+            }
+            Change::Applied(pod) => self.seen(&mut known, pod),
+            // Its follower reads what is left, and ends.
+            Change::Deleted(pod) => {
+                known.followed.remove(&pod.uid().unwrap_or_default());
             }
         }
     }
 
-    async fn seen(&mut self, pod: &Pod) {
+    /// A warning about a pod.
+    pub(crate) fn warned(&self, namespace: &str, pod: &str, warning: &Warning) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.warn(Warned {
+            namespace: namespace.to_owned(),
+            pod: pod.to_owned(),
+            warning: warning.clone(),
+        });
+    }
+
+    fn seen(&self, known: &mut Known, pod: &Pod) {
         let (Some(uid), Some((deployment, service))) = (pod.uid(), belongs(&pod.metadata)) else {
             return;
         };
         let container = Container::of(pod, service.as_str());
-        if let Some(followed) = self.followed.get(&uid) {
+        if let Some(followed) = known.followed.get(&uid) {
             followed.container.send_if_modified(|before| {
                 let differs = *before != container;
                 *before = container;
@@ -151,9 +105,9 @@ impl Carrier {
             });
             return;
         }
-        let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
         let source = LineSource::Deployment(deployment);
-        let (sender, container) = tokio::sync::watch::channel(container);
+        let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+        let (sender, container) = watch::channel(container);
         let follower = Follower {
             client: self.client.clone(),
             lines: self.lines.clone(),
@@ -165,23 +119,37 @@ impl Carrier {
             cancel: self.cancel.clone(),
         };
         self.tasks.spawn(follower.run());
+        let (warnings, waiting) = mpsc::channel(WAITING);
+        let warner = Warner {
+            lines: self.lines.clone(),
+            source,
+            cluster: self.cluster.clone(),
+            pod: name.clone(),
+        };
+        let cancel = self.cancel.clone();
+        self.tasks.spawn(async move {
+            cancel.run_until_cancelled(warner.run(waiting)).await;
+        });
         let followed = Followed {
             namespace,
             name,
-            source,
             container: sender,
+            warnings,
+            said: None,
         };
-        self.followed.insert(uid, followed);
-        for warned in std::mem::take(&mut self.early) {
-            self.warn(warned).await;
+        known.followed.insert(uid, followed);
+        for warned in std::mem::take(&mut known.early) {
+            known.warn(warned);
         }
     }
+}
 
+impl Known {
     /// Passes a warning on, unless it is the same as before: kubelets repeat themselves.
-    async fn warn(&mut self, warned: Warned) {
-        let mut all = self.followed.iter();
-        let about = all.find(|(_, f)| f.name == warned.pod && f.namespace == warned.namespace);
-        let Some((uid, followed)) = about else {
+    fn warn(&mut self, warned: Warned) {
+        let mut all = self.followed.values_mut();
+        let about = all.find(|f| f.name == warned.pod && f.namespace == warned.namespace);
+        let Some(followed) = about else {
             self.early.push_back(warned);
             if self.early.len() > EARLY {
                 self.early.pop_front();
@@ -189,19 +157,34 @@ impl Carrier {
             return;
         };
         let Warned { warning, .. } = warned;
-        if self.said.get(uid) == Some(&warning) {
-            return;
+        let news = followed.said.as_ref() != Some(&warning);
+        if news && followed.warnings.try_send(warning.clone()).is_ok() {
+            followed.said = Some(warning);
         }
-        let line = NewLine {
-            time: Timestamp::now(),
-            kind: LineKind::Platform,
-            cluster: Some(self.cluster.clone()),
-            instance: Some(followed.name.clone()),
-            text: pod::cut(format!("{}: {}", warning.reason, warning.message.trim())),
-        };
-        if let Err(error) = self.lines.append(followed.source, vec![line]).await {
-            tracing::warn!(pod = followed.name, %error, "a warning about a pod is not kept");
+    }
+}
+
+/// Writes down the warnings about one pod.
+struct Warner {
+    lines: Arc<dyn LineLog>,
+    source: LineSource,
+    cluster: ClusterName,
+    pod: String,
+}
+
+impl Warner {
+    async fn run(self, mut waiting: mpsc::Receiver<Warning>) {
+        while let Some(warning) = waiting.recv().await {
+            let line = NewLine {
+                time: Timestamp::now(),
+                kind: LineKind::Platform,
+                cluster: Some(self.cluster.clone()),
+                instance: Some(self.pod.clone()),
+                text: pod::cut(format!("{}: {}", warning.reason, warning.message.trim())),
+            };
+            if let Err(error) = self.lines.append(self.source, vec![line]).await {
+                tracing::warn!(pod = self.pod, %error, "a warning about a pod is not kept");
+            }
         }
-        self.said.insert(uid.clone(), warning);
     }
 }
