@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use async_trait::async_trait;
 use daybook_events::deployment::{
-    ClusterState, Deployment, DeploymentEvent, OperationDone, OperationFailed, Status,
+    Deployment, DeploymentEvent, OperationDone, OperationFailed, Status,
 };
 use daybook_events::environment::Environment;
 use daybook_events::routing::{
@@ -346,11 +346,7 @@ pub(super) fn routed(bench: &Bench, row: &DeploymentRow) -> Result<(u32, bool, b
     };
     // A deployment that is routed already needs no new table.
     let table = routing.table_of(row.id).unwrap_or(routing.table);
-    // Where a cluster has a Gateway of its own, that has to have it as well.
-    let here = row.state.clusters_in(ClusterState::Started);
-    let mut own = here.filter_map(|cluster| routing.applied.get(cluster.as_str()));
-    let applied = routing.applied.values().any(|applied| *applied >= table)
-        && own.all(|applied| *applied >= table);
+    let applied = routing.applied.values().any(|applied| *applied >= table);
     let main = routing
         .traffic(instance)
         .is_some_and(|t| t.main == Some(row.id));
