@@ -67,12 +67,13 @@ impl Gateway {
         let patch = Patch::Merge(programmed);
         let patched = api("Gateway").patch_status(name, &params, &patch).await;
         patched.expect("its status is taken");
-        let (routes, name) = (api("HTTPRoute"), name.to_owned());
+        let routes = api("HTTPRoute");
+        let own = json!({ "name": name, "namespace": namespace });
         Self(tokio::spawn(async move {
             loop {
                 let all = routes.list(&ListParams::default()).await;
                 for route in all.into_iter().flatten() {
-                    if let Some(status) = status(&route, &name, &refuses) {
+                    if let Some(status) = status(&route, &own, &refuses) {
                         let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(
                             "gateway.networking.k8s.io",
                             "v1",
@@ -96,7 +97,7 @@ impl Gateway {
 /// The status of a route of this Gateway, unless it has it already.
 fn status(
     route: &DynamicObject,
-    gateway: &str,
+    gateway: &Value,
     refuses: &(impl Fn(&Value) -> Option<String> + ?Sized),
 ) -> Option<Value> {
     let parent = &route.data["spec"]["parentRefs"][0];
@@ -105,7 +106,10 @@ fn status(
     let known = &route.data["status"]["parents"][0]["conditions"][0];
     let is_known = known["observedGeneration"] == generation
         && (known["status"] == "False") == refused.is_some();
-    if parent["name"] != gateway || is_known {
+    let is_other = ["name", "namespace"]
+        .into_iter()
+        .any(|key| parent[key] != gateway[key]);
+    if is_other || is_known {
         return None;
     }
     Some(json!({ "parents": [{
