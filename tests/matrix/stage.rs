@@ -116,7 +116,7 @@ impl Cast {
         let nats = NatsBinary::newest().or_else(|| NatsBinary::installed().pop())?;
         Some(Self {
             parts: vec![
-                ("front", Some("api,gateway,route,probe,notary")),
+                ("front", Some("api,gateway,route,probe,timers,notary")),
                 ("builder", Some("build")),
                 ("packager", Some("package")),
                 ("cluster", Some("sync")),
