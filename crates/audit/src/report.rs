@@ -25,9 +25,10 @@ pub enum Subject {
     SegregationOfDuties,
     /// Changes that were made as emergencies, and how late they were reviewed.
     Emergency,
-    /// Changes that no event approves: commits by others, and deployments without an approval.
+    /// Changes that no event approves: commits by others, deployments without an approval, and what
+    /// was changed in place.
     Unapproved,
-    /// Deployments that failed or were cancelled, and routes that went back.
+    /// Deployments that failed, wholly or in part, or were cancelled, and what went back.
     FailuresAndRollbacks,
     /// What ran at a time, and what was on its way.
     WhatRan(Timestamp),
@@ -47,6 +48,22 @@ impl Subject {
             Self::FailuresAndRollbacks => "failures-and-rollbacks",
             Self::WhatRan(_) => "what-ran",
             Self::Integrity => "integrity",
+        }
+    }
+}
+
+impl Subject {
+    /// What a switch for this reason is called in this report, if it belongs into it.
+    fn names_switch(&self, reason: SwitchReason) -> Option<&'static str> {
+        match (self, reason) {
+            (Self::FailuresAndRollbacks, SwitchReason::Rollback) => Some("rollback"),
+            (Self::FailuresAndRollbacks, SwitchReason::Compensation) => Some("routes restored"),
+            (Self::Unapproved, SwitchReason::MarkMain) => Some("traffic switched by hand"),
+            (Self::Unapproved, SwitchReason::Split) => Some("traffic shared by hand"),
+            (Self::Unapproved, SwitchReason::Policy) => {
+                Some("traffic spread over clusters by hand")
+            }
+            _ => None,
         }
     }
 }
@@ -229,6 +246,18 @@ impl Collector {
                     DeploymentEvent::Cancelled(e) => {
                         run.end(&format!("cancelled: {}", e.message), event.time);
                     }
+                    DeploymentEvent::ScaleRequested(e) if self.subject == Subject::Unapproved => {
+                        let instance = run.instance.clone();
+                        if self.scope.has(event.time, project, Some(environment)) {
+                            self.rows.push(vec![
+                                position.to_string(),
+                                event.time.to_string(),
+                                "scaled in place".into(),
+                                instance,
+                                format!("{id} to {} instances by {actor}", e.replicas),
+                            ]);
+                        }
+                    }
                     _ => {}
                 }
             }
@@ -252,29 +281,47 @@ impl Collector {
                     message,
                 ]);
             }
-            "routing" if self.subject == Subject::FailuresAndRollbacks => {
+            "gitops" if self.subject == Subject::FailuresAndRollbacks => {
+                if let Ok(GitopsEvent::ForeignCommitFound(e)) = event.payload()
+                    && let Some(undone) = e.undoes
+                    && self
+                        .scope
+                        .has(event.time, project, Some(undone.environment.as_str()))
+                {
+                    self.rows.push(vec![
+                        position.to_string(),
+                        event.time.to_string(),
+                        "rollback by git revert".into(),
+                        format!("{project}.{}.{}", undone.environment, undone.service),
+                        undone.deployment.to_string(),
+                        e.author,
+                        format!("{}: {}", e.commit, e.message),
+                    ]);
+                }
+            }
+            "routing" => {
                 if let Ok(RoutingEvent::Switched(e)) = event.payload()
-                    && matches!(
-                        e.reason,
-                        SwitchReason::Rollback | SwitchReason::Compensation
-                    )
+                    && let Some(what) = self.subject.names_switch(e.reason)
                     && self
                         .scope
                         .has(event.time, project, Some(e.instance.environment.as_str()))
                 {
-                    let what = match e.reason {
-                        SwitchReason::Rollback => "rollback",
-                        _ => "routes restored",
-                    };
-                    self.rows.push(vec![
+                    let (instance, note) = (e.instance.to_string(), e.note.unwrap_or_default());
+                    let mut row = vec![
                         position.to_string(),
                         event.time.to_string(),
                         what.into(),
-                        e.instance.to_string(),
-                        e.deployment.to_string(),
-                        actor,
-                        e.note.unwrap_or_default(),
-                    ]);
+                        instance,
+                    ];
+                    match self.subject {
+                        Subject::Unapproved => row.push(
+                            format!("{} by {actor} {note}", e.deployment)
+                                .trim_end()
+                                .into(),
+                        ),
+                        _ => row.extend([e.deployment.to_string(), actor, note]),
+                    }
+                    self.rows.push(row);
                 }
             }
             _ => {}
@@ -309,6 +356,7 @@ impl Collector {
                     "These {} deployments are all that were requested in the period: each entry of the ledger was looked at.",
                     rows.len()
                 ));
+                statement.push("A change of the configuration is a deployment. Numbers of instances and routes that somebody changed in place are none, and are in the report `unapproved`.".into());
                 Run::COLUMNS.to_vec()
             }
             Subject::Evidence(id) => {
@@ -378,11 +426,13 @@ impl Collector {
                     statement.push(no_approvals.into());
                 }
                 statement.push("Commits by others are those that Daybook found in its repositories; `daybook audit verify` of an export with repositories shows whether there are more.".into());
+                statement.push("Approvals are asked for deployments. What was scaled or whose traffic was moved by hand is listed whoever did it; rollbacks are in the report `failures-and-rollbacks`, and stops, starts and removals in the evidence of each deployment.".into());
                 vec!["position", "time", "what", "where", "details"]
             }
             Subject::FailuresAndRollbacks => {
                 for (id, run) in &wanted {
-                    if run.outcome.starts_with("failed") || run.outcome.starts_with("cancelled") {
+                    let bad = ["failed", "partially succeeded", "cancelled"];
+                    if bad.iter().any(|b| run.outcome.starts_with(b)) {
                         let what = run.outcome.split(':').next().unwrap_or_default();
                         rows.push(vec![
                             run.position.to_string(),

@@ -8,9 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use daybook_audit::report::{Collector, Report, Scope, Subject};
 use daybook_audit::world::{Snapshots, differences};
-use daybook_audit::{Source, observe};
+use daybook_audit::{Observe, Options, Source, observe};
 use daybook_events::{Event, Position};
-use support::{Ledger, trusting};
+use serde_json::{Value, json};
+use support::{Ledger, trusting, verified};
 
 fn report(ledger: &Ledger, subject: Subject, scope: Scope) -> Report {
     let mut collector = Collector::new(subject, scope);
@@ -105,6 +106,18 @@ fn failures_duties_and_approvals_are_reported() {
     assert!(of("deployment.failed.v1") + of("deployment.cancelled.v1") > 0);
     assert_eq!(what("failed"), of("deployment.failed.v1"));
     assert_eq!(what("cancelled"), of("deployment.cancelled.v1"));
+    let switched = |reason: &str| {
+        let reason = format!("\"reason\":\"{reason}\"");
+        let switches = all
+            .iter()
+            .filter(|e| e.kind.ends_with("routing.switched.v1"));
+        switches
+            .filter(|e| e.data.get().replace(' ', "").contains(&reason))
+            .count()
+    };
+    assert!(switched("rollback") > 0 && switched("compensation") > 0 && switched("mark_main") > 0);
+    assert_eq!(what("rollback"), switched("rollback"));
+    assert_eq!(what("routes restored"), switched("compensation"));
     // Who allowed what, from the events themselves: grants since the last change of the plan.
     let mut grants: BTreeMap<&str, Vec<&Event>> = BTreeMap::new();
     let (mut overridden, mut reviewed) = (BTreeSet::new(), BTreeSet::new());
@@ -135,6 +148,9 @@ fn failures_duties_and_approvals_are_reported() {
         .map(|row| row[4].split(' ').next().unwrap())
         .collect();
     assert_eq!(shown, without);
+    let by_hand = unapproved.rows.iter();
+    let by_hand = by_hand.filter(|row| row[2] == "traffic switched by hand");
+    assert_eq!(by_hand.count(), switched("mark_main"));
     let duties = report(&ledger, Subject::SegregationOfDuties, Scope::default());
     let nobody: BTreeSet<&str> = duties
         .rows
@@ -161,6 +177,86 @@ fn failures_duties_and_approvals_are_reported() {
             .len(),
         0
     );
+}
+
+/// An event as the golden files have it, with fields replaced.
+fn golden(kind: &str, data: &[(&str, Value)]) -> Vec<u8> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../events/tests/golden");
+    let text = std::fs::read_to_string(format!("{folder}/{kind}.json")).unwrap();
+    let mut event: Value = serde_json::from_str(&text).unwrap();
+    for (field, value) in data {
+        event["data"][field] = value.clone();
+    }
+    event.to_string().into_bytes()
+}
+
+/// What the fleet of the tests never does.
+#[test]
+fn what_failed_in_part_was_changed_in_place_or_was_done_in_git_is_reported() {
+    let ledger = Ledger::new(10);
+    let reported = |subject: Subject, events: &[Vec<u8>]| -> Report {
+        let mut collector = Collector::new(subject, Scope::default());
+        for (event, position) in events.iter().zip(1..) {
+            collector.event(Position(position), event, true);
+        }
+        collector.report(&verified(ledger.path(), &trusting()))
+    };
+    let deployment = "6de850d0-268a-5952-b26a-23f8e50a75de";
+    let undoes = json!({ "environment": "production", "service": "api", "deployment": deployment });
+    let events = [
+        golden("deployment.requested.v1", &[]),
+        golden("deployment.partially_succeeded.v1", &[]),
+        golden("deployment.scale_requested.v1", &[]),
+        golden("gitops.foreign_commit_found.v1", &[("undoes", undoes)]),
+        golden("routing.switched.v1", &[("reason", json!("mark_main"))]),
+        golden("routing.switched.v1", &[("reason", json!("split"))]),
+        golden("routing.switched.v1", &[("reason", json!("policy"))]),
+    ];
+    let failures = reported(Subject::FailuresAndRollbacks, &events);
+    let what: Vec<_> = failures.rows.iter().map(|row| row[2].as_str()).collect();
+    assert_eq!(what, ["partially succeeded", "rollback by git revert"]);
+    assert!(failures.rows[0][6].contains("oslo"), "{:?}", failures.rows);
+    assert_eq!(failures.rows[1][3..5], ["shop.production.api", deployment]);
+
+    let unapproved = reported(Subject::Unapproved, &events);
+    let what: Vec<_> = unapproved.rows.iter().map(|row| row[2].as_str()).collect();
+    assert_eq!(
+        what,
+        [
+            "deployment without approval",
+            "scaled in place",
+            "commit by others",
+            "traffic switched by hand",
+            "traffic shared by hand",
+            "traffic spread over clusters by hand",
+        ]
+    );
+    assert!(
+        unapproved.rows[2][4].contains("Bob"),
+        "{:?}",
+        unapproved.rows
+    );
+    for found in [&failures, &unapproved] {
+        let width = found.columns.len();
+        assert!(found.rows.iter().all(|row| row.len() == width), "{found:?}");
+    }
+}
+
+#[test]
+fn an_integrity_report_says_what_it_goes_on_from() {
+    let ledger = Ledger::new(300);
+    ledger.write(200);
+    let kept = verified(ledger.path(), &trusting()).keep;
+    ledger.write(300);
+    let options = Options { kept, ..trusting() };
+    let mut collector = Collector::new(Subject::Integrity, Scope::default());
+    let source = Source::open(ledger.path()).unwrap();
+    let verified = observe(source, &options, &mut collector, &mut |_, _| {}).unwrap();
+    let found = collector.report(&verified);
+    assert!(found.rows.is_empty() && found.ledger_holds);
+    let continues = "The 200 entries that you saw last time are all still there";
+    let says = |s: &String| s.starts_with(continues);
+    assert!(found.statement.iter().any(says), "{:?}", found.statement);
 }
 
 #[test]

@@ -16,10 +16,11 @@ use daybook_events::log::ReadError;
 use daybook_events::routing::Routing;
 use daybook_events::{
     DeploymentId, EnvironmentName, EventLog, Folded, InstanceRef, Position, ProjectName, Recorded,
-    Subject,
+    Subject, SubjectFilter,
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
+use tokio::task::JoinSet;
 
 use crate::chunk;
 use crate::fold::deployment_of;
@@ -33,6 +34,10 @@ use crate::state_hash::{Element, StateHash, Sum};
 use crate::store::{Projections, QueryError, lock};
 use crate::table::{TableError, Way, decode};
 use crate::views::{HistoryRow, Overview};
+
+/// How many tasks work a state hash out, and how many aggregates each takes at a time.
+const SHARES: usize = 4;
+const PIECE: usize = 64;
 
 /// How many events are asked for at once.
 const IN_FLIGHT: usize = 128;
@@ -164,12 +169,9 @@ impl Plan {
     }
 
     /// The state, once the events are read.
-    fn carry_out(self, events: &HashMap<Position, Recorded>) -> Result<Past, PastError> {
+    fn carry_out(self, events: &Events) -> Result<Past, PastError> {
         let mut state = self.base.state;
-        for position in self.events {
-            let event = events.get(&position).ok_or(PastError::Lost(position))?;
-            state.replay(event);
-        }
+        events.replay(&mut state, &self.events)?;
         Ok(Past {
             subject: self.subject,
             state,
@@ -192,6 +194,93 @@ impl Past {
             return Ok(None);
         }
         self.state.element(&self.subject).map(Some)
+    }
+}
+
+/// A position whose sum over all states is written down.
+struct KeptSum {
+    position: Position,
+    sum: Sum,
+}
+
+/// An aggregate at two positions.
+struct Change {
+    earlier: Plan,
+    later: Later,
+}
+
+/// How to get from an aggregate at one position to the same at a later one.
+enum Later {
+    /// By these further events.
+    Further(Vec<Position>),
+    /// From a snapshot between the two.
+    Anew(Box<Plan>),
+}
+
+impl Change {
+    /// None for an aggregate of a newer version. To be called while no rows are written.
+    fn new(
+        projections: &Projections,
+        subject: Subject,
+        earlier: Position,
+        later: Position,
+    ) -> Result<Option<Self>, TableError> {
+        let earlier = Plan::new(projections, subject.clone(), earlier)?;
+        let later = Plan::new(projections, subject, later)?;
+        Ok(earlier.zip(later).map(|(earlier, mut later)| {
+            let later = match earlier.base.state.position() == later.base.state.position() {
+                true => {
+                    let same = earlier.events.len().min(later.events.len());
+                    Later::Further(later.events.split_off(same))
+                }
+                false => Later::Anew(Box::new(later)),
+            };
+            Self { earlier, later }
+        }))
+    }
+
+    /// The events that are needed.
+    fn events(&self) -> impl Iterator<Item = Position> {
+        let further = match &self.later {
+            Later::Further(events) => events,
+            Later::Anew(plan) => &plan.events,
+        };
+        self.earlier.events.iter().chain(further).copied()
+    }
+
+    /// What the aggregate contributed to the sum at the two positions, once the events are read.
+    fn carry_out(self, events: &Events) -> Result<[Option<Element>; 2], PastError> {
+        let mut past = self.earlier.carry_out(events)?;
+        let earlier = past.element()?;
+        match self.later {
+            Later::Further(further) => events.replay(&mut past.state, &further)?,
+            Later::Anew(plan) => past = plan.carry_out(events)?,
+        }
+        Ok([earlier, past.element()?])
+    }
+}
+
+/// Events that were read.
+#[derive(Default)]
+struct Events {
+    /// All between two positions, which several share.
+    between: Arc<HashMap<Position, Recorded>>,
+    /// Others.
+    others: HashMap<Position, Recorded>,
+}
+
+impl Events {
+    fn has(&self, position: Position) -> bool {
+        self.between.contains_key(&position) || self.others.contains_key(&position)
+    }
+
+    fn replay(&self, state: &mut State, positions: &[Position]) -> Result<(), PastError> {
+        for position in positions {
+            let event = self.others.get(position);
+            let event = event.or_else(|| self.between.get(position));
+            state.replay(event.ok_or(PastError::Lost(*position))?);
+        }
+        Ok(())
     }
 }
 
@@ -279,7 +368,8 @@ impl Ledger {
         })
     }
 
-    /// The state hash at a position: the sum that was kept before it, and what changed since.
+    /// The state hash at a position: the sum that was kept nearest to it, before or behind it, and
+    /// what changed between the two.
     pub async fn state_hash_at(&self, at: Position) -> Result<StateHash, PastError> {
         let at = self.position_of(Moment::At(at))?;
         let projections = self.projections();
@@ -289,24 +379,32 @@ impl Ledger {
         if let Some(hash) = lock(&projections.inner.past_hashes).get(&at) {
             return Ok(*hash);
         }
-        let mark = Position(at.0 / MARK * MARK);
-        let mut sum = match projections.inner.table.get(&keys::sum(mark))? {
-            Some(row) => Sum::from_bytes(&row)?,
-            None if mark == Position::ZERO => Sum::default(),
-            None => return Err(TableError::Row(format!("no sum at {mark}")).into()),
-        };
-        let (mut before, mut after) = (Vec::new(), Vec::new());
-        {
+        let (kept, subjects) = {
             let _gate = projections.gate();
-            for subject in projections.subjects_of(mark, at)? {
-                before.extend(Plan::new(projections, subject.clone(), mark)?);
-                after.extend(Plan::new(projections, subject, at)?);
-            }
+            let kept = projections.nearest_sum(at)?;
+            let (earlier, later) = (kept.position.min(at), kept.position.max(at));
+            (kept, projections.subjects_of(earlier, later)?)
+        };
+        let (earlier, later) = (kept.position.min(at), kept.position.max(at));
+        let between = self.events_between(earlier, later).await?;
+        let between = Arc::new(between);
+        // On all cores, and in pieces: nothing else waits for long.
+        let subjects: Vec<Subject> = subjects.into_iter().collect();
+        let mut work = JoinSet::new();
+        for share in subjects.chunks(subjects.len().div_ceil(SHARES).max(1)) {
+            let (ledger, share, between) = (self.clone(), share.to_vec(), Arc::clone(&between));
+            work.spawn(async move { ledger.changes(share, earlier, later, between).await });
         }
-        let events = self.events_of(before.iter().chain(&after)).await?;
-        for (before, after) in before.into_iter().zip(after) {
-            let (old, new) = (before.carry_out(&events)?, after.carry_out(&events)?);
-            sum.replace(old.element()?, new.element()?);
+        let mut sum = kept.sum;
+        while let Some(done) = work.join_next().await {
+            let changes = done.map_err(|e| QueryError::Store(e.to_string()))?;
+            for [earlier, later] in changes? {
+                match kept.position < at {
+                    true => sum.replace(earlier, later),
+                    // A sum loses an element as easily as it gains one.
+                    false => sum.replace(later, earlier),
+                }
+            }
         }
         let hash = sum.hash();
         let mut known = lock(&projections.inner.past_hashes);
@@ -315,6 +413,62 @@ impl Ledger {
         }
         known.insert(at, hash);
         Ok(hash)
+    }
+
+    /// What aggregates contributed to the sum over all states at two positions. All events between
+    /// these are read already.
+    async fn changes(
+        &self,
+        subjects: Vec<Subject>,
+        earlier: Position,
+        later: Position,
+        between: Arc<HashMap<Position, Recorded>>,
+    ) -> Result<Vec<[Option<Element>; 2]>, PastError> {
+        let mut found = Vec::with_capacity(subjects.len());
+        for piece in subjects.chunks(PIECE) {
+            let mut changes = Vec::with_capacity(piece.len());
+            {
+                let projections = self.projections();
+                let _gate = projections.gate();
+                for subject in piece {
+                    changes.extend(Change::new(projections, subject.clone(), earlier, later)?);
+                }
+            }
+            let mut events = Events {
+                between: Arc::clone(&between),
+                ..Events::default()
+            };
+            let wanted = changes.iter().flat_map(Change::events);
+            let wanted: Vec<Position> = wanted.filter(|p| !events.has(*p)).collect();
+            events.others = self.events_of(wanted.into_iter()).await?;
+            for change in changes {
+                found.push(change.carry_out(&events)?);
+            }
+            tokio::task::yield_now().await;
+        }
+        Ok(found)
+    }
+
+    /// All events after a position and up to another.
+    async fn events_between(
+        &self,
+        after: Position,
+        to: Position,
+    ) -> Result<HashMap<Position, Recorded>, PastError> {
+        let (mut events, mut after) = (HashMap::new(), after);
+        while after < to {
+            let rest = usize::try_from(to.0 - after.0).unwrap_or(usize::MAX);
+            let read = self
+                .log()
+                .read(after, &SubjectFilter::default(), rest)
+                .await?;
+            let Some(last) = read.last().map(|e| e.position) else {
+                break;
+            };
+            events.extend(read.into_iter().map(|e| (e.position, e)));
+            after = last;
+        }
+        Ok(events)
     }
 
     /// The deployments of a listing as they were, those that were there, and the route tables of
@@ -340,7 +494,11 @@ impl Ledger {
             }
         }
         let plans = deployments.iter().map(|(_, _, plan)| plan);
-        let events = self.events_of(plans.chain(&tables)).await?;
+        let events = plans.chain(&tables).flat_map(|plan| plan.events.clone());
+        let events = Events {
+            others: self.events_of(events).await?,
+            ..Events::default()
+        };
         let mut routing = BTreeMap::new();
         for plan in tables {
             let past = plan.carry_out(&events)?;
@@ -384,9 +542,9 @@ impl Ledger {
     /// Reads the events that plans need, many at once.
     async fn events_of(
         &self,
-        plans: impl Iterator<Item = &Plan>,
+        wanted: impl Iterator<Item = Position>,
     ) -> Result<HashMap<Position, Recorded>, PastError> {
-        let wanted: BTreeSet<Position> = plans.flat_map(|p| p.events.iter().copied()).collect();
+        let wanted: BTreeSet<Position> = wanted.collect();
         let log: &dyn EventLog = &**self.log();
         stream::iter(wanted)
             .map(|position| async move {
@@ -433,6 +591,33 @@ impl Projections {
     fn chunk(&self, number: u64) -> Result<sled::IVec, TableError> {
         let row = self.inner.table.get(&keys::chunk(number))?;
         row.ok_or_else(|| TableError::Row(format!("no chunk {number} of the audit")))
+    }
+
+    /// The sum over all states that is written down nearest to a position: at a mark before it or
+    /// behind it, or at the end of what is folded. To be called while no rows are written.
+    fn nearest_sum(&self, at: Position) -> Result<KeptSum, TableError> {
+        let table = &self.inner.table;
+        let before = Position(at.0 / MARK * MARK);
+        let head = self.position();
+        let behind = Position(before.0 + MARK).min(head);
+        if behind.0.saturating_sub(at.0) < at.0 - before.0 {
+            // The sum at a mark is written with the event after it, the one at the end always is.
+            let row = match behind == head {
+                true => table.get(keys::SUM)?,
+                false => table.get(&keys::sum(behind))?,
+            };
+            if let Some(row) = row {
+                let (position, sum) = (behind, Sum::from_bytes(&row)?);
+                return Ok(KeptSum { position, sum });
+            }
+        }
+        let sum = match table.get(&keys::sum(before))? {
+            Some(row) => Sum::from_bytes(&row)?,
+            None if before == Position::ZERO => Sum::default(),
+            None => return Err(TableError::Row(format!("no sum at {before}"))),
+        };
+        let position = before;
+        Ok(KeptSum { position, sum })
     }
 
     /// The aggregates with events after one position and up to another.

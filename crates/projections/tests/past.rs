@@ -109,8 +109,37 @@ proptest! {
 async fn it_is_the_same_around_each_place_where_something_is_written_down() {
     let log = ledger_of(9000, 5);
     let ledger = folded(&log).await;
-    for at in [1, 31, 32, 33, 4095, 4096, 4097, 8191, 8192, 8193, 8999] {
+    for at in [
+        1, 31, 32, 33, 2047, 2048, 2049, 4095, 4096, 4097, 6144, 6145, 8191, 8192, 8193, 8595,
+        8597, 8999,
+    ] {
         same_past(&ledger, Position(at)).await;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(3))]
+
+    /// Whether the sum that is nearest stands before a position, behind it, or is that of the end.
+    #[test]
+    fn a_past_state_hash_is_what_a_replay_gives(
+        seed in any::<u64>(),
+        length in 4097_u64..7_000,
+        mut places in prop::collection::vec(0.0_f64..=1.0, 12),
+    ) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let log = ledger_of(length, seed);
+            let ledger = folded(&log).await;
+            let then = Projections::in_memory();
+            places.sort_by(f64::total_cmp);
+            for place in places {
+                let at = Position((length as f64 * place) as u64);
+                replay::fold_to(&then, ledger.log(), at, |_| {}).await.unwrap();
+                let hash = ledger.state_hash_at(at).await.unwrap();
+                assert_eq!(hash, then.state_hash().1, "at {at} of {length}");
+            }
+        });
     }
 }
 

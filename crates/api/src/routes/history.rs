@@ -148,8 +148,9 @@ pub(crate) fn filter(
     })
 }
 
-/// The longest that an answer about the past waits for the state hash there.
-const HASH_WAIT: Duration = Duration::from_millis(100);
+/// The longest that an answer about the past waits for the state hash there. That takes some tens of
+/// milliseconds at a million events; only where the log hardly answers is there none.
+const HASH_WAIT: Duration = Duration::from_secs(2);
 
 /// The position that a moment of the past means.
 fn moment(state: &AppState, text: Option<String>) -> Result<Option<Position>, Problem> {
@@ -167,7 +168,7 @@ fn moment(state: &AppState, text: Option<String>) -> Result<Option<Position>, Pr
     Ok(Some(state.commands.ledger().position_of(moment)?))
 }
 
-/// The state hash at a position of the past, if it is known soon. It is worked out all the same,
+/// The state hash at a position of the past, if it is known in time. It is worked out all the same,
 /// and is at hand when it is asked for again.
 async fn past_state_hash(state: &AppState, at: Position) -> Option<StateHash> {
     let ledger = state.commands.ledger().clone();

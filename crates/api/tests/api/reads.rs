@@ -1,3 +1,5 @@
+use daybook_events::Position;
+use daybook_events::memory::MemoryLog;
 use serde_json::{Value, json};
 
 use crate::support::*;
@@ -163,6 +165,39 @@ async fn the_past_is_read_by_position_and_by_time_with_its_state_hash() {
     assert_eq!(nothing["instances"], json!([]));
     let before = server.get("/api/v1/history?at=2000-01-01T00:00:00Z").await;
     assert_eq!(before.position().0, 0);
+}
+
+/// The hashes at the newest 1024 positions are at hand; those before are worked out.
+#[tokio::test]
+async fn the_distant_past_has_its_state_hash_too() {
+    let log = MemoryLog::new();
+    let server = server_on_memory(&log).await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    server.make_live(id).await;
+    let then = server.get("/api/v1/state").await;
+    let (position, hash) = (then.position(), then.header("daybook-state-hash"));
+    let hash = hash.unwrap().to_owned();
+    for _ in 0..1_100 {
+        server.store("no event").await;
+    }
+    let projections = server.ledger.projections();
+    assert_eq!(projections.recent_state_hash(position), None);
+    for path in ["state", "history"] {
+        let path = format!("/api/v1/{path}?at={position}");
+        let past = server.get(&path).await;
+        assert_eq!(
+            past.header("daybook-state-hash"),
+            Some(hash.as_str()),
+            "{path}"
+        );
+    }
+    let between = Position(position.0 + 30);
+    let past = server.get(&format!("/api/v1/state?at={between}")).await;
+    let replayed = daybook_projections::replay::state_at(&server.log, between);
+    let replayed = replayed.await.unwrap().state_hash().1.to_string();
+    assert_ne!(replayed, hash);
+    assert_eq!(past.header("daybook-state-hash"), Some(replayed.as_str()));
 }
 
 #[tokio::test]

@@ -35,7 +35,7 @@ const ROLE: &str = "package";
 
 /// How long a commit with Daybook's own signature may be without its event. Whoever made it
 /// records it within moments, or after a crash when the step is taken again.
-const GRACE: Duration = Duration::from_secs(60);
+const GRACE: Duration = Duration::from_secs(40);
 
 /// How many commits are described at once.
 const BATCH: usize = 64;
