@@ -7,7 +7,7 @@
 
 use std::io::{self, Read, Write};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use crate::finding::{Finding, Kind, Place};
 
@@ -203,6 +203,15 @@ impl Reader {
 
     /// Reads the file that comes next, of at most so many bytes.
     pub(crate) fn read(&mut self, most: u64) -> Result<Bytes, Stop> {
+        self.read_into(most, BytesMut::zeroed)
+    }
+
+    /// The same, into memory of the length that is asked for.
+    pub(crate) fn read_into(
+        &mut self,
+        most: u64,
+        memory: impl FnOnce(usize) -> BytesMut,
+    ) -> Result<Bytes, Stop> {
         let Some(member) = self.next.take() else {
             return Ok(Bytes::new());
         };
@@ -213,14 +222,14 @@ impl Reader {
             return Err(Stop::Broken(Box::new(finding)));
         }
         // Bounded by `most`.
-        let mut bytes = vec![0; member.len as usize];
+        let mut bytes = memory(member.len as usize);
         let read = self.fill(&mut bytes)?;
         if read < bytes.len() {
             let end = member.offset + read as u64;
             return Err(Stop::truncated(end, &member.name));
         }
         self.read_padding(&member)?;
-        Ok(bytes.into())
+        Ok(bytes.freeze())
     }
 
     /// Copies the file that comes next, however long it is.

@@ -50,11 +50,15 @@ pub(crate) struct Read {
     pub(crate) key: u128,
     /// Where the subject stands in the bytes, if it stands there literally.
     pub(crate) subject: Subject,
+    /// The kind of aggregate that the subject names.
+    pub(crate) of: Option<AggregateKind>,
     pub(crate) time: Timestamp,
     pub(crate) revision: u32,
-    /// Where the payload stands in the bytes, if it stands there literally.
-    pub(crate) data: Option<Range<usize>>,
-    pub(crate) payload: Payload,
+    /// Where the type (without the common prefix) and the payload stand in the bytes, as long as
+    /// the payload is unread.
+    pub(crate) unread: [Range<usize>; 2],
+    /// None as long as it is unread.
+    pub(crate) payload: Option<Payload>,
 }
 
 /// What is known of a payload.
@@ -125,9 +129,40 @@ pub(crate) struct Checks {
 impl Checks {
     /// Reads an entry of a bundle and checks it by itself.
     pub(crate) fn read(&self, position: Position, bundle: &[u8], place: Range<usize>) -> Entry {
+        self.entry(position, bundle, place, true)
+    }
+
+    /// The same, but leaves payloads unread wherever [`Self::plain_payload`] can read them later.
+    /// Where it cannot, the entry is to be [read](Self::read) after all: what is known of it so far
+    /// may be wrong.
+    pub(crate) fn skim(&self, position: Position, bundle: &[u8], place: Range<usize>) -> Entry {
+        self.entry(position, bundle, place, false)
+    }
+
+    /// The payload of an event of these bytes that was skimmed, if there is nothing to be said
+    /// about it.
+    pub(crate) fn plain_payload(&self, read: &Read, bytes: &[u8]) -> Option<Payload> {
+        if read.payload.is_some() || self.all_schemas {
+            return None;
+        }
+        let text = |place: &Range<usize>| std::str::from_utf8(bytes.get(place.clone())?).ok();
+        let [kind, data] = &read.unread;
+        match self.payload(read.of, text(kind)?, text(data)?) {
+            Payload::Whole(payload) if is_unread(&payload) => None,
+            payload => Some(payload),
+        }
+    }
+
+    fn entry(
+        &self,
+        position: Position,
+        bundle: &[u8],
+        place: Range<usize>,
+        payloads: bool,
+    ) -> Entry {
         let mut broken = Vec::new();
         let bytes = bundle.get(place.clone()).unwrap_or_default();
-        let (id, content) = self.content(position, bytes, &mut broken);
+        let (id, content) = self.content(position, bytes, payloads, &mut broken);
         Entry {
             position,
             place,
@@ -141,6 +176,7 @@ impl Checks {
         &self,
         position: Position,
         bytes: &[u8],
+        payloads: bool,
         broken: &mut Vec<(Kind, String)>,
     ) -> (Option<EventId>, Content) {
         if is_gap(position, bytes) {
@@ -165,7 +201,8 @@ impl Checks {
             }
         };
         let known = broken.len();
-        let (id, content) = match canonical(text).and_then(|e| self.judge(text, &e, broken).ok()) {
+        let judged = canonical(text).and_then(|e| self.judge(text, &e, payloads, broken).ok());
+        let (id, content) = match judged {
             Some((id, read)) => (id, Content::Event(read)),
             None => {
                 broken.truncate(known);
@@ -203,20 +240,31 @@ impl Checks {
             data: event.data.get(),
         };
         let (id, mut read) = self
-            .judge(text, &envelope, broken)
+            .judge(text, &envelope, true, broken)
             .map_err(|e| e.to_string())?;
         if let Subject::In(_) = read.subject {
             read.subject = Subject::Text(event.subject.clone());
-            read.data = None;
         }
         Ok((id, read))
     }
 
-    /// Checks an event's rules and reads its payload.
+    /// Reads a payload, or only checks it where that is enough.
+    fn payload(&self, of: Option<AggregateKind>, kind: &str, data: &str) -> Payload {
+        let checked = of
+            .filter(|_| self.outlines)
+            .and_then(|of| Step::check(of, kind, data));
+        match checked {
+            Some(step) => Payload::Step(step),
+            None => Payload::Whole(AnyPayload::decode(of, kind, data).into()),
+        }
+    }
+
+    /// Checks an event's rules, and reads its payload if that is asked for.
     fn judge(
         &self,
         text: &str,
         envelope: &Envelope<'_>,
+        payloads: bool,
         broken: &mut Vec<(Kind, String)>,
     ) -> Result<(Uuid, Read), serde_json::Error> {
         let Envelope { kind, subject, .. } = *envelope;
@@ -224,18 +272,18 @@ impl Checks {
         let project = tokens.next().unwrap_or_default();
         let aggregate = tokens.nth(1).unwrap_or_default();
         let of: Option<AggregateKind> = aggregate.parse().ok();
-        let step = of.filter(|_| self.outlines);
-        let payload = match step.and_then(|of| Step::check(of, kind, envelope.data)) {
-            Some(step) => Payload::Step(step),
-            None => {
-                let payload = AnyPayload::decode(of, kind, envelope.data);
-                // What could be read is JSON. What could not may be none at all.
-                if payload.error().is_some() || matches!(payload, AnyPayload::Other) {
-                    serde_json::from_str::<&RawValue>(envelope.data)?;
-                }
-                Payload::Whole(payload.into())
-            }
+        let place = |part: &str| {
+            let at = part.as_ptr() as usize;
+            let start = at.wrapping_sub(text.as_ptr() as usize);
+            start..start.wrapping_add(part.len())
         };
+        let payload = payloads.then(|| self.payload(of, kind, envelope.data));
+        if let Some(Payload::Whole(payload)) = &payload
+            && is_unread(payload)
+        {
+            // What could be read is JSON. What could not may be none at all.
+            serde_json::from_str::<&RawValue>(envelope.data)?;
+        }
         let mut rule = |holds: bool, what: &dyn Fn() -> String| {
             if !holds {
                 broken.push((Kind::EnvelopeInvalid, what()));
@@ -265,18 +313,16 @@ impl Checks {
             !envelope.authtype.is_empty() && !envelope.authid.is_empty(),
             &|| "it names nobody as its author".into(),
         );
-        self.judge_payload(text, kind, &payload, broken);
-        let place = |part: &str| {
-            let at = part.as_ptr() as usize;
-            let start = at.wrapping_sub(text.as_ptr() as usize);
-            start..start.wrapping_add(part.len())
-        };
+        if let Some(payload) = &payload {
+            self.judge_payload(text, kind, payload, broken);
+        }
         let read = Read {
             key: self.keys.of(subject),
             subject: Subject::In(place(subject)),
+            of,
             time: envelope.time,
             revision: envelope.revision,
-            data: Some(place(envelope.data)),
+            unread: [place(kind), place(envelope.data)],
             payload,
         };
         Ok((envelope.id, read))
@@ -311,6 +357,11 @@ impl Checks {
             broken.push((Kind::SchemaViolated, why));
         }
     }
+}
+
+/// Whether a payload could not be read, or is of a newer version.
+fn is_unread(payload: &AnyPayload) -> bool {
+    payload.error().is_some() || matches!(payload, AnyPayload::Other)
 }
 
 /// The digest in the leaf of an event that was too large, if it is one.
@@ -506,7 +557,7 @@ mod tests {
                     panic!("{kind} is no event");
                 };
                 assert_eq!(read.subject.text(text.as_bytes()), event.subject);
-                let Payload::Whole(payload) = read.payload else {
+                let Some(Payload::Whole(payload)) = read.payload else {
                     panic!("{kind} was not read as a whole");
                 };
                 assert_eq!(

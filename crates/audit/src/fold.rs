@@ -438,7 +438,7 @@ pub(crate) mod tests {
             subject: read.subject.text(bytes),
             bytes: bytes.len(),
             revision: read.revision,
-            payload: read.payload,
+            payload: read.payload.unwrap(),
         };
         folds.apply(at, event).unwrap()
     }

@@ -57,11 +57,17 @@ pub struct Difference {
     pub message: String,
 }
 
+/// So many bytes are written at once.
+const UNWRITTEN: usize = 256 << 10;
+
 /// The events of all repositories, in a file without a name.
 #[derive(Debug)]
 pub(crate) struct Spool {
     file: File,
+    /// How long the file is.
     len: u64,
+    /// What comes behind that.
+    unwritten: Vec<u8>,
     places: BTreeMap<String, Vec<(u64, u32)>>,
 }
 
@@ -70,31 +76,42 @@ impl Spool {
         Ok(Self {
             file: tempfile::tempfile()?,
             len: 0,
+            unwritten: Vec::new(),
             places: BTreeMap::new(),
         })
     }
 
     /// Adds an event of a project.
     pub(crate) fn add(&mut self, project: &str, event: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(event, self.len)?;
-        let place = (self.len, event.len() as u32);
+        let place = (self.len + self.unwritten.len() as u64, event.len() as u32);
+        self.unwritten.extend_from_slice(event);
         match self.places.get_mut(project) {
             Some(places) => places.push(place),
             None => {
                 self.places.insert(project.to_owned(), vec![place]);
             }
         }
-        self.len += event.len() as u64;
+        if self.unwritten.len() > UNWRITTEN {
+            self.write()?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        self.file.write_all_at(&self.unwritten, self.len)?;
+        self.len += self.unwritten.len() as u64;
+        self.unwritten.clear();
         Ok(())
     }
 
     /// Compares all repositories that came with a ledger.
     pub(crate) fn compare(
-        &self,
+        &mut self,
         repositories: &[Repository],
         by: &dyn CompareRepository,
         findings: &mut Findings,
     ) -> io::Result<Vec<Compared>> {
+        self.write()?;
         let mut all = Vec::new();
         for project in self.places.keys() {
             if !repositories.iter().any(|r| r.project == *project) {

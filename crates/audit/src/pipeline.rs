@@ -1,5 +1,5 @@
 //! Reading a tree on as many cores as there are: one thread reads files in order, some hash and
-//! parse them, and the caller gets the outcome in order again. What is on its way is bounded by
+//! skim them, and the caller gets the outcome in order again. What is on its way is bounded by
 //! bytes, however large the ledger is.
 
 use std::collections::BTreeMap;
@@ -8,15 +8,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use bytes::Bytes;
 use daybook_events::Position;
 use daybook_store::tlog::{Hash, TILE_WIDTH, TileKind, TilePath, entry_places, leaf_hash};
 
 use crate::archive::Stop;
-use crate::entry::{Checks, Entry};
+use crate::entry::Checks;
 use crate::finding::{Findings, Kind, Place};
 use crate::layout::TreeFiles;
 use crate::manifest::Listed;
+use crate::shares::Skimmed;
 use crate::source::{Found, Source};
 use crate::tree::root_over;
 
@@ -33,7 +33,7 @@ pub(crate) struct Read {
     width: usize,
 }
 
-/// A bundle with the tile over it, hashed and parsed.
+/// A bundle with the tile over it, hashed and skimmed.
 #[derive(Debug)]
 pub(crate) struct Bundle {
     /// Where it was found.
@@ -45,9 +45,8 @@ pub(crate) struct Bundle {
     pub(crate) by_tile: Option<Hash>,
     /// The root over the first leaves, as far as an old tree had them.
     pub(crate) prefixes: Vec<(usize, Hash)>,
-    pub(crate) entries: Vec<Entry>,
-    /// The bytes that they are in.
-    pub(crate) bytes: Bytes,
+    /// The entries; none if they could not be read, or nobody wants to know.
+    pub(crate) skimmed: Skimmed,
     /// Entries that are not what the tile says.
     pub(crate) suspects: Vec<Suspect>,
     pub(crate) findings: Findings,
@@ -253,7 +252,7 @@ fn work(
     }
 }
 
-/// Hashes a bundle, compares it with the tile over it, and parses its entries.
+/// Hashes a bundle, compares it with the tile over it, and skims its entries.
 fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
     let Read { index, width, .. } = read;
     let mut findings = Findings::default();
@@ -319,7 +318,7 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
     let parsed = match entries {
         Some(entries) if plan.parse => (first + 1..)
             .zip(entries)
-            .map(|(position, place)| plan.checks.read(Position(position), &bytes, place))
+            .map(|(position, place)| plan.checks.skim(Position(position), &bytes, place))
             .collect(),
         _ => Vec::new(),
     };
@@ -329,8 +328,10 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
         by_entries,
         by_tile,
         prefixes,
-        entries: parsed,
-        bytes,
+        skimmed: Skimmed {
+            entries: parsed,
+            bytes,
+        },
         suspects,
         findings,
     }

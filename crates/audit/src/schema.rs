@@ -1,21 +1,20 @@
 //! JSON Schemas of events, those of this version.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 
 use daybook_events::catalog;
 use jsonschema::Validator;
 use serde_json::Value;
 
-/// Schemas by the short type of the event: `deployment.requested.v1`.
-#[derive(Clone, Default)]
-pub(crate) struct Schemas(Arc<BTreeMap<String, Validator>>);
+/// The schemas of this version by the short type of the event: `deployment.requested.v1`. Most
+/// ledgers need none of them, and so they are made when the first one is asked.
+static ALL: LazyLock<BTreeMap<String, Validator>> = LazyLock::new(compile);
 
-impl fmt::Debug for Schemas {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.0.keys()).finish()
-    }
+/// Whether events are held against schemas.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Schemas {
+    are_asked: bool,
 }
 
 /// The schemas of the events of this version, as they are published: name and text.
@@ -33,24 +32,15 @@ impl Schemas {
     /// Those of this version. What came with a ledger is not asked: a schema can be written such
     /// that asking it never ends.
     pub(crate) fn of_this_version() -> Self {
-        static ALL: LazyLock<Schemas> = LazyLock::new(Schemas::compile);
-        ALL.clone()
-    }
-
-    fn compile() -> Self {
-        let mut all = BTreeMap::new();
-        for (kind, payload) in catalog::payload_schemas() {
-            let schema = catalog::event_schema(kind, payload);
-            if let Ok(validator) = jsonschema::validator_for(&schema) {
-                all.insert(kind.to_owned(), validator);
-            }
-        }
-        Self(Arc::new(all))
+        Self { are_asked: true }
     }
 
     /// Why an event does not fit the schema of its kind; `None` if it does, or if there is none.
     pub(crate) fn violation(&self, kind: &str, event: &str) -> Option<String> {
-        let validator = self.0.get(kind)?;
+        if !self.are_asked {
+            return None;
+        }
+        let validator = ALL.get(kind)?;
         let event: Value = match serde_json::from_str(event) {
             Ok(event) => event,
             Err(e) => return Some(e.to_string()),
@@ -60,4 +50,15 @@ impl Schemas {
         let at = if place.is_empty() { "/" } else { &place };
         Some(format!("at {at}: {error}"))
     }
+}
+
+fn compile() -> BTreeMap<String, Validator> {
+    let mut all = BTreeMap::new();
+    for (kind, payload) in catalog::payload_schemas() {
+        let schema = catalog::event_schema(kind, payload);
+        if let Ok(validator) = jsonschema::validator_for(&schema) {
+            all.insert(kind.to_owned(), validator);
+        }
+    }
+    all
 }

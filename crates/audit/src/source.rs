@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use daybook_store::tlog::{TileKind, TilePath};
@@ -15,6 +16,7 @@ use crate::archive::{Reader, Stop};
 use crate::finding::{Findings, Kind, Place};
 use crate::layout::order;
 use crate::manifest::{self, Listed};
+use crate::spares::Spares;
 
 /// Names of files that every ledger has.
 pub(crate) const CHECKPOINT: &str = "checkpoint";
@@ -72,6 +74,7 @@ pub struct Source {
     name: String,
     origin: Origin,
     front: Front,
+    spares: Arc<Spares>,
 }
 
 enum Origin {
@@ -189,6 +192,7 @@ impl Source {
             name,
             origin,
             front,
+            spares: Arc::default(),
         })
     }
 
@@ -211,6 +215,7 @@ impl Source {
             name,
             origin: Origin::Archive(Box::new(reader)),
             front: Front::default(),
+            spares: Arc::default(),
         })
     }
 
@@ -259,6 +264,11 @@ impl Source {
         Ok(())
     }
 
+    /// Where the memory of bundles goes that nobody reads any more.
+    pub(crate) fn spares(&self) -> Arc<Spares> {
+        Arc::clone(&self.spares)
+    }
+
     /// The checkpoint or the keys.
     pub(crate) fn small(&self, name: &str) -> Option<Bytes> {
         self.front.small.get(name).cloned()
@@ -277,7 +287,7 @@ impl Source {
         findings: &mut Findings,
     ) -> Result<Option<Found>, Stop> {
         match &mut self.origin {
-            Origin::Archive(reader) => from_archive(reader, path, size, findings),
+            Origin::Archive(reader) => from_archive(reader, path, size, &self.spares, findings),
             Origin::Files(files) => from_files(files.as_mut(), path, findings),
         }
     }
@@ -440,13 +450,17 @@ fn from_archive(
     reader: &mut Reader,
     path: TilePath,
     size: u64,
+    spares: &Spares,
     findings: &mut Findings,
 ) -> Result<Option<Found>, Stop> {
     let name = path.to_string();
     while let Some(member) = reader.peek()? {
         let member = member.clone();
         if member.name == name {
-            let bytes = reader.read(most(path))?;
+            let bytes = match path.kind {
+                TileKind::Entries => reader.read_into(most(path), |len| spares.take(len))?,
+                TileKind::Hashes { .. } => reader.read(most(path))?,
+            };
             let offset = Some(member.offset);
             return Ok(Some(Found {
                 path,

@@ -1,6 +1,6 @@
 //! Verifying a whole ledger.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use daybook_events::aggregate::Void;
 use daybook_events::tree::TreeHead;
-use daybook_events::{AnyPayload, Position, with_causes};
+use daybook_events::{AggregateKind, Position, with_causes};
 use daybook_projections::StateHash;
 use daybook_store::tlog::{
     Checkpoint, CheckpointError, Hash, SignatureError, TILE_WIDTH, TileKind, TilePath, VerifierKey,
@@ -20,24 +20,26 @@ use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
 use crate::archive::Stop;
-use crate::entry::{Checks, Content, Entry, Keys, Payload};
+use crate::entry::{Checks, Content, Entry, Keys};
 use crate::finding::{Finding, Findings, Kind, Place};
-use crate::fold::{Fold, Folds, Outcome, at};
+use crate::fold::Outcome;
 use crate::gitops::{CompareRepository, Compared, Spool};
 use crate::kept::{KeepError, Keeper, Kept};
 use crate::pipeline::{self, Bundle, Plan, Step, Suspect};
 use crate::schema::Schemas;
+use crate::shares::{self, Remark, Shares, Skimmed};
 use crate::source::{CHECKPOINT, Found, KEYS, STATE, Source};
-use crate::states::States;
+use crate::spares::Spares;
 use crate::tree::{Edge, Levels};
 
 /// Suspects are remembered up to so many; more say nothing new.
 const SUSPECTS: usize = 1000;
 
-/// States that are in use are kept in memory up to about so many bytes of events that made them:
-/// those of deployments and builds, and all others.
-const STATES_BYTES: usize = 72 << 20;
-const OTHERS_BYTES: usize = 24 << 20;
+/// States that are in use are kept in memory up to about so many bytes of events that made them.
+const STATES_BYTES: usize = 96 << 20;
+
+/// Bundles with so many bytes in all may wait for their events to be folded.
+const FOLDING_BYTES: usize = 8 << 20;
 
 /// How thoroughly a ledger is verified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -457,11 +459,17 @@ pub fn observe(
     let older_heads: Vec<TreeHead> = [kept, earlier].into_iter().flatten().collect();
     let older_sizes: Vec<u64> = older_heads.iter().map(|h| h.size).collect();
 
+    // The states are needed only for their hash.
+    let hashed = match options.thoroughness {
+        Thoroughness::Quick => false,
+        Thoroughness::Normal => source.small(STATE).is_some(),
+        Thoroughness::Full => true,
+    };
     let checks = Checks {
         keys: Keys::default(),
         schemas: Schemas::of_this_version(),
         all_schemas: options.thoroughness == Thoroughness::Full,
-        outlines: true,
+        outlines: !hashed,
     };
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let plan = Plan {
@@ -473,17 +481,14 @@ pub fn observe(
         threads: options.threads.unwrap_or(cores).clamp(1, 16),
         stop: &options.stop,
     };
-    // The states are needed only for their hash.
-    let hashed = match options.thoroughness {
-        Thoroughness::Quick => false,
-        Thoroughness::Normal => source.small(STATE).is_some(),
-        Thoroughness::Full => true,
-    };
-    let states = hashed.then(|| States::start(plan.threads, STATES_BYTES));
+    let shares = plan
+        .parse
+        .then(|| Shares::start(plan.threads, &checks, STATES_BYTES));
     let mut walk = Walk {
         findings,
-        folds: Folds::new(true, OTHERS_BYTES).map_err(failed)?,
-        states: states.transpose().map_err(failed)?,
+        shares: shares.transpose().map_err(failed)?,
+        waiting: Waiting::default(),
+        spares: source.spares(),
         counts: Counts::default(),
         period: None,
         entries: Some(Edge::default()),
@@ -512,10 +517,12 @@ pub fn observe(
             stop,
         } = ended;
         source = after;
-        walk.findings.merge(read);
         if let Some(e) = walk.trouble.take() {
             return Err(failed(e));
         }
+        walk.settle_all().map_err(failed)?;
+        progress(walk.counts.entries, head.size);
+        walk.findings.merge(read);
         if options.stop.load(Ordering::Relaxed) {
             return Err(VerifyError::Stopped);
         }
@@ -529,8 +536,10 @@ pub fn observe(
         }
     }
     let read_all = broken.is_none();
-    if read_all && plan.parse && walk.findings.count(Kind::EnvelopeInvalid) == 0 {
-        walk.judge_state(&source, &mut verified).map_err(failed)?;
+    let folded = walk.shares.take().map(Shares::finish).transpose();
+    let folded = folded.map_err(failed)?.unwrap_or_default();
+    if read_all && hashed && walk.findings.count(Kind::EnvelopeInvalid) == 0 {
+        walk.judge_state(&source, folded.sum.hash(), &mut verified);
     }
     if let Some(finding) = broken {
         walk.findings.add(finding);
@@ -549,7 +558,7 @@ pub fn observe(
     verified.continuity = continuity.unwrap_or(Continuity::NothingKept);
     verified.earlier = compare(earlier, "the checkpoint that you named");
     verified.counts = Counts {
-        aggregates: walk.folds.aggregates(),
+        aggregates: folded.aggregates,
         ..walk.counts
     };
     verified.period = walk.period;
@@ -695,13 +704,30 @@ struct Doubtful {
     by_tiles: Option<usize>,
 }
 
+/// The steps that the walk has not taken yet, because the events in them are being folded.
+#[derive(Default)]
+struct Waiting {
+    steps: VecDeque<Due>,
+    /// How many of them are bundles, and how many bytes those have.
+    bundles: usize,
+    bytes: usize,
+}
+
+/// A step of which the walk can be told what became of its events.
+enum Due {
+    /// A bundle, and its entries.
+    Bundle(Box<Bundle>, Arc<Skimmed>),
+    Tile(TilePath, Option<Found>),
+}
+
 /// The walk over a tree from its first to its last entry.
 struct Walk<'o> {
     observer: &'o mut dyn Observe,
     findings: Findings,
-    folds: Folds,
-    /// The states of what the folds have only outlines of, if anybody asks for them.
-    states: Option<States>,
+    /// Who folds the events, if they are read.
+    shares: Option<Shares>,
+    waiting: Waiting,
+    spares: Arc<Spares>,
     counts: Counts,
     period: Option<(Timestamp, Timestamp)>,
     /// The tree over the entries; none once some of them could not be read.
@@ -725,17 +751,58 @@ struct Walk<'o> {
 }
 
 impl Walk<'_> {
-    /// Takes a step; false ends the walk.
+    /// Takes a step, once its events are folded; false ends the walk.
     fn step(&mut self, step: Step) -> bool {
-        let taken = match step {
-            Step::Bundle(bundle) => self.bundle(*bundle),
-            Step::Tile(path, found) => {
+        let waiting = &mut self.waiting;
+        waiting.steps.push_back(match step {
+            Step::Bundle(mut bundle) => {
+                let skimmed = Arc::new(std::mem::take(&mut bundle.skimmed));
+                if let Some(shares) = &self.shares {
+                    shares.hand_over(&skimmed);
+                }
+                waiting.bundles += 1;
+                waiting.bytes += skimmed.bytes.len();
+                Due::Bundle(bundle, skimmed)
+            }
+            Step::Tile(path, found) => Due::Tile(path, found),
+        });
+        let is_full =
+            |waiting: &Waiting| waiting.bundles >= shares::AHEAD || waiting.bytes > FOLDING_BYTES;
+        while !self.waiting.steps.is_empty() && (self.shares.is_none() || is_full(&self.waiting)) {
+            if let Err(e) = self.settle() {
+                self.trouble = Some(e);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Takes all steps that wait.
+    fn settle_all(&mut self) -> io::Result<()> {
+        while !self.waiting.steps.is_empty() {
+            self.settle()?;
+        }
+        Ok(())
+    }
+
+    /// Takes the step that has waited for longest.
+    fn settle(&mut self) -> io::Result<()> {
+        match self.waiting.steps.pop_front() {
+            Some(Due::Bundle(bundle, skimmed)) => {
+                self.waiting.bundles -= 1;
+                self.waiting.bytes -= skimmed.bytes.len();
+                self.bundle(*bundle, &skimmed)?;
+                if let Some(Skimmed { bytes, .. }) = Arc::into_inner(skimmed) {
+                    self.spares.give(bytes);
+                }
+                Ok(())
+            }
+            Some(Due::Tile(path, found)) => {
                 self.tile(path, found);
                 Ok(())
             }
-        };
-        self.trouble = taken.err();
-        self.trouble.is_none()
+            None => Ok(()),
+        }
     }
 
     /// The roots of older trees that end here.
@@ -747,17 +814,16 @@ impl Walk<'_> {
         }
     }
 
-    fn bundle(&mut self, bundle: Bundle) -> io::Result<()> {
+    fn bundle(&mut self, bundle: Bundle, skimmed: &Skimmed) -> io::Result<()> {
         let Bundle {
             place,
             width,
             by_entries,
             by_tile,
             prefixes,
-            entries,
-            bytes,
             suspects,
             findings,
+            ..
         } = bundle;
         self.findings.merge(findings);
         let room = SUSPECTS.saturating_sub(self.suspects.len());
@@ -786,30 +852,38 @@ impl Walk<'_> {
         }
         self.counts.entries += width as u64;
         self.note_roots();
-        for (number, entry) in entries.into_iter().enumerate() {
+        let remarks = match &mut self.shares {
+            Some(shares) => shares.remarks()?,
+            None => Vec::new(),
+        };
+        let mut remarks = remarks.into_iter().peekable();
+        for (number, entry) in skimmed.entries.iter().enumerate() {
+            let remark = remarks.next_if(|remark| remark.number == number);
             // With its length, which comes before it.
             let offset = entry.place.start.saturating_sub(2) as u64;
-            self.entry(entry, &bytes, &|| Place {
+            self.entry(entry, remark, &skimmed.bytes, &|| Place {
                 file_offset: Some(offset),
                 archive_offset: place.archive_offset.map(|at| at + offset),
                 entry: u16::try_from(number).ok(),
                 ..place.clone()
             })?;
         }
-        if let Some(states) = &mut self.states {
-            states.hand_over(&bytes);
-        }
         Ok(())
     }
 
-    fn entry(&mut self, entry: Entry, bundle: &[u8], place: &dyn Fn() -> Place) -> io::Result<()> {
-        let Entry {
-            position,
-            id,
-            content,
-            broken,
-            ..
-        } = entry;
+    fn entry(
+        &mut self,
+        entry: &Entry,
+        remark: Option<Remark>,
+        bundle: &[u8],
+        place: &dyn Fn() -> Place,
+    ) -> io::Result<()> {
+        let (again, outcome) = match remark {
+            Some(remark) => (remark.again, remark.outcome),
+            None => (None, Some(Outcome::Counted)),
+        };
+        let entry = again.as_ref().unwrap_or(entry);
+        let (position, id) = (entry.position, entry.id);
         let bytes = bundle.get(entry.place.clone()).unwrap_or_default();
         self.counts.bytes += bytes.len() as u64;
         let place = || Place {
@@ -817,46 +891,28 @@ impl Walk<'_> {
             event: id,
             ..place()
         };
-        for (kind, message) in broken {
+        for (kind, message) in &entry.broken {
             match kind {
                 Kind::GapRecorded => self.counts.gaps += 1,
                 Kind::KindUnknown => self.counts.unknown += 1,
                 _ => {}
             }
-            self.findings.push(kind, place(), message);
+            self.findings.push(*kind, place(), message.as_str());
         }
-        let (Content::Event(mut read), Some(id)) = (content, id) else {
+        let (Content::Event(read), Some(_), Some(outcome)) = (&entry.content, id, outcome) else {
             return Ok(());
         };
         self.counts.events += 1;
         let time = read.time;
         let (first, last) = self.period.unwrap_or((time, time));
         self.period = Some((first.min(time), last.max(time)));
-        let step = at(position, id, &read);
-        if let Some(states) = &mut self.states {
-            states.take(step, entry.place, &mut read);
-        }
-        let of_repository = matches!(
-            &read.payload,
-            Payload::Whole(p) if matches!(**p, AnyPayload::Gitops(Ok(_)))
-        );
         let subject = read.subject.text(bytes);
-        let outcome = self.folds.apply(
-            step,
-            Fold {
-                key: read.key,
-                subject,
-                bytes: bytes.len(),
-                revision: read.revision,
-                payload: read.payload,
-            },
-        )?;
         let counted = outcome == Outcome::Counted;
         self.observer.event(position, bytes, counted);
         match outcome {
             Outcome::Counted => {
                 self.counts.counted += 1;
-                if of_repository {
+                if read.of == Some(AggregateKind::Gitops) {
                     let project = subject.split('/').next().unwrap_or_default();
                     self.spool.add(project, bytes)?;
                 }
@@ -971,19 +1027,12 @@ impl Walk<'_> {
         entries_hold
     }
 
-    /// Computes the hash over all states where it is asked for, and compares it with what the
-    /// server claims.
-    fn judge_state(&mut self, source: &Source, verified: &mut Verified) -> io::Result<()> {
+    /// Compares the hash over all states with what the server claims.
+    fn judge_state(&mut self, source: &Source, hash: StateHash, verified: &mut Verified) {
         let claim = source.small(STATE);
         let claim = claim.as_deref().map(String::from_utf8_lossy);
-        let Some(states) = self.states.take() else {
-            return Ok(());
-        };
-        let mut sum = states.finish()?;
-        self.folds.add_states_to(&mut sum)?;
-        let hash = sum.hash();
         verified.state_hash = Some(hash);
-        let Some(claim) = claim else { return Ok(()) };
+        let Some(claim) = claim else { return };
         let (position, claimed) = claim.trim_end().split_once(' ').unwrap_or_default();
         verified.claimed_state_hash = Some(claimed.to_owned());
         if position != verified.size.to_string() {
@@ -998,7 +1047,6 @@ impl Walk<'_> {
             self.findings
                 .push(Kind::StateDiffers, Place::file(STATE), message);
         }
-        Ok(())
     }
 
     fn continuity(
