@@ -52,6 +52,9 @@ enum Benchmark {
     Notarise(notarise::Options),
     /// A whole ledger verified offline, against SHA-256 of the same bytes
     Audit(audit::Options),
+    /// One side of that, once: the benchmark starts it
+    #[command(hide = true)]
+    AuditSide(audit::Side),
     /// Deployments whose build and sync do nothing, from request to success
     Orchestrate(orchestrate::Options),
     /// The memory that a long queue of deployments takes while it drains
@@ -80,6 +83,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         Benchmark::Append(options) => append::run(options).await?,
         Benchmark::Notarise(options) => notarise::run(options).await?,
         Benchmark::Audit(options) => audit::run(options).await?,
+        Benchmark::AuditSide(side) => return audit::run_side(&side).map(|()| ExitCode::SUCCESS),
         Benchmark::Orchestrate(options) => orchestrate::run(options).await?,
         Benchmark::Drain(options) => drain::run(options).await?,
         Benchmark::Package(options) => package::run(options).await?,
