@@ -487,6 +487,11 @@ impl Gitops {
 
     /// Whether a commit is an ancestor of another one, as far as the newest commits say so.
     fn is_before(&self, commit: &CommitId, other: &CommitId) -> bool {
+        // Most commits are new, and nobody's parent yet.
+        let is_parent = |r: &RecentCommit| r.parent.as_ref() == Some(commit);
+        if !self.recent.iter().any(is_parent) {
+            return false;
+        }
         let mut at = other;
         for _ in 0..self.recent.len() {
             match self

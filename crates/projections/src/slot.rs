@@ -113,6 +113,8 @@ pub(crate) struct Slot {
     dirty: bool,
     /// Its element in the sum of states is to be replaced.
     stale: bool,
+    /// Its state as it is encoded, if it was since it changed, and its row is still to be written.
+    encoded: Vec<u8>,
     /// The last batch that looked at it.
     touched: u64,
 }
@@ -126,6 +128,9 @@ pub(crate) struct Kept {
     /// What it contributes to the sum of states; none before its first event.
     pub(crate) element: Option<Element>,
 }
+
+/// A state that takes no more bytes is kept encoded from the sum of states to its row.
+const REMEMBERED: usize = 4 << 10;
 
 /// How many aggregates stay decoded between batches.
 const KEPT: usize = 2048;
@@ -176,6 +181,7 @@ impl Slots {
             kept,
             dirty: false,
             stale: false,
+            encoded: Vec::new(),
             touched: self.batch,
         });
         self.numbers.insert(subject.clone(), number);
@@ -189,6 +195,7 @@ impl Slots {
     /// An aggregate that is about to change.
     pub(crate) fn change(&mut self, number: usize) -> &mut State {
         let slot = &mut self.slots[number];
+        slot.encoded.clear();
         if !slot.dirty {
             slot.dirty = true;
             self.dirty.push(number);
@@ -248,9 +255,23 @@ impl Slots {
             if !std::mem::take(&mut slot.stale) {
                 continue;
             }
-            let element = slot.kept.state.element(&slot.subject)?;
-            sum.replace(slot.kept.element, Some(element));
-            slot.kept.element = Some(element);
+            let Slot {
+                subject,
+                kept,
+                dirty,
+                encoded,
+                ..
+            } = slot;
+            through_scratch_to(|scratch| {
+                kept.state.encode(scratch)?;
+                let element = Element::of(subject, scratch);
+                sum.replace(kept.element, Some(element));
+                kept.element = Some(element);
+                if *dirty && scratch.len() <= REMEMBERED {
+                    encoded.extend_from_slice(scratch);
+                }
+                Ok(())
+            })?;
         }
         Ok(())
     }
@@ -281,10 +302,19 @@ impl Slots {
 impl Slot {
     /// The row of this aggregate, with which its element in a sum of states is brought up to date.
     pub(crate) fn row(&mut self, sum: &mut Sum) -> Result<IVec, TableError> {
-        let Self { subject, kept, .. } = self;
+        let Self {
+            subject,
+            kept,
+            encoded,
+            ..
+        } = self;
         let stale = std::mem::take(&mut self.stale);
         through_scratch(|scratch| {
-            kept.state.encode(scratch)?;
+            if encoded.is_empty() {
+                kept.state.encode(scratch)?;
+            } else {
+                scratch.extend_from_slice(&std::mem::take(encoded));
+            }
             if stale {
                 let element = Element::of(subject, scratch);
                 sum.replace(kept.element, Some(element));

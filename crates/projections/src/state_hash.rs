@@ -9,7 +9,9 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::OnceLock;
 
+use blake3::hazmat::{ContextKey, HasherExt};
 use daybook_events::{AnyFolded, Subject};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -25,6 +27,16 @@ const LANES: usize = 1024;
 const ELEMENT: &str = "daybook 2026 state element 1";
 const SPREAD: &str = "daybook 2026 state spread 1";
 const SUM: &str = "daybook 2026 state hash 1";
+
+/// A context takes a hash of its own to be made into a key.
+static ELEMENT_KEY: OnceLock<ContextKey> = OnceLock::new();
+static SPREAD_KEY: OnceLock<ContextKey> = OnceLock::new();
+
+fn hasher(key: &OnceLock<ContextKey>, context: &str) -> blake3::Hasher {
+    blake3::Hasher::new_from_context_key(
+        key.get_or_init(|| blake3::hazmat::hash_derive_key_context(context)),
+    )
+}
 
 /// A hash over the states of all aggregates at a position. Whoever folds the same events with the
 /// same version of Daybook's states has the same one.
@@ -107,7 +119,7 @@ impl Element {
     /// The element of an aggregate with this folded state, as it is encoded in its row.
     pub(crate) fn of(subject: &Subject, folded: &[u8]) -> Self {
         let subject = subject.to_string();
-        let mut hash = blake3::Hasher::new_derive_key(ELEMENT);
+        let mut hash = hasher(&ELEMENT_KEY, ELEMENT);
         hash.update(&(subject.len() as u64).to_le_bytes());
         hash.update(subject.as_bytes());
         hash.update(folded);
@@ -116,7 +128,7 @@ impl Element {
 
     fn spread(self) -> [u8; 2 * LANES] {
         let mut bytes = [0; 2 * LANES];
-        let mut hash = blake3::Hasher::new_derive_key(SPREAD);
+        let mut hash = hasher(&SPREAD_KEY, SPREAD);
         hash.update(&self.0);
         hash.finalize_xof().fill(&mut bytes);
         bytes
@@ -153,7 +165,7 @@ impl Sum {
         }
     }
 
-    fn each(&mut self, element: Element, change: fn(u16, u16) -> u16) {
+    fn each(&mut self, element: Element, change: impl Fn(u16, u16) -> u16) {
         let spread = element.spread();
         let (pairs, _) = spread.as_chunks::<2>();
         for (lane, pair) in self.0.iter_mut().zip(pairs) {
