@@ -11,6 +11,7 @@ mod lifecycle;
 mod lines;
 mod projects;
 mod reads;
+mod repeatable;
 mod shutdown;
 mod streams;
 mod support;

@@ -332,7 +332,7 @@ impl Server {
     }
 
     /// What the route worker does once a deployment is ready.
-    async fn assign(&self, id: DeploymentId) -> u32 {
+    pub async fn assign(&self, id: DeploymentId) -> u32 {
         let projections = self.ledger.projections();
         let state = projections.deployment(id).unwrap().unwrap().state;
         let instance = state.request.instance.clone();
@@ -343,7 +343,7 @@ impl Server {
                 deployment: id,
                 instance: instance.clone(),
                 status: state.status,
-                ready: state.workload_is_ready(),
+                ready: state.serves(),
             },
             hostnames: Hostnames::under(&domain, &instance, id, live).unwrap(),
             take_over: state.request.switch == SwitchMode::Automatic,
@@ -411,7 +411,7 @@ pub fn build_of(id: DeploymentId) -> BuildId {
     BuildId::derived(id.0, "build")
 }
 
-fn context(id: DeploymentId) -> Context {
+pub fn context(id: DeploymentId) -> Context {
     Context {
         id: EventId(Uuid::now_v7()),
         time: Timestamp::now(),
