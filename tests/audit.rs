@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use daybook_store::tlog::{Checkpoint, SignerKey};
+use daybook_testkit::judge::TlogJudge;
+use daybook_testkit::left_out;
 use serde_json::{Value, json};
 
 use crate::support::{Done, Server, Settings, daybook, site, until};
@@ -51,6 +53,49 @@ fn replaced(from: &Path, to: &Path, old: &str, new: &str) {
     fs::write(to, bytes).unwrap();
 }
 
+/// Has a program that has nothing of Daybook judge what is served and what was exported, as it is
+/// and with a byte changed.
+fn judged(server: &Server, unpacked: &Path) {
+    let key = keys(server, "show").remove(0);
+    let origin = key.split('+').next().unwrap();
+    let Some(judge) = TlogJudge::find(origin, &key) else {
+        return left_out("tlog-judge is not there; `cargo xtask tools judge` builds it");
+    };
+    let served = format!("{}/tlog", server.url());
+    let folder = server.folder().data().join("tlog");
+    for (at, files) in [
+        (served.as_str(), &*folder),
+        (unpacked.to_str().unwrap(), unpacked),
+    ] {
+        let said = judge.log(at);
+        // Tiles of older sizes stay published; the tree of this one has those of its own.
+        let size = said.expect(at).split(' ').nth(3).unwrap().to_owned();
+        assert!(size.parse::<u64>().unwrap() < 256, "{size}");
+        let mut tiles = Vec::new();
+        let mut folders = vec![files.join("tile")];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                match path.is_dir() {
+                    true => folders.push(path),
+                    false => tiles.push(path),
+                }
+            }
+        }
+        tiles.retain(|tile| tile.ends_with(&size));
+        assert_eq!(tiles.len(), 2, "{tiles:?}");
+        for tile in tiles {
+            let good = fs::read(&tile).unwrap();
+            let mut bad = good.clone();
+            bad[good.len() / 2] ^= 1;
+            fs::write(&tile, bad).unwrap();
+            let said = judge.log(at);
+            assert!(said.is_err(), "{}: {said:?}", tile.display());
+            fs::write(&tile, good).unwrap();
+        }
+    }
+}
+
 #[test]
 fn an_auditor_gets_from_one_file_to_a_verdict() {
     let mut server = Server::start(Settings::default());
@@ -93,6 +138,14 @@ fn an_auditor_gets_from_one_file_to_a_verdict() {
     let done = auditor(&server, &["audit", "verify"]);
     assert_eq!(done.code, 0, "{done:?}");
 
+    // Programs of others say the same of what is served, and of what was exported.
+    let unpacked = server.folder().path().join("unpacked");
+    fs::create_dir(&unpacked).unwrap();
+    let bytes = fs::read(&export).unwrap();
+    tar::Archive::new(&bytes[..]).unpack(&unpacked).unwrap();
+    signed(&server);
+    judged(&server, &unpacked);
+
     // The rest needs no server.
     let data = server.folder().data();
     let keys = Done::of(daybook().args(["keys", "show", "--data", data.to_str().unwrap()]));
@@ -130,6 +183,47 @@ fn an_auditor_gets_from_one_file_to_a_verdict() {
     assert_eq!(done.code, 0, "{done:?}");
     let done = auditor(&["audit", "report", "population", file]);
     assert!(done.stdout.contains(&first), "{}", done.stdout);
+    let csv = folder.join("population.csv");
+    let to = csv.to_str().unwrap();
+    let done = auditor(&["audit", "report", "population", file, "--csv", to]);
+    assert_eq!(done.code, 0, "{done:?}");
+    let csv = fs::read_to_string(csv).unwrap();
+    let mut lines = csv.lines();
+    assert!(
+        lines.next().unwrap().starts_with("# report population"),
+        "{csv}"
+    );
+    let rows: Vec<&str> = lines.filter(|line| !line.starts_with('#')).collect();
+    assert!(rows.len() == 2 && rows[1].contains(&first), "{csv}");
+    // An older checkpoint is the beginning of it, and one of another ledger is not.
+    let checkpoint = unpacked.join("checkpoint");
+    let then = checkpoint.to_str().unwrap();
+    let done = auditor(&["audit", "consistency", then, file, "--output", "json"]);
+    assert_eq!(done.code, 0, "{done:?}");
+    let size = verdict["size"].as_u64().unwrap();
+    assert_eq!(done.json_document()["size"], size, "{done:?}");
+    let other = folder.join("checkpoint-of-others");
+    let text = fs::read_to_string(&checkpoint).unwrap();
+    fs::write(&other, text.replacen(&format!("\n{size}\n"), "\n1\n", 1)).unwrap();
+    let done = auditor(&["audit", "consistency", other.to_str().unwrap(), file]);
+    assert_eq!(done.code, 8, "{done:?}");
+    // What changed from nothing to now: the deployment runs.
+    let now = size.to_string();
+    let diff = |before: &str, after: &str| {
+        let done = auditor(&["audit", "diff", before, after, file, "--output", "json"]);
+        assert_eq!(done.code, 0, "{done:?}");
+        done.json_document()
+    };
+    let changes = diff("0", &now);
+    let of_it = |c: &Value| c["what"].as_str().unwrap().contains(&first) && c["before"].is_null();
+    let listed = changes["changes"].as_array().unwrap();
+    assert!(listed.iter().any(of_it), "{changes}");
+    assert_eq!(diff(&now, &now)["changes"], json!([]));
+    let beyond = (size + 1).to_string();
+    let done = auditor(&["audit", "diff", "0", &beyond, file]);
+    assert_eq!(done.code, 4, "{done:?}");
+    let done = auditor(&["audit", "diff", "2", "1", file]);
+    assert_eq!(done.code, 2, "{done:?}");
 
     // One changed character, anywhere, and it does not hold.
     let changed = folder.join("changed.tar");

@@ -246,3 +246,61 @@ fn a_stream_made_anew_on_nats_is_noticed_by_every_process_and_repaired() {
     server.check_replay();
     running.stop();
 }
+
+/// A process that shares nothing with the notary but the network.
+#[test]
+fn a_process_on_another_machine_is_told_over_http() {
+    let Some(binary) = NatsBinary::installed().pop().or_else(NatsBinary::newest) else {
+        daybook_testkit::left_out("a tree over HTTP: there is no nats-server");
+        return;
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let nats = runtime.block_on(NatsServer::start(&binary));
+    let server = Server::start(Settings::default().env("DAYBOOK_NATS", nats.url()));
+    server.ok(&["project", "create", "shop"]);
+    let size = signed(&server);
+
+    let elsewhere = Settings {
+        roles: Some("api"),
+        ..Settings::default()
+    };
+    let elsewhere = elsewhere
+        .env("DAYBOOK_NATS", nats.url())
+        .arg("--tlog-url")
+        .arg(format!("{}/tlog", server.url()));
+    let other = Server::start(elsewhere);
+    assert!(signed(&other) >= size);
+    // What it answers says so too, and it serves the same tree.
+    let projects = get(&other, "/api/v1/projects");
+    assert!(projects.headers.contains_key("daybook-tree-root"));
+    let keys = get(&server, "/tlog/keys");
+    assert_eq!(get(&other, "/tlog/keys").body, keys.body);
+    let body = json!({ "name": "blog" });
+    assert_eq!(other.post("/api/v1/projects", &body, None).status, 201);
+
+    runtime.block_on(async {
+        let client = async_nats::connect(nats.url()).await.unwrap();
+        let streams = async_nats::jetstream::new(client);
+        let config = streams.get_stream("DAYBOOK").await.unwrap();
+        let config = config.cached_info().config.clone();
+        streams.delete_stream("DAYBOOK").await.unwrap();
+        streams.create_stream(config).await.unwrap();
+    });
+    until("the other process is told", || {
+        let report = other.read("/api/v1/ledger");
+        (report["condition"]["code"] == "log_replaced").then_some(())
+    });
+    let body = json!({ "name": "cart" });
+    let refused = other.post("/api/v1/projects", &body, None);
+    assert_eq!(
+        refused.json()["code"],
+        "appends_stopped",
+        "{}",
+        refused.body
+    );
+    // The server that said so is gone: what was broken is still broken.
+    drop(server);
+    let ready = get(&other, "/readyz");
+    assert_eq!(ready.status, 503, "{}", ready.body);
+    assert!(ready.body.contains("log_replaced"), "{}", ready.body);
+}

@@ -2,10 +2,13 @@
 
 use daybook_testkit::git::SourceRepository;
 use daybook_testkit::nats::{NatsBinary, NatsServer};
+use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Process, Server, Settings, application, processes_of, replace_flags, until};
+use crate::support::{
+    Process, Server, Settings, application, processes_of, replace_flags, request, until,
+};
 
 const INSTANCE: &str = "shop.production.web";
 const HOST: &str = "web.shop.localhost";
@@ -292,4 +295,131 @@ fn reports_the_poison(server: &Server) {
         .iter()
         .find(|e| e["bytes"].is_string());
     assert!(first.is_some(), "{page}");
+}
+
+/// An envelope of a kind that only a later version knows.
+fn of_a_later_version() -> (String, Vec<u8>) {
+    let id = "01890a5d-ac96-774b-bcce-b302099a8057";
+    let event = json!({
+        "specversion": "1.0",
+        "id": "01890a5d-ac96-774b-bcce-b302099a8058",
+        "source": "/projects/shop",
+        "type": "dev.daybook.build.noted.v9",
+        "subject": format!("shop/_/build/{id}"),
+        "time": "2026-01-02T03:04:05Z",
+        "recordedtime": "2026-01-02T03:04:05Z",
+        "datacontenttype": "application/json",
+        "revision": 1,
+        "correlationid": id,
+        "authtype": "system",
+        "authid": "later",
+        "data": { "what": "nobody knows yet" },
+    });
+    let subject = format!("daybook.ev.shop._.build.{id}");
+    (subject, event.to_string().into_bytes())
+}
+
+#[test]
+fn events_of_a_later_version_are_kept_shown_counted_and_skipped() {
+    on_each(|runtime, nats| {
+        let server = Server::start(Settings::default().env("DAYBOOK_NATS", nats.url()));
+        let source = application("--text one");
+        server.define("shop", "web", &source, &[]);
+        let (subject, bytes) = of_a_later_version();
+        runtime.block_on(async {
+            let client = async_nats::connect(nats.url()).await.unwrap();
+            let jetstream = async_nats::jetstream::new(client);
+            let sent = jetstream.publish(subject, bytes.into()).await.unwrap();
+            sent.await.unwrap();
+        });
+        let id = server.deploy(INSTANCE, &[]);
+        server.get_from(HOST, "/", &id);
+
+        let ready = server.read("/readyz");
+        assert_eq!(ready["ready"], json!(true), "{ready}");
+        let metrics = format!("{}/metrics", server.url());
+        let metrics = request(Method::GET, &metrics, &[], None).unwrap().body;
+        let counted = "daybook_events_folded_total{outcome=\"unknown\"} 1\n";
+        assert!(metrics.contains(counted), "{metrics}");
+        let replayed = server.json(&["replay", "--quiet"]);
+        assert_eq!(replayed["same"], json!(true), "{replayed}");
+        assert_eq!(replayed["unknown"], json!(1), "{replayed}");
+        assert_eq!(replayed["unreadable"], json!(0), "{replayed}");
+        let audit = server.read("/api/v1/audit?kind=build.noted.v9");
+        let rows = audit["audit"].as_array().unwrap();
+        assert_eq!(rows.len(), 1, "{audit}");
+        assert_eq!(rows[0]["void"]["code"], "unknown", "{audit}");
+        let events = server.events();
+        let kept = events
+            .iter()
+            .find(|e| e["event"]["type"] == "dev.daybook.build.noted.v9");
+        assert_eq!(kept.unwrap()["event"]["data"]["what"], "nobody knows yet");
+    });
+}
+
+/// A stream with an event that is gone, as old servers leave one when an account is full: nobody
+/// was told that it was stored.
+#[test]
+fn projections_are_rebuilt_past_an_event_that_was_lost() {
+    let Some(binary) = binaries().pop() else {
+        return;
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let nats = runtime.block_on(NatsServer::start(&binary));
+    let rebuild = |data: &std::path::Path| {
+        let mut command = crate::support::daybook();
+        command
+            .args(["projections", "rebuild", "--output", "json", "--nats"])
+            .arg(nats.url())
+            .arg("--data")
+            .arg(data);
+        crate::support::Done::of(&mut command)
+    };
+    // Makes the stream.
+    let empty = tempfile::tempdir().unwrap();
+    assert_eq!(rebuild(empty.path()).json()["position"], 0);
+    runtime.block_on(async {
+        let client = async_nats::connect(nats.url()).await.unwrap();
+        let jetstream = async_nats::jetstream::new(client);
+        let stream = jetstream.get_stream("DAYBOOK").await.unwrap();
+        let config = stream.cached_info().config.clone();
+        jetstream.delete_stream("DAYBOOK").await.unwrap();
+        let lax = async_nats::jetstream::stream::Config {
+            deny_delete: false,
+            ..config.clone()
+        };
+        let stream = jetstream.create_stream(lax).await.unwrap();
+        for _ in 0..5 {
+            let (subject, bytes) = of_a_later_version();
+            let sent = jetstream.publish(subject, bytes.into()).await.unwrap();
+            sent.await.unwrap();
+        }
+        stream.delete_message(3).await.unwrap();
+        jetstream.update_stream(config).await.unwrap();
+    });
+    // Without a notary that records it, nobody knows that it is only a gap.
+    let refused = rebuild(empty.path());
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(
+        format!("{refused:?}").contains("rebuild_failed"),
+        "{refused:?}"
+    );
+
+    let env = [("DAYBOOK_NATS".to_owned(), nats.url().to_owned())];
+    let mut server = Server::start(Settings::default().env("DAYBOOK_NATS", nats.url()));
+    let second = Process::start(server.folder(), &["serve", "--role", "build"], &env);
+    server.ok(&["project", "create", "shop"]);
+    until("everything is signed", || {
+        let report = server.read("/api/v1/ledger");
+        (report["head"] == report["signed"]["size"]).then_some(())
+    });
+    let before = server.json(&["projections", "show"]);
+    assert!(second.stop().success());
+    server.stop();
+    let data = server.folder().data();
+    assert!(data.join("projections-2").is_dir());
+    let done = rebuild(&data);
+    assert_eq!(done.code, 0, "{done:?}");
+    let rebuilt = done.json();
+    assert_eq!(rebuilt["digest"], before["digest"], "{rebuilt} {before}");
 }

@@ -3,6 +3,7 @@
 
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::DeploymentEvent;
+use daybook_events::domain::DomainEvent;
 use daybook_events::environment::EnvironmentEvent;
 use daybook_events::gitops::GitopsEvent;
 use daybook_events::ledger::LedgerEvent;
@@ -26,5 +27,6 @@ fuzz_target!(|data: &[u8]| {
     let _ = event.payload::<DeploymentEvent>();
     let _ = event.payload::<GitopsEvent>();
     let _ = event.payload::<RoutingEvent>();
+    let _ = event.payload::<DomainEvent>();
     let _ = event.payload::<LedgerEvent>();
 });

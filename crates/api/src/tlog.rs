@@ -74,7 +74,15 @@ pub(crate) async fn keys(
     Ok((headers, keys).into_response())
 }
 
-/// A tile or an entry bundle.
+/// A tile of the tree, or a bundle of entries: `0/x001/067`, `entries/000.p/17`. C2SP `tlog-tiles`
+/// says how the paths are made. They may be kept for ever.
+#[utoipa::path(get, path = "/tlog/tile/{path}", tag = "ledger",
+    params(("path" = String, Path,
+        description = "Level or `entries`, and the index in groups of three digits, with slashes.")),
+    responses(
+        (status = 200, description = "Its hashes or entries.", body = String,
+            content_type = "application/octet-stream"),
+        (status = 404, description = "The published tree has no such tile.")))]
 pub(crate) async fn tile(
     State(state): State<AppState>,
     Path(rest): Path<String>,

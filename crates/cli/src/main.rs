@@ -17,6 +17,7 @@ mod output;
 mod remote;
 mod roles;
 mod scratch;
+mod served_tree;
 
 use std::process::ExitCode;
 

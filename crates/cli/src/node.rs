@@ -49,6 +49,7 @@ use crate::gitops_remotes::GitopsRemoteArgs;
 use crate::kubernetes::{Carer, Kubernetes};
 use crate::roles::Role;
 use crate::scratch::Scratch;
+use crate::served_tree::ServedTree;
 
 /// The key that GitOps commits are signed with, in the data folder.
 pub const GITOPS_KEY: &str = "keys/gitops";
@@ -96,10 +97,14 @@ pub struct NodeOptions {
     pub templates: Option<PathBuf>,
     /// Where the signed tree is published; below the data folder if not named.
     pub tlog: Option<PathBuf>,
+    /// Where a server on another machine publishes it, for a node without the notary.
+    pub tlog_url: Option<String>,
     /// Where its keys are; below the data folder if not named.
     pub tlog_keys: Option<PathBuf>,
     /// The ledger's name for auditors, for when its first key is made.
     pub origin: Option<String>,
+    /// How many old events a second the notary compares with what was signed.
+    pub sweep_rate: u32,
     /// The key that GitOps commits are signed with, if not the one in the data folder.
     pub gitops_key: Option<PathBuf>,
     /// How often GitOps repositories are looked over for commits of others.
@@ -137,8 +142,10 @@ impl NodeOptions {
             keep_old: KeepFor::OLD,
             templates: None,
             tlog: None,
+            tlog_url: None,
             tlog_keys: None,
             origin: None,
+            sweep_rate: NotaryOptions::default().sweep_rate,
             gitops_key: None,
             gitops_watch: Duration::from_secs(15),
             gitops_remotes: GitopsRemoteArgs::default(),
@@ -306,11 +313,22 @@ impl Node {
         let mut warnings = info.warnings;
         // Before anything is appended the log is compared with what was signed.
         let tlog = options.tlog_folder(&data);
+        if has(Role::Notary) && options.tlog_url.is_some() {
+            return Err(wrong(
+                "notary_elsewhere",
+                "this process runs the notary, which publishes in a folder of its own",
+                "leave --tlog-url out, or the role `notary`",
+            ));
+        }
         let (tree, origin): (Arc<dyn PublishedTree>, _) = if has(Role::Notary) {
             let keys = ledger_keys(&options, &data)?;
             let origin = keys.origin().to_owned();
             let storage = Arc::new(FolderStorage::new(tlog));
-            let notary = Notary::open(log.clone(), storage, keys, NotaryOptions::default())
+            let how = NotaryOptions {
+                sweep_rate: options.sweep_rate,
+                ..NotaryOptions::default()
+            };
+            let notary = Notary::open(log.clone(), storage, keys, how)
                 .await
                 .map_err(|e| {
                     Failure::new(Code::Failure, "notary_unusable", with_causes(&e))
@@ -323,8 +341,21 @@ impl Node {
                 parts.clone(),
             )));
             (tree, Some(origin))
+        } else if let Some(url) = &options.tlog_url {
+            let served = ServedTree::open(url).await?;
+            tasks.push(tokio::spawn(served.clone().follow(foundations.clone())));
+            (served, None)
         } else {
-            (Arc::new(FolderTree::new(tlog)), None)
+            let folder = tlog.display().to_string();
+            let tree = FolderTree::new(tlog);
+            if tree.head().is_none() {
+                warnings.push(format!(
+                    "no notary has published anything in {folder} yet. If it runs on another \
+                     machine, name its tree with --tlog-url: until then nothing is said of the \
+                     ledger here, and appends go on whatever the notary finds"
+                ));
+            }
+            (Arc::new(tree), None)
         };
         if let TreeCondition::Broken(breach) = tree.condition() {
             warnings.push(format!(
@@ -748,6 +779,15 @@ fn masked(
     Arc::new(MaskedLines::new(lines, secrets.clone(), project_of))
 }
 
+/// Where the processes that share a data folder have their projections: the first one that is not
+/// in use is the next one's.
+pub fn projection_folders(data: &Path) -> impl Iterator<Item = PathBuf> {
+    (1..=64).map(|n| match n {
+        1 => data.join("projections"),
+        n => data.join(format!("projections-{n}")),
+    })
+}
+
 /// Projections are this process's own; several processes may share a data folder.
 fn open_projections(data: &Path, options: &NodeOptions) -> Result<Projections, Failure> {
     let unusable = |e: &OpenError| {
@@ -758,13 +798,8 @@ fn open_projections(data: &Path, options: &NodeOptions) -> Result<Projections, F
         return Projections::open(&data.join("projections")).map_err(|e| unusable(&e));
     }
     let mut last = None;
-    for n in 1..=64 {
-        let name = if n == 1 {
-            "projections".to_owned()
-        } else {
-            format!("projections-{n}")
-        };
-        match Projections::open(&data.join(name)) {
+    for folder in projection_folders(data) {
+        match Projections::open(&folder) {
             Ok(p) => return Ok(p),
             Err(e @ OpenError::InUse) => last = Some(e),
             Err(e) => return Err(unusable(&e)),

@@ -2,15 +2,18 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use daybook_events::EventLog;
+use daybook_events::testing::fleet::choices;
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLog};
 use daybook_store::tlog::{FolderStorage, KeyRing, SignedNote, TreeReader};
-use daybook_testkit::judge::TlogJudge;
+use daybook_testkit::judge::{TlogJudge, Verdict};
 use daybook_testkit::left_out;
 use tempfile::TempDir;
 
@@ -65,6 +68,13 @@ async fn honest_logs_pass_at_every_size_at_which_something_changes() {
         assert_eq!(said, Ok(format!("a log of {size} entries")));
         let note = std::fs::read(tiles.join("checkpoint")).unwrap();
         std::fs::write(file(&format!("checkpoint-{size}")), &note).unwrap();
+        if [257, 65_537].contains(&size) {
+            // The notary would stop if it saw what becomes of its folder.
+            let copy = file(&format!("copy-{size}"));
+            let copied = Command::new("cp").arg("-a").arg(&tiles).arg(&copy).status();
+            assert!(copied.unwrap().success());
+            no_draw_goes_unnoticed(&judge, &copy, size);
+        }
         let reader = TreeReader::new(&storage, size);
         for index in [0, size / 2, size.saturating_sub(1)] {
             if size == 0 {
@@ -75,6 +85,9 @@ async fn honest_logs_pass_at_every_size_at_which_something_changes() {
             std::fs::write(file("entry"), reader.entry(index).await.unwrap()).unwrap();
             let said = judge.inclusion(&file("proof"), &file("entry"));
             assert_eq!(said, Ok(format!("entry {index} of {size}")));
+            let inclusion = || judge.inclusion(&file("proof"), &file("entry"));
+            no_byte_of_it_can_be_changed(&file("proof"), &inclusion);
+            no_byte_of_it_can_be_changed(&file("entry"), &inclusion);
         }
         if let Some(old) = before.filter(|old| *old > 0) {
             let proof = reader.consistency(old).await.unwrap();
@@ -83,6 +96,9 @@ async fn honest_logs_pass_at_every_size_at_which_something_changes() {
             let checkpoint = |size| file(&format!("checkpoint-{size}"));
             let said = judge.consistency(&checkpoint(old), &checkpoint(size), &file("consistency"));
             assert_eq!(said, Ok(format!("{size} entries extend {old}")));
+            no_byte_of_it_can_be_changed(&file("consistency"), &|| {
+                judge.consistency(&checkpoint(old), &checkpoint(size), &file("consistency"))
+            });
         }
         before = Some(size);
     }
@@ -90,9 +106,82 @@ async fn honest_logs_pass_at_every_size_at_which_something_changes() {
 }
 
 fn flip(file: &Path, offset: usize) {
+    change(file, offset, 1);
+}
+
+fn change(file: &Path, offset: usize, mask: u8) {
     let mut bytes = std::fs::read(file).unwrap();
-    bytes[offset] ^= 1;
+    bytes[offset] ^= mask;
     std::fs::write(file, bytes).unwrap();
+}
+
+/// In text, changes letters by more than the bits of base64 that mean nothing, and line ends to
+/// something else than white space.
+const IN_TEXT: u8 = 0x20;
+
+/// Some bytes all over a proof or an entry.
+fn no_byte_of_it_can_be_changed(file: &Path, judged: &dyn Fn() -> Verdict) {
+    let len = std::fs::read(file).unwrap().len();
+    for offset in (0..len).step_by(len.div_ceil(24).max(1)) {
+        change(file, offset, IN_TEXT);
+        let said = judged();
+        let name = file.display();
+        assert!(said.is_err(), "{name} at {offset} of {len}: {said:?}");
+        change(file, offset, IN_TEXT);
+    }
+    assert!(judged().is_ok());
+}
+
+/// All files of a published tree.
+fn published(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.join("tile")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found.push(folder.join("checkpoint"));
+    found
+}
+
+/// Draws places in a log: in every file of a small one, in some of a large one.
+fn no_draw_goes_unnoticed(judge: &TlogJudge, folder: &Path, size: u64) {
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let seed = seed.as_nanos() as u64;
+    let mut choose = choices(seed);
+    let files = published(folder);
+    let drawn: Vec<&PathBuf> = match size {
+        257 => files.iter().cycle().take(4 * files.len()).collect(),
+        _ => {
+            let count = u32::try_from(files.len()).unwrap();
+            (0..24).map(|_| &files[choose(count) as usize]).collect()
+        }
+    };
+    for file in drawn {
+        let len = std::fs::read(file).unwrap().len();
+        let offset = choose(u32::try_from(len).unwrap()) as usize;
+        let mask = match file.ends_with("checkpoint") {
+            true => IN_TEXT,
+            false => 1 << choose(8),
+        };
+        change(file, offset, mask);
+        let said = judge.log(folder.to_str().unwrap());
+        let name = file.display();
+        assert!(
+            said.is_err(),
+            "{name} at {offset}, drawn with {seed}: {said:?}"
+        );
+        change(file, offset, mask);
+    }
+    let said = judge.log(folder.to_str().unwrap());
+    assert_eq!(said, Ok(format!("a log of {size} entries")));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

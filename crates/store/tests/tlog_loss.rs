@@ -430,9 +430,9 @@ async fn a_gap_is_recorded_and_readers_go_past_it() {
         let guarded = GuardedLog::new(log.clone(), notary.tree.clone());
         let all = SubjectFilter::default();
         let events = guarded.tail(Position::ZERO, all.clone()).await.unwrap();
-        let positions = events.take(4).map(|event| event.unwrap().position.0);
+        let positions = events.take(5).map(|event| event.unwrap().position.0);
         let positions = tokio::time::timeout(PATIENCE, positions.collect::<Vec<_>>());
-        assert_eq!(positions.await.unwrap(), [1, 2, 4, 5]);
+        assert_eq!(positions.await.unwrap(), [1, 2, 3, 4, 5]);
         notary.signed(5).await;
         let published = Published(notary.tree.clone());
         let entry = TreeReader::new(&published, 5).entry(2).await.unwrap();
@@ -440,9 +440,24 @@ async fn a_gap_is_recorded_and_readers_go_past_it() {
         let read = guarded.read(Position::ZERO, &all, 3).await.unwrap();
         assert_eq!(
             read.iter().map(|e| e.position.0).collect::<Vec<_>>(),
-            [1, 2, 4]
+            [1, 2, 3]
         );
-        assert_eq!(guarded.get(Position(3)).await.unwrap(), None);
+        let rest = guarded.read(Position(2), &all, 9).await.unwrap();
+        assert_eq!(
+            rest.iter().map(|e| e.position.0).collect::<Vec<_>>(),
+            [3, 4, 5]
+        );
+        // Of no aggregate, and nothing that can be read as an event.
+        let instead = guarded.get(Position(3)).await.unwrap().unwrap();
+        assert_eq!(instead, read[2]);
+        assert_eq!(instead.subject.kind(), None);
+        assert!(instead.event().is_err());
+        let builds = SubjectFilter {
+            aggregate: Some(daybook_events::AggregateKind::Build),
+            ..all.clone()
+        };
+        let builds = guarded.read(Position::ZERO, &builds, 9).await.unwrap();
+        assert_eq!(builds.len(), 4);
         // A restart and the comparisons find nothing wrong with it.
         notary.stop().await;
         let notary = ledger.notary(&log).await;
@@ -457,6 +472,10 @@ async fn a_gap_is_recorded_and_readers_go_past_it() {
         let done = repair(&storage, &ledger.keys, &*new).await.unwrap();
         assert_eq!((done.restored, done.gaps), (6, 1));
         let gap = new.get(Position(3)).await.unwrap().unwrap();
+        assert_eq!(
+            (&gap.subject, &gap.bytes),
+            (&instead.subject, &instead.bytes)
+        );
         assert_eq!(gap.subject.kind(), None);
         ledger.sign(&new, 10).await;
     }

@@ -73,6 +73,16 @@ fn nightly() -> Result<PathBuf, Failure> {
         .to_owned())
 }
 
+/// What a target starts from, beside what was found before in fuzz/corpus: whole inputs, as a mutation
+/// rarely makes an envelope or an archive.
+fn seeds(target: &str) -> Option<PathBuf> {
+    let seeds = match target {
+        "event" => root().join("crates/events/tests/golden"),
+        other => root().join("fuzz/seeds").join(other),
+    };
+    seeds.is_dir().then_some(seeds)
+}
+
 fn fuzz(targets: &[&str], seconds: u32) -> Result<(), Failure> {
     let program = tools::cargo_fuzz()?;
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -80,13 +90,18 @@ fn fuzz(targets: &[&str], seconds: u32) -> Result<(), Failure> {
     let path = std::env::join_paths(folders).map_err(|e| e.to_string())?;
     for target in targets {
         eprintln!("\n=== {target}");
+        // What is found goes into the first folder; the seeds are only read.
+        let corpus = root().join("fuzz/corpus").join(target);
+        std::fs::create_dir_all(&corpus)?;
         run_command(
             Command::new(&program)
                 .current_dir(root())
                 .env("PATH", &path)
                 .env_remove("RUSTUP_TOOLCHAIN")
                 .env_remove("CARGO")
-                .args(["fuzz", "run", "--fuzz-dir", "fuzz", target, "--"])
+                .args(["fuzz", "run", "--fuzz-dir", "fuzz", target])
+                .args([Some(corpus), seeds(target)].into_iter().flatten())
+                .arg("--")
                 .arg(format!("-max_total_time={seconds}"))
                 .args([MEMORY, "-timeout=20", "-max_len=65536"]),
         )?;

@@ -27,7 +27,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Router, routing};
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa::openapi::OpenApi;
-use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 use utoipa_axum::routes;
 
 use crate::extract::not_found;
@@ -37,7 +37,7 @@ use crate::{consistency, git, hosts, metrics, openapi, page, tlog};
 
 /// The routes with their description, which still lacks its schemas.
 pub(crate) fn described() -> (Router<AppState>, OpenApi) {
-    OpenApiRouter::with_openapi(openapi::frame())
+    let (router, mut document) = OpenApiRouter::with_openapi(openapi::frame())
         .routes(routes!(projects::list_projects, projects::create_project))
         .routes(routes!(projects::get_project))
         .routes(routes!(projects::list_services))
@@ -121,7 +121,12 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(gitops::revert_commit))
         .routes(routes!(git::advertise))
         .routes(routes!(git::upload_pack))
-        .split_for_parts()
+        .split_for_parts();
+    // Its address has slashes, which OpenAPI has no way to say: it is described here, and routed
+    // below.
+    let (_, tiles, _): UtoipaMethodRouter<AppState> = routes!(tlog::tile);
+    document.paths.paths.extend(tiles.paths);
+    (router, document)
 }
 
 /// The whole interface over a state.

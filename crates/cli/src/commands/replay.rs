@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use daybook_events::{EventLog, Position};
+use daybook_projections::replay::ReplayError;
 use daybook_projections::{Moment, Projections, replay};
+use daybook_store::tlog::{FolderTree, GuardedLog};
 use serde_json::{Value, json};
 
 use super::{Outcome, ServerArgs};
@@ -212,21 +214,31 @@ pub async fn projections(command: ProjectionsCommand) -> Outcome {
             options.nats = nats;
             let data = options.data.clone();
             let (log, _) = crate::node::open_log(&options, &data).await?;
+            // Where an event was lost, the tree says whether that is recorded.
+            let tree = FolderTree::new(options.tlog_folder(&data));
+            let log: Arc<dyn EventLog> = Arc::new(GuardedLog::at_rest(log, Arc::new(tree)));
             let begun = Instant::now();
             let head = log
                 .head()
                 .await
                 .map_err(|e| Failure::new(Code::Failure, "log_unavailable", e.to_string()))?;
             let bar = progress_bar(head.0);
-            let rebuilt =
-                replay::rebuild(&data.join("projections"), &log, |p| bar.set_position(p.0))
-                    .await
-                    .map_err(|e| {
-                        let text = daybook_events::with_causes(&e);
-                        Failure::new(Code::Failure, "rebuild_failed", text).hint(
-                            "stop `daybook up` first; nothing may use the data folder meanwhile",
-                        )
-                    })?;
+            let failed = |e: ReplayError| {
+                let text = daybook_events::with_causes(&e);
+                Failure::new(Code::Failure, "rebuild_failed", text)
+                    .hint("stop `daybook up` first; nothing may use the data folder meanwhile")
+            };
+            let mut folders = crate::node::projection_folders(&data);
+            let first = folders.next().unwrap_or_else(|| data.join("projections"));
+            let rebuilt = replay::rebuild(&first, &log, |p| bar.set_position(p.0)).await;
+            let rebuilt = rebuilt.map_err(failed)?;
+            // Those of further processes that shared the folder.
+            let mut others = 0;
+            for folder in folders.filter(|folder| folder.is_dir()) {
+                let rebuilt = replay::rebuild(&folder, &log, |p| bar.set_position(p.0)).await;
+                rebuilt.map_err(failed)?;
+                others += 1;
+            }
             bar.finish_and_clear();
             if output::is_json() {
                 output::json(&rebuilt);
@@ -237,6 +249,11 @@ pub async fn projections(command: ProjectionsCommand) -> Outcome {
                     begun.elapsed().as_secs_f64(),
                     rebuilt.digest
                 ));
+                if others > 0 {
+                    output::line(&format!(
+                        "and those of {others} more processes that shared the folder"
+                    ));
+                }
             }
             Ok(Code::Success)
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 use daybook_events::timer::KeepFor;
+use daybook_store::tlog::NotaryOptions;
 
 use super::Outcome;
 use crate::exit::{Code, Failure};
@@ -102,6 +103,17 @@ pub struct NodeArgs {
     /// and mended from.
     #[arg(long, env = "DAYBOOK_TLOG", value_name = "DIR")]
     pub tlog: Option<PathBuf>,
+    /// The signed tree as a server on another machine publishes it, such as
+    /// `https://daybook.example.com/tlog`: for processes that neither run the notary nor share its
+    /// folder. Without it they append whatever that notary finds, and their GitOps commits do not
+    /// name the ledger.
+    #[arg(
+        long,
+        env = "DAYBOOK_TLOG_URL",
+        value_name = "URL",
+        conflicts_with = "tlog"
+    )]
+    pub tlog_url: Option<String>,
     /// The folder with the keys that the ledger is signed with: `keys/ledger` in the data folder
     /// if not given. Made at the first start.
     #[arg(long, env = "DAYBOOK_TLOG_KEYS", value_name = "DIR")]
@@ -111,6 +123,11 @@ pub struct NodeArgs {
     /// localhost if not given.
     #[arg(long, env = "DAYBOOK_ORIGIN", value_name = "NAME")]
     pub origin: Option<String>,
+    /// How many old events a second the notary compares with what was signed, over and over. A
+    /// changed byte in the middle of a ledger of a million events is found within 17 minutes at
+    /// 1000.
+    #[arg(long, env = "DAYBOOK_SWEEP_RATE", default_value_t = NotaryOptions::default().sweep_rate, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub sweep_rate: u32,
     /// The key that GitOps commits are signed with, in OpenSSH's form; `keys/gitops` in the data
     /// folder if not given. Processes that commit on several machines share one.
     #[arg(long, env = "DAYBOOK_GITOPS_KEY", value_name = "FILE")]
@@ -188,8 +205,10 @@ impl NodeArgs {
         options.keep_old = self.keep_old;
         options.templates = self.templates.clone();
         options.tlog = self.tlog.clone();
+        options.tlog_url = self.tlog_url.clone();
         options.tlog_keys = self.tlog_keys.clone();
         options.origin = self.origin.clone();
+        options.sweep_rate = self.sweep_rate;
         options.gitops_key = self.gitops_key.clone();
         options.gitops_watch = Duration::from_secs(self.gitops_watch);
         options.gitops_remotes = self.gitops_remotes.clone();

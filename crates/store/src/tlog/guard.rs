@@ -13,9 +13,11 @@ use daybook_events::log::{
 use daybook_events::subject::{Subject, SubjectFilter};
 use daybook_events::tree::{PublishedTree, TreeCondition};
 use futures_util::{StreamExt, stream};
+use jiff::Timestamp;
 
-use super::leaf::is_gap;
+use super::leaf::{gap_entry, is_gap};
 use super::reader::{Published, TreeReader};
+use super::repair::address;
 
 /// How long a reader waits before it asks again whether a gap was recorded.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
@@ -24,18 +26,33 @@ const ASK_AGAIN: Duration = Duration::from_millis(200);
 ///
 /// From the moment on at which the tree says that the log is broken, appends are answered with
 /// [`AppendError::Stopped`]; what is there can still be read. And where the log has nothing at a
-/// position, readers go past it once the tree has recorded that: for as long as it has not, they
-/// wait.
+/// position, readers get an event of no aggregate in its place once the tree has recorded the gap, as
+/// after a repair: positions stay without one. For as long as it has not, they wait.
 #[derive(Debug, Clone)]
 pub struct GuardedLog {
     log: Arc<dyn EventLog>,
     tree: Arc<dyn PublishedTree>,
+    /// Whether a notary may still record a gap that the tree does not have yet.
+    is_growing: bool,
 }
 
 impl GuardedLog {
     /// Guards a log by the tree over it.
     pub fn new(log: Arc<dyn EventLog>, tree: Arc<dyn PublishedTree>) -> Self {
-        Self { log, tree }
+        Self {
+            log,
+            tree,
+            is_growing: true,
+        }
+    }
+
+    /// Guards a log while no notary works: for a gap that is not recorded nobody waits, but gets
+    /// [`ReadError::Missing`].
+    pub fn at_rest(log: Arc<dyn EventLog>, tree: Arc<dyn PublishedTree>) -> Self {
+        Self {
+            is_growing: false,
+            ..Self::new(log, tree)
+        }
     }
 
     /// Whether the tree has a gap at a position; `None` if it does not reach that far.
@@ -60,12 +77,33 @@ impl GuardedLog {
             if let Some(recorded) = self.is_recorded_gap(position).await? {
                 return Ok(recorded);
             }
+            if !self.is_growing {
+                return Ok(false);
+            }
             if let TreeCondition::Broken(_) = self.tree.condition() {
                 return Ok(false);
             }
             tokio::time::sleep(ASK_AGAIN).await;
         }
     }
+}
+
+/// What stands for an event that was lost: what `repair` writes in its place, so that a fold comes to
+/// the same before and after. Nobody knows when it was stored.
+fn in_place_of(position: Position) -> Recorded {
+    let entry = gap_entry(position);
+    Recorded {
+        position,
+        subject: address(position, &entry).0,
+        stored_at: Timestamp::UNIX_EPOCH,
+        bytes: entry,
+    }
+}
+
+/// The same, if a filter lets it through.
+fn wanted(filter: &SubjectFilter, position: Position) -> Option<Recorded> {
+    let gap = in_place_of(position);
+    filter.matches(&gap.subject).then_some(gap)
 }
 
 /// The kind of the event that is appended, as failpoints are told apart by it.
@@ -103,7 +141,7 @@ impl EventLog for GuardedLog {
             Err(ReadError::Missing { .. })
                 if self.is_recorded_gap(position).await? == Some(true) =>
             {
-                Ok(None)
+                Ok(Some(in_place_of(position)))
             }
             other => other,
         }
@@ -132,6 +170,9 @@ impl EventLog for GuardedLog {
                     if before > 0 {
                         events.extend(self.log.read(after, filter, before).await?);
                     }
+                    if events.len() < limit {
+                        events.extend(wanted(filter, position));
+                    }
                     if events.len() >= limit {
                         return Ok(events);
                     }
@@ -158,7 +199,12 @@ impl EventLog for GuardedLog {
                         Ok(true) => match log.log.tail(position, filter.clone()).await {
                             Ok(further) => {
                                 events = further;
-                                continue;
+                                match wanted(&filter, position) {
+                                    Some(gap) => {
+                                        return Some((Ok(gap), (log, filter, Some(events))));
+                                    }
+                                    None => continue,
+                                }
                             }
                             Err(error) => error,
                         },

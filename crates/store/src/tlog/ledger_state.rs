@@ -215,11 +215,16 @@ pub(super) async fn read_breach(storage: &dyn ReadTiles) -> Result<Option<Breach
     Ok(Some(breach))
 }
 
+/// The code of a breach that somebody else told of; a common one for those of a newer version.
+pub fn breach_code(told: &str) -> &'static str {
+    let known = codes::ALL.into_iter().find(|code| *code == told);
+    known.unwrap_or(codes::OTHER)
+}
+
 pub(super) fn parse_breach(bytes: &[u8]) -> Option<Breach> {
     let stored: StoredBreach = serde_json::from_slice(bytes).ok()?;
-    let code = codes::ALL.into_iter().find(|code| *code == stored.code);
     Some(Breach {
-        code: code.unwrap_or(codes::OTHER),
+        code: breach_code(&stored.code),
         position: stored.position,
         message: stored.message,
         remedy: stored.remedy,

@@ -39,7 +39,7 @@ pub use guard::GuardedLog;
 pub use hash::{Hash, empty_root, leaf_hash, node_hash};
 pub use keys::{KeyFileError, KeyRing, parse_verifiers};
 pub use leaf::{event_entry, gap_entry, is_gap};
-pub use ledger_state::{StateError, codes};
+pub use ledger_state::{StateError, breach_code, codes};
 
 pub use notary::{Notary, NotaryError, NotaryOptions};
 pub use note::{

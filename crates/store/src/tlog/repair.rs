@@ -303,7 +303,7 @@ async fn write(target: &dyn EventLog, events: &[(Position, Bytes)]) -> Result<()
 }
 
 /// The subject and id of an event are in its bytes. What is no event gets some of its own.
-fn address(position: Position, entry: &[u8]) -> (Subject, EventId) {
+pub(super) fn address(position: Position, entry: &[u8]) -> (Subject, EventId) {
     let of_event = || -> Option<_> {
         let event = Event::from_bytes(entry).ok()?;
         let subject = subject_in(&event)?;

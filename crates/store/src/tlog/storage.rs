@@ -19,6 +19,9 @@ const UNFINISHED: &str = "notary/unfinished";
 /// What was not finished for so long is of a process that died.
 const ABANDONED: Duration = Duration::from_secs(3600);
 
+/// How many files are written at once.
+const AT_ONCE: usize = 8;
+
 /// Why something could not be stored.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
@@ -207,27 +210,50 @@ impl Drop for Unfinished {
     }
 }
 
-fn put(root: &Path, files: Vec<(String, Bytes)>) -> Result<(), StorageError> {
+/// Stores files, some at a time: each is synced by itself, and syncs that wait together share what
+/// the file system writes for them.
+fn put(root: &Path, files: &[(String, Bytes)]) -> Result<(), StorageError> {
+    let share = files.len().div_ceil(AT_ONCE).max(1);
+    let folders = std::thread::scope(|scope| {
+        let shares = files.chunks(share);
+        let writers: Vec<_> = shares
+            .map(|files| scope.spawn(move || put_each(root, files)))
+            .collect();
+        let mut folders = BTreeSet::new();
+        for writer in writers {
+            let written = writer.join().unwrap_or_else(|_| {
+                let source = io::Error::other("a writer panicked");
+                Err(failed("writing", root)(source))
+            });
+            folders.extend(written?);
+        }
+        Ok(folders)
+    })?;
+    folders.iter().try_for_each(|folder| sync_folder(folder))
+}
+
+/// Stores files whose folders, which are returned, are not synced yet.
+fn put_each(root: &Path, files: &[(String, Bytes)]) -> Result<BTreeSet<PathBuf>, StorageError> {
     let mut folders = BTreeSet::new();
     for (name, bytes) in files {
-        let path = below(root, &name)?;
+        let path = below(root, name)?;
         let folder = path.parent().unwrap_or(root);
         let there = |path: &Path| read_if_there(path).map_err(failed("reading", path));
         let mut found = there(&path)?;
         if found.is_none() {
             make_folder(folder)?;
-            if !Unfinished::write(root, &bytes)?.link(&path)? {
+            if !Unfinished::write(root, bytes)?.link(&path)? {
                 // Another notary was faster.
                 found = there(&path)?;
             }
         }
-        if found.is_some_and(|found| found != bytes) {
-            return Err(StorageError::Differs { path: name });
+        if found.is_some_and(|found| found != *bytes) {
+            return Err(StorageError::Differs { path: name.clone() });
         }
         // Also for what was there: whoever made it may have died before this.
         folders.insert(folder.to_owned());
     }
-    folders.iter().try_for_each(|folder| sync_folder(folder))
+    Ok(folders)
 }
 
 #[async_trait]
@@ -244,7 +270,8 @@ impl ReadTiles for FolderStorage {
 #[async_trait]
 impl TileStorage for FolderStorage {
     async fn put(&self, files: Vec<(String, Bytes)>) -> Result<(), StorageError> {
-        self.blocking("writing", |root| put(root, files)).await
+        self.blocking("writing", move |root| put(root, &files))
+            .await
     }
 
     async fn create(&self, path: &str, bytes: Bytes) -> Result<bool, StorageError> {
