@@ -20,8 +20,6 @@ pub const DEPLOYMENT: &str = "daybook.dev/deployment";
 /// On the HTTPRoute of a hostname that moves from one release to another, so that it is told from
 /// those that belong to a release.
 pub const ADDRESS: &str = "daybook.dev/address";
-/// On a namespace: the GitOps commit that everything in it was brought to.
-pub const REVISION: &str = "daybook.dev/revision";
 
 /// The namespace of an environment: `<project>--<environment>`.
 ///

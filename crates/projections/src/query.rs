@@ -17,7 +17,6 @@ use daybook_events::{
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::audit::{AuditFilter, AuditRow};
@@ -311,31 +310,6 @@ impl Projections {
             let row: HistoryRow =
                 serde_json::from_slice(&json).map_err(|e| damaged(e.to_string()))?;
             Ok(Some(row).filter(|r| filter.fits_history(r)))
-        })
-    }
-
-    /// The history as [`Self::history`] has it, each row in the JSON in which it is kept. Several
-    /// times as fast, unless states or a version are asked for.
-    pub fn history_json(
-        &self,
-        filter: &DeploymentFilter,
-        page: Page,
-    ) -> Result<PageOf<Box<RawValue>>, QueryError> {
-        let _gate = self.gate();
-        let plain = filter.statuses.is_empty() && filter.version.is_none();
-        self.list(filter, page, |_, _, created| {
-            let Some(json) = self.inner.table.get(&keys::history(created))? else {
-                return Ok(None);
-            };
-            let bad = |e: &dyn std::fmt::Display| damaged(e.to_string());
-            if !plain {
-                let row: HistoryRow = serde_json::from_slice(&json).map_err(|e| bad(&e))?;
-                if !filter.fits_history(&row) {
-                    return Ok(None);
-                }
-            }
-            let text = String::from_utf8(json.to_vec()).map_err(|e| bad(&e))?;
-            RawValue::from_string(text).map(Some).map_err(|e| bad(&e))
         })
     }
 
