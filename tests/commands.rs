@@ -1,8 +1,9 @@
 //! What the command line itself promises: exit codes, errors in both forms, completion.
 
+use reqwest::Method;
 use serde_json::json;
 
-use crate::support::{Done, Server, Settings, daybook, site};
+use crate::support::{Done, Server, Settings, daybook, request, site, until};
 
 fn run(args: &[&str]) -> Done {
     Done::of(daybook().args(args))
@@ -45,6 +46,13 @@ fn completion_scripts_and_schemas_are_printed() {
         assert_eq!(done.code, 0, "{shell}");
         assert!(done.stdout.contains("mark-main"), "{shell}");
     }
+    let folder = tempfile::tempdir().unwrap();
+    let pages = folder.path().join("man1");
+    assert_eq!(run(&["man", pages.to_str().unwrap()]).code, 0);
+    let page = std::fs::read_to_string(pages.join("daybook-deploy.1")).unwrap();
+    assert!(page.contains("Deploy a git ref or an image"), "{page}");
+    // What is for programs only has no page.
+    assert!(!pages.join("daybook-static-server.1").exists());
     let listed = run(&["schema"]).stdout;
     assert!(
         listed.lines().any(|l| l == "deployment.requested.v1"),
@@ -53,6 +61,67 @@ fn completion_scripts_and_schemas_are_printed() {
     let schema = run(&["schema", "deployment.requested.v1"]).json_document();
     assert_eq!(schema["type"], json!("object"));
     assert_eq!(run(&["schema", "nothing.v1"]).code, 4);
+}
+
+#[test]
+fn the_doctor_says_what_is_well_and_what_is_not() {
+    let server = Server::start(Settings::default());
+    let seen = server.json(&["doctor"]);
+    let checks = seen["checks"].as_array().unwrap();
+    let verdict = |name: &str| {
+        let found = checks.iter().find(|c| c["name"] == name);
+        found.unwrap_or_else(|| panic!("nothing about {name}: {seen}"))["verdict"].clone()
+    };
+    for name in [
+        "server",
+        "version",
+        "clock",
+        "log",
+        "projections",
+        "durability",
+    ] {
+        assert_eq!(verdict(name), "ok", "{seen}");
+    }
+    assert!(
+        server
+            .ok(&["doctor"])
+            .stdout
+            .contains("survives the loss of power")
+    );
+    let nowhere = format!("http://{}", daybook_testkit::free_addr());
+    let done = run(&["doctor", "--server", &nowhere, "--output", "json"]);
+    assert_eq!(done.code, 3, "{done:?}");
+    let seen = done.json_document();
+    assert_eq!(seen["checks"][0]["verdict"], "wrong");
+    assert!(
+        seen["checks"][0]["remedy"]
+            .as_str()
+            .unwrap()
+            .contains("daybook up")
+    );
+}
+
+#[test]
+fn the_dashboard_shows_what_is_served() {
+    let dashboard = include_str!("../docs/grafana/daybook.json");
+    let mut shown: Vec<&str> = dashboard
+        .split(|c: char| !c.is_ascii_lowercase() && c != '_')
+        .filter(|word| word.starts_with("daybook_"))
+        .map(|word| word.trim_end_matches("_bucket"))
+        .collect();
+    shown.sort_unstable();
+    shown.dedup();
+    assert!(shown.len() > 8, "{shown:?}");
+    let server = Server::start(Settings::default());
+    // What is signed is known once something is, and requests are counted once there are some.
+    server.ok(&["project", "create", "shop"]);
+    until("all of it", || {
+        let metrics = format!("{}/metrics", server.url());
+        let text = request(Method::GET, &metrics, &[], None).ok()?.body;
+        let missing = |name: &&&str| !text.contains(&format!("# TYPE {name} "));
+        let missing: Vec<_> = shown.iter().filter(missing).collect();
+        missing.is_empty().then_some(())
+    });
 }
 
 #[test]

@@ -5,7 +5,9 @@
     reason = "a test has no public interface; `pub` says what a module offers"
 )]
 
+mod access;
 mod approvals;
+mod attested;
 mod audit;
 mod bad_input;
 mod branches;
@@ -18,10 +20,12 @@ mod config;
 mod credentials;
 mod demo;
 mod domains;
+mod dora;
 mod environments;
 mod freeze;
 mod gitops;
 mod gitops_remote;
+mod graphql;
 mod images;
 mod kill;
 mod kubernetes;
@@ -34,7 +38,9 @@ mod previews;
 mod queue;
 mod routes;
 mod secrets;
+mod subscribers;
 mod support;
 mod templates;
 mod timers;
 mod under_load;
+mod webhooks;

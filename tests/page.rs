@@ -80,9 +80,23 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
         page.evaluate(forged),
         json!({ "proven": false, "failed": 1 })
     );
+    // Nor is one proven that the tree has, where the server shows another.
+    page.evaluate(
+        "window.honest = window.fetch;
+         window.fetch = (url, ...rest) =>
+             honest(url === '/api/v1/events/2' ? '/api/v1/events/3' : url, ...rest);
+         location.hash = '#/ledger/2'",
+    );
+    page.shows("is NOT what the signed ledger has");
+    page.evaluate("window.fetch = honest");
 
-    assert_eq!(page.evaluate("window.kept"), true);
     assert_eq!(page.complaints(), Vec::<String>::new());
+    // An address that is none ends nothing. (The browser notes that there is no such deployment.)
+    page.evaluate("location.hash = '#/deployments/%'");
+    page.shows("This cannot be shown");
+    page.evaluate("location.hash = '#/ledger'");
+    page.shows("The ledger");
+    assert_eq!(page.evaluate("window.kept"), true);
     server.check_replay();
 }
 

@@ -1,6 +1,7 @@
 //! Events, subjects and names as they come from a log that others may have written to.
 #![no_main]
 
+use daybook_events::access::AccessEvent;
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::DeploymentEvent;
 use daybook_events::domain::DomainEvent;
@@ -29,4 +30,5 @@ fuzz_target!(|data: &[u8]| {
     let _ = event.payload::<RoutingEvent>();
     let _ = event.payload::<DomainEvent>();
     let _ = event.payload::<LedgerEvent>();
+    let _ = event.payload::<AccessEvent>();
 });

@@ -26,6 +26,7 @@ pub fn daybook() -> Command {
     }
     command
         .env("USER", "tester")
+        .env("DAYBOOK_CONFIG", "/nonexistent/config.toml")
         .env("GIT_CONFIG_NOSYSTEM", "1")
         .env("GIT_CONFIG_GLOBAL", "/dev/null")
         .stdin(Stdio::null());

@@ -5,7 +5,20 @@ export class Refused extends Error {
   constructor(problem) {
     super(problem.remedy ? `${problem.detail}. ${problem.remedy}` : problem.detail);
     this.code = problem.code;
+    this.signIn = problem.status === 401;
   }
+}
+
+/** The token of this tab; it goes with the tab, and only to this server. */
+export const session = {
+  get token() { return sessionStorage.getItem("daybook-token") ?? ""; },
+  set token(token) { token ? sessionStorage.setItem("daybook-token", token) : sessionStorage.removeItem("daybook-token"); },
+};
+
+/** Fetches with the token, if there is one. */
+export function request(url, { headers = {}, ...more } = {}) {
+  const token = session.token;
+  return fetch(url, { ...more, headers: token ? { ...headers, authorization: `Bearer ${token}` } : headers });
 }
 
 async function answer(response) {
@@ -18,7 +31,14 @@ async function answer(response) {
 export async function get(path, parameters = {}, signal) {
   const query = new URLSearchParams(Object.entries(parameters).filter(([, v]) => v !== undefined && v !== null && v !== ""));
   const url = query.size ? `/api/v1/${path}?${query}` : `/api/v1/${path}`;
-  return answer(await fetch(url, { headers: { accept: "application/json" }, signal }));
+  return answer(await request(url, { headers: { accept: "application/json" }, signal }));
+}
+
+/** Reads what is stored, byte for byte. */
+export async function getBytes(path, signal) {
+  const response = await request(`/api/v1/${path}`, { signal });
+  if (!response.ok) return answer(response);
+  return new Uint8Array(await response.arrayBuffer());
 }
 
 export const actor = {
@@ -30,9 +50,9 @@ export const actor = {
 export async function send(method, path, body) {
   const headers = { "content-type": "application/json", accept: "application/json", "idempotency-key": crypto.randomUUID() };
   if (actor.name) headers["daybook-actor"] = actor.name;
-  const request = { method, headers };
-  if (body !== undefined) request.body = JSON.stringify(body);
-  return answer(await fetch(`/api/v1/${path}`, request));
+  const options = { method, headers };
+  if (body !== undefined) options.body = JSON.stringify(body);
+  return answer(await request(`/api/v1/${path}`, options));
 }
 
 /**
@@ -45,7 +65,8 @@ export async function follow(url, onEvent, { last, signal, onState = () => {} })
     try {
       const headers = { accept: "text/event-stream" };
       if (last !== undefined) headers["last-event-id"] = String(last);
-      const response = await fetch(url, { headers, signal });
+      const response = await request(url, { headers, signal });
+      if (response.status === 401) return onState(false, "not signed in");
       if (!response.ok) throw new Error(`status ${response.status}`);
       onState(true);
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,11 +1,11 @@
 // The ledger itself: what was written, and proof that it was.
 
-import { get } from "./api.js";
+import { get, getBytes, request } from "./api.js";
 import { h, moment, table, tag } from "./dom.js";
-import { hex, leafHash, prove } from "./merkle.js";
+import { hex, leafHash, prove, same } from "./merkle.js";
 
 const bytes = async (path) => {
-  const response = await fetch(`/tlog/${path}`);
+  const response = await request(`/tlog/${path}`);
   if (!response.ok) throw new Error(`/tlog/${path}: status ${response.status}`);
   return new Uint8Array(await response.arrayBuffer());
 };
@@ -31,24 +31,39 @@ async function list(signal) {
       e.actor.id]), "Nothing was written yet.")];
 }
 
+// What stands at a position, as far as it can be read. What was lost, and was recorded as lost, is no
+// event.
+function reading(stored) {
+  const text = new TextDecoder().decode(stored);
+  try {
+    const event = JSON.parse(text);
+    return { kind: String(event.type ?? "").replace("dev.daybook.", ""), shown: JSON.stringify(event, null, 2) };
+  } catch {
+    return { kind: "no event", shown: text };
+  }
+}
+
 async function one(position, signal) {
-  const event = await get(`events/${position}`, {}, signal);
+  const told = await getBytes(`events/${position}`, signal);
   const result = h("div", { role: "status" }, h("p", { class: "quiet" }, "Proving…"));
+  const { kind, shown } = reading(told);
   prove(position, bytes, text).then(async (proof) => {
     const steps = [...proof.steps];
+    // What the tree has is one thing, and what this server answers with another.
+    const isThis = Boolean(proof.bytes) && same(proof.bytes, told);
     if (proof.bytes) {
-      const stored = JSON.parse(new TextDecoder().decode(proof.bytes));
-      steps.unshift({ ok: stored.id === event.id, text: `what is shown below is what is stored (${hex(await leafHash(proof.bytes)).slice(0, 8)}…)` });
-      shown.textContent = JSON.stringify(stored, null, 2);
+      steps.unshift({ ok: isThis, text: isThis
+        ? `what is shown below is what is stored, byte for byte (${hex(await leafHash(told)).slice(0, 8)}…)`
+        : "what is shown below is NOT what the signed ledger has at this position" });
     }
+    const proven = proof.proven && isThis;
     result.replaceChildren(
-      h("p", {}, tag(proof.proven ? "proven" : "not_proven"), proof.proven ? " In this browser: this event is in the signed ledger, as it stands here." : " What holds and what does not:"),
+      h("p", {}, tag(proven ? "proven" : "not_proven"), proven ? " In this browser: this event is in the signed ledger, as it stands here." : " What holds and what does not:"),
       h("ul", { class: "steps" }, steps.map((s) => h("li", { class: s.ok ? "" : "bad" }, s.text))),
       h("p", { class: "quiet" }, "Not proven by this: that the server shows everybody the same ledger, and that the key is the right one. ", h("code", {}, "daybook audit verify"), " with a key from elsewhere and the checkpoint of last time proves both."));
   }).catch((error) => result.replaceChildren(h("p", { class: "problem" }, `It could not be proven: ${error.message}`)));
-  const shown = h("pre", { class: "json" }, JSON.stringify(event, null, 2));
-  return [h("h1", {}, `Event ${position} `, h("span", { class: "quiet" }, event.type.replace("dev.daybook.", ""))),
+  return [h("h1", {}, `Event ${position} `, h("span", { class: "quiet" }, kind)),
     h("div", { class: "row" }, position > 1 ? h("a", { href: `#/ledger/${position - 1}` }, "← the one before") : null, h("a", { href: `#/ledger/${position + 1}` }, "the next one →")),
     h("h2", {}, "Proof"), h("div", { class: "card" }, result),
-    h("h2", {}, "What was written"), h("div", { class: "card" }, shown)];
+    h("h2", {}, "What was written"), h("div", { class: "card" }, h("pre", { class: "json" }, shown))];
 }

@@ -1,6 +1,6 @@
 // Which view is shown, and keeping it true while events arrive.
 
-import { follow, get } from "./api.js";
+import { follow, get, session } from "./api.js";
 import { h, notice } from "./dom.js";
 import { overview } from "./overview.js";
 import { deployment } from "./deployment.js";
@@ -24,10 +24,19 @@ const content = document.getElementById("content");
 let shown;
 let opened = false;
 
+// A part that is no encoded text is taken as it stands: nothing has such a name, and the view says so.
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
 function address() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
   const [view, ...rest] = path.split("/");
-  return { view, rest: rest.map(decodeURIComponent), query: Object.fromEntries(new URLSearchParams(query)) };
+  return { view, rest: rest.map(decoded), query: Object.fromEntries(new URLSearchParams(query)) };
 }
 
 async function show() {
@@ -50,8 +59,21 @@ async function show() {
     }
     opened = true;
   } catch (error) {
-    if (shown === current && error.name !== "AbortError") content.replaceChildren(h("h1", {}, "This cannot be shown"), h("p", {}, error.message));
+    if (shown === current && error.signIn) content.replaceChildren(...signIn(error.message));
+    else if (shown === current && error.name !== "AbortError") content.replaceChildren(h("h1", {}, "This cannot be shown"), h("p", {}, error.message));
   }
+}
+
+// The token stays in this tab. It is never in an address.
+function signIn(why) {
+  const token = h("input", { type: "password", name: "token", autocomplete: "off", required: true, spellcheck: "false" });
+  const form = h("form", { class: "filters", onsubmit: (e) => {
+    e.preventDefault();
+    session.token = token.value.trim();
+    location.reload();
+  } }, h("label", {}, "Token", token), h("button", {}, "Sign in"));
+  return [h("h1", {}, "Sign in"), h("p", {}, why), form,
+    h("p", { class: "quiet" }, "An administrator makes one with ", h("code", {}, "daybook token create"), "; this tab forgets it when it is closed.")];
 }
 
 // Many events of one moment make one refresh, and nothing is taken from under somebody's hands.
@@ -82,12 +104,21 @@ async function refresh() {
   }
 }
 
+// What was lost, and was recorded as lost, stands in the stream as a line that is no event.
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
+  }
+}
+
 async function watchLedger() {
   const line = document.getElementById("ledger");
-  const tell = async (connected) => {
+  const tell = async (connected, why = "not connected; trying again") => {
     if (!connected) {
       line.className = "ledger broken";
-      line.textContent = "not connected; trying again";
+      line.textContent = why;
       return;
     }
     const report = await get("ledger").catch(() => null);
@@ -110,7 +141,8 @@ async function watchLedger() {
   let telling;
   const never = new AbortController();
   follow("/api/v1/events?follow=true", (event) => {
-    changed(JSON.parse(event.data));
+    const written = parsed(event.data);
+    if (written) changed(written);
     clearTimeout(telling);
     // The signature follows within a second.
     telling = setTimeout(() => tell(true), 1300);
@@ -118,5 +150,5 @@ async function watchLedger() {
 }
 
 addEventListener("hashchange", show);
-await show();
 watchLedger();
+await show();

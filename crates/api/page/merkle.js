@@ -16,7 +16,7 @@ export const nodeHash = (left, right) => sha256(Uint8Array.of(1), left, right);
 
 const base64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 export const hex = (bytes) => Array.from(bytes, (b) => b.toString(16).padStart(2, "0")).join("");
-const same = (a, b) => a.length === b.length && a.every((x, i) => x === b[i]);
+export const same = (a, b) => a.length === b.length && a.every((x, i) => x === b[i]);
 
 /** 1234067 as `x001/x234/067`. */
 export function tilePath(index) {

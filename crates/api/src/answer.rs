@@ -46,6 +46,11 @@ impl<T> Answer<T> {
         }
     }
 
+    /// What it says, for callers in the same process.
+    pub(crate) fn into_body(self) -> T {
+        self.body
+    }
+
     /// The answer to a command.
     pub(crate) fn done(done: &Done, body: T) -> Self {
         Self {

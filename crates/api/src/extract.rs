@@ -5,9 +5,10 @@ use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
+use daybook_events::access::TokenId;
 use daybook_events::{
     Actor, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, FreezeName, HookName, Hostname,
-    InstanceRef, Position, ProjectName, ServiceName, TemplateName,
+    InstanceRef, Position, ProjectName, ServiceName, SubscriptionId, TemplateName,
 };
 use daybook_secrets::SecretStore;
 use futures_util::StreamExt;
@@ -15,17 +16,19 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use zeroize::Zeroizing;
 
+use crate::access::Principal;
 use crate::commands::{Caller, CommandError, RequestKey};
 use crate::problem::Problem;
 
-/// Says who asks. Nobody checks it: a server that trusts it listens on loopback only.
+/// Says who asks, where nobody is asked for a credential. Nobody checks it: a server that trusts it
+/// listens on loopback only. With a credential it says nothing.
 pub(crate) const ACTOR: HeaderName = HeaderName::from_static("daybook-actor");
 /// Makes a request recognisable when it is repeated.
 pub(crate) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// Most bytes of a request body. An event, which is what becomes of it, has at most 64 KiB.
 pub(crate) const BODY_MAX: usize = 256 * 1024;
-const KEY_MAX: usize = 255;
+pub(crate) const KEY_MAX: usize = 255;
 const ACTOR_MAX: usize = 64;
 
 /// One part of a path.
@@ -52,12 +55,27 @@ segment!(
     HookName,
     FreezeName,
     TemplateName,
-    Hostname
+    Hostname,
+    TokenId
 );
 
 impl Segment for DeploymentId {
     fn parse(text: &str) -> Result<Self, Problem> {
         deployment_id(text)
+    }
+}
+
+impl Segment for SubscriptionId {
+    fn parse(text: &str) -> Result<Self, Problem> {
+        text.parse().map_err(|_| {
+            let shown: String = text.chars().take(80).collect();
+            Problem::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "invalid_webhook_id",
+                format!("{shown:?} is not the id of a webhook"),
+                "use an id that GET /api/v1/webhooks lists",
+            )
+        })
     }
 }
 
@@ -200,8 +218,9 @@ impl<S: Send + Sync, T: CommandBody> FromRequest<S> for Command<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
-        let (parts, body) = request.into_parts();
-        let actor = actor(&parts.headers)?;
+        let (mut parts, body) = request.into_parts();
+        let principal = Principal::from_request_parts(&mut parts, &()).await?;
+        let actor = actor(&principal, &parts.headers)?;
         let key = idempotency_key(&parts.headers)?;
         let bytes = read_body(&parts.headers, body).await?;
         let (body, digest) = if bytes.is_empty() {
@@ -228,11 +247,10 @@ impl<S: Send + Sync, T: CommandBody> FromRequest<S> for Command<T> {
             let operation = format!("{} {}", parts.method, parts.uri.path());
             RequestKey::new(&actor, &operation, key, digest.to_string())
         });
-        let traceparent = traceparent(&parts.headers);
         let caller = Caller {
-            actor,
             key,
-            traceparent,
+            traceparent: traceparent(&parts.headers),
+            ..Caller::of(actor, principal)
         };
         Ok(Self { caller, body })
     }
@@ -270,10 +288,11 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for SecretCommand<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
+        let principal = Principal::from_request_parts(&mut parts, &()).await?;
         let caller = Caller {
             traceparent: traceparent(&parts.headers),
-            ..Caller::new(actor(&parts.headers)?)
+            ..Caller::of(actor(&principal, &parts.headers)?, principal)
         };
         let key = idempotency_key(&parts.headers)?.map(str::to_owned);
         let bytes = Zeroizing::new(read_body(&parts.headers, body).await?);
@@ -302,7 +321,11 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for SecretCommand<T> {
     }
 }
 
-fn actor(headers: &HeaderMap) -> Result<Actor, Problem> {
+/// Who acts: whoever the credential says, and where none is asked for, whoever the caller says.
+pub(crate) fn actor(principal: &Principal, headers: &HeaderMap) -> Result<Actor, Problem> {
+    if let Some(actor) = principal.actor() {
+        return Ok(actor.clone());
+    }
     let Some(value) = headers.get(ACTOR) else {
         return Ok(Actor::unauthenticated("anonymous"));
     };
@@ -323,7 +346,7 @@ fn actor(headers: &HeaderMap) -> Result<Actor, Problem> {
     }
 }
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
+pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
     let Some(value) = headers.get(IDEMPOTENCY_KEY) else {
         return Ok(None);
     };
@@ -341,7 +364,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
 }
 
 /// The trace context, if it is well-formed. One that is not is to be ignored, says W3C.
-fn traceparent(headers: &HeaderMap) -> Option<String> {
+pub(crate) fn traceparent(headers: &HeaderMap) -> Option<String> {
     let text = headers.get("traceparent")?.to_str().ok()?;
     let lengths = [2, 32, 16, 2];
     let parts: Vec<&str> = text.split('-').collect();
@@ -352,7 +375,7 @@ fn traceparent(headers: &HeaderMap) -> Option<String> {
     fits.then(|| text.to_owned())
 }
 
-fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
+pub(crate) fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
     let value = headers.get(header::CONTENT_TYPE);
     let text = value.and_then(|v| v.to_str().ok()).unwrap_or_default();
     let essence = text.split(';').next().unwrap_or_default().trim();
@@ -368,7 +391,7 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
     }
 }
 
-async fn read_body(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Problem> {
+pub(crate) async fn read_body(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Problem> {
     let announced = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
@@ -429,7 +452,7 @@ fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
 }
 
 /// JSON in one form, whatever the order of fields and the white space were.
-fn canonical(value: &serde_json::Value) -> String {
+pub(crate) fn canonical(value: &serde_json::Value) -> String {
     use serde_json::Value::{Array, Object};
     match value {
         Object(map) => {

@@ -21,9 +21,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::access::{Lease, Principal};
 use crate::extract::read_at_most;
 use crate::problem::Problem;
 use crate::state::AppState;
@@ -73,6 +73,7 @@ pub(crate) struct Service {
             content_type = "text/plain")))]
 pub(crate) async fn advertise(
     State(state): State<AppState>,
+    principal: Principal,
     segments: RawPathParams,
     Query(Service { service }): Query<Service>,
     headers: HeaderMap,
@@ -104,7 +105,7 @@ pub(crate) async fn advertise(
         protocol,
         advertise: true,
         input: Vec::new(),
-        cancel: state.cancel.clone(),
+        lease: state.access.lease(&principal, &state.cancel),
     };
     run.answer("advertisement", head.freeze()).await
 }
@@ -120,6 +121,7 @@ pub(crate) async fn advertise(
             content_type = "text/plain")))]
 pub(crate) async fn upload_pack(
     State(state): State<AppState>,
+    principal: Principal,
     segments: RawPathParams,
     request: Request,
 ) -> Result<Response, GitRefusal> {
@@ -140,7 +142,7 @@ pub(crate) async fn upload_pack(
         protocol: protocol(&parts.headers),
         advertise: false,
         input: unpack(&parts.headers, input)?,
-        cancel: state.cancel.clone(),
+        lease: state.access.lease(&principal, &state.cancel),
     };
     run.answer("result", Bytes::new()).await
 }
@@ -157,11 +159,16 @@ fn repository(state: &AppState, segments: &RawPathParams) -> Result<PathBuf, Git
     if folder.is_dir() {
         Ok(folder)
     } else {
-        Err(refuse(
-            StatusCode::NOT_FOUND,
-            format!("the project {project} has no GitOps repository here; a deployment makes it"),
-        ))
+        Err(missing_repository(&project))
     }
+}
+
+/// A project has no repository, or none that may be seen.
+pub(crate) fn missing_repository(project: &ProjectName) -> GitRefusal {
+    refuse(
+        StatusCode::NOT_FOUND,
+        format!("the project {project} has no GitOps repository here; a deployment makes it"),
+    )
 }
 
 /// The protocol version that a client asks for. Anything else in this header is ignored.
@@ -289,14 +296,14 @@ struct Run {
     protocol: Option<String>,
     advertise: bool,
     input: Vec<u8>,
-    cancel: CancellationToken,
+    lease: Lease,
 }
 
 /// A running `git upload-pack`. Dropping it, as when the client goes away, kills the process.
 struct Output {
     stdout: ChildStdout,
     deadline: Instant,
-    cancel: CancellationToken,
+    lease: Lease,
     _child: Child,
     _input: AbortOnDropHandle<()>,
     _place: OwnedSemaphorePermit,
@@ -372,7 +379,7 @@ impl Run {
         Ok(Output {
             stdout,
             deadline: Instant::now() + TIME_MAX,
-            cancel: self.cancel,
+            lease: self.lease,
             _child: child,
             _input: AbortOnDropHandle::new(input),
             _place: place,
@@ -386,7 +393,9 @@ impl Output {
     async fn next(&mut self) -> Option<io::Result<Bytes>> {
         let mut chunk = BytesMut::with_capacity(CHUNK);
         let read = tokio::select! {
-            () = self.cancel.cancelled() => Ok(Err(io::Error::other("the server ends"))),
+            () = self.lease.ended().cancelled() => {
+                Ok(Err(io::Error::other("the server ends, or the token is no longer taken")))
+            },
             read = timeout_at(self.deadline, self.stdout.read_buf(&mut chunk)) => read,
         };
         match read {

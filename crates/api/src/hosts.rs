@@ -11,13 +11,17 @@ use axum::response::{IntoResponse, Response};
 
 use crate::problem::Problem;
 use crate::state::AppState;
+use crate::ws;
 
 const OWN: [&str; 3] = ["localhost", "127.0.0.1", "[::1]"];
 
-/// Refuses requests for other hosts, and commands that a page of another origin sends.
+/// Refuses requests for other hosts, and commands that a page of another origin sends. A socket
+/// counts as a command: commands may be sent over it, and browsers let every page open one.
 pub(crate) async fn check(State(state): State<AppState>, request: Request, next: Next) -> Response {
     match examine(request.uri(), request.headers(), &state.settings.hosts) {
-        Ok(()) if request.method().is_safe() => next.run(request).await,
+        Ok(()) if request.method().is_safe() && !ws::is_asked_for(request.headers()) => {
+            next.run(request).await
+        }
         Ok(()) => match same_origin(request.headers(), &state.settings.hosts) {
             true => next.run(request).await,
             false => Problem::new(

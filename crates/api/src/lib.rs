@@ -1,5 +1,5 @@
-//! The HTTP interface of Daybook: REST under `/api/v1`, streams of events and log lines, and the
-//! GitOps repositories over Git's smart protocol.
+//! The HTTP interface of Daybook: REST under `/api/v1`, GraphQL, streams of events and log lines,
+//! and the GitOps repositories over Git's smart protocol.
 //!
 //! [`router`] puts a [`axum::Router`] over a [`Ledger`](daybook_projections::Ledger) and
 //! a [`LineLog`](daybook_events::lines::LineLog), [`serve`] runs it on a listener until it is
@@ -7,6 +7,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod access;
 pub mod commands;
 pub mod hooks;
 
@@ -14,9 +15,13 @@ mod answer;
 pub mod catalogue;
 mod consistency;
 mod eject;
+mod event_filter;
 mod extract;
+mod feed;
 mod git;
+mod graphql;
 mod hosts;
+mod line_filter;
 mod metrics;
 mod openapi;
 mod page;
@@ -28,7 +33,9 @@ mod sse;
 mod state;
 mod tlog;
 mod view;
+mod ws;
 
+pub use graphql::sdl as graphql_sdl;
 pub use openapi::openapi;
 pub use problem::Problem;
 pub use routes::router;

@@ -51,8 +51,16 @@ pub(crate) fn complete(document: OpenApi) -> Value {
             }
         }
     }
+    // Servers on loopback may ask nobody.
+    document["security"] = json!([{ "token": [] }, {}]);
     document["components"] = json!({
         "schemas": schemas,
+        "securitySchemes": { "token": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "A token of Daybook (`daybook_…`), or one of the identity provider that \
+                the server is set up with. GET /api/v1/whoami says what it may do."
+        } },
         "parameters": parameters(),
         "headers": headers(),
         "responses": { "Problem": {
@@ -123,7 +131,8 @@ fn parameters() -> Value {
         },
         "Actor": {
             "name": "Daybook-Actor", "in": "header", "required": false,
-            "description": "Who asks: the name of an account, and no personal data. Not checked.",
+            "description": "Who asks, where no credential is asked for: the name of an account, and \
+                no personal data. Not checked, and without meaning where there is a credential.",
             "schema": { "type": "string", "pattern": "^[A-Za-z0-9._@-]{1,64}$", "default": "anonymous" }
         },
         "IdempotencyKey": {
@@ -192,7 +201,7 @@ macro_rules! sent {
 }
 
 sent! {
-    routes::approvals::ApprovalList,
+    routes::approvals::ApprovalList, routes::dora::DoraView, routes::search::FoundLines,
     routes::templates::TemplateList, routes::templates::TemplateDetail,
     routes::templates::DeployFrom,
     routes::freezes::DefineFreeze, routes::freezes::FreezeGone, routes::freezes::FreezeList,
@@ -203,10 +212,16 @@ sent! {
     view::ProjectList, view::ProjectView, view::ProjectionsReport, view::ReadinessReport, view::SecretChanged,
     view::SecretList, view::SecretVerified, view::SecretsErased, view::ServiceList,
     view::ServiceView, view::StateView, state::Part, commands::RunOverrides,
-    routes::events::EventPage, routes::events::StoredEvent, routes::logs::LogLine,
+    routes::events::EventPage, routes::events::FeedChainReport, routes::events::StoredEvent, routes::logs::LogLine,
     routes::gitops::GitopsView, routes::gitops::Decided, routes::gitops::SetRemote,
     routes::hooks::DefineHook, routes::hooks::DeliveryView, routes::hooks::HookList,
     routes::hooks::HookRemovedView, routes::hooks::HookView, routes::hooks::SetAutoDeploy,
+    routes::attestation::SignedStatement, routes::cdevents::CdeventPage,
+    routes::webhooks::CreateWebhook, routes::webhooks::ChangeWebhook,
+    routes::webhooks::RotateWebhook, routes::webhooks::ReplayWebhook,
+    routes::webhooks::WebhookView, routes::webhooks::WebhookSecretView,
+    routes::webhooks::WebhookList, routes::webhooks::WebhookGone, routes::webhooks::WebhookTest,
+    routes::webhooks::DeliveryList,
     routes::config::ScaleTo, routes::config::ChangeConfig,
     routes::approvals::ApprovalDetail, routes::approvals::DecideOnPlan, routes::approvals::LetThrough,
     routes::projects::CreateProject, routes::projects::DefineService,
@@ -217,6 +232,8 @@ sent! {
     routes::deployments::RetryIn,
     routes::deployments::RollbackTo, routes::deployments::PromoteTo, routes::secrets::SetSecret, routes::secrets::VerifySecret,
     tlog::LedgerReport,
+    routes::tokens::CreateToken, routes::tokens::RotateToken, routes::tokens::TokenMade,
+    routes::tokens::TokenList, routes::tokens::TokenGone, routes::tokens::WhoAmI,
     routes::traffic::RouteList, routes::traffic::SetRoutes, routes::traffic::SetClusterPolicy,
     routes::traffic::RoutesAreSet, routes::domains::ClaimDomain, routes::domains::DomainList,
     routes::domains::DomainView, routes::domains::DomainGivenUp,

@@ -14,6 +14,7 @@ use daybook_projections::{ExecuteError, PastError, QueryError};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use crate::access::Denied;
 use crate::commands::CommandError;
 
 /// The media type of a problem document.
@@ -27,6 +28,7 @@ pub struct Problem {
     detail: String,
     remedy: String,
     retry_after: Option<u32>,
+    challenge: Option<&'static str>,
 }
 
 /// How a [`Problem`] is written (RFC 9457, with `code`, `remedy` and `retryable` beside).
@@ -64,12 +66,19 @@ impl Problem {
             detail: detail.into(),
             remedy: remedy.into(),
             retry_after: None,
+            challenge: None,
         }
     }
 
     /// The same problem, which may be gone after this many seconds.
     pub fn retry_after(mut self, seconds: u32) -> Self {
         self.retry_after = Some(seconds);
+        self
+    }
+
+    /// The same problem, with what the caller can show to be let in (`WWW-Authenticate`).
+    pub(crate) fn challenge(mut self, challenge: &'static str) -> Self {
+        self.challenge = Some(challenge);
         self
     }
 
@@ -93,6 +102,21 @@ impl Problem {
     /// The stable code.
     pub fn code(&self) -> &'static str {
         self.code
+    }
+
+    /// What is wrong, in one sentence.
+    pub(crate) fn detail(&self) -> &str {
+        &self.detail
+    }
+
+    /// What would make it possible.
+    pub(crate) fn remedy(&self) -> &str {
+        &self.remedy
+    }
+
+    /// Whether the same request may succeed later without any change.
+    pub(crate) fn is_retryable(&self) -> bool {
+        self.retry_after.is_some()
     }
 
     /// The problem as one line of text, for clients that show nothing else.
@@ -130,7 +154,34 @@ impl IntoResponse for Problem {
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
+        if let Some(challenge) = self.challenge {
+            response.headers_mut().insert(
+                header::WWW_AUTHENTICATE,
+                HeaderValue::from_static(challenge),
+            );
+        }
         response
+    }
+}
+
+impl From<Denied> for Problem {
+    fn from(e: Denied) -> Self {
+        match e {
+            // Where it is known of what, it looks like that missing.
+            Denied::Unseen => Self::new(
+                StatusCode::NOT_FOUND,
+                "not_found",
+                "there is nothing here to be seen with this token",
+                "GET /api/v1/whoami says what the token may see",
+            ),
+            Denied::Lacking { .. } => Self::new(
+                StatusCode::FORBIDDEN,
+                "role_missing",
+                e.to_string(),
+                "ask an administrator for a token with that role; GET /api/v1/whoami says which \
+                 roles this one has",
+            ),
+        }
     }
 }
 
@@ -163,12 +214,19 @@ fn status_of(code: &str) -> StatusCode {
         | "approval_required"
         | "freeze_changed"
         | "not_held"
+        | "webhook_paused"
+        | "not_dead_lettered"
+        | "position_ahead"
         | "own_change"
         | "not_an_approver"
         | "plan_changed"
         | "approval_rejected"
         | "foreign_commit_decided"
         | "not_rewritten"
+        | "last_admin"
+        | "secret_shown_once"
+        | "token_revoked"
+        | "too_many_tokens"
         | "stale_attempt" => StatusCode::CONFLICT,
         c if c.ends_with("_exists") => StatusCode::CONFLICT,
         c if c.ends_with("_not_found") => StatusCode::NOT_FOUND,
@@ -315,6 +373,8 @@ impl From<CommandError> for Problem {
                 e.to_string(),
                 "use a new Idempotency-Key for another request",
             ),
+            CommandError::Denied(e) => e.into(),
+            CommandError::NoRandomness(e) => Self::internal(&e),
             CommandError::Execute(e) => e.into(),
             CommandError::Query(e) => e.into(),
             CommandError::Read(e) => e.into(),

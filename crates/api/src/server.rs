@@ -4,18 +4,25 @@ use std::io;
 use std::time::Duration;
 
 use axum::Router;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
+use crate::access::Peer;
 use crate::routes;
 use crate::state::AppState;
 
 /// How long a client may take to send the head of a request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(20);
+/// Heartbeats of a stream that a client's machine may leave unacknowledged, or have no room for.
+const SILENT_BEATS: u32 = 4;
+const SILENCE_MIN: Duration = Duration::from_secs(1);
 /// How long accepting pauses when the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -36,7 +43,13 @@ pub async fn serve(
     cancel: CancellationToken,
 ) -> Result<(), ServeError> {
     let drain = state.settings.drain;
+    let tls = state.settings.tls.clone().map(TlsAcceptor::from);
     state.cancel = cancel.child_token();
+    let watch = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(
+        state.access.clone().watch(state.cancel.clone()),
+    ));
+    let tasks = state.tasks.clone();
+    let silence = (state.settings.heartbeat * SILENT_BEATS).max(SILENCE_MIN);
     let router = routes::router(state);
     let mut connections = JoinSet::new();
     let ended = loop {
@@ -44,11 +57,13 @@ pub async fn serve(
             () = cancel.cancelled() => break Ok(()),
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => {
+                Ok((stream, peer)) => {
                     // Small frames of a stream must not wait for more.
                     let _ = stream.set_nodelay(true);
-                    let io = TokioIo::new(stream);
-                    connections.spawn(connection(io, router.clone(), cancel.clone()));
+                    give_up_after(&stream, silence);
+                    let peer = Peer(peer.ip());
+                    let (tls, router) = (tls.clone(), router.clone());
+                    connections.spawn(greet(stream, peer, tls, router, cancel.clone()));
                 }
                 Err(e) => match pause_after(&e) {
                     Some(pause) => tokio::time::sleep(pause).await,
@@ -60,6 +75,8 @@ pub async fn serve(
     drop(listener);
     let finished = tokio::time::timeout(drain, async {
         while connections.join_next().await.is_some() {}
+        tasks.close();
+        tasks.wait().await;
     });
     if finished.await.is_err() {
         tracing::warn!(
@@ -68,15 +85,61 @@ pub async fn serve(
         );
     }
     connections.shutdown().await;
+    drop(watch);
     ended
 }
 
-async fn connection(io: TokioIo<tokio::net::TcpStream>, router: Router, cancel: CancellationToken) {
-    let service = TowerToHyperService::new(router);
+/// Lets the system end a connection whose other end is silently gone, or takes nothing of what it is
+/// sent, for so long. Streams without an answer of the client would be kept for hours otherwise.
+#[cfg(target_os = "linux")]
+fn give_up_after(stream: &tokio::net::TcpStream, silence: Duration) {
+    let millis = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX);
+    if let Err(e) = rustix::net::sockopt::set_tcp_user_timeout(stream, millis) {
+        tracing::debug!(error = %e, "silent clients are kept as long as the system keeps them");
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn give_up_after(_: &tokio::net::TcpStream, _: Duration) {}
+
+/// Serves a connection, after it has agreed on TLS if that is spoken here.
+async fn greet(
+    stream: TcpStream,
+    peer: Peer,
+    tls: Option<TlsAcceptor>,
+    router: Router,
+    cancel: CancellationToken,
+) {
+    let Some(tls) = tls else {
+        return connection(TokioIo::new(stream), peer, router, cancel).await;
+    };
+    let shaken = tokio::select! {
+        shaken = tokio::time::timeout(HEAD_TIMEOUT, tls.accept(stream)) => shaken,
+        () = cancel.cancelled() => return,
+    };
+    match shaken {
+        Ok(Ok(stream)) => connection(TokioIo::new(stream), peer, router, cancel).await,
+        Ok(Err(e)) => tracing::debug!(error = %e, "a client did not agree on TLS"),
+        Err(_) => tracing::debug!("a client began TLS and did not go on"),
+    }
+}
+
+async fn connection(
+    io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    peer: Peer,
+    router: Router,
+    cancel: CancellationToken,
+) {
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(peer);
+        router.call(request)
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
-        .serve_connection(io, service);
+        .serve_connection(io, service)
+        .with_upgrades();
     let mut connection = std::pin::pin!(connection);
     let served = tokio::select! {
         served = connection.as_mut() => served,

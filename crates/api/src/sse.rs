@@ -6,12 +6,11 @@ use std::convert::Infallible;
 use std::pin::Pin;
 use std::time::Duration;
 
+use crate::access::Lease;
+use crate::metrics::OpenStream;
 use axum::body::Body;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::stream::{self, Stream, StreamExt};
-use tokio_util::sync::CancellationToken;
-
-use crate::metrics::OpenStream;
 
 /// The media type of server-sent events.
 pub(crate) const MEDIA_TYPE: &str = "text/event-stream";
@@ -40,8 +39,8 @@ pub(crate) fn frame(id: &str, event: Option<&str>, data: &[u8]) -> Bytes {
 
 /// What a stream of frames stands on.
 pub(crate) struct Upkeep {
-    /// Ends the stream.
-    pub(crate) cancel: CancellationToken,
+    /// Ends the stream, with the server or with the credential that it was opened with.
+    pub(crate) lease: Lease,
     /// What is sent when nothing else was for some time.
     pub(crate) heartbeat: Option<(Duration, Bytes)>,
     /// Counts the stream while it is open.
@@ -69,7 +68,7 @@ pub(crate) fn body(
         };
         let next = tokio::select! {
             biased;
-            () = upkeep.cancel.cancelled() => None,
+            () = upkeep.lease.ended().cancelled() => None,
             chunk = chunks.next() => chunk.map(|frames| match <[Bytes; 1]>::try_from(frames) {
                 Ok([frame]) => frame,
                 Err(frames) => frames.concat().into(),

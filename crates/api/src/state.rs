@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use daybook_events::attestation::Attestor;
 use daybook_events::lines::LineLog;
 use daybook_events::routing::internal_address;
 use daybook_events::{ClusterName, Hostname, ImageRepository, InstanceRef, PublishedTree};
@@ -13,11 +14,19 @@ use daybook_secrets::SecretStore;
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
+use crate::access::{AccessControl, AccessMode};
 use crate::catalogue::Catalogue;
 use crate::commands::Commands;
+use crate::feed::Feed;
+use crate::graphql::DaybookSchema;
 use crate::metrics::Metrics;
+
+/// State hashes of the past that are worked out at once.
+const PAST_AT_ONCE: usize = 2;
 
 /// Where workloads answer: the address of the gateway as people reach it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +68,14 @@ pub struct Settings {
     /// Names in `Host` headers that are accepted beside `localhost`, `127.0.0.1` and `[::1]`.
     /// Others are refused, so that no web page can reach this server through a name of its own.
     pub hosts: Vec<String>,
+    /// Whether requests must say, with a credential, who asks.
+    pub access: AccessMode,
+    /// The identity provider whose tokens are taken too.
+    pub oidc: Option<Arc<crate::access::oidc::Oidc>>,
+    /// How often each caller with a credential may ask; as often as they like, if not given.
+    pub rate: Option<crate::access::Rate>,
+    /// How what goes over the network is encrypted; not at all without.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
     /// The longest that a request waits for `Daybook-Min-Position`.
     pub min_position_wait: Duration,
     /// How long a request that is no stream may take.
@@ -67,6 +84,8 @@ pub struct Settings {
     pub heartbeat: Duration,
     /// The templates that services can be made from.
     pub catalogue: Arc<Catalogue>,
+    /// Whether webhooks may be called without TLS. Where they may be is checked when they are.
+    pub allow_private_webhooks: bool,
     /// How long open requests may go on once the server is to end.
     pub drain: Duration,
 }
@@ -84,10 +103,15 @@ impl Settings {
             known_clusters: Vec::new(),
             image_prefix: None,
             hosts: Vec::new(),
+            access: AccessMode::Open,
+            oidc: None,
+            rate: None,
+            tls: None,
             min_position_wait: Duration::from_secs(5),
             request_timeout: Duration::from_secs(30),
             heartbeat: Duration::from_secs(15),
             catalogue: Arc::default(),
+            allow_private_webhooks: false,
             drain: Duration::from_secs(10),
         }
     }
@@ -153,9 +177,21 @@ pub struct AppState {
     pub(crate) lines: Arc<dyn LineLog>,
     pub(crate) settings: Arc<Settings>,
     pub(crate) parts: Parts,
+    pub(crate) access: AccessControl,
     pub(crate) metrics: Arc<Metrics>,
     /// The signed tree over the ledger, if this server publishes one.
     pub(crate) tree: Option<Arc<dyn PublishedTree>>,
+    /// Who may work out a state hash of the past: it takes all cores, and memory for the events
+    /// since the nearest one that is kept.
+    pub(crate) past: Arc<Semaphore>,
+    /// New events, for all who subscribe.
+    pub(crate) feed: Feed,
+    /// What GraphQL can be asked.
+    pub(crate) graphql: DaybookSchema,
+    /// What runs beside the connections: sockets, and what fills the feed.
+    pub(crate) tasks: TaskTracker,
+    /// Signs in the name of the ledger, if this server can.
+    pub(crate) attestor: Option<Arc<dyn Attestor>>,
     /// Ends the streams.
     pub(crate) cancel: CancellationToken,
 }
@@ -172,13 +208,31 @@ impl AppState {
     /// Puts the parts together.
     pub fn new(ledger: Ledger, lines: Arc<dyn LineLog>, settings: Settings, parts: Parts) -> Self {
         let settings = Arc::new(settings);
+        let access = AccessControl::new(
+            settings.access,
+            settings.oidc.clone(),
+            settings.rate,
+            ledger.projections().clone(),
+        );
+        let tasks = TaskTracker::new();
+        let feed = Feed::new(
+            ledger.log().clone(),
+            ledger.projections().clone(),
+            tasks.clone(),
+        );
         Self {
+            access,
             commands: Commands::new(ledger, settings.clone()),
             lines,
             settings,
             parts,
             metrics: Arc::default(),
             tree: None,
+            past: Arc::new(Semaphore::new(PAST_AT_ONCE)),
+            feed,
+            graphql: crate::graphql::schema(),
+            tasks,
+            attestor: None,
             cancel: CancellationToken::new(),
         }
     }
@@ -186,6 +240,12 @@ impl AppState {
     /// The same, publishing this transparency log under `/tlog/`.
     pub fn with_tree(mut self, tree: Arc<dyn PublishedTree>) -> Self {
         self.tree = Some(tree);
+        self
+    }
+
+    /// The same, signing statements about deployments with this.
+    pub fn with_attestor(mut self, attestor: Arc<dyn Attestor>) -> Self {
+        self.attestor = Some(attestor);
         self
     }
 
@@ -198,6 +258,11 @@ impl AppState {
     /// The use cases, for callers in the same process.
     pub fn commands(&self) -> &Commands {
         &self.commands
+    }
+
+    /// Who may come in, for surfaces of their own.
+    pub fn access(&self) -> &AccessControl {
+        &self.access
     }
 
     pub(crate) fn projections(&self) -> &Projections {

@@ -12,6 +12,7 @@ mod about;
 mod archive;
 mod archive_tiles;
 mod consistency;
+mod deliveries;
 mod entry;
 mod export;
 pub mod finding;

@@ -7,10 +7,12 @@ use daybook_events::deployment::DeploymentEvent;
 use daybook_events::gitops::GitopsEvent;
 use daybook_events::routing::{RoutingEvent, SwitchReason};
 use daybook_events::{DeploymentId, Event, Position};
+use daybook_projections::dora::Period;
 use daybook_store::tlog::leaf_hash;
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::deliveries::{self, Deliveries};
 use crate::verify::{Observe, Verified};
 use crate::world::World;
 
@@ -34,6 +36,8 @@ pub enum Subject {
     WhatRan(Timestamp),
     /// Whether the log is whole, and goes on from the last audit.
     Integrity,
+    /// The measures of software delivery of each service instance in a period.
+    Dora(Period),
 }
 
 impl Subject {
@@ -48,6 +52,7 @@ impl Subject {
             Self::FailuresAndRollbacks => "failures-and-rollbacks",
             Self::WhatRan(_) => "what-ran",
             Self::Integrity => "integrity",
+            Self::Dora(_) => "dora",
         }
     }
 }
@@ -90,6 +95,14 @@ impl Scope {
                 .environment
                 .as_deref()
                 .is_none_or(|e| environment == Some(e))
+    }
+
+    /// The same for `project.environment.service`, whenever.
+    fn has_instance(&self, id: &str) -> bool {
+        let mut parts = id.split('.');
+        let (project, environment) = (parts.next(), parts.next());
+        self.project.is_none() | (self.project.as_deref() == project)
+            && self.environment.is_none() | (self.environment.as_deref() == environment)
     }
 }
 
@@ -148,12 +161,18 @@ pub struct Collector {
     newest: Option<Timestamp>,
     approvals: u64,
     undecodable: u64,
+    deliveries: Option<Deliveries>,
 }
 
 impl Collector {
     /// For one report.
     pub fn new(subject: Subject, scope: Scope) -> Self {
+        let deliveries = match &subject {
+            Subject::Dora(period) => Some(Deliveries::new(*period)),
+            _ => None,
+        };
         Self {
+            deliveries,
             subject,
             scope,
             runs: BTreeMap::new(),
@@ -338,6 +357,7 @@ impl Collector {
             world,
             approvals,
             undecodable,
+            deliveries,
             ..
         } = self;
         let mut statement = Vec::new();
@@ -519,6 +539,13 @@ impl Collector {
                 statement.extend(verified.not_proven());
                 vec!["finding", "place", "message", "remedy"]
             }
+            Subject::Dora(period) => {
+                let measures = deliveries.iter().flat_map(Deliveries::measures);
+                let wanted = measures.filter(|m| scope.has_instance(&m.instance_id));
+                rows = wanted.map(|m| deliveries::row(&m)).collect();
+                statement.extend(deliveries::statement(*period));
+                deliveries::COLUMNS.to_vec()
+            }
         };
         if undecodable > 0 {
             statement.push(format!(
@@ -635,6 +662,12 @@ impl Observe for Collector {
         let Ok(event) = Event::from_bytes(bytes) else {
             return;
         };
+        if let Some(deliveries) = &mut self.deliveries {
+            if !deliveries.take(position, &event) {
+                self.undecodable += 1;
+            }
+            return;
+        }
         if let Subject::WhatRan(at) = self.subject {
             // Up to the first event that was recorded after that time: events are not in the
             // order of their times, but in the order of the ledger.

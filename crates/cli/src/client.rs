@@ -8,12 +8,14 @@ use std::time::Duration;
 use daybook_events::without_credentials;
 use eventsource_stream::Eventsource;
 use futures_util::{Stream, StreamExt};
+use jiff::Timestamp;
 use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::commands::ServerArgs;
+use crate::contexts::{self, Target, Token};
 use crate::exit::{Code, Failure};
 
 /// Talks to one server. What it reads is never older than what it has seen or written before.
@@ -21,6 +23,7 @@ use crate::exit::{Code, Failure};
 pub struct Client {
     http: reqwest::Client,
     base: String,
+    token: Option<Token>,
     actor: Option<String>,
     /// The newest position of the ledger that an answer stood on.
     seen: Arc<AtomicU64>,
@@ -37,7 +40,18 @@ pub struct LogLine {
 impl Client {
     /// A client of the server that the arguments name.
     pub fn new(args: &ServerArgs) -> Result<Self, Failure> {
-        let base = args.server.trim_end_matches('/').to_owned();
+        let target = contexts::target(args)?;
+        Self::of(args, target)
+    }
+
+    /// The same, with this token and no other.
+    pub fn with_token(args: &ServerArgs, token: Option<Token>) -> Result<Self, Failure> {
+        let target = contexts::target(args)?;
+        Self::of(args, Target { token, ..target })
+    }
+
+    fn of(args: &ServerArgs, target: Target) -> Result<Self, Failure> {
+        let base = target.server;
         if !base.starts_with("http://") && !base.starts_with("https://") {
             return Err(Failure::new(
                 Code::Usage,
@@ -63,6 +77,7 @@ impl Client {
         Ok(Self {
             http,
             base,
+            token: target.token,
             actor,
             seen: Arc::default(),
         })
@@ -91,6 +106,10 @@ impl Client {
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<Response, Failure> {
         let request = match &self.actor {
             Some(actor) => request.header("Daybook-Actor", actor),
+            None => request,
+        };
+        let request = match &self.token {
+            Some(token) => request.bearer_auth(token.text()),
             None => request,
         };
         let answer = request.send().await.map_err(|e| self.unreachable(&e))?;
@@ -135,6 +154,34 @@ impl Client {
         read(self.send(request).await?).await
     }
 
+    /// GET of what does not depend on how far the server has folded the log, and is asked for also
+    /// while it is behind.
+    pub async fn get_as_it_is<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        let request = self.http.get(format!("{}{path}", self.base));
+        let request = request.timeout(Duration::from_secs(30));
+        read(self.send(request).await?).await
+    }
+
+    /// GET, with the time that the server had.
+    pub async fn dated(&self, path: &str) -> Result<(Value, Option<Timestamp>), Failure> {
+        let request = self.http.get(format!("{}{path}", self.base));
+        let answer = self.send(request.timeout(Duration::from_secs(5))).await?;
+        let date = answer.headers().get(reqwest::header::DATE);
+        let date = date.and_then(|d| jiff::fmt::rfc2822::parse(d.to_str().ok()?).ok());
+        Ok((read(answer).await?, date.map(|d| d.timestamp())))
+    }
+
+    /// GET of what a server answers with, ready or not.
+    pub async fn even_if_unready(&self, path: &str) -> Result<Value, Failure> {
+        let request = self.http.get(format!("{}{path}", self.base));
+        let answer = request.timeout(Duration::from_secs(10)).send().await;
+        let answer = answer.map_err(|e| self.unreachable(&e))?;
+        match answer.status().as_u16() {
+            200 | 503 => read(answer).await,
+            _ => Err(problem(answer).await),
+        }
+    }
+
     /// GET of what is no JSON.
     pub async fn text(&self, path: &str) -> Result<String, Failure> {
         let request = self
@@ -146,8 +193,8 @@ impl Client {
         answer.text().await.map_err(|e| self.unreachable(&e))
     }
 
-    /// GET of a file that is what it is; `None` if there is no such file.
-    pub async fn resource(&self, path: &str) -> Result<Option<bytes::Bytes>, Failure> {
+    /// GET of a file that is what it is, of at most this many bytes; `None` if there is no such file.
+    pub async fn resource(&self, path: &str, most: usize) -> Result<Option<bytes::Bytes>, Failure> {
         let request = self
             .http
             .get(format!("{}{path}", self.base))
@@ -156,8 +203,20 @@ impl Client {
             Err(failure) if failure.code == Code::NotFound => return Ok(None),
             answer => answer?,
         };
-        let read = answer.bytes().await;
-        read.map(Some).map_err(|e| self.unreachable(&e))
+        let mut bytes = bytes::BytesMut::new();
+        let mut parts = answer.bytes_stream();
+        while let Some(part) = parts.next().await {
+            bytes.extend_from_slice(&part.map_err(|e| self.unreachable(&e))?);
+            if bytes.len() > most {
+                return Err(Failure::new(
+                    Code::Failure,
+                    "answer_too_large",
+                    format!("{}{path} has more than {most} bytes", self.shown()),
+                )
+                .hint("is that a Daybook server?"));
+            }
+        }
+        Ok(Some(bytes.freeze()))
     }
 
     /// GET of a file of any size, into one that is open.

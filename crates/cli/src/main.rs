@@ -6,14 +6,19 @@
     reason = "a binary has no public interface; `pub` says what a module offers"
 )]
 
+mod access;
+mod attestor;
+mod bulletin;
 mod client;
 mod commands;
 mod confirm;
+mod contexts;
 mod exit;
 mod gitops_remotes;
 mod kubernetes;
 mod node;
 mod output;
+mod proofs;
 mod remote;
 mod roles;
 mod scratch;

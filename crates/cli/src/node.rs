@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use daybook_api::access::{AccessMode, token::SecretToken};
 use daybook_api::catalogue::Catalogue;
 use daybook_api::{AppState, Gateway as PublicGateway, Parts, Settings as ApiSettings};
 use daybook_events::lines::{LineLog, LineSource};
@@ -16,7 +17,9 @@ use daybook_events::{ClusterName, EventLog, Hostname, ImageRepository};
 use daybook_projections::runner::{self, RunError};
 use daybook_projections::{Ledger, OpenError, Projections};
 use daybook_secrets::{MaskedLines, SecretFolder, SecretStore};
-use daybook_store::jetstream::{LineOptions, LogOptions, NatsAuth, NatsOptions};
+use daybook_store::jetstream::{
+    BulletinOptions, Connection, JetStreamBulletin, LineOptions, LogOptions, NatsAuth, NatsOptions,
+};
 use daybook_store::tlog::{
     FolderStorage, FolderTree, GuardedLog, KeyFileError, KeyRing, Notary, NotaryError,
     NotaryOptions,
@@ -35,6 +38,7 @@ use daybook_workers::image::registry::{RegistryOptions, RegistryStore};
 use daybook_workers::image::store::Images;
 use daybook_workers::image::unpack::UnpackLimits;
 use daybook_workers::local::{LocalCluster, LocalOptions, Workloads};
+use daybook_workers::notify::NotifyOptions;
 use daybook_workers::pipeline::{Bench, Settings};
 use daybook_workers::ports;
 use daybook_workers::source::{GitTransport, SourcePolicy, SourceRepositories, TransportConfig};
@@ -43,10 +47,14 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::access::Access;
+use crate::attestor::LedgerKeys;
+use crate::bulletin::NatsBulletin;
 use crate::commands::keys_unusable as unusable;
 use crate::exit::{Code, Failure};
 use crate::gitops_remotes::GitopsRemoteArgs;
 use crate::kubernetes::{Carer, Kubernetes};
+use crate::proofs::TreeProofs;
 use crate::roles::Role;
 use crate::scratch::Scratch;
 use crate::served_tree::ServedTree;
@@ -67,6 +75,8 @@ pub struct NodeOptions {
     pub secrets_key: Option<PathBuf>,
     /// Where the HTTP interface listens.
     pub listen: SocketAddr,
+    /// Who may use it, and how it is encrypted.
+    pub access: Access,
     /// Names in `Host` headers that the HTTP interface answers to, beside localhost.
     pub hosts: Vec<String>,
     /// Where the gateway listens.
@@ -113,6 +123,8 @@ pub struct NodeOptions {
     pub gitops_remotes: GitopsRemoteArgs,
     /// Whether sources may be paths of this machine and private addresses.
     pub allow_local_sources: bool,
+    /// Whether webhooks may go to private addresses, and without TLS.
+    pub allow_private_webhooks: bool,
 }
 
 /// Where the keys of the ledger are in a data folder.
@@ -127,6 +139,7 @@ impl NodeOptions {
             secrets: None,
             secrets_key: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
+            access: Access::default(),
             hosts: Vec::new(),
             gateway: SocketAddr::from(([127, 0, 0, 1], 7080)),
             gateway_url: None,
@@ -150,6 +163,7 @@ impl NodeOptions {
             gitops_watch: Duration::from_secs(15),
             gitops_remotes: GitopsRemoteArgs::default(),
             allow_local_sources: true,
+            allow_private_webhooks: false,
         }
     }
 }
@@ -181,6 +195,7 @@ pub fn nats_options(options: &NodeOptions) -> Option<NatsOptions> {
 pub struct Node {
     options: NodeOptions,
     listening: Option<SocketAddr>,
+    made_token: Option<SecretToken>,
     gateway: Option<Gateway>,
     warnings: Vec<String>,
     log_line: String,
@@ -441,6 +456,17 @@ impl Node {
         if has(Role::Timers) {
             crew.timers();
         }
+        if has(Role::Notify) {
+            let notify = NotifyOptions {
+                allow_private: options.allow_private_webhooks,
+                ..NotifyOptions::default()
+            };
+            crew.notify(Some(Arc::new(TreeProofs(tree.clone()))), notify)
+                .map_err(|e| Failure::new(Code::Failure, "notify", with_causes(&e)))?;
+            if let Some(nats) = nats_options(&options) {
+                crew.publish_cdevents(Arc::new(open_bulletin(nats, options.nats_replicas).await?));
+            }
+        }
         if let Some(gateway) = &gateway {
             crew.gateway(gateway.clone(), "local");
         }
@@ -484,7 +510,7 @@ impl Node {
             }
         }
 
-        let mut listening = None;
+        let (mut listening, mut made_token) = (None, None);
         if let Some(listener) = listener {
             let addr = listener.local_addr()?;
             listening = Some(addr);
@@ -492,6 +518,11 @@ impl Node {
             let mut settings = ApiSettings::loopback(public.port());
             settings.domain = domain;
             settings.hosts = options.hosts.clone();
+            settings.access = options.access.mode;
+            settings.oidc = options.access.oidc.clone();
+            settings.rate = options.access.rate;
+            settings.tls = options.access.tls.clone();
+            settings.allow_private_webhooks = options.allow_private_webhooks;
             settings.gateway = PublicGateway {
                 scheme: "http".into(),
                 port: public.port(),
@@ -500,9 +531,13 @@ impl Node {
             settings.known_clusters = known_clusters;
             settings.catalogue = Arc::new(catalogue);
             settings.image_prefix = Some(image_prefix);
-            let state = AppState::new(ledger, lines, settings, parts)
+            let mut state = AppState::new(ledger, lines, settings, parts)
                 .with_tree(tree.clone())
                 .with_secrets(secrets);
+            made_token = options.access.make_tokens(state.commands()).await?;
+            if let Some(keys) = LedgerKeys::open(&options.ledger_keys_folder(&data)) {
+                state = state.with_attestor(Arc::new(keys));
+            }
             let (cancel, fail) = (cancel.clone(), fail.clone());
             tasks.push(tokio::spawn(async move {
                 if let Err(error) = daybook_api::serve(listener, state, cancel).await {
@@ -516,6 +551,7 @@ impl Node {
         Ok(Self {
             options: NodeOptions { data, ..options },
             listening,
+            made_token,
             gateway,
             warnings,
             log_line,
@@ -575,12 +611,32 @@ impl Node {
     /// Where the HTTP interface is, for a client on this machine.
     pub fn api_url(&self) -> String {
         let addr = self.listening.unwrap_or(self.options.listen);
-        format!("http://{addr}")
+        format!("{}://{addr}", self.scheme())
     }
 
     /// Where the HTTP interface is, if this node runs it.
     pub fn listening(&self) -> Option<String> {
-        self.listening.map(|a| format!("http://{a}"))
+        self.listening.map(|a| format!("{}://{a}", self.scheme()))
+    }
+
+    fn scheme(&self) -> &'static str {
+        match self.options.access.tls {
+            Some(_) => "https",
+            None => "http",
+        }
+    }
+
+    /// Whom the HTTP interface lets in.
+    pub fn access_line(&self) -> &'static str {
+        match self.options.access.mode {
+            AccessMode::Open => "open: asks nobody for a token",
+            AccessMode::Required => "asks for tokens",
+        }
+    }
+
+    /// The token that this start has made, to be shown once.
+    pub fn made_token(&self) -> Option<&SecretToken> {
+        self.made_token.as_ref()
     }
 
     /// Where the gateway is, if this node runs it.
@@ -650,6 +706,11 @@ impl Node {
         json!({
             "roles": self.options.roles.iter().map(|r| r.name()).collect::<Vec<_>>(),
             "url": self.listening(),
+            "authentication": match self.options.access.mode {
+                AccessMode::Open => "open",
+                AccessMode::Required => "required",
+            },
+            "admin_token": self.made_token.as_ref().map(|t| t.reveal().to_string()),
             "gateway": self.gateway_url(),
             "log": self.log_line,
             "origin": self.origin,
@@ -755,6 +816,18 @@ pub async fn open_log(
     })
 }
 
+/// The stream of CDEvents on NATS.
+async fn open_bulletin(nats: NatsOptions, replicas: usize) -> Result<NatsBulletin, Failure> {
+    let unavailable = |why| Failure::new(Code::Failure, "cdevents_unavailable", why);
+    let connection = Connection::open(nats).await;
+    let connection = connection.map_err(|e| unavailable(with_causes(&e)))?;
+    let how = BulletinOptions::cdevents(replicas);
+    let opened = JetStreamBulletin::open(connection, &how).await;
+    opened
+        .map(NatsBulletin)
+        .map_err(|e| unavailable(with_causes(&e)))
+}
+
 /// The folder with the values of secrets. Nothing is made before there is one to keep.
 fn open_secrets(options: &NodeOptions, data: &Path) -> Arc<dyn SecretStore> {
     let dir = options.secrets.clone();
@@ -775,6 +848,7 @@ fn masked(
             let row = projections.deployment(id).ok()??;
             Some(row.state.request.instance.project)
         }
+        LineSource::Subscription(id) => Some(projections.project_of(id).ok()??),
     });
     Arc::new(MaskedLines::new(lines, secrets.clone(), project_of))
 }

@@ -21,6 +21,8 @@ pub enum Role {
     Probe,
     /// Does what falls due: scheduled stops, ends of freezes, approvals that expire.
     Timers,
+    /// Sends events to those who subscribed to them.
+    Notify,
     /// The local gateway, which serves the routes.
     Gateway,
     /// Signs the ledger, and compares the log with what was signed.
@@ -47,6 +49,7 @@ impl Role {
                     Self::Route,
                     Self::Probe,
                     Self::Timers,
+                    Self::Notify,
                 ],
                 one => vec![one],
             })
@@ -63,6 +66,7 @@ impl Role {
             Self::Route => "route",
             Self::Probe => "probe",
             Self::Timers => "timers",
+            Self::Notify => "notify",
             Self::Gateway => "gateway",
             Self::Notary => "notary",
             Self::Worker => "worker",

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use daybook_events::Position;
 use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition};
-use daybook_store::tlog::{Checkpoint, breach_code};
+use daybook_store::tlog::{Checkpoint, TilePath, breach_code};
 use jiff::Timestamp;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
@@ -25,6 +25,10 @@ const ASK_EVERY: Duration = Duration::from_millis(500);
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Where every Daybook server publishes its tree.
 const PREFIX: &str = "/tlog";
+/// The most that a tile, a bundle of entries or a list of keys has.
+pub(crate) const LARGEST: usize = 256 * (65_535 + 2);
+/// The most that a checkpoint has, whoever has signed it.
+const LARGEST_NOTE: usize = 1 << 20;
 
 /// A tree over HTTP: its head, its tiles, and what the server's notary says of the log.
 ///
@@ -46,6 +50,13 @@ impl fmt::Debug for ServedTree {
 #[derive(Deserialize)]
 struct Report {
     condition: Condition,
+    signed: Option<Signed>,
+}
+
+#[derive(Deserialize)]
+struct Signed {
+    size: u64,
+    published_at: Timestamp,
 }
 
 #[derive(Deserialize)]
@@ -97,10 +108,7 @@ impl ServedTree {
             .hint("give --tlog-url the address that ends in /tlog: https://HOST/tlog")
         })?;
         let tree = Arc::new(Self {
-            client: Client::new(&ServerArgs {
-                server: server.to_owned(),
-                actor: None,
-            })?,
+            client: Client::new(&ServerArgs::of(server.to_owned(), None))?,
             seen: RwLock::new((
                 None,
                 TreeCondition::Unknown("the server was not asked yet".to_owned()),
@@ -124,48 +132,107 @@ impl ServedTree {
         }
     }
 
+    /// What the notary says of the log counts as soon as it is known, whether or not the head that
+    /// goes with it can be read.
     async fn look(&self) {
-        let asked = tokio::time::timeout(PATIENCE, self.ask()).await;
-        let asked = asked.unwrap_or_else(|_| Err("it does not answer in time".to_owned()));
-        let mut seen = self.seen.write().unwrap_or_else(PoisonError::into_inner);
-        match asked {
-            Ok((head, condition)) => {
-                let newer = |new: &SignedHead| {
-                    let old = seen.0.as_ref().map_or(0, |old| old.head.size);
-                    old <= new.head.size
-                };
-                if let Some(head) = head.filter(newer) {
-                    seen.0 = Some(head);
-                }
-                seen.1 = condition;
+        let (condition, signed) = match in_time(self.report()).await {
+            Ok(report) => (report.condition.into(), report.signed),
+            Err(why) => (TreeCondition::Unknown(self.silent(&why)), None),
+        };
+        self.change(|_, known| {
+            // What was broken is not mended because nobody knows any more.
+            let broken = matches!(known, TreeCondition::Broken(_));
+            if !broken || !matches!(condition, TreeCondition::Unknown(_)) {
+                *known = condition;
             }
-            // What was broken is not mended because nobody answers any more.
-            Err(_) if matches!(seen.1, TreeCondition::Broken(_)) => {}
-            Err(why) => {
-                let server = self.client.shown();
-                seen.1 = TreeCondition::Unknown(format!("{server} publishes no tree: {why}"));
-            }
+        });
+        let Some(signed) = signed else {
+            return;
+        };
+        let known = self.head();
+        if known.is_some_and(|known| {
+            known.head.size == signed.size && known.published_at == signed.published_at
+        }) {
+            return;
+        }
+        match in_time(self.newest(&signed)).await {
+            Ok(head) => self.take(head),
+            Err(why) => self.doubt(&why),
         }
     }
 
-    async fn ask(&self) -> Result<(Option<SignedHead>, TreeCondition), String> {
-        let said = |failure: Failure| failure.message;
-        let report: Report = self.client.get("/api/v1/ledger", &[]).await.map_err(said)?;
-        let note = self
-            .client
-            .resource(&format!("{PREFIX}/checkpoint"))
-            .await
-            .map_err(said)?;
-        let head = note.map(|note| {
-            let (checkpoint, _) = Checkpoint::parse_unverified(&note).map_err(|e| e.to_string())?;
-            Ok::<_, String>(SignedHead {
-                head: checkpoint.head,
-                published_at: Timestamp::now(),
-                note,
-            })
-        });
-        Ok((head.transpose()?, report.condition.into()))
+    fn change(&self, change: impl FnOnce(&mut Option<SignedHead>, &mut TreeCondition)) {
+        let mut seen = self.seen.write().unwrap_or_else(PoisonError::into_inner);
+        let (head, condition) = &mut *seen;
+        change(head, condition);
     }
+
+    /// Takes a head, unless it is older than the one that is known, or is another of the same size.
+    fn take(&self, new: Option<SignedHead>) {
+        let Some(new) = new else {
+            return;
+        };
+        let mut other = None;
+        self.change(|head, _| match head {
+            Some(old) if old.head.size > new.head.size => {}
+            Some(old) if old.head.size == new.head.size && old.head.root != new.head.root => {
+                other = Some(format!(
+                    "it has signed two trees of {} entries",
+                    new.head.size
+                ));
+            }
+            head => *head = Some(new),
+        });
+        if let Some(why) = other {
+            self.doubt(&why);
+        }
+    }
+
+    /// Not even a sound log is known to be so where the head cannot be believed.
+    fn doubt(&self, why: &str) {
+        let doubt = TreeCondition::Unknown(self.silent(why));
+        self.change(|_, condition| {
+            if matches!(condition, TreeCondition::Sound) {
+                *condition = doubt;
+            }
+        });
+    }
+
+    fn silent(&self, why: &str) -> String {
+        format!("{} publishes no tree: {why}", self.client.shown())
+    }
+
+    /// The server is asked as it is: one that still folds the log knows already whether the log is
+    /// what was signed.
+    async fn report(&self) -> Result<Report, String> {
+        let report = self.client.get_as_it_is("/api/v1/ledger").await;
+        report.map_err(|failure| failure.message)
+    }
+
+    async fn newest(&self, signed: &Signed) -> Result<Option<SignedHead>, String> {
+        let path = format!("{PREFIX}/checkpoint");
+        let note = self.client.resource(&path, LARGEST_NOTE).await;
+        let Some(note) = note.map_err(|failure| failure.message)? else {
+            return Ok(None);
+        };
+        let (checkpoint, _) = Checkpoint::parse_unverified(&note).map_err(|e| e.to_string())?;
+        // One that was published after the report was made is newer than the report says.
+        let published_at = if checkpoint.head.size == signed.size {
+            signed.published_at
+        } else {
+            Timestamp::now()
+        };
+        Ok(Some(SignedHead {
+            head: checkpoint.head,
+            published_at,
+            note,
+        }))
+    }
+}
+
+async fn in_time<T>(asked: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let answered = tokio::time::timeout(PATIENCE, asked).await;
+    answered.unwrap_or_else(|_| Err("it does not answer in time".to_owned()))
 }
 
 #[async_trait]
@@ -181,10 +248,22 @@ impl PublishedTree for ServedTree {
     }
 
     async fn resource(&self, path: &str) -> io::Result<Option<Bytes>> {
-        if path == "checkpoint" {
-            return Ok(self.head().map(|head| head.note));
-        }
-        let found = self.client.resource(&format!("{PREFIX}/{path}")).await;
+        let Some(head) = self.head() else {
+            return Ok(None);
+        };
+        let asked = match path {
+            "checkpoint" => return Ok(Some(head.note)),
+            "keys" => path.to_owned(),
+            // Nothing else of the server is reached through here, whatever the path looks like.
+            _ => match path.parse::<TilePath>() {
+                Ok(tile) if tile.is_covered_by(head.head.size) => tile.to_string(),
+                _ => return Ok(None),
+            },
+        };
+        let found = self
+            .client
+            .resource(&format!("{PREFIX}/{asked}"), LARGEST)
+            .await;
         found.map_err(|failure| io::Error::other(failure.message))
     }
 }

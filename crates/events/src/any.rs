@@ -8,6 +8,7 @@ use schemars::Schema;
 use serde::de::DeserializeSeed;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::access::{Access, AccessEvent};
 use crate::aggregate::{At, Folded, Void};
 use crate::build::{Build, BuildEvent};
 use crate::check;
@@ -20,6 +21,7 @@ use crate::ledger::{LedgerEvent, LedgerRecord};
 use crate::project::{Project, ProjectEvent};
 use crate::routing::{Routing, RoutingEvent};
 use crate::subject::InvalidSubject;
+use crate::subscription::{Subscription, SubscriptionEvent};
 
 macro_rules! aggregates {
     ( $( $(#[$doc:meta])* $kind:ident = $token:literal: $state:ty, $event:ty; )* ) => {
@@ -158,8 +160,12 @@ aggregates! {
     Routing = "routing": Routing, RoutingEvent;
     /// A hostname that its owner brought along.
     Domain = "domain": Domain, DomainEvent;
+    /// A webhook that events of a project are sent to.
+    Subscription = "subscription": Subscription, SubscriptionEvent;
     /// The ledger itself.
     Ledger = "ledger": LedgerRecord, LedgerEvent;
+    /// The tokens, and what each may do.
+    Access = "access": Access, AccessEvent;
 }
 
 impl AnyPayload {

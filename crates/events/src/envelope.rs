@@ -31,8 +31,9 @@ pub const MEDIA_TYPE: &str = "application/cloudevents+json";
 /// data stays out of the ledger.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Actor {
-    /// How the actor was authenticated, as CloudEvents' `authtype`: `user`, `service_account`,
-    /// `system`, `unauthenticated`.
+    /// How the actor was authenticated, as CloudEvents' `authtype`: `user` for somebody whom an
+    /// identity provider vouches for, `api_key` for a token of Daybook's own, `system`,
+    /// `unauthenticated`.
     pub kind: String,
     /// The actor's id within that kind: `alice`, `worker/build`.
     pub id: String,

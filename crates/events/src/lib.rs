@@ -4,10 +4,13 @@
 //! Nothing in here does I/O, reads a clock or draws a random number: everything that a decision
 //! depends on is passed in, so that the same log always folds to the same state.
 
+pub mod access;
 pub mod admission;
 pub mod aggregate;
 pub mod any;
 pub mod approval;
+pub mod asyncapi;
+pub mod attestation;
 pub mod build;
 pub mod catalog;
 pub mod causes;
@@ -18,6 +21,7 @@ pub mod deployment;
 pub mod domain;
 pub mod envelope;
 pub mod environment;
+pub mod feed;
 pub mod few;
 pub mod freeze;
 pub mod gitops;
@@ -38,6 +42,7 @@ pub mod secret;
 pub mod simulated;
 pub mod spec;
 pub mod subject;
+pub mod subscription;
 pub mod template;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::log::ReadError;
-use crate::names::{BuildId, ClusterName, DeploymentId};
+use crate::names::{BuildId, ClusterName, DeploymentId, SubscriptionId};
 
 /// Whose output it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,14 +22,17 @@ pub enum LineSource {
     Build(BuildId),
     /// A deployment: output of its containers, and what its workers say about it.
     Deployment(DeploymentId),
+    /// A subscription: its [delivery log](crate::subscription::delivery).
+    Subscription(SubscriptionId),
 }
 
 impl fmt::Display for LineSource {
-    /// `build.<id>` or `deployment.<id>`: two subject tokens.
+    /// `build.<id>`, `deployment.<id>` or `subscription.<id>`: two subject tokens.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Build(id) => write!(f, "build.{id}"),
             Self::Deployment(id) => write!(f, "deployment.{id}"),
+            Self::Subscription(id) => write!(f, "subscription.{id}"),
         }
     }
 }

@@ -42,6 +42,22 @@ pub fn without_credentials(text: &str) -> String {
     }
 }
 
+/// How a name is kept. One of up to 23 bytes, as most are, needs no memory of its own.
+pub(crate) type Text = smol_str::SmolStr;
+
+/// Makes a value of a text as it is read.
+pub(crate) struct Parsed<T>(pub(crate) fn(&str) -> Result<T, InvalidName>);
+
+impl<T> serde::de::Visitor<'_> for Parsed<T> {
+    type Value = T;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string")
+    }
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<T, E> {
+        (self.0)(text).map_err(E::custom)
+    }
+}
+
 macro_rules! validated {
     (
         $(#[$doc:meta])*
@@ -49,7 +65,7 @@ macro_rules! validated {
     ) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(String);
+        pub struct $name($crate::names::Text);
 
         // By hand, because what serde derives for a text of one's own copies it first.
         impl serde::Serialize for $name {
@@ -59,21 +75,20 @@ macro_rules! validated {
         }
         impl<'de> serde::Deserialize<'de> for $name {
             fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-                let value = <String as serde::Deserialize>::deserialize(d)?;
-                Self::parse(value).map_err(serde::de::Error::custom)
+                d.deserialize_str($crate::names::Parsed(|text| Self::parse(text)))
             }
         }
 
         impl $name {
             /// Parses a name; the error says which rule it breaks.
-            pub fn parse(value: impl Into<String>) -> Result<Self, $crate::names::InvalidName> {
-                let value = value.into();
-                match Self::rule(&value) {
-                    Ok(()) => Ok(Self(value)),
+            pub fn parse<T: AsRef<str>>(value: T) -> Result<Self, $crate::names::InvalidName> {
+                let value = value.as_ref();
+                match Self::rule(value) {
+                    Ok(()) => Ok(Self(value.into())),
                     Err(rule) => Err($crate::names::InvalidName {
                         what: $what,
                         code: $code,
-                        value: $crate::names::without_credentials(&value).chars().take(80).collect(),
+                        value: $crate::names::without_credentials(value).chars().take(80).collect(),
                         rule,
                     }),
                 }
@@ -115,7 +130,7 @@ macro_rules! validated {
         }
         impl From<$name> for String {
             fn from(n: $name) -> String {
-                n.0
+                n.0.into()
             }
         }
         impl AsRef<str> for $name {
@@ -245,7 +260,7 @@ validated! {
 impl Default for ZoneName {
     /// Coordinated universal time.
     fn default() -> Self {
-        Self("UTC".to_owned())
+        Self(Text::new_static("UTC"))
     }
 }
 
@@ -499,7 +514,7 @@ impl Digest {
         for b in hash {
             let _ = write!(s, "{b:02x}");
         }
-        Self(s)
+        Self(s.into())
     }
 }
 
@@ -552,6 +567,10 @@ uuid_id! {
     BuildId
 }
 uuid_id! {
+    /// Identifies one subscription: a webhook that events are sent to.
+    SubscriptionId
+}
+uuid_id! {
     /// Identifies one event, and is its message id in the log.
     EventId
 }
@@ -579,6 +598,26 @@ pub struct InstanceRef {
     pub environment: EnvironmentName,
     /// The service.
     pub service: ServiceName,
+}
+
+impl InstanceRef {
+    /// Looks something up by the text form, for which no memory is needed.
+    pub(crate) fn with_text<T>(&self, look: impl FnOnce(&str) -> T) -> T {
+        let names = [
+            self.project.as_str(),
+            self.environment.as_str(),
+            self.service.as_str(),
+        ];
+        let mut text = [b'.'; 3 * NAME_MAX + 2];
+        let mut end = 0;
+        for name in names {
+            let begin = end + usize::from(end > 0);
+            end = begin + name.len();
+            text[begin..end].copy_from_slice(name.as_bytes());
+        }
+        // It is made of names, each of which is ASCII.
+        look(std::str::from_utf8(&text[..end]).unwrap_or_default())
+    }
 }
 
 impl fmt::Display for InstanceRef {

@@ -302,12 +302,12 @@ const KEPT: usize = 16;
 impl Routing {
     /// What is known of an instance's traffic.
     pub fn traffic(&self, instance: &InstanceRef) -> Option<&InstanceTraffic> {
-        self.instances.get(&instance.to_string())
+        instance.with_text(|text| self.instances.get(text))
     }
 
     /// How an instance's traffic is spread over clusters.
     pub fn policy(&self, instance: &InstanceRef) -> &ClusterPolicy {
-        let policy = self.policies.get(&instance.to_string());
+        let policy = instance.with_text(|text| self.policies.get(text));
         policy.unwrap_or(&ClusterPolicy::Simple)
     }
 
@@ -371,6 +371,16 @@ impl Routing {
             let changes = self.recent.iter().filter(within).flat_map(|s| &s.changes);
             changes.map(|c| &c.hostname).collect()
         })
+    }
+
+    /// The newest table that led a hostname away from a deployment, as far as switches are kept.
+    pub fn left_by(&self, deployment: DeploymentId) -> Option<u32> {
+        let has = |backends: &[Backend]| backends.iter().any(|b| b.deployment == deployment);
+        let left = |s: &&Switched| {
+            let mut changes = s.changes.iter();
+            changes.any(|c| has(&c.previous) && !has(&c.next))
+        };
+        self.recent.iter().rev().find(left).map(|s| s.table)
     }
 
     /// What a gateway that serves a table says of it.

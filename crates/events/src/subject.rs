@@ -9,7 +9,7 @@ use std::str::FromStr;
 use uuid::Uuid;
 
 pub use crate::any::AggregateKind;
-use crate::names::{BuildId, DeploymentId, EnvironmentName, Hostname, ProjectName};
+use crate::names::{BuildId, DeploymentId, EnvironmentName, Hostname, ProjectName, SubscriptionId};
 
 /// What every event subject starts with.
 pub const PREFIX: &str = "daybook.ev";
@@ -31,8 +31,12 @@ pub enum Subject {
     Routing(ProjectName),
     /// A hostname that its owner brought along, whosoever it is.
     Domain(Hostname),
+    /// A webhook that events of a project are sent to.
+    Subscription(ProjectName, SubscriptionId),
     /// The ledger itself.
     Ledger,
+    /// The tokens, and what each may do.
+    Access,
     /// An aggregate that this version does not know, written by a newer one: kept and shown as
     /// it is, skipped by folds. It holds the whole subject text.
     Other(String),
@@ -56,12 +60,14 @@ impl Subject {
             Self::Gitops(_) => AggregateKind::Gitops,
             Self::Routing(_) => AggregateKind::Routing,
             Self::Domain(_) => AggregateKind::Domain,
+            Self::Subscription(..) => AggregateKind::Subscription,
             Self::Ledger => AggregateKind::Ledger,
+            Self::Access => AggregateKind::Access,
             Self::Other(_) => return None,
         })
     }
 
-    /// The project; none for the ledger itself, or if a newer version wrote a subject that this
+    /// The project; none for hostnames, the ledger itself and access, or if a newer version wrote a subject that this
     /// one cannot read.
     pub fn project(&self) -> Option<&ProjectName> {
         match self {
@@ -70,8 +76,9 @@ impl Subject {
             | Self::Build(p, _)
             | Self::Deployment(p, _, _)
             | Self::Gitops(p)
-            | Self::Routing(p) => Some(p),
-            Self::Domain(_) | Self::Ledger | Self::Other(_) => None,
+            | Self::Routing(p)
+            | Self::Subscription(p, _) => Some(p),
+            Self::Domain(_) | Self::Ledger | Self::Access | Self::Other(_) => None,
         }
     }
 
@@ -98,7 +105,9 @@ impl fmt::Display for Subject {
                 let token = h.as_str().replace('.', "_");
                 write!(f, "{PREFIX}._._.domain.{token}")
             }
+            Self::Subscription(p, s) => write!(f, "{PREFIX}.{p}._.subscription.{s}"),
             Self::Ledger => write!(f, "{PREFIX}._._.ledger.log"),
+            Self::Access => write!(f, "{PREFIX}._._.access.tokens"),
             Self::Other(s) => f.write_str(s),
         }
     }
@@ -136,6 +145,9 @@ impl FromStr for Subject {
             if rest == "_._.ledger.log" {
                 return Some(Self::Ledger);
             }
+            if rest == "_._.access.tokens" {
+                return Some(Self::Access);
+            }
             if let Some(token) = rest.strip_prefix("_._.domain.") {
                 return Hostname::parse(token.replace('_', "."))
                     .ok()
@@ -154,6 +166,9 @@ impl FromStr for Subject {
                 (AggregateKind::Build, None) => Self::Build(p, BuildId(canonical(id)?)),
                 (AggregateKind::Deployment, Some(e)) => {
                     Self::Deployment(p, e, DeploymentId(canonical(id)?))
+                }
+                (AggregateKind::Subscription, None) => {
+                    Self::Subscription(p, SubscriptionId(canonical(id)?))
                 }
                 (AggregateKind::Gitops, None) if id == project => Self::Gitops(p),
                 (AggregateKind::Routing, None) if id == project => Self::Routing(p),

@@ -893,9 +893,9 @@ fn the_hostnames_of_a_deployment_follow_every_switch() {
         assign(3, false),
         rollback(1),
         mark_main(3, None),
+        compensate(5),
         withdraw(1),
         withdraw(3),
-        compensate(7),
     ];
     for n in 1..=commands.len() {
         let (_, given) = switched(commands[..n].iter().cloned());
@@ -921,6 +921,14 @@ fn a_gateway_reports_what_was_switched_since_its_last_table() {
     let report = state.report("a", 3);
     assert!(report.hostnames.contains(&two.preview));
     assert!(report.hostnames.contains(&one.preview));
+}
+
+#[test]
+fn the_newest_table_that_led_a_hostname_away_is_known() {
+    let (_, given) = switched([assign(1, true), assign(2, true), assign(3, false)]);
+    let state = given.state.as_ref().unwrap();
+    let left = |n| state.left_by(samples::deployment_id(n));
+    assert_eq!([left(1), left(2), left(3)], [Some(2), None, None]);
 }
 
 #[test]
@@ -1001,6 +1009,51 @@ fn a_compensation_leaves_a_later_switch_alone() {
     given
         .when(|s| routing::decide(s, compensate(40)))
         .then_refused("switch_unknown");
+}
+
+#[test]
+fn what_undoes_a_switch_or_takes_out_what_goes_is_not_undone() {
+    let (_, given) = switched([assign(1, true), assign(2, true), compensate(2)]);
+    let given = given
+        .when(|s| routing::decide(s, compensate(3)))
+        .then_nothing();
+    assert_eq!(main_of(&given), Some(1));
+    let (_, given) = switched([assign(1, true), assign(2, true), withdraw(2)]);
+    let given = given
+        .when(|s| routing::decide(s, compensate(3)))
+        .then_nothing();
+    assert_eq!(main_of(&given), None);
+}
+
+#[test]
+fn a_refused_hostname_undoes_only_what_led_it_elsewhere_since_it_was_applied() {
+    let (one, two) = (names(1, &samples::shop()), names(2, &samples::shop()));
+    let undoable = |given: &Given<Routing>, hostname: &Hostname| {
+        given.state.as_ref().unwrap().undoable("oslo", hostname)
+    };
+    let (_, given) = switched([assign(1, true), assign(2, true), assign(3, false)]);
+    assert_eq!(undoable(&given, &one.preview), Some(1));
+    assert_eq!(undoable(&given, &two.environment), Some(2));
+    assert_eq!(
+        undoable(&given, &"other.example.com".parse().unwrap()),
+        None
+    );
+    let applied = given.state.as_ref().unwrap().report("oslo", 2);
+    let (_, given) = given
+        .when(|s| routing::decide(s, Command::ReportApplied(applied)))
+        .then_some();
+    assert_eq!(undoable(&given, &two.environment), None);
+    let elsewhere = given.state.as_ref().unwrap();
+    assert_eq!(elsewhere.undoable("bergen", &two.environment), Some(2));
+    // What restored it is not undone in turn.
+    let (_, given) = given
+        .when(|s| routing::decide(s, mark_main(3, None)))
+        .then_some();
+    assert_eq!(undoable(&given, &two.environment), Some(4));
+    let (_, given) = given
+        .when(|s| routing::decide(s, compensate(4)))
+        .then_some();
+    assert_eq!(undoable(&given, &two.environment), None);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use daybook_events::spec::ImageReference;
 use daybook_events::{
     AggregateKind, BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName,
     GitRef, Hostname, ImageRepository, ImageTag, InstanceRef, InvalidName, ProjectName,
-    RepositoryUrl, ServiceName, Subject, SubjectFilter,
+    RepositoryUrl, ServiceName, Subject, SubjectFilter, SubscriptionId,
 };
 use proptest::prelude::*;
 
@@ -352,7 +352,7 @@ fn name() -> impl Strategy<Value = String> {
 }
 
 fn subject() -> impl Strategy<Value = Subject> {
-    (name(), name(), any::<[u8; 16]>(), 0..8_u8).prop_map(|(p, e, id, kind)| {
+    (name(), name(), any::<[u8; 16]>(), 0..10_u8).prop_map(|(p, e, id, kind)| {
         let p = ProjectName::parse(p).unwrap();
         let e = EnvironmentName::parse(e).unwrap();
         let id = uuid::Uuid::from_bytes(id);
@@ -364,7 +364,9 @@ fn subject() -> impl Strategy<Value = Subject> {
             4 => Subject::Gitops(p),
             5 => Subject::Routing(p),
             6 => Subject::Domain(format!("{p}.{e}").parse().unwrap()),
-            _ => Subject::Ledger,
+            7 => Subject::Ledger,
+            8 => Subject::Subscription(p, SubscriptionId(id)),
+            _ => Subject::Access,
         }
     })
 }
@@ -464,7 +466,7 @@ fn subjects_that_are_none() {
             Err(_) => assert!(text.contains(' ')),
         }
     }
-    assert_eq!(AggregateKind::ALL.len(), 8);
+    assert_eq!(AggregateKind::ALL.len(), 10);
 }
 
 #[test]

@@ -68,7 +68,13 @@ fn samples_by_kind() -> BTreeMap<&'static str, String> {
         Subject::Domain("www.example.com".parse().unwrap()),
         samples::domain_events(&shop),
     );
+    add(
+        &mut all,
+        Subject::Subscription(p(), samples::subscription_id()),
+        samples::subscription_events(),
+    );
     add(&mut all, Subject::Ledger, samples::ledger_events());
+    add(&mut all, Subject::Access, samples::access_events(&shop));
     all
 }
 
@@ -124,7 +130,9 @@ fn decode_and_encode(kind: &str, event: &Event) -> Value {
         "gitops" => again::<gitops::GitopsEvent>(event),
         "routing" => again::<routing::RoutingEvent>(event),
         "domain" => again::<daybook_events::domain::DomainEvent>(event),
+        "subscription" => again::<daybook_events::subscription::SubscriptionEvent>(event),
         "ledger" => again::<ledger::LedgerEvent>(event),
+        "access" => again::<daybook_events::access::AccessEvent>(event),
         other => panic!("{other} is not an aggregate"),
     }
 }

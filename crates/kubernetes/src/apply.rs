@@ -171,7 +171,7 @@ impl Space<'_> {
             && label(ENVIRONMENT) == Some(self.app.environment.as_str())
     }
 
-    fn objects(&self, kind: Kind) -> Api<DynamicObject> {
+    pub(crate) fn objects(&self, kind: Kind) -> Api<DynamicObject> {
         let (group, version) = match kind.api_version.split_once('/') {
             Some((group, version)) => (group, version),
             None => ("", kind.api_version),

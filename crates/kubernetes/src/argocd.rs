@@ -5,6 +5,7 @@
 //! rollback is a further commit, so that automatic syncing never needs to be off.
 
 mod application;
+mod kept;
 mod state;
 
 use std::fmt;
@@ -18,10 +19,11 @@ use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
 
 pub(crate) use application::Application;
+pub(crate) use kept::{keep, kept, let_go};
 pub(crate) use state::State;
 
 use crate::apply::timely;
-use crate::error::refusal;
+use crate::error::{is_missing, refusal};
 use crate::names::{self, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
 use crate::objects::GatewayRef;
 
@@ -77,6 +79,13 @@ impl ArgoCd {
         let api = self.api(client);
         let found = timely(&what, api.get_opt(&name)).await?;
         let found = found.map_err(|e| self.refusal(&what, &e))?;
+        if let Some(found) = &found
+            && found.metadata.deletion_timestamp.is_some()
+        {
+            return Err(TargetError::Unavailable(format!(
+                "{what} is still being deleted"
+            )));
+        }
         if found.is_some_and(|found| !is_ours(&found, wanted.app)) {
             return Err(TargetError::Refused(format!(
                 "{what} in namespace {} exists and is not Daybook's. To hand it over, label it: \
@@ -88,7 +97,12 @@ impl ArgoCd {
         let patch = Patch::Apply(self.body(&name, &url, wanted));
         let params = PatchParams::apply(MANAGER);
         let applied = timely(&what, api.patch(&name, &params, &patch)).await?;
-        applied.map(|_| ()).map_err(|e| self.refusal(&what, &e))
+        let applied = applied.map_err(|e| self.refusal(&what, &e))?;
+        if !wanted.refresh || applied.annotations().contains_key(REFRESH) {
+            return Ok(());
+        }
+        let refresh = json!({ "metadata": { "annotations": { REFRESH: "normal" } } });
+        self.ask(client, &name, refresh).await
     }
 
     /// Removes the Application of an environment, and with it what it made.
@@ -118,20 +132,26 @@ impl ArgoCd {
         revision: &CommitId,
     ) -> Result<(), TargetError> {
         let name = names::namespace(&app.project, &app.environment);
-        let what = format!("Application {name}");
-        let patch = Patch::Merge(json!({
+        let sync = json!({
             "metadata": { "annotations": { REFRESH: "hard" } },
             "operation": {
                 "initiatedBy": { "username": MANAGER },
                 "sync": { "revision": revision, "prune": true },
             },
-        }));
-        // Not the manager that applies it: Argo CD takes the operation away once it is begun.
+        });
+        self.ask(client, &name, sync).await
+    }
+
+    /// Asks Argo CD for something once.
+    async fn ask(&self, client: &Client, name: &str, what_for: Value) -> Result<(), TargetError> {
+        let what = format!("Application {name}");
+        // Not the manager that applies it: Argo CD takes away what it was asked for.
         let params = PatchParams {
             field_manager: Some(format!("{MANAGER}-retry")),
             ..PatchParams::default()
         };
-        let patched = timely(&what, self.api(client).patch(&name, &params, &patch)).await?;
+        let patch = Patch::Merge(what_for);
+        let patched = timely(&what, self.api(client).patch(name, &params, &patch)).await?;
         patched.map(|_| ()).map_err(|e| self.refusal(&what, &e))
     }
 
@@ -168,7 +188,7 @@ impl ArgoCd {
         let parameters = parameters.into_iter().map(|(key, value)| {
             json!({ "name": format!("daybook-app.{key}"), "value": value, "forceString": true })
         });
-        let mut metadata = json!({
+        let metadata = json!({
             "name": name,
             "namespace": self.namespace,
             "labels": {
@@ -179,9 +199,6 @@ impl ArgoCd {
             },
             "finalizers": [FINALIZER],
         });
-        if wanted.refresh {
-            metadata["annotations"] = json!({ REFRESH: "normal" });
-        }
         json!({
             "apiVersion": "argoproj.io/v1alpha1",
             "kind": "Application",
@@ -216,6 +233,9 @@ impl ArgoCd {
     /// As for any other object, but that a cluster without Argo CD is told apart.
     fn refusal(&self, what: &str, error: &kube::Error) -> TargetError {
         match error {
+            kube::Error::Api(status) if is_missing(status) => {
+                TargetError::Unavailable(format!("{what} is gone; it is made again"))
+            }
             kube::Error::Api(status) if status.code == 404 => TargetError::Refused(format!(
                 "{what}: {}",
                 missing(&self.namespace, "the cluster has no Argo CD")

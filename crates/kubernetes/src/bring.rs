@@ -1,7 +1,7 @@
 //! Brings a cluster to what an environment is to be: by applying its objects, or by handing it to
 //! Argo CD.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use daybook_events::{CommitId, DeploymentId};
 use daybook_workers::image::LOCAL_HOST;
@@ -11,20 +11,22 @@ use k8s_openapi::ByteString;
 use serde_json::Value;
 
 use crate::apply::Space;
-use crate::argocd::{ArgoCd, State, Wanted};
+use crate::argocd::{self, ArgoCd, State, Wanted};
 use crate::asked::Asked;
 use crate::cluster::KubernetesCluster;
 use crate::names;
 use crate::objects::{self, Kind, Object, Place};
 
 impl KubernetesCluster {
-    /// Does what is asked for, as far as it can be done now.
+    /// Does what is asked for, as far as it can be done now. `kept` is what is asked for although the
+    /// commit does not list it any more.
     pub(crate) async fn bring(
         &self,
         app: &AppRef,
         namespace: &str,
         revision: &CommitId,
         desired: &EnvironmentValues,
+        kept: &BTreeSet<DeploymentId>,
     ) -> Result<Asked, TargetError> {
         let options = self.options();
         let gateway = options.gateway.as_ref();
@@ -44,7 +46,7 @@ impl KubernetesCluster {
             Some(_) => Asked::by_argocd(revision.clone()),
             None => Asked::new(revision.clone()),
         };
-        let mut kept = Vec::new();
+        let mut untouched = Vec::new();
         let mut wanted = objects::objects(desired, &place);
         if wanted.is_empty() {
             if let Some(argocd) = argocd {
@@ -77,7 +79,7 @@ impl KubernetesCluster {
                     Err(problem) => {
                         asked.holds(*deployment, problem);
                         // What it has of them keeps it running.
-                        kept.push(name);
+                        untouched.push(name);
                     }
                 }
             }
@@ -105,7 +107,7 @@ impl KubernetesCluster {
             Kind::SECRET,
         ];
         let mut keep: HashSet<_> = wanted.iter().map(|o| (o.kind, o.name.as_str())).collect();
-        keep.extend(kept.iter().map(|name| (Kind::SECRET, name.as_str())));
+        keep.extend(untouched.iter().map(|name| (Kind::SECRET, name.as_str())));
         let kinds = match argocd {
             Some(_) => &all[4..],
             None => &all[..],
@@ -113,8 +115,19 @@ impl KubernetesCluster {
         if let Some(argocd) = argocd
             && !asked.releases().is_empty()
         {
+            let before = argocd::kept(&space).await?;
+            let kept = names_of(desired, |id| kept.contains(&id));
+            argocd::keep(&space, &kept).await?;
+            let wanted = names_of(desired, |_| true);
+            let (mut again, gone): (Vec<_>, Vec<_>) = before
+                .into_iter()
+                .partition(|(_, name)| wanted.contains(name));
+            argocd::let_go(&space, &gone).await?;
             self.hand_over(argocd, app, revision, desired.ephemeral)
                 .await?;
+            // Not before: at the commit before, what is listed again would be removed.
+            again.retain(|(_, name)| !kept.contains(name));
+            argocd::let_go(&space, &again).await?;
         }
         space.prune(kinds, &keep).await?;
         Ok(asked)
@@ -175,6 +188,18 @@ impl KubernetesCluster {
             data.collect::<BTreeMap<_, _>>(),
         ))
     }
+}
+
+/// How the objects of releases are called.
+fn names_of(
+    desired: &EnvironmentValues,
+    which: impl Fn(DeploymentId) -> bool + Copy,
+) -> HashSet<String> {
+    let releases = desired.services.iter().flat_map(|(service, values)| {
+        let ids = values.releases.keys().filter(move |id| which(**id));
+        ids.map(move |id| names::release(service, *id))
+    });
+    releases.collect()
 }
 
 /// Each release with the workload that is made of it.

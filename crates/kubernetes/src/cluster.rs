@@ -1,6 +1,6 @@
 //! The target itself.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use daybook_events::lines::LineLog;
 use daybook_events::{ClusterName, CommitId, DeploymentId};
 use daybook_secrets::SecretStore;
-use daybook_workers::host_routes::HostRoutes;
+use daybook_workers::host_routes::{HostRoutes, RouteError};
 use daybook_workers::target::{AppRef, AppStatus, ReleaseStatus, Target, TargetError};
 use daybook_workers::values::EnvironmentValues;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
@@ -391,10 +391,21 @@ impl Target for KubernetesCluster {
         revision: &CommitId,
         desired: &EnvironmentValues,
     ) -> Result<(), TargetError> {
+        let none = BTreeSet::new();
+        self.apply_keeping(app, revision, desired, &none).await
+    }
+
+    async fn apply_keeping(
+        &self,
+        app: &AppRef,
+        revision: &CommitId,
+        desired: &EnvironmentValues,
+        kept: &BTreeSet<DeploymentId>,
+    ) -> Result<(), TargetError> {
         let namespace = names::namespace(&app.project, &app.environment);
         let turn = self.shared.turn(&namespace);
         let _turn = turn.lock().await;
-        let mut asked = self.bring(app, &namespace, revision, desired).await?;
+        let mut asked = self.bring(app, &namespace, revision, desired, kept).await?;
         let mut world = self.shared.world();
         let known = world.spaces.entry(namespace.clone()).or_default();
         let again = asked.again();
@@ -459,9 +470,9 @@ impl Target for KubernetesCluster {
         self.options().gateway.is_some()
     }
 
-    async fn route(&self, routes: &HostRoutes) -> Result<(), TargetError> {
+    async fn route(&self, routes: &HostRoutes) -> Result<(), RouteError> {
         let Some((gateway, _)) = &self.options().gateway else {
-            return Err(TargetError::Refused("it has no Gateway".to_owned()));
+            return Err(RouteError::Unavailable("it has no Gateway".to_owned()));
         };
         let gateway = routes::Gateway {
             client: &self.options().client,

@@ -95,6 +95,22 @@ pub fn drift(workload: &str, fields: &[String]) -> Problem {
     }
 }
 
+/// Argo CD says that a workload is synced, and it is not as the commit asks for.
+pub fn otherwise(workload: &str, fields: &[String]) -> Problem {
+    Problem {
+        reason: "Drift".to_owned(),
+        message: format!(
+            "Argo CD has synced Deployment {workload}, and it is otherwise than the commit asks for: {}",
+            fields.join(", ")
+        ),
+        remedy: "Look for what changes Deployments as they are written (kubectl get \
+                 mutatingwebhookconfigurations), and for ignoreDifferences in Argo CD; exempt \
+                 this one, or have the service ask for the same."
+            .to_owned(),
+        transient: true,
+    }
+}
+
 /// No pod could even be made: quota, admission, a missing service account.
 fn not_created(workload: &Deployment) -> Option<Found> {
     let conditions = workload.status.as_ref()?.conditions.as_ref()?;

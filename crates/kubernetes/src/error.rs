@@ -62,6 +62,12 @@ fn has_cause(status: &Status, reason: &str) -> bool {
     causes.any(|cause| cause.reason == reason)
 }
 
+/// Whether an object was not found; its kind is known, and its namespace is there.
+pub(crate) fn is_missing(status: &Status) -> bool {
+    let is_namespace = status.details.iter().any(|d| d.kind == "namespaces");
+    status.code == 404 && !has_no_name(status) && !is_namespace
+}
+
 /// Whether it is not an object that was not found, but the collection.
 fn has_no_name(status: &Status) -> bool {
     let details = status.details.as_ref();

@@ -6,13 +6,14 @@
 
 mod http_route;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
-use daybook_workers::host_routes::{HostRoute, HostRoutes};
+use daybook_events::{Hostname, ProjectName};
+use daybook_workers::host_routes::{HostRoute, HostRoutes, RouteError};
 use daybook_workers::target::TargetError;
-use kube::api::{DeleteParams, Patch, PatchParams};
-use kube::{Api, Client, ResourceExt};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::{Api, Client, Resource as _, ResourceExt};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -37,9 +38,12 @@ const MOVES: &str = "moves";
 /// Routes by namespace and name.
 pub(crate) type Known = HashMap<(String, String), HttpRoute>;
 
+fn key(route: &HttpRoute) -> (String, String) {
+    (route.namespace().unwrap_or_default(), route.name_any())
+}
+
 /// Keeps what is known of the routes of a cluster.
 pub(crate) fn take(known: &watch::Sender<Option<Known>>, change: Change<HttpRoute>) {
-    let key = |route: &HttpRoute| (route.namespace().unwrap_or_default(), route.name_any());
     known.send_modify(|known| match change {
         Change::All(all) => {
             *known = Some(all.into_iter().map(|route| (key(&route), route)).collect());
@@ -62,52 +66,80 @@ pub(crate) struct Gateway<'a> {
 
 impl Gateway<'_> {
     /// Leads a project's hostnames where they are to lead, and nowhere else, and waits until the
-    /// Gateway has taken that.
-    pub(crate) async fn lead(mut self, routes: &HostRoutes) -> Result<(), TargetError> {
-        let before = {
-            let listed = self.known.wait_for(Option::is_some);
-            let listed = tokio::time::timeout(TAKEN_WITHIN, listed).await;
-            let known = listed.ok().and_then(Result::ok);
-            known.and_then(|known| known.clone())
-        };
-        let before = before.ok_or_else(|| {
-            TargetError::Unavailable("HTTPRoutes cannot be listed yet".to_owned())
-        })?;
+    /// Gateway has taken that. A hostname that is refused keeps no other from being led.
+    pub(crate) async fn lead(mut self, routes: &HostRoutes) -> Result<(), RouteError> {
+        let before = self.list(&routes.project).await.map_err(later)?;
         let wanted: Vec<_> = routes
             .hosts
             .iter()
             .map(|host| Wanted::new(routes, host, self.gateway))
             .collect();
+        let mut refused = BTreeMap::new();
+        let mut written = Vec::new();
         for route in &wanted {
-            self.apply(route, before.get(&route.key())).await?;
+            match self.apply(route, before.get(&route.key())).await {
+                Ok(at) => written.push((route, at)),
+                Err(TargetError::Refused(why)) => {
+                    refused.insert(route.hostname.clone(), why);
+                }
+                Err(error) => return Err(later(error)),
+            }
         }
-        self.prune(routes, &wanted, &before).await?;
-        self.taken(&wanted).await
+        self.prune(&wanted, &before).await.map_err(later)?;
+        if !written.is_empty() {
+            match self.taken(&written).await {
+                Err(RouteError::Refused(more)) => refused.extend(more),
+                Err(error) if refused.is_empty() => return Err(error),
+                _ => {}
+            }
+        }
+        match refused.is_empty() {
+            true => Ok(()),
+            false => Err(RouteError::Refused(refused)),
+        }
     }
 
-    async fn apply(&self, route: &Wanted, known: Option<&HttpRoute>) -> Result<(), TargetError> {
+    /// The routes of a project as the API server has them now: a watch may be behind.
+    async fn list(&self, project: &ProjectName) -> Result<Known, TargetError> {
+        let what = "the HTTPRoutes of hostnames that move";
+        let ours = format!("{MANAGED_BY}={MANAGER},{PROJECT}={project},{ADDRESS}={MOVES}");
+        let list = ListParams::default().labels(&ours);
+        let api: Api<HttpRoute> = Api::all(self.client.clone());
+        let found = timely(what, api.list(&list)).await?;
+        let found = found.map_err(|e| refusal(what, &e))?;
+        Ok(found
+            .into_iter()
+            .map(|route| (key(&route), route))
+            .collect())
+    }
+
+    async fn apply(&self, route: &Wanted, known: Option<&HttpRoute>) -> Result<At, TargetError> {
         let what = format!("HTTPRoute {}", route.name);
         let api: Api<HttpRoute> = Api::namespaced(self.client.clone(), &route.namespace);
-        let is_ours = match known {
-            Some(known) if moves(known) && route.is(known) => return Ok(()),
-            Some(known) => moves(known),
+        match known {
+            Some(known) if known.meta().deletion_timestamp.is_some() => {
+                return Err(TargetError::Unavailable(format!(
+                    "{what} is still being deleted"
+                )));
+            }
+            Some(known) if route.is(known) => return Ok(At::of(known)),
+            Some(_) => {}
             None => {
                 let found = timely(&what, api.get_opt(&route.name)).await?;
                 let found = found.map_err(|e| refusal(&what, &e))?;
-                found.is_none_or(|found| moves(&found))
+                if found.is_some_and(|found| !moves(&found)) {
+                    return Err(TargetError::Refused(format!(
+                        "{what} in namespace {} exists and is not Daybook's. Rename it, or delete it",
+                        route.namespace
+                    )));
+                }
             }
-        };
-        if !is_ours {
-            return Err(TargetError::Refused(format!(
-                "{what} in namespace {} exists and is not Daybook's. Rename it, or delete it",
-                route.namespace
-            )));
         }
         let patch = Patch::Apply(&route.body);
         let params = PatchParams::apply(MANAGER);
         let applied = timely(&what, api.patch(&route.name, &params, &patch)).await?;
         match applied {
-            Ok(_) => Ok(()),
+            Ok(applied) => Ok(At::of(&applied)),
             // Its namespace comes with the releases.
             Err(kube::Error::Api(status))
                 if status.code == 404 && status.message.contains("namespaces") =>
@@ -122,20 +154,9 @@ impl Gateway<'_> {
     }
 
     /// Removes the routes of hostnames that lead nowhere on this cluster any more.
-    async fn prune(
-        &self,
-        routes: &HostRoutes,
-        wanted: &[Wanted],
-        before: &Known,
-    ) -> Result<(), TargetError> {
+    async fn prune(&self, wanted: &[Wanted], before: &Known) -> Result<(), TargetError> {
         let wanted: HashSet<_> = wanted.iter().map(Wanted::key).collect();
-        for (key, route) in before {
-            let of_project = route.labels().get(PROJECT).map(String::as_str);
-            if of_project != Some(routes.project.as_str()) || !moves(route) || wanted.contains(key)
-            {
-                continue;
-            }
-            let (namespace, name) = key;
+        for (namespace, name) in before.keys().filter(|key| !wanted.contains(key)) {
             let what = format!("HTTPRoute {name}");
             let api: Api<HttpRoute> = Api::namespaced(self.client.clone(), namespace);
             match timely(&what, api.delete(name, &DeleteParams::default())).await? {
@@ -149,51 +170,59 @@ impl Gateway<'_> {
 
     /// Waits until the Gateway says that it has taken all of them. What it refuses, and goes on
     /// refusing, is refused.
-    async fn taken(&mut self, wanted: &[Wanted]) -> Result<(), TargetError> {
+    async fn taken(&mut self, written: &[(&Wanted, At)]) -> Result<(), RouteError> {
         let begun = tokio::time::Instant::now();
         let mut refused_since = None;
         loop {
-            let verdict = {
-                let known = self.known.borrow_and_update();
-                let known = known.as_ref();
-                let verdicts = wanted.iter().map(|route| {
-                    let seen = known.and_then(|k| k.get(&route.key()));
-                    let seen = seen.filter(|seen| route.is(seen));
-                    let verdict = seen.map_or_else(http_route::silent, |s| s.verdict(self.gateway));
-                    (route, verdict)
-                });
-                worst(verdicts)
-            };
-            let (route, said, refused) = match verdict {
-                None => return self.programmed().await,
-                Some((name, Verdict::Refused(why))) => (name, why, true),
-                Some((name, Verdict::Waiting(why))) => (name, why, false),
-                Some((_, Verdict::Taken)) => continue,
-            };
-            let since = match refused {
-                true => *refused_since.get_or_insert_with(tokio::time::Instant::now),
-                false => {
+            let (refused, waiting) = self.verdicts(written);
+            let since = match (refused.is_empty(), &waiting) {
+                (true, None) => return self.programmed().await,
+                (true, Some(_)) => {
                     refused_since = None;
                     begun
                 }
+                (false, _) => *refused_since.get_or_insert_with(tokio::time::Instant::now),
             };
-            let allowed = if refused { REFUSED_FOR } else { TAKEN_WITHIN };
-            let message = || {
-                let gateway = &self.gateway.name;
-                format!("HTTPRoute {route}: the Gateway {gateway} has not taken it: {said}")
+            let allowed = match refused.is_empty() {
+                true => TAKEN_WITHIN,
+                false => REFUSED_FOR,
             };
-            let over = since + allowed;
-            match tokio::time::timeout_at(over, self.known.changed()).await {
+            match tokio::time::timeout_at(since + allowed, self.known.changed()).await {
                 Ok(Ok(())) => {}
-                Ok(Err(_)) => return Err(TargetError::Unavailable(message())),
-                Err(_) if refused => return Err(TargetError::Refused(message())),
-                Err(_) => return Err(TargetError::Unavailable(message())),
+                Err(_) if !refused.is_empty() => return Err(RouteError::Refused(refused)),
+                _ => return Err(RouteError::Unavailable(waiting.unwrap_or_default())),
             }
         }
     }
 
+    /// What is refused, and one that is not taken yet, with what the Gateway says of them. What was
+    /// seen of a route before it was written is of the time before.
+    fn verdicts(
+        &mut self,
+        written: &[(&Wanted, At)],
+    ) -> (BTreeMap<Hostname, String>, Option<String>) {
+        let (mut refused, mut waiting) = (BTreeMap::new(), None);
+        let known = self.known.borrow_and_update();
+        for (route, at) in written {
+            let seen = known.as_ref().and_then(|known| known.get(&route.key()));
+            let seen = seen.filter(|seen| at.is_reached_by(seen) && route.is(seen));
+            let message = |said: String| {
+                let (name, gateway) = (&route.name, &self.gateway.name);
+                format!("HTTPRoute {name}: the Gateway {gateway} has not taken it: {said}")
+            };
+            match seen.map_or_else(http_route::silent, |seen| seen.verdict(self.gateway)) {
+                Verdict::Taken => {}
+                Verdict::Refused(why) => {
+                    refused.insert(route.hostname.clone(), message(why));
+                }
+                Verdict::Waiting(why) => waiting = waiting.or_else(|| Some(message(why))),
+            }
+        }
+        (refused, waiting)
+    }
+
     /// Whether the Gateway itself serves what it has taken. One that does not say so does.
-    async fn programmed(&self) -> Result<(), TargetError> {
+    async fn programmed(&self) -> Result<(), RouteError> {
         let namespace = self.gateway.namespace.as_deref();
         // In the routes' own namespaces there may be several of that name.
         let Some(namespace) = namespace else {
@@ -201,10 +230,10 @@ impl Gateway<'_> {
         };
         let what = format!("Gateway {}", self.gateway.name);
         let api: Api<http_route::GatewayObject> = Api::namespaced(self.client.clone(), namespace);
-        let found = timely(&what, api.get(&self.gateway.name)).await?;
-        let found = found.map_err(|e| refusal(&what, &e))?;
-        match found.unprogrammed() {
-            Some(why) => Err(TargetError::Unavailable(format!(
+        let found = timely(&what, api.get(&self.gateway.name)).await;
+        let found = found.and_then(|found| found.map_err(|e| refusal(&what, &e)));
+        match found.map_err(later)?.unprogrammed() {
+            Some(why) => Err(RouteError::Unavailable(format!(
                 "{what} is not programmed: {why}"
             ))),
             None => Ok(()),
@@ -212,17 +241,29 @@ impl Gateway<'_> {
     }
 }
 
-/// The first that was refused, or else the first that is not taken yet.
-fn worst<'a>(verdicts: impl Iterator<Item = (&'a Wanted, Verdict)>) -> Option<(&'a str, Verdict)> {
-    let mut waiting = None;
-    for (route, verdict) in verdicts {
-        match verdict {
-            Verdict::Taken => {}
-            Verdict::Refused(_) => return Some((route.name.as_str(), verdict)),
-            Verdict::Waiting(_) => waiting = waiting.or(Some((route.name.as_str(), verdict))),
+/// What is about no hostname of its own is no reason to lead one back.
+fn later(error: TargetError) -> RouteError {
+    RouteError::Unavailable(error.to_string())
+}
+
+/// A route as the API server had it at a certain time.
+struct At {
+    uid: Option<String>,
+    generation: Option<i64>,
+}
+
+impl At {
+    fn of(route: &HttpRoute) -> Self {
+        Self {
+            uid: route.uid(),
+            generation: route.meta().generation,
         }
     }
-    waiting
+
+    /// Whether what is seen is of that time, or later.
+    fn is_reached_by(&self, seen: &HttpRoute) -> bool {
+        seen.uid() == self.uid && seen.meta().generation >= self.generation
+    }
 }
 
 /// Whether an object says that it is the route of a hostname that moves.
@@ -233,6 +274,7 @@ fn moves(route: &HttpRoute) -> bool {
 
 /// A route, as it is to be. It is called as its hostname.
 struct Wanted {
+    hostname: Hostname,
     namespace: String,
     name: String,
     body: Value,
@@ -274,6 +316,7 @@ impl Wanted {
             },
         });
         Self {
+            hostname: host.hostname.clone(),
             namespace,
             name,
             body,

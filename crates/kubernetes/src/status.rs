@@ -119,16 +119,21 @@ impl Seen {
         sync: Option<&State>,
     ) -> ReleaseStatus {
         let name = names::release(service, deployment);
-        let workload = self.workloads.get(&name);
-        let workload = workload.filter(|w| asked.covers(deployment, w));
+        let seen = self.workloads.get(&name);
+        let workload = seen.filter(|w| asked.covers(deployment, w));
         let unsynced = sync.filter(|_| !asked.is_settled(deployment));
         let unsynced = unsynced.and_then(|state| state.problem_of(&name, workload.is_some()));
         let workload = workload.filter(|_| unsynced.is_none());
         let template = workload.and_then(|w| self.template(w));
         let instances = self.instances(deployment, template.as_deref());
         let ready = instances.iter().filter(|i| i.ready && !i.outdated).count();
-        let held = asked.held(deployment).or(unsynced);
-        let problem = held.cloned().or_else(|| {
+        let held = asked.held(deployment).or(unsynced).cloned();
+        let held = held.or_else(|| {
+            let changed = seen.filter(|_| workload.is_none() && sync.is_some())?;
+            let fields = asked.drift(deployment, changed);
+            (!fields.is_empty()).then(|| diagnosis::otherwise(&name, &fields))
+        });
+        let problem = held.or_else(|| {
             let workload = workload?;
             let missing = u32::try_from(ready).unwrap_or(u32::MAX) < wanted;
             let found = missing.then(|| self.problem(workload, deployment, template.as_deref()));

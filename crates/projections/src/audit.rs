@@ -4,6 +4,7 @@
 //! Beside each block stands a row of its [terms](crate::terms), so that a search passes over blocks
 //! that cannot hold what it looks for.
 
+use daybook_events::access::Projects;
 use daybook_events::aggregate::Void;
 use daybook_events::envelope::DecodeError;
 use daybook_events::{
@@ -92,6 +93,8 @@ impl From<&DecodeError> for VoidView {
 /// Which rows of the audit are wanted; all that is given must fit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AuditFilter {
+    /// Only of projects that whoever asks may see.
+    pub visible: Projects,
     /// Of this project.
     pub project: Option<ProjectName>,
     /// Of this environment.
@@ -121,7 +124,8 @@ impl AuditFilter {
         fn fits<T: PartialEq>(wanted: Option<&T>, found: Option<&T>) -> bool {
             wanted.is_none_or(|w| Some(w) == found)
         }
-        fits(self.project.as_ref(), row.project.as_ref())
+        self.visible.sees(row.project.as_ref())
+            && fits(self.project.as_ref(), row.project.as_ref())
             && fits(self.environment.as_ref(), row.environment.as_ref())
             && fits(self.service.as_ref(), row.service.as_ref())
             && fits(self.deployment.as_ref(), row.deployment.as_ref())

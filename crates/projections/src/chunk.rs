@@ -10,7 +10,7 @@ use std::hash::{Hash, Hasher};
 use daybook_events::subject::PREFIX;
 use daybook_events::{
     Actor, AggregateKind as Kind, BuildId, DeploymentId, EnvironmentName, EventId, Position,
-    ProjectName, ServiceName, Subject,
+    ProjectName, ServiceName, Subject, SubscriptionId,
 };
 use jiff::Timestamp;
 use rustc_hash::FxHasher;
@@ -43,13 +43,14 @@ pub(crate) struct Row<'a> {
 }
 
 /// The aggregates of a project. Subjects of others are written as texts.
-const KINDS: [Kind; 6] = [
+const KINDS: [Kind; 7] = [
     Kind::Project,
     Kind::Environment,
     Kind::Build,
     Kind::Deployment,
     Kind::Gitops,
     Kind::Routing,
+    Kind::Subscription,
 ];
 
 // What a row has, in the order in which it stands there.
@@ -234,6 +235,7 @@ impl Writer {
         }
         match subject {
             Subject::Build(_, id) => self.body.extend_from_slice(id.0.as_bytes()),
+            Subject::Subscription(_, id) => self.body.extend_from_slice(id.0.as_bytes()),
             Subject::Deployment(_, _, id) => self.body.extend_from_slice(id.0.as_bytes()),
             _ => {}
         }
@@ -478,13 +480,15 @@ impl<'a> Reader<'a> {
             (Kind::Gitops, _) => Subject::Gitops(project),
             (Kind::Routing, _) => Subject::Routing(project),
             (Kind::Build, _) => Subject::Build(project, BuildId(self.uuid()?)),
+            (Kind::Subscription, _) => Subject::Subscription(project, SubscriptionId(self.uuid()?)),
             (Kind::Environment, Some(e)) => Subject::Environment(project, e),
             (Kind::Deployment, Some(e)) => {
                 let id = DeploymentId(self.uuid()?);
                 row.deployment = Some(id);
                 Subject::Deployment(project, e, id)
             }
-            (Kind::Environment | Kind::Deployment, None) | (Kind::Domain | Kind::Ledger, _) => {
+            (Kind::Environment | Kind::Deployment, None)
+            | (Kind::Domain | Kind::Ledger | Kind::Access, _) => {
                 return Err(damaged());
             }
         };

@@ -323,7 +323,13 @@ impl Fold {
             Some((State::Domain(f), AnyPayload::Domain(p))) => {
                 Arc::make_mut(f).step(at, revision, p)
             }
+            Some((State::Subscription(f), AnyPayload::Subscription(p))) => {
+                Arc::make_mut(f).step(at, revision, p)
+            }
             Some((State::Ledger(f), AnyPayload::Ledger(p))) => {
+                Arc::make_mut(f).step(at, revision, p)
+            }
+            Some((State::Access(f), AnyPayload::Access(p))) => {
                 Arc::make_mut(f).step(at, revision, p)
             }
             // A slot is made for its subject, and so is a payload.
@@ -331,6 +337,10 @@ impl Fold {
         };
         match &folded {
             Ok(()) => {
+                if let (Subject::Subscription(project, id), 1) = (subject, revision) {
+                    let name = project.as_str().as_bytes();
+                    put(&mut self.rows, keys::subscription(*id), name);
+                }
                 if let (Subject::Build(project, id), 1) = (subject, revision) {
                     put(&mut self.rows, keys::build(*id, project), IVec::default());
                 }

@@ -6,7 +6,7 @@
 
 use daybook_events::{
     AggregateKind, BuildId, DeploymentId, EnvironmentName, EventId, InstanceRef, Position,
-    ProjectName, Subject,
+    ProjectName, Subject, SubscriptionId,
 };
 use jiff::Timestamp;
 
@@ -45,7 +45,9 @@ fn kind_letter(kind: AggregateKind) -> u8 {
         AggregateKind::Gitops => b'g',
         AggregateKind::Routing => b'r',
         AggregateKind::Domain => b'n',
+        AggregateKind::Subscription => b'w',
         AggregateKind::Ledger => b'l',
+        AggregateKind::Access => b'a',
     }
 }
 
@@ -53,7 +55,7 @@ fn kind_letter(kind: AggregateKind) -> u8 {
 pub(crate) fn state(subject: &Subject) -> Option<Vec<u8>> {
     let kind = subject.kind()?;
     let mut key = vec![b's', kind_letter(kind)];
-    if let Subject::Ledger = subject {
+    if let Subject::Ledger | Subject::Access = subject {
         return Some(key);
     }
     if let Subject::Domain(hostname) = subject {
@@ -64,6 +66,7 @@ pub(crate) fn state(subject: &Subject) -> Option<Vec<u8>> {
     let rest = match subject {
         Subject::Environment(_, e) => e.to_string(),
         Subject::Build(_, b) => b.to_string(),
+        Subject::Subscription(_, s) => s.to_string(),
         Subject::Deployment(_, e, d) => format!("{e}.{d}"),
         _ => return Some(key),
     };
@@ -109,6 +112,11 @@ pub(crate) fn build(id: BuildId, project: &ProjectName) -> Vec<u8> {
 /// What the rows of a build's projects start with.
 pub(crate) fn builds(id: BuildId) -> Vec<u8> {
     [b"b".as_slice(), id.0.as_bytes()].concat()
+}
+
+/// Whose a webhook is.
+pub(crate) fn subscription(id: SubscriptionId) -> Vec<u8> {
+    [b"z".as_slice(), id.0.as_bytes()].concat()
 }
 
 /// A deployment that waits for a build.

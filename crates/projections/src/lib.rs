@@ -7,7 +7,10 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod audit;
+pub mod cdevents;
 mod chunk;
+mod concern;
+pub mod dora;
 mod feed;
 mod fold;
 mod history;

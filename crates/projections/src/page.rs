@@ -125,6 +125,14 @@ impl Page {
         }
     }
 
+    /// The page that begins with the row at a position, or with the one after where there is none.
+    pub fn beginning(self, position: Position) -> Self {
+        Self {
+            after: Some(position.next()),
+            ..self
+        }
+    }
+
     /// The page that begins where another one ended.
     pub fn starting(self, cursor: Cursor) -> Self {
         Self {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use daybook_events::access::Projects;
 use daybook_events::build::Build;
 use daybook_events::deployment::{Deployment, Status};
 use daybook_events::domain::Domain;
@@ -11,9 +12,10 @@ use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
 use daybook_events::project::Project;
 use daybook_events::routing::Routing;
+use daybook_events::subscription::Subscription;
 use daybook_events::{
     Aggregate, AggregateKind, BuildId, DeploymentId, EnvironmentName, EventId, Folded, Hostname,
-    InstanceRef, Position, ProjectName, ServiceName, Subject,
+    InstanceRef, Position, ProjectName, ServiceName, Subject, SubscriptionId,
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -89,6 +91,8 @@ impl DeploymentRow {
 /// Which deployments are wanted; all that is given must fit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeploymentFilter {
+    /// Only of projects that whoever asks may see.
+    pub visible: Projects,
     /// Of this project.
     pub project: Option<ProjectName>,
     /// Of this environment.
@@ -132,7 +136,8 @@ impl DeploymentFilter {
     }
 
     fn fits_instance(&self, i: &InstanceRef) -> bool {
-        self.project.as_ref().is_none_or(|p| *p == i.project)
+        self.visible.contains(&i.project)
+            && self.project.as_ref().is_none_or(|p| *p == i.project)
             && self
                 .environment
                 .as_ref()
@@ -607,6 +612,56 @@ impl Projections {
     pub fn domain(&self, hostname: &Hostname) -> Result<Option<Domain>, QueryError> {
         let subject = Subject::Domain(hostname.clone());
         Ok(self.folded::<Domain>(&subject)?.state)
+    }
+
+    /// The webhooks of a project, or of all, also those that were deleted, with their project.
+    pub fn subscriptions(
+        &self,
+        project: Option<&ProjectName>,
+    ) -> Result<Vec<(ProjectName, Subscription)>, QueryError> {
+        let mut found = Vec::new();
+        let kind = AggregateKind::Subscription;
+        self.inner.table.scan::<()>(
+            &keys::states(kind, project),
+            None,
+            Way::Up,
+            |key, value| {
+                found.push((key.to_vec(), value.clone()));
+                ControlFlow::Continue(())
+            },
+        )?;
+        let mut rows = Vec::with_capacity(found.len());
+        for (key, value) in found {
+            let name = key.get(2..).and_then(|k| k.split(|b| *b == b'.').next());
+            let name = String::from_utf8_lossy(name.unwrap_or_default());
+            let project = ProjectName::parse(name).map_err(|e| damaged(e.to_string()))?;
+            let state = decode_part::<Folded<Subscription>>(&mut &value[..])?.state;
+            rows.extend(state.map(|s| (project, s)));
+        }
+        Ok(rows)
+    }
+
+    /// A webhook with its project; also one that was deleted.
+    pub fn subscription(
+        &self,
+        id: SubscriptionId,
+    ) -> Result<Option<(ProjectName, Subscription)>, QueryError> {
+        let Some(project) = self.project_of(id)? else {
+            return Ok(None);
+        };
+        let subject = Subject::Subscription(project.clone(), id);
+        let state = self.folded::<Subscription>(&subject)?.state;
+        Ok(state.map(|s| (project, s)))
+    }
+
+    /// Whose a webhook is.
+    pub fn project_of(&self, id: SubscriptionId) -> Result<Option<ProjectName>, QueryError> {
+        let Some(name) = self.inner.table.get(&keys::subscription(id))? else {
+            return Ok(None);
+        };
+        let name = String::from_utf8_lossy(&name).into_owned();
+        let project = ProjectName::parse(name).map_err(|e| damaged(e.to_string()))?;
+        Ok(Some(project))
     }
 
     /// The route table of a project.

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
+use daybook_events::access::{AccessEvent, Grant, Projects, TokenId};
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::{DeploymentEvent, Version};
 use daybook_events::domain::DomainEvent;
@@ -12,6 +13,7 @@ use daybook_events::ledger::LedgerEvent;
 use daybook_events::preview::PullRequest;
 use daybook_events::project::ProjectEvent;
 use daybook_events::routing::{RoutingEvent, SwitchReason};
+use daybook_events::subscription::{PauseReason, SubscriptionEvent};
 use daybook_events::timer::KeepCause;
 use daybook_events::{
     AnyPayload, ClusterName, DeploymentId, EnvironmentName, ServiceName, Subject,
@@ -46,6 +48,8 @@ pub(crate) fn say<'a>(
         AnyPayload::Gitops(Ok(e)) => gitops(s, e),
         AnyPayload::Routing(Ok(e)) => routing(s, e),
         AnyPayload::Domain(Ok(e)) => domain(s, e),
+        AnyPayload::Access(Ok(e)) => access(s, e, before),
+        AnyPayload::Subscription(Ok(e)) => subscription(s, e),
         AnyPayload::Ledger(Ok(LedgerEvent::Repaired(e))) => plain(
             s,
             format_args!("The log was restored from its {} signed events.", e.size),
@@ -57,7 +61,9 @@ pub(crate) fn say<'a>(
         | AnyPayload::Gitops(Err(_))
         | AnyPayload::Routing(Err(_))
         | AnyPayload::Domain(Err(_))
+        | AnyPayload::Subscription(Err(_))
         | AnyPayload::Ledger(Err(_))
+        | AnyPayload::Access(Err(_))
         | AnyPayload::Other => plain(s, format_args!("An event that this version cannot read.")),
     };
     if subject.environment().is_some() {
@@ -694,6 +700,94 @@ fn domain<'a>(out: &mut String, event: &'a DomainEvent) -> Said<'a> {
         },
         DomainEvent::ReleaseRequested(_) => plain(out, format_args!("It is to be given up.")),
         DomainEvent::Released(_) => plain(out, format_args!("It belongs to nobody.")),
+    }
+}
+
+fn access<'a>(out: &mut String, event: &'a AccessEvent, before: Option<&State>) -> Said<'a> {
+    let called = |id: &TokenId| match before {
+        Some(State::Access(folded)) => folded
+            .state
+            .as_ref()
+            .and_then(|access| access.tokens.get(id))
+            .map_or_else(|| id.to_string(), |token| token.name.to_string()),
+        _ => id.to_string(),
+    };
+    let grant = |g: &Grant| match &g.projects {
+        Projects::All => format!("{} everywhere", g.role),
+        Projects::Named(names) => {
+            let names: Vec<_> = names.iter().map(|n| n.as_str()).collect();
+            format!("{} in {}", g.role, names.join(", "))
+        }
+    };
+    match event {
+        AccessEvent::TokenCreated(e) => {
+            let grants: Vec<_> = e.grants.iter().map(grant).collect();
+            plain(
+                out,
+                format_args!(
+                    "The token {} was made for {}: {}.",
+                    e.name,
+                    e.account,
+                    grants.join("; ")
+                ),
+            )
+        }
+        AccessEvent::TokenRotated(e) => plain(
+            out,
+            format_args!("The token {} got another secret.", called(&e.token)),
+        ),
+        AccessEvent::TokenRevoked(e) => because(
+            out,
+            format_args!("The token {} was revoked.", called(&e.token)),
+            e.reason.as_ref(),
+        ),
+    }
+}
+
+fn subscription<'a>(out: &mut String, event: &'a SubscriptionEvent) -> Said<'a> {
+    match event {
+        SubscriptionEvent::Created(e) => plain(
+            out,
+            format_args!("Events go to {} from here on.", e.endpoint.url),
+        ),
+        SubscriptionEvent::Changed(e) => plain(
+            out,
+            format_args!("The webhook to {} was defined anew.", e.endpoint.url),
+        ),
+        SubscriptionEvent::SecretRotated(_) => plain(out, format_args!("It has a new secret.")),
+        SubscriptionEvent::Paused(e) => plain(
+            out,
+            format_args!(
+                "Nothing is sent any more{}.",
+                match e.reason {
+                    PauseReason::Asked => "",
+                    PauseReason::Gone => ", because the receiver wants no more",
+                    PauseReason::Failing => ", because too much could not be delivered",
+                }
+            ),
+        ),
+        SubscriptionEvent::Resumed(_) => plain(out, format_args!("It is sent again.")),
+        SubscriptionEvent::TestRequested(_) => plain(out, format_args!("A test was asked for.")),
+        SubscriptionEvent::EventDeadLettered(e) => plain(
+            out,
+            format_args!(
+                "Event {} was set aside after {} tries ({}).",
+                e.position, e.tries, e.code
+            ),
+        ),
+        SubscriptionEvent::ReplayRequested(e) => plain(
+            out,
+            format_args!("{} events are to be sent again.", e.positions.len()),
+        ),
+        SubscriptionEvent::EventReplayed(e) => plain(
+            out,
+            format_args!("Event {} was delivered after all.", e.position),
+        ),
+        SubscriptionEvent::Progressed(e) => plain(
+            out,
+            format_args!("All up to event {} is dealt with.", e.position),
+        ),
+        SubscriptionEvent::Deleted(_) => plain(out, format_args!("It was deleted.")),
     }
 }
 

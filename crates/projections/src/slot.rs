@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use daybook_events::access::Access;
 use daybook_events::aggregate::At;
 use daybook_events::build::Build;
 use daybook_events::deployment::{Deployment, Status};
@@ -12,6 +13,7 @@ use daybook_events::gitops::Gitops;
 use daybook_events::ledger::LedgerRecord;
 use daybook_events::project::Project;
 use daybook_events::routing::Routing;
+use daybook_events::subscription::Subscription;
 use daybook_events::{
     Actor, Aggregate, AggregateKind, BuildId, EventView, Folded, Position, Recorded, Subject,
 };
@@ -85,7 +87,9 @@ pub(crate) enum State {
     Gitops(Arc<Folded<Gitops>>),
     Routing(Arc<Folded<Routing>>),
     Domain(Arc<Folded<Domain>>),
+    Subscription(Arc<Folded<Subscription>>),
     Ledger(Arc<Folded<LedgerRecord>>),
+    Access(Arc<Folded<Access>>),
 }
 
 /// A folded aggregate as readers get it.
@@ -145,7 +149,9 @@ fn snapshot_every(kind: AggregateKind) -> usize {
         | AggregateKind::Build
         | AggregateKind::Deployment
         | AggregateKind::Domain
-        | AggregateKind::Ledger => 16,
+        | AggregateKind::Subscription
+        | AggregateKind::Ledger
+        | AggregateKind::Access => 16,
         AggregateKind::Gitops | AggregateKind::Routing => 32,
     }
 }
@@ -366,7 +372,9 @@ impl Kept {
             AggregateKind::Gitops => State::Gitops(Arc::default()),
             AggregateKind::Routing => State::Routing(Arc::default()),
             AggregateKind::Domain => State::Domain(Arc::default()),
+            AggregateKind::Subscription => State::Subscription(Arc::default()),
             AggregateKind::Ledger => State::Ledger(Arc::default()),
+            AggregateKind::Access => State::Access(Arc::default()),
         };
         Some(Self {
             state,
@@ -388,7 +396,9 @@ impl Kept {
             AggregateKind::Gitops => State::Gitops(decode_part(&mut rest)?),
             AggregateKind::Routing => State::Routing(decode_part(&mut rest)?),
             AggregateKind::Domain => State::Domain(decode_part(&mut rest)?),
+            AggregateKind::Subscription => State::Subscription(decode_part(&mut rest)?),
             AggregateKind::Ledger => State::Ledger(decode_part(&mut rest)?),
+            AggregateKind::Access => State::Access(decode_part(&mut rest)?),
             AggregateKind::Deployment => State::Deployment(Box::new(DeploymentSlot {
                 folded: decode_part(&mut rest)?,
                 ..DeploymentSlot::default()
@@ -426,7 +436,9 @@ impl State {
             Self::Gitops(f) => append(out, f),
             Self::Routing(f) => append(out, f),
             Self::Domain(f) => append(out, f),
+            Self::Subscription(f) => append(out, f),
             Self::Ledger(f) => append(out, f),
+            Self::Access(f) => append(out, f),
         }
     }
 
@@ -451,7 +463,9 @@ impl State {
             Self::Gitops(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
             Self::Routing(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
             Self::Domain(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
+            Self::Subscription(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
             Self::Ledger(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
+            Self::Access(f) => Arc::make_mut(f).step(at, event.revision, event.payload()),
         };
     }
 
@@ -469,7 +483,9 @@ impl State {
             Self::Gitops(f) => f.clone(),
             Self::Routing(f) => f.clone(),
             Self::Domain(f) => f.clone(),
+            Self::Subscription(f) => f.clone(),
             Self::Ledger(f) => f.clone(),
+            Self::Access(f) => f.clone(),
         };
         Shared { folded, created }
     }
@@ -484,7 +500,9 @@ impl State {
             Self::Gitops(f) => f.position,
             Self::Routing(f) => f.position,
             Self::Domain(f) => f.position,
+            Self::Subscription(f) => f.position,
             Self::Ledger(f) => f.position,
+            Self::Access(f) => f.position,
         }
     }
 
@@ -498,7 +516,9 @@ impl State {
             Self::Gitops(f) => Arc::make_mut(f).position = position,
             Self::Routing(f) => Arc::make_mut(f).position = position,
             Self::Domain(f) => Arc::make_mut(f).position = position,
+            Self::Subscription(f) => Arc::make_mut(f).position = position,
             Self::Ledger(f) => Arc::make_mut(f).position = position,
+            Self::Access(f) => Arc::make_mut(f).position = position,
         }
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use daybook_events::access::Access;
 use daybook_events::build::Build;
 use daybook_events::deployment::{Deployment, Status};
 use daybook_events::domain::Domain;
@@ -12,6 +13,7 @@ use daybook_events::gitops::Gitops;
 use daybook_events::ledger::LedgerRecord;
 use daybook_events::project::Project;
 use daybook_events::routing::Routing;
+use daybook_events::subscription::Subscription;
 use daybook_events::testing::fleet::{Fleet, Size, choices};
 use daybook_events::testing::time;
 use daybook_events::{Aggregate, AggregateKind, DeploymentId, Folded, Position, Recorded, Subject};
@@ -101,7 +103,11 @@ fn states_are_what_a_replay_of_each_aggregate_gives() {
             AggregateKind::Gitops => same_state::<Gitops>(&projections, subject, events),
             AggregateKind::Routing => same_state::<Routing>(&projections, subject, events),
             AggregateKind::Domain => same_state::<Domain>(&projections, subject, events),
+            AggregateKind::Subscription => {
+                same_state::<Subscription>(&projections, subject, events);
+            }
             AggregateKind::Ledger => same_state::<LedgerRecord>(&projections, subject, events),
+            AggregateKind::Access => same_state::<Access>(&projections, subject, events),
         }
     }
     assert_eq!(kinds.len(), 6, "{kinds:?}");

@@ -31,6 +31,27 @@ impl SecretValue {
         verify(self.expose().as_bytes(), &[message], mac)
     }
 
+    /// The HMAC-SHA256 that the Standard Webhooks specification defines, over the id and the time of
+    /// a message and itself, in Base64. A secret that is not written as that specification wants it
+    /// is taken as it is.
+    pub fn sign_as_standard_webhook(&self, id: &str, timestamp: &str, message: &[u8]) -> String {
+        let key = self.standard_key();
+        let key = key.as_ref().map_or(self.expose().as_bytes(), |key| key);
+        let Ok(mut hmac) = HmacSha256::new_from_slice(key) else {
+            return String::new();
+        };
+        for part in [id.as_bytes(), b".", timestamp.as_bytes(), b".", message] {
+            hmac.update(part);
+        }
+        STANDARD.encode(hmac.finalize().into_bytes())
+    }
+
+    /// The key of a secret in the form of that specification.
+    fn standard_key(&self) -> Option<Zeroizing<Vec<u8>>> {
+        let key = self.expose().strip_prefix(STANDARD_PREFIX)?;
+        STANDARD.decode(key).ok().map(Zeroizing::new)
+    }
+
     /// Whether `mac` is the HMAC-SHA256 that the Standard Webhooks specification defines, over the
     /// id and the time of a message and itself. A secret that is not written as that specification
     /// wants it is taken as it is.
@@ -41,12 +62,8 @@ impl SecretValue {
         message: &[u8],
         mac: &[u8],
     ) -> bool {
-        let text = self.expose();
-        let decoded = text
-            .strip_prefix(STANDARD_PREFIX)
-            .and_then(|key| STANDARD.decode(key).ok())
-            .map(Zeroizing::new);
-        let key = decoded.as_ref().map_or(text.as_bytes(), |key| key);
+        let key = self.standard_key();
+        let key = key.as_ref().map_or(self.expose().as_bytes(), |key| key);
         let parts = [id.as_bytes(), b".", timestamp.as_bytes(), b".", message];
         verify(key, &parts, mac)
     }

@@ -8,6 +8,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::driver::{self, DriverOptions, Worker};
 use crate::gateway::Gateway;
+use crate::notify::cdevents::CdeventsWorker;
+use crate::notify::{self, Bulletin, NotifyOptions, Office, Proofs};
 use crate::pipeline::build::Builds;
 use crate::pipeline::domains::Domains;
 use crate::pipeline::environment::{EnvironmentEnds, Environments};
@@ -154,6 +156,26 @@ impl Crew {
         self.hire(timers::Idle(self.bench.clone()));
         self.tasks
             .spawn(timers::run(self.bench.clone(), self.cancel.clone()));
+    }
+
+    /// Sends events to those who subscribed to them, with proofs from `proofs` where they want them.
+    pub fn notify(
+        &self,
+        proofs: Option<Arc<dyn Proofs>>,
+        options: NotifyOptions,
+    ) -> Result<(), reqwest::Error> {
+        let office = Office::new(self.bench.clone(), proofs, options)?;
+        self.tasks.spawn(notify::run(office, self.cancel.clone()));
+        Ok(())
+    }
+
+    /// Publishes what happens in the words of CDEvents.
+    pub fn publish_cdevents(&self, bulletin: Arc<dyn Bulletin>) {
+        self.hire(CdeventsWorker {
+            projections: self.bench.ledger.projections().clone(),
+            log: self.bench.ledger.log().clone(),
+            bulletin,
+        });
     }
 
     /// Keeps a gateway at the newest routes, and tells what is asked for through it. `name`

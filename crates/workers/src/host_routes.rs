@@ -1,5 +1,7 @@
 //! The port to Gateways of clusters: where hostnames lead, as a cluster is to serve it.
 
+use std::collections::BTreeMap;
+
 use daybook_events::{DeploymentId, EnvironmentName, Hostname, ProjectName, ServiceName};
 
 /// All hostnames of a project that lead to releases on one cluster.
@@ -31,4 +33,21 @@ pub struct HostBackend {
     pub deployment: DeploymentId,
     /// Its share, relative to the others' weights.
     pub weight: u32,
+}
+
+/// Why a cluster does not lead all hostnames where they are to lead.
+#[derive(Debug, thiserror::Error)]
+pub enum RouteError {
+    /// Trying again may help.
+    #[error("{0}")]
+    Unavailable(String),
+    /// These hostnames are refused, for these reasons, and go on being refused. The others are led
+    /// where they are to lead.
+    #[error("{}", reasons(.0))]
+    Refused(BTreeMap<Hostname, String>),
+}
+
+fn reasons(refused: &BTreeMap<Hostname, String>) -> String {
+    let reasons: Vec<_> = refused.values().map(String::as_str).collect();
+    reasons.join("; ")
 }

@@ -16,6 +16,7 @@ pub mod host_routes;
 pub mod idle;
 pub mod image;
 pub mod local;
+pub mod notify;
 pub mod output;
 pub mod pipeline;
 pub mod ports;

@@ -1,6 +1,7 @@
 //! The port to what deployments run on. A target converges to the GitOps repository and tells
 //! what it observes; it decides nothing.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -11,7 +12,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::host_routes::HostRoutes;
+use crate::host_routes::{HostRoutes, RouteError};
 use crate::values::EnvironmentValues;
 
 /// One Application: a project's environment on one cluster.
@@ -123,6 +124,20 @@ pub trait Target: Send + Sync + std::fmt::Debug {
         desired: &EnvironmentValues,
     ) -> Result<(), TargetError>;
 
+    /// The same, where the repository does not list some of the releases of `desired` any more, and
+    /// they are to stay all the same. To a target that brings about what it is given, that is no
+    /// different.
+    async fn apply_keeping(
+        &self,
+        app: &AppRef,
+        revision: &CommitId,
+        desired: &EnvironmentValues,
+        kept: &BTreeSet<DeploymentId>,
+    ) -> Result<(), TargetError> {
+        let _ = kept;
+        self.apply(app, revision, desired).await
+    }
+
     /// Tries again, at once and from the start, what is not ready of a release; what is ready is
     /// left alone. Returns once [`Target::watch`] no longer shows the failure of the try before.
     async fn retry(&self, app: &AppRef, deployment: DeploymentId) -> Result<(), TargetError> {
@@ -146,9 +161,9 @@ pub trait Target: Send + Sync + std::fmt::Debug {
 
     /// Leads the hostnames of a project where they are to lead, and none of its others anywhere.
     /// Returns once the cluster's Gateway has taken that. Applying the same again changes nothing.
-    async fn route(&self, routes: &HostRoutes) -> Result<(), TargetError> {
+    async fn route(&self, routes: &HostRoutes) -> Result<(), RouteError> {
         let _ = routes;
-        Err(TargetError::Refused(
+        Err(RouteError::Unavailable(
             "this kind of cluster has no Gateway".into(),
         ))
     }

@@ -2,6 +2,9 @@
 //! appends what, in which order, and what survives a restart.
 #![allow(clippy::unwrap_used)]
 
+#[path = "pipeline/cluster_gateways.rs"]
+mod cluster_gateways;
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -62,7 +65,7 @@ struct Ports {
     sources: Arc<dyn Sources>,
     images: Arc<dyn Images>,
     repositories: Arc<dyn Repositories>,
-    target: Arc<IdleTarget>,
+    target: Arc<dyn Target>,
     tree: Arc<Breakable>,
 }
 

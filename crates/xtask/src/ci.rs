@@ -1,6 +1,6 @@
 //! `cargo xtask ci`: what `.ci/run` runs.
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use crate::Failure;
@@ -75,7 +75,18 @@ fn all_tests() -> Result<Option<String>, Failure> {
 fn fmt() -> Result<Option<String>, Failure> {
     component("fmt", "rustfmt")?;
     run_command(cargo().args(["fmt", "--all", "--check"]))?;
+    no_conflicts()?;
     Ok(None)
+}
+
+/// Documents have no compiler that would notice what a merge left in them.
+fn no_conflicts() -> Result<(), Failure> {
+    let marks = "^(<<<<<<<|>>>>>>>) ";
+    let found = Command::new("git").args(["grep", "-lE", marks]).output()?;
+    match String::from_utf8_lossy(&found.stdout).trim() {
+        "" => Ok(()),
+        files => Err(format!("a merge was not ended in {}", files.replace('\n', ", ")).into()),
+    }
 }
 
 fn clippy() -> Result<Option<String>, Failure> {

@@ -9,6 +9,8 @@ use daybook_events::approval::{
 use daybook_events::deployment::{self, Deployment, DeploymentEvent};
 use daybook_events::{Decision, DeploymentId, Digest, Refusal};
 
+use crate::access::Verb;
+
 use super::{Caller, CommandError, Commands, Operated, check};
 
 /// What somebody decides about a plan.
@@ -32,6 +34,14 @@ impl Verdict {
             Self::Reject => "rejected",
             Self::Override(_) => "overridden",
             Self::Review => "reviewed",
+        }
+    }
+
+    /// What has to be allowed to whoever says so.
+    fn verb(&self) -> Verb {
+        match self {
+            Self::Approve(_) | Self::Reject | Self::Review => Verb::Approve,
+            Self::Override(_) => Verb::Override,
         }
     }
 
@@ -79,6 +89,7 @@ impl Commands {
         verdict: Verdict,
         reason: Option<String>,
     ) -> Result<Operated, CommandError> {
+        self.admit_to(caller, verdict.verb(), id)?;
         check::text("reason", reason.as_deref())?;
         let row = self.deployment(id)?;
         if row.state.emergencies().next().is_none() {

@@ -8,7 +8,8 @@ use daybook_events::{
 };
 use daybook_projections::DeploymentRow;
 
-use super::{CommandError, Commands};
+use super::{CommandError, Commands, denied_project};
+use crate::access::{Over, Principal, Verb, authorise};
 
 /// Most characters of a description or a reason.
 const TEXT_MAX: usize = 1000;
@@ -31,6 +32,17 @@ impl Commands {
     pub(crate) fn project(&self, name: &ProjectName) -> Result<Project, CommandError> {
         let found = self.ledger.projections().project(name)?;
         Ok(found.ok_or_else(|| project_not_found(name))?)
+    }
+
+    /// A project that a principal may see.
+    pub(crate) fn project_seen(
+        &self,
+        principal: &Principal,
+        name: &ProjectName,
+    ) -> Result<Project, CommandError> {
+        authorise(principal, Verb::Read, Over::Project(name))
+            .map_err(|d| denied_project(d, name))?;
+        self.project(name)
     }
 
     pub(crate) fn environment(
@@ -101,7 +113,7 @@ impl Commands {
     }
 }
 
-fn project_not_found(name: &ProjectName) -> Refusal {
+pub(super) fn project_not_found(name: &ProjectName) -> Refusal {
     Refusal::new(
         "project_not_found",
         format!("there is no project {name}"),
@@ -131,7 +143,7 @@ fn service_not_found(project: &ProjectName, name: &ServiceName) -> Refusal {
     )
 }
 
-fn deployment_not_found(id: DeploymentId) -> Refusal {
+pub(super) fn deployment_not_found(id: DeploymentId) -> Refusal {
     Refusal::new(
         "deployment_not_found",
         format!("there is no deployment {id}"),

@@ -10,6 +10,7 @@ use daybook_events::{DeploymentId, EnvKey, InstanceRef, Refusal, Subject};
 
 use super::deploy::pinned_version;
 use super::{Caller, CommandError, Commands, Deployed, Done, Operated, check};
+use crate::access::Verb;
 
 /// A wish for other environment variables.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +37,7 @@ impl Commands {
         replicas: u32,
         reason: Option<String>,
     ) -> Result<Operated, CommandError> {
+        self.admit(caller, Verb::Deploy, &instance.project)?;
         if let Some((done, Subject::Deployment(_, _, id))) = self.earlier(caller).await? {
             return Ok(Operated { id, done });
         }
@@ -62,6 +64,7 @@ impl Commands {
         caller: &Caller,
         wish: Configure,
     ) -> Result<Deployed, CommandError> {
+        self.admit(caller, Verb::Deploy, &wish.instance.project)?;
         let id = caller.deployment_id();
         if let Some((done, _)) = self.earlier(caller).await? {
             return Ok(Deployed { id, done });

@@ -18,6 +18,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Caller, CommandError, Commands, Done, check};
+use crate::access::Verb;
 
 /// What is to be deployed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +29,8 @@ pub enum What {
     GitRef(String),
     /// An image: a whole reference, or a tag or digest in the service's repository.
     Image(String),
+    /// A tag in the service's image repository, and the digest that it must be, if that is known.
+    Tag(String, Option<String>),
     /// A Helm chart: its reference, and its version.
     Chart(String, String),
     /// A git ref or an image, whichever fits: a service with a source takes it for a ref unless
@@ -116,6 +119,7 @@ impl Commands {
     /// Requests a deployment. It carries a snapshot of all that it is made from: later changes of
     /// the service or the environment do not concern it.
     pub async fn deploy(&self, caller: &Caller, wish: Deploy) -> Result<Deployed, CommandError> {
+        self.admit(caller, Verb::Deploy, &wish.instance.project)?;
         let id = caller.deployment_id();
         if let Some((done, _)) = self.earlier(caller).await? {
             return Ok(Deployed { id, done });
@@ -141,6 +145,10 @@ impl Commands {
     /// runs. How it runs is for the service's definition to say, and for the wish: what belongs to
     /// the other environment stays there.
     pub async fn promote(&self, caller: &Caller, wish: Promote) -> Result<Deployed, CommandError> {
+        self.admit(caller, Verb::Deploy, &wish.from.project)?;
+        if let Some(source) = wish.deployment {
+            self.admit_to(caller, Verb::Read, source)?;
+        }
         let id = caller.deployment_id();
         if let Some((done, _)) = self.earlier(caller).await? {
             return Ok(Deployed { id, done });
@@ -279,6 +287,7 @@ impl Commands {
         caller: &Caller,
         wish: Redeploy,
     ) -> Result<Deployed, CommandError> {
+        self.admit_to(caller, Verb::Deploy, wish.of)?;
         let id = caller.deployment_id();
         if let Some((done, _)) = self.earlier(caller).await? {
             return Ok(Deployed { id, done });
@@ -351,6 +360,13 @@ impl Commands {
         match what {
             What::GitRef(text) => git_version(instance, service, Some(text)),
             What::Image(text) => self.image_version(instance, service, &text),
+            What::Tag(tag, digest) => Ok(Version::Image {
+                reference: ImageReference {
+                    repository: self.repository(instance, service)?,
+                    tag: Some(ImageTag::parse(tag)?),
+                    digest: digest.map(Digest::parse).transpose()?,
+                },
+            }),
             What::Chart(chart, version) => Ok(Version::Helm {
                 chart: ChartReference::parse(chart)?,
                 version: ChartVersion::parse(version)?,

@@ -5,6 +5,7 @@ use daybook_events::routing::{self, SetDomain, Stickiness};
 use daybook_events::{Hostname, InstanceRef, ProjectName, Refusal, Subject};
 
 use super::{Caller, CommandError, Commands, Done};
+use crate::access::Verb;
 
 impl Commands {
     /// Claims a hostname for an instance. In the live environment it moves with the live
@@ -15,6 +16,7 @@ impl Commands {
         hostname: Hostname,
         instance: InstanceRef,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, &instance.project)?;
         let (_, environment) = self.deployable(&instance)?;
         self.bring_along(&hostname)?;
         let stickiness = match environment.spec.live {
@@ -42,6 +44,7 @@ impl Commands {
         project: &ProjectName,
         hostname: Hostname,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, project)?;
         self.project(project)?;
         let command = domain::Command::Release {
             project: project.clone(),

@@ -7,6 +7,7 @@ use daybook_events::{DeploymentId, EnvironmentName, FreezeName, ProjectName, Ref
 use jiff::Timestamp;
 
 use super::{Caller, CommandError, Commands, Done, Operated, check};
+use crate::access::Verb;
 
 impl Commands {
     /// Gives an environment a window in which it is frozen, or another one of that name.
@@ -18,6 +19,7 @@ impl Commands {
         name: FreezeName,
         freeze: Freeze,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         check::text("reason", freeze.reason.as_deref())?;
         self.environment(&project, &environment)?;
         let now = Timestamp::now();
@@ -38,6 +40,7 @@ impl Commands {
         name: FreezeName,
         reason: Option<String>,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         check::text("reason", reason.as_deref())?;
         self.environment(&project, &environment)?;
         let event = FreezeRemoved { name, reason };
@@ -56,6 +59,7 @@ impl Commands {
         id: DeploymentId,
         reason: Option<String>,
     ) -> Result<Operated, CommandError> {
+        self.admit_to(caller, Verb::Override, id)?;
         check::text("reason", reason.as_deref())?;
         let reason = check::given(reason)?;
         let row = self.deployment(id)?;

@@ -6,6 +6,7 @@ use daybook_events::gitops::{
 use daybook_events::{CommitId, ProjectName, Subject};
 
 use super::{Caller, CommandError, Commands, Done, check};
+use crate::access::Verb;
 
 impl Commands {
     /// Accepts a commit of somebody else, or a rewritten history that ends with it.
@@ -16,6 +17,7 @@ impl Commands {
         commit: &CommitId,
         reason: Option<String>,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Deploy, project)?;
         check::text("reason", reason.as_deref())?;
         self.project(project)?;
         let subject = Subject::Gitops(project.clone());
@@ -40,6 +42,7 @@ impl Commands {
         commit: &CommitId,
         reason: Option<String>,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Deploy, project)?;
         check::text("reason", reason.as_deref())?;
         self.project(project)?;
         let event = RevertRequested {

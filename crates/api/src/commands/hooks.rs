@@ -15,6 +15,7 @@ use daybook_events::{
 use daybook_secrets::SecretValue;
 
 use super::{Caller, CommandError, Commands, Done};
+use crate::access::Verb;
 use crate::hooks::{Delivered, PullRequestDelivery, PushDelivery};
 
 /// Most characters of a title that are kept.
@@ -109,6 +110,7 @@ impl Commands {
         project: ProjectName,
         wish: HookWish,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         if let Some((done, _)) = self.earlier(caller).await? {
             return Ok(done);
         }
@@ -168,6 +170,7 @@ impl Commands {
         project: ProjectName,
         name: HookName,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         let secret = self
             .project(&project)?
             .hooks
@@ -195,6 +198,7 @@ impl Commands {
         name: EnvironmentName,
         branch: Option<GitRef>,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         self.environment(&project, &name)?;
         let subject = Subject::Environment(project, name);
         let event = AutoDeploySet { branch };

@@ -7,6 +7,7 @@ use daybook_events::timer::{self, KeepCause};
 use daybook_events::{ClusterName, Decision, DeploymentId, Refusal};
 
 use super::{Caller, CommandError, Commands, Done, check};
+use crate::access::Verb;
 
 /// An operation on one deployment that its own state decides about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +83,7 @@ impl Commands {
         operation: Lifecycle,
         reason: Option<String>,
     ) -> Result<Operated, CommandError> {
+        self.admit_to(caller, Verb::Deploy, id)?;
         check::text("reason", reason.as_deref())?;
         let row = self.deployment(id)?;
         let table = self.newest_table(&row.state.request.instance)?;
@@ -102,6 +104,7 @@ impl Commands {
         clusters: Option<Vec<ClusterName>>,
         reason: Option<String>,
     ) -> Result<Operated, CommandError> {
+        self.admit_to(caller, Verb::Deploy, id)?;
         check::text("reason", reason.as_deref())?;
         let subject = self.deployment(id)?.subject;
         let done = self

@@ -2,9 +2,11 @@
 //!
 //! A use case validates all that it was given, asks the folded state what concerns more than one
 //! aggregate, and lets exactly one aggregate decide: one command makes at most one event, so
-//! nothing is ever half done. With a [`RequestKey`] a command is carried out once, however often
+//! nothing is ever half done. Before anything else it asks whether the caller may do it at all, and
+//! so whatever surface calls it gets the same answer. With a [`RequestKey`] a command is carried out once, however often
 //! it is repeated.
 
+mod access;
 mod approvals;
 mod check;
 mod config;
@@ -20,6 +22,7 @@ mod secrets;
 mod templates;
 mod traffic;
 mod way_back;
+mod webhooks;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,15 +32,17 @@ use daybook_events::aggregate::At;
 use daybook_events::log::ReadError;
 use daybook_events::{
     Actor, Aggregate, Context, Decision, DeploymentId, Event, EventId, InvalidName, Payload,
-    Position, Refusal, Subject,
+    Position, ProjectName, Refusal, Subject,
 };
 use daybook_projections::{ExecuteError, Executed, Ledger, QueryError};
 use daybook_secrets::{SecretError, SecretStore};
 use jiff::Timestamp;
 use uuid::Uuid;
 
+use crate::access::{Denied, Over, Principal, Verb, authorise};
 use crate::state::Settings;
 
+pub use access::{MadeToken, TokenWish};
 pub use approvals::Verdict;
 pub(crate) use approvals::approval;
 pub use config::Configure;
@@ -49,6 +54,7 @@ pub use secrets::Verified;
 pub use templates::DeployTemplate;
 pub use traffic::Switched;
 pub use way_back::First;
+pub use webhooks::{OVERLAP, WithSecret};
 
 /// How long a command waits for its own event to be folded, so that whoever asks next sees it.
 const OWN_WRITE_WAIT: Duration = Duration::from_secs(2);
@@ -59,8 +65,10 @@ const KEYS: Uuid = Uuid::from_u128(0x6f0c_7d3e_52a1_5b0e_9a6b_1f8e_2c47_d901);
 /// Who asks, and under which key.
 #[derive(Debug, Clone)]
 pub struct Caller {
-    /// Who.
+    /// Who, as the events say it.
     pub actor: Actor,
+    /// Who, as far as it matters for what they may do.
+    pub principal: Principal,
     /// Makes repetitions of the request recognisable.
     pub key: Option<RequestKey>,
     /// W3C trace context.
@@ -68,10 +76,18 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// A caller without a key: each call is a request of its own.
+    /// A caller in this process, who may do everything, without a key: each call is a request of
+    /// its own.
     pub fn new(actor: Actor) -> Self {
+        let principal = Principal::in_process(actor.clone());
+        Self::of(actor, principal)
+    }
+
+    /// A caller from outside, without a key.
+    pub fn of(actor: Actor, principal: Principal) -> Self {
         Self {
             actor,
+            principal,
             key: None,
             traceparent: None,
         }
@@ -161,6 +177,12 @@ pub enum CommandError {
     /// Its key stands for another request.
     #[error("the Idempotency-Key was used for another request before")]
     KeyReused,
+    /// The caller may not do it.
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    /// No secret could be made for a token.
+    #[error(transparent)]
+    NoRandomness(#[from] crate::access::token::NoRandomness),
     /// It could not be recorded.
     #[error(transparent)]
     Execute(ExecuteError),
@@ -181,6 +203,22 @@ impl From<ExecuteError> for CommandError {
             ExecuteError::Refused(r) => Self::Refused(r),
             other => Self::Execute(other),
         }
+    }
+}
+
+/// A denial as it is told about a project: one that may not be seen looks missing.
+pub(crate) fn denied_project(denied: Denied, project: &ProjectName) -> CommandError {
+    match denied {
+        Denied::Unseen => check::project_not_found(project).into(),
+        lacking => lacking.into(),
+    }
+}
+
+/// A denial as it is told about a deployment.
+pub(crate) fn denied_deployment(denied: Denied, id: DeploymentId) -> CommandError {
+    match denied {
+        Denied::Unseen => check::deployment_not_found(id).into(),
+        lacking => lacking.into(),
     }
 }
 
@@ -219,6 +257,24 @@ impl Commands {
     /// The ledger underneath.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
+    }
+
+    /// Whether the caller may do this in a project.
+    fn admit(
+        &self,
+        caller: &Caller,
+        verb: Verb,
+        project: &ProjectName,
+    ) -> Result<(), CommandError> {
+        authorise(&caller.principal, verb, Over::Project(project))
+            .map_err(|denied| denied_project(denied, project))
+    }
+
+    /// Whether the caller may do this to a deployment, which must exist.
+    fn admit_to(&self, caller: &Caller, verb: Verb, id: DeploymentId) -> Result<(), CommandError> {
+        let project = self.deployment(id)?.state.request.instance.project;
+        authorise(&caller.principal, verb, Over::Project(&project))
+            .map_err(|denied| denied_deployment(denied, id))
     }
 
     /// Events that these commands have appended.

@@ -9,6 +9,7 @@ use daybook_events::{
 use serde_json::Value;
 
 use super::{Caller, CommandError, Commands, Done, check};
+use crate::access::Verb;
 
 impl Commands {
     /// Creates a project.
@@ -18,6 +19,7 @@ impl Commands {
         name: ProjectName,
         description: Option<String>,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Administer, &name)?;
         check::text("description", description.as_deref())?;
         let event = project::Created {
             name: name.clone(),
@@ -37,6 +39,7 @@ impl Commands {
         project: ProjectName,
         url: Option<RepositoryUrl>,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         let event = project::GitopsRemoteChanged { url };
         self.run(caller, &Subject::Project(project), None, |state| {
             project::decide(state, ProjectEvent::GitopsRemoteChanged(event.clone()))
@@ -53,6 +56,7 @@ impl Commands {
         name: ServiceName,
         spec: ServiceSpec,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Deploy, &project)?;
         check::service(&spec)?;
         self.project(&project)?;
         let event = project::ServiceDefined { name, spec };
@@ -73,6 +77,7 @@ impl Commands {
         from: Option<EnvironmentName>,
         auto_deploy: Option<GitRef>,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         if let Some((done, _)) = self.earlier(caller).await? {
             return Ok(done);
         }
@@ -104,6 +109,7 @@ impl Commands {
         name: EnvironmentName,
         reason: Option<String>,
     ) -> Result<(Done, Environment), CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         let done = match self.earlier(caller).await? {
             Some((done, _)) => done,
             None => {
@@ -130,6 +136,7 @@ impl Commands {
         name: EnvironmentName,
         spec: EnvironmentSpec,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         self.clusters(&spec.clusters)?;
         self.environment(&project, &name)?;
         let event = environment::Changed { spec };
@@ -148,6 +155,7 @@ impl Commands {
         name: &EnvironmentName,
         patch: &Fields,
     ) -> Result<(Done, Environment), CommandError> {
+        self.admit(caller, Verb::Configure, project)?;
         let found = self.environment(project, name)?;
         self.clusters(&patched(&found.spec, patch)?.clusters)?;
         let subject = Subject::Environment(project.clone(), name.clone());

@@ -7,6 +7,7 @@ use daybook_events::routing::{
 use daybook_events::{DeploymentId, Hostname, InstanceRef, ProjectName, Refusal, Subject};
 
 use super::{Caller, CommandError, Commands, Done, check};
+use crate::access::Verb;
 
 /// What traffic is to be shared: all of an instance's, or that of one hostname.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +51,10 @@ impl Commands {
         caller: &Caller,
         wish: Shares,
     ) -> Result<RoutesSet, CommandError> {
+        self.admit(caller, Verb::Deploy, &wish.project)?;
+        for (id, _) in &wish.to {
+            self.admit_to(caller, Verb::Deploy, *id)?;
+        }
         check::text("reason", wish.note.as_deref())?;
         self.project(&wish.project)?;
         let (instance, only) = match wish.traffic {
@@ -94,6 +99,7 @@ impl Commands {
         policy: ClusterPolicy,
         note: Option<String>,
     ) -> Result<RoutesSet, CommandError> {
+        self.admit(caller, Verb::Deploy, project)?;
         check::text("reason", note.as_deref())?;
         self.owned(project, &instance)?;
         policy.check()?;

@@ -9,6 +9,7 @@ use daybook_events::{Aggregate, Event, Position, ProjectName, Refusal, Subject, 
 use daybook_secrets::{SecretError, SecretStore, SecretValue};
 
 use super::{Caller, CommandError, Commands, Done};
+use crate::access::Verb;
 
 /// What a comparison with a committed value came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +63,7 @@ impl Commands {
         id: SecretId,
         value: &SecretValue,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Deploy, &project)?;
         secret::check_name(&id.name)?;
         self.project(&project)?;
         if let Some(environment) = &id.scope.environment {
@@ -101,6 +103,7 @@ impl Commands {
         id: SecretId,
         erase: bool,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Deploy, &project)?;
         self.project(&project)?;
         let store = self.secret_store()?.clone();
         let subject = Subject::Project(project.clone());
@@ -128,6 +131,7 @@ impl Commands {
         caller: &Caller,
         project: ProjectName,
     ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         self.project(&project)?;
         let store = self.secret_store()?.clone();
         let subject = Subject::Project(project.clone());

@@ -9,6 +9,7 @@ use daybook_events::{EnvKey, InstanceRef, ParameterName, Refusal, Subject};
 use daybook_secrets::SecretValue;
 
 use super::{Caller, CommandError, Commands, Deploy, Deployed, RunOverrides, What, check};
+use crate::access::Verb;
 
 /// A wish for an entry of the catalogue.
 #[derive(Debug, Clone)]
@@ -32,6 +33,7 @@ impl Commands {
         caller: &Caller,
         wish: DeployTemplate,
     ) -> Result<Deployed, CommandError> {
+        self.admit(caller, Verb::Deploy, &wish.instance.project)?;
         if let Some((done, Subject::Deployment(_, _, id))) = self.earlier(caller).await? {
             return Ok(Deployed { id, done });
         }

@@ -5,6 +5,7 @@ use daybook_events::timer::{self, KeepCause};
 use daybook_events::{Context, Decision, DeploymentId, EventId, InstanceRef, Refusal, Subject};
 
 use super::{Caller, CommandError, Commands, Done, OWN_WRITE_WAIT, check};
+use crate::access::Verb;
 
 /// A switch of the main deployment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +30,7 @@ impl Commands {
         expected_main: Option<DeploymentId>,
         note: Option<String>,
     ) -> Result<Switched, CommandError> {
+        self.admit_to(caller, Verb::Deploy, id)?;
         if self.earlier(caller).await?.is_none() {
             self.may_get_traffic(id)?;
         }
@@ -54,6 +56,10 @@ impl Commands {
         to: Option<DeploymentId>,
         note: Option<String>,
     ) -> Result<Switched, CommandError> {
+        self.admit(caller, Verb::Deploy, &instance.project)?;
+        if let Some(to) = to {
+            self.admit_to(caller, Verb::Deploy, to)?;
+        }
         if let Some((done, _)) = self.earlier(caller).await? {
             return self.switched(instance, done).await;
         }

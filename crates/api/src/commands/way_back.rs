@@ -6,9 +6,10 @@ use daybook_events::deployment::{Deployment, Status, SwitchMode};
 use daybook_events::{DeploymentId, InstanceRef, Refusal, Subject};
 
 use super::{Caller, CommandError, Commands, Lifecycle, Redeploy, Switched};
+use crate::access::Verb;
 
-/// How long it is waited for what is gone back to.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// What an answer needs beside the waiting: the request itself ends a little later.
+const MARGIN: Duration = Duration::from_secs(5);
 
 /// What is done first, so that there is something to go back to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,8 +24,10 @@ pub enum First {
 
 impl Commands {
     /// As [`Self::rollback`], once there is something to go back to. Each step is an event of its
-    /// own, and takes time: with a [`super::RequestKey`], a repetition goes on where the first request
-    /// was interrupted, or had to give up.
+    /// own, and takes time. It is waited for as long as a request may take; what is not ready by then
+    /// is refused as `target_not_ready`, with its id, and goes on getting ready. With a
+    /// [`super::RequestKey`], a repetition goes on where the first request was interrupted, or had to
+    /// give up.
     pub async fn roll_back_after(
         &self,
         caller: &Caller,
@@ -33,9 +36,16 @@ impl Commands {
         first: First,
         note: Option<String>,
     ) -> Result<Switched, CommandError> {
+        self.admit(caller, Verb::Deploy, &instance.project)?;
+        if let Some(to) = to {
+            self.admit_to(caller, Verb::Deploy, to)?;
+        }
         if first == First::Nothing || self.earlier(caller).await?.is_some() {
             return self.rollback(caller, instance, to, note).await;
         }
+        let limit = self.settings.request_timeout;
+        let patience = limit.saturating_sub(MARGIN).max(limit / 2);
+        let deadline = tokio::time::Instant::now() + patience;
         let to = self.way_back(&instance, to)?;
         let done = match first {
             First::Redeploy => {
@@ -59,21 +69,25 @@ impl Commands {
         let to = match done {
             Some((to, done)) => {
                 let projections = self.ledger.projections();
-                let folded = projections.wait_for(done.position, PATIENCE).await;
+                let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+                let folded = projections.wait_for(done.position, left).await;
                 folded.map_err(|behind| CommandError::Execute(behind.into()))?;
                 to
             }
             None => to,
         };
-        self.until_ready(to).await?;
+        self.until_ready(to, deadline).await?;
         self.rollback(caller, instance, Some(to), note).await
     }
 
     /// Waits until a deployment can get traffic, or is known not to get there soon.
-    async fn until_ready(&self, id: DeploymentId) -> Result<(), CommandError> {
+    async fn until_ready(
+        &self,
+        id: DeploymentId,
+        deadline: tokio::time::Instant,
+    ) -> Result<(), CommandError> {
         let projections = self.ledger.projections();
         let subject: Subject = self.deployment(id)?.subject;
-        let deadline = tokio::time::Instant::now() + PATIENCE;
         let mut changes = projections.changes();
         loop {
             changes.mark_unchanged();

@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
+use crate::access::Principal;
 use crate::answer::Answer;
 use crate::commands::Verdict;
 use crate::commands::approval;
@@ -135,6 +136,7 @@ fn detail(row: &DeploymentRow) -> Result<ApprovalDetail, Problem> {
     responses((status = 200, description = "What waits.", body = ApprovalList)))]
 pub(crate) async fn list_approvals(
     State(state): State<AppState>,
+    principal: Principal,
     Params(query): Params<ApprovalQuery>,
 ) -> Handled<ApprovalList> {
     let project = query.project.map(ProjectName::parse).transpose()?;
@@ -143,8 +145,8 @@ pub(crate) async fn list_approvals(
         .projections()
         .active_deployments(project.as_ref(), None)?;
     rows.retain(|row| {
-        let of = &row.state.request.instance.environment;
-        environment.as_ref().is_none_or(|e| e == of)
+        let of = &row.state.request.instance;
+        principal.sees(&of.project) && environment.as_ref().is_none_or(|e| *e == of.environment)
     });
     let let_through = rows.iter().filter_map(LetThrough::of).collect();
     rows.retain(|row| {

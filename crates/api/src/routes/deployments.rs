@@ -10,9 +10,10 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
+use crate::access::Principal;
 use crate::answer::Answer;
 use crate::commands::{
-    Deploy, Deployed, First, Lifecycle, Promote, Redeploy, RunOverrides, Switched, What,
+    Caller, Deploy, Deployed, First, Lifecycle, Promote, Redeploy, RunOverrides, Switched, What,
 };
 use crate::extract::{Command, CommandBody, Named, NoParams, Params, deployment_id};
 use crate::problem::Problem;
@@ -55,37 +56,37 @@ pub(crate) struct DeploymentQuery {
 #[serde(deny_unknown_fields)]
 pub(crate) struct CreateDeployment {
     /// `project.environment.service`.
-    instance_id: Option<String>,
+    pub(crate) instance_id: Option<String>,
     /// The project.
-    project: Option<String>,
+    pub(crate) project: Option<String>,
     /// The environment.
-    environment: Option<String>,
+    pub(crate) environment: Option<String>,
     /// The service.
-    service: Option<String>,
+    pub(crate) service: Option<String>,
     /// A branch, tag or commit, or an image reference, tag or digest, as fits the service.
-    version: Option<String>,
+    pub(crate) version: Option<String>,
     /// A branch, tag or commit of the service's source.
-    git_ref: Option<String>,
+    pub(crate) git_ref: Option<String>,
     /// An image reference, or a tag or digest in the service's image repository.
-    image: Option<String>,
+    pub(crate) image: Option<String>,
     /// A Helm chart in its repository, for clusters that render charts:
     /// `https://host/path/name` or `oci://host/path/name`. Needs `chart_version`.
-    chart: Option<String>,
+    pub(crate) chart: Option<String>,
     /// The exact version of the chart.
-    chart_version: Option<String>,
+    pub(crate) chart_version: Option<String>,
     /// The clusters; the environment's if not given.
     #[serde(alias = "cluster_ids")]
-    clusters: Option<Vec<String>>,
+    pub(crate) clusters: Option<Vec<String>>,
     /// Whether traffic follows by itself; as the environment says if not given.
-    switch: Option<SwitchMode>,
+    pub(crate) switch: Option<SwitchMode>,
     /// Whether it takes over traffic also where it is ready in some of its clusters only.
     #[serde(default)]
-    allow_partial: bool,
+    pub(crate) allow_partial: bool,
     /// What runs differently from the service's definition.
     #[serde(default)]
-    run: RunOverrides,
+    pub(crate) run: RunOverrides,
     /// Why.
-    reason: Option<String>,
+    pub(crate) reason: Option<String>,
 }
 impl CommandBody for CreateDeployment {}
 
@@ -95,27 +96,27 @@ impl CommandBody for CreateDeployment {}
 #[serde(deny_unknown_fields)]
 pub(crate) struct PromoteTo {
     /// The project.
-    project: String,
+    pub(crate) project: String,
     /// The service.
-    service: String,
+    pub(crate) service: String,
     /// The environment that has it.
-    from: String,
+    pub(crate) from: String,
     /// The environment that gets it.
-    to: String,
+    pub(crate) to: String,
     /// The deployment; the main one if not given.
-    deployment: Option<String>,
+    pub(crate) deployment: Option<String>,
     /// The clusters; the environment's if not given.
-    clusters: Option<Vec<ClusterName>>,
+    pub(crate) clusters: Option<Vec<ClusterName>>,
     /// Whether traffic follows by itself; as the environment says if not given.
-    switch: Option<SwitchMode>,
+    pub(crate) switch: Option<SwitchMode>,
     /// Whether it takes over traffic also where it is ready in some of its clusters only.
     #[serde(default)]
-    allow_partial: bool,
+    pub(crate) allow_partial: bool,
     /// What runs differently from the service's definition.
     #[serde(default)]
-    run: RunOverrides,
+    pub(crate) run: RunOverrides,
     /// Why.
-    reason: Option<String>,
+    pub(crate) reason: Option<String>,
 }
 impl CommandBody for PromoteTo {}
 
@@ -137,9 +138,9 @@ impl CommandBody for Why {
 #[serde(deny_unknown_fields)]
 pub(crate) struct RetryIn {
     /// The clusters; all where it has failed if not given.
-    clusters: Option<Vec<ClusterName>>,
+    pub(crate) clusters: Option<Vec<ClusterName>>,
     /// Why.
-    reason: Option<String>,
+    pub(crate) reason: Option<String>,
 }
 impl CommandBody for RetryIn {
     fn absent() -> Option<Self> {
@@ -152,9 +153,9 @@ impl CommandBody for RetryIn {
 #[serde(deny_unknown_fields)]
 pub(crate) struct MarkMain {
     /// What the caller takes for the main deployment now: if it is another one, nothing is done.
-    expected_main: Option<String>,
+    pub(crate) expected_main: Option<String>,
     /// Why.
-    reason: Option<String>,
+    pub(crate) reason: Option<String>,
 }
 impl CommandBody for MarkMain {
     fn absent() -> Option<Self> {
@@ -167,9 +168,9 @@ impl CommandBody for MarkMain {
 #[serde(deny_unknown_fields)]
 pub(crate) struct RedeployOptions {
     /// Whether traffic follows by itself; as the environment says if not given.
-    switch: Option<SwitchMode>,
+    pub(crate) switch: Option<SwitchMode>,
     /// Why.
-    reason: Option<String>,
+    pub(crate) reason: Option<String>,
 }
 impl CommandBody for RedeployOptions {
     fn absent() -> Option<Self> {
@@ -183,25 +184,27 @@ impl CommandBody for RedeployOptions {
 #[serde(deny_unknown_fields)]
 pub(crate) struct RollbackTo {
     /// `project.environment.service`.
-    instance_id: Option<String>,
+    pub(crate) instance_id: Option<String>,
     /// The project.
-    project: Option<String>,
+    pub(crate) project: Option<String>,
     /// The environment.
-    environment: Option<String>,
+    pub(crate) environment: Option<String>,
     /// The service.
-    service: Option<String>,
+    pub(crate) service: Option<String>,
     /// The deployment to go back to; the main one before if not given.
-    to: Option<String>,
-    /// Whether it is started first if it is stopped. The answer then waits until it is ready.
+    pub(crate) to: Option<String>,
+    /// Whether it is started first if it is stopped. The answer then waits until it is ready, for
+    /// half a minute at most: after that it is 409 `target_not_ready`, and the same request with the
+    /// same `Idempotency-Key` goes on waiting.
     #[serde(default)]
-    start: bool,
+    pub(crate) start: bool,
     /// Whether what it was made from is deployed once more, and that is gone back to: also where it
     /// was removed. The answer waits until that is ready; under an Idempotency-Key, a repetition goes
     /// on where the first request ended.
     #[serde(default)]
-    redeploy: bool,
+    pub(crate) redeploy: bool,
     /// Why.
-    reason: Option<String>,
+    pub(crate) reason: Option<String>,
 }
 impl CommandBody for RollbackTo {}
 
@@ -265,9 +268,11 @@ fn what(body: &mut CreateDeployment) -> Result<What, Problem> {
     responses((status = 200, description = "The deployments.", body = DeploymentList)))]
 pub(crate) async fn list_deployments(
     State(state): State<AppState>,
+    principal: Principal,
     Params(query): Params<DeploymentQuery>,
 ) -> Handled<DeploymentList> {
     let filter = DeploymentFilter {
+        visible: principal.visible().clone(),
         statuses: statuses(query.status.as_deref())?,
         version: query.version,
         ..filter(
@@ -316,8 +321,18 @@ fn statuses(word: Option<&str>) -> Result<Vec<Status>, Problem> {
 pub(crate) async fn create_deployment(
     State(state): State<AppState>,
     Params(NoParams {}): Params<NoParams>,
-    Command { caller, mut body }: Command<CreateDeployment>,
+    Command { caller, body }: Command<CreateDeployment>,
 ) -> Handled<DeploymentAccepted> {
+    let (deployed, instance) = deploy(&state, &caller, body).await?;
+    Ok(accepted(&deployed, &instance))
+}
+
+/// Requests a deployment as a body says it.
+pub(crate) async fn deploy(
+    state: &AppState,
+    caller: &Caller,
+    mut body: CreateDeployment,
+) -> Result<(Deployed, InstanceRef), Problem> {
     let what = what(&mut body)?;
     let instance = instance(
         body.instance_id,
@@ -338,8 +353,8 @@ pub(crate) async fn create_deployment(
         run: body.run,
         reason: body.reason,
     };
-    let deployed = state.commands.deploy(&caller, wish).await?;
-    Ok(accepted(&deployed, &instance))
+    let deployed = state.commands.deploy(caller, wish).await?;
+    Ok((deployed, instance))
 }
 
 pub(crate) fn accepted(deployed: &Deployed, instance: &InstanceRef) -> Answer<DeploymentAccepted> {
@@ -490,7 +505,7 @@ pub(crate) async fn delete_deployment(
     operate(&state, id, Lifecycle::Delete, command).await
 }
 
-fn switched(switched: Switched) -> Answer<MainSwitched> {
+pub(crate) fn switched(switched: Switched) -> Answer<MainSwitched> {
     let body = MainSwitched {
         id: switched.main,
         instance_id: switched.instance.to_string(),
@@ -554,6 +569,15 @@ pub(crate) async fn rollback(
     Params(NoParams {}): Params<NoParams>,
     Command { caller, body }: Command<RollbackTo>,
 ) -> Handled<MainSwitched> {
+    Ok(switched(roll_back(&state, &caller, body).await?))
+}
+
+/// Sends traffic back as a body says it.
+pub(crate) async fn roll_back(
+    state: &AppState,
+    caller: &Caller,
+    body: RollbackTo,
+) -> Result<Switched, Problem> {
     let instance = instance(
         body.instance_id,
         body.project,
@@ -574,11 +598,9 @@ pub(crate) async fn rollback(
             .into());
         }
     };
-    let done = state
-        .commands
-        .roll_back_after(&caller, instance, to, first, body.reason)
-        .await?;
-    Ok(switched(done))
+    let commands = &state.commands;
+    let done = commands.roll_back_after(caller, instance, to, first, body.reason);
+    Ok(done.await?)
 }
 
 /// Deploys to one environment what runs in another: the same image, by its digest.
@@ -590,6 +612,16 @@ pub(crate) async fn promote(
     Params(NoParams {}): Params<NoParams>,
     Command { caller, body }: Command<PromoteTo>,
 ) -> Handled<DeploymentAccepted> {
+    let (deployed, instance) = promote_to(&state, &caller, body).await?;
+    Ok(accepted(&deployed, &instance))
+}
+
+/// Promotes as a body says it.
+pub(crate) async fn promote_to(
+    state: &AppState,
+    caller: &Caller,
+    body: PromoteTo,
+) -> Result<(Deployed, InstanceRef), Problem> {
     let from = InstanceRef {
         project: ProjectName::parse(body.project)?,
         environment: EnvironmentName::parse(body.from)?,
@@ -610,6 +642,6 @@ pub(crate) async fn promote(
         run: body.run,
         reason: body.reason,
     };
-    let deployed = state.commands.promote(&caller, wish).await?;
-    Ok(accepted(&deployed, &instance))
+    let deployed = state.commands.promote(caller, wish).await?;
+    Ok((deployed, instance))
 }

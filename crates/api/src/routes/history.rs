@@ -1,5 +1,6 @@
 //! What was, what is, and who did it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
@@ -14,6 +15,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 use uuid::Uuid;
 
+use crate::access::Principal;
 use crate::answer::Answer;
 use crate::extract::{Named, NoParams, Params, deployment_id};
 use crate::problem::Problem;
@@ -30,83 +32,83 @@ type Handled<T> = Result<Answer<T>, Problem>;
 #[serde(deny_unknown_fields)]
 pub(crate) struct InstanceQuery {
     /// Of this project.
-    project: Option<String>,
+    pub(crate) project: Option<String>,
     /// In this environment.
-    environment: Option<String>,
+    pub(crate) environment: Option<String>,
 }
 
 /// Which rows of the history are wanted.
-#[derive(Debug, Deserialize, IntoParams)]
+#[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct HistoryQuery {
     /// Of this instance: `project.environment.service`.
-    instance_id: Option<String>,
+    pub(crate) instance_id: Option<String>,
     /// Of this project.
-    project: Option<String>,
+    pub(crate) project: Option<String>,
     /// Of this environment.
-    environment: Option<String>,
+    pub(crate) environment: Option<String>,
     /// Of this service.
-    service: Option<String>,
+    pub(crate) service: Option<String>,
     /// Of this version: a ref, image, tag, digest or (abbreviated) commit.
-    version: Option<String>,
+    pub(crate) version: Option<String>,
     /// As it was then: a position of the ledger, or a time (RFC 3339).
-    at: Option<String>,
+    pub(crate) at: Option<String>,
     /// Most rows on a page: 1 to 500, 50 if not given.
-    limit: Option<u32>,
+    pub(crate) limit: Option<u32>,
     /// Where the list goes on: `next` of the page before.
-    cursor: Option<String>,
+    pub(crate) cursor: Option<String>,
 }
 
 /// Which rows of the audit are wanted; all that is given must fit.
-#[derive(Debug, Deserialize, IntoParams)]
+#[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct AuditQuery {
     /// Of this project.
-    project: Option<String>,
+    pub(crate) project: Option<String>,
     /// Of this environment.
-    environment: Option<String>,
+    pub(crate) environment: Option<String>,
     /// Of this service.
-    service: Option<String>,
+    pub(crate) service: Option<String>,
     /// About this deployment.
-    deployment: Option<String>,
+    pub(crate) deployment: Option<String>,
     /// By this actor.
-    actor: Option<String>,
+    pub(crate) actor: Option<String>,
     /// Of this type (`deployment.requested.v1`), or of all types of an aggregate (`deployment`).
-    kind: Option<String>,
+    pub(crate) kind: Option<String>,
     /// Of this request or run.
-    correlation: Option<String>,
+    pub(crate) correlation: Option<String>,
     /// Only events that changed nothing.
     #[serde(default)]
-    void: bool,
+    pub(crate) void: bool,
     /// That happened at this time or later (RFC 3339).
-    from: Option<String>,
+    pub(crate) from: Option<String>,
     /// That happened before this time (RFC 3339).
-    until: Option<String>,
+    pub(crate) until: Option<String>,
     /// Most rows on a page: 1 to 500, 50 if not given.
-    limit: Option<u32>,
+    pub(crate) limit: Option<u32>,
     /// Where the list goes on: `next` of the page before.
-    cursor: Option<String>,
+    pub(crate) cursor: Option<String>,
 }
 
 /// What part of the state is wanted.
-#[derive(Debug, Deserialize, IntoParams)]
+#[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct StateQuery {
     /// Of this project.
-    project: Option<String>,
+    pub(crate) project: Option<String>,
     /// Of this environment.
-    environment: Option<String>,
+    pub(crate) environment: Option<String>,
     /// Of this service.
-    service: Option<String>,
+    pub(crate) service: Option<String>,
     /// As it was then: a position of the ledger, or a time (RFC 3339).
-    at: Option<String>,
+    pub(crate) at: Option<String>,
     /// Most instances on a page: 1 to 500, 50 if not given.
-    limit: Option<u32>,
+    pub(crate) limit: Option<u32>,
     /// Where the list goes on: `next` of the page before.
-    cursor: Option<String>,
+    pub(crate) cursor: Option<String>,
 }
 
 /// Reads which page is wanted.
@@ -168,12 +170,17 @@ fn moment(state: &AppState, text: Option<String>) -> Result<Option<Position>, Pr
     Ok(Some(state.commands.ledger().position_of(moment)?))
 }
 
-/// The state hash at a position of the past, if it is known in time. It is worked out all the same,
-/// and is at hand when it is asked for again.
+/// The state hash at a position of the past, if it is known in time. What was begun is worked out
+/// all the same, and is at hand when it is asked for again; of what waits for its turn longer than
+/// anybody asks for it, nothing is begun.
 async fn past_state_hash(state: &AppState, at: Position) -> Option<StateHash> {
+    let until = tokio::time::Instant::now() + HASH_WAIT;
+    let turn = Arc::clone(&state.past).acquire_owned();
+    let turn = tokio::time::timeout_at(until, turn).await.ok()?.ok()?;
     let ledger = state.commands.ledger().clone();
     let cancel = state.cancel.clone();
     let work = tokio::spawn(async move {
+        let _turn = turn;
         tokio::select! {
             () = cancel.cancelled() => None,
             hash = ledger.state_hash_at(at) => match hash {
@@ -185,10 +192,10 @@ async fn past_state_hash(state: &AppState, at: Position) -> Option<StateHash> {
             },
         }
     });
-    tokio::time::timeout(HASH_WAIT, work).await.ok()?.ok()?
+    tokio::time::timeout_at(until, work).await.ok()?.ok()?
 }
 
-fn time(what: &str, text: Option<String>) -> Result<Option<Timestamp>, Problem> {
+pub(crate) fn time(what: &str, text: Option<String>) -> Result<Option<Timestamp>, Problem> {
     let parsed = text.map(|t| t.parse::<Timestamp>()).transpose();
     parsed.map_err(|_| {
         Problem::new(
@@ -205,14 +212,16 @@ fn time(what: &str, text: Option<String>) -> Result<Option<Timestamp>, Problem> 
     responses((status = 200, description = "The instances.", body = InstanceList)))]
 pub(crate) async fn list_instances(
     State(state): State<AppState>,
+    principal: Principal,
     Params(query): Params<InstanceQuery>,
 ) -> Handled<InstanceList> {
     let wanted = query.environment.map(EnvironmentName::parse).transpose()?;
     let projections = state.projections();
     let projects = match query.project.map(ProjectName::parse).transpose()? {
-        Some(name) => vec![state.commands.project(&name)?],
+        Some(name) => vec![state.commands.project_seen(&principal, &name)?],
         None => projections.projects()?,
     };
+    let projects = projects.into_iter().filter(|p| principal.sees(&p.name));
     let mut instances = Vec::new();
     for project in projects {
         let routing = projections.routing(&project.name)?;
@@ -277,9 +286,11 @@ pub(crate) async fn get_instance(
     responses((status = 200, description = "The history.", body = HistoryList)))]
 pub(crate) async fn list_history(
     State(state): State<AppState>,
+    principal: Principal,
     Params(query): Params<HistoryQuery>,
 ) -> Handled<HistoryList> {
     let filter = DeploymentFilter {
+        visible: principal.visible().clone(),
         version: query.version,
         ..filter(
             query.instance_id,
@@ -311,10 +322,12 @@ pub(crate) async fn list_history(
     responses((status = 200, description = "The audit.", body = AuditList)))]
 pub(crate) async fn list_audit(
     State(state): State<AppState>,
+    principal: Principal,
     Params(query): Params<AuditQuery>,
 ) -> Handled<AuditList> {
     let correlation = query.correlation.map(|c| c.parse::<Uuid>()).transpose();
     let filter = AuditFilter {
+        visible: principal.visible().clone(),
         project: query.project.map(ProjectName::parse).transpose()?,
         environment: query.environment.map(EnvironmentName::parse).transpose()?,
         service: query.service.map(ServiceName::parse).transpose()?,
@@ -348,6 +361,7 @@ pub(crate) async fn list_audit(
     responses((status = 200, description = "The state.", body = StateView)))]
 pub(crate) async fn get_state(
     State(state): State<AppState>,
+    principal: Principal,
     Params(query): Params<StateQuery>,
 ) -> Handled<StateView> {
     let project = query.project.map(ProjectName::parse).transpose()?;
@@ -378,6 +392,7 @@ pub(crate) async fn get_state(
     let mut wanted = overview
         .instances
         .into_iter()
+        .filter(|i| principal.sees(&i.instance.project))
         .filter(|i| {
             environment
                 .as_ref()

@@ -3,15 +3,15 @@
 use std::collections::VecDeque;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderName, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use daybook_events::deployment::Status;
 use daybook_events::lines::{Line, LineKind, LineLog, LineSource};
 use daybook_events::log::{Position, ReadError};
-use daybook_events::{ClusterName, DeploymentId, Refusal};
+use daybook_events::{ClusterName, DeploymentId};
 use daybook_projections::{Projections, QueryError};
-use futures_util::stream::{self, BoxStream, StreamExt};
+use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,9 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use utoipa::IntoParams;
 
+use crate::access::Principal;
 use crate::extract::{Named, Params};
+use crate::line_filter::{Asked, Level, LineFilter};
 use crate::problem::Problem;
 use crate::routes::events::{accepts, stream_response};
 use crate::sse;
@@ -41,6 +43,21 @@ pub(crate) struct LogQuery {
     #[serde(rename = "type")]
     #[param(rename = "type")]
     kind: Option<String>,
+    /// At least this level: `debug`, `info`, `warn` or `error`. A line that says none is `info`.
+    level: Option<String>,
+    /// Printed in this cluster.
+    cluster: Option<String>,
+    /// Printed by this instance (pod, process).
+    instance: Option<String>,
+    /// Printed at this time or later (RFC 3339).
+    from: Option<String>,
+    /// Printed before this time (RFC 3339).
+    until: Option<String>,
+    /// With this text in it, as it stands; letters of ASCII may be large or small.
+    q: Option<String>,
+    /// The answer says that it is a file to be kept.
+    #[serde(default)]
+    download: bool,
     /// Goes on as lines come, until the deployment has settled. With `type=container`, as long as
     /// it runs.
     #[serde(default)]
@@ -53,29 +70,61 @@ pub(crate) struct LogQuery {
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct LogLine {
     /// Lines after this one are asked for with `after`.
-    cursor: String,
+    pub(crate) cursor: String,
     /// Its number among the lines of its build or of its deployment.
-    seq: u64,
+    pub(crate) seq: u64,
     /// When it was printed.
-    time: Timestamp,
+    pub(crate) time: Timestamp,
     /// What it is.
-    kind: LineKind,
+    pub(crate) kind: LineKind,
     /// `DEBUG`, `INFO`, `WARN` or `ERROR`, as far as the text says so; `INFO` otherwise.
-    level: &'static str,
+    pub(crate) level: &'static str,
     /// Where it was printed.
     #[serde(skip_serializing_if = "Option::is_none")]
-    cluster: Option<ClusterName>,
+    pub(crate) cluster: Option<ClusterName>,
     /// The instance that printed it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    instance: Option<String>,
+    pub(crate) instance: Option<String>,
     /// The text.
-    text: String,
+    pub(crate) text: String,
+}
+
+impl LogLine {
+    fn new(cursor: LogCursor, Line { seq, line }: Line) -> Self {
+        Self {
+            cursor: cursor.to_string(),
+            seq,
+            time: line.time,
+            kind: line.kind,
+            level: Level::of(&line.text).as_str(),
+            cluster: line.cluster,
+            instance: line.instance,
+            text: line.text,
+        }
+    }
+
+    /// A line that was found by itself, with the cursor after which the lines that follow it in its
+    /// deployment are asked for.
+    pub(crate) fn standing_alone(of_build: bool, line: Line) -> Self {
+        let cursor = match of_build {
+            true => LogCursor {
+                build: line.seq,
+                deployment: 0,
+            },
+            false => LogCursor {
+                // More than a build prints: of those none is repeated.
+                build: u64::from(u32::MAX),
+                deployment: line.seq,
+            },
+        };
+        Self::new(cursor, line)
+    }
 }
 
 /// How far a reader is: the last lines that it has of the build and of the deployment. Written as
 /// `<build>-<deployment>`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct LogCursor {
+pub(crate) struct LogCursor {
     build: u64,
     deployment: u64,
 }
@@ -131,11 +180,20 @@ enum Format {
         (String = "text/event-stream")))))]
 pub(crate) async fn deployment_logs(
     State(state): State<AppState>,
+    principal: Principal,
     Named(id): Named<DeploymentId>,
     Params(query): Params<LogQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let kind = query.kind.as_deref().map(line_kind).transpose()?;
+    let filter = LineFilter::new(Asked {
+        kind: query.kind,
+        level: query.level,
+        cluster: query.cluster,
+        instance: query.instance,
+        from: query.from,
+        until: query.until,
+        text: query.q,
+    })?;
     let format = if accepts(&headers, sse::MEDIA_TYPE) {
         Format::Events
     } else if accepts(&headers, NDJSON) {
@@ -151,6 +209,40 @@ pub(crate) async fn deployment_logs(
     let cursor = cursor
         .as_deref()
         .map_or(Ok(LogCursor::default()), str::parse)?;
+    let batches = lines(&state, id, filter, query.follow, cursor)?;
+    let frames = batches.flat_map(move |lines| {
+        let frames = lines.into_iter().map(move |line| write_line(&line, format));
+        stream::iter(frames)
+    });
+    let mut response = match format {
+        Format::Events => {
+            // Without it a browser would connect again for ever.
+            let end = Bytes::from_static(b"event: end\ndata: {}\n\n");
+            let end = stream::once(async move { end });
+            stream_response(&state, &principal, frames.chain(end))
+        }
+        Format::Json => plain_response(&state, &principal, NDJSON, frames),
+        Format::Text => plain_response(&state, &principal, "text/plain; charset=utf-8", frames),
+    };
+    if query.download {
+        let named = HeaderValue::from_str(&format!("attachment; filename=\"{id}.log\""));
+        // An id has no character that a header cannot have.
+        response
+            .headers_mut()
+            .extend(named.ok().map(|n| (header::CONTENT_DISPOSITION, n)));
+    }
+    Ok(response)
+}
+
+/// The lines of a deployment after a cursor, in batches: to the end of what there is, or, if they
+/// are followed, until the deployment has settled.
+pub(crate) fn lines(
+    state: &AppState,
+    id: DeploymentId,
+    filter: LineFilter,
+    follow: bool,
+    cursor: LogCursor,
+) -> Result<impl Stream<Item = Vec<LogLine>> + Send + use<>, Problem> {
     state.commands.deployment(id)?;
     let projections = state.projections().clone();
     let reader = LogReader {
@@ -158,14 +250,15 @@ pub(crate) async fn deployment_logs(
         changes: projections.changes(),
         projections,
         id,
-        kind,
-        follow: query.follow,
+        runs: filter.is_of_containers(),
+        filter,
+        follow,
         last_round: false,
         cursor,
         build: Source::new(cursor.build),
         deployment: Source::new(cursor.deployment),
     };
-    let batches = stream::unfold(reader, move |mut reader| async move {
+    Ok(stream::unfold(reader, move |mut reader| async move {
         match reader.next().await {
             Ok(Some(lines)) => Some((lines, reader)),
             Ok(None) => None,
@@ -174,30 +267,17 @@ pub(crate) async fn deployment_logs(
                 None
             }
         }
-    });
-    let frames = batches.flat_map(move |lines| {
-        let frames = lines.into_iter().map(move |line| write_line(&line, format));
-        stream::iter(frames)
-    });
-    Ok(match format {
-        Format::Events => {
-            // Without it a browser would connect again for ever.
-            let end = Bytes::from_static(b"event: end\ndata: {}\n\n");
-            let end = stream::once(async move { end });
-            stream_response(&state, frames.chain(end))
-        }
-        Format::Json => plain_response(&state, NDJSON, frames),
-        Format::Text => plain_response(&state, "text/plain; charset=utf-8", frames),
-    })
+    }))
 }
 
 fn plain_response(
     state: &AppState,
+    principal: &Principal,
     media_type: &'static str,
     frames: impl futures_util::Stream<Item = Bytes> + Send + 'static,
 ) -> Response {
     let upkeep = sse::Upkeep {
-        cancel: state.cancel.clone(),
+        lease: state.access.lease(principal, &state.cancel),
         heartbeat: None,
         _open: state.metrics.open_stream(),
     };
@@ -207,23 +287,6 @@ fn plain_response(
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     ];
     (headers, sse::body(frames, Bytes::new(), upkeep)).into_response()
-}
-
-fn line_kind(word: &str) -> Result<LineKind, Problem> {
-    Ok(match word {
-        "build" => LineKind::Build,
-        "container" => LineKind::Container,
-        "status" => LineKind::Status,
-        "platform" => LineKind::Platform,
-        _ => {
-            return Err(Refusal::new(
-                "unknown_log_type",
-                "there is no such type of log lines",
-                "use one of: build, container, status, platform",
-            )
-            .into());
-        }
-    })
 }
 
 fn write_line(line: &LogLine, format: Format) -> Bytes {
@@ -248,24 +311,6 @@ fn write_line(line: &LogLine, format: Format) -> Bytes {
             }
         }
     }
-}
-
-/// The level that a line names among its first words.
-fn level(text: &str) -> &'static str {
-    let words = text
-        .split(|c: char| !c.is_ascii_alphabetic())
-        .filter(|w| !w.is_empty())
-        .take(4);
-    for word in words {
-        match word {
-            "ERROR" | "FATAL" | "CRITICAL" | "error" | "Error" => return "ERROR",
-            "WARN" | "WARNING" | "warn" | "warning" | "Warning" => return "WARN",
-            "DEBUG" | "TRACE" | "debug" | "trace" => return "DEBUG",
-            "INFO" | "info" => return "INFO",
-            _ => {}
-        }
-    }
-    "INFO"
 }
 
 /// The lines of a build or of a deployment on their way to a reader.
@@ -338,7 +383,9 @@ struct LogReader {
     projections: Projections,
     changes: watch::Receiver<Position>,
     id: DeploymentId,
-    kind: Option<LineKind>,
+    filter: LineFilter,
+    /// What its instances print is followed as long as it runs.
+    runs: bool,
     follow: bool,
     /// The deployment has settled: what is there now is all there will be.
     last_round: bool,
@@ -355,9 +402,10 @@ impl LogReader {
             self.changes.borrow_and_update();
             let row = self.projections.deployment(self.id)?;
             let build = row.as_ref().and_then(|r| r.state.build);
-            let build = build.map(LineSource::Build).filter(|_| self.of_build());
+            let (of_build, of_deployment) = self.filter.sources();
+            let build = build.map(LineSource::Build).filter(|_| of_build);
             let deployment = LineSource::Deployment(self.id);
-            let deployment = Some(deployment).filter(|_| self.kind != Some(LineKind::Build));
+            let deployment = Some(deployment).filter(|_| of_deployment);
             if let Some(source) = build {
                 self.build.refill(&*self.lines, source).await?;
             }
@@ -391,13 +439,8 @@ impl LogReader {
         }
     }
 
-    fn of_build(&self) -> bool {
-        matches!(self.kind, None | Some(LineKind::Build))
-    }
-
     fn is_settled(&self, status: Status) -> bool {
-        let runs = status == Status::Started && self.kind == Some(LineKind::Container);
-        status.is_settled() && !runs
+        status.is_settled() && !(status == Status::Started && self.runs)
     }
 
     /// Takes waiting lines in the order of time, as long as it is known which comes next: once
@@ -426,18 +469,8 @@ impl LogReader {
                 true => self.cursor.build = seq,
                 false => self.cursor.deployment = seq,
             }
-            let wanted = from_build || self.kind.is_none_or(|k| k == line.kind);
-            if wanted {
-                merged.push(LogLine {
-                    cursor: self.cursor.to_string(),
-                    seq,
-                    time: line.time,
-                    kind: line.kind,
-                    level: level(&line.text),
-                    cluster: line.cluster,
-                    instance: line.instance,
-                    text: line.text,
-                });
+            if self.filter.wants(from_build, &line) {
+                merged.push(LogLine::new(self.cursor, Line { seq, line }));
             }
         }
         merged
@@ -469,13 +502,5 @@ mod tests {
         ] {
             assert!(bad.parse::<LogCursor>().is_err(), "{bad:?}");
         }
-    }
-
-    #[test]
-    fn the_level_is_taken_from_the_text() {
-        assert_eq!(level("Listening on 8080"), "INFO");
-        assert_eq!(level("2024-01-15 WARNING: disk"), "WARN");
-        assert_eq!(level("[ERROR] no database"), "ERROR");
-        assert_eq!(level("debug: x"), "DEBUG");
     }
 }

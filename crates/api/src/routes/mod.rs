@@ -1,9 +1,12 @@
 //! The addresses of the interface.
 
 pub(crate) mod approvals;
+pub(crate) mod attestation;
+pub(crate) mod cdevents;
 pub(crate) mod config;
 pub(crate) mod deployments;
 pub(crate) mod domains;
+pub(crate) mod dora;
 pub(crate) mod events;
 pub(crate) mod freezes;
 pub(crate) mod gitops;
@@ -12,9 +15,12 @@ pub(crate) mod hooks;
 pub(crate) mod logs;
 pub(crate) mod operations;
 pub(crate) mod projects;
+pub(crate) mod search;
 pub(crate) mod secrets;
 pub(crate) mod templates;
+pub(crate) mod tokens;
 pub(crate) mod traffic;
+pub(crate) mod webhooks;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -30,10 +36,11 @@ use utoipa::openapi::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 use utoipa_axum::routes;
 
+use crate::access::guard;
 use crate::extract::not_found;
 use crate::problem::Problem;
 use crate::state::AppState;
-use crate::{consistency, git, hosts, metrics, openapi, page, tlog};
+use crate::{consistency, git, graphql, hosts, metrics, openapi, page, tlog};
 
 /// The routes with their description, which still lacks its schemas.
 pub(crate) fn described() -> (Router<AppState>, OpenApi) {
@@ -59,6 +66,18 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
             hooks::deliver
         ))
         .routes(routes!(hooks::set_auto_deploy))
+        .routes(routes!(webhooks::list_webhooks, webhooks::create_webhook))
+        .routes(routes!(
+            webhooks::get_webhook,
+            webhooks::change_webhook,
+            webhooks::delete_webhook
+        ))
+        .routes(routes!(webhooks::rotate_webhook))
+        .routes(routes!(webhooks::pause_webhook))
+        .routes(routes!(webhooks::resume_webhook))
+        .routes(routes!(webhooks::test_webhook))
+        .routes(routes!(webhooks::replay_webhook))
+        .routes(routes!(webhooks::list_deliveries))
         .routes(routes!(secrets::list_secrets, secrets::erase_secrets))
         .routes(routes!(secrets::set_secret, secrets::unset_secret))
         .routes(routes!(secrets::verify_secret))
@@ -72,6 +91,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
             deployments::get_deployment,
             deployments::delete_deployment
         ))
+        .routes(routes!(attestation::get_attestation))
         .routes(routes!(deployments::stop_deployment))
         .routes(routes!(deployments::start_deployment))
         .routes(routes!(deployments::retry_deployment))
@@ -101,11 +121,15 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(domains::list_domains, domains::claim_domain))
         .routes(routes!(domains::release_domain))
         .routes(routes!(logs::deployment_logs))
+        .routes(routes!(search::search_logs))
         .routes(routes!(history::list_history))
         .routes(routes!(history::list_audit))
         .routes(routes!(history::get_state))
+        .routes(routes!(dora::get_dora))
         .routes(routes!(events::list_events))
+        .routes(routes!(events::events_chain))
         .routes(routes!(events::get_event))
+        .routes(routes!(cdevents::list_cdevents))
         .routes(routes!(operations::healthz))
         .routes(routes!(operations::readyz))
         .routes(routes!(operations::projections))
@@ -119,6 +143,10 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(gitops::commit_diff))
         .routes(routes!(gitops::adopt_commit))
         .routes(routes!(gitops::revert_commit))
+        .routes(routes!(tokens::whoami))
+        .routes(routes!(tokens::list_tokens, tokens::create_token))
+        .routes(routes!(tokens::rotate_token))
+        .routes(routes!(tokens::revoke_token))
         .routes(routes!(git::advertise))
         .routes(routes!(git::upload_pack))
         .split_for_parts();
@@ -145,6 +173,8 @@ pub fn router(state: AppState) -> Router {
     let timeout = state.settings.request_timeout;
     router
         .route("/openapi.json", routing::get(serve_document))
+        .route("/graphql", routing::get(graphql::get).post(graphql::post))
+        .route("/asyncapi.json", routing::get(asyncapi))
         .route("/", routing::get(page::index))
         .route("/page/{file}", routing::get(page::file))
         .route("/tlog/tile/{*rest}", routing::get(tlog::tile))
@@ -154,6 +184,7 @@ pub fn router(state: AppState) -> Router {
             state.clone(),
             consistency::positions,
         ))
+        .layer(middleware::from_fn_with_state(state.clone(), guard))
         .layer(middleware::from_fn_with_state(timeout, time_out))
         .layer(middleware::from_fn_with_state(state.clone(), hosts::check))
         .layer(CatchPanicLayer::custom(panicked))
@@ -165,7 +196,18 @@ pub fn router(state: AppState) -> Router {
         .with_state(state)
 }
 
+/// Which events there are, and where they are to be had.
+async fn asyncapi() -> Response {
+    let document = daybook_events::asyncapi::asyncapi(env!("CARGO_PKG_VERSION"));
+    let headers = [(header::CONTENT_TYPE, "application/json")];
+    (headers, document.to_string()).into_response()
+}
+
 async fn method_not_allowed(uri: Uri) -> Problem {
+    method_not_allowed_at(&uri)
+}
+
+pub(crate) fn method_not_allowed_at(uri: &Uri) -> Problem {
     Problem::new(
         StatusCode::METHOD_NOT_ALLOWED,
         "method_not_allowed",

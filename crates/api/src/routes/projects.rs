@@ -11,6 +11,7 @@ use daybook_events::{ClusterName, EnvironmentName, GitRef, ProjectName, ServiceN
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::access::Principal;
 use crate::answer::Answer;
 use crate::extract::{Command, CommandBody, Named, NoParams, Params};
 use crate::problem::Problem;
@@ -25,16 +26,16 @@ use crate::view::{
 #[serde(deny_unknown_fields)]
 pub(crate) struct CreateProject {
     /// Its name: a DNS label of at most 30 characters.
-    name: String,
+    pub(crate) name: String,
     /// What it is, for people.
-    description: Option<String>,
+    pub(crate) description: Option<String>,
 }
 impl CommandBody for CreateProject {}
 
 /// The definition of a service.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(transparent)]
-pub(crate) struct DefineService(ServiceSpec);
+pub(crate) struct DefineService(pub(crate) ServiceSpec);
 impl CommandBody for DefineService {}
 
 /// An environment to be created.
@@ -42,31 +43,31 @@ impl CommandBody for DefineService {}
 #[serde(deny_unknown_fields)]
 pub(crate) struct CreateEnvironment {
     /// Its name: a DNS label of at most 30 characters.
-    name: String,
+    pub(crate) name: String,
     /// Clusters that deployments go to unless they name others; all that the server knows if none is named.
     #[serde(default)]
-    clusters: Vec<ClusterName>,
+    pub(crate) clusters: Vec<ClusterName>,
     /// Whether its services answer on the project's live hostnames.
     #[serde(default)]
-    live: bool,
+    pub(crate) live: bool,
     /// Whether traffic follows a new deployment by itself.
     #[serde(default)]
-    switch: SwitchMode,
+    pub(crate) switch: SwitchMode,
     /// Whether it goes away with its pull request.
     #[serde(default)]
-    ephemeral: bool,
+    pub(crate) ephemeral: bool,
     /// How long a deployment is kept running that is no longer the main one; as the server says
     /// if not given.
-    keep_old: Option<KeepFor>,
+    pub(crate) keep_old: Option<KeepFor>,
     /// How long a deployment is kept running that nobody asks for through the gateway; 24 hours for
     /// an ephemeral environment, and for ever for any other one, if not given.
-    keep_idle: Option<KeepFor>,
+    pub(crate) keep_idle: Option<KeepFor>,
     /// Who has to allow what is deployed to it; nobody if not given.
-    approval: Option<ApprovalRule>,
+    pub(crate) approval: Option<ApprovalRule>,
     /// The environment that it is made from: whatever takes the traffic there is promoted.
-    from: Option<EnvironmentName>,
+    pub(crate) from: Option<EnvironmentName>,
     /// The branch whose pushes are deployed to it by themselves.
-    auto_deploy: Option<GitRef>,
+    pub(crate) auto_deploy: Option<GitRef>,
 }
 impl CommandBody for CreateEnvironment {}
 
@@ -90,9 +91,11 @@ type Handled<T> = Result<Answer<T>, Problem>;
     responses((status = 200, description = "The projects.", body = ProjectList)))]
 pub(crate) async fn list_projects(
     State(state): State<AppState>,
+    principal: Principal,
     Params(NoParams {}): Params<NoParams>,
 ) -> Handled<ProjectList> {
-    let projects = state.projections().projects()?;
+    let mut projects = state.projections().projects()?;
+    projects.retain(|p| principal.sees(&p.name));
     Ok(Answer::ok(ProjectList {
         projects: projects.iter().map(ProjectView::from).collect(),
     }))

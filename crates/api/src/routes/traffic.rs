@@ -28,9 +28,9 @@ type Handled<T> = Result<Answer<T>, Problem>;
 #[serde(deny_unknown_fields)]
 pub(crate) struct RouteQuery {
     /// Of this instance: `project.environment.service`.
-    instance_id: Option<String>,
+    pub(crate) instance_id: Option<String>,
     /// That of this hostname.
-    hostname: Option<String>,
+    pub(crate) hostname: Option<String>,
 }
 
 /// The route table of a project.
@@ -134,16 +134,16 @@ impl From<&routing::Switched> for SwitchView {
 #[serde(deny_unknown_fields)]
 pub(crate) struct SetRoutes {
     /// `project.environment.service`: all addresses that move with its main deployment.
-    instance_id: Option<String>,
+    pub(crate) instance_id: Option<String>,
     /// One of its addresses.
-    hostname: Option<String>,
+    pub(crate) hostname: Option<String>,
     /// The deployments.
-    to: Vec<SetShare>,
+    pub(crate) to: Vec<SetShare>,
     /// The table that the caller decided on: if one of the hostnames was switched after it, nothing
     /// is done.
-    expected_table: Option<u32>,
+    pub(crate) expected_table: Option<u32>,
     /// Why.
-    reason: Option<String>,
+    pub(crate) reason: Option<String>,
 }
 impl CommandBody for SetRoutes {}
 
@@ -152,9 +152,9 @@ impl CommandBody for SetRoutes {}
 #[serde(deny_unknown_fields)]
 pub(crate) struct SetShare {
     /// The deployment.
-    deployment: String,
+    pub(crate) deployment: String,
     /// Its weight, relative to the others' weights: 1 to 10,000.
-    weight: u32,
+    pub(crate) weight: u32,
 }
 
 /// How the traffic of an instance is spread over clusters from here on.

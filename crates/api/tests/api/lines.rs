@@ -187,3 +187,95 @@ async fn many_lines_of_both_sources_are_merged_by_time() {
     let rest = server.get(&format!("{path}?after=1400-1150")).await.text;
     assert_eq!(rest.lines().count(), 50);
 }
+
+#[tokio::test]
+async fn lines_are_looked_for_in_all_deployments_of_a_project() {
+    let server = server().await;
+    server.shop().await;
+    let older = server.deploy("shop.production.api", "v1").await;
+    server.make_live(older).await;
+    printed(&server, older).await;
+    let newer = server.deploy("shop.staging.api", "v2").await;
+    server.make_live(newer).await;
+    printed(&server, newer).await;
+    let path = "/api/v1/projects/shop/logs";
+    let found = async |query: &str| -> Vec<(String, String)> {
+        let page = server.get(&format!("{path}?{query}")).await.json();
+        assert_eq!(page["next"], Value::Null, "{page}");
+        let lines = page["lines"].as_array().unwrap().iter().map(|line| {
+            let text = |name: &str| line[name].as_str().unwrap().to_owned();
+            (text("deployment"), text("text"))
+        });
+        lines.collect()
+    };
+    let of = |id: DeploymentId, text: &str| (id.to_string(), text.to_owned());
+    assert_eq!(
+        found("q=old%20PIP").await,
+        [of(newer, "WARNING: old pip"), of(older, "WARNING: old pip")]
+    );
+    assert_eq!(
+        found("level=warn&environment=production").await,
+        [of(older, "WARNING: old pip")]
+    );
+    assert_eq!(found("q=old%20pip&type=container").await, []);
+    assert_eq!(found("service=web").await, []);
+    assert_eq!(
+        found("from=2023-11-14T22:13:24Z&environment=staging").await,
+        [of(newer, "Server started on port 3000")]
+    );
+    // Page by page it is the same.
+    let all = found("").await;
+    assert_eq!(all.len(), 8);
+    let (mut paged, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let page = server.get(&format!("{path}?limit=3{cursor}")).await.json();
+        let lines = page["lines"].as_array().unwrap();
+        assert!(lines.len() <= 3);
+        paged.extend(lines.iter().map(|l| l["text"].as_str().unwrap().to_owned()));
+        let Some(next) = page["next"].as_str() else {
+            break;
+        };
+        cursor = format!("&cursor={next}");
+    }
+    let texts: Vec<String> = all.into_iter().map(|(_, text)| text).collect();
+    assert_eq!(paged, texts);
+    for (query, status, code) in [
+        ("?q=", 400, "invalid_search"),
+        ("?cursor=x", 400, "invalid_cursor"),
+        ("?cursor=1-b99999999999999999999", 400, "invalid_cursor"),
+        ("?level=loud", 422, "unknown_log_level"),
+        ("?limit=0", 400, "invalid_limit"),
+        ("?from=yesterday", 400, "invalid_time"),
+    ] {
+        let reply = server.get(&format!("{path}{query}")).await;
+        reply.refused(status, code);
+    }
+    let nowhere = server.get("/api/v1/projects/nothing/logs").await;
+    nowhere.refused(404, "project_not_found");
+}
+
+#[tokio::test]
+async fn the_lines_of_a_deployment_are_filtered_and_kept_as_a_file() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    server.make_live(id).await;
+    printed(&server, id).await;
+    let path = format!("/api/v1/deployments/{id}/logs");
+    for (query, lines) in [
+        ("level=warn", 1),
+        ("q=SERVER", 1),
+        ("q=server&type=build", 0),
+        ("cluster=elsewhere", 0),
+        ("until=2023-11-14T22:13:23Z", 2),
+    ] {
+        let text = server.get(&format!("{path}?{query}")).await.text;
+        assert_eq!(text.lines().count(), lines, "{query}");
+    }
+    let file = server.get(&format!("{path}?download=true")).await;
+    assert_eq!(
+        file.header("content-disposition").unwrap(),
+        format!("attachment; filename=\"{id}.log\"")
+    );
+    assert_eq!(file.text.lines().count(), 4);
+}

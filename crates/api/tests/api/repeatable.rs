@@ -13,8 +13,11 @@ use daybook_events::freeze::Held;
 use daybook_events::gitops::{self, ForeignCommitFound, GitopsEvent, RepositoryCreated};
 use daybook_events::routing::Hostnames;
 use daybook_events::spec::PinnedImage;
+use daybook_events::subscription::{self, EventDeadLettered};
 use daybook_events::timer::{KeepFor, StopCause};
-use daybook_events::{CommitId, DeploymentId, EventId, Hostname, ProjectName, Subject};
+use daybook_events::{
+    CommitId, DeploymentId, EventId, Hostname, Position, ProjectName, Subject, SubscriptionId,
+};
 use jiff::Timestamp;
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -23,7 +26,15 @@ use uuid::Uuid;
 use crate::support::*;
 
 /// What takes a key as every POST does, and needs none.
-const OTHERWISE: [(&str, &str); 3] = [
+const OTHERWISE: [(&str, &str); 5] = [
+    (
+        "/api/v1/tokens",
+        "its secret is shown once: access.rs sends it twice",
+    ),
+    (
+        "/api/v1/tokens/{token}/rotate",
+        "its secret is shown once: access.rs sends it twice",
+    ),
     (
         "/api/v1/projects/{project}/hooks/{hook}",
         "a delivery is known by its own id: tests/previews.rs sends it twice",
@@ -181,6 +192,26 @@ impl Server {
             .ledger
             .execute(&subject, &context(DeploymentId(Uuid::now_v7())), |state| {
                 gitops::decide(state, event.clone())
+            })
+            .await
+            .unwrap();
+        self.folded(executed).await;
+    }
+
+    /// An event that a webhook's receiver did not take.
+    async fn sets_aside(&self, webhook: &str) {
+        let id: SubscriptionId = webhook.parse().unwrap();
+        let subject = Subject::Subscription(ProjectName::parse("shop").unwrap(), id);
+        let letter = EventDeadLettered {
+            position: Position(1),
+            event: EventId(Uuid::now_v7()),
+            tries: 3,
+            code: "timeout".into(),
+        };
+        let executed = self
+            .ledger
+            .execute(&subject, &context(DeploymentId(Uuid::now_v7())), |state| {
+                subscription::decide(state, subscription::Command::SetAside(letter.clone()))
             })
             .await
             .unwrap();
@@ -407,6 +438,27 @@ async fn every_command_of_the_document_is_carried_out_once() {
             &["shop", &commit],
             why(),
         )
+        .await;
+
+    let made = twice
+        .send(
+            "/api/v1/webhooks",
+            &[],
+            json!({ "project": "shop", "url": "https://hooks.example.com/x", "tries": 3 }),
+        )
+        .await;
+    let id = made["webhook"]["id"].as_str().unwrap().to_owned();
+    for (address, body) in [
+        ("/api/v1/webhooks/{webhook}/rotate", json!({})),
+        ("/api/v1/webhooks/{webhook}/test", json!({})),
+        ("/api/v1/webhooks/{webhook}/pause", json!({})),
+        ("/api/v1/webhooks/{webhook}/resume", json!({})),
+    ] {
+        twice.send(address, &[&id], body).await;
+    }
+    server.sets_aside(&id).await;
+    twice
+        .send("/api/v1/webhooks/{webhook}/replay", &[&id], json!({}))
         .await;
 
     // There is none that has no row here.

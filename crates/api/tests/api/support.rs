@@ -13,6 +13,7 @@ use daybook_events::routing::{self, Command, Hostnames, Target};
 use daybook_events::spec::PinnedImage;
 use daybook_events::*;
 use daybook_projections::{Executed, Ledger, Projections, runner};
+use daybook_secrets::SecretFolder;
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLines, EmbeddedLog, LineRetention};
 use jiff::Timestamp;
 use reqwest::{Method, StatusCode};
@@ -134,7 +135,9 @@ async fn server_on(
     settings.image_prefix = Some("registry.local:5000/daybook".parse().unwrap());
     adjust(&mut settings, dir.path());
     let parts = Parts::default();
-    let state = AppState::new(ledger.clone(), lines.clone(), settings, parts.clone());
+    let secrets = SecretFolder::new(dir.path().join("secrets"), None);
+    let state = AppState::new(ledger.clone(), lines.clone(), settings, parts.clone())
+        .with_secrets(Arc::new(secrets));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}", listener.local_addr().unwrap());
     let cancel = CancellationToken::new();

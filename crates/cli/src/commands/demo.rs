@@ -90,10 +90,7 @@ pub async fn run(args: DemoArgs) -> Outcome {
     options.nats = args.nats.clone();
     let node = Node::start(options).await?;
     let show = Show {
-        client: Client::new(&ServerArgs {
-            server: node.api_url(),
-            actor: Some("ada".into()),
-        })?,
+        client: Client::with_token(&ServerArgs::of(node.api_url(), Some("ada".into())), None)?,
         gateway: node.gateway_url().unwrap_or_default(),
         http: reqwest::Client::builder()
             .no_proxy()

@@ -6,7 +6,9 @@ mod audit;
 mod config;
 mod demo;
 mod deploy;
+mod doctor;
 mod domain;
+mod dora;
 mod events;
 mod freeze;
 mod gitops;
@@ -15,6 +17,7 @@ mod history;
 mod hook;
 mod ledger;
 mod lifecycle;
+mod login;
 mod logs;
 mod manage;
 mod repair;
@@ -25,10 +28,14 @@ mod secret;
 mod serve;
 mod status;
 mod template;
+mod token;
 mod up;
+mod webhook;
 
 pub use events::print as print_event;
 pub use ledger::unusable as keys_unusable;
+
+use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -42,7 +49,7 @@ pub type Outcome = Result<Code, Failure>;
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
-  1  failed
+  1  failed, or the server does not let one in
   2  the command line is wrong
   3  the server cannot be reached
   4  there is no such project, service, environment or deployment
@@ -90,17 +97,36 @@ pub struct Global {
 #[derive(Debug, Clone, Args)]
 pub struct ServerArgs {
     /// The server.
+    #[arg(long, env = "DAYBOOK_URL", hide_env_values = true, value_name = "URL")]
+    pub server: Option<String>,
+    /// One of the servers that `daybook login` has kept, with its token; the current one if neither
+    /// this nor a server is named, and http://127.0.0.1:7070 if there is none.
     #[arg(
         long,
-        env = "DAYBOOK_URL",
-        hide_env_values = true,
-        default_value = "http://127.0.0.1:7070",
-        value_name = "URL"
+        env = "DAYBOOK_CONTEXT",
+        value_name = "NAME",
+        conflicts_with = "server"
     )]
-    pub server: String,
-    /// Who you are, for the ledger: an account name.
+    pub context: Option<String>,
+    /// A file with the token to be shown to the server, in place of DAYBOOK_TOKEN and of the one
+    /// that is kept.
+    #[arg(long, env = "DAYBOOK_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<std::path::PathBuf>,
+    /// Who you are, for the ledger of a server that asks for no token: an account name.
     #[arg(long, env = "DAYBOOK_ACTOR", value_name = "NAME")]
     pub actor: Option<String>,
+}
+
+impl ServerArgs {
+    /// Of this very server.
+    pub fn of(server: String, actor: Option<String>) -> Self {
+        Self {
+            server: Some(server),
+            context: None,
+            token_file: None,
+            actor,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -111,6 +137,18 @@ pub enum Command {
     Up(up::UpArgs),
     /// Run some roles in this process, against NATS.
     Serve(serve::ServeArgs),
+    /// Keep a token for a server.
+    Login(login::LoginArgs),
+    /// Forget a server and its token.
+    Logout(login::LogoutArgs),
+    /// Who the server takes one for, and what one may do there.
+    Whoami(login::WhoAmIArgs),
+    /// The servers that one talks to.
+    #[command(subcommand)]
+    Context(login::ContextCommand),
+    /// Say who may use the server, and what for.
+    #[command(subcommand)]
+    Token(token::TokenCommand),
     /// Create and list projects.
     #[command(subcommand)]
     Project(manage::ProjectCommand),
@@ -123,6 +161,9 @@ pub enum Command {
     /// Let GitHub, GitLab or Gitea tell of pushes and pull requests.
     #[command(subcommand)]
     Hook(hook::HookCommand),
+    /// Send events to others: signed webhooks, with what was sent and what was set aside.
+    #[command(subcommand)]
+    Webhook(webhook::WebhookCommand),
     /// Set and take away secret variables, without ever showing them.
     #[command(subcommand)]
     Secret(secret::SecretCommand),
@@ -143,6 +184,8 @@ pub enum Command {
     Status(status::StatusArgs),
     /// What was deployed when, by whom, and what became of it.
     History(history::HistoryArgs),
+    /// How often, how fast and how well is delivered: the four measures of DORA.
+    Dora(dora::DoraArgs),
     /// Output of a build and of running instances.
     Logs(logs::LogsArgs),
     /// The events of the ledger, as they are or as they come.
@@ -183,6 +226,8 @@ pub enum Command {
     /// Check the ledger without trusting who keeps it. See docs/auditing.md.
     #[command(subcommand)]
     Audit(audit::AuditCommand),
+    /// Look for what is wrong, and say what helps.
+    Doctor(doctor::DoctorArgs),
     /// Look after the projections.
     #[command(subcommand)]
     Projections(replay::ProjectionsCommand),
@@ -202,6 +247,12 @@ pub enum Command {
         /// The shell.
         shell: Shell,
     },
+    /// Write the manual pages, one for each command.
+    Man {
+        /// The folder: /usr/local/share/man/man1, say. It is made if it is not there.
+        #[arg(value_name = "FOLDER")]
+        folder: PathBuf,
+    },
     /// Serve a folder of static files on $PORT: what runs images of static sites.
     #[command(hide = true)]
     StaticServer(up::StaticServerArgs),
@@ -213,10 +264,16 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Demo(args) => demo::run(args).await,
         Command::Up(args) => up::run(args).await,
         Command::Serve(args) => serve::run(args).await,
+        Command::Login(args) => login::login(args).await,
+        Command::Logout(args) => login::logout(args),
+        Command::Whoami(args) => login::whoami(args).await,
+        Command::Context(command) => login::context(command),
+        Command::Token(command) => token::run(command).await,
         Command::Project(command) => manage::project(command).await,
         Command::Service(command) => manage::service(command).await,
         Command::Env(command) => manage::environment(command).await,
         Command::Hook(command) => hook::run(command).await,
+        Command::Webhook(command) => webhook::run(command).await,
         Command::Secret(command) => secret::run(command).await,
         Command::Deploy(args) => deploy::run(args).await,
         Command::Promote(args) => deploy::promote(args).await,
@@ -225,6 +282,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Freeze(command) => freeze::run(command).await,
         Command::Status(args) => status::run(args).await,
         Command::History(args) => history::run(args).await,
+        Command::Dora(args) => dora::run(args).await,
         Command::Logs(args) => logs::run(args).await,
         Command::Events(args) => events::run(args).await,
         Command::MarkMain(args) => lifecycle::mark_main(args).await,
@@ -243,6 +301,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Command::Redeploy(args) => lifecycle::redeploy(args).await,
         Command::Replay(args) => replay::run(args).await,
         Command::Audit(command) => audit::run(command).await,
+        Command::Doctor(args) => doctor::run(args).await,
         Command::Projections(command) => replay::projections(command).await,
         Command::Ledger(command) => ledger::run(command).await,
         Command::Keys(command) => ledger::keys(command),
@@ -255,6 +314,15 @@ pub async fn run(cli: Cli) -> Outcome {
                 "daybook",
                 &mut std::io::stdout(),
             );
+            Ok(Code::Success)
+        }
+        Command::Man { folder } => {
+            let written = std::fs::create_dir_all(&folder)
+                .and_then(|()| clap_mangen::generate_to(Cli::command(), &folder));
+            written.map_err(|e| {
+                let message = format!("{} cannot be written: {e}", folder.display());
+                Failure::new(Code::Failure, "not_written", message)
+            })?;
             Ok(Code::Success)
         }
         Command::StaticServer(args) => up::static_server(args).await,

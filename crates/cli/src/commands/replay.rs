@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
+use daybook_events::tree::{PublishedTree, TreeCondition};
 use daybook_events::{EventLog, Position};
 use daybook_projections::replay::ReplayError;
 use daybook_projections::{Moment, Projections, replay};
@@ -15,6 +16,7 @@ use crate::client::Client;
 use crate::exit::{Code, Failure};
 use crate::output;
 use crate::remote::RemoteLog;
+use crate::served_tree::ServedTree;
 
 /// Print the ledger, fold it anew on this machine, and compare with what the server says.
 #[derive(Debug, Args)]
@@ -215,8 +217,22 @@ pub async fn projections(command: ProjectionsCommand) -> Outcome {
             let data = options.data.clone();
             let (log, _) = crate::node::open_log(&options, &data).await?;
             // Where an event was lost, the tree says whether that is recorded.
-            let tree = FolderTree::new(options.tlog_folder(&data));
-            let log: Arc<dyn EventLog> = Arc::new(GuardedLog::at_rest(log, Arc::new(tree)));
+            let tree: Arc<dyn PublishedTree> = match &options.tlog_url {
+                Some(url) => ServedTree::open(url).await?,
+                None => Arc::new(FolderTree::new(options.tlog_folder(&data))),
+            };
+            if options.tlog_url.is_some() && tree.head().is_none() {
+                let why = match tree.condition() {
+                    TreeCondition::Unknown(why) => why,
+                    _ => "the server has published no checkpoint yet".to_owned(),
+                };
+                return Err(
+                    Failure::new(Code::Unreachable, "tlog_unreachable", why).hint(
+                        "--tlog-url is asked which events are recorded as lost: it must answer",
+                    ),
+                );
+            }
+            let log: Arc<dyn EventLog> = Arc::new(GuardedLog::at_rest(log, tree));
             let begun = Instant::now();
             let head = log
                 .head()

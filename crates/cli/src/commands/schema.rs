@@ -10,11 +10,11 @@ use super::Outcome;
 use crate::exit::{Code, Failure};
 use crate::output;
 
-/// The JSON Schemas of events and settings, and the OpenAPI document.
+/// The JSON Schemas of events and settings, the OpenAPI document, and the GraphQL schema.
 #[derive(Debug, Args)]
 pub struct SchemaArgs {
-    /// What to print: an event type (`deployment.requested.v1`), `service`, `template`, or `openapi`. Lists
-    /// what there is if nothing is named.
+    /// What to print: an event type (`deployment.requested.v1`), `service`, `template`,
+    /// `openapi`, `asyncapi/daybook`, or `graphql`. Lists what there is if nothing is named.
     name: Option<String>,
     /// Write all of them into a folder instead.
     #[arg(long, value_name = "DIR", conflicts_with = "name")]
@@ -33,6 +33,10 @@ pub fn run(args: SchemaArgs) -> Outcome {
         .collect();
     all.push(("openapi".into(), openapi()?));
     all.push((
+        "asyncapi/daybook".into(),
+        daybook_events::asyncapi::asyncapi(env!("CARGO_PKG_VERSION")),
+    ));
+    all.push((
         "service".into(),
         schemars_value::<daybook_events::spec::ServiceSpec>()?,
     ));
@@ -48,14 +52,22 @@ pub fn run(args: SchemaArgs) -> Outcome {
             }
             std::fs::write(&file, pretty(value)?)?;
         }
+        let folder = dir.join("graphql");
+        std::fs::create_dir_all(&folder)?;
+        std::fs::write(folder.join("daybook.graphql"), daybook_api::graphql_sdl())?;
         return Ok(Code::Success);
     }
     let Some(name) = args.name else {
         for (name, _) in &all {
             output::line(name.trim_start_matches("events/"));
         }
+        output::line("graphql");
         return Ok(Code::Success);
     };
+    if name == "graphql" {
+        output::line(daybook_api::graphql_sdl().trim_end());
+        return Ok(Code::Success);
+    }
     let found = all
         .iter()
         .find(|(n, _)| n.trim_start_matches("events/") == name.trim_start_matches("events/"));

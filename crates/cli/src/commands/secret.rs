@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use reqwest::Method;
@@ -294,6 +294,14 @@ async fn list(server: &ServerArgs, project: &str) -> Outcome {
 /// Reads a value: from a file, from standard input, or from a person at a terminal, who does not
 /// see it. One line break at its end is no part of it.
 fn read(args: &ValueArgs, name: &str) -> Result<Zeroizing<String>, Failure> {
+    read_hidden(
+        args.from_file.as_deref(),
+        &format!("value of {name} (not shown): "),
+    )
+}
+
+/// The same, asking a person at a terminal with these words.
+pub fn read_hidden(file: Option<&Path>, prompt: &str) -> Result<Zeroizing<String>, Failure> {
     let unreadable = |e: io::Error| {
         Failure::new(
             Code::Usage,
@@ -304,7 +312,7 @@ fn read(args: &ValueArgs, name: &str) -> Result<Zeroizing<String>, Failure> {
     };
     let stdin = io::stdin();
     let mut value = Zeroizing::new(String::new());
-    match &args.from_file {
+    match file {
         Some(file) => {
             let file = File::open(file).map_err(unreadable)?;
             file.take(READ_MAX)
@@ -312,7 +320,7 @@ fn read(args: &ValueArgs, name: &str) -> Result<Zeroizing<String>, Failure> {
                 .map_err(unreadable)?;
         }
         None if stdin.is_terminal() => {
-            eprint!("value of {name} (not shown): ");
+            eprint!("{prompt}");
             let quiet = NoEcho::begin().map_err(unreadable)?;
             let read = stdin.read_line(&mut value);
             drop(quiet);

@@ -9,6 +9,7 @@ use daybook_events::timer::KeepFor;
 use daybook_store::tlog::NotaryOptions;
 
 use super::Outcome;
+use crate::access::AccessArgs;
 use crate::exit::{Code, Failure};
 use crate::gitops_remotes::GitopsRemoteArgs;
 use crate::kubernetes::{ArgoCdArgs, Context, GatewayName, Kubernetes};
@@ -81,6 +82,8 @@ pub struct NodeArgs {
         value_name = "[NAMESPACE/]NAME[:LISTENER]"
     )]
     pub kubernetes_gateway: Option<GatewayName>,
+    #[command(flatten)]
+    pub access: AccessArgs,
     #[command(flatten)]
     pub argocd: ArgoCdArgs,
     /// Where images go whose services name no repository: `host[:port]/path`. Kept in the data
@@ -155,6 +158,9 @@ pub struct NodeArgs {
     /// while the HTTP interface listens on loopback.
     #[arg(long, env = "DAYBOOK_ALLOW_LOCAL_SOURCES")]
     pub allow_local_sources: Option<bool>,
+    /// Webhooks may go to private addresses and to loopback, and without TLS.
+    #[arg(long, env = "DAYBOOK_ALLOW_PRIVATE_WEBHOOKS")]
+    pub allow_private_webhooks: bool,
 }
 
 fn host_name(text: &str) -> Result<String, String> {
@@ -189,6 +195,7 @@ impl NodeArgs {
         options.secrets_key = self.secrets_key.clone();
         options.listen = self.listen;
         options.gateway = self.gateway;
+        options.access = self.access.check(self.listen)?;
         options.hosts = self.hosts.clone();
         options.domain = self.domain.clone();
         if !(self.clusters.is_empty() && self.kubernetes.is_empty()) {
@@ -218,6 +225,7 @@ impl NodeArgs {
         options.allow_local_sources = self
             .allow_local_sources
             .unwrap_or_else(|| self.listen.ip().is_loopback());
+        options.allow_private_webhooks = self.allow_private_webhooks;
         Ok(options)
     }
 }
@@ -226,7 +234,8 @@ impl NodeArgs {
 /// this machine, and the gateway.
 ///
 /// The log is embedded, in the data folder, unless --nats names a server. It listens on loopback
-/// only and asks nobody for a name: whoever can reach it can deploy. The clusters isolate
+/// and asks nobody for a token, unless --auth or --listen says otherwise: whoever can reach it can
+/// deploy. The clusters isolate
 /// nothing: deployments run as ordinary processes of the user who runs this.
 #[derive(Debug, Args)]
 pub struct UpArgs {
@@ -266,7 +275,16 @@ pub fn announce(node: &Node) {
         style.dim(&format!("(roles: {})", node.roles()))
     ));
     if let Some(url) = node.listening() {
-        output::line(&format!("  HTTP interface  {url}"));
+        output::line(&format!(
+            "  HTTP interface  {url}  ({})",
+            node.access_line()
+        ));
+    }
+    if let Some(token) = node.made_token() {
+        output::line(&format!(
+            "  admin token     {}  (may do everything; shown this once: keep it with `daybook login`)",
+            *token.reveal()
+        ));
     }
     if let Some(url) = node.gateway_url() {
         output::line(&format!(

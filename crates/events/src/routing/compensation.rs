@@ -7,8 +7,33 @@ use super::{
 use crate::aggregate::{Decision, Refusal};
 use crate::names::Hostname;
 
-/// Decides on undoing the switch that made `table`. Only what still is as that switch left it is
-/// restored: what was decided later stands.
+impl Routing {
+    /// The table to undo where a gateway refuses a hostname: the newest that led it somewhere else,
+    /// unless this gateway has applied that one already, or it is none that can be undone. What
+    /// else was switched has nothing to do with the refusal.
+    pub fn undoable(&self, gateway: &str, hostname: &Hostname) -> Option<u32> {
+        let led = |s: &&Switched| {
+            let mut changes = s.changes.iter();
+            changes.any(|c| c.hostname == *hostname && c.previous != c.next)
+        };
+        let switch = self.recent.iter().rev().find(led)?;
+        let applied = self.applied.get(gateway).copied().unwrap_or_default();
+        (switch.table > applied && can_be_undone(switch)).then_some(switch.table)
+    }
+}
+
+/// Whether a switch can be undone. One that restores what was before cannot: the two would undo
+/// each other for as long as the gateway refuses. Nor can one that takes out what is going: traffic
+/// would be led to what stops.
+fn can_be_undone(switch: &Switched) -> bool {
+    !matches!(
+        switch.reason,
+        SwitchReason::Compensation | SwitchReason::Withdraw | SwitchReason::Leave
+    )
+}
+
+/// Decides on undoing the switch that made `table`, if it can be undone. Only what still is as that
+/// switch left it is restored: what was decided later stands.
 pub(super) fn decide(
     state: &Routing,
     table: u32,
@@ -21,7 +46,8 @@ pub(super) fn decide(
             "switch explicitly with `daybook mark-main`",
         ));
     };
-    if state.recent.iter().any(|s| s.undoes == Some(table)) {
+    let is_undone = state.recent.iter().any(|s| s.undoes == Some(table));
+    if is_undone || !can_be_undone(bad) {
         return Ok(Decision::Nothing);
     }
     let domain = domain(state, bad);

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use super::time;
+use crate::access::{self, AccessEvent, Grant, Projects, Role};
 use crate::approval::{
     ApprovalGranted, ApprovalRejected, ApprovalRequested, ApprovalRule, ApprovalsVoided, Approved,
     EmergencyOverride, Plan, PostReviewCompleted, ValueChange,
@@ -26,6 +27,7 @@ use crate::ledger::{self, LedgerEvent};
 use crate::log::Position;
 use crate::names::{
     BuildId, ClusterName, CommitId, DeploymentId, Digest, EventId, GitRef, Hostname, InstanceRef,
+    ServiceName, SubscriptionId,
 };
 use crate::preview::{
     PullRequest, PullRequestClosed, PullRequestHeadFound, PullRequestOpened, PullRequestUpdated,
@@ -36,6 +38,7 @@ use crate::secret::{
     Commitment, SecretId, SecretRef, SecretScope, SecretSet, SecretUnset, SecretsErased,
 };
 use crate::spec::{BuildSpec, PinnedImage, RunSpec, ServiceSpec, SourceSpec};
+use crate::subscription::{self, EndpointUrl, KindPattern, Subscription, SubscriptionEvent};
 use crate::template::{Template, TemplateResolved};
 use crate::timer::{KeepCause, KeepFor, StopCause, StopScheduled, StopUnscheduled};
 
@@ -817,6 +820,73 @@ pub fn domain_events(instance: &InstanceRef) -> Vec<DomainEvent> {
     ]
 }
 
+/// The id of the sample's subscription.
+pub fn subscription_id() -> SubscriptionId {
+    SubscriptionId(Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_0077))
+}
+
+/// The events of a subscription.
+pub fn subscription_events() -> Vec<SubscriptionEvent> {
+    let id = subscription_id();
+    let secret = |version| {
+        let id = Subscription::secret_id(id, version).expect("a secret's name");
+        SecretRef {
+            secret: id.name,
+            scope: id.scope,
+            version,
+            commitment: Commitment::from_hmac(&[7; 32]),
+        }
+    };
+    let endpoint = |tries| subscription::Endpoint {
+        url: EndpointUrl::parse("https://hooks.example.com/daybook").expect("a URL"),
+        format: subscription::Format::Cloudevents,
+        filter: subscription::Filter {
+            environment: None,
+            service: Some(ServiceName::parse("web").expect("a name")),
+            kinds: vec![KindPattern::parse("deployment").expect("a kind")],
+            deployment: None,
+        },
+        proof: true,
+        tries,
+    };
+    let event = EventId(Uuid::from_u128(5));
+    let position = Position(5);
+    vec![
+        SubscriptionEvent::Created(Box::new(subscription::Created {
+            id,
+            endpoint: endpoint(16),
+            after: Position(3),
+            secret: secret(1),
+        })),
+        SubscriptionEvent::Changed(Box::new(subscription::Changed {
+            endpoint: endpoint(5),
+        })),
+        SubscriptionEvent::SecretRotated(Box::new(subscription::SecretRotated {
+            secret: secret(2),
+            overlap_until: super::time(86_400),
+        })),
+        SubscriptionEvent::TestRequested(subscription::TestRequested {}),
+        SubscriptionEvent::EventDeadLettered(subscription::EventDeadLettered {
+            position,
+            event,
+            tries: 5,
+            code: "status_500".into(),
+        }),
+        SubscriptionEvent::Paused(subscription::Paused {
+            reason: subscription::PauseReason::Gone,
+        }),
+        SubscriptionEvent::Resumed(subscription::Resumed {}),
+        SubscriptionEvent::ReplayRequested(subscription::ReplayRequested {
+            positions: vec![position],
+        }),
+        SubscriptionEvent::EventReplayed(subscription::EventReplayed { position, event }),
+        SubscriptionEvent::Progressed(subscription::Progressed {
+            position: Position(9),
+        }),
+        SubscriptionEvent::Deleted(subscription::Deleted {}),
+    ]
+}
+
 /// The events of the ledger itself.
 pub fn ledger_events() -> Vec<LedgerEvent> {
     vec![LedgerEvent::Repaired(ledger::Repaired {
@@ -831,4 +901,39 @@ pub fn ledger_events() -> Vec<LedgerEvent> {
         identity: "00000000-0000-4000-8000-000000000002".into(),
         replaces: Some("00000000-0000-4000-8000-000000000001".into()),
     })]
+}
+
+/// The events of access.
+pub fn access_events(instance: &InstanceRef) -> Vec<AccessEvent> {
+    let token: access::TokenId = "0f3a9c5d7e21".parse().expect("a token id");
+    let projects = Projects::Named([instance.project.clone()].into());
+    vec![
+        AccessEvent::TokenCreated(access::TokenCreated {
+            token: token.clone(),
+            name: "ci".parse().expect("a name"),
+            account: "release-robot".parse().expect("an account"),
+            digest: Digest::of(b"a secret"),
+            grants: vec![
+                Grant {
+                    role: Role::Deployer,
+                    projects,
+                },
+                Grant {
+                    role: Role::Viewer,
+                    projects: Projects::All,
+                },
+            ],
+            expires_at: Some(time(10_000)),
+        }),
+        AccessEvent::TokenRotated(access::TokenRotated {
+            token: token.clone(),
+            digest: Digest::of(b"another secret"),
+            old_until: Some(time(500)),
+            expires_at: Some(time(20_000)),
+        }),
+        AccessEvent::TokenRevoked(access::TokenRevoked {
+            token,
+            reason: Some("it was in a public repository".into()),
+        }),
+    ]
 }

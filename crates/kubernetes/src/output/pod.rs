@@ -188,6 +188,8 @@ impl Follower {
             timestamps: true,
             ..LogParams::default()
         };
+        // What comes later in the same stream is new, whatever its time: two lines may have the same.
+        let carried = *after;
         let mut stream = Box::pin(api.log_stream(&self.pod, &params).await?);
         let mut batch = Vec::new();
         loop {
@@ -212,7 +214,7 @@ impl Follower {
                 return self.append(&mut batch, after).await;
             };
             if let Some((time, text)) = parse(&line)
-                && after.is_none_or(|after| time > after)
+                && carried.is_none_or(|carried| time > carried)
             {
                 batch.push(NewLine {
                     time,
@@ -230,11 +232,11 @@ impl Follower {
         batch: &mut Vec<NewLine>,
         after: &mut Option<Timestamp>,
     ) -> Result<(), Interrupted> {
-        if let Some(last) = batch.last().map(|line| line.time) {
+        if let Some(newest) = batch.iter().map(|line| line.time).max() {
             self.lines
                 .append(self.source, std::mem::take(batch))
                 .await?;
-            *after = Some(last);
+            *after = (*after).max(Some(newest));
         }
         Ok(())
     }

@@ -24,7 +24,7 @@ impl Repository {
     fn render(&self, application: &Value) -> Result<Vec<Value>, String> {
         let source = &application["spec"]["source"];
         let revision = source["targetRevision"].as_str().unwrap();
-        let revision = CommitId::parse(revision.to_owned()).unwrap();
+        let revision = CommitId::parse(revision).unwrap();
         let commits = self.0.lock().unwrap();
         let values = commits.get(&revision).ok_or("no such commit")?;
         let namespace = application["spec"]["destination"]["namespace"].as_str();
@@ -270,6 +270,156 @@ async fn a_sync_that_fails_keeps_only_what_it_could_not_apply_and_is_tried_again
     stage.target.retry(&stage.app, deployment(2)).await.unwrap();
     let both = |s: &AppStatus| ready(s, 1) == 1 && ready(s, 2) == 1 && s.is_whole;
     stage.until("both are ready", both).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_commit_does_not_list_and_is_kept_stays_until_it_is_let_go() {
+    let Some(argo) = Argo::new("kept").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let _controller = argo.controller();
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let (mut first, mut second, mut both) = (stage.values(), stage.values(), stage.values());
+    for values in [&mut first, &mut both] {
+        release(values, 1, 1);
+    }
+    for values in [&mut second, &mut both] {
+        release(values, 2, 1);
+    }
+    argo.apply(1, &first).await.unwrap();
+    let whole = |n| move |s: &AppStatus| s.revision == Some(commit(n)) && s.is_whole;
+    stage
+        .until("the first is ready", |s| whole(1)(s) && ready(s, 1) == 1)
+        .await;
+
+    // Somebody takes it out of the repository.
+    argo.repository.commit(2, &second);
+    let (newest, kept) = (commit(2), [deployment(1)].into());
+    let target = &stage.target;
+    let keeping = target.apply_keeping(&stage.app, &newest, &both, &kept);
+    keeping.await.unwrap();
+    let both_run = |s: &AppStatus| ready(s, 1) == 1 && ready(s, 2) == 1;
+    stage
+        .until("both run", |s| whole(2)(s) && both_run(s))
+        .await;
+    let objects = |name: String| {
+        let (client, namespace) = (stage.client.clone(), stage.namespace());
+        async move {
+            let workloads: Api<Deployment> = Api::namespaced(client.clone(), &namespace);
+            let services: Api<Service> = Api::namespaced(client.clone(), &namespace);
+            let maps: Api<ConfigMap> = Api::namespaced(client, &namespace);
+            [
+                workloads.get_opt(&name).await.unwrap().is_some(),
+                services.get_opt(&name).await.unwrap().is_some(),
+                maps.get_opt(&name).await.unwrap().is_some(),
+            ]
+        }
+    };
+    let name = names::release(&web(), deployment(1));
+    assert_eq!(objects(name.clone()).await, [true; 3]);
+
+    // Listed again, it is Argo CD's as before, and goes when it is not listed.
+    argo.apply(3, &both).await.unwrap();
+    stage
+        .until("both run on", |s| whole(3)(s) && both_run(s))
+        .await;
+    argo.apply(4, &second).await.unwrap();
+    stage
+        .until("the first is gone", |s| whole(4)(s) && of(s, 1).is_none())
+        .await;
+    assert_eq!(objects(name).await, [false; 3]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_application_that_is_being_deleted_is_waited_for_and_one_that_is_gone_is_made_again() {
+    let Some(argo) = Argo::new("leaving").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    argo.apply(1, &values).await.unwrap();
+    argo.apply(2, &stage.values()).await.unwrap();
+    let waits = argo.apply(3, &values).await;
+    assert!(
+        matches!(&waits, Err(TargetError::Unavailable(why)) if why.contains("still being deleted")),
+        "{waits:?}"
+    );
+    let (api, name) = (argo.applications(), stage.namespace());
+    let controller = argo.controller();
+    let gone = |found: Option<&DynamicObject>| found.is_none();
+    let gone = kube::runtime::wait::await_condition(api.clone(), &name, gone);
+    tokio::time::timeout(PATIENCE, gone).await.unwrap().unwrap();
+    drop(controller);
+    argo.apply(3, &values).await.unwrap();
+    let is_asked = |s: &AppStatus| of(s, 1).is_some() && s.revision == Some(commit(3));
+    stage.until("it is asked for", is_asked).await;
+
+    // Somebody deletes it altogether.
+    let free = Patch::Merge(json!({ "metadata": { "finalizers": null } }));
+    let params = PatchParams::default();
+    api.patch(&name, &params, &free).await.unwrap();
+    api.delete(&name, &Default::default()).await.unwrap();
+    let again = stage.target.retry(&stage.app, deployment(1)).await;
+    assert!(
+        matches!(&again, Err(TargetError::Unavailable(why)) if why.contains("made again")),
+        "{again:?}"
+    );
+    argo.apply(3, &values).await.unwrap();
+    argo.application().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_retry_asked_argocd_for_is_no_conflict_for_the_next_commit() {
+    let Some(argo) = Argo::new("asked-twice").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    argo.apply(1, &values).await.unwrap();
+    let refresh = || async {
+        let mut found = argo.application().await;
+        found["metadata"]["annotations"]["argocd.argoproj.io/refresh"].take()
+    };
+    assert_eq!(refresh().await, "normal");
+    stage.until("it is asked for", |s| of(s, 1).is_some()).await;
+    stage.target.retry(&stage.app, deployment(1)).await.unwrap();
+    assert_eq!(refresh().await, "hard");
+    argo.apply(2, &values).await.unwrap();
+    assert_eq!(refresh().await, "hard");
+    let spec = argo.application().await["spec"].take();
+    assert_eq!(spec["source"]["targetRevision"], json!(commit(2)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workload_that_is_synced_and_otherwise_says_which_fields() {
+    let Some(argo) = Argo::new("mutated").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let repository = argo.repository.clone();
+    let mutated = move |application: &Value| {
+        let mut objects = repository.render(application)?;
+        let workload = objects.iter_mut().find(|o| o["kind"] == "Deployment");
+        workload.unwrap()["spec"]["progressDeadlineSeconds"] = json!(7);
+        Ok(objects)
+    };
+    let _controller = testkit::ArgoCd::start(stage.client.clone(), &argo.namespace, mutated);
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    argo.apply(1, &values).await.unwrap();
+    let said = |s: &AppStatus| problem(s, 1).is_some_and(|p| p.reason == "Drift");
+    let status = stage.until("it says why", said).await;
+    let why = problem(&status, 1).unwrap();
+    assert!(why.transient && why.message.contains(".spec.progressDeadlineSeconds"));
+    assert_eq!(ready(&status, 1), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -151,6 +151,28 @@ async fn what_pods_print_is_carried_once_and_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn lines_of_the_same_time_are_all_carried() {
+    let Some(logs) = Logs::new("same-time").await else {
+        return;
+    };
+    let mut values = logs.stage.values();
+    release(&mut values, 1, 1);
+    logs.stage.apply(1, &values).await.unwrap();
+    let pods = logs.bound(1).await;
+    let pod = &pods[0];
+    logs.play(pod, &running()).await;
+    let time = k8s_openapi::jiff::Timestamp::now();
+    let mut expected = Vec::new();
+    for text in ["one", "another", "a third"] {
+        logs.node.print_at(&pod.name_any(), time, text);
+        expected.push(text.to_owned());
+        // Each is kept before the next one comes.
+        let all = |lines: &[Line]| texts(lines, pod) == expected;
+        logs.until(text, all).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_kubelets_warn_of_stands_beside_the_output_once() {
     let Some(logs) = Logs::new("warnings").await else {
         return;

@@ -4,6 +4,7 @@
 
 mod argocd;
 mod faults;
+mod install;
 mod logs;
 mod traffic;
 

@@ -1,8 +1,9 @@
 //! Hostnames of a project on the Gateway of a cluster, whose controller is played.
 
 use daybook_kubernetes::objects::GatewayRef;
+use daybook_testkit::kubernetes::proxy::{FaultProxy, refusal};
 use daybook_testkit::kubernetes::{Crd, Gateway};
-use daybook_workers::host_routes::{HostBackend, HostRoute, HostRoutes};
+use daybook_workers::host_routes::{HostBackend, HostRoute, HostRoutes, RouteError};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use serde_json::Value;
 
@@ -15,6 +16,10 @@ struct Edge {
 
 impl Edge {
     async fn new(environment: &str) -> Option<Self> {
+        Self::of(environment, |_| {}).await
+    }
+
+    async fn of(environment: &str, set: impl FnOnce(&mut ClusterOptions)) -> Option<Self> {
         let namespace = format!("edge-{environment}");
         let plane = tokio::task::spawn_blocking(ControlPlane::shared);
         let client = plane.await.unwrap()?.client().await;
@@ -30,8 +35,10 @@ impl Edge {
         };
         let stage = Stage::of(environment, |options| {
             options.gateway = Some((gateway, "example.com".to_owned()));
+            set(options);
         });
         let mut stage = stage.await?;
+        stage.client = client.clone();
         // Whatever else a project has is pruned.
         stage.app.project = format!("shop-{environment}").parse().unwrap();
         let spaces: Api<Namespace> = Api::all(client);
@@ -80,7 +87,7 @@ impl Edge {
         }
     }
 
-    async fn route(&self, hosts: Vec<HostRoute>) -> Result<(), TargetError> {
+    async fn route(&self, hosts: Vec<HostRoute>) -> Result<(), RouteError> {
         let project = self.stage.app.project.clone();
         self.stage
             .target
@@ -158,32 +165,117 @@ async fn what_a_gateway_does_not_take_is_refused_with_its_reason() {
         bad.then(|| "no listener allows this hostname".to_owned())
     };
     let _controller = edge.controller(refuses).await;
-    let hosts = vec![
-        edge.host("allowed.example.com", &[(1, 1)]),
-        edge.host("forbidden.example.com", &[(1, 1)]),
-    ];
-    let refused = edge.route(hosts).await;
-    let Err(TargetError::Refused(why)) = refused else {
-        panic!("{refused:?}");
-    };
-    assert!(why.contains("HTTPRoute forbidden.example.com"), "{why}");
-    assert!(why.contains("no listener allows this hostname"), "{why}");
-
     // Nor is a route of somebody else taken over.
     let theirs = json!({
         "apiVersion": "gateway.networking.k8s.io/v1",
         "kind": "HTTPRoute",
-        "metadata": { "name": "theirs.example.com" },
-        "spec": { "hostnames": ["theirs.example.com"] },
+        "metadata": { "name": "already.example.com" },
+        "spec": { "hostnames": ["already.example.com"] },
     });
     let theirs: DynamicObject = serde_json::from_value(theirs).unwrap();
     let (api, params) = (edge.api(), PostParams::default());
     api.create(&params, &theirs).await.unwrap();
-    let refused = edge
-        .route(vec![edge.host("theirs.example.com", &[(1, 1)])])
-        .await;
+    let hostnames = [
+        "already.example.com",
+        "allowed.example.com",
+        "forbidden.example.com",
+    ];
+    let hosts = hostnames.map(|hostname| edge.host(hostname, &[(1, 1)]));
+    let refused = edge.route(hosts.into()).await;
+    let Err(RouteError::Refused(refused)) = refused else {
+        panic!("{refused:?}");
+    };
+    let by_name = |n: usize| refused[&hostnames[n].parse().unwrap()].as_str();
+    assert_eq!(refused.len(), 2, "{refused:?}");
+    assert!(by_name(0).contains("is not Daybook's"), "{refused:?}");
+    let why = by_name(2);
+    assert!(why.contains("HTTPRoute forbidden.example.com"), "{why}");
+    assert!(why.contains("no listener allows this hostname"), "{why}");
+    // That keeps no other from being led.
+    let allowed = api.get("allowed.example.com").await.unwrap();
+    let said = &allowed.data["status"]["parents"][0]["conditions"][0]["status"];
+    assert_eq!(said, "True");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_is_gone_refuses_nothing_and_keeps_nothing_there() {
+    let Some(edge) = Edge::new("no-gateway").await else {
+        return;
+    };
+    let _controller = edge.controller(|_| None).await;
+    let hosts = || vec![edge.host("shop.example.com", &[(1, 1)])];
+    edge.route(hosts()).await.unwrap();
+    let kind = GroupVersionKind::gvk("gateway.networking.k8s.io", "v1", "Gateway");
+    let resource = ApiResource::from_gvk(&kind);
+    let client = edge.stage.client.clone();
+    let gateways: Api<DynamicObject> = Api::namespaced_with(client, &edge.namespace, &resource);
+    let params = Default::default();
+    gateways.delete("public", &params).await.unwrap();
+    let failed = edge.route(hosts()).await;
     assert!(
-        matches!(&refused, Err(TargetError::Refused(why)) if why.contains("is not Daybook's")),
-        "{refused:?}"
+        matches!(&failed, Err(RouteError::Unavailable(why)) if why.contains("Gateway public")),
+        "{failed:?}"
     );
+    edge.route(Vec::new()).await.unwrap();
+    assert_eq!(edge.names().await, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_switched_while_a_watch_is_cut_is_not_taken_for_the_same() {
+    let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+    let Some(plane) = plane.await.unwrap() else {
+        return;
+    };
+    let proxy = FaultProxy::start(plane).await;
+    let client = proxy.client();
+    let edge = Edge::of("unwatched", |options| options.client = client).await;
+    let Some(edge) = edge else {
+        return;
+    };
+    let _controller = edge.controller(|_| None).await;
+    let leads_to = |n| vec![edge.host("shop.example.com", &[(n, 1)])];
+    edge.route(leads_to(1)).await.unwrap();
+
+    // Of HTTPRoutes nothing is seen any more, and another process switches.
+    proxy.answer(|method, address| {
+        let routes = method == "GET" && address.contains("/httproutes?");
+        let is_watch = routes && !address.contains("project");
+        is_watch.then(|| refusal(503, "ServiceUnavailable"))
+    });
+    proxy.cut();
+    let troubled = tokio::time::timeout(PATIENCE, async {
+        while edge.stage.target.trouble().is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    troubled.await.unwrap();
+    let backend = |n| names::release(&web(), deployment(n));
+    let api = edge.api();
+    let mut found = api.get("shop.example.com").await.unwrap();
+    found.data["spec"]["rules"][0]["backendRefs"][0]["name"] = json!(backend(2));
+    let other = json!({
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "HTTPRoute",
+        "metadata": { "name": "shop.example.com", "labels": found.labels() },
+        "spec": found.data["spec"],
+    });
+    let params = PatchParams::apply("daybook");
+    api.patch("shop.example.com", &params, &Patch::Apply(other))
+        .await
+        .unwrap();
+
+    let is_back = async {
+        let leads_back = |found: Option<&DynamicObject>| {
+            found.is_some_and(|o| {
+                o.data["spec"]["rules"][0]["backendRefs"][0]["name"] == json!(backend(1))
+            })
+        };
+        let awaited =
+            kube::runtime::wait::await_condition(edge.api(), "shop.example.com", leads_back);
+        let written = tokio::time::timeout(PATIENCE, awaited).await;
+        written.expect("it is written again").unwrap();
+        proxy.behave();
+    };
+    let (routed, ()) = tokio::join!(edge.route(leads_to(1)), is_back);
+    routed.unwrap();
 }

@@ -3,6 +3,7 @@
 //! Works with nats-server 2.9 and every later version; what only newer servers have is used only
 //! where they say that they are newer.
 
+mod bulletin;
 mod connection;
 mod durability;
 mod durable_consumer;
@@ -13,6 +14,7 @@ mod pull;
 mod read;
 mod stream_setup;
 
+pub use bulletin::{BulletinOptions, JetStreamBulletin, NotPublished};
 pub use connection::{ConnectError, Connection, NatsAuth, NatsOptions};
 pub use line_log::{JetStreamLines, LineOptions};
 pub use log::{JetStreamLog, LogOptions};

@@ -8,6 +8,7 @@ use async_nats::jetstream::stream::{
 };
 use daybook_events::log::MAX_EVENT_BYTES;
 
+use super::bulletin::BulletinOptions;
 use super::connection::Connection;
 use super::line_log::LineOptions;
 use super::log::{LogOptions, all_subjects};
@@ -132,6 +133,22 @@ impl StreamSetup {
             },
         }
     }
+
+    /// A stream of what is made from the log: the oldest go when they are too old or too many.
+    pub(super) fn bulletin(options: &BulletinOptions) -> Self {
+        Self {
+            purpose: Purpose::Output,
+            config: Config {
+                name: options.stream.clone(),
+                description: Some("Daybook: the ledger in the words of others".to_owned()),
+                subjects: vec![format!("{}.>", options.prefix)],
+                max_age: options.max_age,
+                max_bytes: i64::try_from(options.max_bytes).unwrap_or(i64::MAX),
+                discard: DiscardPolicy::Old,
+                ..common(options.replicas)
+            },
+        }
+    }
 }
 
 fn common(replicas: usize) -> Config {
@@ -239,6 +256,13 @@ async fn try_to_open(
         }));
     }
     let created = info.created.unix_timestamp_nanos();
+    // nats-server 2.9.10 shows a stream that another process is just making before it has its time,
+    // with that of the year 1: who took it for the stream's would see another stream a moment later.
+    if created < 0 {
+        return Err(Setback::Passing(format!(
+            "the stream {name} is only being made"
+        )));
+    }
     let allow_direct = info.config.allow_direct;
     let replicated = info.config.num_replicas > 1;
     let stream = context

@@ -88,6 +88,40 @@ impl GuardedLog {
     }
 }
 
+/// Where a reader of everything that follows is.
+enum Tail {
+    /// It reads the log.
+    Log(EventStream),
+    /// It has passed a gap at this position.
+    Past(Position),
+}
+
+impl GuardedLog {
+    /// The next event of a tail, if that is one that the filter lets through, and how to go on. No
+    /// error stands for the end.
+    async fn further(
+        &self,
+        tail: Tail,
+        filter: &SubjectFilter,
+    ) -> Result<(Option<Recorded>, Tail), Option<ReadError>> {
+        let mut events = match tail {
+            Tail::Log(events) => events,
+            // A log takes its time to say that it has nothing; the tree knows at once.
+            Tail::Past(gap) if self.is_recorded_gap(gap.next()).await? == Some(true) => {
+                return Ok((wanted(filter, gap.next()), Tail::Past(gap.next())));
+            }
+            Tail::Past(gap) => self.log.tail(gap, filter.clone()).await?,
+        };
+        match events.next().await.ok_or(None)? {
+            Ok(event) => Ok((Some(event), Tail::Log(events))),
+            Err(ReadError::Missing { position }) if self.may_pass(position).await? => {
+                Ok((wanted(filter, position), Tail::Past(position)))
+            }
+            Err(error) => Err(Some(error)),
+        }
+    }
+}
+
 /// What stands for an event that was lost: what `repair` writes in its place, so that a fold comes to
 /// the same before and after. Nobody knows when it was stored.
 fn in_place_of(position: Position) -> Recorded {
@@ -173,10 +207,17 @@ impl EventLog for GuardedLog {
                     if events.len() < limit {
                         events.extend(wanted(filter, position));
                     }
+                    after = position;
+                    // A log takes its time to say that it has nothing; the tree knows at once.
+                    while events.len() < limit
+                        && self.is_recorded_gap(after.next()).await? == Some(true)
+                    {
+                        after = after.next();
+                        events.extend(wanted(filter, after));
+                    }
                     if events.len() >= limit {
                         return Ok(events);
                     }
-                    after = position;
                 }
                 Err(error) => return Err(error),
                 Ok(more) if events.is_empty() => return Ok(more),
@@ -190,31 +231,16 @@ impl EventLog for GuardedLog {
 
     async fn tail(&self, after: Position, filter: SubjectFilter) -> Result<EventStream, ReadError> {
         let events = self.log.tail(after, filter.clone()).await?;
-        let tail = (self.clone(), filter, Some(events));
-        Ok(stream::unfold(tail, |(log, filter, events)| async move {
-            let mut events = events?;
+        let tail = (self.clone(), filter, Some(Tail::Log(events)));
+        Ok(stream::unfold(tail, |(log, filter, tail)| async move {
+            let mut tail = tail?;
             loop {
-                let failed = match events.next().await? {
-                    Err(ReadError::Missing { position }) => match log.may_pass(position).await {
-                        Ok(true) => match log.log.tail(position, filter.clone()).await {
-                            Ok(further) => {
-                                events = further;
-                                match wanted(&filter, position) {
-                                    Some(gap) => {
-                                        return Some((Ok(gap), (log, filter, Some(events))));
-                                    }
-                                    None => continue,
-                                }
-                            }
-                            Err(error) => error,
-                        },
-                        Ok(false) => ReadError::Missing { position },
-                        Err(error) => error,
-                    },
-                    Err(error) => error,
-                    Ok(event) => return Some((Ok(event), (log, filter, Some(events)))),
-                };
-                return Some((Err(failed), (log, filter, None)));
+                match log.further(tail, &filter).await {
+                    Ok((Some(event), tail)) => return Some((Ok(event), (log, filter, Some(tail)))),
+                    Ok((None, further)) => tail = further,
+                    Err(Some(error)) => return Some((Err(error), (log, filter, None))),
+                    Err(None) => return None,
+                }
             }
         })
         .boxed())

@@ -14,6 +14,7 @@
 mod bundle;
 mod checkpoint;
 mod compare;
+mod dsse;
 mod growth;
 mod guard;
 mod hash;
@@ -34,6 +35,7 @@ mod verify;
 
 pub use bundle::{BundleError, EntryTooLarge, decode_bundle, encode_bundle, entry_places};
 pub use checkpoint::{Checkpoint, CheckpointError};
+pub use dsse::{Envelope, EnvelopeError, EnvelopeSignature};
 pub use growth::Growth;
 pub use guard::GuardedLog;
 pub use hash::{Hash, empty_root, leaf_hash, node_hash};

@@ -105,8 +105,13 @@ impl VerifierKey {
     }
 
     fn verifies(&self, text: &str, signature: &[u8]) -> bool {
+        self.verifies_bytes(text.as_bytes(), signature)
+    }
+
+    /// Whether it is the key's signature of some bytes.
+    pub(super) fn verifies_bytes(&self, message: &[u8], signature: &[u8]) -> bool {
         Signature::from_slice(signature)
-            .is_ok_and(|signature| self.key.verify_strict(text.as_bytes(), &signature).is_ok())
+            .is_ok_and(|signature| self.key.verify_strict(message, &signature).is_ok())
     }
 }
 
@@ -188,6 +193,11 @@ impl SignerKey {
         key.extend_from_slice(self.key.as_bytes());
         let VerifierKey { name, id, .. } = &self.verifier;
         format!("PRIVATE+KEY+{name}+{id}+{}", BASE64.encode(key))
+    }
+
+    /// Signs bytes that can be no note.
+    pub(super) fn sign_bytes(&self, message: &[u8]) -> [u8; 64] {
+        self.key.sign(message).to_bytes()
     }
 
     fn sign(&self, text: &str) -> NoteSignature {

@@ -69,6 +69,12 @@ impl TilePath {
         }
     }
 
+    /// Whether a tree of this size has it: what is stored beyond is not signed, and may never be.
+    pub fn is_covered_by(&self, size: u64) -> bool {
+        Self::in_tree(self.kind, self.index, size)
+            .is_some_and(|whole| self.width() <= whole.width())
+    }
+
     /// How many hashes or entries it has: 1 to 256.
     pub fn width(&self) -> usize {
         self.width.into()

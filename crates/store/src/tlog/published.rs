@@ -41,10 +41,7 @@ async fn resource(
     let Ok(path) = path.parse::<TilePath>() else {
         return Ok(None);
     };
-    // What is stored beyond the head is not signed, and may never be.
-    let covered = TilePath::in_tree(path.kind, path.index, head.head.size)
-        .is_some_and(|whole| path.width() <= whole.width());
-    if !covered {
+    if !path.is_covered_by(head.head.size) {
         return Ok(None);
     }
     let found = tiles.get(&path.to_string()).await?;

@@ -20,6 +20,7 @@ use crate::nats::tools_folder;
 
 const TRACKING: &str = "argocd.argoproj.io/tracking-id";
 const REFRESH: &str = "argocd.argoproj.io/refresh";
+const SYNC_OPTIONS: &str = "argocd.argoproj.io/sync-options";
 /// Between two looks at the Applications.
 const EVERY: Duration = Duration::from_millis(100);
 
@@ -190,7 +191,8 @@ impl Controller {
         })
     }
 
-    /// Removes what the Application made and no longer lists.
+    /// Removes what the Application made and no longer lists; with the Application, also what is
+    /// otherwise not to be removed.
     async fn prune(&self, application: &str, space: &str, kept: &[Value]) -> kube::Result<()> {
         for (api_version, kind) in [
             ("apps/v1", "Deployment"),
@@ -207,7 +209,10 @@ impl Controller {
                 let is_kept = kept
                     .iter()
                     .any(|k| k["kind"] == kind && k["metadata"]["name"] == name.as_str());
-                if ours && !is_kept {
+                let options = object.annotations().get(SYNC_OPTIONS);
+                let stays = options.is_some_and(|o| o.split(',').any(|o| o == "Prune=false"));
+                let stays = stays && !kept.is_empty();
+                if ours && !is_kept && !stays {
                     api.delete(&name, &DeleteParams::background()).await?;
                 }
             }

@@ -122,9 +122,14 @@ impl Node {
 
     /// A pod's container prints a line.
     pub fn print(&self, pod: &str, text: &str) {
+        self.print_at(pod, Timestamp::now(), text);
+    }
+
+    /// A pod's container prints a line, which the runtime takes at this time.
+    pub fn print_at(&self, pod: &str, time: Timestamp, text: &str) {
         self.change(pod, |runs| {
             let last = runs.last_mut().expect("a run");
-            last.lines.push((Timestamp::now(), text.to_owned()));
+            last.lines.push((time, text.to_owned()));
         });
     }
 

@@ -44,7 +44,8 @@ pub(super) fn build_client(config: &TransportConfig) -> Result<reqwest::Client, 
         .map_err(|e| setup(with_causes(&e)))
 }
 
-struct CheckedResolver(Arc<super::SourcePolicy>);
+/// Resolves names to addresses that may be connected to.
+pub(crate) struct CheckedResolver(pub(crate) Arc<super::SourcePolicy>);
 
 impl reqwest::dns::Resolve for CheckedResolver {
     fn resolve(&self, name: reqwest::dns::Name) -> reqwest::dns::Resolving {
@@ -379,17 +380,25 @@ fn check_status(
 /// The refused address that a failed request goes back to, or that its host is not available.
 fn failed_request(host: &str, error: reqwest::Error) -> TransportError {
     let error = error.without_url();
-    let mut cause = error.source();
-    while let Some(c) = cause {
-        if let Some(known) = c.downcast_ref::<TransportError>() {
-            return known.clone();
-        }
-        cause = c.source();
+    if let Some(known) = refusal_in(&error) {
+        return known;
     }
     TransportError::Unavailable {
         host: host.to_owned(),
         reason: printable(&with_causes(&error)),
     }
+}
+
+/// What [`CheckedResolver`] had against a host, if a request failed for that.
+pub(crate) fn refusal_in(error: &reqwest::Error) -> Option<TransportError> {
+    let mut cause = error.source();
+    while let Some(c) = cause {
+        if let Some(known) = c.downcast_ref::<TransportError>() {
+            return Some(known.clone());
+        }
+        cause = c.source();
+    }
+    None
 }
 
 fn content_type(response: &reqwest::Response) -> &str {

@@ -36,6 +36,7 @@ mod ssh;
 pub use address::is_public;
 pub use credentials_file::CredentialsFileError;
 pub use error::TransportError;
+pub(crate) use http::{CheckedResolver, refusal_in};
 pub(crate) use policy::local_path;
 pub use policy::{
     HostCredential, Secret, SourcePolicy, SshConfig, TransportConfig, TransportLimits,

@@ -37,7 +37,7 @@ impl SourcePolicy {
     }
 
     /// Refuses an address of a host, unless it is public or allowed.
-    pub(super) fn check_address(&self, host: &str, address: IpAddr) -> Result<(), TransportError> {
+    pub(crate) fn check_address(&self, host: &str, address: IpAddr) -> Result<(), TransportError> {
         if self.allow_private_addresses
             || is_public(address)
             || self

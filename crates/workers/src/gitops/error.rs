@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use daybook_events::{CommitId, DeploymentId, EnvironmentName, ProjectName, ServiceName};
+use git2::ErrorClass;
 
 use super::signing::KeyError;
 use crate::git_transport::TransportError;
@@ -203,6 +204,8 @@ impl GitopsError {
             | Self::Key(_)
             | Self::Interrupted
             | Self::Disk { .. } => true,
+            // The machine, and not the repository: no space, no more files that may be open.
+            Self::Damaged(e) => [ErrorClass::Os, ErrorClass::Filesystem].contains(&e.class()),
             Self::Shared(error) => error.is_retryable(),
             Self::Remote(e) => matches!(
                 e,

@@ -351,10 +351,10 @@ impl Inner {
                 self.remember(commits.iter().map(|(_, commit)| *commit));
                 return Ok(answers);
             }
+            if attempt > 0 {
+                pause(attempt, session)?;
+            }
             if let Some(remote) = &self.remote {
-                if attempt > 0 {
-                    pause(attempt, session)?;
-                }
                 remote.follow(repository, session)?;
             }
         }

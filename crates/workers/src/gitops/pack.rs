@@ -229,10 +229,10 @@ fn join(folder: &Path, packs: &[PathBuf]) -> io::Result<bool> {
     let mut known = HashSet::new();
     let mut replaced = Vec::new();
     for path in packs {
-        let bytes = fs::read(path)?;
-        if joined.bytes.len() as u64 + bytes.len() as u64 > MAX_JOINED {
+        if joined.bytes.len() as u64 + fs::metadata(path)?.len() > MAX_JOINED {
             break;
         }
+        let bytes = fs::read(path)?;
         let index = fs::read(path.with_extension("idx"))?;
         let Some(entries) = entries(&bytes, &index) else {
             continue;
@@ -249,6 +249,18 @@ fn join(folder: &Path, packs: &[PathBuf]) -> io::Result<bool> {
     }
     let kept = joined.install(folder)?;
     daybook_failpoints::reached("gitops.pack.joined");
+    // An index over several packs, as `git maintenance` makes one, would name packs that are gone. Git
+    // itself drops it then, and makes it anew.
+    for file in fs::read_dir(folder)? {
+        let file = file?;
+        if file
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(b"multi-pack-index")
+        {
+            fs::remove_file(file.path())?;
+        }
+    }
     for path in replaced {
         if *path == kept {
             continue;
@@ -377,6 +389,19 @@ mod tests {
 
     fn read(odb: &Odb<'_>, object: &NewObject) -> Vec<u8> {
         odb.read(object.id).unwrap().data().to_vec()
+    }
+
+    #[test]
+    fn an_index_over_packs_that_are_joined_goes_with_them() {
+        let (folder, packs) = repository();
+        for number in 0..JOINED {
+            write(&packs, &[object(&number.to_le_bytes())]).unwrap();
+        }
+        git(folder.path(), &["multi-pack-index", "write"]);
+        assert!(packs.join("multi-pack-index").exists());
+        assert!(tidy(&packs).unwrap());
+        assert!(!packs.join("multi-pack-index").exists());
+        verify(folder.path());
     }
 
     #[test]

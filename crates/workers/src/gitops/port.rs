@@ -182,11 +182,7 @@ impl Repositories for GitopsRepositories {
         let done = repository
             .commit(request, &CancellationToken::new())
             .await?;
-        let after_own = done.parent.as_ref().is_some_and(|p| repository.has_made(p));
-        Ok(GitopsCommit {
-            after_own,
-            ..done.into()
-        })
+        Ok(as_made(&repository, done))
     }
 
     async fn find(
@@ -202,7 +198,7 @@ impl Repositories for GitopsRepositories {
         let found = repository
             .find(cause, signers, &CancellationToken::new())
             .await?;
-        Ok(found.map(GitopsCommit::from))
+        Ok(found.map(|done| as_made(&repository, done)))
     }
 
     fn signer(&self) -> Result<Option<SignerAdded>, StepError> {
@@ -235,7 +231,7 @@ impl Repositories for GitopsRepositories {
             .await?;
         let (diff, environments) = repository.summary(&done.commit).await?;
         Ok(GitopsReverted {
-            made: done.into(),
+            made: as_made(&repository, done),
             diff,
             environments,
         })
@@ -282,21 +278,27 @@ impl Repositories for GitopsRepositories {
     }
 }
 
-impl From<Committed> for GitopsCommit {
-    fn from(done: Committed) -> Self {
-        Self {
-            commit: done.commit,
-            parent: done.parent,
-            message: done.title,
-            author: done.author,
-            files: done.files,
-            files_digest: done.files_digest,
-            ordinal: done.ordinal,
-            ledger: done.ledger,
-            signer: done.signer,
-            unchanged: done.unchanged,
-            after_own: false,
-        }
+/// A commit, and whether its turn to be recorded comes after another one of this process.
+fn as_made(repository: &GitopsRepository, done: Committed) -> GitopsCommit {
+    // What changes nothing names the commit that it found, and is recorded after that one.
+    let before = if done.unchanged {
+        Some(&done.commit)
+    } else {
+        done.parent.as_ref()
+    };
+    let after_own = before.is_some_and(|commit| repository.has_made(commit));
+    GitopsCommit {
+        commit: done.commit,
+        parent: done.parent,
+        message: done.title,
+        author: done.author,
+        files: done.files,
+        files_digest: done.files_digest,
+        ordinal: done.ordinal,
+        ledger: done.ledger,
+        signer: done.signer,
+        unchanged: done.unchanged,
+        after_own,
     }
 }
 

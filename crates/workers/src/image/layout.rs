@@ -521,5 +521,5 @@ pub(crate) fn to_oci(digest: &Digest) -> Result<oci_spec::image::Digest, ImageEr
 
 /// A digest of `oci-spec` as one of ours; only SHA-256 is used here.
 pub(crate) fn from_oci(digest: &oci_spec::image::Digest) -> Result<Digest, ImageError> {
-    Digest::parse(digest.to_string()).map_err(|e| ImageError::Unsupported(e.to_string()))
+    Digest::parse(digest).map_err(|e| ImageError::Unsupported(e.to_string()))
 }

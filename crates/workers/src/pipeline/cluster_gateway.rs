@@ -1,21 +1,21 @@
 //! Brings the Gateway of a cluster to the newest route table of every project, and says when it is
 //! there: under the cluster's name, as Daybook's own gateways do under theirs.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_events::deployment::Deployment;
 use daybook_events::routing::{self, Rejected, Routing, Stickiness};
-use daybook_events::{ProjectName, Subject};
+use daybook_events::{Hostname, ProjectName, Subject};
 use daybook_projections::{Change, QueryError};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::trouble::Trouble;
 use super::{Bench, Stop, gateway};
-use crate::host_routes::{HostBackend, HostRoute, HostRoutes};
-use crate::target::{Target, TargetError};
+use crate::host_routes::{HostBackend, HostRoute, HostRoutes, RouteError};
+use crate::target::Target;
 
 /// When the projects are listed again if that was not possible.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -95,8 +95,9 @@ impl Applier {
     async fn run(self) {
         let mut feed = self.bench.ledger.projections().feed();
         let mut trouble = Trouble::default();
+        let mut has_led = false;
         loop {
-            let applied = self.apply().await;
+            let applied = self.apply(&mut has_led).await;
             let (cluster, project) = (self.target.cluster(), &self.project);
             let failed = match applied {
                 Ok(()) | Err(Stop::Moved(_)) => {
@@ -137,8 +138,9 @@ impl Applier {
         }
     }
 
-    /// Brings the cluster to the newest table, and reports that it is there.
-    async fn apply(&self) -> Result<(), Stop> {
+    /// Brings the cluster to the newest table, and reports that it is there. `has_led` says whether
+    /// this process has led any hostname there before.
+    async fn apply(&self, has_led: &mut bool) -> Result<(), Stop> {
         let subject = Subject::Routing(self.project.clone());
         let projections = self.bench.ledger.projections();
         let folded = projections.shared::<Routing>(&subject)?;
@@ -151,22 +153,52 @@ impl Applier {
             return Ok(());
         }
         let routes = self.routes(routing)?;
-        // A project without anything here is none of this cluster's.
-        if routes.hosts.is_empty() && !routing.applied.contains_key(&name) {
+        // A project that never had anything here is none of this cluster's.
+        let is_known =
+            *has_led || routing.applied.contains_key(&name) || routing.rejected.contains_key(&name);
+        if routes.hosts.is_empty() && !is_known {
             return Ok(());
         }
+        *has_led = true;
         drop(folded);
-        let rejected = match self.target.route(&routes).await {
-            Ok(()) => None,
-            Err(TargetError::Unavailable(why)) => return Err(Stop::Retry(why)),
-            Err(TargetError::Refused(message)) => Some(Rejected {
+        match self.target.route(&routes).await {
+            Ok(()) => gateway::report(&self.bench, &self.project, &name, table, None).await,
+            Err(RouteError::Unavailable(why)) => Err(Stop::Retry(why)),
+            Err(error @ RouteError::Refused(_)) => {
+                let why = error.to_string();
+                if let RouteError::Refused(refused) = error {
+                    self.reject(table, refused).await?;
+                }
+                Err(Stop::Retry(why))
+            }
+        }
+    }
+
+    /// Reports the switches that have led hostnames to where this cluster refuses to lead them. A
+    /// refusal that no switch is to blame for undoes none: it is tried again, and the log says so.
+    async fn reject(&self, table: u32, refused: BTreeMap<Hostname, String>) -> Result<(), Stop> {
+        let name = self.target.cluster().to_string();
+        let subject = Subject::Routing(self.project.clone());
+        let projections = self.bench.ledger.projections();
+        let mut tables = BTreeMap::new();
+        if let Some(routing) = &projections.shared::<Routing>(&subject)?.state {
+            for (hostname, message) in refused {
+                // What was led elsewhere meanwhile was not refused there.
+                let to_blame = routing.undoable(&name, &hostname).filter(|t| *t <= table);
+                tables.extend(to_blame.map(|table| (table, message)));
+            }
+        }
+        for (table, message) in tables {
+            let rejected = Rejected {
                 gateway: name.clone(),
                 table,
                 code: "route_refused".into(),
                 message,
-            }),
-        };
-        gateway::report(&self.bench, &self.project, &name, table, rejected).await
+            };
+            let rejected = Some(rejected);
+            gateway::report(&self.bench, &self.project, &name, table, rejected).await?;
+        }
+        Ok(())
     }
 
     /// The part of the table that leads to this cluster.

@@ -141,6 +141,7 @@ impl Package {
         }
         let gitops = self.bench.ledger.projections().gitops(project)?;
         if gitops.is_some_and(|g| g.environments.contains_key(from)) {
+            let _permit = self.order.permit(project, false).await;
             self.commit(CommitWork {
                 project,
                 environment: name,
@@ -349,6 +350,7 @@ impl Package {
         };
         let gitops = projections.gitops(project)?;
         let commit = if gitops.is_some_and(|g| g.environments.contains_key(name)) {
+            let _permit = self.order.permit(project, false).await;
             let made = self
                 .commit(CommitWork {
                     project,

@@ -411,6 +411,7 @@ impl Decisions {
                 signers: state.signers,
             },
         };
+        let _permit = self.0.order.permit(project, false).await;
         let reverted = match repositories.revert(project, revert).await {
             Ok(reverted) => reverted,
             Err(e) if e.retryable => {

@@ -90,9 +90,11 @@ impl Order {
             // Nothing stands on what is no commit of its own.
             ordinal: if made.unchanged { 0 } else { made.ordinal },
         };
-        if made.after_own && !made.unchanged {
+        if made.after_own {
             let mut recorded = turn.project.recorded.subscribe();
-            let before = recorded.wait_for(|newest| *newest + 1 >= made.ordinal);
+            // What changed nothing names a commit that may not be recorded yet itself.
+            let awaited = made.ordinal.saturating_sub(u64::from(!made.unchanged));
+            let before = recorded.wait_for(|newest| *newest >= awaited);
             let _ = tokio::time::timeout(PATIENCE, before).await;
         }
         turn
@@ -142,6 +144,22 @@ mod tests {
         for task in tasks {
             task.await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn what_changed_nothing_is_recorded_after_the_commit_that_it_names() {
+        let (order, shop) = (Order::default(), ProjectName::parse("shop").unwrap());
+        let unchanged = GitopsCommit {
+            unchanged: true,
+            ..commit(5, true)
+        };
+        let turn = order.turn(&shop, &unchanged);
+        tokio::pin!(turn);
+        assert!(futures_util::poll!(&mut turn).is_pending());
+        drop(order.turn(&shop, &commit(5, false)).await);
+        drop(turn.await);
+        // It stands for no commit: what follows that one goes on without it.
+        assert_eq!(*order.of(&shop).recorded.borrow(), 5);
     }
 
     #[tokio::test]

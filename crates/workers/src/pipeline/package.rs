@@ -196,8 +196,16 @@ impl Package {
         let _permit = self.order.permit(&instance.project, is_planned).await;
         // It may have been committed although no event says so: whoever made the commit died, or
         // its record was not accepted any more.
-        if has_ended(row) && !self.is_listed(row)? && !self.record_lost(row).await? {
-            return Ok(());
+        if has_ended(row) && !self.is_listed(row)? {
+            match self.record_lost(row).await {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                // It is not known whether there is one: it has ended, and cannot fail any more.
+                Err(Stop::Fail(e)) => {
+                    return Err(Stop::Retry(format!("{}: {}", e.code, e.message)));
+                }
+                Err(stop) => return Err(stop),
+            }
         }
         if row.state.status == Status::Packaging {
             // What was committed already, in a try that died, was allowed then.

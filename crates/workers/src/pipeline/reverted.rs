@@ -2,8 +2,9 @@
 //!
 //! Somebody who reverts the commit of a deployment in the GitOps repository wants what ran before.
 //! So it is done as `daybook rollback` does it: the routes go back to the main deployment before,
-//! pinned so that no deployment takes over by itself, and only when a gateway serves them is the
-//! commit adopted, and what it took out stopped. A deployment that was stopped meanwhile is started
+//! pinned so that no deployment takes over by itself, and only when a gateway serves them, and those
+//! of its clusters do, is the commit adopted, and what it took out stopped; not where a gateway has
+//! rejected the switch. A deployment that was stopped meanwhile is started
 //! first; until it is ready, nothing is switched. The person who made the commit is the actor, as
 //! far as the commit can be believed: nobody checked the name.
 
@@ -23,7 +24,7 @@ use daybook_projections::{DeploymentRow, Executed};
 use jiff::Timestamp;
 
 use super::timers::keep_for_traffic;
-use super::{Bench, Stop};
+use super::{Bench, Stop, leave};
 use crate::driver::{Activation, Outcome};
 
 /// The longest name of a person that is taken over, in bytes.
@@ -52,7 +53,7 @@ pub(super) async fn honour(
     };
     match revert.carry_out().await {
         Ok(Progress::Settled) => Outcome::Done,
-        Ok(Progress::Starting) => {
+        Ok(Progress::NotYet) => {
             let doubled = Duration::from_millis(250 << a.attempt.saturating_sub(1).min(8));
             Outcome::Wait(doubled.min(LOOK_AGAIN))
         }
@@ -90,18 +91,35 @@ pub(super) async fn give_up(
 enum Progress {
     /// Nothing is left to do.
     Settled,
-    /// What is gone back to is not ready yet.
-    Starting,
+    /// What is gone back to is not ready yet, or not served everywhere.
+    NotYet,
 }
 
 /// What came of moving the routes.
 enum Moved {
-    /// This table does it.
-    By(u32),
+    /// This switch does it.
+    By(Switch),
     /// What is gone back to is not ready yet.
     NotYet,
     /// They are not moved, and it is said why.
     Never,
+}
+
+/// The switch of a rollback.
+#[derive(Clone, Copy)]
+struct Switch {
+    table: u32,
+    at: Timestamp,
+}
+
+impl Switch {
+    /// Whether the routes still are as it left them. A gateway may have rejected it, or somebody
+    /// decided otherwise since: then nothing is stopped for its sake.
+    fn stands(self, routing: &Routing, instance: &InstanceRef, left: DeploymentId) -> bool {
+        let main = routing.traffic(instance).and_then(|t| t.main);
+        let is_undone = routing.recent.iter().any(|s| s.undoes == Some(self.table));
+        main != Some(left) && !is_undone
+    }
 }
 
 struct Revert<'a> {
@@ -127,18 +145,22 @@ impl Revert<'_> {
         match status {
             Some(ForeignStatus::Found) => {}
             // The process may have died between the adoption and the stop.
-            Some(ForeignStatus::Adopted) if switched.is_some() => {
-                self.stop(&row).await?;
+            Some(ForeignStatus::Adopted) => {
+                if let Some(switch) = switched
+                    && self.routing_after(switch, &row)?.is_some()
+                {
+                    self.stop(&row).await?;
+                }
                 return Ok(Progress::Settled);
             }
             // Somebody decided otherwise.
             _ => return Ok(Progress::Settled),
         }
-        let table = match switched {
-            Some(table) => table,
+        let switch = match switched {
+            Some(switch) => switch,
             None => match self.switch(&row).await {
-                Ok(Moved::By(table)) => table,
-                Ok(Moved::NotYet) => return Ok(Progress::Starting),
+                Ok(Moved::By(switch)) => switch,
+                Ok(Moved::NotYet) => return Ok(Progress::NotYet),
                 Ok(Moved::Never) => return Ok(Progress::Settled),
                 Err(Stop::Moved(refusal)) => {
                     self.not_honoured(&row, &refusal.message).await;
@@ -147,15 +169,37 @@ impl Revert<'_> {
                 Err(stop) => return Err(stop),
             },
         };
-        let routing = projections.routing(self.project)?;
-        if !routing.is_some_and(|r| r.applied.values().any(|applied| *applied >= table)) {
+        let Some(routing) = self.routing_after(switch, &row)? else {
+            self.not_honoured(&row, "the switch was undone").await;
+            return Ok(Progress::Settled);
+        };
+        if !routing
+            .applied
+            .values()
+            .any(|applied| *applied >= switch.table)
+        {
             return Err(Stop::Retry(
                 "no gateway serves the routes of the rollback yet".to_owned(),
             ));
         }
+        let late = leave::behind(&routing, &row.state.request.clusters, switch.table);
+        if !late.is_empty() {
+            let waited = Timestamp::now().duration_since(switch.at);
+            if Duration::try_from(waited).unwrap_or_default() < leave::CLUSTER_PATIENCE {
+                return Ok(Progress::NotYet);
+            }
+            leave::not_waited_for(self.bench, &row, switch.table, &late).await;
+        }
         self.adopt().await?;
         self.stop(&row).await?;
         Ok(Progress::Settled)
+    }
+
+    /// The route table, if the switch of the rollback stands.
+    fn routing_after(&self, switch: Switch, row: &DeploymentRow) -> Result<Option<Routing>, Stop> {
+        let routing = self.bench.ledger.projections().routing(self.project)?;
+        let instance = &row.state.request.instance;
+        Ok(routing.filter(|routing| switch.stands(routing, instance, row.id)))
     }
 
     /// Moves the routes, if what was reverted has them.
@@ -210,8 +254,8 @@ impl Revert<'_> {
             self.found.commit.short()
         );
         self.bench.say(row.id, None, text).await;
-        let table = self.switched().await?;
-        Ok(table.map_or(Moved::Never, Moved::By))
+        let switched = self.switched().await?;
+        Ok(switched.map_or(Moved::Never, Moved::By))
     }
 
     /// Starts what is gone back to, once.
@@ -261,8 +305,8 @@ impl Revert<'_> {
         Hostnames::under(domain, instance, id, live).map_err(|e| Stop::Retry(e.to_string()))
     }
 
-    /// The table by which an earlier try has moved the routes, if one has.
-    async fn switched(&self) -> Result<Option<u32>, Stop> {
+    /// The switch by which an earlier try has moved the routes, if one has.
+    async fn switched(&self) -> Result<Option<Switch>, Stop> {
         let projections = self.bench.ledger.projections();
         let Some(known) = projections.event_by_id(self.context(SWITCHES).id)? else {
             return Ok(None);
@@ -270,8 +314,12 @@ impl Revert<'_> {
         let recorded = self.bench.ledger.log().get(known.position).await;
         let recorded = recorded.map_err(|e| Stop::Retry(e.to_string()))?;
         let event = recorded.and_then(|r| r.event().ok());
-        match event.and_then(|e| e.payload::<RoutingEvent>().ok()) {
-            Some(RoutingEvent::Switched(switch)) => Ok(Some(switch.table)),
+        let switched = event.and_then(|e| Some((e.time, e.payload::<RoutingEvent>().ok()?)));
+        match switched {
+            Some((at, RoutingEvent::Switched(switch))) => Ok(Some(Switch {
+                table: switch.table,
+                at,
+            })),
             _ => Err(Stop::Retry(format!(
                 "the switch at {} cannot be read",
                 known.position

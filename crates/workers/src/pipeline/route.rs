@@ -192,20 +192,25 @@ impl RouteApplied {
         if let Some(previous) = previous {
             keep_for_traffic(&self.0, a.event.id, previous).await?;
         }
-        let context = self
-            .0
-            .follow_up(ROLE, a.event.id, a.event.correlationid, "compensated");
-        self.0
-            .append::<Routing>(subject, &context, |state| {
-                routing::decide(
-                    state,
-                    Command::Compensate {
-                        table: rejected.table,
-                        note: rejected.message.clone(),
-                    },
-                )
-            })
-            .await?;
+        if self.may_serve(previous)? {
+            let context = self
+                .0
+                .follow_up(ROLE, a.event.id, a.event.correlationid, "compensated");
+            self.0
+                .append::<Routing>(subject, &context, |state| {
+                    routing::decide(
+                        state,
+                        Command::Compensate {
+                            table: rejected.table,
+                            note: rejected.message.clone(),
+                        },
+                    )
+                })
+                .await?;
+        } else {
+            tracing::warn!(%subject, table = rejected.table, gateway = rejected.gateway,
+                "a switch was rejected and stands: what was the main deployment before it does not run");
+        }
         if let Some(id) = about
             && let Some(row) = self.0.row(id)?
             && row.state.is_active()
@@ -218,6 +223,18 @@ impl RouteApplied {
             self.0.fail(ROLE, &row, &error).await?;
         }
         Ok(())
+    }
+
+    /// Whether traffic can be led back to what was the main deployment before: another gateway may
+    /// have served the switch for long, and what it replaced been stopped. Where there was none,
+    /// hostnames are led nowhere, as before.
+    fn may_serve(&self, previous: Option<DeploymentId>) -> Result<bool, Stop> {
+        let Some(previous) = previous else {
+            return Ok(true);
+        };
+        let runs = [Status::Deploying, Status::Started, Status::PartiallyStarted];
+        let row = self.0.row(previous)?;
+        Ok(row.is_some_and(|row| runs.contains(&row.state.status)))
     }
 
     /// The deployments that wait for these hostnames to be served. Where none are named, any of

@@ -6,7 +6,7 @@
 //! A release that somebody took out of the repository by hand is kept while its deployment is the
 //! main one: routes are moved first, and what runs is stopped last.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -183,7 +183,7 @@ impl Sync {
             ephemeral: false,
             services: BTreeMap::new(),
         };
-        self.apply(&app, commit, &nothing).await?;
+        self.apply(&app, commit, &nothing, &BTreeSet::new()).await?;
         let removed = self.target.remove_volumes(&app).await;
         removed.map_err(|e| Stop::Retry(e.to_string()))
     }
@@ -223,8 +223,8 @@ impl Sync {
         };
         let mut desired = self.repositories.read(project, environment, commit).await?;
         let kept = self.taken_out(&app, &main, &desired, applied).await?;
-        let keeps = !kept.is_empty();
-        if keeps {
+        let keeps: BTreeSet<_> = kept.keys().copied().collect();
+        if !keeps.is_empty() {
             self.all_kept().insert(app.clone(), kept.clone());
         }
         for (id, (service, release)) in kept {
@@ -245,9 +245,9 @@ impl Sync {
             let text = format!("syncing {} to {cluster}", commit.short());
             self.bench.say(id, Some(cluster.clone()), text).await;
         }
-        self.apply(&app, commit, &desired).await?;
+        self.apply(&app, commit, &desired, &keeps).await?;
         // Not before: what was kept is gone only now.
-        if !keeps {
+        if keeps.is_empty() {
             self.all_kept().remove(&app);
         }
         Ok(())
@@ -338,10 +338,12 @@ impl Sync {
         app: &AppRef,
         commit: &CommitId,
         desired: &EnvironmentValues,
+        kept: &BTreeSet<DeploymentId>,
     ) -> Result<(), Stop> {
         let cluster = self.target.cluster();
         daybook_failpoints::reached("sync.before");
-        let applied = self.target.apply(app, commit, desired).await;
+        let target = &self.target;
+        let applied = target.apply_keeping(app, commit, desired, kept).await;
         daybook_failpoints::reached("sync.after");
         applied.map_err(|e| match e {
             TargetError::Unavailable(why) => {

@@ -143,7 +143,7 @@ pub(crate) fn image_of_blobs(layout: &Layout, blobs: &[Vec<u8>], media_type: Med
 pub(crate) fn built(layout: &Layout, image: &Image) -> BuiltImage {
     let digests: Vec<Digest> = image
         .blobs()
-        .map(|b| Digest::parse(b.digest().to_string()).unwrap())
+        .map(|b| Digest::parse(b.digest()).unwrap())
         .collect();
     BuiltImage {
         layout: layout.clone(),
@@ -157,7 +157,7 @@ pub(crate) fn built(layout: &Layout, image: &Image) -> BuiltImage {
     }
 }
 
-pub(crate) fn repository(text: impl Into<String>) -> ImageRepository {
+pub(crate) fn repository(text: impl AsRef<str>) -> ImageRepository {
     ImageRepository::parse(text).unwrap()
 }
 

@@ -339,7 +339,7 @@ fn a_damaged_layer_leaves_nothing() {
             Tar::new().file("b", "b").bytes(),
         ],
     );
-    let layer = daybook_events::Digest::parse(image.manifest.layers()[1].digest().to_string());
+    let layer = daybook_events::Digest::parse(image.manifest.layers()[1].digest());
     let path = place.layout.blob_path(&layer.unwrap());
     let bytes = fs::read(&path).unwrap();
     for damaged in [

@@ -16,6 +16,7 @@ use crate::client::Client;
 use crate::commands::{Outcome, ServerArgs};
 use crate::exit::{Code, Failure};
 use crate::output;
+use crate::served_tree::LARGEST;
 
 /// Write one file with all that it takes to verify the ledger offline.
 #[derive(Debug, Args)]
@@ -121,9 +122,10 @@ async fn bundles(client: &Client, folder: &TempDir) -> Result<Vec<Repository>, F
         {
             // A project that nothing was deployed to has no repository yet.
             if client
-                .resource(&format!(
-                    "/git/{name}.git/info/refs?service=git-upload-pack"
-                ))
+                .resource(
+                    &format!("/git/{name}.git/info/refs?service=git-upload-pack"),
+                    LARGEST,
+                )
                 .await?
                 .is_none()
             {

@@ -15,6 +15,7 @@ use tokio::runtime::Handle;
 use crate::client::Client;
 use crate::commands::ServerArgs;
 use crate::exit::{Code, Failure};
+use crate::served_tree::LARGEST;
 
 /// Which ledger.
 #[derive(Debug, Args)]
@@ -162,7 +163,10 @@ impl ReadTiles for ServerTiles {
         if path == "state_hash" {
             return self.state_hash().await.map_err(failed);
         }
-        let found = self.client.resource(&format!("/tlog/{path}")).await;
+        let found = self
+            .client
+            .resource(&format!("/tlog/{path}"), LARGEST)
+            .await;
         let mut found = found.map_err(failed)?;
         if path == "checkpoint" {
             // A newer one may be published while the older one is still being looked at.

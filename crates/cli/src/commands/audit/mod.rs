@@ -1,5 +1,6 @@
 //! `daybook audit`: what an auditor does, with a file or with a server.
 
+mod attestation;
 mod consistency;
 mod diff;
 mod export;
@@ -24,6 +25,10 @@ pub enum AuditCommand {
     Receipt(receipt::ReceiptArgs),
     /// Check a receipt, with nothing but the receipt and a key.
     CheckReceipt(receipt::CheckReceiptArgs),
+    /// Print the signed in-toto attestation of a deployment that succeeded.
+    Attestation(attestation::AttestationArgs),
+    /// Check an attestation, with nothing but the attestation and a key.
+    CheckAttestation(attestation::CheckAttestationArgs),
     /// Whether one checkpoint of a ledger is the beginning of another.
     Consistency(consistency::ConsistencyArgs),
     /// What changed between two positions: what runs where, routes, settings.
@@ -38,6 +43,8 @@ pub async fn run(command: AuditCommand) -> Outcome {
         AuditCommand::Export(args) => export::run(args).await,
         AuditCommand::Receipt(args) => receipt::make(args).await,
         AuditCommand::CheckReceipt(args) => receipt::check(args).await,
+        AuditCommand::Attestation(args) => attestation::make(args).await,
+        AuditCommand::CheckAttestation(args) => attestation::check(args),
         AuditCommand::Consistency(args) => consistency::run(args).await,
         AuditCommand::Diff(args) => diff::run(args).await,
         AuditCommand::Report(args) => report::run(args).await,

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use daybook_audit::report::{Collector, Report, Scope, Subject};
 use daybook_events::DeploymentId;
-use jiff::Timestamp;
+use daybook_projections::dora::Period;
+use jiff::{SignedDuration, Timestamp};
 
 use super::ledger::{LedgerArgs, TrustArgs};
 use super::verify::observed;
@@ -32,6 +33,8 @@ pub enum Name {
     WhatRan,
     /// Whether the log is whole, and goes on from the last audit.
     Integrity,
+    /// Deployment frequency, lead time, change failure rate and time to restore.
+    Dora,
 }
 
 /// A report from the whole ledger, which is verified for it.
@@ -42,10 +45,10 @@ pub struct ReportArgs {
     name: Name,
     #[command(flatten)]
     ledger: LedgerArgs,
-    /// From this time on: 2026-01-01T00:00:00Z.
+    /// From this time on: 2026-01-01T00:00:00Z. For `dora` thirty days before --to, if not given.
     #[arg(long, value_name = "TIME")]
     from: Option<Timestamp>,
-    /// Before this time.
+    /// Before this time. For `dora` now, if not given.
     #[arg(long, value_name = "TIME")]
     to: Option<Timestamp>,
     /// Only this project.
@@ -84,6 +87,7 @@ pub async fn run(args: ReportArgs) -> Outcome {
         Name::FailuresAndRollbacks => Subject::FailuresAndRollbacks,
         Name::WhatRan => Subject::WhatRan(args.at.ok_or_else(missing)?),
         Name::Integrity => Subject::Integrity,
+        Name::Dora => Subject::Dora(period(args.from, args.to)?),
     };
     let scope = Scope {
         from: args.from,
@@ -106,6 +110,19 @@ pub async fn run(args: ReportArgs) -> Outcome {
         print(&report);
     }
     super::verify::code_of(&verified)
+}
+
+/// The period of measures, which are by the day.
+fn period(from: Option<Timestamp>, to: Option<Timestamp>) -> Result<Period, Failure> {
+    let to = to.unwrap_or_else(Timestamp::now);
+    let usual = SignedDuration::from_hours(30 * 24);
+    let from = from.unwrap_or_else(|| to.checked_sub(usual).unwrap_or(Timestamp::MIN));
+    if from >= to {
+        let message = format!("there is no time between {from} and {to}");
+        return Err(Failure::new(Code::Usage, "invalid_period", message)
+            .hint("give a --from that is before --to"));
+    }
+    Ok(Period { from, to })
 }
 
 fn print(report: &Report) {

@@ -41,21 +41,11 @@ pub(crate) struct Options {
 }
 
 pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
-    let program = match &options.daybook {
-        Some(program) => program.clone(),
-        None => std::env::current_exe()?.with_file_name("daybook"),
-    };
-    if !program.is_file() {
-        let program = program.display();
-        return Err(format!(
-            "there is no {program}; build it with `cargo build --release --package daybook`"
-        )
-        .into());
-    }
+    let program = program(options.daybook.as_deref())?;
     let (mut ready, mut resident, mut anonymous) = (Vec::new(), Vec::new(), Vec::new());
     for start in 0..options.starts {
         let folder = temporary_folder(options.folder.as_deref())?;
-        let (mut server, took) = start_up(&program, folder.path()).await?;
+        let (mut server, took, _) = start_up(&program, folder.path()).await?;
         ready.push(took.as_secs_f64() * 1000.0);
         // Memory of one of them is enough.
         if start == 0 {
@@ -130,8 +120,27 @@ fn listed(figures: &[f64], unit: &str) -> String {
     format!("{} {unit}", figures.join("/"))
 }
 
-/// `daybook up`, and how long it took until it said that it is up.
-async fn start_up(program: &Path, folder: &Path) -> Result<(Child, Duration), Failure> {
+/// The program that is measured.
+pub(crate) fn program(named: Option<&Path>) -> Result<PathBuf, Failure> {
+    let program = match named {
+        Some(program) => program.to_owned(),
+        None => std::env::current_exe()?.with_file_name("daybook"),
+    };
+    if program.is_file() {
+        return Ok(program);
+    }
+    let program = program.display();
+    Err(
+        format!("there is no {program}; build it with `cargo build --release --package daybook`")
+            .into(),
+    )
+}
+
+/// `daybook up`, how long it took until it said that it is up, and where it listens.
+pub(crate) async fn start_up(
+    program: &Path,
+    folder: &Path,
+) -> Result<(Child, Duration, String), Failure> {
     let begun = Instant::now();
     let mut child = Command::new(program)
         .arg("up")
@@ -145,26 +154,30 @@ async fn start_up(program: &Path, folder: &Path) -> Result<(Child, Duration), Fa
     let stdout = child.stdout.take().ok_or("the server has no output")?;
     let mut lines = BufReader::new(stdout).lines();
     let up = async {
+        let mut took = None;
         while let Some(line) = lines.next_line().await? {
             if line.contains("Daybook is up") {
-                return Ok(begun.elapsed());
+                took = Some(begun.elapsed());
+            }
+            if let (Some(took), Some((_, address))) = (took, line.split_once("http://")) {
+                return Ok((took, address.trim().to_owned()));
             }
         }
         Err::<_, Failure>("the server ended before it was up".into())
     };
-    let took = tokio::time::timeout(PATIENCE, up).await??;
+    let (took, address) = tokio::time::timeout(PATIENCE, up).await??;
     // Read on, so that it never blocks on a full pipe.
     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-    Ok((child, took))
+    Ok((child, took, address))
 }
 
-fn status_of(child: &Child) -> Result<String, Failure> {
+pub(crate) fn status_of(child: &Child) -> Result<String, Failure> {
     let id = child.id().ok_or("the server has ended")?;
     Ok(std::fs::read_to_string(format!("/proc/{id}/status"))?)
 }
 
 /// A size from `/proc/PID/status`, in MiB.
-fn mib(status: &str, name: &str) -> Result<f64, Failure> {
+pub(crate) fn mib(status: &str, name: &str) -> Result<f64, Failure> {
     let line = status
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -172,7 +185,7 @@ fn mib(status: &str, name: &str) -> Result<f64, Failure> {
     Ok(kib.ok_or_else(|| format!("/proc does not say {name}"))? / 1024.0)
 }
 
-async fn stop(child: &mut Child) -> Result<(), Failure> {
+pub(crate) async fn stop(child: &mut Child) -> Result<(), Failure> {
     if let Some(id) = child.id().and_then(|id| i32::try_from(id).ok())
         && let Some(pid) = rustix::process::Pid::from_raw(id)
     {

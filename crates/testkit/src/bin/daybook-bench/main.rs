@@ -6,6 +6,7 @@ mod append;
 mod audit;
 mod coverage;
 mod drain;
+mod fanout;
 mod group_commit_file;
 mod idle;
 mod logs;
@@ -13,6 +14,7 @@ mod notarise;
 mod orchestrate;
 mod package;
 mod past;
+mod query;
 mod raw_publish;
 mod rebuild;
 mod report;
@@ -61,12 +63,19 @@ enum Benchmark {
     Orchestrate(orchestrate::Options),
     /// The memory that a long queue of deployments takes while it drains
     Drain(drain::Options),
+    /// Events to a thousand subscribers, against core NATS
+    Fanout(fanout::Options),
     /// From the start of the program to ready, its memory when idle, and its demo
     Idle(idle::Options),
     /// Signed GitOps commits into a repository of 10,000 files, against the `git` CLI
     Package(package::Options),
     /// Answers about the past of a large ledger, with the state hash there
     Past(past::Options),
+    /// Questions over HTTP, against the same bytes from memory
+    Query(query::Options),
+    /// One side of that: the benchmark starts it
+    #[command(hide = true)]
+    QuerySide(query::Side),
     /// Projections from nothing, against a raw read of the same stream
     Rebuild(rebuild::Options),
     /// From the request to switch to the first answer of the new target, under constant load
@@ -92,9 +101,14 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         Benchmark::AuditSide(side) => return audit::run_side(&side).map(|()| ExitCode::SUCCESS),
         Benchmark::Orchestrate(options) => orchestrate::run(options).await?,
         Benchmark::Drain(options) => drain::run(options).await?,
+        Benchmark::Fanout(options) => fanout::run(options).await?,
         Benchmark::Idle(options) => idle::run(options).await?,
         Benchmark::Package(options) => package::run(options).await?,
         Benchmark::Past(options) => past::run(options).await?,
+        Benchmark::Query(options) => query::run(options).await?,
+        Benchmark::QuerySide(side) => {
+            return query::run_side(&side).await.map(|()| ExitCode::SUCCESS);
+        }
         Benchmark::Rebuild(options) => rebuild::run(options).await?,
         Benchmark::Switch(options) => switch::run(options).await?,
     };

@@ -129,7 +129,7 @@ async fn ask(ledger: &Ledger, question: Question, at: Position) -> Result<Durati
 }
 
 /// Writes the events of a fleet of 20 projects, with some 600 deployments that run at a time.
-async fn write(log: &Arc<dyn EventLog>, events: u32) -> Result<(), Failure> {
+pub(crate) async fn write(log: &Arc<dyn EventLog>, events: u32) -> Result<(), Failure> {
     let mut fleet = Fleet::new(Size {
         projects: 20,
         services: 3,
@@ -157,7 +157,7 @@ async fn write(log: &Arc<dyn EventLog>, events: u32) -> Result<(), Failure> {
 }
 
 /// The value that so many percent do not exceed.
-fn percentile(values: &mut [f64], percent: usize) -> f64 {
+pub(crate) fn percentile(values: &mut [f64], percent: usize) -> f64 {
     values.sort_by(f64::total_cmp);
     let rank = (values.len() * percent).div_ceil(100).max(1);
     values.get(rank - 1).copied().unwrap_or(f64::NAN)

@@ -1,0 +1,273 @@
+//! Webhooks out: whom events are sent to.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use daybook_events::secret::SecretRef;
+use daybook_events::subscription::{self, Command, Created, Endpoint, PauseReason, Subscription};
+use daybook_events::{Position, ProjectName, Refusal, Subject, SubscriptionId};
+use daybook_secrets::SecretValue;
+use jiff::{SignedDuration, Timestamp};
+
+use super::{Caller, CommandError, Commands, Done};
+
+/// How long the secret before is used beside a new one, if nobody says otherwise.
+pub const OVERLAP: Duration = Duration::from_hours(24);
+/// The longest that it may be used.
+const OVERLAP_MAX: Duration = Duration::from_hours(24 * 7);
+
+/// A webhook whose secret was just made.
+pub struct WithSecret {
+    /// How it was recorded.
+    pub done: Done,
+    /// Its id.
+    pub id: SubscriptionId,
+    /// What its deliveries are signed with. It is shown to whoever asked, and to nobody else.
+    pub secret: SecretValue,
+}
+
+impl std::fmt::Debug for WithSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WithSecret")
+            .field("done", &self.done)
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Commands {
+    /// A webhook that was not deleted, with its project.
+    pub fn webhook(&self, id: SubscriptionId) -> Result<(ProjectName, Subscription), CommandError> {
+        let found = self.ledger.projections().subscription(id)?;
+        let found = found.filter(|(_, s)| !s.deleted);
+        Ok(found.ok_or_else(subscription::not_found)?)
+    }
+
+    /// Sends the events of a project that come after a position to an endpoint. The secret is kept
+    /// first and recorded then, as a commitment.
+    pub async fn create_webhook(
+        &self,
+        caller: &Caller,
+        project: ProjectName,
+        endpoint: Endpoint,
+        after: Option<Position>,
+    ) -> Result<WithSecret, CommandError> {
+        let id = SubscriptionId(caller.deployment_id().0);
+        let subject = Subject::Subscription(project.clone(), id);
+        if let Some((done, _)) = self.earlier(caller).await? {
+            return self.with_secret(&project, id, done).await;
+        }
+        self.project(&project)?;
+        self.allowed(&endpoint)?;
+        let head = self.ledger.log().head().await?;
+        let after = after.unwrap_or(head);
+        if after > head {
+            return Err(Refusal::new(
+                "position_ahead",
+                format!("the log ends at {head}, before {after}"),
+                "give a position that exists, 0 for all events, or none for those to come",
+            )
+            .into());
+        }
+        let secret = self.new_secret(&project, id, 1).await?;
+        let created = Box::new(Created {
+            id,
+            endpoint,
+            after,
+            secret,
+        });
+        let done = self
+            .run::<Subscription>(caller, &subject, None, |state| {
+                subscription::decide(state, Command::Create(created.clone()))
+            })
+            .await?;
+        self.with_secret(&project, id, done).await
+    }
+
+    /// Defines a webhook anew.
+    pub async fn change_webhook(
+        &self,
+        caller: &Caller,
+        id: SubscriptionId,
+        endpoint: Endpoint,
+    ) -> Result<Done, CommandError> {
+        self.allowed(&endpoint)?;
+        self.webhook_command(caller, id, Command::Change(endpoint))
+            .await
+    }
+
+    /// Gives a webhook another secret. For a time, deliveries are signed with both.
+    pub async fn rotate_webhook(
+        &self,
+        caller: &Caller,
+        id: SubscriptionId,
+        overlap: Duration,
+    ) -> Result<WithSecret, CommandError> {
+        let (project, before) = self.webhook(id)?;
+        if let Some((done, _)) = self.earlier(caller).await? {
+            return self.with_secret(&project, id, done).await;
+        }
+        if overlap > OVERLAP_MAX {
+            return Err(Refusal::new(
+                "overlap_too_long",
+                "an old secret may be used for at most seven days more",
+                "give a shorter time",
+            )
+            .into());
+        }
+        let overlap = SignedDuration::try_from(overlap).unwrap_or(SignedDuration::ZERO);
+        let until = Timestamp::now().saturating_add(overlap);
+        let overlap_until = until.unwrap_or(Timestamp::MAX);
+        let version = before.secret.version.saturating_add(1);
+        let secret = self.new_secret(&project, id, version).await?;
+        let command = Command::Rotate {
+            secret,
+            overlap_until,
+        };
+        let done = self.webhook_command(caller, id, command).await?;
+        // Two secrets are in use at most; the one before those is not needed any more.
+        if let Some(oldest) = before.previous {
+            let store = self.secret_store()?;
+            store.erase(&project, &oldest.secret.id()).await?;
+        }
+        self.with_secret(&project, id, done).await
+    }
+
+    /// Sends nothing any more, until it is resumed.
+    pub async fn pause_webhook(
+        &self,
+        caller: &Caller,
+        id: SubscriptionId,
+    ) -> Result<Done, CommandError> {
+        self.webhook_command(caller, id, Command::Pause(PauseReason::Asked))
+            .await
+    }
+
+    /// Sends again, from where it stopped.
+    pub async fn resume_webhook(
+        &self,
+        caller: &Caller,
+        id: SubscriptionId,
+    ) -> Result<Done, CommandError> {
+        self.webhook_command(caller, id, Command::Resume).await
+    }
+
+    /// Sends the event that this makes.
+    pub async fn test_webhook(
+        &self,
+        caller: &Caller,
+        id: SubscriptionId,
+    ) -> Result<Done, CommandError> {
+        self.webhook_command(caller, id, Command::Test).await
+    }
+
+    /// Sends again what was set aside: these events, or all.
+    pub async fn replay_webhook(
+        &self,
+        caller: &Caller,
+        id: SubscriptionId,
+        positions: Option<Vec<Position>>,
+    ) -> Result<Done, CommandError> {
+        self.webhook_command(caller, id, Command::Replay(positions))
+            .await
+    }
+
+    /// Deletes a webhook, and erases its secrets.
+    pub async fn delete_webhook(
+        &self,
+        caller: &Caller,
+        id: SubscriptionId,
+    ) -> Result<Done, CommandError> {
+        let found = self.ledger.projections().subscription(id)?;
+        let (project, state) = found.ok_or_else(subscription::not_found)?;
+        let subject = Subject::Subscription(project.clone(), id);
+        let done = self
+            .run::<Subscription>(caller, &subject, None, |state| {
+                subscription::decide(state, Command::Delete)
+            })
+            .await?;
+        let store = self.secret_store()?;
+        let previous = state.previous.map(|p| p.secret);
+        for secret in std::iter::once(state.secret).chain(previous) {
+            store.erase(&project, &secret.id()).await?;
+        }
+        Ok(done)
+    }
+
+    async fn webhook_command(
+        &self,
+        caller: &Caller,
+        id: SubscriptionId,
+        command: Command,
+    ) -> Result<Done, CommandError> {
+        let (project, _) = self.webhook(id)?;
+        let subject = Subject::Subscription(project, id);
+        self.run::<Subscription>(caller, &subject, None, |state| {
+            subscription::decide(state, command.clone())
+        })
+        .await
+    }
+
+    /// Makes a secret and keeps it.
+    async fn new_secret(
+        &self,
+        project: &ProjectName,
+        id: SubscriptionId,
+        version: u32,
+    ) -> Result<SecretRef, CommandError> {
+        let value = SecretValue::new_key().map_err(|e| {
+            Refusal::new(
+                "no_random_numbers",
+                format!("the system gives no random numbers: {e}"),
+                "try again later",
+            )
+        })?;
+        let id = Subscription::secret_id(id, version)?;
+        let committed = self.secret_store()?.put(project, &id, &value).await?;
+        Ok(SecretRef {
+            secret: id.name,
+            scope: id.scope,
+            version,
+            commitment: committed.commitment,
+        })
+    }
+
+    /// The secret that an event gave to a webhook.
+    async fn with_secret(
+        &self,
+        project: &ProjectName,
+        id: SubscriptionId,
+        done: Done,
+    ) -> Result<WithSecret, CommandError> {
+        use daybook_events::subscription::SubscriptionEvent as E;
+        let event = self.event(done.event.unwrap_or(done.position)).await?;
+        let reference = match event.payload::<E>() {
+            Ok(E::Created(e)) => e.secret,
+            Ok(E::SecretRotated(e)) => e.secret,
+            _ => return Err(subscription::not_found().into()),
+        };
+        let variable = reference.secret.clone();
+        let wanted = BTreeMap::from([(variable.clone(), reference)]);
+        let mut found = self.secret_store()?.resolve(project, &wanted).await?;
+        let secret = found.remove(&variable).ok_or_else(|| {
+            Refusal::new(
+                "secret_missing",
+                "the secret of the webhook is not in the secret store",
+                "make a new one with `daybook webhook rotate`",
+            )
+        })?;
+        Ok(WithSecret { done, id, secret })
+    }
+
+    /// Refuses what could never be sent to. Addresses are checked when it is sent.
+    fn allowed(&self, endpoint: &Endpoint) -> Result<(), Refusal> {
+        if self.settings.allow_private_webhooks || endpoint.url.as_str().starts_with("https://") {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            "webhook_needs_tls",
+            format!("{} is not an https URL", endpoint.url),
+            "use https, or start the server with --allow-private-webhooks",
+        ))
+    }
+}

@@ -1,0 +1,95 @@
+//! The measures of software delivery.
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use daybook_events::{EnvironmentName, InstanceRef, Position, ProjectName, ServiceName};
+use daybook_projections::dora::{Delivery, Period, Scope};
+use jiff::{SignedDuration, Timestamp};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
+
+use super::history::time;
+use crate::access::Principal;
+use crate::answer::Answer;
+use crate::extract::Params;
+use crate::problem::Problem;
+use crate::state::AppState;
+
+/// The period if none is given: thirty days.
+const USUAL: SignedDuration = SignedDuration::from_hours(30 * 24);
+
+/// Of what, and for when.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DoraQuery {
+    /// Of this project.
+    project: Option<String>,
+    /// Of this environment.
+    environment: Option<String>,
+    /// Of this service.
+    service: Option<String>,
+    /// From this time on (RFC 3339); thirty days before `until` if not given.
+    from: Option<String>,
+    /// Before this time (RFC 3339); now if not given.
+    until: Option<String>,
+}
+
+/// The measures of software delivery in a period.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct DoraView {
+    /// From this time on.
+    from: Timestamp,
+    /// Before this time.
+    until: Timestamp,
+    /// One for each service instance of which anything was counted.
+    instances: Vec<Delivery>,
+    /// Events up to here were counted.
+    position: Position,
+}
+
+/// Deployment frequency, lead time, change failure rate and time to restore of each service
+/// instance, with the events that they were counted from. `daybook audit report dora` counts the
+/// same from an export.
+#[utoipa::path(get, path = "/api/v1/dora", tag = "history", params(DoraQuery),
+    responses((status = 200, description = "The measures.", body = DoraView)))]
+pub(crate) async fn get_dora(
+    State(state): State<AppState>,
+    principal: Principal,
+    Params(query): Params<DoraQuery>,
+) -> Result<Answer<DoraView>, Problem> {
+    let to = time("until", query.until)?.unwrap_or_else(Timestamp::now);
+    let from = match time("from", query.from)? {
+        Some(from) => from,
+        None => to.checked_sub(USUAL).unwrap_or(Timestamp::MIN),
+    };
+    if from >= to {
+        return Err(Problem::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_period",
+            format!("there is no time between {from} and {to}"),
+            "give a `from` that is before `until`",
+        ));
+    }
+    let scope = Scope {
+        project: query.project.map(ProjectName::parse).transpose()?,
+        environment: query.environment.map(EnvironmentName::parse).transpose()?,
+        service: query.service.map(ServiceName::parse).transpose()?,
+    };
+    if let Some(project) = &scope.project {
+        state.commands.project_seen(&principal, project)?;
+    }
+    let period = Period { from, to };
+    let (mut instances, position) = state.commands.ledger().deliveries(&scope, period).await?;
+    instances.retain(|delivery| {
+        let instance = delivery.instance_id.parse::<InstanceRef>();
+        instance.is_ok_and(|i| principal.sees(&i.project))
+    });
+    Ok(Answer::ok(DoraView {
+        from,
+        until: to,
+        instances,
+        position,
+    }))
+}

@@ -1,0 +1,289 @@
+//! Looking for lines of output in all deployments of a project.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use daybook_events::lines::{Line, LineSource};
+use daybook_events::{DeploymentId, EnvironmentName, Position, ProjectName, ServiceName};
+use daybook_projections::{DeploymentFilter, DeploymentRow, Page};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
+
+use super::history::page;
+use super::logs::LogLine;
+use crate::answer::Answer;
+use crate::extract::{Named, Params};
+use crate::line_filter::{Asked, LineFilter};
+use crate::problem::Problem;
+use crate::state::AppState;
+
+/// How long one answer looks. What it did not get to comes with the next page.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Lines that are read at once.
+const READ: usize = 500;
+
+/// What is looked for.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SearchQuery {
+    /// A text that lines have in them, as it stands; letters of ASCII may be large or small.
+    q: Option<String>,
+    /// Of deployments to this environment.
+    environment: Option<String>,
+    /// Of this service.
+    service: Option<String>,
+    /// `build`, `container`, `status` or `platform`; all if not given.
+    #[serde(rename = "type")]
+    #[param(rename = "type")]
+    kind: Option<String>,
+    /// At least this level: `debug`, `info`, `warn` or `error`.
+    level: Option<String>,
+    /// Printed in this cluster.
+    cluster: Option<String>,
+    /// Printed by this instance (pod, process).
+    instance: Option<String>,
+    /// Printed at this time or later (RFC 3339).
+    from: Option<String>,
+    /// Printed before this time (RFC 3339).
+    until: Option<String>,
+    /// Most lines on a page: 1 to 500, 50 if not given.
+    limit: Option<u32>,
+    /// Where the search goes on: `next` of the page before.
+    cursor: Option<String>,
+}
+
+/// Lines that were found.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct FoundLines {
+    /// The lines: newest deployments first, and the lines of each in their order.
+    lines: Vec<FoundLine>,
+    /// Where the search goes on; none once everything was looked at. A page may have few lines, or
+    /// none, and still not be the last: looking takes its time.
+    next: Option<String>,
+    /// How many lines were looked at for this page.
+    searched: u64,
+}
+
+/// A line, and whose it is.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct FoundLine {
+    /// The deployment.
+    deployment: DeploymentId,
+    /// The environment.
+    environment: EnvironmentName,
+    /// The service.
+    service: ServiceName,
+    /// The line.
+    #[serde(flatten)]
+    line: LogLine,
+}
+
+/// Where a search is: in the deployment that was requested at a position, after a line of its
+/// build or of its own. Written `<position>-b<line>` or `<position>-d<line>`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    created: Position,
+    of_build: bool,
+    after: u64,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let source = if self.of_build { 'b' } else { 'd' };
+        write!(f, "{}-{source}{}", self.created, self.after)
+    }
+}
+
+impl FromStr for Place {
+    type Err = Problem;
+    fn from_str(text: &str) -> Result<Self, Problem> {
+        let number = |t: &str| {
+            let digits = !t.is_empty() && t.bytes().all(|b| b.is_ascii_digit());
+            t.parse::<u64>().ok().filter(|_| digits)
+        };
+        let read = || {
+            let (created, rest) = text.split_once('-')?;
+            let of_build = rest.starts_with('b');
+            let after = rest.strip_prefix(['b', 'd'])?;
+            Some(Self {
+                created: Position(number(created)?),
+                of_build,
+                after: number(after)?,
+            })
+        };
+        read().ok_or_else(|| {
+            Problem::new(
+                StatusCode::BAD_REQUEST,
+                "invalid_cursor",
+                "that is no cursor of a search",
+                "use `next` of the page before, as it is",
+            )
+        })
+    }
+}
+
+/// Looks for lines of output in all deployments of a project: of their builds, of their instances,
+/// of the workers, and of the platform. Every line that is still kept is looked at; there is no index
+/// that could lack any.
+#[utoipa::path(get, path = "/api/v1/projects/{project}/logs", tag = "history",
+    params(("project" = String, Path, description = "The project."), SearchQuery),
+    responses((status = 200, description = "The lines.", body = FoundLines)))]
+pub(crate) async fn search_logs(
+    State(state): State<AppState>,
+    Named(project): Named<ProjectName>,
+    Params(query): Params<SearchQuery>,
+) -> Result<Answer<FoundLines>, Problem> {
+    state.commands.project(&project)?;
+    let limit = page(query.limit, None)?.limit();
+    let place = query.cursor.as_deref().map(str::parse).transpose()?;
+    let deployments = DeploymentFilter {
+        project: Some(project),
+        environment: query.environment.map(EnvironmentName::parse).transpose()?,
+        service: query.service.map(ServiceName::parse).transpose()?,
+        ..DeploymentFilter::default()
+    };
+    let filter = LineFilter::new(Asked {
+        kind: query.kind,
+        level: query.level,
+        cluster: query.cluster,
+        instance: query.instance,
+        from: query.from,
+        until: query.until,
+        text: query.q,
+    })?;
+    let mut search = Search {
+        state: &state,
+        filter,
+        limit,
+        until: Instant::now() + PATIENCE,
+        found: FoundLines {
+            lines: Vec::new(),
+            next: None,
+            searched: 0,
+        },
+    };
+    search.run(&deployments, place).await?;
+    Ok(Answer::ok(search.found))
+}
+
+/// A search under way.
+struct Search<'a> {
+    state: &'a AppState,
+    filter: LineFilter,
+    limit: usize,
+    until: Instant,
+    found: FoundLines,
+}
+
+impl Search<'_> {
+    async fn run(
+        &mut self,
+        deployments: &DeploymentFilter,
+        mut place: Option<Place>,
+    ) -> Result<(), Problem> {
+        let mut page = Page::default();
+        let mut looked = false;
+        if let Some(place) = place {
+            page = page.beginning(place.created);
+        }
+        loop {
+            let listed = self.state.projections().deployments(deployments, page)?;
+            for row in &listed.items {
+                let from = place.take().filter(|p| p.created == row.created);
+                let too_new = |until| row.state.created_at >= until;
+                if self.filter.until().is_some_and(too_new) {
+                    continue;
+                }
+                let from = from.unwrap_or(Place {
+                    created: row.created,
+                    of_build: true,
+                    after: 0,
+                });
+                if looked && Instant::now() >= self.until {
+                    self.found.next = Some(from.to_string());
+                    return Ok(());
+                }
+                looked = true;
+                if self.look(row, from).await? {
+                    return Ok(());
+                }
+            }
+            match listed.next {
+                Some(cursor) => page = page.starting(cursor),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Looks at the lines of one deployment. Returns whether the page is done.
+    async fn look(&mut self, row: &DeploymentRow, from: Place) -> Result<bool, Problem> {
+        let (builds, deployments) = self.filter.sources();
+        let build = row.state.build.map(LineSource::Build);
+        let build = build.filter(|_| builds && from.of_build);
+        let own = Some(LineSource::Deployment(row.id)).filter(|_| deployments);
+        for (of_build, source) in [(true, build), (false, own)] {
+            let Some(source) = source else { continue };
+            let mut after = if from.of_build == of_build {
+                from.after
+            } else {
+                0
+            };
+            loop {
+                let lines = self.state.lines.read(source, after, READ).await?;
+                if lines.is_empty() {
+                    break;
+                }
+                for line in lines {
+                    after = line.seq;
+                    self.found.searched += 1;
+                    if self.filter.wants(of_build, &line.line) {
+                        self.take(row, of_build, line);
+                    }
+                    let enough = self.found.lines.len() >= self.limit;
+                    if enough || Instant::now() >= self.until {
+                        let place = Place {
+                            created: row.created,
+                            of_build,
+                            after,
+                        };
+                        self.found.next = Some(place.to_string());
+                        return Ok(true);
+                    }
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn take(&mut self, row: &DeploymentRow, of_build: bool, line: Line) {
+        let instance = &row.state.request.instance;
+        self.found.lines.push(FoundLine {
+            deployment: row.id,
+            environment: instance.environment.clone(),
+            service: instance.service.clone(),
+            line: LogLine::standing_alone(of_build, line),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_read_as_they_are_written() {
+        for text in ["1-b0", "12-d40"] {
+            assert_eq!(text.parse::<Place>().unwrap().to_string(), text);
+        }
+        for bad in [
+            "", "-", "1", "1-", "1-b", "1-x4", "-b4", "+1-b4", "1-b-4", "1-b4-5",
+        ] {
+            assert!(bad.parse::<Place>().is_err(), "{bad:?}");
+        }
+    }
+}

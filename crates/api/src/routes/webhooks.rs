@@ -1,0 +1,538 @@
+//! Webhooks out: whom events are sent to, and what was sent.
+
+use std::time::Duration;
+
+use axum::extract::State;
+use daybook_events::lines::LineSource;
+use daybook_events::subscription::delivery::{Entry, Outcome, Try};
+use daybook_events::subscription::{
+    DEFAULT_TRIES, Endpoint, EndpointUrl, Filter, Format, KindPattern, Pause, Subscription,
+};
+use daybook_events::{
+    DeploymentId, EnvironmentName, EventId, Position, ProjectName, ServiceName, SubscriptionId,
+};
+use jiff::Timestamp;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
+
+use crate::answer::Answer;
+use crate::commands::{Done, OVERLAP, WithSecret};
+use crate::extract::{Command, CommandBody, Named, NoParams, Params, deployment_id};
+use crate::problem::Problem;
+use crate::routes::history::page;
+use crate::routes::secrets::Nothing;
+use crate::state::AppState;
+
+type Handled<T> = Result<Answer<T>, Problem>;
+
+/// Lines of the delivery log that are read at once.
+const READ: u64 = 256;
+/// Most lines that one page looks at.
+const LOOK: u64 = 10_000;
+
+/// A webhook to be.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CreateWebhook {
+    /// Whose events are sent.
+    project: String,
+    /// What is sent where.
+    #[serde(flatten)]
+    endpoint: DefineWebhook,
+    /// Only events after this position are sent: 0 for all, those to come if not given.
+    after: Option<u64>,
+}
+impl CommandBody for CreateWebhook {}
+
+/// What a webhook is to be.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct DefineWebhook {
+    /// Where events are sent: an https URL without user, query and fragment. It is kept in the
+    /// ledger for ever: put no secret into it.
+    url: String,
+    /// As they are stored, or as CDEvents.
+    #[serde(default)]
+    format: Format,
+    /// Only events of this environment.
+    environment: Option<String>,
+    /// Only events about this service.
+    service: Option<String>,
+    /// Only events of these types (`deployment.succeeded.v1`) or aggregates (`deployment`).
+    #[serde(default)]
+    kinds: Vec<String>,
+    /// Only events of this deployment and of the run that it began.
+    deployment: Option<String>,
+    /// Whether each event carries the proof that it is in the signed ledger.
+    #[serde(default)]
+    proof: bool,
+    /// How often each is tried before it is set aside: 1 to 20, 16 if not given.
+    tries: Option<u32>,
+}
+
+/// What a webhook is to be instead.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ChangeWebhook {
+    /// What is sent where.
+    #[serde(flatten)]
+    endpoint: DefineWebhook,
+}
+impl CommandBody for ChangeWebhook {}
+
+impl DefineWebhook {
+    fn parse(self) -> Result<Endpoint, Problem> {
+        let kinds = self.kinds.into_iter().map(|kind| {
+            let prefix = daybook_events::envelope::TYPE_PREFIX;
+            KindPattern::parse(kind.strip_prefix(prefix).unwrap_or(&kind))
+        });
+        Ok(Endpoint {
+            url: EndpointUrl::parse(self.url)?,
+            format: self.format,
+            filter: Filter {
+                environment: self.environment.map(EnvironmentName::parse).transpose()?,
+                service: self.service.map(ServiceName::parse).transpose()?,
+                kinds: kinds.collect::<Result<_, _>>()?,
+                deployment: self.deployment.as_deref().map(deployment_id).transpose()?,
+            },
+            proof: self.proof,
+            tries: self.tries.unwrap_or(DEFAULT_TRIES),
+        })
+    }
+}
+
+/// How a secret is exchanged.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RotateWebhook {
+    /// For how many seconds deliveries are signed with the old one too: a day if not given.
+    overlap_seconds: Option<u32>,
+}
+impl CommandBody for RotateWebhook {
+    fn absent() -> Option<Self> {
+        Some(Self::default())
+    }
+}
+
+/// What is sent again.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ReplayWebhook {
+    /// The positions of the events; all that were set aside if not given.
+    positions: Option<Vec<u64>>,
+}
+impl CommandBody for ReplayWebhook {
+    fn absent() -> Option<Self> {
+        Some(Self::default())
+    }
+}
+
+/// An event that was set aside undelivered.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct DeadLetterView {
+    /// Its position.
+    position: Position,
+    /// Its id.
+    event: EventId,
+    /// How often it was tried.
+    tries: u32,
+    /// What was wrong the last time.
+    code: String,
+    /// Since when it is set aside.
+    since: Timestamp,
+    /// Whether it is being sent again.
+    replaying: bool,
+}
+
+/// A webhook. Its secret is never shown again.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct WebhookView {
+    /// Its id.
+    id: SubscriptionId,
+    /// Whose events are sent.
+    project: ProjectName,
+    /// What is sent where.
+    #[serde(flatten)]
+    endpoint: EndpointView,
+    /// Whether nothing is sent, and why.
+    pause: Option<Pause>,
+    /// The number of its secret, from 1.
+    secret_version: u32,
+    /// Until when deliveries are signed with the secret before, too.
+    overlap_until: Option<Timestamp>,
+    /// Only events after this position are sent.
+    after: Position,
+    /// When it was made.
+    created_at: Timestamp,
+    /// What was set aside undelivered, by position.
+    dead_letters: Vec<DeadLetterView>,
+}
+
+/// What is sent where.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct EndpointView {
+    /// Where events are sent.
+    url: EndpointUrl,
+    /// In which form.
+    format: Format,
+    /// Only events of this environment.
+    environment: Option<EnvironmentName>,
+    /// Only events about this service.
+    service: Option<ServiceName>,
+    /// Only events of these types or aggregates.
+    kinds: Vec<KindPattern>,
+    /// Only events of this deployment and of its run.
+    deployment: Option<DeploymentId>,
+    /// Whether each carries its proof.
+    proof: bool,
+    /// How often each is tried.
+    tries: u32,
+}
+
+impl From<Endpoint> for EndpointView {
+    fn from(e: Endpoint) -> Self {
+        Self {
+            url: e.url,
+            format: e.format,
+            environment: e.filter.environment,
+            service: e.filter.service,
+            kinds: e.filter.kinds,
+            deployment: e.filter.deployment,
+            proof: e.proof,
+            tries: e.tries,
+        }
+    }
+}
+
+/// A webhook with a secret that was just made.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct WebhookSecretView {
+    /// The webhook.
+    webhook: WebhookView,
+    /// What deliveries are signed with, in the form of Standard Webhooks. It is shown this once.
+    secret: String,
+}
+
+/// Webhooks.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct WebhookList {
+    /// The oldest first.
+    webhooks: Vec<WebhookView>,
+}
+
+/// What was sent.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct DeliveryList {
+    /// The tries, the newest first.
+    deliveries: Vec<DeliveryTry>,
+    /// The next page is `before` this; none if there is none.
+    next: Option<u64>,
+}
+
+/// One try.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct DeliveryTry {
+    /// Its number in the delivery log.
+    number: u64,
+    /// When.
+    time: Timestamp,
+    /// What was sent, and what came of it.
+    #[serde(flatten)]
+    attempt: Try,
+}
+
+/// Whose webhooks are wanted.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WebhookQuery {
+    /// Of this project.
+    project: Option<String>,
+}
+
+/// Which tries are wanted.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DeliveryQuery {
+    /// Most tries on a page: 1 to 500, 50 if not given.
+    limit: Option<u32>,
+    /// Only tries before this number.
+    before: Option<u64>,
+    /// Only those with this outcome: `delivered`, `failed`, `dead_lettered` or `gone`.
+    #[param(value_type = Option<String>)]
+    outcome: Option<Outcome>,
+    /// Only those of the event at this position.
+    position: Option<u64>,
+}
+
+fn view(project: ProjectName, state: Subscription) -> WebhookView {
+    let overlap_until = state.previous.map(|p| p.until);
+    WebhookView {
+        id: state.id,
+        project,
+        endpoint: state.endpoint.into(),
+        pause: state.pause,
+        secret_version: state.secret.version,
+        overlap_until: overlap_until.filter(|until| *until > Timestamp::now()),
+        after: state.after,
+        created_at: state.created_at,
+        dead_letters: state
+            .dead
+            .into_iter()
+            .map(|(position, letter)| DeadLetterView {
+                position,
+                event: letter.event,
+                tries: letter.tries,
+                code: letter.code,
+                since: letter.since,
+                replaying: letter.replaying,
+            })
+            .collect(),
+    }
+}
+
+fn with_secret(state: &AppState, made: WithSecret) -> Result<(Done, WebhookSecretView), Problem> {
+    let (project, webhook) = state.commands.webhook(made.id)?;
+    let shown = WebhookSecretView {
+        webhook: view(project, webhook),
+        secret: made.secret.expose().to_owned(),
+    };
+    Ok((made.done, shown))
+}
+
+fn accepted(state: &AppState, id: SubscriptionId, done: &Done) -> Handled<WebhookView> {
+    let (project, webhook) = state.commands.webhook(id)?;
+    Ok(Answer::done(done, view(project, webhook)))
+}
+
+/// The webhooks that events are sent to, without their secrets.
+#[utoipa::path(get, path = "/api/v1/webhooks", tag = "webhooks", params(WebhookQuery),
+    responses((status = 200, description = "The webhooks.", body = WebhookList)))]
+pub(crate) async fn list_webhooks(
+    State(state): State<AppState>,
+    Params(query): Params<WebhookQuery>,
+) -> Handled<WebhookList> {
+    let project = query.project.map(ProjectName::parse).transpose()?;
+    if let Some(project) = &project {
+        state.commands.project(project)?;
+    }
+    let all = state.projections().subscriptions(project.as_ref())?;
+    let all = all.into_iter().filter(|(_, s)| !s.deleted);
+    let mut webhooks: Vec<_> = all.map(|(project, s)| view(project, s)).collect();
+    webhooks.sort_by_key(|w| (w.created_at, w.id));
+    Ok(Answer::ok(WebhookList { webhooks }))
+}
+
+/// Sends events of a project to a URL from here on, or from a position. The answer has the secret
+/// that deliveries are signed with, which nobody can look up later.
+#[utoipa::path(post, path = "/api/v1/webhooks", tag = "webhooks", request_body = CreateWebhook,
+    responses((status = 201, description = "It is made.", body = WebhookSecretView)))]
+pub(crate) async fn create_webhook(
+    State(state): State<AppState>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<CreateWebhook>,
+) -> Handled<WebhookSecretView> {
+    let project = ProjectName::parse(body.project)?;
+    let endpoint = body.endpoint.parse()?;
+    let after = body.after.map(Position);
+    let commands = &state.commands;
+    let made = commands
+        .create_webhook(&caller, project, endpoint, after)
+        .await?;
+    let (done, shown) = with_secret(&state, made)?;
+    let location = format!("/api/v1/webhooks/{}", shown.webhook.id);
+    Ok(Answer::done(&done, shown).created(location))
+}
+
+/// A webhook, with what was set aside undelivered.
+#[utoipa::path(get, path = "/api/v1/webhooks/{webhook}", tag = "webhooks",
+    params(("webhook" = String, Path, description = "The webhook.")),
+    responses((status = 200, description = "The webhook.", body = WebhookView)))]
+pub(crate) async fn get_webhook(
+    State(state): State<AppState>,
+    Named(id): Named<SubscriptionId>,
+    Params(NoParams {}): Params<NoParams>,
+) -> Handled<WebhookView> {
+    let (project, webhook) = state.commands.webhook(id)?;
+    Ok(Answer::ok(view(project, webhook)))
+}
+
+/// Defines a webhook anew. What was sent already is not sent again.
+#[utoipa::path(put, path = "/api/v1/webhooks/{webhook}", tag = "webhooks",
+    params(("webhook" = String, Path, description = "The webhook.")),
+    request_body = ChangeWebhook,
+    responses((status = 200, description = "It is defined anew.", body = WebhookView)))]
+pub(crate) async fn change_webhook(
+    State(state): State<AppState>,
+    Named(id): Named<SubscriptionId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<ChangeWebhook>,
+) -> Handled<WebhookView> {
+    let endpoint = body.endpoint.parse()?;
+    let done = state.commands.change_webhook(&caller, id, endpoint).await?;
+    accepted(&state, id, &done)
+}
+
+/// Deletes a webhook, and erases its secrets.
+#[utoipa::path(delete, path = "/api/v1/webhooks/{webhook}", tag = "webhooks",
+    params(("webhook" = String, Path, description = "The webhook.")),
+    responses((status = 200, description = "It is deleted.", body = WebhookGone)))]
+pub(crate) async fn delete_webhook(
+    State(state): State<AppState>,
+    Named(id): Named<SubscriptionId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, .. }: Command<Nothing>,
+) -> Handled<WebhookGone> {
+    let done = state.commands.delete_webhook(&caller, id).await?;
+    Ok(Answer::done(&done, WebhookGone { id }))
+}
+
+/// A webhook was deleted.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct WebhookGone {
+    /// Its id.
+    id: SubscriptionId,
+}
+
+/// Gives a webhook another secret. Until the overlap ends, each delivery has two signatures.
+#[utoipa::path(post, path = "/api/v1/webhooks/{webhook}/rotate", tag = "webhooks",
+    params(("webhook" = String, Path, description = "The webhook.")),
+    request_body = RotateWebhook,
+    responses((status = 200, description = "The new secret.", body = WebhookSecretView)))]
+pub(crate) async fn rotate_webhook(
+    State(state): State<AppState>,
+    Named(id): Named<SubscriptionId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<RotateWebhook>,
+) -> Handled<WebhookSecretView> {
+    let overlap = body
+        .overlap_seconds
+        .map_or(OVERLAP, |s| Duration::from_secs(s.into()));
+    let made = state.commands.rotate_webhook(&caller, id, overlap).await?;
+    let (done, shown) = with_secret(&state, made)?;
+    Ok(Answer::done(&done, shown))
+}
+
+/// Sends nothing any more. What comes meanwhile is sent once it is resumed.
+#[utoipa::path(post, path = "/api/v1/webhooks/{webhook}/pause", tag = "webhooks",
+    params(("webhook" = String, Path, description = "The webhook.")),
+    responses((status = 200, description = "It is paused.", body = WebhookView)))]
+pub(crate) async fn pause_webhook(
+    State(state): State<AppState>,
+    Named(id): Named<SubscriptionId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, .. }: Command<Nothing>,
+) -> Handled<WebhookView> {
+    let done = state.commands.pause_webhook(&caller, id).await?;
+    accepted(&state, id, &done)
+}
+
+/// Sends again, from where it stopped.
+#[utoipa::path(post, path = "/api/v1/webhooks/{webhook}/resume", tag = "webhooks",
+    params(("webhook" = String, Path, description = "The webhook.")),
+    responses((status = 200, description = "It is sent again.", body = WebhookView)))]
+pub(crate) async fn resume_webhook(
+    State(state): State<AppState>,
+    Named(id): Named<SubscriptionId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, .. }: Command<Nothing>,
+) -> Handled<WebhookView> {
+    let done = state.commands.resume_webhook(&caller, id).await?;
+    accepted(&state, id, &done)
+}
+
+/// Sends a `subscription.test_requested` event, whatever the filter says. The deliveries show what
+/// came of it.
+#[utoipa::path(post, path = "/api/v1/webhooks/{webhook}/test", tag = "webhooks",
+    params(("webhook" = String, Path, description = "The webhook.")),
+    responses((status = 202, description = "It is being sent.", body = WebhookTest)))]
+pub(crate) async fn test_webhook(
+    State(state): State<AppState>,
+    Named(id): Named<SubscriptionId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, .. }: Command<Nothing>,
+) -> Handled<WebhookTest> {
+    let done = state.commands.test_webhook(&caller, id).await?;
+    let position = done.event.unwrap_or(done.position);
+    Ok(Answer::done(&done, WebhookTest { id, position }).accepted())
+}
+
+/// A test that is being sent.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct WebhookTest {
+    /// The webhook.
+    id: SubscriptionId,
+    /// The position of the event that is sent.
+    position: Position,
+}
+
+/// Sends again what was set aside.
+#[utoipa::path(post, path = "/api/v1/webhooks/{webhook}/replay", tag = "webhooks",
+    params(("webhook" = String, Path, description = "The webhook.")),
+    request_body = ReplayWebhook,
+    responses((status = 202, description = "It is being sent.", body = WebhookView)))]
+pub(crate) async fn replay_webhook(
+    State(state): State<AppState>,
+    Named(id): Named<SubscriptionId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<ReplayWebhook>,
+) -> Handled<WebhookView> {
+    let positions = body
+        .positions
+        .map(|all| all.into_iter().map(Position).collect());
+    let done = state
+        .commands
+        .replay_webhook(&caller, id, positions)
+        .await?;
+    Ok(accepted(&state, id, &done)?.accepted())
+}
+
+/// What was sent to a webhook, and what came of it: the tries, the newest first, for as long as
+/// output is kept.
+#[utoipa::path(get, path = "/api/v1/webhooks/{webhook}/deliveries", tag = "webhooks",
+    params(("webhook" = String, Path, description = "The webhook."), DeliveryQuery),
+    responses((status = 200, description = "The tries.", body = DeliveryList)))]
+pub(crate) async fn list_deliveries(
+    State(state): State<AppState>,
+    Named(id): Named<SubscriptionId>,
+    Params(query): Params<DeliveryQuery>,
+) -> Handled<DeliveryList> {
+    state.commands.webhook(id)?;
+    let limit = page(query.limit, None)?.limit();
+    let source = LineSource::Subscription(id);
+    let newest = state.lines.last(source).await?;
+    let mut end = query
+        .before
+        .map_or(newest, |b| newest.min(b.saturating_sub(1)));
+    let oldest = end.saturating_sub(LOOK);
+    let mut deliveries = Vec::new();
+    while end > oldest && deliveries.len() < limit {
+        let after = end.saturating_sub(READ).max(oldest);
+        let wanted = usize::try_from(end - after).unwrap_or(0);
+        let lines = state.lines.read(source, after, wanted).await?;
+        for line in lines.into_iter().rev().filter(|l| l.seq <= end) {
+            let Some(attempt) = Entry::from_text(&line.line.text).and_then(|e| e.attempt) else {
+                continue;
+            };
+            let fits = query.outcome.is_none_or(|o| o == attempt.outcome)
+                && query.position.is_none_or(|p| p == attempt.position.0);
+            if fits && deliveries.len() < limit {
+                deliveries.push(DeliveryTry {
+                    number: line.seq,
+                    time: line.line.time,
+                    attempt,
+                });
+            }
+        }
+        end = after;
+    }
+    let next = match deliveries.last() {
+        Some(last) if deliveries.len() == limit => Some(last.number),
+        _ => Some(end + 1),
+    };
+    Ok(Answer::ok(DeliveryList {
+        deliveries,
+        next: next.filter(|n| *n > 1),
+    }))
+}

@@ -1,0 +1,859 @@
+//! Who may do what: asked on every surface, with tokens of every kind.
+
+use std::path::Path;
+use std::process::Output;
+use std::time::Duration;
+
+use daybook_api::access::AccessMode;
+use daybook_api::commands::Commands;
+use futures_util::{SinkExt, StreamExt};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::sockets;
+use crate::support::*;
+
+/// A server that asks for tokens, with the one that may do everything.
+struct Guarded {
+    server: Server,
+    admin: String,
+}
+
+/// A token that nobody has made.
+const UNKNOWN: &str =
+    "daybook_000000000000_0000000000000000000000000000000000000000000000000000000000000000";
+
+impl Guarded {
+    async fn start() -> Self {
+        Self::start_with(|_, _| {}).await
+    }
+
+    async fn start_with(adjust: impl FnOnce(&mut daybook_api::Settings, &Path)) -> Self {
+        let server = server_with(|settings, dir| {
+            settings.access = AccessMode::Required;
+            settings.git_root = Some(dir.join("git"));
+            adjust(settings, dir);
+            let git = dir.join("git");
+            for project in ["shop", "bank"] {
+                let made = std::process::Command::new("git")
+                    .args(["init", "-q", "--bare"])
+                    .arg(git.join(format!("{project}.git")))
+                    .status()
+                    .unwrap();
+                assert!(made.success());
+            }
+        })
+        .await;
+        let commands = commands(&server);
+        let admin = commands.first_token().await.unwrap().unwrap();
+        let admin = admin.reveal().to_string();
+        let guarded = Self { server, admin };
+        guarded.fill().await;
+        guarded
+    }
+
+    /// Two projects, `shop` and `bank`, each with a deployment.
+    async fn fill(&self) {
+        for project in ["shop", "bank"] {
+            let paths = format!("/api/v1/projects/{project}");
+            let create = json!({ "name": project });
+            self.admin(Method::POST, "/api/v1/projects", create)
+                .await
+                .ok();
+            let service = json!({ "image_repository": "registry.example/cache" });
+            self.admin(Method::PUT, &format!("{paths}/services/cache"), service)
+                .await
+                .ok();
+            let environment = json!({ "name": "production", "clusters": ["east"], "live": true });
+            self.admin(Method::POST, &format!("{paths}/environments"), environment)
+                .await
+                .ok();
+            self.deploy(project).await;
+        }
+    }
+
+    async fn deploy(&self, project: &str) -> String {
+        let body =
+            json!({ "instance_id": format!("{project}.production.cache"), "version": "1.0" });
+        let made = self.admin(Method::POST, "/api/v1/deployments", body).await;
+        made.ok()["id"].as_str().unwrap().to_owned()
+    }
+
+    async fn admin(&self, method: Method, path: &str, body: Value) -> Reply {
+        self.with(&self.admin, method, path, body).await
+    }
+
+    async fn with(&self, token: &str, method: Method, path: &str, body: Value) -> Reply {
+        let request = self.server.request(method, path).bearer_auth(token);
+        let request = match body {
+            Value::Null => request,
+            body => request.json(&body),
+        };
+        self.server.send(request).await
+    }
+
+    async fn get(&self, token: &str, path: &str) -> Reply {
+        self.with(token, Method::GET, path, Value::Null).await
+    }
+
+    /// Makes a token and returns its id and the whole of it.
+    async fn token(&self, name: &str, role: &str, projects: &[&str]) -> (String, String) {
+        let projects = match projects {
+            [] => json!("all"),
+            names => json!({ "named": names }),
+        };
+        let body = json!({ "name": name, "grants": [{ "role": role, "projects": projects }] });
+        let made = self.admin(Method::POST, "/api/v1/tokens", body).await.ok();
+        let text = |key: &str| made[key].as_str().unwrap().to_owned();
+        (text("id"), text("token"))
+    }
+
+    async fn revoke(&self, id: &str) {
+        let path = format!("/api/v1/tokens/{id}");
+        self.admin(Method::DELETE, &path, json!({})).await.ok();
+    }
+
+    async fn deployment_of(&self, project: &str) -> String {
+        let path = format!("/api/v1/deployments?project={project}");
+        let listed = self.get(&self.admin, &path).await.ok();
+        listed["deployments"][0]["id"].as_str().unwrap().to_owned()
+    }
+}
+
+fn commands(server: &Server) -> Commands {
+    let settings = daybook_api::Settings::loopback(7080);
+    Commands::new(server.ledger.clone(), std::sync::Arc::new(settings))
+}
+
+async fn ls_remote(base: &str, token: Option<&str>, project: &str) -> Output {
+    let base = match token {
+        None => base.to_owned(),
+        Some(token) => base.replacen("http://", &format!("http://git:{token}@"), 1),
+    };
+    tokio::process::Command::new("git")
+        .args(["ls-remote", &format!("{base}/git/{project}.git")])
+        .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .env("GIT_CONFIG_NOSYSTEM", "1")
+        .env("GIT_TERMINAL_PROMPT", "0")
+        .output()
+        .await
+        .unwrap()
+}
+
+#[tokio::test]
+async fn whoever_shows_nothing_good_is_refused_at_the_door_of_every_surface() {
+    let guarded = Guarded::start().await;
+    let server = &guarded.server;
+    let (id, revoked) = guarded.token("gone", "admin", &[]).await;
+    guarded.revoke(&id).await;
+    let surfaces = [
+        "/api/v1/projects",
+        "/api/v1/projects/shop",
+        "/api/v1/whoami",
+        "/api/v1/events",
+        "/api/v1/events?follow=true",
+        "/api/v1/events/chain",
+        "/graphql",
+        "/api/v1/tokens",
+        "/metrics",
+        "/tlog/tile/entries/000",
+    ];
+    for path in surfaces {
+        let reply = server.get(path).await;
+        reply.refused(401, "unauthenticated");
+        let challenge = reply.header("www-authenticate").unwrap();
+        assert!(challenge.starts_with("Bearer "), "{challenge}");
+        for (token, code) in [
+            (UNKNOWN, "unknown_token"),
+            ("nonsense", "invalid_credential"),
+            (revoked.as_str(), "token_revoked"),
+        ] {
+            let reply = guarded.get(token, path).await;
+            reply.refused(401, code);
+            let challenge = reply.header("www-authenticate").unwrap();
+            assert!(challenge.contains("invalid_token"), "{challenge}");
+        }
+    }
+    // A wrong secret of a token that exists says nothing of the token.
+    let wrong = format!("daybook_{id}_{}", "0".repeat(64));
+    guarded
+        .get(&wrong, "/api/v1/projects")
+        .await
+        .refused(401, "unknown_token");
+    // Two credentials are none.
+    let request = server.request(Method::GET, "/api/v1/projects");
+    let request = request.bearer_auth(&guarded.admin).bearer_auth(UNKNOWN);
+    server
+        .send(request)
+        .await
+        .refused(401, "invalid_credential");
+    // The REST interface takes no passwords, which a browser would send by itself.
+    let request = server.request(Method::GET, "/api/v1/projects");
+    let request = request.basic_auth("x", Some(&guarded.admin));
+    server
+        .send(request)
+        .await
+        .refused(401, "invalid_credential");
+    for path in [
+        "/healthz",
+        "/readyz",
+        "/openapi.json",
+        "/",
+        "/api/v1/ledger",
+    ] {
+        assert_ne!(server.get(path).await.status.as_u16(), 401, "{path}");
+    }
+    let git = ls_remote(&server.base, None, "shop").await;
+    assert!(!git.status.success());
+    for bad in [UNKNOWN, revoked.as_str()] {
+        assert!(
+            !ls_remote(&server.base, Some(bad), "shop")
+                .await
+                .status
+                .success()
+        );
+    }
+    let git = ls_remote(&server.base, Some(&guarded.admin), "shop").await;
+    assert!(git.status.success(), "{git:?}");
+}
+
+/// What is asked for, and which of viewer, deployer, approver, auditor and admin may have it. The
+/// answer beyond the door does not matter here: it may be a refusal for another reason.
+const TABLE: [(&str, &str, [bool; 5]); 22] = [
+    ("GET", "/api/v1/projects/shop", [true; 5]),
+    ("GET", "/api/v1/deployments/{id}", [true; 5]),
+    ("GET", "/api/v1/deployments/{id}/logs", [true; 5]),
+    ("GET", "/api/v1/state?project=shop", [true; 5]),
+    ("GET", "/api/v1/events?project=shop", [true; 5]),
+    (
+        "GET",
+        "/git/shop.git/info/refs?service=git-upload-pack",
+        [true; 5],
+    ),
+    (
+        "POST",
+        "/api/v1/deployments",
+        [false, true, false, false, true],
+    ),
+    (
+        "POST",
+        "/api/v1/rollback",
+        [false, true, false, false, true],
+    ),
+    ("POST", "/api/v1/promote", [false, true, false, false, true]),
+    ("POST", "/api/v1/scale", [false, true, false, false, true]),
+    ("POST", "/api/v1/config", [false, true, false, false, true]),
+    (
+        "POST",
+        "/api/v1/deployments/{id}/stop",
+        [false, true, false, false, true],
+    ),
+    (
+        "PUT",
+        "/api/v1/projects/shop/services/cache",
+        [false, true, false, false, true],
+    ),
+    (
+        "POST",
+        "/api/v1/deployments/{id}/approve",
+        [false, false, true, false, true],
+    ),
+    (
+        "POST",
+        "/api/v1/deployments/{id}/override",
+        [false, false, true, false, true],
+    ),
+    (
+        "POST",
+        "/api/v1/deployments/{id}/override-freeze",
+        [false, false, true, false, true],
+    ),
+    (
+        "DELETE",
+        "/api/v1/projects/shop/environments/production",
+        [false, false, false, false, true],
+    ),
+    (
+        "PUT",
+        "/api/v1/projects/shop/hooks/github",
+        [false, false, false, false, true],
+    ),
+    ("GET", "/api/v1/tokens", [false, false, false, true, true]),
+    ("GET", "/metrics", [false, false, false, true, true]),
+    (
+        "GET",
+        "/tlog/tile/entries/000",
+        [false, false, false, true, true],
+    ),
+    ("POST", "/api/v1/tokens", [false, false, false, false, true]),
+];
+
+#[tokio::test]
+async fn every_surface_asks_the_same_of_the_same_role() {
+    let guarded = Guarded::start().await;
+    let id = guarded.deployment_of("shop").await;
+    let roles = ["viewer", "deployer", "approver", "auditor", "admin"];
+    for (number, role) in roles.into_iter().enumerate() {
+        let (_, token) = guarded.token(&format!("t-{role}"), role, &[]).await;
+        for (method, path, may) in TABLE {
+            let path = path.replace("{id}", &id);
+            let method: Method = method.parse().unwrap();
+            // A body that no use case takes, so that nothing is changed beyond the door.
+            let body = match method {
+                Method::GET => Value::Null,
+                _ => json!({ "surely": "not" }),
+            };
+            let request = self::request(&guarded, &token, method.clone(), &path, &body);
+            let reply = guarded.server.send(request).await;
+            if may[number] {
+                assert!(
+                    !matches!(reply.status.as_u16(), 401 | 403),
+                    "{role} {method} {path}: {reply:?}"
+                );
+            } else {
+                let problem = reply.refused(403, "role_missing");
+                let detail = problem["detail"].as_str().unwrap();
+                assert!(detail.contains("admin"), "{detail}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stream_asks_what_a_list_asks() {
+    let guarded = Guarded::start().await;
+    let id = guarded.deployment_of("bank").await;
+    let (_, token) = guarded.token("shop", "viewer", &["shop"]).await;
+    let logs = format!("/api/v1/deployments/{id}/logs?follow=true");
+    for (path, shown, status) in [
+        ("/api/v1/events?follow=true", None, 401),
+        ("/api/v1/events?follow=true", Some(UNKNOWN), 401),
+        ("/api/v1/events?follow=true", Some(token.as_str()), 200),
+        (logs.as_str(), None, 401),
+        (logs.as_str(), Some(token.as_str()), 404),
+        (logs.as_str(), Some(guarded.admin.as_str()), 200),
+    ] {
+        let request = guarded.server.request(Method::GET, path);
+        let request = request.header("Accept", "text/event-stream");
+        let request = match shown {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        };
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status().as_u16(), status, "{path} with {shown:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_asks_too_often_is_told_to_wait_and_holds_up_nobody_else() {
+    let guarded = Guarded::start_with(|settings, _| {
+        settings.rate = Some(daybook_api::access::Rate {
+            per_second: 1.try_into().unwrap(),
+            burst: 30.try_into().unwrap(),
+        });
+    })
+    .await;
+    let (_, greedy) = guarded.token("greedy", "viewer", &[]).await;
+    let (_, other) = guarded.token("other", "viewer", &[]).await;
+    let mut refused = None;
+    for _ in 0..100 {
+        let reply = guarded.get(&greedy, "/api/v1/whoami").await;
+        if reply.status.as_u16() == 429 {
+            refused = Some(reply);
+            break;
+        }
+    }
+    let refused = refused.expect("it is told to wait");
+    refused.refused(429, "rate_limited");
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    guarded.get(&other, "/api/v1/whoami").await.ok();
+}
+
+fn request(
+    guarded: &Guarded,
+    token: &str,
+    method: Method,
+    path: &str,
+    body: &Value,
+) -> reqwest::RequestBuilder {
+    let request = guarded.server.request(method, path);
+    let request = match path.starts_with("/git/") {
+        true => request.basic_auth("git", Some(token)),
+        false => request.bearer_auth(token),
+    };
+    match body {
+        Value::Null => request,
+        body => request.json(body),
+    }
+}
+
+/// The text of an answer without what only says what was asked for.
+fn told(reply: &Reply, name: &str) -> (u16, String) {
+    (reply.status.as_u16(), reply.text.replace(name, "NAME"))
+}
+
+#[tokio::test]
+async fn what_is_of_another_project_looks_like_what_is_missing() {
+    let guarded = Guarded::start().await;
+    let theirs = guarded.deployment_of("bank").await;
+    let none = "01890a5d-ac96-774b-bcce-b302099a8057";
+    let (_, token) = guarded.token("shop-admin", "admin", &["shop"]).await;
+    let instance = |project: &str| json!({ "instance_id": format!("{project}.production.cache") });
+    let pairs = [
+        ("GET", "/api/v1/projects/{}"),
+        ("GET", "/api/v1/projects/{}/services"),
+        ("GET", "/api/v1/projects/{}/environments/production"),
+        ("GET", "/api/v1/projects/{}/routes"),
+        ("GET", "/api/v1/projects/{}/gitops"),
+        ("GET", "/api/v1/instances/{}.production.cache"),
+        ("GET", "/api/v1/instances?project={}"),
+        ("GET", "/git/{}.git/info/refs?service=git-upload-pack"),
+        ("PUT", "/api/v1/projects/{}/services/new"),
+        ("POST", "/api/v1/projects/{}/environments"),
+        ("DELETE", "/api/v1/projects/{}/environments/production"),
+    ];
+    for (method, path) in pairs {
+        let told = async |project: &str| {
+            let path = path.replace("{}", project);
+            let body = match method {
+                "GET" | "DELETE" => Value::Null,
+                _ => json!({ "name": "x", "image_repository": "registry.example/x" }),
+            };
+            let method = method.parse().unwrap();
+            let request = request(&guarded, &token, method, &path, &body);
+            self::told(&guarded.server.send(request).await, project)
+        };
+        let (found, missing) = (told("bank").await, told("nada").await);
+        assert_eq!(found, missing, "{method} {path}");
+        assert_eq!(found.0, 404, "{method} {path}: {found:?}");
+    }
+    for (path, more) in [
+        ("/api/v1/deployments", json!({ "version": "2.0" })),
+        ("/api/v1/rollback", json!({})),
+        ("/api/v1/scale", json!({ "replicas": 2 })),
+        ("/api/v1/config", json!({ "set": { "A": "b" } })),
+    ] {
+        let told = async |project: &str| {
+            let mut body = instance(project);
+            for (key, value) in more.as_object().unwrap() {
+                body[key] = value.clone();
+            }
+            let reply = guarded.with(&token, Method::POST, path, body).await;
+            self::told(&reply, project)
+        };
+        let (found, missing) = (told("bank").await, told("nada").await);
+        assert_eq!(found, missing, "{path}");
+        assert_eq!(found.0, 404, "{path}: {found:?}");
+    }
+    for (method, path) in [
+        ("GET", "/api/v1/deployments/{}"),
+        ("GET", "/api/v1/deployments/{}/logs"),
+        ("GET", "/api/v1/deployments/{}/approval"),
+        ("POST", "/api/v1/deployments/{}/stop"),
+        ("POST", "/api/v1/deployments/{}/mark-main"),
+        ("POST", "/api/v1/deployments/{}/approve"),
+        ("DELETE", "/api/v1/deployments/{}"),
+    ] {
+        // With a body that is none, too: nobody looks at it before the token.
+        for body in [json!({}), json!([7])] {
+            let told = async |id: &str| {
+                let path = path.replace("{}", id);
+                let body = if method == "GET" {
+                    Value::Null
+                } else {
+                    body.clone()
+                };
+                let reply = guarded
+                    .with(&token, method.parse().unwrap(), &path, body)
+                    .await;
+                self::told(&reply, id)
+            };
+            let (found, missing) = (told(&theirs).await, told(none).await);
+            assert_eq!(found, missing, "{method} {path}");
+            assert_eq!(found.0, 404, "{method} {path}: {found:?}");
+        }
+    }
+    // A deployment of theirs named in a request about one's own is as missing.
+    let promote = |id: &str| {
+        json!({ "project": "shop", "service": "cache", "from": "production", "to": "staging",
+            "deployment": id })
+    };
+    let found = guarded
+        .with(&token, Method::POST, "/api/v1/promote", promote(&theirs))
+        .await;
+    let missing = guarded
+        .with(&token, Method::POST, "/api/v1/promote", promote(none))
+        .await;
+    assert_eq!(told(&found, &theirs), told(&missing, none));
+}
+
+#[tokio::test]
+async fn lists_streams_and_history_have_what_may_be_seen_and_no_more() {
+    let guarded = Guarded::start().await;
+    let (_, token) = guarded.token("shop-viewer", "viewer", &["shop"]).await;
+    for path in [
+        "/api/v1/projects",
+        "/api/v1/instances",
+        "/api/v1/deployments",
+        "/api/v1/history",
+        "/api/v1/audit?limit=500",
+        "/api/v1/state",
+        "/api/v1/events?limit=500",
+        "/api/v1/events?project=bank",
+        "/api/v1/history?project=bank",
+        "/api/v1/state?project=bank",
+        "/api/v1/audit?project=bank",
+    ] {
+        let ours = guarded.get(&token, path).await;
+        assert!(ours.status.is_success(), "{path}: {ours:?}");
+        assert!(!ours.text.contains("bank."), "{path}: {}", ours.text);
+        assert!(!ours.text.contains("\"bank\""), "{path}: {}", ours.text);
+        assert!(!ours.text.contains("access.token"), "{path}: {}", ours.text);
+        let all = guarded.get(&guarded.admin, path).await;
+        assert!(
+            all.text.contains("bank"),
+            "{path} shows an admin nothing: {}",
+            all.text
+        );
+    }
+    // Each event by its position, too.
+    let head = guarded.server.log.head().await.unwrap().0;
+    for position in 1..=head {
+        let path = format!("/api/v1/events/{position}");
+        let whole = guarded.get(&guarded.admin, &path).await;
+        let shop = whole.json()["subject"]
+            .as_str()
+            .unwrap()
+            .starts_with("shop/");
+        let ours = guarded.get(&token, &path).await;
+        if shop {
+            assert_eq!(ours.text, whole.text);
+        } else {
+            ours.refused(404, "event_not_found");
+        }
+    }
+    // A stream passes over what is not to be seen, and goes on.
+    let request = guarded
+        .server
+        .request(Method::GET, "/api/v1/events?follow=true");
+    let response = request.bearer_auth(&token).send().await.unwrap();
+    let mut stream = response.bytes_stream();
+    guarded.deploy("bank").await;
+    let id = guarded.deploy("shop").await;
+    let mut seen = String::new();
+    let waited = tokio::time::timeout(PATIENCE, async {
+        while !seen.contains(&id) {
+            let bytes = stream.next().await.expect("the stream goes on").unwrap();
+            seen.push_str(&String::from_utf8_lossy(&bytes));
+        }
+    });
+    waited.await.expect("the event arrives");
+    assert!(!seen.contains("bank"), "{seen}");
+}
+
+#[tokio::test]
+async fn a_token_acts_under_its_own_name_whatever_the_request_says() {
+    let guarded = Guarded::start().await;
+    let body = json!({ "name": "ci-2026", "account": "release-robot",
+        "grants": [{ "role": "deployer", "projects": { "named": ["shop"] } }] });
+    let made = guarded
+        .admin(Method::POST, "/api/v1/tokens", body)
+        .await
+        .ok();
+    let token = made["token"].as_str().unwrap();
+    let body = json!({ "instance_id": "shop.production.cache", "version": "3.0" });
+    let request = guarded.server.request(Method::POST, "/api/v1/deployments");
+    let request = request
+        .bearer_auth(token)
+        .header("Daybook-Actor", "mallory");
+    guarded.server.send(request.json(&body)).await.ok();
+    let audit = guarded
+        .get(token, "/api/v1/audit?kind=deployment&limit=1")
+        .await
+        .ok();
+    assert_eq!(
+        audit["audit"][0]["actor"],
+        json!({ "kind": "api_key", "id": "release-robot" })
+    );
+    let who = guarded.get(token, "/api/v1/whoami").await.ok();
+    assert_eq!(who["actor"]["id"], "release-robot");
+    assert_eq!(who["grants"][0]["role"], "deployer");
+}
+
+/// Reads a stream until it ends.
+async fn ends(response: reqwest::Response) {
+    let mut stream = response.bytes_stream();
+    let ended = async { while let Some(Ok(_)) = stream.next().await {} };
+    tokio::time::timeout(PATIENCE, ended)
+        .await
+        .expect("the stream ends");
+}
+
+#[tokio::test]
+async fn streams_end_with_their_token() {
+    let guarded = Guarded::start().await;
+    let deployment = guarded.deployment_of("shop").await;
+    let streams = [
+        "/api/v1/events?follow=true".to_owned(),
+        format!("/api/v1/deployments/{deployment}/logs?follow=true"),
+    ];
+    let open = async |token: &str, path: &str| {
+        let request = guarded.server.request(Method::GET, path);
+        let response = request.bearer_auth(token).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{path}");
+        response
+    };
+    let (id, token) = guarded.token("viewer", "viewer", &["shop"]).await;
+    let (_, other) = guarded.token("other", "viewer", &["shop"]).await;
+    // With an overlap the old secret is taken for a while, and without one it ends with its streams.
+    let cut = open(&token, &streams[0]).await;
+    let rotate = format!("/api/v1/tokens/{id}/rotate");
+    let overlap = json!({ "overlap_seconds": 600 });
+    let newer = guarded.admin(Method::POST, &rotate, overlap).await.ok();
+    for taken in [token.as_str(), newer["token"].as_str().unwrap()] {
+        guarded.get(taken, "/api/v1/whoami").await.ok();
+    }
+    guarded.admin(Method::POST, &rotate, Value::Null).await.ok();
+    ends(cut).await;
+    guarded
+        .get(&token, "/api/v1/whoami")
+        .await
+        .refused(401, "unknown_token");
+    for (number, path) in streams.iter().enumerate() {
+        let (id, token) = guarded
+            .token(&format!("cut-{number}"), "viewer", &["shop"])
+            .await;
+        let cut = open(&token, path).await;
+        let mut goes_on = Box::pin(open(&other, path).await.bytes_stream());
+        guarded.revoke(&id).await;
+        ends(cut).await;
+        // Whoever has another token notices nothing.
+        let quiet = tokio::time::timeout(Duration::from_millis(200), async {
+            while goes_on.next().await.is_some() {}
+        });
+        assert!(quiet.await.is_err(), "{path}: another stream ended too");
+    }
+    let soon = jiff::Timestamp::now() + Duration::from_secs(2);
+    let body = json!({ "name": "short", "expires_at": soon,
+        "grants": [{ "role": "viewer", "projects": "all" }] });
+    let made = guarded
+        .admin(Method::POST, "/api/v1/tokens", body)
+        .await
+        .ok();
+    let token = made["token"].as_str().unwrap();
+    ends(open(token, &streams[0]).await).await;
+    guarded
+        .get(token, "/api/v1/whoami")
+        .await
+        .refused(401, "token_expired");
+}
+
+#[tokio::test]
+async fn a_secret_is_shown_once_and_stands_nowhere() {
+    let guarded = Guarded::start().await;
+    let body = json!({ "name": "ci", "grants": [{ "role": "viewer", "projects": "all" }] });
+    let send = async |path: &str, body: Value| {
+        let request = guarded.server.request(Method::POST, path).json(&body);
+        let request = request.header("Idempotency-Key", path);
+        guarded
+            .server
+            .send(request.bearer_auth(&guarded.admin))
+            .await
+    };
+    let made = send("/api/v1/tokens", body.clone()).await;
+    assert_eq!(made.header("cache-control"), Some("no-store"));
+    let made = made.ok();
+    send("/api/v1/tokens", body)
+        .await
+        .refused(409, "secret_shown_once");
+    let rotate = format!("/api/v1/tokens/{}/rotate", made["id"].as_str().unwrap());
+    let rotated = send(&rotate, json!({})).await.ok();
+    send(&rotate, json!({}))
+        .await
+        .refused(409, "secret_shown_once");
+    let list = guarded.get(&guarded.admin, "/api/v1/tokens").await;
+    let metrics = guarded.get(&guarded.admin, "/metrics").await;
+    let audit = guarded
+        .get(&guarded.admin, "/api/v1/audit?kind=access")
+        .await;
+    let mut everything = vec![list.text, metrics.text, audit.text];
+    let all = daybook_events::SubjectFilter::default();
+    let events = guarded
+        .server
+        .log
+        .read(daybook_events::Position::ZERO, &all, 1000);
+    for event in events.await.unwrap() {
+        everything.push(String::from_utf8_lossy(&event.bytes).into_owned());
+    }
+    for bad in [UNKNOWN, "x"] {
+        everything.push(guarded.get(bad, "/api/v1/projects").await.text);
+    }
+    for token in [
+        guarded.admin.as_str(),
+        made["token"].as_str().unwrap(),
+        rotated["token"].as_str().unwrap(),
+    ] {
+        let (_, secret) = token.rsplit_once('_').unwrap();
+        for text in &everything {
+            assert!(!text.contains(secret), "{text}");
+        }
+    }
+    assert!(
+        everything
+            .iter()
+            .any(|t| t.contains("access.token_created"))
+    );
+}
+
+#[tokio::test]
+async fn the_first_token_is_made_once_whoever_starts_at_once() {
+    let server = server().await;
+    let (a, b) = (commands(&server), commands(&server));
+    let (one, other) = tokio::join!(a.first_token(), b.first_token());
+    let made = [one.unwrap(), other.unwrap()];
+    assert_eq!(made.iter().flatten().count(), 1, "{made:?}");
+    assert!(a.first_token().await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn an_open_server_asks_nobody_and_still_refuses_what_is_no_token() {
+    let server = server().await;
+    server.shop().await;
+    let who = server.get("/api/v1/whoami").await.ok();
+    assert_eq!(who["authentication"], "open");
+    let request = server.request(Method::GET, "/api/v1/projects");
+    server
+        .send(request.bearer_auth(UNKNOWN))
+        .await
+        .refused(401, "unknown_token");
+    let made = server
+        .post(
+            "/api/v1/tokens",
+            json!({ "name": "v", "grants": [{ "role": "viewer", "projects": { "named": ["other"] } }] }),
+        )
+        .await
+        .ok();
+    let request = server.request(Method::GET, "/api/v1/projects/shop");
+    let limited = server
+        .send(request.bearer_auth(made["token"].as_str().unwrap()))
+        .await;
+    limited.refused(404, "project_not_found");
+}
+
+/// The data of a GraphQL answer, or the code of its one error.
+async fn graphql(guarded: &Guarded, token: &str, query: &str) -> Result<Value, String> {
+    let body = json!({ "query": query });
+    let reply = guarded.with(token, Method::POST, "/graphql", body).await;
+    let mut answer = reply.ok();
+    match answer["errors"][0]["extensions"]["code"].as_str() {
+        Some(code) => Err(code.to_owned()),
+        None => Ok(answer["data"].take()),
+    }
+}
+
+#[tokio::test]
+async fn graphql_asks_what_rest_asks() {
+    let guarded = Guarded::start().await;
+    let (shop, bank) = (
+        guarded.deployment_of("shop").await,
+        guarded.deployment_of("bank").await,
+    );
+    let (_, viewer) = guarded.token("reads", "viewer", &["shop"]).await;
+    let (_, deployer) = guarded.token("deploys", "deployer", &["shop"]).await;
+    // What may be seen is seen, and nothing of what may not.
+    let all = r#"{ projects { name } state { instances { projectId } } history { deployments {
+        projectId } } audit { entries { projectId } } events { events { subject } } }"#;
+    let seen = graphql(&guarded, &viewer, all).await.unwrap().to_string();
+    assert!(seen.contains("shop") && !seen.contains("bank"), "{seen}");
+    let seen = graphql(&guarded, &guarded.admin, all).await.unwrap();
+    assert!(seen.to_string().contains("bank"));
+    // What may not be seen looks like what is not there.
+    for (query, code) in [
+        (r#"{ project(id: "bank") { name } }"#, "project_not_found"),
+        (
+            r#"{ environments(projectId: "bank") { name } }"#,
+            "project_not_found",
+        ),
+        (
+            r#"{ routes(projectId: "bank") { table } }"#,
+            "project_not_found",
+        ),
+        (
+            &format!(r#"{{ deployStatus(id: "{bank}") {{ phase }} }}"#),
+            "deployment_not_found",
+        ),
+        (
+            &format!(r#"mutation {{ stopDeployment(id: "{bank}") {{ phase }} }}"#),
+            "deployment_not_found",
+        ),
+        (
+            r#"mutation { deploy(input: { projectId: "bank", service: "cache",
+                environment: "production" }) { id } }"#,
+            "project_not_found",
+        ),
+    ] {
+        for token in [&viewer, &deployer] {
+            let found = graphql(&guarded, token, query).await;
+            assert_eq!(found, Err(code.to_owned()), "{query}");
+        }
+    }
+    let status = format!(r#"{{ deployStatus(id: "{shop}") {{ phase }} }}"#);
+    assert!(graphql(&guarded, &viewer, &status).await.is_ok());
+    // Commands take the role that REST asks for.
+    let build = r#"mutation { deployBuild(input: { projectId: "shop", service: "cache",
+        environment: "production", tag: "2" }) }"#;
+    let lacking = Err("role_missing".to_owned());
+    assert_eq!(graphql(&guarded, &viewer, build).await, lacking);
+    assert!(graphql(&guarded, &deployer, build).await.is_ok());
+    for query in [
+        r#"mutation { createProject(name: "new") { name } }"#,
+        r#"mutation { deleteEnvironment(projectId: "shop", name: "production") { name } }"#,
+    ] {
+        let found = graphql(&guarded, &deployer, query).await;
+        assert!(found.is_err(), "{query}: {found:?}");
+        assert_ne!(found, Err("internal".to_owned()));
+    }
+}
+
+#[tokio::test]
+async fn sockets_show_what_may_be_seen_and_end_with_their_credential() {
+    let guarded = Guarded::start().await;
+    let server = &guarded.server;
+    let bank = guarded.deployment_of("bank").await;
+    let (id, viewer) = guarded.token("reads", "viewer", &["shop"]).await;
+    let bearer = format!("Bearer {viewer}");
+    let token = ("authorization", bearer.as_str());
+    let protocol = ("sec-websocket-protocol", "graphql-transport-ws");
+    for (path, headers) in [("/api/v1/events", &[][..]), ("/graphql", &[protocol])] {
+        let refused = sockets::open(server, path, headers).await.unwrap_err();
+        assert!(refused.to_string().contains("401"), "{path}: {refused}");
+    }
+    let mut events = sockets::open(server, "/api/v1/events", &[token])
+        .await
+        .unwrap();
+    let mut graphql = sockets::open(server, "/graphql", &[token, protocol])
+        .await
+        .unwrap();
+    // All that there is of the one project, and nothing of the other.
+    let listed = guarded.get(&viewer, "/api/v1/events?limit=500").await.ok();
+    for event in listed["events"].as_array().unwrap() {
+        let seen = sockets::text(&mut events).await;
+        assert_eq!(seen["position"], event["position"]);
+        assert!(!seen.to_string().contains("bank"), "{seen}");
+    }
+    let logs = format!("subscription {{ deployLogs(id: \"{bank}\") }}");
+    for message in [
+        json!({ "type": "connection_init" }),
+        json!({ "type": "subscribe", "id": "1", "payload": { "query": logs } }),
+    ] {
+        let message = tokio_tungstenite::tungstenite::Message::text(message.to_string());
+        graphql.send(message).await.unwrap();
+    }
+    assert_eq!(sockets::text(&mut graphql).await["type"], "connection_ack");
+    let answer = sockets::text(&mut graphql).await.to_string();
+    assert!(answer.contains("deployment_not_found"), "{answer}");
+    guarded.revoke(&id).await;
+    for socket in [&mut events, &mut graphql] {
+        assert_eq!(u16::from(sockets::closed(socket).await.code), 1001);
+    }
+}

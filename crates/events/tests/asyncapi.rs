@@ -1,0 +1,147 @@
+//! The AsyncAPI document: as its specification asks for it, whole, and without loose ends.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use daybook_events::asyncapi::asyncapi;
+use daybook_events::catalog;
+use serde_json::{Value, json};
+
+fn references<'v>(value: &'v Value, found: &mut Vec<&'v str>) {
+    match value {
+        Value::Object(members) => {
+            for (key, member) in members {
+                match member {
+                    Value::String(target) if key == "$ref" => found.push(target),
+                    other => references(other, found),
+                }
+            }
+        }
+        Value::Array(items) => items.iter().for_each(|item| references(item, found)),
+        _ => {}
+    }
+}
+
+/// What AsyncAPI 3.1 asks of the parts that the document has: which members there may be, and which
+/// there must be. Source: <https://www.asyncapi.com/docs/reference/specification/v3.1.0>.
+fn rules() -> Value {
+    let text = || json!({ "type": "string" });
+    let reference = |to: &str| {
+        json!({
+            "type": "object",
+            "properties": { "$ref": { "type": "string", "pattern": format!("^#/{to}/[^/]+$") } },
+            "required": ["$ref"],
+            "additionalProperties": false,
+        })
+    };
+    let object = |members: Value, required: &[&str]| {
+        json!({
+            "type": "object",
+            "properties": members,
+            "required": required,
+            "additionalProperties": false,
+        })
+    };
+    let map = |of: Value| json!({ "type": "object", "additionalProperties": of });
+    let server = json!({ "host": text(), "protocol": text(), "pathname": text(),
+        "title": text(), "summary": text(), "description": text() });
+    let parameter = json!({ "description": text(), "location": text(), "default": text(),
+        "enum": { "type": "array", "items": text() } });
+    let channel = json!({ "address": { "type": ["string", "null"] }, "title": text(),
+        "summary": text(), "description": text(),
+        "messages": map(reference("components/messages")),
+        "servers": { "type": "array", "items": reference("servers") },
+        "parameters": map(object(parameter, &[])) });
+    let operation = json!({ "action": { "enum": ["send", "receive"] },
+        "channel": reference("channels"), "title": text(), "summary": text(),
+        "description": text(), "messages": { "type": "array" } });
+    let message = json!({ "name": text(), "title": text(), "summary": text(),
+        "description": text(), "contentType": text(), "headers": { "type": "object" },
+        "payload": { "type": "object" } });
+    let components = json!({ "messages": map(object(message, &["payload"])),
+        "schemas": map(json!({ "type": ["object", "boolean"] })) });
+    let license = json!({ "name": text(), "url": { "type": "string", "format": "uri" } });
+    let info = json!({ "title": text(), "version": text(), "description": text(),
+        "license": object(license, &["name"]) });
+    object(
+        json!({
+            "asyncapi": { "const": "3.1.0" },
+            "id": { "type": "string", "format": "uri" },
+            "info": object(info, &["title", "version"]),
+            "defaultContentType": text(),
+            "servers": map(object(server, &["host", "protocol"])),
+            "channels": map(object(channel, &[])),
+            "operations": map(object(operation, &["action", "channel"])),
+            "components": object(components, &[]),
+        }),
+        &["asyncapi", "info"],
+    )
+}
+
+/// The published schema, for whoever wants to check against it as it is:
+/// `schemas/3.1.0.json` of <https://github.com/asyncapi/spec-json-schemas>. Without it, what it asks
+/// for is taken from [`rules`].
+const PUBLISHED: &str = "DAYBOOK_ASYNCAPI_SCHEMA";
+
+#[test]
+fn it_is_what_the_specification_asks_for() {
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "a test's choice of judge, no decision of the events"
+    )]
+    let published = std::env::var_os(PUBLISHED);
+    let schema = match published {
+        Some(file) => serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap(),
+        None => rules(),
+    };
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let document = asyncapi("1.2.3");
+    if let Err(e) = validator.validate(&document) {
+        panic!("{e} at {}", e.instance_path());
+    }
+    for (pointer, bad) in [
+        ("/asyncapi", Value::from("2.6.0")),
+        ("/channels/deployment/address", Value::from(7)),
+        ("/operations/send-deployment/action", Value::from("sends")),
+    ] {
+        let mut changed = document.clone();
+        *changed.pointer_mut(pointer).unwrap() = bad;
+        assert!(!validator.is_valid(&changed), "{pointer} is not checked");
+    }
+}
+
+#[test]
+fn every_reference_leads_somewhere_and_every_kind_is_a_message() {
+    let document = asyncapi("1.2.3");
+    let mut found = Vec::new();
+    references(&document, &mut found);
+    assert!(found.len() > 200, "{}", found.len());
+    for target in found {
+        let pointer = target.strip_prefix('#').unwrap();
+        assert!(document.pointer(pointer).is_some(), "{target}");
+    }
+    for (kind, _) in catalog::payload_schemas() {
+        let aggregate = kind.split('.').next().unwrap();
+        for channel in [aggregate, "events", "webhook"] {
+            let messages = &document["channels"][channel]["messages"];
+            assert!(messages.get(kind).is_some(), "{channel}: {kind}");
+        }
+    }
+}
+
+#[test]
+fn the_messages_describe_the_frozen_events() {
+    let document = asyncapi("1.2.3");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    for (kind, _) in catalog::payload_schemas() {
+        // The definitions stand beside the payload, as they do in the document.
+        let mut schema = document["components"]["messages"][kind]["payload"].clone();
+        schema["components"] = json!({ "schemas": document["components"]["schemas"] });
+        let validator = jsonschema::validator_for(&schema).unwrap();
+        let event = std::fs::read(golden.join(format!("{kind}.json"))).unwrap();
+        let event: Value = serde_json::from_slice(&event).unwrap();
+        if let Err(e) = validator.validate(&event) {
+            panic!("{kind}: {e} at {}", e.instance_path());
+        }
+    }
+}

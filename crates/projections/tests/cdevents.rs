@@ -1,0 +1,144 @@
+//! CDEvents, made from long histories, against what their specification asks for.
+#![allow(clippy::unwrap_used)]
+
+#[path = "cdevents/spec.rs"]
+mod spec;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use daybook_events::memory::MemoryLog;
+use daybook_events::testing::fleet::{Fleet, Size, choices};
+use daybook_events::{EventLog, Position, Recorded};
+use daybook_projections::Projections;
+use daybook_projections::runner::run;
+use jsonschema::{Registry, Validator};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+/// Where the published schemas are, for whoever wants to check against them as they are: the folder
+/// `schemas` of the specification at the tag `v0.5.1`. Without it, what they ask for is taken from
+/// [`spec`].
+const PUBLISHED: &str = "DAYBOOK_CDEVENTS_SCHEMAS";
+
+/// The schemas by the type that they are for.
+fn schemas() -> BTreeMap<String, Validator> {
+    let (links, schemas) = match std::env::var_os(PUBLISHED) {
+        Some(folder) => {
+            let folder = Path::new(&folder);
+            (files(&folder.join("links")), files(folder))
+        }
+        None => (Vec::new(), spec::schemas()),
+    };
+    let links = links.into_iter().map(|link| {
+        let id = link["$id"].as_str().unwrap().to_owned();
+        (id, link)
+    });
+    let registry = links.fold(Registry::new(), |all, (id, link)| {
+        all.add(id, link).unwrap()
+    });
+    let registry = registry.prepare().unwrap();
+    let mut found = BTreeMap::new();
+    for schema in schemas {
+        let kind = &schema["properties"]["context"]["properties"]["type"]["enum"][0];
+        let options = jsonschema::options().should_validate_formats(true);
+        let validator = options.with_registry(&registry).build(&schema).unwrap();
+        found.insert(kind.as_str().unwrap().to_owned(), validator);
+    }
+    found
+}
+
+/// The JSON files of a folder.
+fn files(folder: &Path) -> Vec<Value> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let paths = entries.map(|e| e.unwrap().path());
+    let files = paths.filter(|p| p.extension().is_some_and(|e| e == "json"));
+    files
+        .map(|p| serde_json::from_slice(&std::fs::read(p).unwrap()).unwrap())
+        .collect()
+}
+
+/// A history in a log, and its projections.
+async fn history(events: u32, seed: u64) -> (Projections, Vec<Recorded>) {
+    let log = MemoryLog::new();
+    let mut fleet = Fleet::new(Size::default());
+    let mut choose = choices(seed);
+    for _ in 0..events {
+        let happened = fleet.next(&mut choose);
+        log.store(happened.subject, happened.bytes);
+    }
+    let projections = Projections::in_memory();
+    let cancel = CancellationToken::new();
+    let task = tokio::spawn(run(
+        projections.clone(),
+        Arc::new(log.clone()),
+        cancel.clone(),
+    ));
+    let head = log.head().await.unwrap();
+    let patience = Duration::from_secs(30);
+    projections.wait_for(head, patience).await.unwrap();
+    cancel.cancel();
+    task.await.unwrap().unwrap();
+    let all = log
+        .read(Position::ZERO, &Default::default(), events as usize)
+        .await
+        .unwrap();
+    (projections, all)
+}
+
+#[tokio::test]
+async fn every_cdevent_is_what_the_specification_asks_of_its_type() {
+    let schemas = schemas();
+    let (projections, events) = history(6000, 11).await;
+    let mut seen = BTreeSet::new();
+    for recorded in &events {
+        let Ok(event) = recorded.event() else {
+            continue;
+        };
+        let Some(cdevent) = projections.cdevent(recorded, &event).unwrap() else {
+            continue;
+        };
+        let kind = cdevent["context"]["type"].as_str().unwrap().to_owned();
+        let schema = schemas
+            .get(&kind)
+            .unwrap_or_else(|| panic!("{kind} is not in the specification"));
+        if let Err(e) = schema.validate(&cdevent) {
+            panic!("{kind}: {e} at {}: {cdevent:#}", e.instance_path());
+        }
+        // The schema is one that finds mistakes.
+        let mut wrong = cdevent.clone();
+        wrong["subject"]["content"]["weather"] = "fine".into();
+        assert!(!schema.is_valid(&wrong));
+        assert_eq!(cdevent["context"]["id"], event.id.to_string());
+        assert_eq!(cdevent["customData"]["position"], recorded.position.0);
+        // The binding to CloudEvents.
+        let message = projections
+            .cdevent_message(recorded, &event)
+            .unwrap()
+            .unwrap();
+        let message: Value = serde_json::from_slice(&message).unwrap();
+        assert_eq!(message["type"], kind.as_str());
+        assert_eq!(message["subject"], cdevent["subject"]["id"]);
+        assert_eq!(message["data"], cdevent);
+        seen.insert(kind);
+    }
+    for kind in [
+        "pipelinerun.queued",
+        "pipelinerun.started",
+        "pipelinerun.finished",
+        "build.queued",
+        "build.started",
+        "build.finished",
+        "artifact.packaged",
+        "artifact.published",
+        "change.merged",
+        "service.deployed",
+        "service.upgraded",
+        "environment.created",
+    ] {
+        let kind = format!("dev.cdevents.{kind}.0.3.0");
+        assert!(seen.contains(&kind), "{kind} did not occur: {seen:#?}");
+    }
+}

@@ -1,0 +1,103 @@
+//! Publishes what happens in the words of CDEvents, for subscribers on NATS.
+//!
+//! One event after the other, over all processes: the durable consumer hands out the next one only
+//! when the one before is published. So they are in the order of the ledger; one that is published
+//! twice has the same id, by which the stream leaves it out.
+
+use std::fmt;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use daybook_events::{Event, Subject, SubjectFilter};
+use daybook_projections::Projections;
+
+use crate::driver::{Activation, Outcome, Worker};
+
+/// Where CDEvents are published.
+#[async_trait]
+pub trait Bulletin: fmt::Debug + Send + Sync {
+    /// Publishes a CloudEvent at a place below the bulletin's own. Repeating it with the same id
+    /// changes nothing. The error says why not, and may pass.
+    async fn publish(&self, place: &str, id: &str, event: Bytes) -> Result<(), String>;
+}
+
+/// Woken by every event.
+#[derive(Debug)]
+pub(crate) struct CdeventsWorker {
+    pub(crate) projections: Projections,
+    pub(crate) log: Arc<dyn daybook_events::EventLog>,
+    pub(crate) bulletin: Arc<dyn Bulletin>,
+}
+
+#[async_trait]
+impl Worker for CdeventsWorker {
+    fn name(&self) -> String {
+        "notify-cdevents".into()
+    }
+    fn filter(&self) -> SubjectFilter {
+        SubjectFilter::default()
+    }
+    fn wants(&self, kind: &str) -> bool {
+        let family = kind.split('.').next().unwrap_or_default();
+        matches!(
+            family,
+            "deployment" | "build" | "gitops" | "routing" | "environment"
+        )
+    }
+    fn key(&self, _: &Subject) -> String {
+        "all".into()
+    }
+    fn concurrency(&self) -> usize {
+        1
+    }
+    fn max_in_flight(&self) -> usize {
+        1
+    }
+    async fn activate(&self, a: &Activation) -> Outcome {
+        match self.publish(a).await {
+            Ok(()) => Outcome::Done,
+            Err(why) => {
+                // However long NATS is away, none is left out.
+                tracing::warn!(position = %a.position, %why, "a CDEvent was not published; trying again");
+                Outcome::Wait(std::time::Duration::from_secs(1))
+            }
+        }
+    }
+    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
+        tracing::error!(position = %a.position, %why, "a CDEvent was left out");
+        Outcome::Done
+    }
+}
+
+impl CdeventsWorker {
+    async fn publish(&self, a: &Activation) -> Result<(), String> {
+        let found = self.log.get(a.position).await;
+        let Some(recorded) = found.map_err(|e| e.to_string())? else {
+            return Err(format!("there is no event at {}", a.position));
+        };
+        let message = self
+            .projections
+            .cdevent_message(&recorded, &a.event)
+            .map_err(|e| e.to_string())?;
+        match message {
+            Some(message) => {
+                let id = a.event.id.to_string();
+                let place = place(&a.subject, &a.event);
+                self.bulletin.publish(&place, &id, message.into()).await
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// `<project>.<environment or _>.<run>`
+fn place(subject: &Subject, event: &Event) -> String {
+    let project = subject.project().map_or("_", |p| p.as_str());
+    let environment = subject.environment().map_or("_", |e| e.as_str());
+    let run = match subject {
+        Subject::Deployment(_, _, id) => id.0,
+        _ => event.correlationid,
+    };
+    format!("{project}.{environment}.{run}")
+}

@@ -1,0 +1,726 @@
+//! Sends the events of one subscription.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use daybook_events::lines::LineSource;
+use daybook_events::log::{EventStream, Recorded};
+use daybook_events::subscription::delivery::{Outcome, Try};
+use daybook_events::subscription::{
+    self, Command, Endpoint, EventDeadLettered, Format, PauseReason, Subscription,
+    SubscriptionEvent,
+};
+use daybook_events::{
+    Context, Event, EventId, Position, ProjectName, Subject, SubjectFilter, SubscriptionId,
+    envelope, with_causes,
+};
+use daybook_projections::{Change, Feed};
+use futures_util::StreamExt;
+use jiff::Timestamp;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::book::Book;
+use super::desk::{Desk, Item};
+use super::lease::Lease;
+use super::pace::chance;
+use super::sender::{Message, Sent};
+use super::{Office, body};
+use crate::pipeline::Stop;
+
+const ROLE: &str = "notify";
+/// So many positions at most have something that is not dealt with; then no more is read.
+const OPEN_MAX: usize = 65_536;
+/// When what failed here, and not at the receiver, is tried again.
+const AGAIN: Duration = Duration::from_secs(2);
+/// The same where somebody has to do something first.
+const AGAIN_LATER: Duration = Duration::from_secs(30);
+/// How long what is under way may take when the process ends.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+/// How often the ledger itself is told how far it is, if something was sent.
+const PROGRESS_EVERY: Duration = Duration::from_hours(24);
+/// The same by the number of events that were sent.
+const PROGRESS_EVENTS: u64 = 10_000;
+/// How often a proof is asked for that is not there yet.
+const PROOF_EVERY: Duration = Duration::from_millis(250);
+
+/// Why it ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// The subscription was deleted.
+    Over,
+    /// The process ends.
+    Interrupted,
+    /// The subscription may be somebody else's.
+    Lost,
+}
+
+/// Why sending stops for now.
+enum Break {
+    End(End),
+    /// The subscription is not what it was.
+    Changed,
+    /// Something here does not work.
+    Trouble(String),
+}
+
+impl From<Stop> for Break {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Moved(refusal) => Self::Trouble(refusal.message),
+            Stop::Retry(why) => Self::Trouble(why),
+            Stop::Fail(e) => Self::Trouble(e.message),
+            Stop::Interrupted => Self::End(End::Interrupted),
+        }
+    }
+}
+
+/// What came of sending an item.
+struct Done {
+    key: String,
+    item: Item,
+    sent: Sent,
+    took: Duration,
+}
+
+/// Sends the events of one subscription.
+pub(super) struct Courier {
+    office: Arc<Office>,
+    project: ProjectName,
+    id: SubscriptionId,
+    subject: Subject,
+    lease: Lease,
+    cancel: CancellationToken,
+}
+
+impl Courier {
+    pub(super) fn new(
+        office: Arc<Office>,
+        project: ProjectName,
+        id: SubscriptionId,
+        lease: Lease,
+        cancel: CancellationToken,
+    ) -> Self {
+        Self {
+            subject: Subject::Subscription(project.clone(), id),
+            office,
+            project,
+            id,
+            lease,
+            cancel,
+        }
+    }
+
+    /// Sends until the subscription is deleted, the process ends, or somebody else may send.
+    pub(super) async fn run(&self) -> End {
+        let mut book = None;
+        loop {
+            let trouble = match self.go_on(&mut book).await {
+                Break::End(end) => {
+                    if let (Some(book), End::Interrupted) = (&mut book, end) {
+                        book.note(true).await;
+                    }
+                    return end;
+                }
+                Break::Changed => continue,
+                Break::Trouble(why) => why,
+            };
+            tracing::warn!(webhook.id = %self.id, why = %trouble, "nothing can be sent now; trying again");
+            tokio::select! {
+                () = self.cancel.cancelled() => return End::Interrupted,
+                () = tokio::time::sleep(AGAIN) => {}
+            }
+            if !self.lease.holds() {
+                return End::Lost;
+            }
+        }
+    }
+
+    async fn go_on(&self, book: &mut Option<Book>) -> Break {
+        let mut feed = self.office.bench.ledger.projections().feed();
+        let state = match self.state() {
+            Ok(state) => state,
+            Err(stop) => return stop.into(),
+        };
+        if state.deleted {
+            return Break::End(End::Over);
+        }
+        if state.pause.is_some() {
+            return self.wait_for_change(&mut feed).await;
+        }
+        let book = match book {
+            Some(book) => book,
+            None => {
+                let lines = self.office.bench.lines.clone();
+                let source = LineSource::Subscription(self.id);
+                match Book::open(lines, source, state.progress.max(state.after)).await {
+                    Ok(opened) => book.insert(opened),
+                    Err(e) => return Break::Trouble(with_causes(&e)),
+                }
+            }
+        };
+        self.send_all(&state, book, feed).await
+    }
+
+    fn state(&self) -> Result<Subscription, Stop> {
+        let projections = self.office.bench.ledger.projections();
+        let folded = projections.shared::<Subscription>(&self.subject)?;
+        let state = folded.state.clone();
+        state.ok_or_else(|| Stop::Retry("the subscription is not folded yet".into()))
+    }
+
+    async fn wait_for_change(&self, feed: &mut Feed) -> Break {
+        loop {
+            tokio::select! {
+                () = self.cancel.cancelled() => return Break::End(End::Interrupted),
+                change = feed.next() => match change {
+                    Some(change) if self.concerns(&change) => return Break::Changed,
+                    Some(_) => {}
+                    None => return Break::End(End::Lost),
+                },
+            }
+        }
+    }
+
+    fn concerns(&self, change: &Change) -> bool {
+        match change {
+            Change::Of(subjects) => subjects.contains(&self.subject),
+            Change::Any => true,
+        }
+    }
+
+    /// Whether the subscription is another one than it was when sending began.
+    fn is_other(&self, endpoint: &Endpoint) -> bool {
+        // What cannot be read now is found out later.
+        self.state()
+            .is_ok_and(|now| !now.is_active() || now.endpoint != *endpoint)
+    }
+
+    /// Sends what comes, until there is a reason to stop.
+    async fn send_all(&self, state: &Subscription, book: &mut Book, mut feed: Feed) -> Break {
+        let filter = SubjectFilter {
+            project: Some(self.project.clone()),
+            ..SubjectFilter::default()
+        };
+        book.rewind();
+        let log = self.office.bench.ledger.log();
+        let mut tail: EventStream = match log.tail(book.mark(), filter).await {
+            Ok(tail) => tail,
+            Err(e) => return Break::Trouble(with_causes(&e)),
+        };
+        let endpoint = &state.endpoint;
+        let mut desk = Desk::default();
+        let mut sending = JoinSet::new();
+        let mut reason = None;
+        let mut sent = 0;
+        let mut told = Instant::now();
+        // It may have changed before the feed was followed.
+        if self.is_other(endpoint) {
+            return Break::Changed;
+        }
+        loop {
+            if reason.is_none() && !self.lease.holds() {
+                reason = Some(Break::End(End::Lost));
+            }
+            if reason.is_none() {
+                self.start(&mut desk, &mut sending, book, endpoint);
+            } else if sending.is_empty() {
+                break;
+            }
+            let reads = reason.is_none() && book.open_items() < OPEN_MAX;
+            let next_at = desk.next_at().filter(|_| reason.is_none());
+            let due = async {
+                match next_at {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = self.cancel.cancelled(), if reason.is_none() => {
+                    reason = Some(Break::End(End::Interrupted));
+                    let rest = self.finish(&mut sending, &mut desk, book, endpoint);
+                    let _ = tokio::time::timeout(LAST_WORDS, rest).await;
+                    break;
+                }
+                Some(done) = sending.join_next(), if !sending.is_empty() => {
+                    sent += 1;
+                    if let Err(why) = self.settle(done, &mut desk, book, endpoint).await {
+                        reason.get_or_insert(Break::Trouble(why));
+                    }
+                }
+                change = feed.next(), if reason.is_none() => match change {
+                    Some(change) => {
+                        if self.concerns(&change) && self.is_other(endpoint) {
+                            reason = Some(Break::Changed);
+                        }
+                    }
+                    None => reason = Some(Break::End(End::Lost)),
+                },
+                recorded = tail.next(), if reads => match recorded {
+                    Some(Ok(recorded)) => {
+                        if let Err(stop) = self.take(&recorded, &mut desk, book, endpoint).await {
+                            reason = Some(stop.into());
+                        }
+                        book.note(false).await;
+                    }
+                    Some(Err(e)) => reason = Some(Break::Trouble(with_causes(&e))),
+                    None => reason = Some(Break::Trouble("the log's tail ended".into())),
+                },
+                () = due => {}
+            }
+            if sent >= PROGRESS_EVENTS || (sent > 0 && told.elapsed() >= PROGRESS_EVERY) {
+                self.tell_progress(book.mark()).await;
+                (sent, told) = (0, Instant::now());
+            }
+        }
+        reason.unwrap_or(Break::Changed)
+    }
+
+    /// Takes what is under way to its end.
+    async fn finish(
+        &self,
+        sending: &mut JoinSet<Done>,
+        desk: &mut Desk,
+        book: &mut Book,
+        endpoint: &Endpoint,
+    ) {
+        while let Some(done) = sending.join_next().await {
+            if let Err(error) = self.settle(done, desk, book, endpoint).await {
+                tracing::error!(webhook.id = %self.id, %error, "sending an event broke off");
+            }
+        }
+    }
+
+    /// Looks at an event of the project: what is to be sent because of it is queued.
+    async fn take(
+        &self,
+        recorded: &Recorded,
+        desk: &mut Desk,
+        book: &mut Book,
+        endpoint: &Endpoint,
+    ) -> Result<(), Stop> {
+        let at = recorded.position;
+        let wanted = match recorded.event() {
+            Ok(event) => self.wanted(recorded, &event, endpoint).await?,
+            // Nobody can do anything with it; the audit view shows it.
+            Err(_) => Vec::new(),
+        };
+        let mut items = BTreeMap::new();
+        for (key, item) in wanted {
+            items.insert(item.position, (key, item));
+        }
+        let open = book.due(at, items.keys().copied().collect());
+        for position in open {
+            if let Some((key, item)) = items.remove(&position) {
+                desk.push(key, item);
+            }
+        }
+        Ok(())
+    }
+
+    /// What is to be sent because of an event, each with the key of its queue.
+    async fn wanted(
+        &self,
+        recorded: &Recorded,
+        event: &Event,
+        endpoint: &Endpoint,
+    ) -> Result<Vec<(String, Item)>, Stop> {
+        let (at, subject) = (recorded.position, &recorded.subject);
+        if let Subject::Subscription(..) = subject {
+            if *subject != self.subject {
+                return Ok(Vec::new());
+            }
+            return match event.payload() {
+                Ok(SubscriptionEvent::TestRequested(_)) => {
+                    Ok(vec![self.item(at, at, subject, event)?])
+                }
+                Ok(SubscriptionEvent::ReplayRequested(e)) => self.again(at, e.positions).await,
+                // Telling a receiver of what happens to its own webhook would have no end.
+                _ => Ok(Vec::new()),
+            };
+        }
+        self.office.bench.folded(at).await?;
+        let projections = self.office.bench.ledger.projections();
+        if !projections.passes(&endpoint.filter, subject, event)? {
+            return Ok(Vec::new());
+        }
+        if endpoint.format == Format::Cdevents && self.translated(recorded, event)?.is_none() {
+            return Ok(Vec::new());
+        }
+        // It was set aside just before a process died, which could not note it.
+        if self.state()?.dead.contains_key(&at) {
+            return Ok(Vec::new());
+        }
+        Ok(vec![self.item(at, at, subject, event)?])
+    }
+
+    /// What was set aside, to be sent again.
+    async fn again(
+        &self,
+        due_by: Position,
+        positions: Vec<Position>,
+    ) -> Result<Vec<(String, Item)>, Stop> {
+        let mut items = Vec::new();
+        let dead = self.state()?.dead;
+        // What is not set aside any more was delivered after another demand.
+        for position in positions.into_iter().filter(|p| dead.contains_key(p)) {
+            let recorded = self.read(position).await?;
+            let Ok(event) = recorded.event() else {
+                continue;
+            };
+            items.push(self.item(due_by, position, &recorded.subject, &event)?);
+        }
+        Ok(items)
+    }
+
+    async fn read(&self, position: Position) -> Result<Recorded, Stop> {
+        let found = self.office.bench.ledger.log().get(position).await;
+        let found = found.map_err(|e| Stop::Retry(with_causes(&e)))?;
+        found.ok_or_else(|| Stop::Retry(format!("there is no event at {position}")))
+    }
+
+    fn item(
+        &self,
+        due_by: Position,
+        position: Position,
+        subject: &Subject,
+        event: &Event,
+    ) -> Result<(String, Item), Stop> {
+        let projections = self.office.bench.ledger.projections();
+        let deployment = projections.run_of(subject, event)?;
+        let key = match deployment {
+            Some(id) => id.to_string(),
+            None => subject.to_string(),
+        };
+        let item = Item {
+            due_by,
+            position,
+            event: event.id,
+            kind: event.short_kind().to_owned(),
+            deployment,
+        };
+        Ok((key, item))
+    }
+
+    /// Starts to send what may be sent now.
+    fn start(
+        &self,
+        desk: &mut Desk,
+        sending: &mut JoinSet<Done>,
+        book: &Book,
+        endpoint: &Endpoint,
+    ) {
+        while sending.len() < self.office.options.at_once {
+            let Some((key, item)) = desk.take(Instant::now()) else {
+                return;
+            };
+            let tries = book.tries(item.due_by, item.position);
+            tracing::debug!(webhook.id = %self.id, position = %item.position, tries, "sending");
+            let (courier, endpoint) = (self.handle(), endpoint.clone());
+            sending.spawn(async move {
+                let began = Instant::now();
+                let sent = match courier.send(&item, &endpoint).await {
+                    Ok(sent) => sent,
+                    Err(stop) => Sent::Withheld {
+                        code: "not_ready",
+                        message: match stop {
+                            Stop::Moved(r) => r.message,
+                            Stop::Retry(why) => why,
+                            Stop::Fail(e) => e.message,
+                            Stop::Interrupted => "the process ends".into(),
+                        },
+                    },
+                };
+                Done {
+                    key,
+                    item,
+                    sent,
+                    took: began.elapsed(),
+                }
+            });
+        }
+    }
+
+    /// The same courier for a task of its own.
+    fn handle(&self) -> Self {
+        Self::new(
+            self.office.clone(),
+            self.project.clone(),
+            self.id,
+            self.lease.clone(),
+            self.cancel.clone(),
+        )
+    }
+
+    /// Sends one event, signed with the secrets of this moment.
+    async fn send(&self, item: &Item, endpoint: &Endpoint) -> Result<Sent, Stop> {
+        let recorded = self.read(item.position).await?;
+        let event = recorded.event().map_err(|e| Stop::Retry(e.to_string()))?;
+        let body = match endpoint.format {
+            Format::Cdevents if !is_test(&recorded) => match self.translated(&recorded, &event)? {
+                Some(body) => body,
+                None => return Err(Stop::Retry("it means nothing in CDEvents any more".into())),
+            },
+            _ if endpoint.proof => self.proven(&recorded).await,
+            _ => recorded.bytes.clone(),
+        };
+        let now = Timestamp::now();
+        let id = item.event.to_string();
+        let timestamp = now.as_second().to_string();
+        let mut signatures = Vec::new();
+        for secret in self.state()?.secrets_at(now) {
+            let wanted = BTreeMap::from([(secret.secret.clone(), secret.clone())]);
+            let found = self
+                .office
+                .bench
+                .secrets
+                .resolve(&self.project, &wanted)
+                .await;
+            let value = match found.map(|mut all| all.remove(&secret.secret)) {
+                Ok(Some(value)) => value,
+                Ok(None) => continue,
+                // An old secret that is gone signs nothing any more.
+                Err(_) if !signatures.is_empty() => continue,
+                Err(e) => {
+                    return Ok(Sent::Withheld {
+                        code: e.code(),
+                        message: e.to_line(),
+                    });
+                }
+            };
+            let mac = value.sign_as_standard_webhook(&id, &timestamp, &body);
+            signatures.push(format!("v1,{mac}"));
+        }
+        if !self.lease.holds() {
+            return Err(Stop::Interrupted);
+        }
+        let message = Message {
+            url: endpoint.url.clone(),
+            content_type: envelope::MEDIA_TYPE,
+            id,
+            timestamp,
+            signature: signatures.join(" "),
+            body,
+        };
+        Ok(self.office.sender.send(message).await)
+    }
+
+    /// What an event means in the words of CDEvents.
+    fn translated(&self, recorded: &Recorded, event: &Event) -> Result<Option<bytes::Bytes>, Stop> {
+        let projections = self.office.bench.ledger.projections();
+        let message = projections.cdevent_message(recorded, event)?;
+        Ok(message.map(bytes::Bytes::from))
+    }
+
+    /// The event with its proof; without, if there is none in time.
+    async fn proven(&self, recorded: &Recorded) -> bytes::Bytes {
+        let Some(proofs) = &self.office.proofs else {
+            return recorded.bytes.clone();
+        };
+        let until = Instant::now() + self.office.options.proof_wait;
+        while Instant::now() < until && !self.cancel.is_cancelled() {
+            match proofs.proof(recorded.position).await {
+                Ok(Some(proof)) => {
+                    if let Some(body) = body::with_proof(recorded, &proof) {
+                        return body;
+                    }
+                    break;
+                }
+                Ok(None) => {}
+                Err(why) => {
+                    tracing::debug!(position = %recorded.position, %why, "a proof cannot be made now");
+                }
+            }
+            tokio::time::sleep(PROOF_EVERY).await;
+        }
+        recorded.bytes.clone()
+    }
+
+    /// Records what came of sending an event, and says what follows.
+    async fn settle(
+        &self,
+        done: Result<Done, tokio::task::JoinError>,
+        desk: &mut Desk,
+        book: &mut Book,
+        endpoint: &Endpoint,
+    ) -> Result<(), String> {
+        let Done {
+            key,
+            item,
+            sent,
+            took,
+        } = match done {
+            Ok(done) => done,
+            // Its queue stays held until sending begins anew.
+            Err(error) => return Err(format!("sending an event broke off: {error}")),
+        };
+        let before = book.tries(item.due_by, item.position);
+        let mut attempt = Try {
+            position: item.position,
+            due_by: item.due_by,
+            event: item.event,
+            kind: item.kind.clone(),
+            deployment: item.deployment,
+            number: before.saturating_add(1),
+            outcome: Outcome::Delivered,
+            status: None,
+            code: None,
+            message: None,
+            millis: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+            next_at: None,
+        };
+        let wait = match sent {
+            Sent::Taken { status } => {
+                attempt.status = Some(status);
+                if item.is_replay() {
+                    self.replayed(&item).await;
+                }
+                book.record(attempt).await;
+                desk.finish(key);
+                return Ok(());
+            }
+            Sent::Withheld { code, message } => {
+                // The receiver has nothing to do with it.
+                attempt.number = before;
+                attempt.outcome = Outcome::Failed;
+                attempt.code = Some(code.to_owned());
+                attempt.message = Some(message);
+                if code == "not_ready" {
+                    desk.put_off(key, Instant::now() + AGAIN);
+                    return Ok(());
+                }
+                AGAIN_LATER
+            }
+            Sent::Refused {
+                status,
+                code,
+                message,
+                retry_after,
+            } => {
+                attempt.status = status;
+                attempt.message = Some(self.masked(&message));
+                attempt.outcome = Outcome::Failed;
+                let number = attempt.number;
+                attempt.code = Some(code.clone());
+                if status == Some(410) {
+                    attempt.outcome = Outcome::Gone;
+                    self.pause(&item, PauseReason::Gone).await;
+                } else if number >= endpoint.tries && self.set_aside(&item, number, &code).await {
+                    attempt.outcome = Outcome::DeadLettered;
+                    book.record(attempt).await;
+                    desk.finish(key);
+                    return Ok(());
+                }
+                self.office
+                    .options
+                    .pace
+                    .after(number, retry_after, chance())
+            }
+        };
+        attempt.next_at = jiff::SignedDuration::try_from(wait)
+            .ok()
+            .and_then(|wait| Timestamp::now().checked_add(wait).ok());
+        book.record(attempt).await;
+        desk.put_off(key, Instant::now() + wait);
+        Ok(())
+    }
+
+    fn masked(&self, text: &str) -> String {
+        let secrets = &self.office.bench.secrets;
+        let masker = secrets.masker_or_withhold(Some(&self.project));
+        masker.mask(text).into_owned()
+    }
+
+    fn context(&self, item: &Item, step: &str) -> Context {
+        let step = format!("{step}/{}/{}", item.due_by, item.position);
+        let mut context = self
+            .office
+            .bench
+            .follow_up(ROLE, EventId(self.id.0), self.id.0, &step);
+        context.causation = Some(item.event);
+        context
+    }
+
+    async fn append(&self, context: &Context, command: Command) -> Result<(), Stop> {
+        let bench = &self.office.bench;
+        let executed = bench
+            .append::<Subscription>(&self.subject, context, |state| {
+                subscription::decide(state, command.clone())
+            })
+            .await?;
+        match executed.position() {
+            Some(position) => bench.folded(position).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn replayed(&self, item: &Item) {
+        let command = Command::Replayed {
+            position: item.position,
+            event: item.event,
+        };
+        let context = self.context(item, "replayed");
+        if let Err(stop) = self.append(&context, command).await {
+            tracing::warn!(webhook.id = %self.id, position = %item.position, ?stop,
+                "that an event was delivered after all is not recorded");
+        }
+    }
+
+    /// Pauses the subscription. If that does not work now, the next answer leads here again.
+    async fn pause(&self, item: &Item, reason: PauseReason) {
+        // It may be resumed, and answered so again.
+        let context = Context {
+            id: EventId(uuid::Uuid::now_v7()),
+            ..self.context(item, "paused")
+        };
+        if let Err(stop) = self.append(&context, Command::Pause(reason)).await {
+            tracing::warn!(webhook.id = %self.id, ?stop, "the webhook was not paused");
+        }
+    }
+
+    /// Sets an event aside; false if that is not (yet) recorded.
+    async fn set_aside(&self, item: &Item, tries: u32, code: &str) -> bool {
+        let command = Command::SetAside(EventDeadLettered {
+            position: item.position,
+            event: item.event,
+            tries,
+            code: code.to_owned(),
+        });
+        // With no room for it the subscription is paused instead, and this is asked for again.
+        let context = Context {
+            id: EventId(uuid::Uuid::now_v7()),
+            ..self.context(item, "set-aside")
+        };
+        if let Err(stop) = self.append(&context, command).await {
+            tracing::warn!(webhook.id = %self.id, position = %item.position, ?stop,
+                "an event was not set aside");
+            return false;
+        }
+        self.state().is_ok_and(|s| {
+            let letter = s.dead.get(&item.position);
+            letter.is_some_and(|l| !l.replaying)
+        })
+    }
+
+    async fn tell_progress(&self, mark: Position) {
+        let step = format!("progress/{mark}");
+        let context = self
+            .office
+            .bench
+            .follow_up(ROLE, EventId(self.id.0), self.id.0, &step);
+        let context = Context {
+            causation: None,
+            ..context
+        };
+        if let Err(stop) = self.append(&context, Command::Progress(mark)).await {
+            tracing::debug!(webhook.id = %self.id, ?stop, "progress was not recorded");
+        }
+    }
+}
+
+fn is_test(recorded: &Recorded) -> bool {
+    matches!(recorded.subject, Subject::Subscription(..))
+}

@@ -1,0 +1,119 @@
+//! Who subscribes to NATS directly has an account that can read one project, and nothing else: the
+//! configuration of docs/subscribing.md, on real servers.
+
+use std::time::Duration;
+
+use async_nats::jetstream::{self, consumer};
+use async_nats::{Client, ConnectOptions};
+use daybook_testkit::nats::{NatsBinary, NatsServer, NatsSettings};
+use futures_util::StreamExt;
+use serde_json::Value;
+
+use crate::support::{PATIENCE, Server, Settings, site};
+
+const GUIDE: &str = include_str!("../docs/subscribing.md");
+
+/// The part of the server's configuration that the guide shows.
+fn accounts() -> String {
+    let (_, rest) = GUIDE.split_once("```conf\n").expect("the guide has it");
+    rest.split_once("```").expect("and it ends").0.to_owned()
+}
+
+async fn connect(nats: &NatsServer, user: &str, password: &str) -> Client {
+    ConnectOptions::with_user_and_password(user.into(), password.into())
+        .custom_inbox_prefix("_INBOX_shop")
+        .connect(nats.url())
+        .await
+        .unwrap()
+}
+
+async fn read(client: &Client, name: &str, subjects: &str) -> Option<Vec<Value>> {
+    let mut context = jetstream::new(client.clone());
+    context.set_timeout(Duration::from_secs(1));
+    let stream = context.get_stream_no_info("DAYBOOK").await.unwrap();
+    let config = consumer::pull::Config {
+        durable_name: Some(name.to_owned()),
+        filter_subject: subjects.to_owned(),
+        ack_policy: consumer::AckPolicy::Explicit,
+        ..consumer::pull::Config::default()
+    };
+    let consumer = stream.create_consumer(config).await.ok()?;
+    let mut messages = consumer
+        .batch()
+        .max_messages(100)
+        .expires(Duration::from_millis(500))
+        .messages()
+        .await
+        .ok()?;
+    let mut events = Vec::new();
+    while let Some(message) = messages.next().await {
+        let message = message.unwrap();
+        let position = message.info().unwrap().stream_sequence;
+        let event: Value = serde_json::from_slice(&message.payload).unwrap();
+        events.push(serde_json::json!({ "position": position, "event": event }));
+        message.ack().await.unwrap();
+    }
+    Some(events)
+}
+
+#[test]
+fn a_subscribers_account_reads_its_project_and_does_nothing_else() {
+    let mut binaries = NatsBinary::installed();
+    binaries.extend(NatsBinary::newest());
+    if binaries.is_empty() {
+        daybook_testkit::left_out("accounts of subscribers: there is no nats-server");
+    }
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for binary in binaries {
+        let settings = NatsSettings {
+            extra: accounts(),
+            user: Some(("daybook".into(), "change-me".into())),
+            ..NatsSettings::default()
+        };
+        let nats = runtime.block_on(NatsServer::start_with(&binary, settings));
+        let url = nats.url().replace("nats://", "nats://daybook:change-me@");
+        let server = Server::start(Settings::default().env("DAYBOOK_NATS", url));
+        let source = site("hello");
+        server.define("shop", "web", &source, &[]);
+        server.ok(&["project", "create", "blog"]);
+        let wanted = server.ok(&["events", "--project", "shop", "-o", "json"]);
+        let wanted = wanted.json_lines();
+
+        runtime.block_on(async {
+            let subscriber = connect(&nats, "shop-reader", "change-me-too").await;
+            let found = read(&subscriber, "shop-reader", "daybook.ev.shop.>").await;
+            assert_eq!(found.unwrap(), wanted, "{binary}");
+            // What it has acknowledged does not come again.
+            let again = read(&subscriber, "shop-reader", "daybook.ev.shop.>").await;
+            assert_eq!(again.unwrap(), Vec::<Value>::new());
+            // Not another project, nor all, nor with a consumer of Daybook's own.
+            for (name, subjects) in [
+                ("shop-reader", "daybook.ev.blog.>"),
+                ("shop-reader", "daybook.ev.>"),
+                ("shop-reader", ""),
+                ("other", "daybook.ev.shop.>"),
+            ] {
+                let found = read(&subscriber, name, subjects).await;
+                assert_eq!(found, None, "{name} on {subjects:?} of {binary}");
+            }
+            // Nor can it write, purge or delete.
+            let head = server.events().len();
+            let mut context = jetstream::new(subscriber.clone());
+            context.set_timeout(Duration::from_secs(1));
+            let subject = "daybook.ev.shop._.project.shop";
+            let published = async { context.publish(subject, "x".into()).await?.await };
+            let published = tokio::time::timeout(PATIENCE, published).await.unwrap();
+            assert!(published.is_err(), "{binary}");
+            let stream = context.get_stream_no_info("DAYBOOK").await.unwrap();
+            assert!(stream.purge().await.is_err());
+            assert!(stream.delete_message(1).await.is_err());
+            assert!(context.delete_stream("DAYBOOK").await.is_err());
+            assert!(stream.delete_consumer("shop-reader").await.is_err());
+            assert_eq!(server.events().len(), head, "{binary}");
+            drop(subscriber);
+            let wrong = ConnectOptions::with_user_and_password("shop-reader".into(), "x".into())
+                .connect(nats.url());
+            assert!(wrong.await.is_err());
+        });
+    }
+}

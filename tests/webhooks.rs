@@ -1,0 +1,360 @@
+//! Webhooks out, with real receivers.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use daybook_store::tlog::{ProofFile, parse_verifiers};
+use serde_json::{Value, json};
+
+use crate::support::{Received, Receiver, Server, Settings, application, request, until};
+
+fn start() -> Server {
+    let server = Server::start(Settings::default().arg("--allow-private-webhooks"));
+    server.ok(&["project", "create", "shop"]);
+    server
+}
+
+/// Makes a webhook, and returns its id and its secret.
+fn webhook(server: &Server, url: &str, flags: &[&str]) -> (String, String) {
+    let made = server.json(&[&["webhook", "create", "shop", url], flags].concat());
+    let text = |v: &Value| v.as_str().unwrap().to_owned();
+    (text(&made["webhook"]["id"]), text(&made["secret"]))
+}
+
+/// Makes an event of the project, and returns its position.
+fn event(server: &Server, name: &str) -> u64 {
+    server.ok(&["env", "create", "shop", name]);
+    let events = server.events();
+    let made = events
+        .iter()
+        .rev()
+        .find(|e| e["event"]["data"]["name"] == name);
+    made.expect("the environment's event")["position"]
+        .as_u64()
+        .unwrap()
+}
+
+fn show(server: &Server, id: &str) -> Value {
+    server.read(&format!("/api/v1/webhooks/{id}"))
+}
+
+fn deliveries(server: &Server, id: &str) -> Vec<Value> {
+    let found = server.read(&format!("/api/v1/webhooks/{id}/deliveries?limit=500"));
+    found["deliveries"].as_array().unwrap().clone()
+}
+
+/// The events of the project that a webhook has to get, by id, with their positions.
+fn owed(server: &Server) -> BTreeMap<String, u64> {
+    let events = server.events().into_iter();
+    let owed = events.filter(|e| {
+        let subject = e["event"]["subject"].as_str().unwrap();
+        subject.starts_with("shop/") && !subject.contains("/subscription/")
+    });
+    owed.map(|e| {
+        let id = e["event"]["id"].as_str().unwrap().to_owned();
+        (id, e["position"].as_u64().unwrap())
+    })
+    .collect()
+}
+
+/// What a receiver took, in the order in which it came first: the position of each event, by the
+/// run that it belongs to.
+fn runs(taken: &[Received], owed: &BTreeMap<String, u64>) -> BTreeMap<String, Vec<u64>> {
+    let mut seen = BTreeSet::new();
+    let mut runs = BTreeMap::<String, Vec<u64>>::new();
+    for received in taken {
+        if seen.insert(received.id().to_owned())
+            && let Some(position) = owed.get(received.id())
+        {
+            let run = received.json()["correlationid"]
+                .as_str()
+                .unwrap()
+                .to_owned();
+            runs.entry(run).or_default().push(*position);
+        }
+    }
+    runs
+}
+
+#[test]
+fn everything_is_sent_signed_and_in_order_though_the_receiver_fails_and_the_server_is_killed() {
+    let mut server = Server::start(Settings::default().arg("--allow-private-webhooks"));
+    let source = application("");
+    server.define("shop", "web", &source, &[]);
+    server.service("shop", "api", &source, &[]);
+    // The first two tries of every third event fail.
+    let receiver = Receiver::start(|r, before| {
+        let digits = u32::from_str_radix(&r.id()[30..], 16).unwrap();
+        let tries = before.iter().filter(|b| b.id() == r.id()).count();
+        match digits % 3 == 0 && tries < 2 {
+            true => (500, Vec::new()),
+            false => (200, Vec::new()),
+        }
+    });
+    let (id, secret) = webhook(&server, &receiver.url(), &["--after", "0"]);
+    let first = server.begin("shop.production.web", &[]);
+    let second = server.begin("shop.production.api", &[]);
+    let before = receiver.taken().len();
+    until("some deliveries", || {
+        (receiver.taken().len() > before + 10).then_some(())
+    });
+    server.kill();
+    server.restart();
+    server.wait_for(&first, "started");
+    server.wait_for(&second, "started");
+
+    until("everything is sent", || {
+        let owed = owed(&server);
+        let taken = receiver.taken();
+        let ids: BTreeSet<_> = taken.iter().map(Received::id).collect();
+        owed.keys()
+            .all(|id| ids.contains(id.as_str()))
+            .then_some(())
+    });
+    let owed = owed(&server);
+    for received in receiver.all() {
+        assert_eq!(received.signed_by(&secret), 1, "{received:?}");
+        assert_eq!(
+            received.headers["content-type"],
+            "application/cloudevents+json"
+        );
+    }
+    let runs = runs(&receiver.taken(), &owed);
+    for run in [&first, &second] {
+        let positions = &runs[run];
+        assert!(
+            positions.len() > 10 && positions.is_sorted(),
+            "{run}: {positions:?}"
+        );
+    }
+    // What came is what is stored, byte for byte.
+    let taken = receiver.taken();
+    let received = taken.iter().find(|r| owed.contains_key(r.id())).unwrap();
+    let position = owed[received.id()];
+    let url = format!("{}/api/v1/events/{position}", server.url());
+    let stored = request(reqwest::Method::GET, &url, &[], None).unwrap();
+    assert_eq!(stored.body.as_bytes(), received.body);
+
+    let told = deliveries(&server, &id);
+    assert!(
+        told.iter()
+            .any(|d| d["outcome"] == "failed" && d["status"] == 500)
+    );
+    assert!(told.iter().all(|d| d["outcome"] != "dead_lettered"));
+    // Nothing of the receiver's webhook itself is sent to it, and no secret is in the ledger.
+    let key = secret.strip_prefix("whsec_").unwrap();
+    for event in server.events() {
+        assert!(!event.to_string().contains(key), "{event}");
+    }
+    assert_eq!(show(&server, &id)["dead_letters"], json!([]));
+    server.check_replay();
+}
+
+#[test]
+fn what_is_refused_again_and_again_is_set_aside_and_sent_later() {
+    let server = start();
+    let bad = Receiver::start(|r, before| {
+        let broken = r.json()["data"]["name"] == "broken";
+        let tries = before.iter().filter(|b| b.id() == r.id()).count();
+        match broken && tries < 2 {
+            true => (503, vec![("Retry-After", "1".into())]),
+            false => (204, Vec::new()),
+        }
+    });
+    let (id, secret) = webhook(
+        &server,
+        &bad.url(),
+        &["--tries", "2", "--kind", "environment"],
+    );
+    let broken = event(&server, "broken");
+    event(&server, "whole");
+    until("it is set aside", || {
+        let dead = show(&server, &id)["dead_letters"].clone();
+        (dead[0]["position"] == broken).then_some(())
+    });
+    until("others are sent", || {
+        bad.taken()
+            .iter()
+            .any(|r| r.json()["data"]["name"] == "whole")
+            .then_some(())
+    });
+    let told = server.ok(&["webhook", "show", &id[24..]]).stdout;
+    assert!(told.contains("status_503"), "{told}");
+    let tries: Vec<_> = deliveries(&server, &id)
+        .into_iter()
+        .filter(|d| d["position"] == broken)
+        .collect();
+    assert_eq!(tries.len(), 2, "{tries:#?}");
+    assert_eq!(tries[0]["outcome"], "dead_lettered");
+    assert_eq!(tries[1]["outcome"], "failed");
+    let message = tries[1]["message"].as_str().unwrap();
+    assert!(
+        message.contains("503") && message.contains("no :("),
+        "{message}"
+    );
+
+    server.ok(&["webhook", "replay", &id]);
+    until("it is sent after all", || {
+        let gone = show(&server, &id)["dead_letters"] == json!([]);
+        gone.then_some(())
+    });
+    let last = bad.taken().pop().unwrap();
+    assert_eq!(last.json()["data"]["name"], "broken");
+    assert_eq!(last.signed_by(&secret), 1);
+    let kinds: Vec<_> = server
+        .events()
+        .iter()
+        .map(|e| e["event"]["type"].clone())
+        .collect();
+    for kind in ["event_dead_lettered", "replay_requested", "event_replayed"] {
+        let kind = format!("dev.daybook.subscription.{kind}.v1");
+        assert_eq!(kinds.iter().filter(|k| **k == kind).count(), 1, "{kind}");
+    }
+    let refused = server.post(
+        &format!("/api/v1/webhooks/{id}/replay"),
+        &json!({ "positions": [1] }),
+        None,
+    );
+    assert_eq!(
+        (refused.status, refused.json()["code"].clone()),
+        (409, "not_dead_lettered".into())
+    );
+}
+
+#[test]
+fn a_receiver_that_is_gone_is_not_asked_again_until_somebody_wants_it() {
+    let server = start();
+    let receiver = Receiver::start(|_, before| match before.is_empty() {
+        true => (410, Vec::new()),
+        false => (204, Vec::new()),
+    });
+    let (id, _) = webhook(&server, &receiver.url(), &["--kind", "environment"]);
+    event(&server, "first");
+    until("it is paused", || {
+        (show(&server, &id)["pause"]["reason"] == "gone").then_some(())
+    });
+    event(&server, "second");
+    assert_eq!(receiver.all().len(), 1);
+    let test = server.cli(&["webhook", "test", &id]);
+    assert!(test.stderr.contains("paused"), "{test:?}");
+    server.ok(&["webhook", "resume", &id]);
+    until("both are sent", || {
+        (receiver.taken().len() == 2).then_some(())
+    });
+    // Nothing is said of the order of two environments.
+    let taken = receiver.taken();
+    let names: BTreeSet<_> = taken
+        .iter()
+        .map(|r| r.json()["data"]["name"].to_string())
+        .collect();
+    assert_eq!(names, ["\"first\"", "\"second\""].map(str::to_owned).into());
+
+    server.ok(&["webhook", "pause", &id]);
+    event(&server, "third");
+    server.ok(&["webhook", "resume", &id]);
+    until("what came meanwhile is sent", || {
+        (receiver.taken().len() == 3).then_some(())
+    });
+    server.ok(&["webhook", "delete", &id, "--yes"]);
+    let gone = server.cli(&["webhook", "show", &id]);
+    assert!(gone.stderr.contains("no webhook"), "{gone:?}");
+}
+
+#[test]
+fn redirects_are_not_followed() {
+    let server = start();
+    let other = Receiver::willing();
+    let elsewhere = other.url();
+    let receiver = Receiver::start(move |_, _| (307, vec![("Location", elsewhere.clone())]));
+    let (id, _) = webhook(&server, &receiver.url(), &["--tries", "1"]);
+    let test = server.cli(&["webhook", "test", &id]);
+    assert_ne!(test.code, 0, "{test:?}");
+    let told = deliveries(&server, &id);
+    assert_eq!(told[0]["code"], "redirect_refused", "{told:?}");
+    assert!(other.all().is_empty());
+}
+
+#[test]
+fn private_addresses_are_refused_unless_they_are_allowed() {
+    let server = Server::start(Settings::default());
+    server.ok(&["project", "create", "shop"]);
+    let receiver = Receiver::willing();
+    let refused = server.cli(&["webhook", "create", "shop", &receiver.url()]);
+    assert!(refused.stderr.contains("not an https URL"), "{refused:?}");
+    let port = receiver.url().rsplit(':').next().unwrap().to_owned();
+    for host in [
+        "127.0.0.1",
+        "localhost",
+        "[::1]",
+        "169.254.169.254",
+        "10.0.0.1",
+    ] {
+        let url = format!("https://{host}:{port}");
+        let (id, _) = webhook(&server, &url, &["--tries", "1"]);
+        let test = server.cli(&["webhook", "test", &id]);
+        assert_ne!(test.code, 0, "{test:?}");
+        let told = deliveries(&server, &id);
+        assert_eq!(told[0]["code"], "address_refused", "{host}: {told:?}");
+    }
+    assert!(receiver.all().is_empty());
+}
+
+#[test]
+fn a_new_secret_signs_beside_the_old_one_for_a_while() {
+    let server = start();
+    let receiver = Receiver::willing();
+    let (id, old) = webhook(&server, &receiver.url(), &[]);
+    server.ok(&["webhook", "test", &id]);
+    let new = server.json(&["webhook", "rotate", &id])["secret"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert_ne!(old, new);
+    server.ok(&["webhook", "test", &id]);
+    let last = server.json(&["webhook", "rotate", &id, "--overlap", "0"])["secret"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    server.ok(&["webhook", "test", &id]);
+    let signed: Vec<_> = receiver
+        .taken()
+        .iter()
+        .map(|r| [&old, &new, &last].map(|s| r.signed_by(s)))
+        .collect();
+    assert_eq!(signed, [[1, 0, 0], [1, 1, 0], [0, 0, 1]]);
+    assert_eq!(show(&server, &id)["secret_version"], 3);
+}
+
+#[test]
+fn an_event_carries_the_proof_that_it_is_in_the_signed_ledger() {
+    let server = start();
+    let receiver = Receiver::willing();
+    webhook(
+        &server,
+        &receiver.url(),
+        &["--proof", "--kind", "environment"],
+    );
+    let position = event(&server, "proven");
+    let received = until("it is sent", || receiver.taken().pop());
+    // What was signed is the body without its first member.
+    let body = String::from_utf8(received.body.clone()).unwrap();
+    let proof = received.json()["ledgerproof"].as_str().unwrap().to_owned();
+    let (_, rest) = body.split_once("\",").unwrap();
+    let stored = format!("{{{rest}");
+    let url = format!("{}/api/v1/events/{position}", server.url());
+    assert_eq!(
+        stored,
+        request(reqwest::Method::GET, &url, &[], None).unwrap().body
+    );
+
+    let url = format!("{}/tlog/keys", server.url());
+    let keys = request(reqwest::Method::GET, &url, &[], None).unwrap().body;
+    let keys = parse_verifiers(&keys).unwrap();
+    let proof = ProofFile::parse(proof.as_bytes()).unwrap();
+    assert_eq!(proof.index, position - 1);
+    let origin = keys[0].name().to_owned();
+    proof.verify(stored.as_bytes(), &origin, &keys).unwrap();
+    let changed = stored.replace("proven", "forged");
+    proof
+        .verify(changed.as_bytes(), &origin, &keys)
+        .unwrap_err();
+}
