@@ -3,17 +3,13 @@
 use std::time::Duration;
 
 use daybook_events::access::Projects;
-use daybook_events::build::Build;
 use daybook_events::envelope;
 use daybook_events::feed::FeedFilter;
-use daybook_events::gitops::{Change, GitopsEvent};
-use daybook_events::project::ProjectEvent;
-use daybook_events::routing::RoutingEvent;
 use daybook_events::{
     AggregateKind, EnvironmentName, Event, Position, ProjectName, Refusal, ServiceName, Subject,
     SubjectFilter,
 };
-use daybook_projections::{Projections, QueryError};
+use daybook_projections::Projections;
 
 use crate::access::Principal;
 use crate::extract::deployment_id;
@@ -120,7 +116,7 @@ impl EventFilter {
         while projections.wait_for(position, FOLD_WAIT).await.is_err() {
             tracing::debug!(%position, "a stream waits for the projections");
         }
-        match service_of(projections, subject, event) {
+        match projections.service_of(subject, event) {
             Ok(found) => found.as_ref() == Some(service),
             Err(e) => {
                 tracing::error!(error = %e, "the service of an event could not be found");
@@ -128,41 +124,6 @@ impl EventFilter {
             }
         }
     }
-}
-
-/// The service that an event is about, if it is about one.
-fn service_of(
-    projections: &Projections,
-    subject: &Subject,
-    event: &Event,
-) -> Result<Option<ServiceName>, QueryError> {
-    Ok(match subject {
-        Subject::Deployment(_, _, id) => projections
-            .deployment(*id)?
-            .map(|row| row.state.request.instance.service),
-        Subject::Build(..) => projections
-            .folded::<Build>(subject)?
-            .state
-            .map(|build| build.request.service),
-        Subject::Project(_) => match event.payload() {
-            Ok(ProjectEvent::ServiceDefined(e)) => Some(e.name),
-            _ => None,
-        },
-        Subject::Routing(_) => match event.payload() {
-            Ok(RoutingEvent::Switched(e)) => Some(e.instance.service),
-            _ => None,
-        },
-        Subject::Gitops(_) => match event.payload() {
-            Ok(GitopsEvent::Committed(e)) => match e.change {
-                Change::Deploy { service, .. }
-                | Change::Scale { service, .. }
-                | Change::Remove { service, .. } => Some(service),
-                Change::EnvironmentCreated { .. } | Change::EnvironmentDeleted {} => None,
-            },
-            _ => None,
-        },
-        _ => None,
-    })
 }
 
 /// Reads an event type or the name of an aggregate.

@@ -8,14 +8,14 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use daybook_events::access::Projects;
-use daybook_events::{DeploymentId, InstanceRef, ProjectName, with_causes};
+use daybook_events::{DeploymentId, InstanceRef, ProjectName, SubscriptionId, with_causes};
 
 use super::authorise::{Denied, Over, Verb, authorise};
 use super::control::{AccessMode, Refused, for_git};
 use super::limits::Peer;
 use super::principal::Principal;
 use super::rules::{Found, Of, Rule, rule};
-use crate::commands::{denied_deployment, denied_project};
+use crate::commands::{denied_deployment, denied_project, denied_webhook};
 use crate::extract::deployment_id;
 use crate::problem::Problem;
 use crate::state::AppState;
@@ -80,6 +80,14 @@ async fn admit(state: &AppState, parts: &mut Parts) -> Result<Principal, Box<Res
                 Err(_) => Ok(()),
             }
         }
+        Of::Webhook => {
+            let text = path_parameter(parts, state, 0).await.unwrap_or_default();
+            match text.parse() {
+                Ok(id) => webhook(state, &principal, verb, id),
+                // What is no id is refused as such by the handler.
+                Err(_) => Ok(()),
+            }
+        }
     };
     allowed.map(|()| principal)
 }
@@ -102,6 +110,22 @@ fn deployment(
         None => Err(Denied::Unseen),
     };
     authorised.map_err(|e| refuse(denied_deployment(e, id)))
+}
+
+/// Whether a principal may do something to a webhook, in the manner of [`deployment`].
+fn webhook(
+    state: &AppState,
+    principal: &Principal,
+    verb: Verb,
+    id: SubscriptionId,
+) -> Result<(), Box<Response>> {
+    let found = state.projections().subscription(id).map_err(refuse)?;
+    let authorised = match found {
+        Some((project, _)) => authorise(principal, verb, Over::Project(&project)),
+        None if *principal.visible() == Projects::All => Ok(()),
+        None => Err(Denied::Unseen),
+    };
+    authorised.map_err(|e| refuse(denied_webhook(e)))
 }
 
 async fn recognise(state: &AppState, parts: &Parts, git: bool) -> Result<Principal, Box<Response>> {

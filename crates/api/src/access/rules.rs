@@ -28,6 +28,8 @@ pub(crate) enum Of {
     Deployment,
     /// The project of the instance that the path names as `{instance_id}`.
     Instance,
+    /// The project of the webhook that the path names as `{webhook}`.
+    Webhook,
     /// The project that the body names. The use case asks once it is known; here it is asked
     /// whether there is any.
     Body,
@@ -39,7 +41,7 @@ pub(crate) enum Of {
     Tile,
 }
 
-use Of::{Body, Deployment, Everything, Instance, Project, Repository, Tile, Visible};
+use Of::{Body, Deployment, Everything, Instance, Project, Repository, Tile, Visible, Webhook};
 use Rule::{Asks, Public};
 use Verb::{Administer, Approve, Configure, Deploy, Override, Oversee, Read};
 
@@ -368,53 +370,49 @@ const RULES: &[(&str, &str, Rule)] = &[
     ("GET", "/api/v1/events", Asks(Read, Visible)),
     ("GET", "/api/v1/events/chain", Asks(Read, Visible)),
     ("GET", "/api/v1/events/{position}", Asks(Read, Visible)),
-    ("GET", "/api/v1/cdevents", Asks(Oversee, Everything)),
-    ("GET", "/api/v1/webhooks", Asks(Oversee, Everything)),
-    ("POST", "/api/v1/webhooks", Asks(Configure, Everything)),
-    (
-        "GET",
-        "/api/v1/webhooks/{webhook}",
-        Asks(Oversee, Everything),
-    ),
+    ("GET", "/api/v1/cdevents", Asks(Read, Visible)),
+    ("GET", "/api/v1/webhooks", Asks(Read, Visible)),
+    ("POST", "/api/v1/webhooks", Asks(Configure, Body)),
+    ("GET", "/api/v1/webhooks/{webhook}", Asks(Read, Webhook)),
     (
         "PUT",
         "/api/v1/webhooks/{webhook}",
-        Asks(Configure, Everything),
+        Asks(Configure, Webhook),
     ),
     (
         "DELETE",
         "/api/v1/webhooks/{webhook}",
-        Asks(Configure, Everything),
+        Asks(Configure, Webhook),
     ),
     (
         "GET",
         "/api/v1/webhooks/{webhook}/deliveries",
-        Asks(Oversee, Everything),
+        Asks(Read, Webhook),
     ),
     (
         "POST",
         "/api/v1/webhooks/{webhook}/rotate",
-        Asks(Configure, Everything),
+        Asks(Configure, Webhook),
     ),
     (
         "POST",
         "/api/v1/webhooks/{webhook}/pause",
-        Asks(Configure, Everything),
+        Asks(Configure, Webhook),
     ),
     (
         "POST",
         "/api/v1/webhooks/{webhook}/resume",
-        Asks(Configure, Everything),
+        Asks(Configure, Webhook),
     ),
     (
         "POST",
         "/api/v1/webhooks/{webhook}/test",
-        Asks(Configure, Everything),
+        Asks(Configure, Webhook),
     ),
     (
         "POST",
         "/api/v1/webhooks/{webhook}/replay",
-        Asks(Configure, Everything),
+        Asks(Configure, Webhook),
     ),
     (
         "GET",

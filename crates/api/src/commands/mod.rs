@@ -32,7 +32,7 @@ use daybook_events::aggregate::At;
 use daybook_events::log::ReadError;
 use daybook_events::{
     Actor, Aggregate, Context, Decision, DeploymentId, Event, EventId, InvalidName, Payload,
-    Position, ProjectName, Refusal, Subject,
+    Position, ProjectName, Refusal, Subject, subscription,
 };
 use daybook_projections::{ExecuteError, Executed, Ledger, QueryError};
 use daybook_secrets::{SecretError, SecretStore};
@@ -218,6 +218,14 @@ pub(crate) fn denied_project(denied: Denied, project: &ProjectName) -> CommandEr
 pub(crate) fn denied_deployment(denied: Denied, id: DeploymentId) -> CommandError {
     match denied {
         Denied::Unseen => check::deployment_not_found(id).into(),
+        lacking => lacking.into(),
+    }
+}
+
+/// A denial as it is told about a webhook.
+pub(crate) fn denied_webhook(denied: Denied) -> CommandError {
+    match denied {
+        Denied::Unseen => subscription::not_found().into(),
         lacking => lacking.into(),
     }
 }

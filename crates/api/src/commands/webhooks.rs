@@ -9,7 +9,8 @@ use daybook_events::{Position, ProjectName, Refusal, Subject, SubscriptionId};
 use daybook_secrets::SecretValue;
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Caller, CommandError, Commands, Done};
+use super::{Caller, CommandError, Commands, Done, denied_webhook};
+use crate::access::{Over, Verb, authorise};
 
 /// How long the secret before is used beside a new one, if nobody says otherwise.
 pub const OVERLAP: Duration = Duration::from_hours(24);
@@ -52,6 +53,7 @@ impl Commands {
         endpoint: Endpoint,
         after: Option<Position>,
     ) -> Result<WithSecret, CommandError> {
+        self.admit(caller, Verb::Configure, &project)?;
         let id = SubscriptionId(caller.deployment_id().0);
         let subject = Subject::Subscription(project.clone(), id);
         if let Some((done, _)) = self.earlier(caller).await? {
@@ -104,6 +106,7 @@ impl Commands {
         overlap: Duration,
     ) -> Result<WithSecret, CommandError> {
         let (project, before) = self.webhook(id)?;
+        Self::admit_to_webhook(caller, &project)?;
         if let Some((done, _)) = self.earlier(caller).await? {
             return self.with_secret(&project, id, done).await;
         }
@@ -180,6 +183,7 @@ impl Commands {
     ) -> Result<Done, CommandError> {
         let found = self.ledger.projections().subscription(id)?;
         let (project, state) = found.ok_or_else(subscription::not_found)?;
+        Self::admit_to_webhook(caller, &project)?;
         let subject = Subject::Subscription(project.clone(), id);
         let done = self
             .run::<Subscription>(caller, &subject, None, |state| {
@@ -201,11 +205,18 @@ impl Commands {
         command: Command,
     ) -> Result<Done, CommandError> {
         let (project, _) = self.webhook(id)?;
+        Self::admit_to_webhook(caller, &project)?;
         let subject = Subject::Subscription(project, id);
         self.run::<Subscription>(caller, &subject, None, |state| {
             subscription::decide(state, command.clone())
         })
         .await
+    }
+
+    /// Whether the caller may change a webhook of this project.
+    fn admit_to_webhook(caller: &Caller, project: &ProjectName) -> Result<(), CommandError> {
+        authorise(&caller.principal, Verb::Configure, Over::Project(project))
+            .map_err(denied_webhook)
     }
 
     /// Makes a secret and keeps it.

@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use daybook_events::access::Projects;
 use daybook_events::log::{ReadError, Recorded};
 use daybook_events::subscription::Filter;
 use daybook_events::{EnvironmentName, Position, ProjectName, ServiceName, SubjectFilter};
@@ -65,12 +66,16 @@ pub(crate) struct CdeventPage {
     head: Position,
 }
 
-/// The event in the words of CDEvents, if it is wanted and means something there.
+/// The event in the words of CDEvents, if it is wanted, may be seen and means something there.
 async fn translated(
     projections: &Projections,
+    visible: &Projects,
     filter: &Filter,
     recorded: &Recorded,
 ) -> Option<Value> {
+    if !visible.sees(recorded.subject.project()) {
+        return None;
+    }
     let event = recorded.event().ok()?;
     let position = recorded.position;
     while projections.wait_for(position, FOLD_WAIT).await.is_err() {
@@ -133,13 +138,15 @@ pub(crate) async fn list_cdevents(
     if stream {
         follow(state, &principal, after, subjects, filter).await
     } else {
-        let page = pages(&state, after, &subjects, &filter, limit, head).await?;
+        let visible = principal.visible();
+        let page = pages(&state, visible, after, &subjects, &filter, limit, head).await?;
         Ok(Answer::ok(page).into_response())
     }
 }
 
 async fn pages(
     state: &AppState,
+    visible: &Projects,
     after: Position,
     subjects: &SubjectFilter,
     filter: &Filter,
@@ -158,7 +165,7 @@ async fn pages(
                 break;
             }
             next_after = recorded.position;
-            cdevents.extend(translated(state.projections(), filter, &recorded).await);
+            cdevents.extend(translated(state.projections(), visible, filter, &recorded).await);
         }
         if ended {
             if cdevents.len() < limit {
@@ -188,10 +195,12 @@ async fn follow(
     let events = events
         .inspect_err(|e| tracing::error!(error = %e, "a stream of CDEvents broke off"))
         .scan((), |(), recorded| future::ready(recorded.ok()));
+    let visible = principal.visible().clone();
     let frames = events.filter_map(move |recorded| {
         let (filter, projections) = (filter.clone(), projections.clone());
+        let visible = visible.clone();
         async move {
-            let cdevent = translated(&projections, &filter, &recorded).await?;
+            let cdevent = translated(&projections, &visible, &filter, &recorded).await?;
             Some(frame(&recorded, &cdevent))
         }
     });

@@ -16,6 +16,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
+use crate::access::Principal;
 use crate::answer::Answer;
 use crate::commands::{Done, OVERLAP, WithSecret};
 use crate::extract::{Command, CommandBody, Named, NoParams, Params, deployment_id};
@@ -311,14 +312,16 @@ fn accepted(state: &AppState, id: SubscriptionId, done: &Done) -> Handled<Webhoo
     responses((status = 200, description = "The webhooks.", body = WebhookList)))]
 pub(crate) async fn list_webhooks(
     State(state): State<AppState>,
+    principal: Principal,
     Params(query): Params<WebhookQuery>,
 ) -> Handled<WebhookList> {
     let project = query.project.map(ProjectName::parse).transpose()?;
     if let Some(project) = &project {
-        state.commands.project(project)?;
+        state.commands.project_seen(&principal, project)?;
     }
     let all = state.projections().subscriptions(project.as_ref())?;
-    let all = all.into_iter().filter(|(_, s)| !s.deleted);
+    let seen = |project: &ProjectName| principal.sees(project);
+    let all = all.into_iter().filter(|(p, s)| !s.deleted && seen(p));
     let mut webhooks: Vec<_> = all.map(|(project, s)| view(project, s)).collect();
     webhooks.sort_by_key(|w| (w.created_at, w.id));
     Ok(Answer::ok(WebhookList { webhooks }))

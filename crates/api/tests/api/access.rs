@@ -108,6 +108,13 @@ impl Guarded {
         (text("id"), text("token"))
     }
 
+    /// Makes a webhook with a token and answers what came of it.
+    async fn webhook(&self, token: &str, project: &str) -> Reply {
+        let body = json!({ "project": project, "url": format!("https://{project}.example/hook") });
+        self.with(token, Method::POST, "/api/v1/webhooks", body)
+            .await
+    }
+
     async fn revoke(&self, id: &str) {
         let path = format!("/api/v1/tokens/{id}");
         self.admin(Method::DELETE, &path, json!({})).await.ok();
@@ -152,6 +159,9 @@ async fn whoever_shows_nothing_good_is_refused_at_the_door_of_every_surface() {
         "/api/v1/whoami",
         "/api/v1/events",
         "/api/v1/events?follow=true",
+        "/api/v1/cdevents",
+        "/api/v1/cdevents?follow=true",
+        "/api/v1/webhooks",
         "/api/v1/events/chain",
         "/graphql",
         "/api/v1/tokens",
@@ -503,6 +513,8 @@ async fn lists_streams_and_history_have_what_may_be_seen_and_no_more() {
         "/api/v1/history?project=bank",
         "/api/v1/state?project=bank",
         "/api/v1/audit?project=bank",
+        "/api/v1/cdevents?limit=500",
+        "/api/v1/cdevents?project=bank",
     ] {
         let ours = guarded.get(&token, path).await;
         assert!(ours.status.is_success(), "{path}: {ours:?}");
@@ -533,22 +545,90 @@ async fn lists_streams_and_history_have_what_may_be_seen_and_no_more() {
         }
     }
     // A stream passes over what is not to be seen, and goes on.
-    let request = guarded
-        .server
-        .request(Method::GET, "/api/v1/events?follow=true");
-    let response = request.bearer_auth(&token).send().await.unwrap();
-    let mut stream = response.bytes_stream();
-    guarded.deploy("bank").await;
-    let id = guarded.deploy("shop").await;
-    let mut seen = String::new();
-    let waited = tokio::time::timeout(PATIENCE, async {
-        while !seen.contains(&id) {
-            let bytes = stream.next().await.expect("the stream goes on").unwrap();
-            seen.push_str(&String::from_utf8_lossy(&bytes));
+    for path in ["/api/v1/events?follow=true", "/api/v1/cdevents?follow=true"] {
+        let request = guarded.server.request(Method::GET, path);
+        let response = request.bearer_auth(&token).send().await.unwrap();
+        let mut stream = response.bytes_stream();
+        guarded.deploy("bank").await;
+        let id = guarded.deploy("shop").await;
+        let mut seen = String::new();
+        let waited = tokio::time::timeout(PATIENCE, async {
+            while !seen.contains(&id) {
+                let bytes = stream.next().await.expect("the stream goes on").unwrap();
+                seen.push_str(&String::from_utf8_lossy(&bytes));
+            }
+        });
+        waited.await.expect("the event arrives");
+        assert!(!seen.contains("bank"), "{path}: {seen}");
+    }
+}
+
+#[tokio::test]
+async fn a_webhook_is_of_its_project_for_whoever_may_configure_that() {
+    let guarded = Guarded::start().await;
+    let (_, admin) = guarded.token("shop-admin", "admin", &["shop"]).await;
+    let (_, viewer) = guarded.token("shop-viewer", "viewer", &["shop"]).await;
+    let id = |reply: Reply| reply.ok()["id"].as_str().unwrap().to_owned();
+    let ours = id(guarded.webhook(&admin, "shop").await);
+    let theirs = id(guarded.webhook(&guarded.admin, "bank").await);
+    let refused = guarded.webhook(&viewer, "shop").await;
+    refused.refused(403, "role_missing");
+    let (found, missing) = (
+        guarded.webhook(&admin, "bank").await,
+        guarded.webhook(&admin, "nada").await,
+    );
+    assert_eq!(told(&found, "bank"), told(&missing, "nada"));
+    assert_eq!(found.status.as_u16(), 404);
+
+    for token in [&admin, &viewer] {
+        let listed = guarded.get(token, "/api/v1/webhooks").await;
+        assert!(listed.text.contains(&ours), "{listed:?}");
+        assert!(!listed.text.contains("bank"), "{listed:?}");
+        let foreign = guarded.get(token, "/api/v1/webhooks?project=bank").await;
+        foreign.refused(404, "project_not_found");
+    }
+    let none = "01890a5d-ac96-774b-bcce-b302099a8057";
+    let change = json!({ "url": "https://elsewhere.example/" });
+    for (method, tail, body) in [
+        ("GET", "", Value::Null),
+        ("GET", "/deliveries", Value::Null),
+        ("PUT", "", change),
+        ("POST", "/pause", json!({})),
+        ("POST", "/resume", json!({})),
+        ("POST", "/test", json!({})),
+        ("POST", "/replay", json!({})),
+        ("POST", "/rotate", json!({})),
+        ("DELETE", "", json!({})),
+    ] {
+        let ask = async |token: &str, id: &str| {
+            let path = format!("/api/v1/webhooks/{id}{tail}");
+            let method = method.parse().unwrap();
+            guarded.with(token, method, &path, body.clone()).await
+        };
+        let (found, missing) = (ask(&admin, &theirs).await, ask(&admin, none).await);
+        assert_eq!(
+            told(&found, &theirs),
+            told(&missing, none),
+            "{method} {tail}"
+        );
+        assert_eq!(found.status.as_u16(), 404, "{method} {tail}: {found:?}");
+        if method == "GET" {
+            ask(&viewer, &ours).await.ok();
+        } else {
+            let refused = ask(&viewer, &ours).await;
+            refused.refused(403, "role_missing");
         }
-    });
-    waited.await.expect("the event arrives");
-    assert!(!seen.contains("bank"), "{seen}");
+        // What there is nothing to do for, such as resuming, is refused as such.
+        let done = ask(&admin, &ours).await;
+        assert!(
+            !matches!(done.status.as_u16(), 401 | 403 | 404),
+            "{method} {tail}: {done:?}"
+        );
+    }
+    guarded
+        .get(&admin, &format!("/api/v1/webhooks/{ours}"))
+        .await
+        .refused(404, "webhook_not_found");
 }
 
 #[tokio::test]
