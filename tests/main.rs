@@ -27,6 +27,7 @@ mod gitops;
 mod gitops_remote;
 mod graphql;
 mod images;
+mod judged;
 mod kill;
 mod kubernetes;
 mod ledger;

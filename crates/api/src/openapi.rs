@@ -38,7 +38,7 @@ pub fn openapi() -> Value {
 pub(crate) fn complete(document: OpenApi) -> Value {
     // A document made of strings, maps and lists can always be written.
     let mut document = serde_json::to_value(document).unwrap_or_default();
-    let schemas = schemas();
+    let schemas = with_named_variants(schemas());
     if let Some(paths) = document["paths"].as_object_mut() {
         for (path, operations) in paths {
             let Some(operations) = operations.as_object_mut() else {
@@ -46,6 +46,7 @@ pub(crate) fn complete(document: OpenApi) -> Value {
             };
             for (method, operation) in operations {
                 if let Some(operation) = operation.as_object_mut() {
+                    describe_parameters(operation);
                     common(path, method, operation);
                 }
             }
@@ -71,6 +72,86 @@ pub(crate) fn complete(document: OpenApi) -> Value {
         } }
     });
     document
+}
+
+fn describe_parameters(operation: &mut Map<String, Value>) {
+    let parameters = operation
+        .get_mut("parameters")
+        .and_then(Value::as_array_mut);
+    for described in parameters.into_iter().flatten() {
+        if described["schema"]["type"] == "string"
+            && let Some(known) = described["name"].as_str().and_then(parameter)
+        {
+            described["schema"] = known;
+        }
+    }
+}
+
+/// What a parameter of this name is, wherever routes take one as text.
+fn parameter(name: &str) -> Option<Value> {
+    let reference = |name: &str| json!({ "$ref": format!("#/components/schemas/{name}") });
+    Some(match name {
+        "project" => reference("ProjectName"),
+        "environment" => reference("EnvironmentName"),
+        "service" => reference("ServiceName"),
+        "cluster" => reference("ClusterName"),
+        "template" => reference("TemplateName"),
+        "freeze" => reference("FreezeName"),
+        "hook" => reference("HookName"),
+        "hostname" => reference("Hostname"),
+        "commit" => reference("CommitId"),
+        "id" | "deployment" => reference("DeploymentId"),
+        "webhook" => reference("SubscriptionId"),
+        "token" => reference("TokenId"),
+        "instance_id" => json!({ "type": "string", "pattern": INSTANCE }),
+        "repository" => json!({ "type": "string", "pattern": REPOSITORY }),
+        "cursor" => json!({ "type": "string", "pattern": "^c1-[0-9a-f]{1,16}$" }),
+        _ => return None,
+    })
+}
+
+/// `project.environment.service`, each a DNS label of at most 30 characters.
+const INSTANCE: &str = r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?(\.[a-z]([a-z0-9-]{0,28}[a-z0-9])?){2}$";
+/// A project's GitOps repository.
+const REPOSITORY: &str = r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?\.git$";
+
+/// The same with a name for what each variant of a tagged union holds: `GitVersion` for `git` of
+/// `Version`. Generators of clients make types of names, and some refuse what has none.
+fn with_named_variants(mut schemas: Map<String, Value>) -> Map<String, Value> {
+    let mut named = Vec::new();
+    for (union, schema) in &mut schemas {
+        let variants = schema["oneOf"].as_array_mut().into_iter().flatten();
+        for variant in variants {
+            let Some(properties) = variant["properties"].as_object_mut() else {
+                continue;
+            };
+            if properties.len() != 1 {
+                continue;
+            }
+            for (tag, held) in properties {
+                if held["properties"].is_object() {
+                    let name = format!("{}{union}", capitalised(tag));
+                    let reference = json!({ "$ref": format!("#/components/schemas/{name}") });
+                    named.push((name, std::mem::replace(held, reference)));
+                }
+            }
+        }
+    }
+    for (name, schema) in named {
+        schemas.entry(name).or_insert(schema);
+    }
+    schemas
+}
+
+/// `snake_case` as `CamelCase`.
+fn capitalised(tag: &str) -> String {
+    tag.split('_')
+        .map(|word| {
+            let mut letters = word.chars();
+            let first = letters.next().map(|c| c.to_ascii_uppercase());
+            first.into_iter().chain(letters).collect::<String>()
+        })
+        .collect()
 }
 
 fn common(path: &str, method: &str, operation: &mut Map<String, Value>) {

@@ -117,10 +117,8 @@ pub(crate) struct EnvironmentView {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) pull_request: Option<PullRequestView>,
     /// Where its services answer.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) urls: Vec<String>,
     /// The windows in which nothing new is brought to it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) freezes: Vec<FreezeView>,
     /// What it is.
     #[serde(flatten)]
@@ -736,12 +734,7 @@ pub(crate) struct StateView {
     /// one. Missing while it is being worked out: then ask again.
     pub(crate) state_hash: Option<StateHash>,
     /// Events of the ledger that cannot be read and are set aside; the audit lists them.
-    #[serde(skip_serializing_if = "is_zero")]
     pub(crate) set_aside: u64,
-}
-
-fn is_zero(count: &u64) -> bool {
-    *count == 0
 }
 
 /// Whether this server can do its work.

@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::Failure;
 use crate::command::{is_executable, on_path, output, run};
 use crate::left_out::LeftOut;
-use crate::tools::{GoProgram, folder, kubernetes};
+use crate::tools::{GoProgram, folder, kubernetes, packages};
 
 /// Environment variables that tell tests where the servers are. What a person has set wins; what
 /// is neither there nor to be had is entered into `left_out`.
@@ -43,6 +43,12 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
         on_path("helm").map_or_else(|| GoProgram::HELM.build(), Ok)
     });
     found.extend(entered(left_out, "DAYBOOK_HELM", "helm", helm)?);
+    let python = locate("DAYBOOK_JUDGES_PYTHON", packages::python);
+    let what = "the judges in Python (schemathesis, clients, SDKs)";
+    found.extend(entered(left_out, "DAYBOOK_JUDGES_PYTHON", what, python)?);
+    let node = locate("DAYBOOK_JUDGES_NODE", packages::node);
+    let what = "the judges of Node.js (axe-core, clients, graphql)";
+    found.extend(entered(left_out, "DAYBOOK_JUDGES_NODE", what, node)?);
     let what = "tlog-judge, which checks transparency logs";
     found.extend(entered(left_out, "DAYBOOK_TLOG_JUDGE", what, judge)?);
     Ok(found)

@@ -22,7 +22,8 @@ sudo does not ask), or built by Go at the version pinned in tools/. What cannot 
 and the last lines say so. With DAYBOOK_REQUIRE=all or CI=true that is a failure.
 
 Environment: DAYBOOK_NATS_SERVER, DAYBOOK_NATS_SERVER_NEW, DAYBOOK_REGISTRY, DAYBOOK_SSHD,
-DAYBOOK_BUILDAH and DAYBOOK_TLOG_JUDGE name the programs to use, DAYBOOK_TOOLS the cache,
+DAYBOOK_BUILDAH and DAYBOOK_TLOG_JUDGE name the programs to use, DAYBOOK_JUDGES_PYTHON an
+interpreter and DAYBOOK_JUDGES_NODE a folder with what judges interfaces, DAYBOOK_TOOLS the cache,
 DAYBOOK_LEFT_OUT the file for what is left out.
 ";
 

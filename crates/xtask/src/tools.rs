@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 mod crds;
+pub(crate) mod packages;
 
 use crate::Failure;
 use crate::command::{cargo, is_executable, on_path, output, root, run as run_command};
@@ -13,7 +14,7 @@ use crate::command::{cargo, is_executable, on_path, output, root, run as run_com
 pub(crate) const HELP: &str = "\
 Build the pinned servers and tools into a cache outside the checkout, each once
 
-Usage: cargo xtask tools [nats|nats-oldest|judge|tessera|kubernetes|crds|helm|deny]...
+Usage: cargo xtask tools [nats|nats-oldest|judge|tessera|kubernetes|crds|helm|python|node|deny]...
 
 Without a name all of them are built:
   nats         the newest nats-server, as tools/go.mod pins it (needs Go)
@@ -26,6 +27,9 @@ Without a name all of them are built:
   crds         the custom resource definitions of Argo CD and Gateway API that tests install, as
                tools/crds/go.mod pins them (needs Go)
   helm         helm, as tools/helm/go.mod pins it (needs Go)
+  python       the programs in Python that judge the interfaces, as
+               tools/judges-python/requirements.txt pins them (needs Python with venv)
+  node         those of Node.js, as tools/judges-node/package-lock.json pins them (needs npm)
   deny         cargo-deny, unless a fitting one is on PATH
 
 The cache is $DAYBOOK_TOOLS, or daybook/tools in $XDG_CACHE_HOME or in ~/.cache. The paths of what
@@ -46,6 +50,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
         "kubernetes",
         "crds",
         "helm",
+        "python",
+        "node",
         "deny",
     ];
     let mut names: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -61,6 +67,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
             "nats-oldest" => GoProgram::NATS_OLDEST.build()?,
             "judge" => GoProgram::JUDGE.build()?,
             "tessera" => GoProgram::TESSERA_BENCH.build()?,
+            "python" => packages::python()?,
+            "node" => packages::node()?,
             "deny" => cargo_deny()?,
             other => {
                 return Err(format!("no tool is called {other:?}; there are {all:?}").into());

@@ -59,6 +59,7 @@ pub(crate) struct CdeventQuery {
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct CdeventPage {
     /// The CDEvents, oldest first. `customData.position` says which event of the ledger each is.
+    #[schemars(with = "Vec<serde_json::Map<String, Value>>")]
     cdevents: Vec<Value>,
     /// The next page is after this position. It may move on although no event fitted.
     next_after: Position,

@@ -428,7 +428,7 @@ pub(crate) fn stream_response(
 /// One event: its exact stored bytes.
 #[utoipa::path(get, path = "/api/v1/events/{position}", tag = "events",
     params(("position" = u64, Path, description = "Its position.")),
-    responses((status = 200, description = "The stored CloudEvent.", body = String,
+    responses((status = 200, description = "The stored CloudEvent.", body = Object,
         content_type = "application/cloudevents+json")))]
 pub(crate) async fn get_event(
     State(state): State<AppState>,

@@ -568,7 +568,7 @@ async fn a_webhook_is_of_its_project_for_whoever_may_configure_that() {
     let guarded = Guarded::start().await;
     let (_, admin) = guarded.token("shop-admin", "admin", &["shop"]).await;
     let (_, viewer) = guarded.token("shop-viewer", "viewer", &["shop"]).await;
-    let id = |reply: Reply| reply.ok()["id"].as_str().unwrap().to_owned();
+    let id = |reply: Reply| reply.ok()["webhook"]["id"].as_str().unwrap().to_owned();
     let ours = id(guarded.webhook(&admin, "shop").await);
     let theirs = id(guarded.webhook(&guarded.admin, "bank").await);
     let refused = guarded.webhook(&viewer, "shop").await;

@@ -1,0 +1,166 @@
+//! What programs of others make of the interfaces: clients that generators make of the OpenAPI
+//! document, the SDK of CloudEvents, NATS' own client, the reference implementation of GraphQL, and
+//! a fuzzer of OpenAPI. `tools/judges-python` and `tools/judges-node` pin them.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use daybook_testkit::nats::{NatsBinary, NatsServer};
+
+use crate::support::{Server, Settings, site};
+
+const INSTANCE: &str = "shop.production.web";
+
+/// What an environment variable names, or nothing, after saying so.
+fn judge(variable: &str, what: &str) -> Option<PathBuf> {
+    let set = std::env::var_os(variable).filter(|value| !value.is_empty());
+    if set.is_none() {
+        daybook_testkit::left_out(format!("{what}: {variable} names none"));
+    }
+    set.map(PathBuf::from)
+}
+
+fn python() -> Option<PathBuf> {
+    judge("DAYBOOK_JUDGES_PYTHON", "the judges in Python")
+}
+
+fn node() -> Option<PathBuf> {
+    judge("DAYBOOK_JUDGES_NODE", "the judges of Node.js").map(|folder| folder.join("node_modules"))
+}
+
+fn file(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .join(path)
+}
+
+/// Runs it to a good end and returns what it said.
+#[track_caller]
+fn ok(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{command:?}\n{said}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    said
+}
+
+/// The OpenAPI document, as the server serves it.
+fn document(server: &Server, folder: &Path) -> PathBuf {
+    let path = folder.join("openapi.json");
+    std::fs::write(&path, server.read("/openapi.json").to_string()).unwrap();
+    path
+}
+
+#[test]
+fn a_generated_client_in_python_deploys() {
+    let Some(python) = python() else { return };
+    let server = Server::start(Settings::default());
+    let folder = tempfile::tempdir().unwrap();
+    let client = folder.path().join("client");
+    let path = std::env::var("PATH").unwrap_or_default();
+    let said = ok(Command::new(&python)
+        .args(["-m", "openapi_python_client", "generate", "--path"])
+        .arg(document(&server, folder.path()))
+        .arg("--output-path")
+        .arg(&client)
+        // It puts its own work in order with a program beside the interpreter.
+        .env(
+            "PATH",
+            format!("{}:{path}", python.parent().unwrap().display()),
+        ));
+    assert!(!said.contains("Unable to process schema"), "{said}");
+    let source = site("one");
+    let said = ok(Command::new(&python)
+        .arg(file("tests/judges/client.py"))
+        .args([server.url(), source.url()])
+        .env("PYTHONPATH", &client));
+    assert_eq!(said, "deployed by a client that was generated\n");
+}
+
+#[test]
+fn a_generated_client_in_typescript_deploys() {
+    let Some(modules) = node() else { return };
+    let server = Server::start(Settings::default());
+    let folder = tempfile::tempdir().unwrap();
+    ok(Command::new("node")
+        .arg(modules.join("openapi-typescript/bin/cli.js"))
+        .arg(document(&server, folder.path()))
+        .args(["--default-non-nullable", "false", "-o"])
+        .arg(folder.path().join("daybook.d.ts")));
+    std::os::unix::fs::symlink(&modules, folder.path().join("node_modules")).unwrap();
+    std::fs::copy(
+        file("tests/judges/client.ts"),
+        folder.path().join("client.ts"),
+    )
+    .unwrap();
+    ok(Command::new("node")
+        .current_dir(folder.path())
+        .arg("node_modules/typescript/bin/tsc")
+        .args(["--strict", "--module", "commonjs", "--target", "es2022"])
+        .args(["--skipLibCheck", "--types", "node", "client.ts"]));
+    let source = site("one");
+    let said = ok(Command::new("node")
+        .current_dir(folder.path())
+        .arg("client.js")
+        .args([server.url(), source.url()]));
+    assert_eq!(said, "deployed by a client that was generated\n");
+}
+
+#[test]
+fn the_reference_implementation_of_graphql_takes_the_schema() {
+    let Some(modules) = node() else { return };
+    let judge = file("tests/judges/sdl.cjs");
+    ok(Command::new("node")
+        .arg(&judge)
+        .arg(file("schemas/graphql/daybook.graphql"))
+        .env("NODE_PATH", &modules));
+    let folder = tempfile::tempdir().unwrap();
+    let bad = folder.path().join("bad.graphql");
+    std::fs::write(&bad, "type Query { lost: Nothing }").unwrap();
+    let refused = Command::new("node")
+        .arg(judge)
+        .arg(bad)
+        .env("NODE_PATH", &modules)
+        .output()
+        .unwrap();
+    assert!(!refused.status.success(), "it judges nothing");
+}
+
+#[test]
+fn the_sdk_of_cloudevents_and_the_client_of_nats_read_the_ledger() {
+    let Some(python) = python() else { return };
+    let Some(binary) = NatsBinary::newest().or_else(|| NatsBinary::installed().pop()) else {
+        daybook_testkit::left_out("the client of NATS: there is no nats-server");
+        return;
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let nats = runtime.block_on(NatsServer::start(&binary));
+    let server = Server::start(Settings::default().arg("--nats").arg(nats.url()));
+    let source = site("one");
+    server.define("shop", "web", &source, &[]);
+    server.deploy(INSTANCE, &[]);
+    let said = ok(Command::new(python)
+        .arg(file("tests/judges/events.py"))
+        .args([server.url(), nats.url()]));
+    assert!(said.ends_with("CloudEvents\n"), "{said}");
+}
+
+#[test]
+fn a_fuzzer_finds_that_the_server_does_what_its_document_says() {
+    let Some(python) = python() else { return };
+    let server = Server::start(Settings::default());
+    let source = site("one");
+    server.define("shop", "web", &source, &[]);
+    server.deploy(INSTANCE, &[]);
+    let folder = tempfile::tempdir().unwrap();
+    ok(Command::new(python)
+        .current_dir(folder.path())
+        .args(["-m", "schemathesis.cli", "--config-file"])
+        .arg(file("tests/judges/schemathesis.toml"))
+        .args(["run", &server.url(), "--no-color", "--continue-on-failure"])
+        .args(["--phases", "examples,coverage,fuzzing", "-n", "10"])
+        .args(["--request-timeout", "30", "--generation-deterministic"]));
+}
