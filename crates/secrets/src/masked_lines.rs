@@ -22,7 +22,11 @@ const CUT_FROM: usize = 16 * 1024 - 256;
 const CUT_MARKS: [&str; 2] = [" [cut: ", " … ("];
 const CUT_MARK_MAX: usize = 64;
 
-/// A [`LineLog`] that masks what is appended, and lets everything else through.
+/// A [`LineLog`] that masks the output that is appended, and lets everything else through.
+///
+/// The lines of a subscription are no output but the record of whoever delivers, which is read
+/// again: a secret with the value `delivered` would make it unreadable. What receivers and errors
+/// say is masked before it gets into such a line.
 pub struct MaskedLines {
     inner: Arc<dyn LineLog>,
     secrets: Arc<dyn SecretStore>,
@@ -70,6 +74,9 @@ fn masked(masker: &Masker, text: &str) -> String {
 #[async_trait]
 impl LineLog for MaskedLines {
     async fn append(&self, source: LineSource, mut lines: Vec<NewLine>) -> Result<u64, ReadError> {
+        if let LineSource::Subscription(_) = source {
+            return self.inner.append(source, lines).await;
+        }
         let project = (self.project_of)(source);
         let masker = self.secrets.masker_or_withhold(project.as_ref());
         for line in &mut lines {
