@@ -1158,6 +1158,9 @@ pub struct Deployment {
     pub status_since: Timestamp,
     /// When each state was first entered.
     pub milestones: Milestones,
+    /// The event with which the run that deploys it ended first: what follows, such as another try
+    /// in a cluster or a start after a stop, is no longer part of that run.
+    pub ended: Option<Position>,
     /// The resolved source.
     pub source: Option<SourceCommit>,
     /// The branch that it was deployed from.
@@ -1417,6 +1420,7 @@ impl Aggregate for Deployment {
             milestones: Milestones {
                 entered: BTreeMap::from([(Status::Requested, at.time)]),
             },
+            ended: None,
             source: None,
             branch: None,
             build: None,
@@ -1448,6 +1452,13 @@ impl Aggregate for Deployment {
             self.status_since = at.time;
             self.milestones.entered.entry(to).or_insert(at.time);
             self.stops.entered(to, at.id);
+        }
+        if let DeploymentEvent::Succeeded(_)
+        | DeploymentEvent::PartiallySucceeded(_)
+        | DeploymentEvent::Failed(_)
+        | DeploymentEvent::Cancelled(_) = &event
+        {
+            self.ended.get_or_insert(at.position);
         }
         use ReadinessState::{Failed as No, NotReady, Pending, Ready};
         match event {

@@ -9,7 +9,7 @@
 //! | `deployment.requested` | `pipelinerun.queued` |
 //! | `deployment.queued` | `pipelinerun.started` |
 //! | `deployment.cloning_started`, `source_resolved` | `taskrun.started`, `taskrun.finished` |
-//! | `deployment.succeeded`, `partially_succeeded`, `failed`, `cancelled` | `pipelinerun.finished` |
+//! | the first of `deployment.succeeded`, `partially_succeeded`, `failed`, `cancelled` | `pipelinerun.finished` |
 //! | `deployment.image_pinned`, of a build of its own | `artifact.published` |
 //! | `deployment.endpoint_observed`, where it answers | `service.published` |
 //! | `build.requested`, `started` | `build.queued`, `build.started` |
@@ -23,7 +23,8 @@
 //! | `environment.created`, `changed`, `deleted` | `environment.created`, `modified`, `deleted` |
 
 use daybook_events::build::{Build, BuildEvent};
-use daybook_events::deployment::{Deployment, DeploymentEvent};
+use daybook_events::chart::{ChartReference, ChartVersion};
+use daybook_events::deployment::{Deployment, DeploymentEvent, Version};
 use daybook_events::environment::EnvironmentEvent;
 use daybook_events::gitops::GitopsEvent;
 use daybook_events::routing::{RoutingEvent, SwitchReason, Switched};
@@ -49,8 +50,8 @@ struct Known {
 }
 
 impl Projections {
-    /// What an event means in the words of CDEvents, as JSON; none if it means nothing there. The
-    /// event must be folded.
+    /// What an event means in the words of CDEvents, as JSON; none if it means nothing there, or
+    /// is void. The event must be folded.
     pub fn cdevent(&self, recorded: &Recorded, event: &Event) -> Result<Option<Value>, QueryError> {
         let deployment = match &recorded.subject {
             Subject::Deployment(_, _, id) => Some(*id),
@@ -67,12 +68,13 @@ impl Projections {
         if let Subject::Build(..) = &recorded.subject {
             known.build = self.folded::<Build>(&recorded.subject)?.state;
         }
-        Ok(translate(
-            recorded.position,
-            &recorded.subject,
-            event,
-            &known,
-        ))
+        let (at, subject) = (recorded.position, &recorded.subject);
+        let found = translate(at, subject, event, &known);
+        // Of two events that were accepted beside each other one does not count.
+        if found.is_some() && self.is_void(at)? {
+            return Ok(None);
+        }
+        Ok(found)
     }
 
     /// The same as a CloudEvent in structured mode, as the CloudEvents binding of CDEvents has it.
@@ -120,7 +122,7 @@ fn meaning(kind: &'static str, subject: impl Into<String>, content: Value) -> Me
 
 fn translate(at: Position, subject: &Subject, event: &Event, known: &Known) -> Option<Value> {
     let found = match subject {
-        Subject::Deployment(_, _, id) => of_deployment(*id, event.payload().ok()?, known)?,
+        Subject::Deployment(_, _, id) => of_deployment(at, *id, event.payload().ok()?, known)?,
         Subject::Build(_, id) => of_build(&id.to_string(), event.payload().ok()?, known)?,
         Subject::Routing(_) => match event.payload().ok()? {
             RoutingEvent::Switched(e) => of_switch(&e, known)?,
@@ -173,8 +175,18 @@ fn pipeline(instance: &InstanceRef) -> String {
     format!("deploy {instance}")
 }
 
-fn of_deployment(id: DeploymentId, event: DeploymentEvent, known: &Known) -> Option<Meaning> {
+fn of_deployment(
+    at: Position,
+    id: DeploymentId,
+    event: DeploymentEvent,
+    known: &Known,
+) -> Option<Meaning> {
     let state = known.deployment.as_ref()?;
+    // A run ends once. That a cluster was tried again, or a deployment started after it was
+    // stopped, is no other end of it.
+    let finished = |content: Value, run: &dyn Fn(&'static str, Value) -> Meaning| {
+        (state.ended == Some(at)).then(|| run("pipelinerun.finished", content))
+    };
     let instance = &state.request.instance;
     let run = |kind, more: Value| {
         let mut content = json!({
@@ -202,23 +214,21 @@ fn of_deployment(id: DeploymentId, event: DeploymentEvent, known: &Known) -> Opt
             done.content["outcome"] = "success".into();
             done
         }
-        DeploymentEvent::Succeeded(_) => {
-            run("pipelinerun.finished", json!({ "outcome": "success" }))
-        }
+        DeploymentEvent::Succeeded(_) => finished(json!({ "outcome": "success" }), &run)?,
         DeploymentEvent::PartiallySucceeded(e) => {
             let failed: Vec<_> = e.failed.iter().map(|f| f.cluster.to_string()).collect();
             let errors = format!("it failed in {}", failed.join(", "));
             let content = json!({ "outcome": "error", "errors": errors });
-            run("pipelinerun.finished", content)
+            finished(content, &run)?
         }
         DeploymentEvent::Failed(e) => {
             let errors = format!("{}: {}", e.code, e.message);
             let content = json!({ "outcome": "failure", "errors": errors });
-            run("pipelinerun.finished", content)
+            finished(content, &run)?
         }
         DeploymentEvent::Cancelled(e) => {
             let content = json!({ "outcome": "cancel", "errors": e.message });
-            run("pipelinerun.finished", content)
+            finished(content, &run)?
         }
         DeploymentEvent::ImagePinned(e) if e.build.is_some() && !e.shared => {
             meaning("artifact.published", artifact_of(&e.image), json!({}))
@@ -272,10 +282,14 @@ fn of_switch(switch: &Switched, known: &Known) -> Option<Meaning> {
         (_, Some(_)) => "service.upgraded",
         (_, None) => "service.deployed",
     };
-    // A chart has no image.
-    let image = known.deployment.as_ref()?.image.as_ref()?;
+    let deployment = known.deployment.as_ref()?;
+    let artifact = match (&deployment.image, &deployment.request.version) {
+        (Some(image), _) => artifact_of(image),
+        (None, Version::Helm { chart, version }) => chart_artifact(chart, version),
+        (None, _) => return None,
+    };
     let mut content = place;
-    content["artifactId"] = artifact_of(image).into();
+    content["artifactId"] = artifact.into();
     Some(Meaning {
         more: json!({ "deployment": to, "table": switch.table }),
         ..meaning(kind, service, content)
@@ -306,4 +320,28 @@ fn artifact(repository: &ImageRepository, digest: &Digest) -> String {
     let digest = digest.as_str().replace(':', "%3A");
     let place = path.replace('/', "%2F").replace(':', "%3A");
     format!("pkg:oci/{name}@{digest}?repository_url={place}")
+}
+
+/// A package URL of the type `helm`.
+fn chart_artifact(chart: &ChartReference, version: &ChartVersion) -> String {
+    let path = chart.as_str();
+    let (place, name) = path.rsplit_once('/').unwrap_or(("", path));
+    let version = version.as_str().replace('+', "%2B");
+    let place = place.replace('/', "%2F").replace(':', "%3A");
+    format!("pkg:helm/{name}@{version}?repository_url={place}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chart_has_a_package_url() {
+        let chart = ChartReference::parse("https://charts.example.com:8443/stable/web").unwrap();
+        let version = ChartVersion::parse("1.2.3+build.4").unwrap();
+        assert_eq!(
+            chart_artifact(&chart, &version),
+            "pkg:helm/web@1.2.3%2Bbuild.4?repository_url=https%3A%2F%2Fcharts.example.com%3A8443%2Fstable"
+        );
+    }
 }

@@ -9,9 +9,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use daybook_events::deployment::{DeploymentEvent, Version};
+use daybook_events::envelope::{NewEvent, Payload};
 use daybook_events::memory::MemoryLog;
 use daybook_events::testing::fleet::{Fleet, Size, choices};
-use daybook_events::{EventLog, Position, Recorded};
+use daybook_events::testing::{context, samples, time};
+use daybook_events::{EventLog, InstanceRef, Position, Recorded, Subject};
 use daybook_projections::Projections;
 use daybook_projections::runner::run;
 use jsonschema::{Registry, Validator};
@@ -69,6 +72,11 @@ async fn history(events: u32, seed: u64) -> (Projections, Vec<Recorded>) {
         let happened = fleet.next(&mut choose);
         log.store(happened.subject, happened.bytes);
     }
+    folded(&log).await
+}
+
+/// The projections of a log, and all its events.
+async fn folded(log: &MemoryLog) -> (Projections, Vec<Recorded>) {
     let projections = Projections::in_memory();
     let cancel = CancellationToken::new();
     let task = tokio::spawn(run(
@@ -82,7 +90,7 @@ async fn history(events: u32, seed: u64) -> (Projections, Vec<Recorded>) {
     cancel.cancel();
     task.await.unwrap().unwrap();
     let all = log
-        .read(Position::ZERO, &Default::default(), events as usize)
+        .read(Position::ZERO, &Default::default(), 100_000)
         .await
         .unwrap();
     (projections, all)
@@ -141,4 +149,100 @@ async fn every_cdevent_is_what_the_specification_asks_of_its_type() {
         let kind = format!("dev.cdevents.{kind}.0.3.0");
         assert!(seen.contains(&kind), "{kind} did not occur: {seen:#?}");
     }
+}
+
+/// Stores all events of a subject as they are, whatever they make of it.
+fn store<P: Payload>(log: &MemoryLog, subject: &Subject, events: impl IntoIterator<Item = P>) {
+    for (payload, revision) in events.into_iter().zip(1..) {
+        let number = u64::from(revision) + 1000 * subject.to_string().len() as u64;
+        let event = NewEvent {
+            subject: subject.clone(),
+            revision,
+            payload,
+            context: context(number),
+        };
+        log.store(subject.clone(), event.to_bytes(time(number)).unwrap());
+    }
+}
+
+/// The types of the CDEvents of a log, without what all have in common, with their outcomes.
+async fn told(log: &MemoryLog) -> Vec<String> {
+    let (projections, events) = folded(log).await;
+    let told = events.iter().filter_map(|recorded| {
+        let event = recorded.event().unwrap();
+        let cdevent = projections.cdevent(recorded, &event).unwrap()?;
+        let kind = cdevent["context"]["type"].as_str().unwrap();
+        let kind = kind.strip_prefix("dev.cdevents.").unwrap();
+        let kind = kind.strip_suffix(".0.3.0").unwrap();
+        Some(match cdevent["subject"]["content"]["outcome"].as_str() {
+            Some(outcome) => format!("{kind} {outcome}"),
+            None => kind.to_owned(),
+        })
+    });
+    told.collect()
+}
+
+fn place() -> (Subject, InstanceRef) {
+    let of = samples::shop();
+    let (project, environment) = (of.project.clone(), of.environment.clone());
+    let subject = Subject::Deployment(project, environment, samples::deployment_id(1));
+    (subject, of)
+}
+
+#[tokio::test]
+async fn what_is_void_is_told_to_nobody() {
+    let log = MemoryLog::new();
+    let (_, of) = place();
+    let subject = Subject::Environment(of.project, of.environment);
+    let made = samples::environment_events().remove(0);
+    store(&log, &subject, [made.clone(), made]);
+    assert_eq!(told(&log).await, ["environment.created"]);
+}
+
+#[tokio::test]
+async fn a_run_ends_once() {
+    let log = MemoryLog::new();
+    let (subject, of) = place();
+    let mut events = samples::deployment_events(of, 1);
+    let rest = events.split_off(9);
+    let find = |kind: &str| {
+        let found = rest.iter().find(|e| e.kind() == kind);
+        found.unwrap_or_else(|| panic!("no {kind}")).clone()
+    };
+    events.push(find("deployment.partially_succeeded.v1"));
+    events.push(find("deployment.retry_requested.v1"));
+    events.push(find("deployment.cluster_retried.v1"));
+    events.push(find("deployment.succeeded.v1"));
+    store(&log, &subject, events);
+    let told = told(&log).await;
+    let ends: Vec<_> = told
+        .iter()
+        .filter(|kind| kind.starts_with("pipelinerun.finished"))
+        .collect();
+    assert_eq!(ends, ["pipelinerun.finished error"], "{told:?}");
+}
+
+#[tokio::test]
+async fn a_chart_is_deployed_as_a_package() {
+    let log = MemoryLog::new();
+    let (subject, of) = place();
+    let mut request = samples::request(of.clone());
+    request.version = Version::Helm {
+        chart: "oci://charts.example.com/stable/web".parse().unwrap(),
+        version: "1.2.3".parse().unwrap(),
+    };
+    let requested = DeploymentEvent::Requested(Box::new(request));
+    store(&log, &subject, [requested]);
+    let switched = samples::routing_events(&of, samples::deployment_id(1)).remove(0);
+    store(&log, &Subject::Routing(of.project), [switched]);
+    let (projections, events) = folded(&log).await;
+    let event = events[1].event().unwrap();
+    let cdevent = projections.cdevent(&events[1], &event).unwrap().unwrap();
+    assert_eq!(
+        cdevent["subject"]["content"]["artifactId"],
+        "pkg:helm/web@1.2.3?repository_url=oci%3A%2F%2Fcharts.example.com%2Fstable"
+    );
+    let kind = cdevent["context"]["type"].as_str().unwrap();
+    let schema = &schemas()[kind];
+    assert!(schema.is_valid(&cdevent), "{cdevent:#}");
 }
