@@ -7,10 +7,10 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use daybook_events::access::Projects;
-use daybook_events::log::{ReadError, Recorded};
+use daybook_events::log::Recorded;
 use daybook_events::subscription::Filter;
 use daybook_events::{EnvironmentName, Position, ProjectName, ServiceName, SubjectFilter};
-use daybook_projections::Projections;
+use daybook_projections::{Projections, QueryError};
 use futures_util::{StreamExt, TryStreamExt, future};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ use utoipa::IntoParams;
 use crate::access::Principal;
 use crate::answer::Answer;
 use crate::extract::{self, Params, deployment_id};
-use crate::problem::Problem;
+use crate::problem::{self, Problem};
 use crate::routes::events::{accepts, stream_response};
 use crate::routes::history::page;
 use crate::sse;
@@ -67,31 +67,31 @@ pub(crate) struct CdeventPage {
     head: Position,
 }
 
-/// The event in the words of CDEvents, if it is wanted, may be seen and means something there.
-async fn translated(
+/// The event in the words of CDEvents, if it is wanted, may be seen and means something there. It
+/// must be folded. It is an error if that cannot be found out: then nobody may go on behind it.
+fn translated(
     projections: &Projections,
     visible: &Projects,
     filter: &Filter,
     recorded: &Recorded,
-) -> Option<Value> {
+) -> Result<Option<Value>, QueryError> {
     if !visible.sees(recorded.subject.project()) {
-        return None;
+        return Ok(None);
     }
-    let event = recorded.event().ok()?;
-    let position = recorded.position;
+    let Ok(event) = recorded.event() else {
+        return Ok(None);
+    };
+    if !projections.passes(filter, &recorded.subject, &event)? {
+        return Ok(None);
+    }
+    projections.cdevent(recorded, &event)
+}
+
+/// Waits until an event is folded, which a stream does for as long as its reader.
+async fn folded(projections: &Projections, position: Position) {
     while projections.wait_for(position, FOLD_WAIT).await.is_err() {
         tracing::debug!(%position, "a stream of CDEvents waits for the projections");
     }
-    let found = projections
-        .passes(filter, &recorded.subject, &event)
-        .and_then(|passes| match passes {
-            true => projections.cdevent(recorded, &event),
-            false => Ok(None),
-        });
-    found.unwrap_or_else(|error| {
-        tracing::error!(%error, %position, "an event could not be translated to CDEvents");
-        None
-    })
 }
 
 /// The events of the ledger in the words of CDEvents 0.5.1, oldest first: as pages of JSON, or,
@@ -153,8 +153,9 @@ async fn pages(
     filter: &Filter,
     limit: usize,
     head: Position,
-) -> Result<CdeventPage, ReadError> {
+) -> Result<CdeventPage, Problem> {
     let log = state.commands.ledger().log();
+    let projections = state.projections();
     let mut cdevents = Vec::new();
     let (mut next_after, mut scanned) = (after, 0);
     while cdevents.len() < limit && scanned < SCAN_MAX {
@@ -165,8 +166,11 @@ async fn pages(
             if cdevents.len() == limit {
                 break;
             }
+            // A page has an end: who asks for it would wait for nothing else.
+            let waited = projections.wait_for(recorded.position, FOLD_WAIT).await;
+            waited.map_err(|behind| problem::behind(behind.to_string()))?;
+            cdevents.extend(translated(projections, visible, filter, &recorded)?);
             next_after = recorded.position;
-            cdevents.extend(translated(state.projections(), visible, filter, &recorded).await);
         }
         if ended {
             if cdevents.len() < limit {
@@ -197,14 +201,20 @@ async fn follow(
         .inspect_err(|e| tracing::error!(error = %e, "a stream of CDEvents broke off"))
         .scan((), |(), recorded| future::ready(recorded.ok()));
     let visible = principal.visible().clone();
-    let frames = events.filter_map(move |recorded| {
-        let (filter, projections) = (filter.clone(), projections.clone());
-        let visible = visible.clone();
-        async move {
-            let cdevent = translated(&projections, &visible, &filter, &recorded).await?;
-            Some(frame(&recorded, &cdevent))
-        }
-    });
+    let frames = events
+        .then(move |recorded| {
+            let (filter, projections) = (filter.clone(), projections.clone());
+            let visible = visible.clone();
+            async move {
+                folded(&projections, recorded.position).await;
+                let found = translated(&projections, &visible, &filter, &recorded);
+                found.map(|cdevent| cdevent.map(|cdevent| frame(&recorded, &cdevent)))
+            }
+        })
+        // An event that was left out would never come: the reader resumes before it.
+        .inspect_err(|error| tracing::error!(%error, "a stream of CDEvents broke off"))
+        .scan((), |(), frame| future::ready(frame.ok()))
+        .filter_map(future::ready);
     Ok(stream_response(&state, principal, frames))
 }
 

@@ -1,6 +1,7 @@
 use std::time::Duration;
 
-use daybook_events::{Event, Position};
+use daybook_events::memory::MemoryLog;
+use daybook_events::{Event, EventLog, Position};
 use futures_util::{Stream, StreamExt};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -290,4 +291,31 @@ async fn what_is_no_event_is_passed_on_as_it_is() {
     assert_eq!(page["events"][0]["bytes"], "/yBub3QganNvbg==");
     assert_eq!(position, Position(1));
     assert_eq!(events(&server, "service=api").await["events"], json!([]));
+}
+
+#[tokio::test]
+async fn a_page_of_cdevents_does_not_wait_for_ever() {
+    let log = MemoryLog::new();
+    let server = server_on_memory(&log).await;
+    server.shop().await;
+    let page = server.get("/api/v1/cdevents").await.ok();
+    let whole = page["cdevents"].as_array().unwrap().len();
+    assert_eq!(whole, 2);
+    // Nothing is folded any more.
+    server.folding.cancel();
+    let some = log.get(Position(1)).await.unwrap().unwrap();
+    let projections = server.ledger.projections();
+    let unfolded = loop {
+        let position = log.store(some.subject.clone(), some.bytes.clone());
+        let wait = Duration::from_millis(200);
+        if projections.wait_for(position, wait).await.is_err() {
+            break position;
+        }
+    };
+    let after = unfolded.0 - 1;
+    let refused = server.get(&format!("/api/v1/cdevents?after={after}")).await;
+    refused.refused(503, "behind");
+    // What is folded is there all the same.
+    let page = server.get(&format!("/api/v1/cdevents?limit={whole}")).await;
+    assert_eq!(page.ok()["cdevents"].as_array().unwrap().len(), whole);
 }
