@@ -11,8 +11,14 @@ pub struct NatsBulletin(pub JetStreamBulletin);
 
 #[async_trait]
 impl Bulletin for NatsBulletin {
-    async fn publish(&self, place: &str, id: &str, event: Bytes) -> Result<(), String> {
-        let published = self.0.publish(place, id, event).await;
+    async fn publish(
+        &self,
+        place: &str,
+        id: &str,
+        event: Bytes,
+        again: bool,
+    ) -> Result<(), String> {
+        let published = self.0.publish(place, id, event, again).await;
         published.map_err(|e| e.to_string())
     }
 }

@@ -15,7 +15,8 @@ use daybook_events::log::{
 use daybook_events::subject::{Subject, SubjectFilter};
 use daybook_events::{EventId, Position, ProjectName};
 use daybook_store::jetstream::{
-    ConnectError, Connection, JetStreamLog, LogOptions, NatsAuth, NatsOptions, OpenError,
+    BulletinOptions, ConnectError, Connection, JetStreamBulletin, JetStreamLog, LogOptions,
+    NatsAuth, NatsOptions, OpenError,
 };
 use daybook_store::{LogConfig, open};
 use daybook_testkit::left_out;
@@ -472,5 +473,62 @@ async fn a_log_that_was_made_anew_is_another_log() {
             log.info().await.unwrap().identity,
             other.info().await.unwrap().identity
         );
+    }
+}
+
+#[tokio::test]
+async fn what_is_published_again_is_not_stored_twice_however_late() {
+    for binary in binaries() {
+        let server = NatsServer::start(&binary).await;
+        let options = BulletinOptions {
+            stream: "BOARD".into(),
+            prefix: "board".into(),
+            ..BulletinOptions::cdevents(1)
+        };
+        let connection = Connection::open(self::options(&server)).await.unwrap();
+        let board = JetStreamBulletin::open(connection, &options).await.unwrap();
+        // As if two minutes had passed before the second one.
+        let context = raw(&server).await;
+        let mut stream = context.get_stream("BOARD").await.unwrap();
+        let mut config = stream.info().await.unwrap().config.clone();
+        config.duplicate_window = Duration::from_millis(100);
+        context.update_stream(config).await.unwrap();
+
+        let event = Bytes::from("{}");
+        let publish = async |id: &str, again| {
+            board
+                .publish("shop._.run", id, event.clone(), again)
+                .await
+                .unwrap();
+        };
+        // Nothing is there yet.
+        publish("one", true).await;
+        publish("two", false).await;
+        forgotten(&context, "one").await;
+        publish("two", true).await;
+        assert_eq!(stream.info().await.unwrap().state.messages, 2);
+        publish("three", true).await;
+        assert_eq!(stream.info().await.unwrap().state.messages, 3);
+    }
+}
+
+/// Waits until the stream would take an id again, on a stream beside it with the same window.
+async fn forgotten(context: &jetstream::Context, id: &str) {
+    let config = stream::Config {
+        name: "CLOCK".into(),
+        subjects: vec!["clock".into()],
+        duplicate_window: Duration::from_millis(100),
+        ..Default::default()
+    };
+    context.create_stream(config).await.unwrap();
+    let begun = std::time::Instant::now();
+    let mut stored = 0;
+    while stored < 2 {
+        let message = jetstream::message::PublishMessage::build()
+            .message_id(id)
+            .payload(Bytes::new());
+        let ack = context.send_publish("clock", message).await.unwrap();
+        stored += u32::from(!ack.await.unwrap().duplicate);
+        assert!(begun.elapsed() < Duration::from_secs(30));
     }
 }

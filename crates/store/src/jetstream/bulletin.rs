@@ -3,7 +3,8 @@
 use std::fmt;
 use std::time::Duration;
 
-use async_nats::jetstream::stream::Stream;
+use async_nats::header::NATS_MESSAGE_ID;
+use async_nats::jetstream::stream::{LastRawMessageErrorKind, Stream};
 use bytes::Bytes;
 use daybook_events::envelope::MEDIA_TYPE;
 
@@ -48,7 +49,7 @@ pub struct NotPublished(String);
 pub struct JetStreamBulletin {
     publisher: Publisher,
     prefix: String,
-    _stream: Stream<()>,
+    stream: Stream<()>,
 }
 
 impl fmt::Debug for JetStreamBulletin {
@@ -72,13 +73,23 @@ impl JetStreamBulletin {
         Ok(Self {
             publisher: Publisher::new(connection, opened.stream.clone()),
             prefix: options.prefix.clone(),
-            _stream: opened.stream,
+            stream: opened.stream,
         })
     }
 
     /// Publishes a CloudEvent under the prefix. One that has the id of an earlier one, of the last
-    /// two minutes at least, is not stored again.
-    pub async fn publish(&self, place: &str, id: &str, event: Bytes) -> Result<(), NotPublished> {
+    /// two minutes at least, is not stored again. With `again`, one that is the last of the stream
+    /// is not stored again either, however long ago that was.
+    pub async fn publish(
+        &self,
+        place: &str,
+        id: &str,
+        event: Bytes,
+        again: bool,
+    ) -> Result<(), NotPublished> {
+        if again && self.last_id().await?.as_deref() == Some(id) {
+            return Ok(());
+        }
         let message = Outgoing {
             subject: format!("{}.{place}", self.prefix).into(),
             id: id.to_owned(),
@@ -100,6 +111,21 @@ impl JetStreamBulletin {
                 | PublishFailure::Unknown(why)
                 | PublishFailure::Hopeless(why),
             ) => Err(NotPublished(why)),
+        }
+    }
+
+    /// The id of the last message of the stream.
+    async fn last_id(&self) -> Result<Option<String>, NotPublished> {
+        let all = format!("{}.>", self.prefix);
+        match self.stream.get_last_raw_message_by_subject(&all).await {
+            Ok(last) => {
+                let id = last.headers.get(NATS_MESSAGE_ID);
+                Ok(id.map(|id| id.as_str().to_owned()))
+            }
+            Err(e) if e.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(e) => Err(NotPublished(format!(
+                "what was published last cannot be read: {e}"
+            ))),
         }
     }
 }

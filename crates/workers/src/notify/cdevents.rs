@@ -1,11 +1,13 @@
 //! Publishes what happens in the words of CDEvents, for subscribers on NATS.
 //!
 //! One event after the other, over all processes: the durable consumer hands out the next one only
-//! when the one before is published. So they are in the order of the ledger; one that is published
-//! twice has the same id, by which the stream leaves it out.
+//! when the one before is published. So they are in the order of the ledger. One that is handed out
+//! again is published only if it is not the last one that the stream has; besides, the stream
+//! leaves out what has the id of one of the last two minutes.
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -14,12 +16,19 @@ use daybook_projections::Projections;
 
 use crate::driver::{Activation, Outcome, Worker};
 
+/// After how long one that was not published is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
+/// How long the fold is waited for at once.
+const FOLD_WAIT: Duration = Duration::from_secs(5);
+
 /// Where CDEvents are published.
 #[async_trait]
 pub trait Bulletin: fmt::Debug + Send + Sync {
-    /// Publishes a CloudEvent at a place below the bulletin's own. Repeating it with the same id
-    /// changes nothing. The error says why not, and may pass.
-    async fn publish(&self, place: &str, id: &str, event: Bytes) -> Result<(), String>;
+    /// Publishes a CloudEvent at a place below the bulletin's own. With `again` it may have been
+    /// published already, as the last one: then nothing is done, however long ago that was. The
+    /// error says why not, and may pass.
+    async fn publish(&self, place: &str, id: &str, event: Bytes, again: bool)
+    -> Result<(), String>;
 }
 
 /// Woken by every event.
@@ -55,23 +64,31 @@ impl Worker for CdeventsWorker {
         1
     }
     async fn activate(&self, a: &Activation) -> Outcome {
-        match self.publish(a).await {
-            Ok(()) => Outcome::Done,
-            Err(why) => {
-                // However long NATS is away, none is left out.
-                tracing::warn!(position = %a.position, %why, "a CDEvent was not published; trying again");
-                Outcome::Wait(std::time::Duration::from_secs(1))
-            }
-        }
+        self.try_it(a).await
     }
-    async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
-        tracing::error!(position = %a.position, %why, "a CDEvent was left out");
-        Outcome::Done
+    /// However long NATS is away, or the fold behind, none is left out: what the driver would give
+    /// up is tried on.
+    async fn give_up(&self, a: &Activation, _: &str) -> Outcome {
+        self.try_it(a).await
     }
 }
 
 impl CdeventsWorker {
+    async fn try_it(&self, a: &Activation) -> Outcome {
+        match self.publish(a).await {
+            Ok(()) => Outcome::Done,
+            Err(why) => {
+                tracing::warn!(position = %a.position, attempt = a.attempt, %why,
+                    "a CDEvent was not published; trying again");
+                Outcome::Wait(AGAIN)
+            }
+        }
+    }
+
     async fn publish(&self, a: &Activation) -> Result<(), String> {
+        // Before it is folded nobody can say what it means.
+        let folded = self.projections.wait_for(a.position, FOLD_WAIT).await;
+        folded.map_err(|behind| behind.to_string())?;
         let found = self.log.get(a.position).await;
         let Some(recorded) = found.map_err(|e| e.to_string())? else {
             return Err(format!("there is no event at {}", a.position));
@@ -84,7 +101,10 @@ impl CdeventsWorker {
             Some(message) => {
                 let id = a.event.id.to_string();
                 let place = place(&a.subject, &a.event);
-                self.bulletin.publish(&place, &id, message.into()).await
+                let again = a.attempt > 1;
+                self.bulletin
+                    .publish(&place, &id, message.into(), again)
+                    .await
             }
             None => Ok(()),
         }
