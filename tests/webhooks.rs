@@ -221,6 +221,29 @@ fn what_is_refused_again_and_again_is_set_aside_and_sent_later() {
 }
 
 #[test]
+fn what_is_set_aside_can_be_discarded() {
+    let server = start();
+    let receiver = Receiver::start(|_, _| (400, Vec::new()));
+    let flags = ["--tries", "1", "--kind", "environment"];
+    let (id, _) = webhook(&server, &receiver.url(), &flags);
+    let (first, second) = (event(&server, "first"), event(&server, "second"));
+    until("both are set aside", || {
+        let dead = show(&server, &id)["dead_letters"].clone();
+        (dead.as_array()?.len() == 2).then_some(())
+    });
+    let asked = server.cli(&["webhook", "discard", &id]);
+    assert!(asked.stderr.contains("--yes"), "{asked:?}");
+    let position = first.to_string();
+    let one = ["webhook", "discard", &id, "--yes", "--position", &position];
+    let told = server.ok(&one).stdout;
+    assert!(told.contains("1 events were discarded"), "{told}");
+    assert_eq!(show(&server, &id)["dead_letters"][0]["position"], second);
+    server.ok(&["webhook", "discard", &id, "--yes"]);
+    assert_eq!(show(&server, &id)["dead_letters"], json!([]));
+    assert_eq!(receiver.all().len(), 2);
+}
+
+#[test]
 fn a_receiver_that_is_gone_is_not_asked_again_until_somebody_wants_it() {
     let server = start();
     let receiver = Receiver::start(|_, before| match before.is_empty() {
@@ -310,6 +333,9 @@ fn a_new_secret_signs_beside_the_old_one_for_a_while() {
         .to_owned();
     assert_ne!(old, new);
     server.ok(&["webhook", "test", &id]);
+    // A third one would cut short what receivers were promised.
+    let refused = server.cli(&["webhook", "rotate", &id]);
+    assert!(refused.stderr.contains("--overlap 0"), "{refused:?}");
     let last = server.json(&["webhook", "rotate", &id, "--overlap", "0"])["secret"]
         .as_str()
         .unwrap()

@@ -299,7 +299,7 @@ sent! {
     routes::hooks::HookRemovedView, routes::hooks::HookView, routes::hooks::SetAutoDeploy,
     routes::attestation::SignedStatement, routes::cdevents::CdeventPage,
     routes::webhooks::CreateWebhook, routes::webhooks::ChangeWebhook,
-    routes::webhooks::RotateWebhook, routes::webhooks::ReplayWebhook,
+    routes::webhooks::RotateWebhook, routes::webhooks::DeadLetterChoice,
     routes::webhooks::WebhookView, routes::webhooks::WebhookSecretView,
     routes::webhooks::WebhookList, routes::webhooks::WebhookGone, routes::webhooks::WebhookTest,
     routes::webhooks::DeliveryList,

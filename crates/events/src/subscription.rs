@@ -251,8 +251,15 @@ pub struct EventReplayed {
     pub event: EventId,
 }
 
-/// All events up to here are dealt with. Written seldom: it bounds what is sent twice if the
-/// delivery log should be lost.
+/// What was set aside is not wanted any more: it is never sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DeadLettersDiscarded {
+    /// The positions of the events.
+    pub positions: Vec<Position>,
+}
+
+/// All events up to here are dealt with. Written seldom (once a day, and when sending ends): it
+/// bounds what is sent twice once the delivery log is lost, or older than output is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Progressed {
     /// The position.
@@ -284,6 +291,8 @@ events! {
         ReplayRequested(ReplayRequested) = "subscription.replay_requested.v1",
         /// What was set aside was delivered.
         EventReplayed(EventReplayed) = "subscription.event_replayed.v1",
+        /// What was set aside is not wanted any more.
+        DeadLettersDiscarded(DeadLettersDiscarded) = "subscription.dead_letters_discarded.v1",
         /// All up to a position is dealt with.
         Progressed(Progressed) = "subscription.progressed.v1",
         /// It was deleted.
@@ -343,6 +352,8 @@ pub struct Subscription {
     pub dead: BTreeMap<Position, DeadLetter>,
     /// All events up to here are dealt with, at least.
     pub progress: Position,
+    /// When that was said last.
+    pub progress_at: Timestamp,
     /// When it was made.
     pub created_at: Timestamp,
     /// Whether it was deleted.
@@ -401,6 +412,7 @@ impl Aggregate for Subscription {
             pause: None,
             dead: BTreeMap::new(),
             progress: first.after,
+            progress_at: at.time,
             created_at: at.time,
             deleted: false,
         })
@@ -450,7 +462,15 @@ impl Aggregate for Subscription {
                 }
             }
             SubscriptionEvent::EventReplayed(e) => drop(self.dead.remove(&e.position)),
-            SubscriptionEvent::Progressed(e) => self.progress = self.progress.max(e.position),
+            SubscriptionEvent::DeadLettersDiscarded(e) => {
+                for position in e.positions {
+                    self.dead.remove(&position);
+                }
+            }
+            SubscriptionEvent::Progressed(e) => {
+                self.progress = self.progress.max(e.position);
+                self.progress_at = at.time;
+            }
             SubscriptionEvent::Deleted(_) => {
                 self.deleted = true;
                 self.dead.clear();
@@ -484,6 +504,8 @@ pub enum Command {
     SetAside(EventDeadLettered),
     /// Send again what was set aside: these, or all.
     Replay(Option<Vec<Position>>),
+    /// Never send what was set aside: these, or all.
+    Discard(Option<Vec<Position>>),
     /// Note that an event was delivered after all.
     Replayed {
         /// Its position.
@@ -538,6 +560,23 @@ fn check(endpoint: &Endpoint) -> Result<(), Refusal> {
             "unknown_kind",
             format!("there is no kind of event like {unknown}"),
             "use an event type such as deployment.succeeded.v1, or an aggregate such as deployment",
+        )),
+    }
+}
+
+/// The positions of what was set aside: those that are named, or all.
+fn letters(state: &Subscription, wanted: Option<Vec<Position>>) -> Result<Vec<Position>, Refusal> {
+    let Some(mut named) = wanted else {
+        return Ok(state.dead.keys().copied().collect());
+    };
+    named.sort_unstable();
+    named.dedup();
+    match named.iter().find(|p| !state.dead.contains_key(p)) {
+        None => Ok(named),
+        Some(other) => Err(Refusal::new(
+            "not_dead_lettered",
+            format!("the event at {other} was not set aside"),
+            "`daybook webhook show` lists what was",
         )),
     }
 }
@@ -614,27 +653,14 @@ pub fn decide(
             }
             append(E::EventDeadLettered(letter))
         }
-        (s, Command::Replay(wanted)) => {
-            let positions = match wanted {
-                None => s.dead.keys().copied().collect(),
-                Some(mut named) => {
-                    named.sort_unstable();
-                    named.dedup();
-                    named
-                }
-            };
-            if let Some(other) = positions.iter().find(|p| !s.dead.contains_key(p)) {
-                return Err(Refusal::new(
-                    "not_dead_lettered",
-                    format!("the event at {other} was not set aside"),
-                    "`daybook webhook show` lists what was",
-                ));
-            }
-            if positions.is_empty() {
-                return Ok(Decision::Nothing);
-            }
-            append(E::ReplayRequested(ReplayRequested { positions }))
-        }
+        (s, Command::Replay(wanted)) => match letters(s, wanted)? {
+            positions if positions.is_empty() => Ok(Decision::Nothing),
+            positions => append(E::ReplayRequested(ReplayRequested { positions })),
+        },
+        (s, Command::Discard(wanted)) => match letters(s, wanted)? {
+            positions if positions.is_empty() => Ok(Decision::Nothing),
+            positions => append(E::DeadLettersDiscarded(DeadLettersDiscarded { positions })),
+        },
         (s, Command::Replayed { position, event }) => match s.dead.contains_key(&position) {
             true => append(E::EventReplayed(EventReplayed { position, event })),
             false => Ok(Decision::Nothing),

@@ -75,6 +75,41 @@ fn too_much_that_is_set_aside_pauses() {
 }
 
 #[test]
+fn what_is_discarded_makes_room() {
+    let mut given = made();
+    for position in 0..MAX_DEAD as u64 {
+        given = given
+            .when(|s| subscription::decide(s, set_aside(10 + position)))
+            .then_some()
+            .1;
+    }
+    given
+        .clone()
+        .when(|s| subscription::decide(s, Command::Discard(Some(vec![Position(5)]))))
+        .then_refused("not_dead_lettered");
+    let two = vec![Position(11), Position(10), Position(11)];
+    let (event, given) = given
+        .when(|s| subscription::decide(s, Command::Discard(Some(two))))
+        .then_some();
+    let SubscriptionEvent::DeadLettersDiscarded(discarded) = event else {
+        panic!("{event:?}");
+    };
+    assert_eq!(discarded.positions, [Position(10), Position(11)]);
+    assert_eq!(given.state.as_ref().unwrap().dead.len(), MAX_DEAD - 2);
+    let (event, given) = given
+        .when(|s| subscription::decide(s, set_aside(5)))
+        .then_some();
+    assert!(matches!(event, SubscriptionEvent::EventDeadLettered(_)));
+    let (_, given) = given
+        .when(|s| subscription::decide(s, Command::Discard(None)))
+        .then_some();
+    assert!(given.state.as_ref().unwrap().dead.is_empty());
+    given
+        .when(|s| subscription::decide(s, Command::Discard(None)))
+        .then_nothing();
+}
+
+#[test]
 fn two_secrets_are_in_use_until_the_overlap_ends() {
     let SubscriptionEvent::SecretRotated(rotated) = samples::subscription_events().remove(2) else {
         panic!("the third sample is a rotation");

@@ -783,6 +783,13 @@ fn subscription<'a>(out: &mut String, event: &'a SubscriptionEvent) -> Said<'a> 
             out,
             format_args!("Event {} was delivered after all.", e.position),
         ),
+        SubscriptionEvent::DeadLettersDiscarded(e) => plain(
+            out,
+            format_args!(
+                "{} events that were set aside are never sent.",
+                e.positions.len()
+            ),
+        ),
         SubscriptionEvent::Progressed(e) => plain(
             out,
             format_args!("All up to event {} is dealt with.", e.position),

@@ -415,6 +415,11 @@ const RULES: &[(&str, &str, Rule)] = &[
         Asks(Configure, Webhook),
     ),
     (
+        "POST",
+        "/api/v1/webhooks/{webhook}/discard",
+        Asks(Configure, Webhook),
+    ),
+    (
         "GET",
         "/api/v1/deployments/{id}/attestation",
         Asks(Read, Deployment),

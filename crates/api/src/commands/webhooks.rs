@@ -118,20 +118,43 @@ impl Commands {
             )
             .into());
         }
+        let now = Timestamp::now();
+        let running = before.previous.as_ref().filter(|p| now < p.until);
+        if let (Some(running), false) = (running, overlap.is_zero()) {
+            return Err(Refusal::new(
+                "overlap_running",
+                format!(
+                    "receivers were given until {} to take the newest secret over, and at most two are in use",
+                    running.until
+                ),
+                "wait until then, or end all older secrets at once with `--overlap 0`",
+            )
+            .into());
+        }
+        let ends_now = overlap.is_zero();
         let overlap = SignedDuration::try_from(overlap).unwrap_or(SignedDuration::ZERO);
-        let until = Timestamp::now().saturating_add(overlap);
-        let overlap_until = until.unwrap_or(Timestamp::MAX);
+        let overlap_until = now.saturating_add(overlap).unwrap_or(Timestamp::MAX);
         let version = before.secret.version.saturating_add(1);
         let secret = self.new_secret(&project, id, version).await?;
+        let made = secret.id();
         let command = Command::Rotate {
             secret,
             overlap_until,
         };
-        let done = self.webhook_command(caller, id, command).await?;
-        // Two secrets are in use at most; the one before those is not needed any more.
-        if let Some(oldest) = before.previous {
-            let store = self.secret_store()?;
-            store.erase(&project, &oldest.secret.id()).await?;
+        let store = self.secret_store()?;
+        let done = match self.webhook_command(caller, id, command).await {
+            // It was deleted meanwhile, and nobody else would erase this.
+            Err(CommandError::Refused(refusal)) if refusal.code == "webhook_not_found" => {
+                store.erase(&project, &made).await?;
+                return Err(CommandError::Refused(refusal));
+            }
+            done => done?,
+        };
+        // Two secrets are in use at most; the one before those is not needed any more. Without an
+        // overlap the one before is not either; else whoever delivers erases it when it ends.
+        let unused = ends_now.then_some(before.secret);
+        for old in before.previous.map(|p| p.secret).into_iter().chain(unused) {
+            store.erase(&project, &old.id()).await?;
         }
         self.with_secret(&project, id, done).await
     }
@@ -175,6 +198,17 @@ impl Commands {
             .await
     }
 
+    /// Never sends what was set aside: these events, or all.
+    pub async fn discard_webhook(
+        &self,
+        caller: &Caller,
+        id: SubscriptionId,
+        positions: Option<Vec<Position>>,
+    ) -> Result<Done, CommandError> {
+        self.webhook_command(caller, id, Command::Discard(positions))
+            .await
+    }
+
     /// Deletes a webhook, and erases its secrets.
     pub async fn delete_webhook(
         &self,
@@ -182,7 +216,7 @@ impl Commands {
         id: SubscriptionId,
     ) -> Result<Done, CommandError> {
         let found = self.ledger.projections().subscription(id)?;
-        let (project, state) = found.ok_or_else(subscription::not_found)?;
+        let (project, _) = found.ok_or_else(subscription::not_found)?;
         Self::admit_to_webhook(caller, &project)?;
         let subject = Subject::Subscription(project.clone(), id);
         let done = self
@@ -190,6 +224,9 @@ impl Commands {
                 subscription::decide(state, Command::Delete)
             })
             .await?;
+        // Only now: a rotation may have come between.
+        let found = self.ledger.projections().subscription(id)?;
+        let (_, state) = found.ok_or_else(subscription::not_found)?;
         let store = self.secret_store()?;
         let previous = state.previous.map(|p| p.secret);
         for secret in std::iter::once(state.secret).chain(previous) {

@@ -77,6 +77,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(webhooks::resume_webhook))
         .routes(routes!(webhooks::test_webhook))
         .routes(routes!(webhooks::replay_webhook))
+        .routes(routes!(webhooks::discard_webhook))
         .routes(routes!(webhooks::list_deliveries))
         .routes(routes!(secrets::list_secrets, secrets::erase_secrets))
         .routes(routes!(secrets::set_secret, secrets::unset_secret))

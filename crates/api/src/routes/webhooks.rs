@@ -115,16 +115,23 @@ impl CommandBody for RotateWebhook {
     }
 }
 
-/// What is sent again.
+/// Which of the events that were set aside.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct ReplayWebhook {
+pub(crate) struct DeadLetterChoice {
     /// The positions of the events; all that were set aside if not given.
     positions: Option<Vec<u64>>,
 }
-impl CommandBody for ReplayWebhook {
+impl CommandBody for DeadLetterChoice {
     fn absent() -> Option<Self> {
         Some(Self::default())
+    }
+}
+
+impl DeadLetterChoice {
+    fn positions(self) -> Option<Vec<Position>> {
+        let named = self.positions?;
+        Some(named.into_iter().map(Position).collect())
     }
 }
 
@@ -260,7 +267,8 @@ pub(crate) struct DeliveryQuery {
     limit: Option<u32>,
     /// Only tries before this number.
     before: Option<u64>,
-    /// Only those with this outcome: `delivered`, `failed`, `dead_lettered` or `gone`.
+    /// Only those with this outcome: `delivered`, `failed`, `dead_lettered`, `discarded`
+    /// or `gone`.
     #[param(value_type = Option<String>)]
     outcome: Option<Outcome>,
     /// Only those of the event at this position.
@@ -473,22 +481,38 @@ pub(crate) struct WebhookTest {
 /// Sends again what was set aside.
 #[utoipa::path(post, path = "/api/v1/webhooks/{webhook}/replay", tag = "webhooks",
     params(("webhook" = String, Path, description = "The webhook.")),
-    request_body = ReplayWebhook,
+    request_body = DeadLetterChoice,
     responses((status = 202, description = "It is being sent.", body = WebhookView)))]
 pub(crate) async fn replay_webhook(
     State(state): State<AppState>,
     Named(id): Named<SubscriptionId>,
     Params(NoParams {}): Params<NoParams>,
-    Command { caller, body }: Command<ReplayWebhook>,
+    Command { caller, body }: Command<DeadLetterChoice>,
 ) -> Handled<WebhookView> {
-    let positions = body
-        .positions
-        .map(|all| all.into_iter().map(Position).collect());
-    let done = state
-        .commands
-        .replay_webhook(&caller, id, positions)
+    let commands = &state.commands;
+    let done = commands
+        .replay_webhook(&caller, id, body.positions())
         .await?;
     Ok(accepted(&state, id, &done)?.accepted())
+}
+
+/// Takes events that were set aside off the list: they are never sent. What was set aside stays in
+/// the ledger, with who discarded it.
+#[utoipa::path(post, path = "/api/v1/webhooks/{webhook}/discard", tag = "webhooks",
+    params(("webhook" = String, Path, description = "The webhook.")),
+    request_body = DeadLetterChoice,
+    responses((status = 200, description = "They are discarded.", body = WebhookView)))]
+pub(crate) async fn discard_webhook(
+    State(state): State<AppState>,
+    Named(id): Named<SubscriptionId>,
+    Params(NoParams {}): Params<NoParams>,
+    Command { caller, body }: Command<DeadLetterChoice>,
+) -> Handled<WebhookView> {
+    let commands = &state.commands;
+    let done = commands
+        .discard_webhook(&caller, id, body.positions())
+        .await?;
+    accepted(&state, id, &done)
 }
 
 /// What was sent to a webhook, and what came of it: the tries, the newest first, for as long as

@@ -597,6 +597,7 @@ async fn a_webhook_is_of_its_project_for_whoever_may_configure_that() {
         ("POST", "/resume", json!({})),
         ("POST", "/test", json!({})),
         ("POST", "/replay", json!({})),
+        ("POST", "/discard", json!({})),
         ("POST", "/rotate", json!({})),
         ("DELETE", "", json!({})),
     ] {

@@ -460,6 +460,9 @@ async fn every_command_of_the_document_is_carried_out_once() {
     twice
         .send("/api/v1/webhooks/{webhook}/replay", &[&id], json!({}))
         .await;
+    twice
+        .send("/api/v1/webhooks/{webhook}/discard", &[&id], json!({}))
+        .await;
 
     // There is none that has no row here.
     let document = daybook_api::openapi();

@@ -44,11 +44,22 @@ pub enum WebhookCommand {
         #[arg(long = "position", value_name = "N")]
         positions: Vec<u64>,
     },
+    /// Never send what was set aside: the events at these positions, or all.
+    Discard {
+        #[command(flatten)]
+        webhook: WebhookArgs,
+        /// The position of an event; may be given several times.
+        #[arg(long = "position", value_name = "N")]
+        positions: Vec<u64>,
+        /// Do not ask.
+        #[arg(long, short)]
+        yes: bool,
+    },
     /// Make a new secret, and print it. For a time each delivery is signed with both.
     Rotate {
         #[command(flatten)]
         webhook: WebhookArgs,
-        /// For how many hours the old one is used too.
+        /// For how many hours the old one is used too. With 0 all older ones end at once.
         #[arg(long, default_value_t = 24, value_name = "HOURS", value_parser = clap::value_parser!(u32).range(0..=168))]
         overlap: u32,
     },
@@ -147,6 +158,11 @@ pub async fn run(command: WebhookCommand) -> Outcome {
         }
         WebhookCommand::Deliveries(args) => deliveries(args).await,
         WebhookCommand::Replay { webhook, positions } => replay(webhook, positions).await,
+        WebhookCommand::Discard {
+            webhook,
+            positions,
+            yes,
+        } => discard(webhook, positions, yes).await,
         WebhookCommand::Rotate { webhook, overlap } => {
             let (client, path) = find(&webhook).await?;
             let body = json!({ "overlap_seconds": overlap * 3600 });
@@ -375,10 +391,7 @@ async fn deliveries(args: DeliveriesArgs) -> Outcome {
 
 async fn replay(args: WebhookArgs, positions: Vec<u64>) -> Outcome {
     let (client, path) = find(&args).await?;
-    let body = match positions.is_empty() {
-        true => json!({}),
-        false => json!({ "positions": positions }),
-    };
+    let body = choice(&positions);
     let webhook = client.post(&format!("{path}/replay"), &body).await?;
     shown(&webhook, |webhook| {
         let dead = webhook["dead_letters"]
@@ -387,6 +400,37 @@ async fn replay(args: WebhookArgs, positions: Vec<u64>) -> Outcome {
             .unwrap_or_default();
         let again = dead.iter().filter(|d| d["replaying"] == true).count();
         output::line(&format!("{again} events are being sent again"));
+    })
+}
+
+/// Some of what was set aside, or all.
+fn choice(positions: &[u64]) -> Value {
+    match positions.is_empty() {
+        true => json!({}),
+        false => json!({ "positions": positions }),
+    }
+}
+
+async fn discard(args: WebhookArgs, positions: Vec<u64>, yes: bool) -> Outcome {
+    let (client, path) = find(&args).await?;
+    let before: Value = client.get(&path, &[]).await?;
+    let count = |webhook: &Value| webhook["dead_letters"].as_array().map_or(0, Vec::len);
+    if !yes {
+        let number = match positions.len() {
+            0 => count(&before),
+            named => named,
+        };
+        let what = format!("{number} events that were set aside are never sent");
+        confirm(&what, &args.id)?;
+    }
+    let body = choice(&positions);
+    let webhook = client.post(&format!("{path}/discard"), &body).await?;
+    shown(&webhook, |webhook| {
+        let gone = count(&before).saturating_sub(count(webhook));
+        output::line(&format!("{gone} events were discarded"));
+        if webhook["pause"]["reason"] == "failing" {
+            output::line("it is still paused: `daybook webhook resume` goes on");
+        }
     })
 }
 

@@ -23,12 +23,14 @@ pub enum Outcome {
     DeadLettered,
     /// It answered 410: the subscription was paused.
     Gone,
+    /// It did not, and meanwhile somebody said that the event is not wanted any more.
+    Discarded,
 }
 
 impl Outcome {
     /// Whether the event is dealt with.
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Delivered | Self::DeadLettered)
+        matches!(self, Self::Delivered | Self::DeadLettered | Self::Discarded)
     }
 }
 

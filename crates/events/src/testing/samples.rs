@@ -884,6 +884,9 @@ pub fn subscription_events() -> Vec<SubscriptionEvent> {
             position: Position(9),
         }),
         SubscriptionEvent::Deleted(subscription::Deleted {}),
+        SubscriptionEvent::DeadLettersDiscarded(subscription::DeadLettersDiscarded {
+            positions: vec![position],
+        }),
     ]
 }
 

@@ -18,7 +18,8 @@ type Due = (Position, Position);
 
 /// Lines that are read at once.
 const READ: usize = 500;
-/// So many lines at the end may be none before nothing is known.
+/// So many lines at the end are looked at first for one that can be read; if there is none, eight
+/// times as many, and so on.
 const BACK: u64 = 64;
 /// After so many positions without a try, a line says how far it is.
 const NOTE_EVERY: u64 = 4_096;
@@ -42,6 +43,12 @@ pub(super) struct Book {
     firsts: BTreeSet<u64>,
     /// The mark of the newest line.
     noted: Position,
+    /// How many tries were recorded since the ledger was told how far it is.
+    untold: u64,
+    /// The last line of the log, if that is known.
+    last: Option<u64>,
+    /// Somebody else has written to the log.
+    shared: bool,
 }
 
 impl Book {
@@ -61,13 +68,20 @@ impl Book {
             first: BTreeMap::new(),
             firsts: BTreeSet::new(),
             noted: floor,
+            untold: 0,
+            last: None,
+            shared: false,
         };
         let last = book.lines.last(source).await?;
-        let from = last.saturating_sub(BACK);
-        let end = book.lines.read(source, from, READ).await?;
-        let newest = end.iter().rev().find_map(|l| Some((l.seq, entry(l)?)));
-        let Some((seq, newest)) = newest else {
-            return Ok(book);
+        book.last = Some(last);
+        let mut back = BACK;
+        let (seq, newest) = loop {
+            let from = last.saturating_sub(back);
+            match book.newest_after(from).await? {
+                Some(found) => break found,
+                None if from == 0 => return Ok(book),
+                None => back = back.saturating_mul(8),
+            }
         };
         book.seen = floor.max(newest.mark);
         book.noted = newest.mark;
@@ -89,6 +103,20 @@ impl Book {
             }
         }
         Ok(book)
+    }
+
+    /// The last line after the given one that can be read.
+    async fn newest_after(&self, mut after: u64) -> Result<Option<(u64, Entry)>, ReadError> {
+        let mut newest = None;
+        loop {
+            let batch = self.lines.read(self.source, after, READ).await?;
+            let Some(end) = batch.last() else {
+                return Ok(newest);
+            };
+            after = end.seq;
+            let found = batch.iter().rev().find_map(|l| Some((l.seq, entry(l)?)));
+            newest = found.or(newest);
+        }
     }
 
     fn learn(&mut self, attempt: &Try, seq: u64) {
@@ -146,8 +174,25 @@ impl Book {
         self.tries.get(&(due_by, position)).copied().unwrap_or(0)
     }
 
+    /// Whether somebody else has written to the delivery log since it was opened: then the
+    /// subscription is theirs.
+    pub(super) fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    /// How many tries were recorded since the ledger was told how far it is.
+    pub(super) fn untold(&self) -> u64 {
+        self.untold
+    }
+
+    /// The ledger was told how far it is.
+    pub(super) fn told(&mut self) {
+        self.untold = 0;
+    }
+
     /// Records a try.
     pub(super) async fn record(&mut self, attempt: Try) {
+        self.untold += 1;
         let due = (attempt.due_by, attempt.position);
         if attempt.outcome.is_final() {
             if let Some(left) = self.open.get_mut(&attempt.due_by) {
@@ -202,9 +247,16 @@ impl Book {
         match self.lines.append(self.source, vec![line]).await {
             Ok(seq) => {
                 self.noted = mark;
+                // Lines that were all removed begin with 1 again.
+                if self.last.is_some_and(|last| seq > last + 1) {
+                    self.shared = true;
+                }
+                self.last = Some(seq);
                 Some(seq)
             }
             Err(error) => {
+                // It may have been stored all the same.
+                self.last = None;
                 tracing::warn!(%error, "a line of a delivery log was lost; after a crash something may be sent twice");
                 None
             }
@@ -337,11 +389,33 @@ mod tests {
             instance: None,
             text: "***".into(),
         };
-        shelf.lines.append(book.source, vec![masked]).await.unwrap();
+        let one = vec![masked.clone()];
+        shelf.lines.append(book.source, one).await.unwrap();
+        assert_eq!(shelf.open(0).await.mark(), Position(1));
+        let many = vec![masked; READ + 200];
+        shelf.lines.append(book.source, many).await.unwrap();
         assert_eq!(shelf.open(0).await.mark(), Position(1));
         // Whoever has no lines begins where the ledger says.
         let other = Shelf::new().await;
         assert_eq!(other.open(42).await.mark(), Position(42));
+    }
+
+    #[tokio::test]
+    async fn who_finds_lines_of_somebody_else_knows_it() {
+        let shelf = Shelf::new().await;
+        let (mut first, mut second) = (shelf.open(0).await, shelf.open(0).await);
+        for book in [&mut first, &mut second] {
+            due(book, 1);
+            due(book, 2);
+        }
+        first.record(attempt(1, 1, 1, Outcome::Failed)).await;
+        first.record(attempt(1, 1, 2, Outcome::Failed)).await;
+        assert!(!first.is_shared());
+        second.record(attempt(1, 1, 1, Outcome::Failed)).await;
+        assert!(second.is_shared());
+        first.record(attempt(2, 2, 1, Outcome::Failed)).await;
+        assert!(first.is_shared());
+        assert!(!shelf.open(0).await.is_shared());
     }
 
     #[tokio::test]

@@ -39,10 +39,16 @@ const AGAIN: Duration = Duration::from_secs(2);
 const AGAIN_LATER: Duration = Duration::from_secs(30);
 /// How long what is under way may take when the process ends.
 const LAST_WORDS: Duration = Duration::from_secs(3);
-/// How often the ledger itself is told how far it is, if something was sent.
+/// How often the ledger itself is told how far it is, if it is further than it was.
 const PROGRESS_EVERY: Duration = Duration::from_hours(24);
-/// The same by the number of events that were sent.
-const PROGRESS_EVENTS: u64 = 10_000;
+/// The same by the number of tries.
+const PROGRESS_TRIES: u64 = 10_000;
+/// When it is told again if that did not work.
+const PROGRESS_AGAIN: Duration = Duration::from_secs(60);
+/// When an old secret is erased again if that did not work.
+const ERASE_AGAIN: Duration = Duration::from_secs(600);
+/// How long telling it may take when the process ends.
+const PROGRESS_LAST: Duration = Duration::from_millis(500);
 /// How often a proof is asked for that is not there yet.
 const PROOF_EVERY: Duration = Duration::from_millis(250);
 
@@ -121,6 +127,8 @@ impl Courier {
                 Break::End(end) => {
                     if let (Some(book), End::Interrupted) = (&mut book, end) {
                         book.note(true).await;
+                        let told = self.tell_progress(book);
+                        let _ = tokio::time::timeout(PROGRESS_LAST, told).await;
                     }
                     return end;
                 }
@@ -148,7 +156,7 @@ impl Courier {
             return Break::End(End::Over);
         }
         if state.pause.is_some() {
-            return self.wait_for_change(&mut feed).await;
+            return self.wait_for_change(&state, &mut feed).await;
         }
         let book = match book {
             Some(book) => book,
@@ -171,10 +179,12 @@ impl Courier {
         state.ok_or_else(|| Stop::Retry("the subscription is not folded yet".into()))
     }
 
-    async fn wait_for_change(&self, feed: &mut Feed) -> Break {
+    async fn wait_for_change(&self, state: &Subscription, feed: &mut Feed) -> Break {
+        let mut unused = Unused::of(state);
         loop {
             tokio::select! {
                 () = self.cancel.cancelled() => return Break::End(End::Interrupted),
+                () = sleep_until(unused.at) => self.erase(&mut unused).await,
                 change = feed.next() => match change {
                     Some(change) if self.concerns(&change) => return Break::Changed,
                     Some(_) => {}
@@ -214,14 +224,15 @@ impl Courier {
         let mut desk = Desk::default();
         let mut sending = JoinSet::new();
         let mut reason = None;
-        let mut sent = 0;
-        let mut told = Instant::now();
+        let mut unused = Unused::of(state);
+        let mut told = state.progress;
+        let mut tell_at = Instant::now() + until_told(state, Timestamp::now());
         // It may have changed before the feed was followed.
         if self.is_other(endpoint) {
             return Break::Changed;
         }
         loop {
-            if reason.is_none() && !self.lease.holds() {
+            if reason.is_none() && (!self.lease.holds() || book.is_shared()) {
                 reason = Some(Break::End(End::Lost));
             }
             if reason.is_none() {
@@ -231,12 +242,10 @@ impl Courier {
             }
             let reads = reason.is_none() && book.open_items() < OPEN_MAX;
             let next_at = desk.next_at().filter(|_| reason.is_none());
-            let due = async {
-                match next_at {
-                    Some(at) => tokio::time::sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
+            let due = sleep_until(next_at);
+            let further = book.mark() > told && reason.is_none();
+            let to_erase = sleep_until(unused.at);
+            let to_tell = sleep_until(further.then_some(tell_at));
             tokio::select! {
                 biased;
                 () = self.cancel.cancelled(), if reason.is_none() => {
@@ -246,17 +255,19 @@ impl Courier {
                     break;
                 }
                 Some(done) = sending.join_next(), if !sending.is_empty() => {
-                    sent += 1;
                     if let Err(why) = self.settle(done, &mut desk, book, endpoint).await {
                         reason.get_or_insert(Break::Trouble(why));
                     }
                 }
                 change = feed.next(), if reason.is_none() => match change {
-                    Some(change) => {
-                        if self.concerns(&change) && self.is_other(endpoint) {
+                    Some(change) if self.concerns(&change) => {
+                        if self.is_other(endpoint) {
                             reason = Some(Break::Changed);
+                        } else if let Ok(now) = self.state() {
+                            unused.look(&now);
                         }
                     }
+                    Some(_) => {}
                     None => reason = Some(Break::End(End::Lost)),
                 },
                 recorded = tail.next(), if reads => match recorded {
@@ -270,11 +281,23 @@ impl Courier {
                     None => reason = Some(Break::Trouble("the log's tail ended".into())),
                 },
                 () = due => {}
+                () = to_tell => {}
+                () = to_erase, if reason.is_none() => self.erase(&mut unused).await,
             }
-            if sent >= PROGRESS_EVENTS || (sent > 0 && told.elapsed() >= PROGRESS_EVERY) {
-                self.tell_progress(book.mark()).await;
-                (sent, told) = (0, Instant::now());
+            let mark = book.mark();
+            if book.untold() >= PROGRESS_TRIES || (mark > told && tell_at <= Instant::now()) {
+                let wait = if self.tell_progress(book).await {
+                    told = mark;
+                    PROGRESS_EVERY
+                } else {
+                    PROGRESS_AGAIN
+                };
+                tell_at = Instant::now() + wait;
             }
+        }
+        if matches!(reason, Some(Break::Changed)) && self.state().is_ok_and(|s| s.pause.is_some()) {
+            // It may stay so for longer than lines are kept.
+            self.tell_progress(book).await;
         }
         reason.unwrap_or(Break::Changed)
     }
@@ -308,6 +331,11 @@ impl Courier {
             // Nobody can do anything with it; the audit view shows it.
             Err(_) => Vec::new(),
         };
+        // What is said of webhooks does not count as being further: saying how far one is would
+        // make it further.
+        if wanted.is_empty() && matches!(recorded.subject, Subject::Subscription(..)) {
+            return Ok(());
+        }
         let mut items = BTreeMap::new();
         for (key, item) in wanted {
             items.insert(item.position, (key, item));
@@ -333,11 +361,15 @@ impl Courier {
             if *subject != self.subject {
                 return Ok(Vec::new());
             }
+            // What is to be sent again is known only once it is folded that it was set aside.
+            self.office.bench.folded(at).await?;
             return match event.payload() {
                 Ok(SubscriptionEvent::TestRequested(_)) => {
                     Ok(vec![self.item(at, at, subject, event)?])
                 }
-                Ok(SubscriptionEvent::ReplayRequested(e)) => self.again(at, e.positions).await,
+                Ok(SubscriptionEvent::ReplayRequested(e)) => {
+                    self.again(at, e.positions, endpoint).await
+                }
                 // Telling a receiver of what happens to its own webhook would have no end.
                 _ => Ok(Vec::new()),
             };
@@ -345,6 +377,10 @@ impl Courier {
         self.office.bench.folded(at).await?;
         let projections = self.office.bench.ledger.projections();
         if !projections.passes(&endpoint.filter, subject, event)? {
+            return Ok(Vec::new());
+        }
+        // Of two events that were accepted beside each other one does not count: it did not happen.
+        if projections.is_void(at)? {
             return Ok(Vec::new());
         }
         if endpoint.format == Format::Cdevents && self.translated(recorded, event)?.is_none() {
@@ -362,6 +398,7 @@ impl Courier {
         &self,
         due_by: Position,
         positions: Vec<Position>,
+        endpoint: &Endpoint,
     ) -> Result<Vec<(String, Item)>, Stop> {
         let mut items = Vec::new();
         let dead = self.state()?.dead;
@@ -371,6 +408,11 @@ impl Courier {
             let Ok(event) = recorded.event() else {
                 continue;
             };
+            // It was set aside in another format. Discarding it is what is left.
+            let translates = endpoint.format == Format::Cdevents && !is_test(&recorded);
+            if translates && self.translated(&recorded, &event)?.is_none() {
+                continue;
+            }
             items.push(self.item(due_by, position, &recorded.subject, &event)?);
         }
         Ok(items)
@@ -575,8 +617,10 @@ impl Courier {
         let wait = match sent {
             Sent::Taken { status } => {
                 attempt.status = Some(status);
-                if item.is_replay() {
-                    self.replayed(&item).await;
+                if item.is_replay() && !self.replayed(&item).await {
+                    // It is sent once more: better than a letter that is never taken off the list.
+                    desk.put_off(key, Instant::now() + AGAIN);
+                    return Ok(());
                 }
                 book.record(attempt).await;
                 desk.finish(key);
@@ -587,7 +631,7 @@ impl Courier {
                 attempt.number = before;
                 attempt.outcome = Outcome::Failed;
                 attempt.code = Some(code.to_owned());
-                attempt.message = Some(message);
+                attempt.message = Some(self.masked(&message));
                 if code == "not_ready" {
                     desk.put_off(key, Instant::now() + AGAIN);
                     return Ok(());
@@ -605,6 +649,12 @@ impl Courier {
                 attempt.outcome = Outcome::Failed;
                 let number = attempt.number;
                 attempt.code = Some(code.clone());
+                if item.is_replay() && self.is_discarded(&item) {
+                    attempt.outcome = Outcome::Discarded;
+                    book.record(attempt).await;
+                    desk.finish(key);
+                    return Ok(());
+                }
                 if status == Some(410) {
                     attempt.outcome = Outcome::Gone;
                     self.pause(&item, PauseReason::Gone).await;
@@ -626,6 +676,12 @@ impl Courier {
         book.record(attempt).await;
         desk.put_off(key, Instant::now() + wait);
         Ok(())
+    }
+
+    /// Whether what was to be sent again is not wanted any more, or was delivered meanwhile.
+    fn is_discarded(&self, item: &Item) -> bool {
+        self.state()
+            .is_ok_and(|s| !s.dead.contains_key(&item.position))
     }
 
     fn masked(&self, text: &str) -> String {
@@ -657,16 +713,19 @@ impl Courier {
         }
     }
 
-    async fn replayed(&self, item: &Item) {
+    /// Records that what was set aside was delivered; false if that did not work.
+    async fn replayed(&self, item: &Item) -> bool {
         let command = Command::Replayed {
             position: item.position,
             event: item.event,
         };
         let context = self.context(item, "replayed");
-        if let Err(stop) = self.append(&context, command).await {
+        let recorded = self.append(&context, command).await;
+        if let Err(stop) = &recorded {
             tracing::warn!(webhook.id = %self.id, position = %item.position, ?stop,
                 "that an event was delivered after all is not recorded");
         }
+        recorded.is_ok()
     }
 
     /// Pauses the subscription. If that does not work now, the next answer leads here again.
@@ -705,7 +764,38 @@ impl Courier {
         })
     }
 
-    async fn tell_progress(&self, mark: Position) {
+    /// Erases the secret before the present one, which is used no more.
+    async fn erase(&self, unused: &mut Unused) {
+        unused.at = Some(Instant::now() + ERASE_AGAIN);
+        let Ok(state) = self.state() else {
+            return;
+        };
+        unused.look(&state);
+        let Some(old) = state.previous.filter(|p| p.until <= Timestamp::now()) else {
+            return;
+        };
+        unused.at = Some(Instant::now() + ERASE_AGAIN);
+        let secrets = &self.office.bench.secrets;
+        match secrets.erase(&self.project, &old.secret.id()).await {
+            Ok(()) => {
+                unused.erased = old.secret.version;
+                unused.at = None;
+            }
+            Err(error) => {
+                tracing::warn!(webhook.id = %self.id, %error, "an old secret was not erased");
+            }
+        }
+    }
+
+    /// Tells the ledger how far it is, if that knows less; false if that did not work. The lines in
+    /// which it stands too are not kept for ever.
+    async fn tell_progress(&self, book: &mut Book) -> bool {
+        book.told();
+        let mark = book.mark();
+        let known = self.state().map(|s| s.progress);
+        if known.is_ok_and(|known| mark <= known) {
+            return true;
+        }
         let step = format!("progress/{mark}");
         let context = self
             .office
@@ -717,7 +807,50 @@ impl Courier {
         };
         if let Err(stop) = self.append(&context, Command::Progress(mark)).await {
             tracing::debug!(webhook.id = %self.id, ?stop, "progress was not recorded");
+            return false;
         }
+        true
+    }
+}
+
+/// When the secret before the present one is to be erased.
+#[derive(Debug, Default)]
+struct Unused {
+    at: Option<Instant>,
+    /// The version that was erased.
+    erased: u32,
+}
+
+impl Unused {
+    fn of(state: &Subscription) -> Self {
+        let mut unused = Self::default();
+        unused.look(state);
+        unused
+    }
+
+    fn look(&mut self, state: &Subscription) {
+        let previous = state.previous.as_ref();
+        self.at = previous
+            .filter(|p| p.secret.version > self.erased)
+            .map(|p| {
+                let left = p.until.duration_since(Timestamp::now());
+                Instant::now() + Duration::try_from(left).unwrap_or_default()
+            });
+    }
+}
+
+/// How long the ledger need not be told how far it is.
+fn until_told(state: &Subscription, now: Timestamp) -> Duration {
+    let since = now.duration_since(state.progress_at);
+    let since = Duration::try_from(since).unwrap_or_default();
+    PROGRESS_EVERY.saturating_sub(since)
+}
+
+/// Waits until then, or for ever.
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

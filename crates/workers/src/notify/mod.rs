@@ -189,6 +189,14 @@ fn answered(answer: Result<(), daybook_events::log::ReadError>) {
     }
 }
 
+/// Waits until all that was recorded by now is folded.
+async fn caught_up(office: &Office, at_least: Position) -> Result<(), String> {
+    let head = office.bench.ledger.log().head().await;
+    let head = head.map_err(|e| e.to_string())?.max(at_least);
+    let folded = office.bench.folded(head).await;
+    folded.map_err(|_| format!("the projections do not reach event {head}"))
+}
+
 /// Looks after one subscription for as long as it is this process's.
 async fn hold(office: Arc<Office>, delivery: Delivery, cancel: CancellationToken) {
     let Subject::Subscription(project, id) = delivery.recorded.subject.clone() else {
@@ -199,8 +207,10 @@ async fn hold(office: Arc<Office>, delivery: Delivery, cancel: CancellationToken
     let end = {
         let work = async {
             let _turn = turn.lock().await;
-            let folded = office.bench.folded(delivery.recorded.position).await;
-            if folded.is_err() {
+            // All that is known by now: what whoever had it before set aside, and what people
+            // changed.
+            if let Err(why) = caught_up(&office, delivery.recorded.position).await {
+                tracing::warn!(webhook.id = %id, %why, "a webhook cannot be taken on; another try follows");
                 return End::Lost;
             }
             let courier = Courier::new(office.clone(), project, id, lease.clone(), cancel);
@@ -211,12 +221,20 @@ async fn hold(office: Arc<Office>, delivery: Delivery, cancel: CancellationToken
         loop {
             tokio::select! {
                 end = &mut work => break end,
-                _ = heartbeat.tick() => match delivery.reply.progress().await {
-                    // Once it has ended, it may be somebody else's: a broker does not say.
-                    _ if !lease.holds() => break End::Lost,
-                    Ok(()) => lease.renew(),
-                    Err(error) => {
-                        tracing::debug!(webhook.id = %id, %error, "a heartbeat was lost");
+                _ = heartbeat.tick() => {
+                    // Once it has ended, it may be somebody else's: a broker does not say, and
+                    // would take the heartbeat of whoever had it before.
+                    if !lease.holds() {
+                        break End::Lost;
+                    }
+                    let asked = lease::now();
+                    match delivery.reply.progress().await {
+                        _ if !lease.holds() => break End::Lost,
+                        // The broker counts from when it got the question at the earliest.
+                        Ok(()) => lease.renew(asked),
+                        Err(error) => {
+                            tracing::debug!(webhook.id = %id, %error, "a heartbeat was lost");
+                        }
                     }
                 }
             }
