@@ -1,5 +1,7 @@
 //! The measures of delivery: the server and an auditor count the same.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde_json::Value;
 
 use crate::support::{Server, Settings, application, replace_flags, until};
@@ -33,6 +35,60 @@ fn reported(server: &Server, position: u64, period: &[&str]) -> Vec<Value> {
         columns.iter().map(|c| (*c).to_owned()).zip(cells).collect()
     });
     rows.collect()
+}
+
+/// What anybody counts who reads the definitions in the guide, and the events.
+#[derive(Default)]
+struct ByHand {
+    deployments: Vec<String>,
+    failed: Vec<String>,
+    lead_ms: Vec<i64>,
+    restored_ms: Vec<i64>,
+}
+
+fn recount(server: &Server) -> ByHand {
+    let page = server.read("/api/v1/events?project=shop&limit=500");
+    assert!(page["next_after"].as_u64() >= page["head"].as_u64());
+    let ms = |time: &Value| {
+        let time: jiff::Timestamp = time.as_str().unwrap().parse().unwrap();
+        time.as_millisecond()
+    };
+    let mut counted = ByHand::default();
+    let (mut given, mut commits) = (BTreeMap::new(), BTreeMap::new());
+    let mut seen = BTreeSet::new();
+    for entry in page["events"].as_array().unwrap() {
+        let event = &entry["event"];
+        let (time, data) = (ms(&event["time"]), &event["data"]);
+        let kind = event["type"].as_str().unwrap();
+        if kind == "dev.daybook.deployment.source_resolved.v1" {
+            let id = event["subject"].as_str().unwrap().rsplit('/').next();
+            let source = &data["source"];
+            let commit = source["commit"].as_str().unwrap().to_owned();
+            let commit = (commit, ms(&source["committed_at"]));
+            commits.insert(id.unwrap().to_owned(), commit);
+        }
+        if kind != "dev.daybook.routing.switched.v1" || data["main"].is_null() {
+            continue;
+        }
+        let main = |which: &str| data["main"][which].as_str().map(str::to_owned);
+        if data["reason"] == "rollback" {
+            let failed = main("previous").unwrap();
+            counted.restored_ms.push(time - given[&failed]);
+            counted.failed.push(failed);
+        } else if let Some(next) = main("next")
+            && !given.contains_key(&next)
+        {
+            let (commit, committed) = &commits[&next];
+            if seen.insert(commit.clone()) {
+                counted.lead_ms.push(time - committed);
+            }
+            counted.deployments.push(next);
+        }
+        if let Some(next) = main("next") {
+            given.insert(next, time);
+        }
+    }
+    counted
 }
 
 #[test]
@@ -79,6 +135,16 @@ fn an_auditor_counts_what_the_server_says() {
     let event = server.read(&format!("/api/v1/events/{position}"));
     assert_eq!(event["id"], restore["rollback"]["event"]);
     assert_eq!(event["data"]["reason"], "rollback");
+
+    // Counted once more, by hand, from the events as they are.
+    let by_hand = recount(&server);
+    assert_eq!(by_hand.deployments, [&*first, &again, &bad]);
+    assert_eq!(by_hand.failed, [&*bad]);
+    let ms = |name: &str| &measured[name]["median_ms"];
+    assert_eq!(*ms("time_to_restore"), by_hand.restored_ms[0]);
+    let leads = measured["counted"]["lead_times"].as_array().unwrap().iter();
+    let leads: Vec<_> = leads.map(|l| l["ms"].as_i64().unwrap()).collect();
+    assert_eq!(leads, by_hand.lead_ms);
 
     let position = said["position"].as_u64().unwrap();
     let rows = reported(&server, position, &[&period[..], &["--to", until]].concat());

@@ -86,7 +86,11 @@ fn a_deployment_is_asked_for_and_followed_although_the_server_dies_in_between() 
     };
 
     // Until it is being deployed.
-    let (mut phases, mut lines) = (Vec::new(), Vec::new());
+    let (mut phases, mut positions, mut lines) = (Vec::new(), Vec::new(), Vec::new());
+    let line = |seen: Value| {
+        let text = |name: &str| seen["deployLogLines"][name].as_str().unwrap().to_owned();
+        (text("cursor"), text("text"))
+    };
     let (mut position, mut cursor) = (Value::Null, Value::Null);
     runtime.block_on(async {
         let mut subscribed = Subscribed::to(&server, &status("")).await;
@@ -94,12 +98,13 @@ fn a_deployment_is_asked_for_and_followed_although_the_server_dies_in_between() 
             let seen = subscribed.next().await.expect("it has not settled");
             phases.push(seen["deployStatus"]["phase"].as_str().unwrap().to_owned());
             position = seen["deployStatus"]["position"].clone();
+            positions.push(position.as_u64().unwrap());
         }
         let mut subscribed = Subscribed::to(&server, &logs("")).await;
         while lines.len() < 2 {
             let seen = subscribed.next().await.expect("it has not settled");
-            lines.push(seen["deployLogLines"]["text"].as_str().unwrap().to_owned());
             cursor = seen["deployLogLines"]["cursor"].clone();
+            lines.push(line(seen));
         }
     });
     server.kill();
@@ -110,13 +115,15 @@ fn a_deployment_is_asked_for_and_followed_although_the_server_dies_in_between() 
         let mut subscribed = Subscribed::to(&server, &query).await;
         while let Some(seen) = subscribed.next().await {
             phases.push(seen["deployStatus"]["phase"].as_str().unwrap().to_owned());
+            positions.push(seen["deployStatus"]["position"].as_u64().unwrap());
         }
         let query = logs(&format!(", after: {cursor}"));
         let mut subscribed = Subscribed::to(&server, &query).await;
         while let Some(seen) = subscribed.next().await {
-            lines.push(seen["deployLogLines"]["text"].as_str().unwrap().to_owned());
+            lines.push(line(seen));
         }
     });
+    assert!(positions.is_sorted_by(|a, b| a < b), "{positions:?}");
     phases.dedup();
     assert_eq!(phases.last().unwrap(), "SUCCEEDED");
     let order = [
@@ -139,14 +146,16 @@ fn a_deployment_is_asked_for_and_followed_although_the_server_dies_in_between() 
         None,
     );
     let text = text.unwrap().body;
-    let kept: Vec<Value> = text
+    let kept: Vec<(String, String)> = text
         .lines()
-        .map(|l| serde_json::from_str(l).unwrap())
+        .map(|line| {
+            let line: Value = serde_json::from_str(line).unwrap();
+            let text = |name: &str| line[name].as_str().unwrap().to_owned();
+            (text("cursor"), text("text"))
+        })
         .collect();
     assert!(lines.len() > 2, "{lines:?}");
-    for line in &lines {
-        assert!(kept.iter().any(|k| k["text"] == line.as_str()), "{line}");
-    }
+    assert_eq!(lines, kept);
     let history = r#"{ project(id: "shop") { services { instances { imageTag deployments {
         active message } } } } audit(filter: { kind: "deployment.requested.v1" }) { entries {
         actor signed } } }"#;

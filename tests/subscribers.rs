@@ -1,5 +1,6 @@
 //! Who subscribes to NATS directly has an account that can read one project, and nothing else: the
-//! configuration of docs/subscribing.md, on real servers.
+//! configuration of docs/subscribing.md, on real servers. Who follows with `daybook events` goes on
+//! after a restart.
 
 use std::time::Duration;
 
@@ -7,9 +8,10 @@ use async_nats::jetstream::{self, consumer};
 use async_nats::{Client, ConnectOptions};
 use daybook_testkit::nats::{NatsBinary, NatsServer, NatsSettings};
 use futures_util::StreamExt;
+use reqwest::Method;
 use serde_json::Value;
 
-use crate::support::{PATIENCE, Server, Settings, site};
+use crate::support::{PATIENCE, Server, Settings, application, request, site, until};
 
 const GUIDE: &str = include_str!("../docs/subscribing.md");
 
@@ -116,4 +118,34 @@ fn a_subscribers_account_reads_its_project_and_does_nothing_else() {
             assert!(wrong.await.is_err());
         });
     }
+}
+
+#[test]
+fn a_follower_for_whom_nothing_came_yet_outlives_a_restart() {
+    let mut server = Server::start(Settings::default());
+    server.define("shop", "web", &application("--text one"), &[]);
+    let head = server.read("/api/v1/events?limit=1")["head"].to_string();
+    let file = server.folder().path().join("followed");
+    let mut follower = server
+        .command(&["events", "--follow", "--after", &head, "--output", "json"])
+        .stdout(std::fs::File::create(&file).unwrap())
+        .spawn()
+        .unwrap();
+    let metrics = format!("{}/metrics", server.url());
+    until("the follower", || {
+        let metrics = request(Method::GET, &metrics, &[], None).ok()?.body;
+        metrics.contains("daybook_http_streams 1\n").then_some(())
+    });
+    server.stop();
+    // Long enough for it to find nobody there.
+    std::thread::sleep(Duration::from_secs(2));
+    server.restart();
+    server.define("shop", "other", &application("--text two"), &[]);
+    until("the event", || {
+        let followed = std::fs::read_to_string(&file).unwrap();
+        followed.contains("\"other\"").then_some(())
+    });
+    assert!(follower.try_wait().unwrap().is_none(), "it has given up");
+    follower.kill().unwrap();
+    follower.wait().unwrap();
 }

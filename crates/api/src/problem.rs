@@ -115,6 +115,11 @@ impl Problem {
     }
 
     /// Whether the same request may succeed later without any change.
+    /// Seconds after which it may be otherwise.
+    pub(crate) fn waits(&self) -> Option<u32> {
+        self.retry_after
+    }
+
     pub(crate) fn is_retryable(&self) -> bool {
         self.retry_after.is_some()
     }

@@ -90,11 +90,20 @@ pub async fn serve(
 }
 
 /// Lets the system end a connection whose other end is silently gone, or takes nothing of what it is
-/// sent, for so long. Streams without an answer of the client would be kept for hours otherwise.
+/// sent, for so long. Streams without an answer of the client would be kept for hours otherwise, and
+/// those on which nothing is sent for ever: there the system asks whether anybody is there.
 #[cfg(target_os = "linux")]
 fn give_up_after(stream: &tokio::net::TcpStream, silence: Duration) {
+    use rustix::net::sockopt;
     let millis = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX);
-    if let Err(e) = rustix::net::sockopt::set_tcp_user_timeout(stream, millis) {
+    // The system counts these in whole seconds.
+    let part = |of: u32| (silence / of).max(SILENCE_MIN);
+    let set = sockopt::set_tcp_user_timeout(stream, millis)
+        .and_then(|()| sockopt::set_tcp_keepidle(stream, part(2)))
+        .and_then(|()| sockopt::set_tcp_keepintvl(stream, part(SILENT_BEATS)))
+        .and_then(|()| sockopt::set_tcp_keepcnt(stream, SILENT_BEATS - 1))
+        .and_then(|()| sockopt::set_socket_keepalive(stream, true));
+    if let Err(e) = set {
         tracing::debug!(error = %e, "silent clients are kept as long as the system keeps them");
     }
 }
@@ -164,5 +173,29 @@ fn pause_after(e: &io::Error) -> Option<Duration> {
         io::ErrorKind::InvalidInput => None,
         // Mostly EMFILE or ENFILE: connections that end make room.
         _ => Some(ACCEPT_PAUSE),
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use rustix::net::sockopt;
+
+    use super::*;
+
+    /// Whether the system also does it cannot be tried without a network that loses packets.
+    #[tokio::test]
+    async fn the_system_asks_whether_a_silent_client_is_there() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let (stream, _) = accepted.unwrap();
+        give_up_after(&stream, Duration::from_secs(60));
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        let seconds = Duration::from_secs;
+        assert_eq!(sockopt::tcp_keepidle(&stream).unwrap(), seconds(30));
+        assert_eq!(sockopt::tcp_keepintvl(&stream).unwrap(), seconds(15));
+        assert_eq!(sockopt::tcp_keepcnt(&stream).unwrap(), 3);
+        assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), 60_000);
+        drop(client);
     }
 }

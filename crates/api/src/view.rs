@@ -97,7 +97,7 @@ pub(crate) struct ServiceList {
 }
 
 /// An environment.
-#[derive(Debug, Serialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub(crate) struct EnvironmentView {
     /// Its project.
     pub(crate) project: ProjectName,
@@ -126,7 +126,7 @@ pub(crate) struct EnvironmentView {
 }
 
 /// The pull request of an environment.
-#[derive(Debug, Serialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub(crate) struct PullRequestView {
     /// Its number.
     pub(crate) number: u64,
@@ -185,7 +185,7 @@ impl From<Environment> for EnvironmentView {
 }
 
 /// A window in which an environment is frozen.
-#[derive(Debug, Serialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub(crate) struct FreezeView {
     /// Its name.
     pub(crate) name: FreezeName,

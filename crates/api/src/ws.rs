@@ -33,6 +33,8 @@ pub(crate) mod code {
     pub(crate) const UNSUPPORTED: u16 = 1003;
     /// Something failed inside.
     pub(crate) const INTERNAL: u16 = 1011;
+    /// Not now; later perhaps.
+    pub(crate) const TRY_AGAIN: u16 = 1013;
 }
 
 /// The upgrade to a WebSocket, if a request asks for one.
@@ -132,6 +134,11 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
+    /// From now on the socket ends with this, such as the credential that came over it.
+    pub(crate) fn depends_on(&mut self, lease: Lease) {
+        self.lease = lease;
+    }
+
     /// The next that the client does; asks it meanwhile whether it is there. Nothing is lost if
     /// this is not waited for to its end.
     pub(crate) async fn receive(&mut self) -> Received {

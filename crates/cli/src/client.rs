@@ -18,6 +18,9 @@ use crate::commands::ServerArgs;
 use crate::contexts::{self, Target, Token};
 use crate::exit::{Code, Failure};
 
+/// When to try again if nobody says when.
+const SOON: Duration = Duration::from_millis(500);
+
 /// Talks to one server. What it reads is never older than what it has seen or written before.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -133,6 +136,7 @@ impl Client {
             format!("the server {} cannot be reached: {cause}", self.shown()),
         )
         .hint("start one with `daybook up`, or name another with --server or DAYBOOK_URL")
+        .passing(SOON)
     }
 
     /// GET.
@@ -300,10 +304,9 @@ impl Client {
 }
 
 async fn read<T: DeserializeOwned>(answer: Response) -> Result<T, Failure> {
-    let bytes = answer
-        .bytes()
-        .await
-        .map_err(|e| Failure::new(Code::Unreachable, "server_unreachable", e.to_string()))?;
+    let bytes = answer.bytes().await.map_err(|e| {
+        Failure::new(Code::Unreachable, "server_unreachable", e.to_string()).passing(SOON)
+    })?;
     let bytes = if bytes.is_empty() {
         &b"null"[..]
     } else {
@@ -322,6 +325,8 @@ async fn read<T: DeserializeOwned>(answer: Response) -> Result<T, Failure> {
 /// A problem document (RFC 9457) as a failure.
 async fn problem(answer: Response) -> Failure {
     let status = answer.status();
+    let wait = answer.headers().get(reqwest::header::RETRY_AFTER);
+    let wait = wait.and_then(|seconds| seconds.to_str().ok()?.parse().ok());
     let body: Value = answer.json().await.unwrap_or_default();
     let text = |key: &str| body.get(key).and_then(Value::as_str).map(str::to_owned);
     let code = match status {
@@ -339,5 +344,11 @@ async fn problem(answer: Response) -> Failure {
         message,
     );
     failure.hint = text("remedy");
+    // A server says which problems pass; a proxy that has lost its server says 502 to 504.
+    let retryable = body.get("retryable").and_then(Value::as_bool);
+    let passes = retryable.unwrap_or(status.is_server_error());
+    if passes || status == StatusCode::TOO_MANY_REQUESTS {
+        failure = failure.passing(wait.map_or(SOON, Duration::from_secs));
+    }
     failure
 }

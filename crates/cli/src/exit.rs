@@ -1,6 +1,7 @@
 //! Exit codes, and the one way in which errors reach a person.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -49,6 +50,8 @@ pub struct Failure {
     pub message: String,
     /// The way out, if there is one.
     pub hint: Option<String>,
+    /// It may pass by itself, after this time.
+    pub passes: Option<Duration>,
 }
 
 impl Failure {
@@ -59,7 +62,14 @@ impl Failure {
             kind: kind.to_owned(),
             message: message.into(),
             hint: None,
+            passes: None,
         }
+    }
+
+    /// The same, which may pass by itself after this time.
+    pub fn passing(mut self, after: Duration) -> Self {
+        self.passes = Some(after);
+        self
     }
 
     /// The same with a way out.

@@ -4,8 +4,9 @@
 //! What is counted, for each service instance, in a period `[from, to)` of the events' own times:
 //!
 //! - a *deployment* is a deployment that becomes the main one of its instance for the first time,
-//!   by the event that switches the traffic to it. One that never gets the traffic is none, and
-//!   what a rollback goes back to is none;
+//!   by the event that switches the traffic to it: because it is ready, because somebody marks it or
+//!   shifts all shares of the traffic to it, or as the heir of one that ends. One that never gets
+//!   the traffic is none, and what a rollback goes back to is none;
 //! - its *lead time* runs from its commit, as the source repository dates it, to that event. Only
 //!   the first deployment of a commit has one: what is deployed again is no new change. An image
 //!   that was promoted has the commit of where it was promoted from; one from elsewhere has none;
@@ -17,12 +18,14 @@
 //! before they got the traffic are counted beside this: they hurt nobody.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
+use daybook_events::access::Projects;
 use daybook_events::deployment::Requested;
 use daybook_events::routing::{Routing, RoutingEvent, SwitchReason, Switched};
 use daybook_events::{
     CommitId, DeploymentId, EnvironmentName, EventId, Folded, InstanceRef, Position, ProjectName,
-    ServiceName, Subject,
+    Recorded, ServiceName, Subject, SubjectFilter,
 };
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -32,7 +35,7 @@ use crate::audit::AuditFilter;
 use crate::ledger::Ledger;
 use crate::page::Page;
 use crate::past::PastError;
-use crate::store::QueryError;
+use crate::store::{QueryError, lock};
 
 /// The type of the event that ends what never got the traffic.
 const FAILED: &str = "deployment.failed.v1";
@@ -164,15 +167,30 @@ pub struct Counter {
 
 #[derive(Debug, Default)]
 struct Instance {
-    /// Every deployment that was the main one, with the switch that made it so first, and with its
-    /// number of the table. That of the newest switch is beside it.
-    mains: BTreeMap<DeploymentId, (Counted, u32)>,
-    newest: BTreeMap<DeploymentId, Counted>,
-    /// The first deployments of their commits.
-    commits: BTreeMap<CommitId, DeploymentId>,
+    /// The switches that gave each deployment the traffic, in the order of the ledger.
+    given: BTreeMap<DeploymentId, Vec<Given>>,
     changes: BTreeMap<DeploymentId, Change>,
-    rollbacks: Vec<(Restore, u32)>,
+    rollbacks: Vec<Rollback>,
     failed: Vec<Counted>,
+}
+
+/// A switch that gave a deployment the traffic.
+#[derive(Debug)]
+struct Given {
+    switch: Counted,
+    /// The number of the table that it made.
+    table: u32,
+    /// Whether it was a rollback, which delivers nothing.
+    back: bool,
+}
+
+#[derive(Debug)]
+struct Rollback {
+    restore: Restore,
+    /// The number of the table that it made.
+    table: u32,
+    /// That of the table that had given the traffic to what was rolled back.
+    failed: Option<u32>,
 }
 
 impl Counter {
@@ -194,6 +212,12 @@ impl Counter {
         e: &Switched,
         change: impl FnOnce(DeploymentId) -> Option<Change>,
     ) {
+        let instance = self.instances.entry(e.instance.clone()).or_default();
+        // Where the traffic had moved on before, the compensation restores hostnames only.
+        if e.reason == SwitchReason::Compensation {
+            instance.undo(e.undoes);
+            return;
+        }
         let Some(main) = &e.main else {
             return;
         };
@@ -203,37 +227,33 @@ impl Counter {
             time,
             deployment,
         };
-        let instance = self.instances.entry(e.instance.clone()).or_default();
-        match (e.reason, main.previous, main.next) {
-            (SwitchReason::Compensation, ..) => instance.undo(e.undoes),
-            (SwitchReason::Rollback, Some(failed), next) => {
-                let given = instance.newest.get(&failed).copied();
-                let ms = given.map(|g| millis(g.time, time));
-                let restore = Restore {
+        let back = e.reason == SwitchReason::Rollback;
+        if let (true, Some(failed)) = (back, main.previous) {
+            let given = instance.given.get(&failed).and_then(|all| all.last());
+            instance.rollbacks.push(Rollback {
+                restore: Restore {
                     rollback: at(failed),
-                    failed: given,
-                    ms,
-                };
-                instance.rollbacks.push((restore, e.table));
-                if let Some(next) = next {
-                    instance.newest.insert(next, at(next));
-                }
-            }
-            (SwitchReason::Deploy | SwitchReason::MarkMain, _, Some(next)) => {
-                instance.newest.insert(next, at(next));
-                if instance.mains.contains_key(&next) {
-                    return;
-                }
-                instance.mains.insert(next, (at(next), e.table));
-                if let Some(change) = change(next) {
-                    instance
-                        .commits
-                        .entry(change.commit.clone())
-                        .or_insert(next);
-                    instance.changes.insert(next, change);
-                }
-            }
-            _ => {}
+                    failed: given.map(|g| g.switch),
+                    ms: given.map(|g| millis(g.switch.time, time)),
+                },
+                table: e.table,
+                failed: given.map(|g| g.table),
+            });
+        }
+        // Whatever led the traffic to it: that it became ready, somebody who marked it or shifted
+        // all shares to it, or the end of the one before.
+        let Some(next) = main.next else {
+            return;
+        };
+        let all = instance.given.entry(next).or_default();
+        let first = !back && all.iter().all(|g| g.back);
+        all.push(Given {
+            switch: at(next),
+            table: e.table,
+            back,
+        });
+        if first && let Some(change) = change(next) {
+            instance.changes.insert(next, change);
         }
     }
 
@@ -269,30 +289,39 @@ impl Instance {
         let Some(table) = table else {
             return;
         };
-        self.rollbacks.retain(|(_, of)| *of != table);
-        let undone: Vec<DeploymentId> = self
-            .mains
-            .iter()
-            .filter(|(_, (_, of))| *of == table)
-            .map(|(id, _)| *id)
-            .collect();
-        for id in undone {
-            self.mains.remove(&id);
-            self.newest.remove(&id);
-            self.changes.remove(&id);
-            self.commits.retain(|_, first| *first != id);
+        self.rollbacks
+            .retain(|r| r.table != table && r.failed != Some(table));
+        for all in self.given.values_mut() {
+            all.retain(|g| g.table != table);
         }
+        self.given.retain(|_, all| !all.is_empty());
+    }
+
+    /// The switches that gave a deployment the traffic for the first time, in the order of the
+    /// ledger.
+    fn deliveries(&self) -> Vec<Counted> {
+        let first = |all: &Vec<Given>| all.iter().find(|g| !g.back).map(|g| g.switch);
+        let mut mains: Vec<Counted> = self.given.values().filter_map(first).collect();
+        mains.sort_by_key(|c| c.position);
+        mains
     }
 
     fn measure(&self, name: &InstanceRef, period: Period) -> Option<Delivery> {
-        let mut deployments: Vec<Counted> = self.mains.values().map(|(c, _)| *c).collect();
+        let mut deployments = self.deliveries();
+        let mains: BTreeSet<DeploymentId> = deployments.iter().map(|c| c.deployment).collect();
+        // The first deployments of their commits.
+        let mut commits = BTreeMap::new();
+        for c in &deployments {
+            if let Some(change) = self.changes.get(&c.deployment) {
+                commits.entry(&change.commit).or_insert(c.deployment);
+            }
+        }
         deployments.retain(|c| period.has(c.time));
-        deployments.sort_by_key(|c| c.position);
         let lead_times: Vec<LeadTime> = deployments
             .iter()
             .filter_map(|c| {
                 let change = self.changes.get(&c.deployment)?;
-                let first = self.commits.get(&change.commit) == Some(&c.deployment);
+                let first = commits.get(&change.commit) == Some(&c.deployment);
                 first.then(|| LeadTime {
                     deployment: c.deployment,
                     commit: change.commit.clone(),
@@ -301,23 +330,22 @@ impl Instance {
                 })
             })
             .collect();
-        let rollbacks = self.rollbacks.iter().map(|(r, _)| r);
+        let rollbacks = self.rollbacks.iter().map(|r| &r.restore);
         let restores: Vec<Restore> = rollbacks
+            .clone()
             .filter(|r| period.has(r.rollback.time))
             .cloned()
             .collect();
-        let failed: BTreeSet<DeploymentId> = self
-            .rollbacks
-            .iter()
-            .filter(|(r, _)| r.rollback.time < period.to)
-            .map(|(r, _)| r.rollback.deployment)
+        let failed: BTreeSet<DeploymentId> = rollbacks
+            .filter(|r| r.rollback.time < period.to)
+            .map(|r| r.rollback.deployment)
             .collect();
         let failed = deployments
             .iter()
             .filter(|c| failed.contains(&c.deployment));
         let failed = failed.count() as u64;
         let mut failed_before = self.failed.clone();
-        failed_before.retain(|c| period.has(c.time) && !self.mains.contains_key(&c.deployment));
+        failed_before.retain(|c| period.has(c.time) && !mains.contains(&c.deployment));
         if deployments.is_empty() && restores.is_empty() && failed_before.is_empty() {
             return None;
         }
@@ -345,6 +373,8 @@ impl Instance {
 /// Whose deliveries are counted; all that is given must fit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Scope {
+    /// Only of projects that whoever asks may see: of others nothing is read.
+    pub visible: Projects,
     /// Of this project.
     pub project: Option<ProjectName>,
     /// Of this environment.
@@ -356,7 +386,8 @@ pub struct Scope {
 impl Scope {
     /// Whether an instance is among them.
     pub fn has(&self, instance: &InstanceRef) -> bool {
-        self.project.as_ref().is_none_or(|p| *p == instance.project)
+        self.visible.contains(&instance.project)
+            && self.project.as_ref().is_none_or(|p| *p == instance.project)
             && self
                 .environment
                 .as_ref()
@@ -364,6 +395,53 @@ impl Scope {
             && self.service.as_ref().is_none_or(|s| *s == instance.service)
     }
 }
+
+/// The route switches of a project that count in the fold, in the order of the ledger.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Switches {
+    routing: Folded<Routing>,
+    counting: Vec<Switch>,
+}
+
+#[derive(Debug, Clone)]
+struct Switch {
+    position: Position,
+    event: EventId,
+    time: Timestamp,
+    /// Without what it changed of the routes.
+    switched: Switched,
+}
+
+impl Switches {
+    fn take(&mut self, recorded: &[Recorded]) {
+        for recorded in recorded {
+            let Ok(event) = recorded.event() else {
+                self.routing.position = recorded.position;
+                continue;
+            };
+            // What does not count in the fold does not count here.
+            if self.routing.apply(recorded.position, &event).is_err() {
+                self.routing.position = recorded.position;
+                continue;
+            }
+            let Ok(RoutingEvent::Switched(mut switched)) = event.payload() else {
+                continue;
+            };
+            switched.changes = Vec::new();
+            self.counting.push(Switch {
+                position: recorded.position,
+                event: event.id,
+                time: event.time,
+                switched: *switched,
+            });
+        }
+    }
+}
+
+/// How many switches of all projects together are kept at hand.
+const KEPT: usize = 50_000;
+/// How many events are read at once.
+const READ: usize = 500;
 
 impl Ledger {
     /// The measures of delivery, and the position up to which events were counted. Reads the route
@@ -385,25 +463,22 @@ impl Ledger {
                 .collect(),
         };
         for project in projects {
-            let switched = Subject::Routing(project.clone());
-            let switched = self.log().read_aggregate(&switched).await?;
+            if !scope.visible.contains(&project) {
+                continue;
+            }
             let mut failed = None;
-            let mut routing = Folded::<Routing>::default();
-            for recorded in switched.iter().filter(|r| r.position <= position) {
-                let Ok(event) = recorded.event() else {
-                    continue;
-                };
-                // What does not count in the fold does not count here.
-                if routing.apply(recorded.position, &event).is_err() {
+            let switches = self.switches(&project).await?;
+            for switch in &switches.counting {
+                if switch.position > position || !scope.has(&switch.switched.instance) {
                     continue;
                 }
-                let Ok(RoutingEvent::Switched(e)) = event.payload() else {
-                    continue;
-                };
-                if !scope.has(&e.instance) {
-                    continue;
-                }
-                counter.switched(recorded.position, event.id, event.time, &e, |id| {
+                let Switch {
+                    position,
+                    event,
+                    time,
+                    switched,
+                } = switch;
+                counter.switched(*position, *event, *time, switched, |id| {
                     self.change_of(id).unwrap_or_else(|e| {
                         failed = Some(e);
                         None
@@ -416,6 +491,42 @@ impl Ledger {
             self.count_failed(&mut counter, scope, project, position)?;
         }
         Ok((counter.measures(), position))
+    }
+
+    /// The route switches of a project. Those that were read before are at hand: what is read is what
+    /// was switched since.
+    async fn switches(&self, project: &ProjectName) -> Result<Arc<Switches>, PastError> {
+        let subject = Subject::Routing(project.clone());
+        let last = self.projections().shared::<Routing>(&subject)?.position;
+        let known = lock(&self.switches).get(project).cloned();
+        let mut switches = match known {
+            Some(known) if known.routing.position == last => return Ok(known),
+            Some(known) if known.routing.position < last => (*known).clone(),
+            // The ledger was set back.
+            _ => Switches::default(),
+        };
+        if switches.routing.position == Position::ZERO {
+            let all = self.log().read_aggregate(&subject).await?;
+            switches.take(&all);
+        } else {
+            let filter = SubjectFilter::exactly(subject);
+            loop {
+                let after = switches.routing.position;
+                let more = self.log().read(after, &filter, READ).await?;
+                switches.take(&more);
+                if more.len() < READ {
+                    break;
+                }
+            }
+        }
+        let switches = Arc::new(switches);
+        let mut kept = lock(&self.switches);
+        kept.insert(project.clone(), switches.clone());
+        let count = kept.values().map(|s| s.counting.len() + 1).sum::<usize>();
+        if count > KEPT {
+            kept.clear();
+        }
+        Ok(switches)
     }
 
     /// What a deployment was made from: its own source, or that of the one whose image it has.
@@ -576,17 +687,35 @@ mod tests {
             commit: u64,
             undoes: Option<u32>,
         ) -> u32 {
+            let main = MainChange {
+                previous: (from > 0).then(|| id(from)),
+                next: (to > 0).then(|| id(to)),
+            };
+            self.happens(hour, reason, Some(main), (to, commit), undoes)
+        }
+
+        /// A compensation that leaves the main deployment as it is.
+        fn restored(&mut self, hour: u64, undoes: u32) -> u32 {
+            let reason = SwitchReason::Compensation;
+            self.happens(hour, reason, None, (1, 1), Some(undoes))
+        }
+
+        fn happens(
+            &mut self,
+            hour: u64,
+            reason: SwitchReason,
+            main: Option<MainChange>,
+            (of, commit): (u64, u64),
+            undoes: Option<u32>,
+        ) -> u32 {
             self.table += 1;
             let e = Switched {
                 table: self.table,
                 reason,
                 instance: self.instance.clone(),
-                deployment: id(to),
+                deployment: id(of),
                 changes: Vec::new(),
-                main: Some(MainChange {
-                    previous: (from > 0).then(|| id(from)),
-                    next: (to > 0).then(|| id(to)),
-                }),
+                main,
                 rolled_back: reason == SwitchReason::Rollback,
                 was_rolled_back: false,
                 undoes,
@@ -648,6 +777,51 @@ mod tests {
         let measured = story.measured();
         assert_eq!((measured.deployments, measured.failed_changes), (2, 0));
         assert_eq!(measured.time_to_restore.samples, 0);
+    }
+
+    #[test]
+    fn whatever_leads_the_traffic_to_a_deployment_delivers_it() {
+        // A canary: it gets a share first, which makes it no main one, and then all of it.
+        let mut story = Story::new();
+        story.switch(10, SwitchReason::MarkMain, 0, 1);
+        story.switch(20, SwitchReason::Split, 1, 2);
+        story.switch(26, SwitchReason::Rollback, 2, 1);
+        let measured = story.measured();
+        assert_eq!((measured.deployments, measured.failed_changes), (2, 1));
+        assert_eq!(measured.lead_time.samples, 2);
+        assert_eq!(measured.time_to_restore.median_ms, Some(6 * HOUR));
+        let restore = &measured.counted.restores[0];
+        assert_eq!(restore.failed.unwrap().deployment, id(2));
+        // Marked later, it is no further deployment.
+        story.switch(30, SwitchReason::MarkMain, 1, 2);
+        assert_eq!(story.measured().deployments, 2);
+        // An heir, of one that is removed and of one that is stopped.
+        story.switch(40, SwitchReason::Withdraw, 2, 3);
+        story.switch(50, SwitchReason::Leave, 3, 4);
+        let measured = story.measured();
+        assert_eq!((measured.deployments, measured.lead_time.samples), (4, 4));
+        // One that ends without an heir delivers nothing.
+        story.switch(60, SwitchReason::Withdraw, 4, 0);
+        assert_eq!(story.measured().deployments, 4);
+    }
+
+    #[test]
+    fn what_is_undone_counts_for_nothing_also_if_the_traffic_has_moved_on() {
+        let mut story = Story::new();
+        story.switch(10, SwitchReason::Deploy, 0, 1);
+        let undone = story.switch(20, SwitchReason::Deploy, 1, 2);
+        story.switch(21, SwitchReason::Rollback, 2, 1);
+        // Only hostnames are left to be restored.
+        story.restored(22, undone);
+        let measured = story.measured();
+        assert_eq!((measured.deployments, measured.failed_changes), (1, 0));
+        assert_eq!(measured.lead_time.samples, 1);
+        assert_eq!(measured.time_to_restore.samples, 0);
+        // Given the traffic again, it is delivered by that.
+        story.switch(30, SwitchReason::MarkMain, 1, 2);
+        let measured = story.measured();
+        assert_eq!((measured.deployments, measured.lead_time.samples), (2, 2));
+        assert_eq!(measured.counted.deployments[1].time, at(30));
     }
 
     #[test]

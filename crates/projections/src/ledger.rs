@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use daybook_events::aggregate::{Aggregate, Decision, Refusal};
 use daybook_events::log::{Append, AppendError, Expected};
-use daybook_events::{Context, EventLog, NewEvent, Position, Subject};
+use daybook_events::{Context, EventLog, NewEvent, Position, ProjectName, Subject};
 use jiff::Timestamp;
 
+use crate::dora::Switches;
 use crate::store::{Behind, Projections, QueryError, lock};
 
 /// How often a decision is made anew because others were faster.
@@ -27,6 +28,8 @@ pub struct Ledger {
     projections: Projections,
     /// The position of the last own append to a subject, until it is folded.
     own: Arc<Mutex<HashMap<Subject, Position>>>,
+    /// The route switches that the measures of delivery were counted from.
+    pub(crate) switches: Arc<Mutex<HashMap<ProjectName, Arc<Switches>>>>,
 }
 
 /// What came of a command.
@@ -100,6 +103,7 @@ impl Ledger {
             log,
             projections,
             own: Arc::default(),
+            switches: Arc::default(),
         }
     }
 

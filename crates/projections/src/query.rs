@@ -569,6 +569,11 @@ impl Projections {
         self.states(AggregateKind::Environment, Some(project))
     }
 
+    /// The environments of all projects, by project and name.
+    pub fn all_environments(&self) -> Result<Vec<Environment>, QueryError> {
+        self.states(AggregateKind::Environment, None)
+    }
+
     /// An environment.
     pub fn environment(
         &self,
@@ -716,6 +721,17 @@ impl Projections {
 
     /// The audit, newest first.
     pub fn audit(&self, filter: &AuditFilter, page: Page) -> Result<PageOf<AuditRow>, QueryError> {
+        self.audit_within(filter, page, usize::MAX)
+    }
+
+    /// The audit, newest first, looking at about `most` rows at most: a page may then have few
+    /// rows, or none, and still not be the last.
+    pub fn audit_within(
+        &self,
+        filter: &AuditFilter,
+        page: Page,
+        most: usize,
+    ) -> Result<PageOf<AuditRow>, QueryError> {
         let mut found = Found {
             items: Vec::new(),
             next: None,
@@ -732,14 +748,20 @@ impl Projections {
         let terms = terms::wanted(filter);
         let mut looked_at = None;
         let mut done = false;
+        let mut looked = 0_usize;
         while !done && number > 0 {
+            if looked >= most {
+                found.next = Some(Cursor(keys::first_of(number)));
+                break;
+            }
             number -= 1;
             let block = number / keys::BLOCK;
-            if !terms.is_empty() && looked_at != Some(block) {
+            if !terms.is_anything() && looked_at != Some(block) {
                 looked_at = Some(block);
                 let held = self.inner.table.get(&keys::terms(block))?;
-                if held.is_some_and(|held| !terms::holds(&held, &terms)) {
+                if held.is_some_and(|held| !terms.is_held_by(&held)) {
                     number = block * keys::BLOCK;
+                    looked = looked.saturating_add(PASSED_OVER);
                     continue;
                 }
             }
@@ -753,6 +775,7 @@ impl Projections {
                     rows.push(row);
                 }
             }
+            looked = looked.saturating_add(rows.len());
             for row in rows.into_iter().rev() {
                 done = found.take(filter, row);
                 if done {
@@ -801,6 +824,9 @@ pub(crate) fn overview_of<'a>(
         position,
     }
 }
+
+/// What it costs to pass over a block by its terms, in rows that are read.
+const PASSED_OVER: usize = 8;
 
 /// The rows of a page so far.
 struct Found {

@@ -2,6 +2,8 @@
 
 use std::hash::Hasher;
 
+use daybook_events::access::Projects;
+
 use crate::audit::AuditFilter;
 
 /// What a term says of an event: the letter that goes into its hash before the text.
@@ -48,7 +50,30 @@ pub(crate) fn term(role: Role, text: &[u8]) -> u32 {
 }
 
 /// The terms that a block must hold to be worth reading for a filter.
-pub(crate) fn wanted(filter: &AuditFilter) -> Vec<u32> {
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    /// All of these.
+    all: Vec<u32>,
+    /// And one of these, if whoever asks sees some projects only.
+    any: Option<Vec<u32>>,
+}
+
+impl Wanted {
+    /// Whether every block is worth reading.
+    pub(crate) fn is_anything(&self) -> bool {
+        self.all.is_empty() && self.any.is_none()
+    }
+
+    /// Whether a row of terms holds what is wanted.
+    pub(crate) fn is_held_by(&self, terms: &[u8]) -> bool {
+        let (terms, _) = terms.as_chunks::<4>();
+        let holds = |wanted: &u32| terms.binary_search(&wanted.to_be_bytes()).is_ok();
+        self.all.iter().all(holds) && self.any.as_ref().is_none_or(|any| any.iter().any(holds))
+    }
+}
+
+/// The terms that a block must hold to be worth reading for a filter.
+pub(crate) fn wanted(filter: &AuditFilter) -> Wanted {
     let mut terms = Vec::new();
     let mut add = |role: Role, text: Option<&[u8]>| {
         terms.extend(text.map(|text| term(role, text)));
@@ -79,7 +104,14 @@ pub(crate) fn wanted(filter: &AuditFilter) -> Vec<u32> {
         Role::Correlation,
         filter.correlation.as_ref().map(|c| c.as_bytes().as_slice()),
     );
-    terms
+    let any = match &filter.visible {
+        Projects::All => None,
+        Projects::Named(names) => {
+            let names = names.iter().map(|p| p.as_str().as_bytes());
+            Some(names.map(|p| term(Role::Project, p)).collect())
+        }
+    };
+    Wanted { all: terms, any }
 }
 
 /// The row of a block's terms; empties them.
@@ -87,12 +119,4 @@ pub(crate) fn row(terms: &mut Vec<u32>) -> Vec<u8> {
     terms.sort_unstable();
     terms.dedup();
     terms.drain(..).flat_map(u32::to_be_bytes).collect()
-}
-
-/// Whether a row of terms holds all of `wanted`.
-pub(crate) fn holds(terms: &[u8], wanted: &[u32]) -> bool {
-    let (terms, _) = terms.as_chunks::<4>();
-    wanted
-        .iter()
-        .all(|w| terms.binary_search(&w.to_be_bytes()).is_ok())
 }

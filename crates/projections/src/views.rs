@@ -11,6 +11,8 @@ use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::page::Cursor;
+
 /// One deployment in the history of a service instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct HistoryRow {
@@ -60,6 +62,13 @@ pub struct HistoryRow {
     pub outcome_code: Option<String>,
     /// The deployment whose snapshot it repeats.
     pub redeploy_of: Option<DeploymentId>,
+}
+
+impl HistoryRow {
+    /// Where a list goes on after it.
+    pub fn cursor(&self) -> Cursor {
+        Cursor(self.position)
+    }
 }
 
 /// What runs where: the service instances with their deployments.

@@ -1,10 +1,11 @@
 //! The layer around all routes that lets requests in.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use axum::extract::{FromRequestParts as _, MatchedPath, RawPathParams, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use daybook_events::access::Projects;
@@ -13,12 +14,14 @@ use daybook_events::{DeploymentId, InstanceRef, ProjectName, SubscriptionId, wit
 use super::authorise::{Denied, Over, Verb, authorise};
 use super::control::{AccessMode, Refused, for_git};
 use super::limits::Peer;
+use super::oidc::KeysError;
 use super::principal::Principal;
 use super::rules::{Found, Of, Rule, rule};
 use crate::commands::{denied_deployment, denied_project, denied_webhook};
 use crate::extract::deployment_id;
 use crate::problem::Problem;
 use crate::state::AppState;
+use crate::ws;
 
 /// Finds out who asks, and refuses what they may not do. Handlers run only behind it.
 pub(crate) async fn guard(State(state): State<AppState>, request: Request, next: Next) -> Response {
@@ -51,10 +54,21 @@ async fn admit(state: &AppState, parts: &mut Parts) -> Result<Principal, Box<Res
     if of == Of::Tile && !names_entries(path_parameter(parts, state, 0).await.as_deref()) {
         return Ok(Principal::nobody());
     }
+    // A browser cannot say who asks when it opens a socket. It does with the first message, and
+    // until then there is nobody to be served.
+    if of == Of::Socket
+        && state.access.mode() == AccessMode::Required
+        && ws::is_asked_for(&parts.headers)
+        && !parts.headers.contains_key(header::AUTHORIZATION)
+    {
+        return Ok(Principal::nobody());
+    }
     let git = of == Of::Repository;
     let principal = recognise(state, parts, git).await?;
     let allowed = match of {
-        Of::Visible | Of::Body => authorise(&principal, verb, Over::Some).map_err(refuse),
+        Of::Visible | Of::Body | Of::Socket => {
+            authorise(&principal, verb, Over::Some).map_err(refuse)
+        }
         Of::Everything | Of::Tile => authorise(&principal, verb, Over::Everything).map_err(refuse),
         Of::Project | Of::Repository | Of::Instance => {
             let text = path_parameter(parts, state, 0).await;
@@ -142,32 +156,68 @@ async fn recognise(state: &AppState, parts: &Parts, git: bool) -> Result<Princip
         Err(Refused::Unauthenticated(e)) if git => Err(Box::new(for_git(e))),
         Err(Refused::Unauthenticated(e)) => Err(refuse(e)),
         Err(Refused::Query(e)) => Err(refuse(e)),
-        Err(Refused::Keys(e)) => {
-            tracing::error!(error = with_causes(&e), "tokens cannot be verified");
-            Err(refuse(
-                Problem::new(
-                    StatusCode::SERVICE_UNAVAILABLE,
-                    "identity_provider_unavailable",
-                    e.to_string(),
-                    "try again in a moment",
-                )
-                .retry_after(5),
-            ))
-        }
+        Err(Refused::Keys(e)) => Err(refuse(no_keys(&e))),
     }
 }
 
 fn too_many(wait: Duration) -> Box<Response> {
+    refuse(rate_limited(wait))
+}
+
+fn rate_limited(wait: Duration) -> Problem {
     let seconds = wait.as_secs_f64().ceil().max(1.0);
-    refuse(
-        Problem::new(
-            StatusCode::TOO_MANY_REQUESTS,
-            "rate_limited",
-            "these are more requests than one caller may send",
-            "wait as long as Retry-After says; for news, follow GET /api/v1/events instead of asking",
-        )
-        .retry_after(seconds as u32),
+    Problem::new(
+        StatusCode::TOO_MANY_REQUESTS,
+        "rate_limited",
+        "these are more requests than one caller may send",
+        "wait as long as Retry-After says; for news, follow GET /api/v1/events instead of asking",
     )
+    .retry_after(seconds as u32)
+}
+
+/// Counts what a principal asks for behind the door: one of several operations over a socket, or
+/// of several in a request.
+pub(crate) fn charge(
+    state: &AppState,
+    principal: &Principal,
+    requests: usize,
+) -> Result<(), Problem> {
+    for _ in 0..requests {
+        state.access.count(principal).map_err(rate_limited)?;
+    }
+    Ok(())
+}
+
+/// Who asks with a credential that is not in the head of a request, but in what came over a socket
+/// from this address.
+pub(crate) async fn recognise_later(
+    state: &AppState,
+    peer: Option<IpAddr>,
+    headers: &HeaderMap,
+) -> Result<Principal, Problem> {
+    let principal = match state.access.recognise(headers, false).await {
+        Ok(principal) => principal,
+        Err(Refused::Unauthenticated(e)) => {
+            let counted = state.access.count_failure(peer);
+            return Err(counted.map_or_else(rate_limited, |()| e.into()));
+        }
+        Err(Refused::Query(e)) => return Err(e.into()),
+        Err(Refused::Keys(e)) => return Err(no_keys(&e)),
+    };
+    charge(state, &principal, 1)?;
+    authorise(&principal, Verb::Read, Over::Some)?;
+    Ok(principal)
+}
+
+fn no_keys(e: &KeysError) -> Problem {
+    tracing::error!(error = with_causes(e), "tokens cannot be verified");
+    Problem::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "identity_provider_unavailable",
+        e.to_string(),
+        "try again in a moment",
+    )
+    .retry_after(5)
 }
 
 /// An address that nobody has written a rule for.

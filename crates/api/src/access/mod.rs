@@ -20,7 +20,7 @@ pub mod token;
 
 pub use authorise::{Denied, Over, Place, Verb, authorise};
 pub use control::{AccessControl, AccessMode, Unauthenticated};
-pub(crate) use guard::guard;
+pub(crate) use guard::{charge, guard, recognise_later};
 pub use lease::Lease;
 pub(crate) use limits::Peer;
 pub use limits::Rate;

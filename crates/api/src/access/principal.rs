@@ -92,6 +92,16 @@ impl Principal {
         self.visible().contains(project)
     }
 
+    /// Whether nobody was recognised: then nothing but what is public may be served.
+    pub(crate) fn is_nobody(&self) -> bool {
+        self.grants().is_empty()
+    }
+
+    /// Whether a credential was shown that says who asks.
+    pub(crate) fn has_credential(&self) -> bool {
+        *self.credential() != Credential::None
+    }
+
     pub(super) fn credential(&self) -> &Credential {
         &self.0.credential
     }

@@ -35,13 +35,18 @@ pub(crate) enum Of {
     Body,
     /// Whatever may be seen: the handler leaves the rest out.
     Visible,
+    /// The same. A socket may also be opened without a credential, which its first message then
+    /// has to bring.
+    Socket,
     /// Everything.
     Everything,
     /// Hashes are for everybody, and the entries of the ledger for who sees everything.
     Tile,
 }
 
-use Of::{Body, Deployment, Everything, Instance, Project, Repository, Tile, Visible, Webhook};
+use Of::{
+    Body, Deployment, Everything, Instance, Project, Repository, Socket, Tile, Visible, Webhook,
+};
 use Rule::{Asks, Public};
 use Verb::{Administer, Approve, Configure, Deploy, Override, Oversee, Read};
 
@@ -49,8 +54,8 @@ const RULES: &[(&str, &str, Rule)] = &[
     ("GET", "/", Public),
     ("GET", "/page/{file}", Public),
     ("GET", "/openapi.json", Public),
-    // Resolvers ask for each project; a socket is opened with the credential of its upgrade.
-    ("GET", "/graphql", Asks(Read, Visible)),
+    // Resolvers ask for each project.
+    ("GET", "/graphql", Asks(Read, Socket)),
     ("POST", "/graphql", Asks(Read, Visible)),
     ("GET", "/asyncapi.json", Public),
     ("GET", "/healthz", Public),

@@ -1,12 +1,15 @@
 //! Who asks, and what it is answered from.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_graphql::{Context, Value};
 use axum::http::{HeaderMap, StatusCode};
 use daybook_events::{Actor, DeploymentId, Digest, ProjectName};
 use daybook_projections::DeploymentRow;
 
+use super::limits;
 use crate::access::{Over, Principal, Verb, authorise};
 use crate::commands::{Caller, RequestKey, denied_deployment, denied_project};
 use crate::extract;
@@ -18,10 +21,20 @@ use crate::state::AppState;
 pub(super) struct Asked {
     pub(super) state: AppState,
     pub(super) principal: Principal,
-    actor: Actor,
+    pub(super) actor: Actor,
     /// The `Idempotency-Key` of the request.
     key: Option<String>,
     traceparent: Option<String>,
+    spent: Arc<Spent>,
+}
+
+/// What answering a request has come to so far.
+#[derive(Debug, Default)]
+struct Spent {
+    /// Items of lists.
+    items: AtomicUsize,
+    /// States of the past that were worked out.
+    looks_back: AtomicUsize,
 }
 
 impl Asked {
@@ -37,6 +50,7 @@ impl Asked {
             principal,
             key: extract::idempotency_key(headers)?.map(str::to_owned),
             traceparent: extract::traceparent(headers),
+            spent: Arc::default(),
         })
     }
 
@@ -45,6 +59,46 @@ impl Asked {
     pub(super) fn without_key(mut self) -> Self {
         self.key = None;
         self
+    }
+
+    /// The same for another operation, of which nothing is answered yet.
+    pub(super) fn afresh(&self) -> Self {
+        Self {
+            spent: Arc::default(),
+            ..self.clone()
+        }
+    }
+
+    /// Counts items of a list that are to be answered with. What a document costs is worked out
+    /// with lists of a usual length: here it is seen how long they are.
+    pub(super) fn lists(&self, items: usize) -> Result<(), Problem> {
+        let before = self.spent.items.fetch_add(items, Ordering::Relaxed);
+        if before.saturating_add(items) <= limits::ITEMS {
+            return Ok(());
+        }
+        Err(Problem::new(
+            StatusCode::BAD_REQUEST,
+            "query_too_complex",
+            format!("the answer would have more than {} items", limits::ITEMS),
+            "ask for less at once: fewer rows (first) or fewer lists within lists",
+        ))
+    }
+
+    /// Counts a state of the past that has to be worked out.
+    pub(super) fn looks_back(&self) -> Result<(), Problem> {
+        let before = self.spent.looks_back.fetch_add(1, Ordering::Relaxed);
+        if before < limits::LOOKS_BACK {
+            return Ok(());
+        }
+        Err(Problem::new(
+            StatusCode::BAD_REQUEST,
+            "query_too_complex",
+            format!(
+                "the request looks back more than {} times",
+                limits::LOOKS_BACK
+            ),
+            "ask for the past of fewer instances at once; `history` and `state` look back once",
+        ))
     }
 
     /// Refuses to show a project to whom may not see it, as one that does not exist.

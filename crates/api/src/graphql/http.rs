@@ -1,14 +1,16 @@
 //! GraphQL over HTTP: one request in, one answer out. `GET` has the schema, or becomes a socket.
 
 use async_graphql::{Request, Response as Answer};
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use super::asked::Asked;
+use super::loads::loader;
 use super::{limits, refusal, sdl, socket};
-use crate::access::Principal;
+use crate::access::{Peer, Principal, charge};
 use crate::extract;
 use crate::problem::Problem;
 use crate::routes::events::accepts;
@@ -26,8 +28,12 @@ pub(crate) async fn post(
     body: Body,
 ) -> Response {
     let own_type = accepts(&headers, GRAPHQL_RESPONSE);
+    let mut waits = None;
     let (answer, status) = match prepare(&state, principal, &headers, body).await {
-        Err((status, refused)) => (refused, status),
+        Err(refused) => {
+            waits = refused.waits;
+            (refused.answer, refused.status)
+        }
         Ok(request) => {
             let answer = refusal::coded(state.graphql.execute(request).await);
             // With the older media type a request that was understood is answered with 200,
@@ -47,8 +53,33 @@ pub(crate) async fn post(
         "application/json"
     };
     match serde_json::to_vec(&answer) {
-        Ok(body) => (status, [(header::CONTENT_TYPE, media_type)], body).into_response(),
+        Ok(body) => {
+            let waits = waits.map(|seconds| [(header::RETRY_AFTER, seconds.to_string())]);
+            let media_type = [(header::CONTENT_TYPE, media_type)];
+            match waits {
+                Some(waits) => (status, media_type, waits, body).into_response(),
+                None => (status, media_type, body).into_response(),
+            }
+        }
         Err(e) => Problem::internal(&e).into_response(),
+    }
+}
+
+/// A request of which nothing is carried out.
+struct Refused {
+    status: StatusCode,
+    answer: Answer,
+    /// Seconds until it may be repeated.
+    waits: Option<u32>,
+}
+
+impl From<Problem> for Refused {
+    fn from(problem: Problem) -> Self {
+        Self {
+            status: problem.status(),
+            waits: problem.waits(),
+            answer: refusal::response(problem),
+        }
     }
 }
 
@@ -57,14 +88,19 @@ async fn prepare(
     principal: Principal,
     headers: &HeaderMap,
     body: Body,
-) -> Result<Request, (StatusCode, Answer)> {
-    let refuse = |problem: Problem| (problem.status(), refusal::response(problem));
-    let asked = Asked::new(state.clone(), principal, headers).map_err(refuse)?;
-    extract::check_media_type(headers).map_err(refuse)?;
-    let bytes = extract::read_body(headers, body).await.map_err(refuse)?;
-    let mut request = read(&bytes).map_err(refuse)?;
-    limits::parse(&mut request).map_err(|refused| (StatusCode::BAD_REQUEST, *refused))?;
-    Ok(request.data(asked))
+) -> Result<Request, Refused> {
+    let asked = Asked::new(state.clone(), principal, headers)?;
+    extract::check_media_type(headers)?;
+    let bytes = extract::read_body(headers, body).await?;
+    let mut request = read(&bytes)?;
+    let operation = limits::parse(&mut request).map_err(|refused| Refused {
+        status: StatusCode::BAD_REQUEST,
+        answer: *refused,
+        waits: None,
+    })?;
+    // One was counted at the door.
+    charge(state, &asked.principal, operation.requests() - 1)?;
+    Ok(request.data(loader(asked.clone())).data(asked))
 }
 
 /// Reads a request. A list of several is none: each is sent by itself.
@@ -86,6 +122,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Request, Problem> {
 pub(crate) async fn get(
     State(state): State<AppState>,
     principal: Principal,
+    peer: Option<Extension<Peer>>,
     headers: HeaderMap,
     Upgrade(upgrade): Upgrade,
 ) -> Result<Response, Problem> {
@@ -95,6 +132,7 @@ pub(crate) async fn get(
         let headers = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
         return Ok((headers, format!("{hint}{}", sdl())).into_response());
     };
+    let peer = peer.map(|Extension(peer)| peer.0);
     let asked = Asked::new(state.clone(), principal, &headers)?.without_key();
-    socket::answer(&state, upgrade, asked)
+    socket::answer(upgrade, socket::Opened::new(asked, peer, headers))
 }

@@ -10,7 +10,8 @@ use std::collections::HashMap;
 use async_graphql::Name;
 use async_graphql::parser::parse_query;
 use async_graphql::parser::types::{
-    DocumentOperations, ExecutableDocument, FragmentDefinition, Selection, SelectionSet,
+    DocumentOperations, ExecutableDocument, FragmentDefinition, OperationType, Selection,
+    SelectionSet,
 };
 use async_graphql::{Positioned, Request, Response};
 use axum::http::StatusCode;
@@ -32,10 +33,35 @@ pub(super) const COMPLEXITY: usize = 20_000;
 pub(super) const DIRECTIVES: usize = 8;
 /// Rows that a list has if it is not said how many.
 pub(super) const FIRST: u32 = 20;
+/// Most items of all lists of an answer together.
+pub(super) const ITEMS: usize = 20_000;
+/// Most states of the past that one request has worked out.
+pub(super) const LOOKS_BACK: usize = 100;
+/// What a search through the ledger costs, however little it finds.
+const SEARCH: usize = 1_000;
+/// What it costs to look back.
+const BACK: usize = 2_000;
 
 /// What a list of at most `first` items costs that cost `each`.
 pub(super) fn page(first: Option<u32>, each: usize) -> usize {
     many(first.unwrap_or(FIRST), each)
+}
+
+/// What a page costs for which the ledger is searched.
+pub(super) fn search(first: Option<u32>, each: usize) -> usize {
+    SEARCH + page(first, each)
+}
+
+/// What a page costs that may be of the past.
+pub(super) fn past(at: Option<&String>, first: Option<u32>, each: usize) -> usize {
+    let back = if at.is_some() { BACK } else { 0 };
+    back + page(first, each)
+}
+
+/// What a list costs that is whole if it is not said how many items it is to have, and usually has
+/// about so many.
+pub(super) fn list(first: Option<u32>, usually: u32, each: usize) -> usize {
+    many(first.unwrap_or(usually), each)
 }
 
 /// What a list of about so many items costs that cost `each`.
@@ -46,14 +72,43 @@ pub(super) fn many(items: u32, each: usize) -> usize {
     items.saturating_mul(each.saturating_add(1)).min(MOST)
 }
 
-/// Parses the document of a request, if it is within the limits.
-pub(super) fn parse(request: &mut Request) -> Result<(), Box<Response>> {
-    let document = check(&request.query)?;
-    request.set_parsed_query(document);
-    Ok(())
+/// What is to be done, as far as it matters before it is begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Operation {
+    pub(super) kind: OperationType,
+    /// Fields of its first level.
+    pub(super) fields: usize,
 }
 
-fn check(text: &str) -> Result<ExecutableDocument, Box<Response>> {
+impl Operation {
+    /// How many requests of a caller it counts for: each mutation of a document for itself.
+    pub(super) fn requests(self) -> usize {
+        match self.kind {
+            OperationType::Mutation => self.fields.max(1),
+            OperationType::Query | OperationType::Subscription => 1,
+        }
+    }
+}
+
+/// Parses the document of a request, if it is within the limits.
+pub(super) fn parse(request: &mut Request) -> Result<Operation, Box<Response>> {
+    let (document, operations) = check(&request.query)?;
+    request.set_parsed_query(document);
+    let wanted = request.operation_name.as_deref();
+    let mut fitting = operations
+        .into_iter()
+        .filter(|(name, _)| wanted.is_none_or(|wanted| name.as_deref() == Some(wanted)));
+    // What names no operation, or one of several not clearly, is refused when it is carried out.
+    let nothing = Operation {
+        kind: OperationType::Query,
+        fields: 0,
+    };
+    Ok(fitting.next().map_or(nothing, |(_, operation)| operation))
+}
+
+type Operations = Vec<(Option<String>, Operation)>;
+
+fn check(text: &str) -> Result<(ExecutableDocument, Operations), Box<Response>> {
     let refuse = |code, detail: &str, remedy: &str| {
         let problem = Problem::new(StatusCode::BAD_REQUEST, code, detail, remedy);
         Err(Box::new(refusal::response(problem)))
@@ -89,7 +144,10 @@ fn check(text: &str) -> Result<ExecutableDocument, Box<Response>> {
         known: HashMap::new(),
     };
     match sizes.document(&document.operations) {
-        Some(Size { fields, depth }) if fields <= FIELDS && depth <= DEPTH => Ok(document),
+        Some(Size { fields, depth, .. }) if fields <= FIELDS && depth <= DEPTH => {
+            let operations = sizes.operations(&document.operations);
+            Ok((document, operations))
+        }
         Some(Size { depth, .. }) if depth > DEPTH => refuse(
             "query_too_deep",
             "the document is nested deeper than what is answered",
@@ -113,6 +171,8 @@ fn check(text: &str) -> Result<ExecutableDocument, Box<Response>> {
 struct Size {
     fields: usize,
     depth: usize,
+    /// Fields of the first level.
+    first: usize,
 }
 
 impl Size {
@@ -120,6 +180,7 @@ impl Size {
         Self {
             fields: self.fields.saturating_add(other.fields),
             depth: self.depth.max(other.depth),
+            first: self.first.saturating_add(other.first),
         }
     }
 }
@@ -143,6 +204,20 @@ impl<'a> Sizes<'a> {
         Some(size)
     }
 
+    /// Each operation by itself.
+    fn operations(&mut self, operations: &'a DocumentOperations) -> Operations {
+        let mut found = Vec::new();
+        for (name, operation) in operations.iter() {
+            let size = self.set(&operation.node.selection_set.node, 0);
+            let operation = Operation {
+                kind: operation.node.ty,
+                fields: size.unwrap_or_default().first,
+            };
+            found.push((name.map(ToString::to_string), operation));
+        }
+        found
+    }
+
     fn set(&mut self, set: &'a SelectionSet, level: usize) -> Option<Size> {
         let mut size = Size::default();
         for item in &set.items {
@@ -152,6 +227,7 @@ impl<'a> Sizes<'a> {
                     Size {
                         fields: inner.fields.saturating_add(1),
                         depth: inner.depth + 1,
+                        first: 1,
                     }
                 }
                 Selection::InlineFragment(fragment) => {
@@ -177,8 +253,8 @@ impl<'a> Sizes<'a> {
         // Deeper than any document that is answered: its depth says so, wherever it is cut off.
         if level > BRACKETS {
             return Some(Size {
-                fields: 0,
                 depth: BRACKETS,
+                ..Size::default()
             });
         }
         self.known.insert(name.as_str(), None);
@@ -208,6 +284,23 @@ mod tests {
             code("query A { projects { ...P } } fragment P on Project { name }"),
             None
         );
+    }
+
+    #[test]
+    fn mutations_count_one_by_one_also_in_fragments() {
+        let requests = |text: &str, name: Option<&str>| {
+            let mut request = Request::new(text);
+            request.operation_name = name.map(str::to_owned);
+            parse(&mut request).unwrap().requests()
+        };
+        assert_eq!(requests("{ a b c }", None), 1);
+        assert_eq!(requests("mutation { a b: a c { d e } }", None), 3);
+        let document = "query Q { a } mutation M { ...F ... on Mutation { x y { z } } } \
+                        fragment F on Mutation { a ...G } fragment G on Mutation { b c: b }";
+        assert_eq!(requests(document, Some("M")), 5);
+        assert_eq!(requests(document, Some("Q")), 1);
+        assert_eq!(requests(document, Some("none")), 1);
+        assert_eq!(requests("subscription { a b }", None), 1);
     }
 
     #[test]

@@ -3,13 +3,15 @@
 //!
 //! Queries and mutations are sent with POST, subscriptions over a WebSocket with the protocol
 //! `graphql-transport-ws`. What a request may cost is bounded before anything is done for it
-//! ([`limits`]), and lists bring with them all that they show: no field of a list's items reads
-//! the store for itself.
+//! ([`limits`]), what the items of lists need is read for all of them at once ([`loads`]), and how long
+//! lists are is counted while they are made.
 
 mod asked;
 mod deploy_run;
+mod governing;
 mod http;
 mod limits;
+mod loads;
 mod mutation;
 mod objects;
 mod project;
@@ -18,20 +20,26 @@ mod refusal;
 mod socket;
 mod subscription;
 
-use async_graphql::{SDLExportOptions, Schema};
+use async_graphql::{MergedObject, SDLExportOptions, Schema};
 
 pub(crate) use http::{get, post};
 
-use mutation::Mutation;
-use query::Query;
 use subscription::Subscription;
+
+/// What can be asked.
+#[derive(Debug, Default, MergedObject)]
+pub(crate) struct Query(query::Reading, governing::Overseeing);
+
+/// What can be done.
+#[derive(Debug, Default, MergedObject)]
+pub(crate) struct Mutation(mutation::Operating, governing::Governing);
 
 /// What can be asked.
 pub(crate) type DaybookSchema = Schema<Query, Mutation, Subscription>;
 
 /// The schema. It holds no state: each request brings what it is answered from.
 pub(crate) fn schema() -> DaybookSchema {
-    Schema::build(Query, Mutation, Subscription)
+    Schema::build(Query::default(), Mutation::default(), Subscription)
         .limit_depth(limits::DEPTH)
         .limit_complexity(limits::COMPLEXITY)
         .limit_directives(limits::DIRECTIVES)

@@ -4,14 +4,17 @@ use async_graphql::{Context, ID, InputObject, Json, Object, Result};
 use axum::extract::State as Held;
 use axum::http::StatusCode;
 use daybook_events::spec::ServiceSpec;
-use daybook_events::{ClusterName, EnvironmentName, GitRef, InstanceRef, ProjectName, ServiceName};
+use daybook_events::{
+    ClusterName, DeploymentId, EnvKey, EnvironmentName, GitRef, InstanceRef, ParameterName,
+    ProjectName, ServiceName, TemplateName,
+};
 
 use super::asked::{Asked, asked, caller};
 use super::deploy_run::DeployRun;
 use super::objects::{Environment, MainSwitch, RoutesSet, Switch, SwitchMode};
 use super::project::Project;
 use super::query::project_name;
-use crate::commands::{Deploy, Lifecycle, Redeploy, RunOverrides, What};
+use crate::commands::{Configure, Deploy, DeployTemplate, Lifecycle, Redeploy, RunOverrides, What};
 use crate::extract::{Command, Named, NoParams, Params, deployment_id};
 use crate::problem::Problem;
 use crate::routes::deployments::{self, CreateDeployment, MarkMain, PromoteTo, RollbackTo, Why};
@@ -117,6 +120,75 @@ pub(crate) struct RollbackInput {
     idempotency_key: Option<String>,
 }
 
+/// How many instances of a service are to run.
+#[derive(Debug, InputObject)]
+pub(crate) struct ScaleInput {
+    /// The project.
+    project_id: ID,
+    /// The service.
+    service: String,
+    /// The environment.
+    environment: String,
+    /// Instances in each cluster: 1 to 100.
+    replicas: u32,
+    /// Why.
+    reason: Option<String>,
+    /// Carries the mutation out once, however often it is repeated.
+    idempotency_key: Option<String>,
+}
+
+/// A name with a value: of an environment variable, or of a template's parameter.
+#[derive(Debug, InputObject)]
+pub(crate) struct ValueInput {
+    /// The name.
+    name: String,
+    /// The value.
+    value: String,
+}
+
+/// Environment variables of a service to be changed.
+#[derive(Debug, InputObject)]
+pub(crate) struct ChangeConfigInput {
+    /// The project.
+    project_id: ID,
+    /// The service.
+    service: String,
+    /// The environment.
+    environment: String,
+    /// Variables with their new values.
+    #[graphql(default)]
+    set: Vec<ValueInput>,
+    /// Variables to be taken away.
+    #[graphql(default)]
+    unset: Vec<String>,
+    /// Whether traffic follows by itself; as the environment says if not given.
+    switch: Option<SwitchMode>,
+    /// Why.
+    reason: Option<String>,
+    /// Carries the mutation out once, however often it is repeated.
+    idempotency_key: Option<String>,
+}
+
+/// What a template is to become.
+#[derive(Debug, InputObject)]
+pub(crate) struct DeployTemplateInput {
+    /// The template's name.
+    template: String,
+    /// The project.
+    project_id: ID,
+    /// The service.
+    service: String,
+    /// The environment.
+    environment: String,
+    /// The values of its parameters.
+    #[graphql(default)]
+    parameters: Vec<ValueInput>,
+    /// Why.
+    reason: Option<String>,
+    /// Carries the mutation out once, however often it is repeated.
+    idempotency_key: Option<String>,
+}
+
 /// An environment to be created.
 #[derive(Debug, InputObject)]
 pub(crate) struct CreateEnvironmentInput {
@@ -173,7 +245,7 @@ pub(crate) struct SetRoutesInput {
     idempotency_key: Option<String>,
 }
 
-fn clusters(names: Option<Vec<String>>) -> Result<Option<Vec<ClusterName>>, Problem> {
+pub(super) fn clusters(names: Option<Vec<String>>) -> Result<Option<Vec<ClusterName>>, Problem> {
     let parse = |names: Vec<String>| {
         let names = names.into_iter().map(ClusterName::parse);
         names.collect::<Result<Vec<_>, _>>()
@@ -181,7 +253,11 @@ fn clusters(names: Option<Vec<String>>) -> Result<Option<Vec<ClusterName>>, Prob
     Ok(names.map(parse).transpose()?)
 }
 
-fn instance(project: ID, environment: String, service: String) -> Result<InstanceRef, Problem> {
+pub(super) fn instance(
+    project: ID,
+    environment: String,
+    service: String,
+) -> Result<InstanceRef, Problem> {
     Ok(InstanceRef {
         project: project_name(project)?,
         environment: EnvironmentName::parse(environment)?,
@@ -202,17 +278,22 @@ async fn operate(ctx: &Context<'_>, what: Lifecycle, on: Operation) -> Result<De
     let caller = caller(ctx, on.key.as_deref())?;
     let operated = state.commands.operate(&caller, id, what, on.reason).await;
     operated.map_err(Problem::from)?;
-    let row = state.commands.deployment(id).map_err(Problem::from)?;
-    Ok(row.into())
+    as_it_is(ctx, id)
 }
 
-/// What can be done.
-#[derive(Debug)]
-pub(crate) struct Mutation;
+/// A deployment as it is after something was done to it.
+pub(super) fn as_it_is(ctx: &Context<'_>, id: DeploymentId) -> Result<DeployRun> {
+    let row = asked(ctx).state.commands.deployment(id);
+    Ok(row.map_err(Problem::from)?.into())
+}
 
-/// What can be done.
+/// What can be done to projects, deployments and their traffic.
+#[derive(Debug, Default)]
+pub(crate) struct Operating;
+
+/// What can be done to projects, deployments and their traffic.
 #[Object]
-impl Mutation {
+impl Operating {
     /// Deploys a service: the image is built, the GitOps repository changed, and the clusters
     /// synced. `deployStatus` and `deployLogs` follow it.
     async fn deploy(&self, ctx: &Context<'_>, input: DeployInput) -> Result<DeployRun> {
@@ -388,6 +469,89 @@ impl Mutation {
     ) -> Result<DeployRun> {
         let key = idempotency_key;
         operate(ctx, Lifecycle::Cancel, Operation { id, reason, key }).await
+    }
+
+    /// Tries a partially started deployment again in the clusters where it has failed, or in some of
+    /// them.
+    async fn retry_deployment(
+        &self,
+        ctx: &Context<'_>,
+        id: ID,
+        clusters: Option<Vec<String>>,
+        reason: Option<String>,
+        idempotency_key: Option<String>,
+    ) -> Result<DeployRun> {
+        let caller = caller(ctx, idempotency_key.as_deref())?;
+        let id = deployment_id(&id)?;
+        let commands = &asked(ctx).state.commands;
+        let retried = commands.retry(&caller, id, self::clusters(clusters)?, reason);
+        retried.await.map_err(Problem::from)?;
+        as_it_is(ctx, id)
+    }
+
+    /// Scales the main deployment of a service in place. Later deployments have as many instances.
+    async fn scale(&self, ctx: &Context<'_>, input: ScaleInput) -> Result<DeployRun> {
+        let caller = caller(ctx, input.idempotency_key.as_deref())?;
+        let instance = instance(input.project_id, input.environment, input.service)?;
+        let commands = &asked(ctx).state.commands;
+        let scaled = commands.scale(&caller, &instance, input.replicas, input.reason);
+        let scaled = scaled.await.map_err(Problem::from)?;
+        as_it_is(ctx, scaled.id)
+    }
+
+    /// Changes environment variables of a service: a new deployment of what runs already, with the
+    /// same image; or the one that runs, if everything was so already.
+    async fn change_config(
+        &self,
+        ctx: &Context<'_>,
+        input: ChangeConfigInput,
+    ) -> Result<DeployRun> {
+        let Asked { state, .. } = asked(ctx);
+        let caller = caller(ctx, input.idempotency_key.as_deref())?;
+        let set = input.set.into_iter();
+        let set = set.map(|v| Ok((EnvKey::parse(v.name)?, v.value)));
+        let unset = input.unset.into_iter().map(|name| Ok(EnvKey::parse(name)?));
+        let wish = Configure {
+            instance: instance(input.project_id, input.environment, input.service)?,
+            set: set.collect::<Result<_, Problem>>()?,
+            unset: unset.collect::<Result<_, Problem>>()?,
+            switch: input.switch.map(Into::into),
+            reason: input.reason,
+        };
+        let deployed = state.commands.configure(&caller, wish).await;
+        let deployed = deployed.map_err(Problem::from)?;
+        if deployed.done.event.is_none() {
+            return as_it_is(ctx, deployed.id);
+        }
+        let run = DeployRun::requested(state, &deployed).await;
+        Ok(run.map_err(Problem::from)?)
+    }
+
+    /// Resolves a template of the catalogue to the definition of a service, and deploys it.
+    async fn deploy_template(
+        &self,
+        ctx: &Context<'_>,
+        input: DeployTemplateInput,
+    ) -> Result<DeployRun> {
+        let Asked { state, .. } = asked(ctx);
+        let caller = caller(ctx, input.idempotency_key.as_deref())?;
+        let name = TemplateName::parse(input.template).map_err(Problem::from)?;
+        let (_, template) = state
+            .settings
+            .catalogue
+            .find(&name)
+            .map_err(Problem::from)?;
+        let parameters = input.parameters.into_iter();
+        let parameters = parameters.map(|p| Ok((ParameterName::parse(p.name)?, p.value)));
+        let wish = DeployTemplate {
+            template: template.clone(),
+            instance: instance(input.project_id, input.environment, input.service)?,
+            parameters: parameters.collect::<Result<_, Problem>>()?,
+            reason: input.reason,
+        };
+        let deployed = state.commands.deploy_template(&caller, wish).await;
+        let run = DeployRun::requested(state, &deployed.map_err(Problem::from)?).await;
+        Ok(run.map_err(Problem::from)?)
     }
 
     /// Spreads the traffic of an instance, or of one of its hostnames, over running deployments.

@@ -122,11 +122,14 @@ pub(crate) struct Deployment {
     redeploy_of: Option<ID>,
     /// Position of its request.
     position: LogPosition,
+    /// A list goes on after it with this as `after`.
+    cursor: String,
 }
 
 impl From<daybook_projections::HistoryRow> for Deployment {
     fn from(row: daybook_projections::HistoryRow) -> Self {
         Self {
+            cursor: row.cursor().to_string(),
             id: row.deployment.to_string().into(),
             project_id: row.project.to_string().into(),
             environment: row.environment.to_string(),

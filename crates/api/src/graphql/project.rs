@@ -1,54 +1,23 @@
 //! A project with its services, what they run as, and what that was before.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
 use async_graphql::{Context, ID, Json, Object, Result};
-use axum::extract::State;
-use daybook_events::environment::EnvironmentStatus;
 use daybook_events::project::Project as Folded;
 use daybook_events::spec::ServiceSpec;
-use daybook_events::{EnvironmentName, InstanceRef, ServiceName};
+use daybook_events::{EnvironmentName, InstanceRef, ProjectName, ServiceName};
 use daybook_projections::views::InstanceView;
 use jiff::Timestamp;
 
 use super::asked::asked;
 use super::deploy_run::DeployRun;
+use super::loads::{DeployedTo, EnvironmentsOf, RunningIn, loads};
 use super::objects::{Deployment, Environment, RouteTable};
 use super::query;
-use crate::extract::{Named, NoParams, Params};
 use crate::problem::Problem;
-use crate::routes::history::{self, HistoryQuery};
-use crate::routes::projects;
-use crate::state::AppState;
+use crate::view::EnvironmentView;
 
 /// A project.
 #[derive(Debug)]
 pub(crate) struct Project(pub(super) Folded);
-
-/// What is read once for all instances of a project, whatever is asked about them.
-#[derive(Debug)]
-struct Running {
-    environments: Vec<EnvironmentName>,
-    instances: BTreeMap<InstanceRef, InstanceView>,
-}
-
-impl Running {
-    fn read(state: &AppState, project: &Folded) -> Result<Self, Problem> {
-        let projections = state.projections();
-        let environments = projections.environments(&project.name)?;
-        let overview = projections.overview(Some(&project.name), None)?;
-        let by_instance = |view: InstanceView| (view.instance.clone(), view);
-        Ok(Self {
-            environments: environments
-                .into_iter()
-                .filter(|e| e.status != EnvironmentStatus::Deleted)
-                .map(|e| e.name)
-                .collect(),
-            instances: overview.instances.into_iter().map(by_instance).collect(),
-        })
-    }
-}
 
 /// A project.
 #[Object]
@@ -73,29 +42,31 @@ impl Project {
         self.0.created_at
     }
 
-    /// Its services, by name.
-    #[graphql(complexity = "super::limits::many(10, child_complexity)")]
-    async fn services(&self, ctx: &Context<'_>) -> Result<Vec<Service>> {
-        let running = match ctx.look_ahead().field("instances").exists() {
-            true => Some(Arc::new(Running::read(&asked(ctx).state, &self.0)?)),
-            false => None,
-        };
+    /// Its services, by name: all, or the `first` of them `after` a name.
+    #[graphql(complexity = "super::limits::list(first, 10, child_complexity)")]
+    async fn services(
+        &self,
+        ctx: &Context<'_>,
+        first: Option<u32>,
+        after: Option<String>,
+    ) -> Result<Vec<Service>> {
         let service = |(name, spec): (&ServiceName, &ServiceSpec)| Service {
             name: name.clone(),
             spec: spec.clone(),
             project: self.0.name.clone(),
-            running: running.clone(),
         };
-        Ok(self.0.services.iter().map(service).collect())
+        let services = self.0.services.iter();
+        let services = services.filter(|(name, _)| is_after(name.as_str(), after.as_deref()));
+        let services: Vec<_> = services.take(most(first)).map(service).collect();
+        asked(ctx).lists(services.len())?;
+        Ok(services)
     }
 
     /// Its environments, by name.
     #[graphql(complexity = "super::limits::many(5, child_complexity)")]
     async fn environments(&self, ctx: &Context<'_>) -> Result<Vec<Environment>> {
-        let state = asked(ctx).state.clone();
-        let name = Named(self.0.name.clone());
-        let listed = projects::list_environments(State(state), name, Params(NoParams {})).await?;
-        let environments = listed.into_body().environments;
+        let environments = environments(ctx, &self.0.name).await?;
+        asked(ctx).lists(environments.len())?;
         Ok(environments.into_iter().map(Environment::from).collect())
     }
 
@@ -105,13 +76,32 @@ impl Project {
     }
 }
 
+/// Whether a name comes after another one, if there is one.
+pub(super) fn is_after(name: &str, after: Option<&str>) -> bool {
+    after.is_none_or(|after| name > after)
+}
+
+/// How many items a list has at most that is whole if nobody says how many.
+pub(super) fn most(first: Option<u32>) -> usize {
+    first.map_or(usize::MAX, |first| {
+        usize::try_from(first).unwrap_or(usize::MAX)
+    })
+}
+
+async fn environments(
+    ctx: &Context<'_>,
+    project: &ProjectName,
+) -> Result<Vec<EnvironmentView>, Problem> {
+    let found = loads(ctx).load_one(EnvironmentsOf(project.clone())).await?;
+    Ok(found.unwrap_or_default())
+}
+
 /// A service of a project.
 #[derive(Debug)]
 pub(crate) struct Service {
     name: ServiceName,
     spec: ServiceSpec,
-    project: daybook_events::ProjectName,
-    running: Option<Arc<Running>>,
+    project: ProjectName,
 }
 
 /// A service of a project.
@@ -129,41 +119,40 @@ impl Service {
 
     /// It in each environment of its project, or in one.
     #[graphql(complexity = "super::limits::many(4, child_complexity)")]
-    async fn instances(&self, environment: Option<String>) -> Result<Vec<ServiceInstance>> {
+    async fn instances(
+        &self,
+        ctx: &Context<'_>,
+        environment: Option<String>,
+    ) -> Result<Vec<ServiceInstance>> {
         let wanted = environment
             .map(EnvironmentName::parse)
             .transpose()
             .map_err(Problem::from)?;
-        // What looks ahead sees this field, so it was read.
-        let Some(running) = &self.running else {
-            return Ok(Vec::new());
-        };
-        let instance = |environment: &EnvironmentName| InstanceRef {
-            project: self.project.clone(),
-            environment: environment.clone(),
-            service: self.name.clone(),
-        };
-        let environments = running.environments.iter();
-        Ok(environments
-            .filter(|e| wanted.as_ref().is_none_or(|w| w == *e))
-            .map(|e| ServiceInstance {
-                instance: instance(e),
-                running: running.clone(),
+        let environments = environments(ctx, &self.project).await?.into_iter();
+        let instances: Vec<_> = environments
+            .filter(|e| wanted.as_ref().is_none_or(|w| *w == e.name))
+            .map(|e| {
+                ServiceInstance(InstanceRef {
+                    project: self.project.clone(),
+                    environment: e.name,
+                    service: self.name.clone(),
+                })
             })
-            .collect())
+            .collect();
+        asked(ctx).lists(instances.len())?;
+        Ok(instances)
     }
 }
 
 /// A service in an environment.
 #[derive(Debug)]
-pub(crate) struct ServiceInstance {
-    instance: InstanceRef,
-    running: Arc<Running>,
-}
+pub(crate) struct ServiceInstance(InstanceRef);
 
 impl ServiceInstance {
-    fn view(&self) -> Option<&InstanceView> {
-        self.running.instances.get(&self.instance)
+    async fn view(&self, ctx: &Context<'_>) -> Result<Option<InstanceView>, Problem> {
+        let key = RunningIn(self.0.project.clone());
+        let running = loads(ctx).load_one(key).await?;
+        Ok(running.and_then(|running| running.get(&self.0).cloned()))
     }
 }
 
@@ -172,35 +161,37 @@ impl ServiceInstance {
 impl ServiceInstance {
     /// `project.environment.service`.
     async fn id(&self) -> ID {
-        self.instance.to_string().into()
+        self.0.to_string().into()
     }
 
     /// The environment.
     async fn environment(&self) -> &str {
-        self.instance.environment.as_str()
+        self.0.environment.as_str()
     }
 
     /// Tag of the image that its traffic goes to.
-    async fn image_tag(&self) -> Option<&str> {
-        let main = self.view()?.main.as_ref()?;
-        main.image_tag.as_ref().map(|t| t.as_str())
+    async fn image_tag(&self, ctx: &Context<'_>) -> Result<Option<String>> {
+        let main = self.view(ctx).await?.and_then(|view| view.main);
+        Ok(main.and_then(|m| m.image_tag).map(|t| t.to_string()))
     }
 
     /// Whether it is rolled back: then no deployment takes over traffic by itself.
-    async fn rolled_back(&self) -> bool {
-        self.view().is_some_and(|v| v.rolled_back)
+    async fn rolled_back(&self, ctx: &Context<'_>) -> Result<bool> {
+        Ok(self.view(ctx).await?.is_some_and(|v| v.rolled_back))
     }
 
     /// The deployment that its traffic goes to.
     async fn main(&self, ctx: &Context<'_>) -> Result<Option<DeployRun>> {
-        let Some(main) = self.view().and_then(|v| v.main.as_ref()) else {
+        let Some(main) = self.view(ctx).await?.and_then(|view| view.main) else {
             return Ok(None);
         };
-        let row = asked(ctx).state.projections().deployment(main.id);
-        Ok(row.map_err(Problem::from)?.map(DeployRun::from))
+        let row = loads(ctx).load_one(main.id).await?;
+        Ok(row.map(DeployRun::from))
     }
 
-    /// What was deployed to it, newest first; with `at`, a position or a time, as that was then.
+    /// What was deployed to it, newest first: the `first` (20 if not given, 500 at most), and with
+    /// `after`, the `cursor` of the last one, those before it. With `at`, a position or a time, as
+    /// that was then.
     #[graphql(complexity = "super::limits::page(first, child_complexity)")]
     async fn deployments(
         &self,
@@ -209,17 +200,14 @@ impl ServiceInstance {
         after: Option<String>,
         at: Option<String>,
     ) -> Result<Vec<Deployment>> {
-        let query = HistoryQuery {
-            instance_id: Some(self.instance.to_string()),
-            limit: Some(first.unwrap_or(super::limits::FIRST)),
-            cursor: after,
+        let key = DeployedTo {
+            instance: self.0.clone(),
+            first: first.unwrap_or(super::limits::FIRST),
+            after,
             at,
-            ..HistoryQuery::default()
         };
-        let asked = asked(ctx);
-        let (state, principal) = (State(asked.state.clone()), asked.principal.clone());
-        let listed = history::list_history(state, principal, Params(query)).await?;
-        let rows = listed.into_body().history;
+        let rows = loads(ctx).load_one(key).await?;
+        let rows = rows.unwrap_or_else(|| Ok(Vec::new()))?;
         Ok(rows.into_iter().map(Deployment::from).collect())
     }
 }

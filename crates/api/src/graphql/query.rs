@@ -10,7 +10,7 @@ use super::objects::{
     AuditEntry, AuditPage, Deployment, Environment, Event, EventPage, HistoryPage, Ledger,
     LogPosition, Route, RouteTable, SignedHead, State, Switch,
 };
-use super::project::Project;
+use super::project::{Project, is_after, most};
 use crate::event_filter::{EventFilter, WantedEvents};
 use crate::extract::{Named, NoParams, Params, deployment_id};
 use crate::problem::Problem;
@@ -89,6 +89,7 @@ pub(super) async fn route_table(
     let state = &asked.state;
     let listed = traffic::list_routes(Held(state.clone()), Named(project), Params(query)).await?;
     let list = listed.into_body();
+    asked.lists(list.routes.len() + list.switches.len())?;
     Ok(RouteTable {
         table: list.table,
         routes: list.routes.into_iter().map(Route::from).collect(),
@@ -105,13 +106,13 @@ fn signed(state: &AppState) -> Option<daybook_events::tree::SignedHead> {
     state.tree.as_ref().and_then(|tree| tree.head())
 }
 
-/// What can be asked.
-#[derive(Debug)]
-pub(crate) struct Query;
+/// What can be asked of projects and of the ledger.
+#[derive(Debug, Default)]
+pub(crate) struct Reading;
 
-/// What can be asked.
+/// What can be asked of projects and of the ledger.
 #[Object]
-impl Query {
+impl Reading {
     /// A project.
     async fn project(&self, ctx: &Context<'_>, id: ID) -> Result<Option<Project>> {
         let Asked {
@@ -121,15 +122,22 @@ impl Query {
         Ok(Some(Project(project.map_err(Problem::from)?)))
     }
 
-    /// All projects, by name.
-    #[graphql(complexity = "super::limits::many(10, child_complexity)")]
-    async fn projects(&self, ctx: &Context<'_>) -> Result<Vec<Project>> {
-        let Asked {
-            state, principal, ..
-        } = asked(ctx);
-        let projects = state.projections().projects().map_err(Problem::from)?;
-        let seen = projects.into_iter().filter(|p| principal.sees(&p.name));
-        Ok(seen.map(Project).collect())
+    /// Projects, by name: all, or the `first` of them `after` a name.
+    #[graphql(complexity = "super::limits::list(first, 10, child_complexity)")]
+    async fn projects(
+        &self,
+        ctx: &Context<'_>,
+        first: Option<u32>,
+        after: Option<String>,
+    ) -> Result<Vec<Project>> {
+        let asked = asked(ctx);
+        let projects = asked.state.projections().projects();
+        let seen = projects.map_err(Problem::from)?.into_iter().filter(|p| {
+            asked.principal.sees(&p.name) && is_after(p.name.as_str(), after.as_deref())
+        });
+        let projects: Vec<_> = seen.take(most(first)).map(Project).collect();
+        asked.lists(projects.len())?;
+        Ok(projects)
     }
 
     /// How a deployment does.
@@ -148,6 +156,7 @@ impl Query {
         let project = Named(project);
         let listed = projects::list_environments(state, project, Params(NoParams {})).await?;
         let environments = listed.into_body().environments;
+        asked.lists(environments.len())?;
         Ok(environments.into_iter().map(Environment::from).collect())
     }
 
@@ -166,7 +175,7 @@ impl Query {
     }
 
     /// What runs where, now or, with `at` (a position or a time), as it was then.
-    #[graphql(complexity = "super::limits::page(first, child_complexity)")]
+    #[graphql(complexity = "super::limits::past(at.as_ref(), first, child_complexity)")]
     #[allow(clippy::too_many_arguments)]
     async fn state(
         &self,
@@ -187,9 +196,13 @@ impl Query {
             cursor: after,
         };
         let asked = asked(ctx);
+        if query.at.is_some() {
+            asked.looks_back()?;
+        }
         let (held, principal) = (Held(asked.state.clone()), asked.principal.clone());
         let view = history::get_state(held, principal, Params(query)).await?;
         let view = view.into_body();
+        asked.lists(view.instances.iter().map(|i| 1 + i.others.len()).sum())?;
         Ok(Some(State {
             instances: view.instances.into_iter().map(Into::into).collect(),
             next: view.next,
@@ -199,7 +212,7 @@ impl Query {
     }
 
     /// What was deployed, newest first; with `at` (a position or a time), as that was then.
-    #[graphql(complexity = "super::limits::page(first, child_complexity)")]
+    #[graphql(complexity = "super::limits::past(at.as_ref(), first, child_complexity)")]
     #[allow(clippy::too_many_arguments)]
     async fn history(
         &self,
@@ -223,9 +236,11 @@ impl Query {
             ..HistoryQuery::default()
         };
         let asked = asked(ctx);
-        let (held, principal) = (Held(asked.state.clone()), asked.principal.clone());
-        let list = history::list_history(held, principal, Params(query)).await?;
-        let list = list.into_body();
+        if query.at.is_some() {
+            asked.looks_back()?;
+        }
+        let (list, _) = history::listed(&asked.state, &asked.principal, query).await?;
+        asked.lists(list.history.len())?;
         Ok(Some(HistoryPage {
             deployments: list.history.into_iter().map(Deployment::from).collect(),
             next: list.next,
@@ -234,7 +249,7 @@ impl Query {
     }
 
     /// Who did what, when, why, and what led to it, newest first.
-    #[graphql(complexity = "super::limits::page(first, child_complexity)")]
+    #[graphql(complexity = "super::limits::search(first, child_complexity)")]
     async fn audit(
         &self,
         ctx: &Context<'_>,
@@ -264,6 +279,7 @@ impl Query {
         let listed =
             history::list_audit(Held(state.clone()), principal.clone(), Params(query)).await?;
         let list = listed.into_body();
+        asked(ctx).lists(list.audit.len())?;
         let entries = list.audit.into_iter();
         Ok(Some(AuditPage {
             entries: entries.map(|row| AuditEntry::new(row, size)).collect(),
@@ -278,7 +294,7 @@ impl Query {
     }
 
     /// The events of the ledger after a position, oldest first.
-    #[graphql(complexity = "super::limits::page(first, child_complexity)")]
+    #[graphql(complexity = "super::limits::search(first, child_complexity)")]
     async fn events(
         &self,
         ctx: &Context<'_>,
@@ -294,6 +310,7 @@ impl Query {
         let head = events::reached(state, after).await?;
         let page = events::events(state, after, filter, limit, head).await;
         let page = page.map_err(Problem::from)?;
+        asked.lists(page.events.len())?;
         Ok(Some(EventPage {
             events: page.events.into_iter().map(Event::from).collect(),
             next_after: page.next_after.into(),

@@ -12,6 +12,9 @@ impl From<Problem> for Error {
             e.set("status", problem.status().as_u16());
             e.set("remedy", problem.remedy());
             e.set("retryable", problem.is_retryable());
+            if let Some(seconds) = problem.waits() {
+                e.set("retryAfter", seconds);
+            }
         })
     }
 }

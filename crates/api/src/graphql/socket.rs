@@ -3,22 +3,27 @@
 //! Each operation is a stream that is asked for its next message only when the client has taken
 //! the last one, so that a slow client costs no memory and misses nothing.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::time::Duration;
 
+use async_graphql::parser::types::OperationType;
 use async_graphql::{Request, Response as Answer};
 use axum::extract::ws::WebSocketUpgrade;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::asked::Asked;
-use super::{limits, refusal};
+use super::loads::loader;
+use super::{DaybookSchema, limits, refusal};
+use crate::access::{Lease, charge, recognise_later};
 use crate::extract;
 use crate::problem::Problem;
-use crate::state::AppState;
 use crate::ws::{self, Received, Socket, code};
 
 /// The subprotocol.
@@ -32,6 +37,7 @@ const OPERATIONS: usize = 64;
 mod close {
     pub(super) const BAD_REQUEST: u16 = 4400;
     pub(super) const UNAUTHORIZED: u16 = 4401;
+    pub(super) const FORBIDDEN: u16 = 4403;
     pub(super) const INIT_TIMEOUT: u16 = 4408;
     pub(super) const SUBSCRIBER_EXISTS: u16 = 4409;
     pub(super) const TOO_MANY_INITS: u16 = 4429;
@@ -41,7 +47,10 @@ mod close {
 #[derive(Debug, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum ClientMessage {
-    ConnectionInit {},
+    ConnectionInit {
+        #[serde(default)]
+        payload: Option<serde_json::Value>,
+    },
     Ping {
         #[serde(default)]
         payload: Option<serde_json::Value>,
@@ -85,12 +94,28 @@ impl ServerMessage<'_> {
     }
 }
 
-/// Answers with a socket, if the client speaks the protocol.
-pub(super) fn answer(
-    state: &AppState,
-    upgrade: WebSocketUpgrade,
+/// A socket as it was asked for.
+pub(super) struct Opened {
     asked: Asked,
-) -> Result<Response, Problem> {
+    peer: Option<IpAddr>,
+    /// What the upgrade said beside a credential.
+    headers: HeaderMap,
+}
+
+impl Opened {
+    /// With these headers, of which the credential was looked at already.
+    pub(super) fn new(asked: Asked, peer: Option<IpAddr>, mut headers: HeaderMap) -> Self {
+        headers.remove(header::AUTHORIZATION);
+        Self {
+            asked,
+            peer,
+            headers,
+        }
+    }
+}
+
+/// Answers with a socket, if the client speaks the protocol.
+pub(super) fn answer(upgrade: WebSocketUpgrade, opened: Opened) -> Result<Response, Problem> {
     let upgrade = upgrade.protocols([PROTOCOL]);
     if upgrade.selected_protocol().is_none() {
         return Err(Problem::new(
@@ -100,39 +125,57 @@ pub(super) fn answer(
             "open the socket with Sec-WebSocket-Protocol: graphql-transport-ws",
         ));
     }
-    let principal = asked.principal.clone();
+    let state = opened.asked.state.clone();
+    let principal = opened.asked.principal.clone();
     Ok(ws::answer(
-        state,
+        &state,
         &principal,
         upgrade,
         extract::BODY_MAX,
-        move |socket| serve(socket, asked),
+        move |socket| serve(socket, opened),
     ))
 }
 
-async fn serve(mut socket: Socket, asked: Asked) {
+async fn serve(mut socket: Socket, opened: Opened) {
+    let deadline = Instant::now() + INIT_TIMEOUT;
     let mut connection = Connection {
-        asked,
+        opened,
         begun: false,
         open: HashMap::new(),
         last: 0,
         running: SelectAll::new(),
     };
-    let late = tokio::time::sleep(INIT_TIMEOUT);
-    tokio::pin!(late);
-    let (code, reason) = loop {
+    let late = (
+        close::INIT_TIMEOUT,
+        "Connection initialisation timeout".into(),
+    );
+    let (code, reason): (u16, Cow<'static, str>) = loop {
         let step = tokio::select! {
             biased;
             received = socket.receive() => match received {
                 Received::Gone => return,
-                Received::ServerEnds => break (code::AWAY, "the server ends; connect again"),
-                Received::Other => Err((close::BAD_REQUEST, "a message is not text")),
-                Received::Text(text) => connection.told(&text),
+                Received::ServerEnds => {
+                    break (code::AWAY, "the server or the credential ends; connect again".into());
+                }
+                Received::Other => Err((close::BAD_REQUEST, "a message is not text".into())),
+                Received::Text(text) => match connection.told(&text) {
+                    Ok(Told::Say(text)) => Ok(text),
+                    Ok(Told::WhoAsks(value)) => {
+                        let said = connection.recognise(value);
+                        match tokio::time::timeout_at(deadline, said).await {
+                            Ok(Ok(lease)) => {
+                                socket.depends_on(lease);
+                                Ok(Some(connection.begins()))
+                            }
+                            Ok(Err(end)) => Err(end),
+                            Err(_) => break late,
+                        }
+                    }
+                    Err(end) => Err(end),
+                },
             },
             Some((place, answer)) = connection.running.next() => Ok(connection.came(&place, answer)),
-            () = &mut late, if !connection.begun => {
-                break (close::INIT_TIMEOUT, "Connection initialisation timeout");
-            }
+            () = tokio::time::sleep_until(deadline), if !connection.begun => break late,
         };
         match step {
             Ok(texts) => {
@@ -143,7 +186,7 @@ async fn serve(mut socket: Socket, asked: Asked) {
             Err(end) => break end,
         }
     };
-    socket.close(code, reason).await;
+    socket.close(code, &reason).await;
 }
 
 /// An operation: what the client calls it, and which of those it called so.
@@ -157,7 +200,7 @@ struct Place {
 type Answers = BoxStream<'static, (Place, Option<Answer>)>;
 
 struct Connection {
-    asked: Asked,
+    opened: Opened,
     begun: bool,
     /// The operations that the client has open, and what ends each.
     open: HashMap<String, (u64, CancellationToken)>,
@@ -165,38 +208,122 @@ struct Connection {
     running: SelectAll<Answers>,
 }
 
-type Step = Result<Option<String>, (u16, &'static str)>;
+/// Why a socket is closed.
+type End = (u16, Cow<'static, str>);
+type Step = Result<Option<String>, End>;
+
+/// What comes of a message.
+enum Told {
+    /// Something is to be said, or nothing.
+    Say(Option<String>),
+    /// The client says who asks.
+    WhoAsks(HeaderValue),
+}
+
+/// The credential in a payload of `connection_init`: what the header of that name would have.
+fn credential(payload: Option<&serde_json::Value>) -> Result<Option<HeaderValue>, End> {
+    let Some(serde_json::Value::Object(payload)) = payload else {
+        return Ok(None);
+    };
+    let mut shown = payload
+        .iter()
+        .filter(|(name, value)| name.eq_ignore_ascii_case("authorization") && !value.is_null());
+    let Some((_, value)) = shown.next() else {
+        return Ok(None);
+    };
+    let unfit = || (close::BAD_REQUEST, "the authorization is no header".into());
+    let text = value.as_str().filter(|_| shown.next().is_none());
+    let mut value = HeaderValue::from_str(text.ok_or_else(unfit)?).map_err(|_| unfit())?;
+    value.set_sensitive(true);
+    Ok(Some(value))
+}
 
 impl Connection {
-    fn told(&mut self, text: &str) -> Step {
-        let message: ClientMessage = serde_json::from_str(text)
-            .map_err(|_| (close::BAD_REQUEST, "a message is not one of the protocol's"))?;
-        match message {
-            ClientMessage::ConnectionInit {} if self.begun => {
-                Err((close::TOO_MANY_INITS, "Too many initialisation requests"))
+    fn told(&mut self, text: &str) -> Result<Told, End> {
+        let message: ClientMessage = serde_json::from_str(text).map_err(|_| {
+            let reason = "a message is not one of the protocol's";
+            (close::BAD_REQUEST, reason.into())
+        })?;
+        let say = match message {
+            ClientMessage::ConnectionInit { .. } if self.begun => {
+                let reason = "Too many initialisation requests";
+                return Err((close::TOO_MANY_INITS, reason.into()));
             }
-            ClientMessage::ConnectionInit {} => {
-                self.begun = true;
-                Ok(Some(ServerMessage::ConnectionAck.text()))
+            ClientMessage::ConnectionInit { payload } => {
+                let known = &self.opened.asked.principal;
+                match credential(payload.as_ref())? {
+                    // Which of two is believed should not depend on who reads them.
+                    Some(_) if known.has_credential() => {
+                        let reason = "the upgrade said who asks already";
+                        return Err((close::UNAUTHORIZED, reason.into()));
+                    }
+                    Some(value) => return Ok(Told::WhoAsks(value)),
+                    None if known.is_nobody() => {
+                        return Err((close::UNAUTHORIZED, "Unauthorized".into()));
+                    }
+                    None => Some(self.begins()),
+                }
             }
-            ClientMessage::Ping { payload } => Ok(Some(ServerMessage::Pong { payload }.text())),
-            ClientMessage::Pong {} => Ok(None),
+            ClientMessage::Ping { payload } => Some(ServerMessage::Pong { payload }.text()),
+            ClientMessage::Pong {} => None,
             ClientMessage::Subscribe { .. } if !self.begun => {
-                Err((close::UNAUTHORIZED, "Unauthorized"))
+                return Err((close::UNAUTHORIZED, "Unauthorized".into()));
             }
-            ClientMessage::Subscribe { id, payload } => self.begin(id, payload),
+            ClientMessage::Subscribe { id, payload } => self.begin(id, payload)?,
             ClientMessage::Complete { id } => {
                 if let Some((_, stop)) = self.open.remove(&id) {
                     stop.cancel();
                 }
-                Ok(None)
+                None
+            }
+        };
+        Ok(Told::Say(say))
+    }
+
+    /// Finds out who asks, and returns what the socket depends on from then on.
+    async fn recognise(&mut self, value: HeaderValue) -> Result<Lease, End> {
+        let Opened {
+            asked,
+            peer,
+            headers,
+        } = &mut self.opened;
+        let state = asked.state.clone();
+        let shown = HeaderMap::from_iter([(header::AUTHORIZATION, value)]);
+        let recognised = recognise_later(&state, *peer, &shown).await;
+        let recognised = recognised.and_then(|principal| {
+            let asked = Asked::new(state.clone(), principal, headers)?;
+            Ok(asked.without_key())
+        });
+        match recognised {
+            Ok(recognised) => {
+                let lease = state.access.lease(&recognised.principal, &state.cancel);
+                *asked = recognised;
+                Ok(lease)
+            }
+            Err(problem) => {
+                let code = match problem.status() {
+                    StatusCode::UNAUTHORIZED => close::UNAUTHORIZED,
+                    StatusCode::FORBIDDEN => close::FORBIDDEN,
+                    status if status.is_client_error() && !problem.is_retryable() => {
+                        close::BAD_REQUEST
+                    }
+                    _ => code::TRY_AGAIN,
+                };
+                Err((code, problem.code().into()))
             }
         }
     }
 
+    /// From now on operations are carried out.
+    fn begins(&mut self) -> String {
+        self.begun = true;
+        ServerMessage::ConnectionAck.text()
+    }
+
     fn begin(&mut self, id: String, payload: serde_json::Value) -> Step {
         if self.open.contains_key(&id) {
-            return Err((close::SUBSCRIBER_EXISTS, "a subscriber for this id exists"));
+            let reason = "a subscriber for this id exists";
+            return Err((close::SUBSCRIBER_EXISTS, reason.into()));
         }
         let refused = |answer: &Answer| {
             let message = ServerMessage::Error {
@@ -215,10 +342,20 @@ impl Connection {
             return refused(&refusal::response(problem));
         }
         let Ok(mut request) = serde_json::from_value::<Request>(payload) else {
-            return Err((close::BAD_REQUEST, "a payload is no GraphQL request"));
+            return Err((close::BAD_REQUEST, "a payload is no GraphQL request".into()));
         };
-        if let Err(answer) = limits::parse(&mut request) {
-            return refused(&answer);
+        let asked = self.opened.asked.afresh();
+        // What cannot be read was asked for as well.
+        if let Err(problem) = charge(&asked.state, &asked.principal, 1) {
+            return refused(&refusal::response(problem));
+        }
+        let operation = match limits::parse(&mut request) {
+            Ok(operation) => operation,
+            Err(answer) => return refused(&answer),
+        };
+        let others = operation.requests() - 1;
+        if let Err(problem) = charge(&asked.state, &asked.principal, others) {
+            return refused(&refusal::response(problem));
         }
         self.last += 1;
         let place = Place {
@@ -227,9 +364,16 @@ impl Connection {
         };
         let stop = CancellationToken::new();
         let ended = stop.clone().cancelled_owned();
-        let schema = self.asked.state.graphql.clone();
-        let answers = schema
-            .execute_stream(request.data(self.asked.clone()))
+        let limit = asked.state.settings.request_timeout;
+        let schema = asked.state.graphql.clone();
+        let request = request.data(loader(asked.clone())).data(asked);
+        let answers = match operation.kind {
+            OperationType::Subscription => schema.execute_stream(request).boxed(),
+            OperationType::Query | OperationType::Mutation => {
+                stream::once(within(limit, schema, request)).boxed()
+            }
+        };
+        let answers = answers
             .take_until(ended)
             .map(Some)
             .chain(stream::once(async { None }));
@@ -262,4 +406,23 @@ impl Connection {
         let payload = &answer;
         Some(ServerMessage::Next { id, payload }.text())
     }
+}
+
+/// The answer to what is no subscription, unless it takes too long.
+async fn within(limit: Duration, schema: DaybookSchema, request: Request) -> Answer {
+    let answer = tokio::time::timeout(limit, schema.execute(request)).await;
+    answer.unwrap_or_else(|_| {
+        refusal::response(
+            Problem::new(
+                StatusCode::GATEWAY_TIMEOUT,
+                "timeout",
+                format!(
+                    "the operation was not done within {} s",
+                    limit.as_secs_f32()
+                ),
+                "repeat it with an idempotencyKey: it is then carried out once at most",
+            )
+            .retry_after(1),
+        )
+    })
 }

@@ -38,7 +38,7 @@ impl Subscription {
         id: ID,
         after: Option<String>,
     ) -> Result<impl Stream<Item = String>> {
-        let lines = lines(asked(ctx), &id, None, after)?;
+        let lines = lines(asked(ctx), &id, None, after).await?;
         Ok(lines.map(|line| line.text))
     }
 
@@ -52,7 +52,7 @@ impl Subscription {
         after: Option<String>,
         #[graphql(name = "type")] kind: Option<String>,
     ) -> Result<impl Stream<Item = LogLine>> {
-        let lines = lines(asked(ctx), &id, kind.as_deref(), after)?;
+        let lines = lines(asked(ctx), &id, kind.as_deref(), after).await?;
         Ok(lines.map(|line| LogLine {
             cursor: line.cursor,
             time: line.time,
@@ -112,7 +112,7 @@ impl Subscription {
     }
 }
 
-fn lines(
+async fn lines(
     asked: &Asked,
     id: &str,
     kind: Option<&str>,
@@ -123,8 +123,9 @@ fn lines(
         kind: kind.map(str::to_owned),
         ..line_filter::Asked::default()
     })?;
-    let cursor = after.map(|a| a.parse::<logs::LogCursor>()).transpose()?;
-    let batches = logs::lines(&asked.state, id, filter, true, cursor.unwrap_or_default())?;
+    let cursor = after.map(|a| a.parse::<logs::GivenCursor>()).transpose()?;
+    let cursor = cursor.unwrap_or_default();
+    let batches = logs::lines(&asked.state, id, filter, true, cursor).await?;
     Ok(batches.flat_map(stream::iter))
 }
 

@@ -23,69 +23,69 @@ use crate::view::OperationAccepted;
 type Handled<T> = Result<Answer<T>, Problem>;
 
 /// Which are listed.
-#[derive(Debug, Deserialize, IntoParams)]
+#[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ApprovalQuery {
     /// Of this project.
-    project: Option<String>,
+    pub(crate) project: Option<String>,
     /// Of this environment.
-    environment: Option<String>,
+    pub(crate) environment: Option<String>,
 }
 
 /// A deployment's approvals.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ApprovalDetail {
     /// The deployment.
-    id: DeploymentId,
+    pub(crate) id: DeploymentId,
     /// `project.environment.service`.
-    instance_id: String,
+    pub(crate) instance_id: String,
     /// Where the deployment is.
-    state: Status,
+    pub(crate) state: Status,
     /// The hash that names the plan: what is granted is granted to it.
-    hash: Digest,
+    pub(crate) hash: Digest,
     /// Exactly what will be made so.
-    plan: Plan,
+    pub(crate) plan: Plan,
     /// Who asked for the deployment.
-    requester: String,
+    pub(crate) requester: String,
     /// Who wrote the commit of the source.
-    author: Option<String>,
+    pub(crate) author: Option<String>,
     /// Since when it is asked for.
-    since: Timestamp,
+    pub(crate) since: Timestamp,
     /// When it is too late; none for never.
-    expires: Option<Timestamp>,
+    pub(crate) expires: Option<Timestamp>,
     /// Who has allowed this plan.
-    grants: Vec<Grant>,
+    pub(crate) grants: Vec<Grant>,
     /// Who has not.
-    rejected: Option<ApprovalRejected>,
+    pub(crate) rejected: Option<ApprovalRejected>,
     /// Who went ahead without, and who looked at that later.
-    emergency: Option<Emergency>,
+    pub(crate) emergency: Option<Emergency>,
     /// Whether it waits to be allowed.
-    waits: bool,
+    pub(crate) waits: bool,
     /// Whether an emergency waits to be reviewed.
-    to_review: bool,
+    pub(crate) to_review: bool,
 }
 
 /// What waits to be allowed or to be reviewed.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ApprovalList {
     /// Newest first.
-    approvals: Vec<ApprovalDetail>,
+    pub(crate) approvals: Vec<ApprovalDetail>,
     /// What was let through a freeze in an emergency, and waits to be reviewed, newest first.
-    let_through: Vec<LetThrough>,
+    pub(crate) let_through: Vec<LetThrough>,
 }
 
 /// A deployment that somebody let through a freeze, which nobody has reviewed yet.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct LetThrough {
     /// The deployment.
-    id: DeploymentId,
+    pub(crate) id: DeploymentId,
     /// `project.environment.service`.
-    instance_id: String,
+    pub(crate) instance_id: String,
     /// The window that held it.
-    freeze: FreezeName,
+    pub(crate) freeze: FreezeName,
     /// Who let it through, and why.
-    emergency: Emergency,
+    pub(crate) emergency: Emergency,
 }
 
 impl LetThrough {
@@ -111,7 +111,7 @@ pub(crate) struct DecideOnPlan {
 }
 impl CommandBody for DecideOnPlan {}
 
-fn detail(row: &DeploymentRow) -> Result<ApprovalDetail, Problem> {
+pub(crate) fn detail(row: &DeploymentRow) -> Result<ApprovalDetail, Problem> {
     let approval = approval(&row.state)?;
     Ok(ApprovalDetail {
         id: row.id,

@@ -2,7 +2,7 @@
 
 use axum::extract::State;
 use axum::http::StatusCode;
-use daybook_events::{EnvironmentName, InstanceRef, Position, ProjectName, ServiceName};
+use daybook_events::{EnvironmentName, Position, ProjectName, ServiceName};
 use daybook_projections::dora::{Delivery, Period, Scope};
 use jiff::{SignedDuration, Timestamp};
 use schemars::JsonSchema;
@@ -20,33 +20,33 @@ use crate::state::AppState;
 const USUAL: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Of what, and for when.
-#[derive(Debug, Deserialize, IntoParams)]
+#[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct DoraQuery {
     /// Of this project.
-    project: Option<String>,
+    pub(crate) project: Option<String>,
     /// Of this environment.
-    environment: Option<String>,
+    pub(crate) environment: Option<String>,
     /// Of this service.
-    service: Option<String>,
+    pub(crate) service: Option<String>,
     /// From this time on (RFC 3339); thirty days before `until` if not given.
-    from: Option<String>,
+    pub(crate) from: Option<String>,
     /// Before this time (RFC 3339); now if not given.
-    until: Option<String>,
+    pub(crate) until: Option<String>,
 }
 
 /// The measures of software delivery in a period.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct DoraView {
     /// From this time on.
-    from: Timestamp,
+    pub(crate) from: Timestamp,
     /// Before this time.
-    until: Timestamp,
+    pub(crate) until: Timestamp,
     /// One for each service instance of which anything was counted.
-    instances: Vec<Delivery>,
+    pub(crate) instances: Vec<Delivery>,
     /// Events up to here were counted.
-    position: Position,
+    pub(crate) position: Position,
 }
 
 /// Deployment frequency, lead time, change failure rate and time to restore of each service
@@ -73,6 +73,7 @@ pub(crate) async fn get_dora(
         ));
     }
     let scope = Scope {
+        visible: principal.visible().clone(),
         project: query.project.map(ProjectName::parse).transpose()?,
         environment: query.environment.map(EnvironmentName::parse).transpose()?,
         service: query.service.map(ServiceName::parse).transpose()?,
@@ -81,11 +82,7 @@ pub(crate) async fn get_dora(
         state.commands.project_seen(&principal, project)?;
     }
     let period = Period { from, to };
-    let (mut instances, position) = state.commands.ledger().deliveries(&scope, period).await?;
-    instances.retain(|delivery| {
-        let instance = delivery.instance_id.parse::<InstanceRef>();
-        instance.is_ok_and(|i| principal.sees(&i.project))
-    });
+    let (instances, position) = state.commands.ledger().deliveries(&scope, period).await?;
     Ok(Answer::ok(DoraView {
         from,
         until: to,

@@ -21,9 +21,9 @@ type Handled<T> = Result<Answer<T>, Problem>;
 #[serde(deny_unknown_fields)]
 pub(crate) struct DefineFreeze {
     /// When.
-    rule: FreezeRule,
+    pub(crate) rule: FreezeRule,
     /// Why, for those who have to wait.
-    reason: Option<String>,
+    pub(crate) reason: Option<String>,
 }
 impl CommandBody for DefineFreeze {}
 
@@ -31,7 +31,7 @@ impl CommandBody for DefineFreeze {}
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct FreezeList {
     /// By name.
-    freezes: Vec<FreezeView>,
+    pub(crate) freezes: Vec<FreezeView>,
 }
 
 /// The windows in which an environment is frozen, by name.
@@ -108,7 +108,7 @@ pub(crate) async fn remove_freeze(
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct FreezeGone {
     /// Its name.
-    name: FreezeName,
+    pub(crate) name: FreezeName,
 }
 
 /// Lets a deployment through the freeze that holds it, because it cannot wait. Somebody else has to

@@ -155,7 +155,7 @@ pub(crate) fn filter(
 const HASH_WAIT: Duration = Duration::from_secs(2);
 
 /// The position that a moment of the past means.
-fn moment(state: &AppState, text: Option<String>) -> Result<Option<Position>, Problem> {
+pub(crate) fn moment(state: &AppState, text: Option<String>) -> Result<Option<Position>, Problem> {
     let Some(text) = text else {
         return Ok(None);
     };
@@ -289,6 +289,24 @@ pub(crate) async fn list_history(
     principal: Principal,
     Params(query): Params<HistoryQuery>,
 ) -> Handled<HistoryList> {
+    let (list, at) = listed(&state, &principal, query).await?;
+    let answer = Answer::ok(list);
+    Ok(match at {
+        Some(at) => {
+            let hash = past_state_hash(&state, at).await;
+            answer.at(at, hash)
+        }
+        None => answer,
+    })
+}
+
+/// The page of the history that a query asks for, and the position that it is of, if that is one of
+/// the past.
+pub(crate) async fn listed(
+    state: &AppState,
+    principal: &Principal,
+    query: HistoryQuery,
+) -> Result<(HistoryList, Option<Position>), Problem> {
     let filter = DeploymentFilter {
         visible: principal.visible().clone(),
         version: query.version,
@@ -300,24 +318,35 @@ pub(crate) async fn list_history(
         )?
     };
     let page = page(query.limit, query.cursor.as_deref())?;
-    let shown = |found: PageOf<HistoryRow>| HistoryList {
+    let at = moment(state, query.at)?;
+    let found: PageOf<HistoryRow> = match at {
+        Some(at) => {
+            let ledger = state.commands.ledger();
+            ledger.history_at(at, &filter, page).await?
+        }
+        None => {
+            // Where few of many fit, looking takes its time: others are not held up by it.
+            let projections = state.projections().clone();
+            let look = move || projections.history(&filter, page);
+            let looked = tokio::task::spawn_blocking(look).await;
+            looked.map_err(|e| Problem::internal(&e))??
+        }
+    };
+    let list = HistoryList {
         history: found.items,
         next: found.next.map(|c| c.to_string()),
         position: found.position,
     };
-    let Some(at) = moment(&state, query.at)? else {
-        let found = state.projections().history(&filter, page)?;
-        return Ok(Answer::ok(shown(found)));
-    };
-    let ledger = state.commands.ledger();
-    let (found, hash) = tokio::join!(
-        ledger.history_at(at, &filter, page),
-        past_state_hash(&state, at)
-    );
-    Ok(Answer::ok(shown(found?)).at(at, hash))
+    Ok((list, at))
 }
 
-/// Who did what, when, why, and what led to it, newest first: one row for each event.
+/// Rows of the audit that one answer looks at, about: what it did not get to comes with the next
+/// page.
+const AUDIT_LOOK: usize = 20_000;
+
+/// Who did what, when, why, and what led to it, newest first: one row for each event. Where few of
+/// many rows fit, a page may have few, or none, and still not be the last: as long as there is a
+/// `next`, the list goes on.
 #[utoipa::path(get, path = "/api/v1/audit", tag = "history", params(AuditQuery),
     responses((status = 200, description = "The audit.", body = AuditList)))]
 pub(crate) async fn list_audit(
@@ -347,7 +376,11 @@ pub(crate) async fn list_audit(
         until: time("until", query.until)?,
     };
     let page = page(query.limit, query.cursor.as_deref())?;
-    let found = state.projections().audit(&filter, page)?;
+    // Reading takes its time where little fits: others are not held up by it.
+    let projections = state.projections().clone();
+    let look = move || projections.audit_within(&filter, page, AUDIT_LOOK);
+    let looked = tokio::task::spawn_blocking(look).await;
+    let found = looked.map_err(|e| Problem::internal(&e))??;
     Ok(Answer::ok(AuditList {
         audit: found.items,
         next: found.next.map(|c| c.to_string()),

@@ -10,7 +10,7 @@ use daybook_events::deployment::Status;
 use daybook_events::lines::{Line, LineKind, LineLog, LineSource};
 use daybook_events::log::{Position, ReadError};
 use daybook_events::{ClusterName, DeploymentId};
-use daybook_projections::{Projections, QueryError};
+use daybook_projections::{DeploymentRow, Projections, QueryError};
 use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -111,9 +111,9 @@ impl LogLine {
                 build: line.seq,
                 deployment: 0,
             },
+            // Of those of the build none is repeated.
             false => LogCursor {
-                // More than a build prints: of those none is repeated.
-                build: u64::from(u32::MAX),
+                build: WHOLE,
                 deployment: line.seq,
             },
         };
@@ -122,41 +122,91 @@ impl LogLine {
 }
 
 /// How far a reader is: the last lines that it has of the build and of the deployment. Written as
-/// `<build>-<deployment>`.
+/// `<build>-<deployment>`, with `all` for a build of which nothing is wanted any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct LogCursor {
     build: u64,
     deployment: u64,
 }
 
+/// The place of a reader that has all lines of a build, however many come.
+const WHOLE: u64 = u64::MAX;
+
 impl fmt::Display for LogCursor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.build, self.deployment)
+        match self.build {
+            WHOLE => write!(f, "all-{}", self.deployment),
+            build => write!(f, "{build}-{}", self.deployment),
+        }
     }
 }
 
-impl FromStr for LogCursor {
+/// A cursor as a client gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GivenCursor {
+    /// One that was made here.
+    Both(LogCursor),
+    /// A single number, which counts for the build and the deployment alike: enough where lines of
+    /// one of them are asked for.
+    Either(u64),
+}
+
+impl Default for GivenCursor {
+    fn default() -> Self {
+        Self::Both(LogCursor::default())
+    }
+}
+
+impl FromStr for GivenCursor {
     type Err = Problem;
-    /// Reads a cursor; a single number counts for the build and the deployment alike, which is
-    /// enough where lines of one of them are asked for.
     fn from_str(text: &str) -> Result<Self, Problem> {
         let number = |t: &str| {
             let digits = !t.is_empty() && t.bytes().all(|b| b.is_ascii_digit());
-            t.parse::<u64>().ok().filter(|_| digits)
+            t.parse::<u64>().ok().filter(|n| digits && *n != WHOLE)
+        };
+        let of_build = |t: &str| match t {
+            "all" => Some(WHOLE),
+            t => number(t),
         };
         let parsed = match text.split_once('-') {
-            Some((build, deployment)) => number(build).zip(number(deployment)),
-            None => number(text).map(|n| (n, n)),
+            Some((build, deployment)) => of_build(build)
+                .zip(number(deployment))
+                .map(|(build, deployment)| Self::Both(LogCursor { build, deployment })),
+            None => number(text).map(Self::Either),
         };
-        let (build, deployment) = parsed.ok_or_else(|| {
+        parsed.ok_or_else(|| {
             Problem::new(
                 StatusCode::BAD_REQUEST,
                 "invalid_cursor",
                 "after is not a cursor of log lines",
                 "use the cursor of the last line that you have, or leave it out",
             )
-        })?;
-        Ok(Self { build, deployment })
+        })
+    }
+}
+
+impl GivenCursor {
+    fn cursor(self) -> LogCursor {
+        match self {
+            Self::Both(cursor) => cursor,
+            Self::Either(n) => LogCursor {
+                build: n,
+                deployment: n,
+            },
+        }
+    }
+
+    /// Whether it is of lines that there are not, where these are the last ones of the sources that
+    /// are wanted.
+    fn is_ahead(self, build: Option<u64>, deployment: Option<u64>) -> bool {
+        match self {
+            Self::Both(cursor) => {
+                let in_build = build.filter(|_| cursor.build != WHOLE);
+                in_build.is_some_and(|last| cursor.build > last)
+                    || deployment.is_some_and(|last| cursor.deployment > last)
+            }
+            Self::Either(n) => build.max(deployment).is_some_and(|last| n > last),
+        }
     }
 }
 
@@ -208,8 +258,8 @@ pub(crate) async fn deployment_logs(
     let cursor = last_id.or(query.after);
     let cursor = cursor
         .as_deref()
-        .map_or(Ok(LogCursor::default()), str::parse)?;
-    let batches = lines(&state, id, filter, query.follow, cursor)?;
+        .map_or(Ok(GivenCursor::default()), str::parse)?;
+    let batches = lines(&state, id, filter, query.follow, cursor).await?;
     let frames = batches.flat_map(move |lines| {
         let frames = lines.into_iter().map(move |line| write_line(&line, format));
         stream::iter(frames)
@@ -236,14 +286,16 @@ pub(crate) async fn deployment_logs(
 
 /// The lines of a deployment after a cursor, in batches: to the end of what there is, or, if they
 /// are followed, until the deployment has settled.
-pub(crate) fn lines(
+pub(crate) async fn lines(
     state: &AppState,
     id: DeploymentId,
     filter: LineFilter,
     follow: bool,
-    cursor: LogCursor,
+    cursor: GivenCursor,
 ) -> Result<impl Stream<Item = Vec<LogLine>> + Send + use<>, Problem> {
-    state.commands.deployment(id)?;
+    let row = state.commands.deployment(id)?;
+    reached(state, &row, &filter, cursor).await?;
+    let cursor = cursor.cursor();
     let projections = state.projections().clone();
     let reader = LogReader {
         lines: state.lines.clone(),
@@ -268,6 +320,39 @@ pub(crate) fn lines(
             }
         }
     }))
+}
+
+/// Refuses a cursor of lines that there are not: whoever has it would miss what is printed until its
+/// number comes.
+async fn reached(
+    state: &AppState,
+    row: &DeploymentRow,
+    filter: &LineFilter,
+    cursor: GivenCursor,
+) -> Result<(), Problem> {
+    if cursor == GivenCursor::default() {
+        return Ok(());
+    }
+    let (of_build, of_deployment) = filter.sources();
+    let build = match row.state.build.filter(|_| of_build) {
+        Some(build) => state.lines.last(LineSource::Build(build)).await?,
+        None => 0,
+    };
+    let deployment = match of_deployment {
+        true => state.lines.last(LineSource::Deployment(row.id)).await?,
+        false => 0,
+    };
+    let wanted = |wanted: bool, last: u64| wanted.then_some(last);
+    if cursor.is_ahead(wanted(of_build, build), wanted(of_deployment, deployment)) {
+        return Err(Problem::new(
+            StatusCode::CONFLICT,
+            "position_ahead",
+            format!("the output ends at {build}-{deployment}, before the cursor"),
+            "the cursor is of another deployment, or its lines are no longer kept: start from the \
+             beginning, without a cursor",
+        ));
+    }
+    Ok(())
 }
 
 fn plain_response(
@@ -403,6 +488,7 @@ impl LogReader {
             let row = self.projections.deployment(self.id)?;
             let build = row.as_ref().and_then(|r| r.state.build);
             let (of_build, of_deployment) = self.filter.sources();
+            let of_build = of_build && self.cursor.build != WHOLE;
             let build = build.map(LineSource::Build).filter(|_| of_build);
             let deployment = LineSource::Deployment(self.id);
             let deployment = Some(deployment).filter(|_| of_deployment);
@@ -483,24 +569,41 @@ mod tests {
 
     #[test]
     fn cursors_are_read_as_they_are_written() {
-        let cursor = LogCursor {
-            build: 12,
-            deployment: 40,
-        };
-        assert_eq!(cursor.to_string().parse::<LogCursor>().unwrap(), cursor);
-        let both: LogCursor = "7".parse().unwrap();
-        assert_eq!((both.build, both.deployment), (7, 7));
+        for text in ["12-40", "0-0", "all-40"] {
+            let read: GivenCursor = text.parse().unwrap();
+            assert_eq!(read.cursor().to_string(), text);
+        }
+        let both: GivenCursor = "7".parse().unwrap();
+        assert_eq!(both.cursor().to_string(), "7-7");
         for bad in [
             "",
             "-",
             "a",
+            "all",
             "1-",
             "-1",
+            "1-all",
             "+1",
             "1-2-3",
+            "18446744073709551615",
             "99999999999999999999",
         ] {
-            assert!(bad.parse::<LogCursor>().is_err(), "{bad:?}");
+            assert!(bad.parse::<GivenCursor>().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_cursor_is_ahead_of_the_sources_that_are_wanted() {
+        let ahead = |text: &str, build, deployment| {
+            let given: GivenCursor = text.parse().unwrap();
+            given.is_ahead(build, deployment)
+        };
+        assert!(!ahead("3-5", Some(3), Some(5)));
+        assert!(ahead("4-5", Some(3), Some(5)) && ahead("3-6", Some(3), Some(5)));
+        assert!(!ahead("4-5", None, Some(5)) && !ahead("3-6", Some(3), None));
+        assert!(!ahead("all-5", Some(3), Some(5)) && ahead("all-6", Some(3), Some(5)));
+        // One number is enough for the longer of two.
+        assert!(!ahead("5", Some(3), Some(5)) && ahead("6", Some(3), Some(5)));
+        assert!(ahead("5", Some(3), None));
     }
 }

@@ -1,13 +1,17 @@
 //! Looking for lines of output in all deployments of a project.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::http::StatusCode;
+use daybook_events::build::Build;
 use daybook_events::lines::{Line, LineSource};
-use daybook_events::{DeploymentId, EnvironmentName, Position, ProjectName, ServiceName};
+use daybook_events::{
+    BuildId, DeploymentId, EnvironmentName, Position, ProjectName, ServiceName, Subject,
+};
 use daybook_projections::{DeploymentFilter, DeploymentRow, Page};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -161,6 +165,7 @@ pub(crate) async fn search_logs(
         filter,
         limit,
         until: Instant::now() + PATIENCE,
+        builds: HashSet::new(),
         found: FoundLines {
             lines: Vec::new(),
             next: None,
@@ -171,12 +176,17 @@ pub(crate) async fn search_logs(
     Ok(Answer::ok(search.found))
 }
 
+/// The build and the deployment whose lines are looked at.
+type Sources = (Option<LineSource>, Option<LineSource>);
+
 /// A search under way.
 struct Search<'a> {
     state: &'a AppState,
     filter: LineFilter,
     limit: usize,
     until: Instant,
+    /// Builds that newer deployments have: their lines are found with the newest one that has them.
+    builds: HashSet<BuildId>,
     found: FoundLines,
 }
 
@@ -189,14 +199,15 @@ impl Search<'_> {
         let mut page = Page::default();
         let mut looked = false;
         if let Some(place) = place {
+            self.pass_over(deployments, place.created)?;
             page = page.beginning(place.created);
         }
         loop {
             let listed = self.state.projections().deployments(deployments, page)?;
             for row in &listed.items {
                 let from = place.take().filter(|p| p.created == row.created);
-                let too_new = |until| row.state.created_at >= until;
-                if self.filter.until().is_some_and(too_new) {
+                let sources = self.sources(row)?;
+                if sources == (None, None) {
                     continue;
                 }
                 let from = from.unwrap_or(Place {
@@ -209,7 +220,7 @@ impl Search<'_> {
                     return Ok(());
                 }
                 looked = true;
-                if self.look(row, from).await? {
+                if self.look(row, sources, from).await? {
                     return Ok(());
                 }
             }
@@ -220,12 +231,58 @@ impl Search<'_> {
         }
     }
 
+    /// Notes the builds of the deployments that were requested after a position, which earlier pages
+    /// have looked at.
+    fn pass_over(
+        &mut self,
+        deployments: &DeploymentFilter,
+        until: Position,
+    ) -> Result<(), Problem> {
+        let mut page = Page::largest();
+        loop {
+            let listed = self.state.projections().deployments(deployments, page)?;
+            for row in &listed.items {
+                if row.created <= until {
+                    return Ok(());
+                }
+                self.builds.extend(row.state.build);
+            }
+            match listed.next {
+                Some(cursor) => page = page.starting(cursor),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// What there is to look at of a deployment: its build, unless a newer one has it too, and
+    /// itself. What began too late has no line in time.
+    fn sources(&mut self, row: &DeploymentRow) -> Result<Sources, Problem> {
+        let (of_build, of_deployment) = self.filter.sources();
+        let until = self.filter.until();
+        let in_time = |began| until.is_none_or(|until| began < until);
+        let mut build = row.state.build.filter(|_| of_build);
+        build = build.filter(|build| self.builds.insert(*build));
+        if let (Some(id), Some(_)) = (build, until) {
+            let project = row.state.request.instance.project.clone();
+            let subject = Subject::Build(project, id);
+            let folded = self.state.projections().folded::<Build>(&subject)?;
+            // One that was tried again has older lines too.
+            let fits = |b: Build| b.requests > 1 || in_time(b.created_at);
+            build = build.filter(|_| folded.state.is_none_or(fits));
+        }
+        let own = of_deployment && in_time(row.state.created_at);
+        let own = own.then_some(LineSource::Deployment(row.id));
+        Ok((build.map(LineSource::Build), own))
+    }
+
     /// Looks at the lines of one deployment. Returns whether the page is done.
-    async fn look(&mut self, row: &DeploymentRow, from: Place) -> Result<bool, Problem> {
-        let (builds, deployments) = self.filter.sources();
-        let build = row.state.build.map(LineSource::Build);
-        let build = build.filter(|_| builds && from.of_build);
-        let own = Some(LineSource::Deployment(row.id)).filter(|_| deployments);
+    async fn look(
+        &mut self,
+        row: &DeploymentRow,
+        (build, own): Sources,
+        from: Place,
+    ) -> Result<bool, Problem> {
+        let build = build.filter(|_| from.of_build);
         for (of_build, source) in [(true, build), (false, own)] {
             let Some(source) = source else { continue };
             let mut after = if from.of_build == of_build {

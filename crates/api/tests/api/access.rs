@@ -302,8 +302,7 @@ const TABLE: [(&str, &str, [bool; 5]); 22] = [
 async fn every_surface_asks_the_same_of_the_same_role() {
     let guarded = Guarded::start().await;
     let id = guarded.deployment_of("shop").await;
-    let roles = ["viewer", "deployer", "approver", "auditor", "admin"];
-    for (number, role) in roles.into_iter().enumerate() {
+    for (number, role) in ROLES.into_iter().enumerate() {
         let (_, token) = guarded.token(&format!("t-{role}"), role, &[]).await;
         for (method, path, may) in TABLE {
             let path = path.replace("{id}", &id);
@@ -890,10 +889,348 @@ async fn graphql_asks_what_rest_asks() {
         r#"mutation { createProject(name: "new") { name } }"#,
         r#"mutation { deleteEnvironment(projectId: "shop", name: "production") { name } }"#,
     ] {
-        let found = graphql(&guarded, &deployer, query).await;
-        assert!(found.is_err(), "{query}: {found:?}");
-        assert_ne!(found, Err("internal".to_owned()));
+        assert_eq!(graphql(&guarded, &deployer, query).await, lacking);
     }
+}
+
+/// Viewer, deployer, approver, auditor and admin.
+const ROLES: [&str; 5] = ["viewer", "deployer", "approver", "auditor", "admin"];
+const DEPLOY: [bool; 5] = [false, true, false, false, true];
+const APPROVE: [bool; 5] = [false, false, true, false, true];
+const CONFIGURE: [bool; 5] = [false, false, false, false, true];
+
+/// Every mutation, with which of the roles may do it. What is asked for is not possible, so that it
+/// changes nothing beyond the door.
+fn mutations(id: &str) -> Vec<(&'static str, String, [bool; 5])> {
+    let instance = r#"projectId: "shop", service: "none", environment: "production""#;
+    let hash = format!("sha256:{}", "0".repeat(64));
+    let on = |name: &str| format!("{name}(id: \"{id}\") {{ id }}");
+    let why = |name: &str| format!("{name}(id: \"{id}\", reason: \"it has to be\") {{ id }}");
+    let plan = |name: &str| {
+        format!("{name}(id: \"{id}\", hash: \"{hash}\", reason: \"it has to be\") {{ id }}")
+    };
+    let input = |name: &str, more: &str| format!("{name}(input: {{ {instance} {more} }}) {{ id }}");
+    let all = [
+        ("deploy", input("deploy", ""), DEPLOY),
+        (
+            "deployBuild",
+            format!("deployBuild(input: {{ {instance} tag: \"1\" }})"),
+            DEPLOY,
+        ),
+        (
+            "promote",
+            r#"promote(input: { projectId: "shop", service: "none", from: "production",
+                to: "none" }) { id }"#
+                .to_owned(),
+            DEPLOY,
+        ),
+        ("rollback", input("rollback", ""), DEPLOY),
+        (
+            "markMain",
+            format!("markMain(id: \"{id}\", expectedMain: \"{id}\") {{ id }}"),
+            DEPLOY,
+        ),
+        ("redeploy", on("redeploy"), DEPLOY),
+        ("stopDeployment", on("stopDeployment"), DEPLOY),
+        ("startDeployment", on("startDeployment"), DEPLOY),
+        ("terminateDeployment", on("terminateDeployment"), DEPLOY),
+        ("retryDeployment", on("retryDeployment"), DEPLOY),
+        ("cancelDeployment", on("cancelDeployment"), DEPLOY),
+        ("scale", input("scale", "replicas: 2"), DEPLOY),
+        (
+            "changeConfig",
+            input("changeConfig", r#"set: [{ name: "A", value: "1" }]"#),
+            DEPLOY,
+        ),
+        (
+            "deployTemplate",
+            input("deployTemplate", r#"template: "none""#),
+            DEPLOY,
+        ),
+        (
+            "setRoutes",
+            format!(
+                "setRoutes(input: {{ projectId: \"shop\", instanceId: \"shop.none.cache\", \
+                 to: [{{ deployment: \"{id}\", weight: 1 }}] }}) {{ instanceId }}"
+            ),
+            DEPLOY,
+        ),
+        ("approveDeployment", plan("approveDeployment"), APPROVE),
+        ("rejectDeployment", why("rejectDeployment"), APPROVE),
+        ("reviewDeployment", why("reviewDeployment"), APPROVE),
+        ("overrideApproval", plan("overrideApproval"), APPROVE),
+        ("overrideFreeze", why("overrideFreeze"), APPROVE),
+        (
+            "createProject",
+            r#"createProject(name: "shop") { name }"#.to_owned(),
+            CONFIGURE,
+        ),
+        (
+            "defineService",
+            r#"defineService(projectId: "shop", service: "none", spec: {}) { name }"#.to_owned(),
+            DEPLOY,
+        ),
+        (
+            "createEnvironment",
+            r#"createEnvironment(input: { projectId: "shop", name: "production" }) { name }"#
+                .to_owned(),
+            CONFIGURE,
+        ),
+        (
+            "deleteEnvironment",
+            r#"deleteEnvironment(projectId: "shop", name: "none") { name }"#.to_owned(),
+            CONFIGURE,
+        ),
+        (
+            "setFreeze",
+            r#"setFreeze(input: { projectId: "shop", environment: "none", name: "night",
+                rule: { once: { from: "2099-01-01T00:00:00" } } }) { name }"#
+                .to_owned(),
+            CONFIGURE,
+        ),
+        (
+            "removeFreeze",
+            r#"removeFreeze(projectId: "shop", environment: "none", name: "night")"#.to_owned(),
+            CONFIGURE,
+        ),
+    ];
+    all.to_vec()
+}
+
+/// Opens a socket for GraphQL without a credential.
+async fn unnamed(server: &Server) -> sockets::Socket {
+    let protocol = ("sec-websocket-protocol", "graphql-transport-ws");
+    sockets::open(server, "/graphql", &[protocol])
+        .await
+        .unwrap()
+}
+
+async fn say(socket: &mut sockets::Socket, message: Value) {
+    let message = tokio_tungstenite::tungstenite::Message::text(message.to_string());
+    socket.send(message).await.unwrap();
+}
+
+fn init(token: &str) -> Value {
+    let payload = json!({ "authorization": format!("Bearer {token}") });
+    json!({ "type": "connection_init", "payload": payload })
+}
+
+/// The code that an operation over a socket is refused with, if it is.
+async fn over_a_socket(socket: &mut sockets::Socket, query: &str) -> Option<String> {
+    let payload = json!({ "query": query });
+    say(
+        socket,
+        json!({ "type": "subscribe", "id": "1", "payload": payload }),
+    )
+    .await;
+    let message = sockets::text(socket).await;
+    let errors = match message["type"].as_str().unwrap() {
+        "error" => &message["payload"],
+        "next" => {
+            assert_eq!(sockets::text(socket).await["type"], "complete");
+            &message["payload"]["errors"]
+        }
+        _ => panic!("{message}"),
+    };
+    errors[0]["extensions"]["code"].as_str().map(str::to_owned)
+}
+
+#[tokio::test]
+async fn every_mutation_asks_for_its_role_over_http_and_over_a_socket() {
+    let guarded = Guarded::start().await;
+    let id = guarded.deployment_of("shop").await;
+    let mutations = mutations(&id);
+    let schema = r#"{ __type(name: "Mutation") { fields { name } } }"#;
+    let schema = graphql(&guarded, &guarded.admin, schema).await.unwrap();
+    let fields = schema["__type"]["fields"].as_array().unwrap().iter();
+    let fields: std::collections::BTreeSet<_> = fields.map(|f| f["name"].as_str()).collect();
+    let known = mutations.iter().map(|(name, ..)| Some(*name)).collect();
+    assert_eq!(fields, known, "one of them is not asked about");
+    for (number, role) in ROLES.into_iter().enumerate() {
+        let (_, token) = guarded.token(&format!("t-{role}"), role, &["shop"]).await;
+        let mut socket = unnamed(&guarded.server).await;
+        say(&mut socket, init(&token)).await;
+        assert_eq!(sockets::text(&mut socket).await["type"], "connection_ack");
+        for (name, mutation, may) in &mutations {
+            let may = may[number];
+            let query = format!("mutation {{ {mutation} }}");
+            let over_http = graphql(&guarded, &token, &query).await.err();
+            let socket = over_a_socket(&mut socket, &query).await;
+            for (surface, found) in [("http", over_http), ("socket", socket)] {
+                let found = found.as_deref();
+                let lacks = found == Some("role_missing");
+                assert_eq!(lacks, !may, "{role} {name} over {surface}: {found:?}");
+                assert!(found != Some("internal") && found != Some("invalid_query"));
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn streams_ask_for_the_role_that_their_lists_ask_for() {
+    let guarded = Guarded::start().await;
+    let id = guarded.deployment_of("shop").await;
+    let logs = format!("/api/v1/deployments/{id}/logs?follow=true");
+    for (number, role) in ROLES.into_iter().enumerate() {
+        let (_, token) = guarded.token(&format!("t-{role}"), role, &[]).await;
+        for (path, may) in [
+            ("/api/v1/events?follow=true", [true; 5]),
+            (&logs, [true; 5]),
+            (
+                "/api/v1/cdevents?follow=true",
+                [false, false, false, true, true],
+            ),
+        ] {
+            let request = guarded.server.request(Method::GET, path);
+            let request = request.header("Accept", "text/event-stream");
+            let response = request.bearer_auth(&token).send().await.unwrap();
+            let status = response.status().as_u16();
+            assert_eq!(status, if may[number] { 200 } else { 403 }, "{role} {path}");
+            if !may[number] {
+                let problem: Value = response.json().await.unwrap();
+                assert_eq!(problem["code"], "role_missing", "{role} {path}");
+            }
+        }
+        let bearer = format!("Bearer {token}");
+        let token = ("authorization", bearer.as_str());
+        let mut socket = sockets::open(&guarded.server, "/api/v1/events", &[token])
+            .await
+            .unwrap();
+        assert_eq!(sockets::text(&mut socket).await["position"], 1);
+    }
+}
+
+#[tokio::test]
+async fn a_socket_may_bring_its_credential_with_its_first_message() {
+    let guarded = Guarded::start().await;
+    let server = &guarded.server;
+    let (id, viewer) = guarded.token("reads", "viewer", &["shop"]).await;
+    let (gone, revoked) = guarded.token("gone", "viewer", &["shop"]).await;
+    guarded.revoke(&gone).await;
+    // Nothing is served before somebody is recognised.
+    let query = json!({ "query": "subscription { events { position } }" });
+    let subscribe = json!({ "type": "subscribe", "id": "1", "payload": query });
+    let bare = |value: Value| json!({ "type": "connection_init", "payload": value });
+    for (messages, code) in [
+        (vec![subscribe.clone()], 4401),
+        (vec![json!({ "type": "connection_init" })], 4401),
+        (vec![bare(json!({}))], 4401),
+        (vec![bare(json!({ "authorization": null }))], 4401),
+        (vec![bare(json!({ "authorization": viewer }))], 4401),
+        (
+            vec![bare(json!({ "authorization": "Bearer nonsense" }))],
+            4401,
+        ),
+        (vec![init(UNKNOWN)], 4401),
+        (vec![init(&revoked)], 4401),
+        (vec![bare(json!({ "authorization": 1 }))], 4400),
+        (vec![bare(json!({ "authorization": "Bearer a\nb" }))], 4400),
+        (
+            vec![bare(json!({ "authorization": "a", "Authorization": "b" }))],
+            4400,
+        ),
+        (vec![init(&viewer), init(&viewer)], 4429),
+    ] {
+        let mut socket = unnamed(server).await;
+        for message in &messages {
+            say(&mut socket, message.clone()).await;
+        }
+        let frame = sockets::closed(&mut socket).await;
+        assert_eq!(u16::from(frame.code), code, "{messages:?}");
+        assert!(!frame.reason.contains("daybook_"), "{frame:?}");
+    }
+    // A socket that has said who asks does not say it twice.
+    let bearer = format!("Bearer {viewer}");
+    let token = ("authorization", bearer.as_str());
+    let protocol = ("sec-websocket-protocol", "graphql-transport-ws");
+    let mut twice = sockets::open(server, "/graphql", &[token, protocol])
+        .await
+        .unwrap();
+    say(&mut twice, init(&guarded.admin)).await;
+    assert_eq!(u16::from(sockets::closed(&mut twice).await.code), 4401);
+    // It sees what its credential sees, acts as that, and ends with it.
+    let mut socket = unnamed(server).await;
+    say(&mut socket, init(&viewer)).await;
+    assert_eq!(sockets::text(&mut socket).await["type"], "connection_ack");
+    let query =
+        json!({ "query": "{ whoami { actor grants { role projects } } projects { name } }" });
+    say(
+        &mut socket,
+        json!({ "type": "subscribe", "id": "q", "payload": query }),
+    )
+    .await;
+    let answer = sockets::text(&mut socket).await;
+    assert_eq!(
+        answer["payload"]["data"],
+        json!({
+            "whoami": { "actor": "reads", "grants": [{ "role": "viewer", "projects": ["shop"] }] },
+            "projects": [{ "name": "shop" }]
+        })
+    );
+    assert_eq!(sockets::text(&mut socket).await["type"], "complete");
+    say(&mut socket, subscribe).await;
+    assert_eq!(sockets::text(&mut socket).await["type"], "next");
+    guarded.revoke(&id).await;
+    assert_eq!(u16::from(sockets::closed(&mut socket).await.code), 1001);
+    // Where nobody is asked, a credential that is shown is checked all the same.
+    let open = crate::support::server().await;
+    let mut socket = unnamed(&open).await;
+    say(&mut socket, init(UNKNOWN)).await;
+    assert_eq!(u16::from(sockets::closed(&mut socket).await.code), 4401);
+}
+
+#[tokio::test]
+async fn a_socket_without_a_first_message_is_closed_in_time() {
+    let guarded = Guarded::start().await;
+    let mut socket = unnamed(&guarded.server).await;
+    let frame = tokio::time::timeout(PATIENCE, sockets::closed(&mut socket)).await;
+    assert_eq!(u16::from(frame.unwrap().code), 4408);
+}
+
+#[tokio::test]
+async fn operations_over_a_socket_and_mutations_of_a_document_are_counted() {
+    let guarded = Guarded::start_with(|settings, _| {
+        settings.rate = Some(daybook_api::access::Rate {
+            per_second: 1.try_into().unwrap(),
+            burst: 30.try_into().unwrap(),
+        });
+    })
+    .await;
+    let (_, greedy) = guarded.token("greedy", "deployer", &[]).await;
+    let mut socket = unnamed(&guarded.server).await;
+    say(&mut socket, init(&greedy)).await;
+    assert_eq!(sockets::text(&mut socket).await["type"], "connection_ack");
+    let mut refused = None;
+    for _ in 0..100 {
+        refused = over_a_socket(&mut socket, "{ whoami { actor } }").await;
+        if refused.is_some() {
+            break;
+        }
+    }
+    assert_eq!(refused.as_deref(), Some("rate_limited"));
+    // Others are not held up; and of several mutations in one document each counts.
+    let (_, other) = guarded.token("other", "deployer", &[]).await;
+    let many = |n: usize| {
+        let one = r#"deployBuild(input: { projectId: "shop", service: "cache",
+            environment: "production", tag: "2" })"#;
+        let all: String = (0..n).map(|n| format!(" a{n}: {one}")).collect();
+        json!({ "query": format!("mutation {{{all} }}") })
+    };
+    let reply = guarded
+        .with(&other, Method::POST, "/graphql", many(2))
+        .await;
+    assert_eq!(reply.json().get("errors"), None, "{reply:?}");
+    let before = guarded.server.ledger.projections().position();
+    let reply = guarded
+        .with(&other, Method::POST, "/graphql", many(60))
+        .await;
+    assert_eq!(reply.status.as_u16(), 429, "{reply:?}");
+    assert!(reply.header("retry-after").is_some());
+    assert_eq!(
+        reply.json()["errors"][0]["extensions"]["code"],
+        "rate_limited"
+    );
+    assert_eq!(guarded.server.ledger.projections().position(), before);
 }
 
 #[tokio::test]
@@ -905,7 +1242,12 @@ async fn sockets_show_what_may_be_seen_and_end_with_their_credential() {
     let bearer = format!("Bearer {viewer}");
     let token = ("authorization", bearer.as_str());
     let protocol = ("sec-websocket-protocol", "graphql-transport-ws");
-    for (path, headers) in [("/api/v1/events", &[][..]), ("/graphql", &[protocol])] {
+    let bad = ("authorization", "Bearer nonsense");
+    for (path, headers) in [
+        ("/api/v1/events", &[][..]),
+        ("/api/v1/events", &[bad]),
+        ("/graphql", &[protocol, bad]),
+    ] {
         let refused = sockets::open(server, path, headers).await.unwrap_err();
         assert!(refused.to_string().contains("401"), "{path}: {refused}");
     }

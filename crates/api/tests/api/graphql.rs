@@ -743,3 +743,268 @@ async fn the_protocol_is_kept_to() {
     socket.send(Message::binary(vec![0])).await.unwrap();
     assert_eq!(u16::from(closed(&mut socket).await.code), 4400);
 }
+
+#[tokio::test]
+async fn what_searches_the_ledger_costs_more_than_the_little_that_it_finds() {
+    let server = server().await;
+    server.shop().await;
+    let audit = |n: usize| {
+        let one = "audit(filter: { from: \"2999-01-01T00:00:00Z\" }, first: 1) { next }";
+        let all: String = (0..n).map(|n| format!(" a{n}: {one}")).collect();
+        json!({ "query": format!("{{{all} }}") })
+    };
+    assert_eq!(ask(&server, audit(2)).await.get("errors"), None);
+    assert_eq!(code(&ask(&server, audit(30)).await), "query_too_complex");
+    let past: String = (0..20)
+        .map(|n| format!(" a{n}: history(at: \"3\", first: 1) {{ next }}"))
+        .collect();
+    let answer = ask(&server, json!({ "query": format!("{{{past} }}") })).await;
+    assert_eq!(code(&answer), "query_too_complex");
+}
+
+#[tokio::test]
+async fn lists_that_are_longer_than_usual_are_counted() {
+    let server = server().await;
+    server.shop().await;
+    let cache = json!({ "image_repository": "registry.example/cache" });
+    for n in 0..30 {
+        let service = format!("/api/v1/projects/shop/services/s{n}");
+        server.put(&service, cache.clone()).await.ok();
+        let environment = json!({ "name": format!("e{n}"), "clusters": ["east"] });
+        let path = "/api/v1/projects/shop/environments";
+        server.post(path, environment).await.ok();
+    }
+    // 32 services in 32 environments each: a thousand instances for each of the aliases.
+    let aliases = |n: usize| {
+        let one = "projects { services { instances { id } } }";
+        let all: String = (0..n).map(|n| format!(" a{n}: {one}")).collect();
+        json!({ "query": format!("{{{all} }}") })
+    };
+    let one = ask(&server, aliases(1)).await;
+    let services = one["data"]["a0"][0]["services"].as_array().unwrap();
+    assert_eq!(services.len(), 32);
+    assert_eq!(services[31]["instances"].as_array().unwrap().len(), 32);
+    let answer = ask(&server, aliases(20)).await;
+    let codes: Vec<_> = answer["errors"].as_array().unwrap().iter().collect();
+    assert!(!codes.is_empty());
+    for error in codes {
+        assert_eq!(error["extensions"]["code"], "query_too_complex", "{error}");
+    }
+    // What is in the list can be asked for in parts.
+    let part = "{ project(id: \"shop\") { services(first: 2, after: \"s28\") { name } } }";
+    let part = data(&server, part).await;
+    let names = &part["project"]["services"];
+    assert_eq!(*names, json!([{ "name": "s29" }, { "name": "s3" }]));
+    let part = data(&server, "{ projects(first: 1, after: \"shop\") { name } }").await;
+    assert_eq!(part["projects"], json!([]));
+}
+
+#[tokio::test]
+async fn the_history_of_an_instance_goes_on_after_a_cursor() {
+    let server = server().await;
+    server.shop().await;
+    let mut all = Vec::new();
+    for n in 0..23 {
+        let id = server.deploy("shop.staging.cache", &format!("v{n}")).await;
+        all.push(id.to_string());
+    }
+    all.reverse();
+    let page = async |arguments: &str| -> Vec<(String, String)> {
+        let query = format!(
+            "{{ project(id: \"shop\") {{ services {{ name instances(environment: \"staging\") {{ \
+             deployments({arguments}) {{ id cursor }} }} }} }} }}"
+        );
+        let shown = data(&server, query).await;
+        let services = shown["project"]["services"].as_array().unwrap();
+        let cache = services.iter().find(|s| s["name"] == "cache").unwrap();
+        let rows = cache["instances"][0]["deployments"].as_array().unwrap();
+        let text = |row: &Value, name: &str| row[name].as_str().unwrap().to_owned();
+        let rows = rows.iter().map(|r| (text(r, "id"), text(r, "cursor")));
+        rows.collect()
+    };
+    let mut seen = Vec::new();
+    let mut next = page("first: 20").await;
+    while let Some((_, cursor)) = next.last().cloned() {
+        seen.extend(next.into_iter().map(|(id, _)| id));
+        next = page(&format!("first: 20, after: \"{cursor}\"")).await;
+    }
+    assert_eq!(seen, all);
+    let now = server.ledger.projections().position();
+    let then = page(&format!("first: 500, at: \"{now}\"")).await;
+    assert_eq!(then.len(), 23);
+    // One that is wrong hurts no other.
+    let query = "{ project(id: \"shop\") { services { instances { good: deployments(first: 1) { id } \
+                 bad: deployments(first: 0) { id } } } } }";
+    let answer = ask(&server, json!({ "query": query })).await;
+    for error in answer["errors"].as_array().unwrap() {
+        assert_eq!(error["extensions"]["code"], "invalid_limit", "{error}");
+        assert!(error["path"].as_array().unwrap().contains(&json!("bad")));
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_subscription_has_a_limit_of_time_over_a_socket_too() {
+    // What does not stand ready at once takes too long.
+    let server = server_with(|settings, _| settings.request_timeout = std::time::Duration::ZERO);
+    let server = server.await;
+    let mut socket = socket(&server).await;
+    subscribe(&mut socket, "q", "{ history { next } }").await;
+    let message = text(&mut socket).await;
+    assert_eq!(message["type"], "error", "{message}");
+    assert_eq!(message["payload"][0]["extensions"]["code"], "timeout");
+    subscribe(&mut socket, "s", "subscription { events { position } }").await;
+    say(&mut socket, json!({ "type": "ping" })).await;
+    assert_eq!(text(&mut socket).await, json!({ "type": "pong" }));
+}
+
+#[tokio::test]
+async fn a_cursor_of_lines_that_there_are_not_is_refused() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    server.make_live(id).await;
+    let build = LineSource::Build(build_of(id));
+    server.print(build, LineKind::Build, 1, "one").await;
+    let own = LineSource::Deployment(id);
+    server.print(own, LineKind::Status, 2, "two").await;
+    let path = format!("/api/v1/deployments/{id}/logs");
+    for after in ["999999-999999", "2-0", "0-2", "999999"] {
+        for query in ["", "&follow=true"] {
+            let reply = server.get(&format!("{path}?after={after}{query}")).await;
+            reply.refused(409, "position_ahead");
+        }
+        let request = server.request(Method::GET, &path);
+        let request = request.header("Accept", "text/event-stream");
+        let reply = server.send(request.header("Last-Event-ID", after)).await;
+        reply.refused(409, "position_ahead");
+        let query = format!(
+            "subscription {{ deployLogLines(id: \"{id}\", after: \"{after}\") {{ text }} }}"
+        );
+        let mut socket = socket(&server).await;
+        subscribe(&mut socket, "l", &query).await;
+        let message = text(&mut socket).await.to_string();
+        assert!(message.contains("position_ahead"), "{message}");
+    }
+    for (after, lines) in [("1-1", 0), ("1-0", 1), ("1", 0), ("all-0", 1)] {
+        let text = server.get(&format!("{path}?after={after}")).await.text;
+        assert_eq!(text.lines().count(), lines, "{after}");
+    }
+    // One number is enough for lines of one kind.
+    server.print(build, LineKind::Build, 3, "three").await;
+    let rest = server.get(&format!("{path}?type=build&after=2")).await;
+    assert_eq!((rest.status.as_u16(), rest.text.as_str()), (200, ""));
+    // A line of the deployment that was found by itself goes on after it.
+    let found = server.get("/api/v1/projects/shop/logs?q=two").await.ok();
+    assert_eq!(found["lines"][0]["cursor"], "all-1");
+}
+
+#[tokio::test]
+async fn freezes_configuration_and_measures_are_there_too() {
+    let server = server().await;
+    server.shop().await;
+    let set = data(
+        &server,
+        r#"mutation { setFreeze(input: { projectId: "shop", environment: "staging", name: "sale",
+            rule: { once: { from: "2020-01-01T00:00:00" } }, reason: "sale" }) { name open when } }"#,
+    )
+    .await;
+    assert_eq!(set["setFreeze"]["open"], true);
+    let listed = data(
+        &server,
+        r#"{ freezes(projectId: "shop", environment: "staging") { name reason rule }
+            whoami { authentication actor actorKind grants { role projects } } }"#,
+    )
+    .await;
+    assert_eq!(listed["freezes"][0]["reason"], "sale");
+    assert_eq!(
+        listed["freezes"][0]["rule"]["once"]["from"],
+        "2020-01-01T00:00:00"
+    );
+    assert_eq!(
+        listed["whoami"],
+        json!({ "authentication": "open", "actor": "anonymous",
+            "actorKind": "unauthenticated", "grants": [{ "role": "admin", "projects": null }] })
+    );
+    let removed = r#"mutation { removeFreeze(projectId: "shop", environment: "staging",
+        name: "sale") }"#;
+    assert_eq!(data(&server, removed).await["removeFreeze"], "sale");
+    let wrong = removed.replace("removeFreeze", "setFreeze").replace(
+        "projectId: \"shop\", environment: \"staging\",\n        name: \"sale\"",
+        "input: { projectId: \"shop\", environment: \"staging\", name: \"x\", rule: 1 }",
+    );
+    let wrong = wrong.replace(") }", ") { name } }");
+    assert_eq!(
+        code(&ask(&server, json!({ "query": wrong })).await),
+        "invalid_body"
+    );
+
+    let id = server.deploy("shop.production.api", "v1").await;
+    server.make_live(id).await;
+    let on = r#"projectId: "shop", service: "api", environment: "production""#;
+    let scaled = format!("mutation {{ scale(input: {{ {on}, replicas: 3 }}) {{ id state }} }}");
+    assert_eq!(data(&server, scaled).await["scale"]["id"], id.to_string());
+    let row = server.ledger.projections().deployment(id).unwrap().unwrap();
+    let changed = format!(
+        "mutation {{ changeConfig(input: {{ {on}, set: [{{ name: \"MODE\", value: \"test\" }}] }}) \
+         {{ id phase }} }}"
+    );
+    let changed = data(&server, changed).await;
+    let next: DeploymentId = changed["changeConfig"]["id"]
+        .as_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert_ne!(next, id);
+    let found = server
+        .ledger
+        .projections()
+        .deployment(next)
+        .unwrap()
+        .unwrap();
+    let env = serde_json::to_value(&found.state.request.run).unwrap();
+    assert!(env.to_string().contains("\"test\""), "{env}");
+    assert!(row.position < found.position);
+
+    let measured = data(
+        &server,
+        r#"{ dora(projectId: "shop", from: "2000-01-01T00:00:00Z") { position instances {
+            instanceId deployments failedChanges leadTime { samples medianMs } counted } }
+            approvals { approvals { id } letThrough { id } } templates { name } }"#,
+    )
+    .await;
+    let instance = &measured["dora"]["instances"][0];
+    assert_eq!(instance["instanceId"], "shop.production.api");
+    assert_eq!(instance["deployments"], 1);
+    assert_eq!(instance["leadTime"]["samples"], 1);
+    let rest = server
+        .get("/api/v1/dora?project=shop&from=2000-01-01T00:00:00Z")
+        .await
+        .ok();
+    assert_eq!(instance["counted"], rest["instances"][0]["counted"]);
+    assert_eq!(
+        measured["approvals"],
+        json!({ "approvals": [], "letThrough": [] })
+    );
+    for (query, expected) in [
+        (
+            format!(r#"{{ approval(id: "{id}") {{ hash }} }}"#),
+            "no_approval_asked_for",
+        ),
+        (
+            r#"{ template(name: "none") { name } }"#.to_owned(),
+            "template_not_found",
+        ),
+        (
+            r#"{ dora(from: "2024-01-02T00:00:00Z", until: "2024-01-01T00:00:00Z") { position } }"#
+                .to_owned(),
+            "invalid_period",
+        ),
+        (
+            format!(r#"mutation {{ retryDeployment(id: "{id}", clusters: ["no"]) {{ id }} }}"#),
+            "nothing_to_retry",
+        ),
+    ] {
+        let answer = ask(&server, json!({ "query": query })).await;
+        assert_eq!(code(&answer), expected, "{query}");
+    }
+}

@@ -279,3 +279,67 @@ async fn the_lines_of_a_deployment_are_filtered_and_kept_as_a_file() {
     );
     assert_eq!(file.text.lines().count(), 4);
 }
+
+#[tokio::test]
+async fn the_lines_of_a_build_that_is_shared_are_found_once() {
+    let server = server().await;
+    server.shop().await;
+    let older = server.deploy("shop.production.api", "v1").await;
+    server.make_live(older).await;
+    printed(&server, older).await;
+    // The same build, in another environment and later.
+    let newer = server.deploy("shop.staging.api", "v1").await;
+    server
+        .happens(newer, DeploymentEvent::Queued(Queued {}))
+        .await;
+    let state = server.ledger.projections().deployment(older).unwrap();
+    let resolved = SourceResolved {
+        source: state.unwrap().state.source.unwrap(),
+        build: build_of(older),
+        branch: None,
+    };
+    let worker = "builder-1".to_owned();
+    let cloning = DeploymentEvent::CloningStarted(CloningStarted { worker });
+    server.happens(newer, cloning).await;
+    server
+        .happens(newer, DeploymentEvent::SourceResolved(resolved))
+        .await;
+    let path = "/api/v1/projects/shop/logs";
+    let found = async |query: &str| -> Vec<(String, String)> {
+        let (mut found, mut cursor) = (Vec::new(), String::new());
+        loop {
+            let page = server.get(&format!("{path}?{query}{cursor}")).await.ok();
+            for line in page["lines"].as_array().unwrap() {
+                let text = |name: &str| line[name].as_str().unwrap().to_owned();
+                found.push((text("deployment"), text("text")));
+            }
+            match page["next"].as_str() {
+                Some(next) => cursor = format!("&cursor={next}"),
+                None => return found,
+            }
+        }
+    };
+    let of = |id: DeploymentId, text: &str| (id.to_string(), text.to_owned());
+    let all = [
+        of(newer, "Collecting flask"),
+        of(newer, "WARNING: old pip"),
+        of(older, "pushing layer 1 of 2"),
+        of(older, "Server started on port 3000"),
+    ];
+    assert_eq!(found("").await, all);
+    for limit in 1..4 {
+        assert_eq!(found(&format!("limit={limit}")).await, all, "{limit}");
+    }
+    // Where only the older one is looked at, they are its lines.
+    assert_eq!(
+        found("environment=production&type=build").await,
+        [of(older, "Collecting flask"), of(older, "WARNING: old pip")]
+    );
+    // A deployment that came too late has no line in time, but its build has: it is older.
+    let between = server.ledger.projections().deployment(newer).unwrap();
+    let before = between.unwrap().state.created_at;
+    assert_eq!(
+        found(&format!("environment=staging&until={before}")).await,
+        [of(newer, "Collecting flask"), of(newer, "WARNING: old pip")]
+    );
+}

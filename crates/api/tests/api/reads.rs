@@ -1,5 +1,5 @@
-use daybook_events::Position;
 use daybook_events::memory::MemoryLog;
+use daybook_events::{DeploymentId, Position};
 use serde_json::{Value, json};
 
 use crate::support::*;
@@ -285,4 +285,39 @@ async fn operators_are_told_what_is_the_case() {
             metrics.text
         );
     }
+}
+
+#[tokio::test]
+async fn measures_of_delivery_go_on_with_what_was_switched_since() {
+    let server = server().await;
+    server.shop().await;
+    let measured = async || {
+        let path = "/api/v1/dora?from=2000-01-01T00:00:00Z";
+        let all = server.get(path).await.ok();
+        let one = all["instances"][0].clone();
+        let count = |name: &str| one[name].as_u64().unwrap_or_default();
+        (count("deployments"), count("failed_changes"))
+    };
+    assert_eq!(measured().await, (0, 0));
+    let one = server.deploy("shop.production.api", "v1").await;
+    server.make_live(one).await;
+    assert_eq!(measured().await, (1, 0));
+    // A canary that gets all shares in the end is delivered by that.
+    let body = json!({ "instance_id": "shop.production.api", "version": "v2", "switch": "manual" });
+    let canary = server.post("/api/v1/deployments", body).await.ok();
+    let canary: DeploymentId = canary["id"].as_str().unwrap().parse().unwrap();
+    server.make_live(canary).await;
+    let split = async |shares: Value| {
+        let body = json!({ "instance_id": "shop.production.api", "to": shares });
+        server.post("/api/v1/projects/shop/routes", body).await.ok();
+    };
+    let share = |id: DeploymentId, weight: u32| json!({ "deployment": id, "weight": weight });
+    split(json!([share(one, 90), share(canary, 10)])).await;
+    assert_eq!(measured().await, (1, 0));
+    split(json!([share(canary, 100)])).await;
+    assert_eq!(measured().await, (2, 0));
+    let back = json!({ "instance_id": "shop.production.api", "to": one });
+    server.post("/api/v1/rollback", back).await.ok();
+    assert_eq!(measured().await, (2, 1));
+    assert_eq!(measured().await, (2, 1));
 }

@@ -1,6 +1,6 @@
 //! `daybook events`
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -8,7 +8,7 @@ use clap::Args;
 use daybook_events::feed::{FeedChain, FeedFilter, leaf_hash};
 use daybook_events::log::MAX_EVENT_BYTES;
 use daybook_events::{Position, envelope};
-use futures_util::StreamExt;
+use futures_util::{Stream, StreamExt};
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -75,6 +75,14 @@ pub async fn run(args: EventsArgs) -> Outcome {
 const COMPARE_EVERY: u64 = 1000;
 /// How long nothing comes before it is compared.
 const QUIET: Duration = Duration::from_secs(5);
+/// How long events come, however few, before it is compared.
+const COMPARE_AFTER: Duration = Duration::from_secs(10);
+/// When a connection that broke is made anew, and how long after another failure at most unless the
+/// server says when.
+const RECONNECT: Duration = Duration::from_millis(500);
+const RECONNECT_MAX: Duration = Duration::from_secs(5);
+/// How long a server may be gone.
+const GONE: Duration = Duration::from_secs(15 * 60);
 
 type Filters = [(&'static str, Option<String>); 5];
 
@@ -87,8 +95,9 @@ struct Checked {
     last: u64,
     /// Up to here it was compared, and how the chain was there.
     compared: (u64, Option<FeedChain>),
-    /// Events since then.
+    /// Events since then, and when the first of them came.
     since: u64,
+    waiting: Option<Instant>,
 }
 
 impl Checked {
@@ -100,13 +109,21 @@ impl Checked {
             last: after,
             compared: (after, chain),
             since: 0,
+            waiting: None,
         }
+    }
+
+    /// Whether what came is to be compared before more is waited for.
+    fn is_due(&self, now: Instant) -> bool {
+        let waiting = self.waiting.map(|since| now.duration_since(since));
+        self.since >= COMPARE_EVERY || waiting.is_some_and(|waiting| waiting >= COMPARE_AFTER)
     }
 
     fn take(&mut self, position: u64, bytes: &[u8]) {
         self.chain = self.chain.map(|c| c.then(&leaf_hash(bytes)));
         self.last = position;
         self.since += 1;
+        self.waiting.get_or_insert_with(Instant::now);
     }
 
     /// Compares what was received with what the server has in its log.
@@ -134,6 +151,7 @@ impl Checked {
         }
         self.compared = (self.last, self.chain);
         self.since = 0;
+        self.waiting = None;
         Ok(())
     }
 }
@@ -179,63 +197,105 @@ async fn follow(client: &Client, mut checked: Checked) -> Outcome {
     query.push(("after", Some(checked.last.to_string())));
     query.push(("follow", Some("true".into())));
     let mut last: Option<String> = None;
-    let mut failures = 0_u32;
+    let mut lost = Lost::default();
     loop {
-        match client
+        let wait = match client
             .stream("/api/v1/events", &query, last.as_deref())
             .await
         {
             Ok(stream) => {
-                let mut stream = std::pin::pin!(stream);
-                loop {
-                    let next = tokio::time::timeout(QUIET, stream.next()).await;
-                    if next.is_err() || checked.since >= COMPARE_EVERY {
-                        unless_gone(checked.compare(client).await)?;
-                    }
-                    let Ok(next) = next else {
-                        continue;
-                    };
-                    let Some(Ok(event)) = next else {
-                        break;
-                    };
-                    failures = 0;
-                    let position = event.id.parse().unwrap_or_default();
-                    let data = match serde_json::from_str(&event.data) {
-                        Ok(data) => {
-                            checked.take(position, event.data.as_bytes());
-                            data
-                        }
-                        // What is no JSON does not come through a text stream as it is.
-                        Err(_) => {
-                            let path = format!("/api/v1/events/{position}");
-                            let bytes = client
-                                .resource(&path, MAX_EVENT_BYTES)
-                                .await?
-                                .unwrap_or_default();
-                            checked.take(position, &bytes);
-                            Value::Null
-                        }
-                    };
-                    print(position, &data);
-                    last = Some(event.id);
-                }
+                lost.is_over();
+                receive(client, &mut checked, stream, &mut last).await?;
+                // What came until it broke is not left until something comes again.
+                unless_passing(checked.compare(client).await)?;
+                RECONNECT
             }
-            Err(failure)
-                if last.is_none() || failure.code != Code::Unreachable || failures > 60 =>
-            {
-                return Err(failure);
-            }
-            Err(_) => failures += 1,
-        }
+            Err(failure) => lost.wait(failure, Instant::now())?,
+        };
         // The connection broke: go on after the last event that was seen.
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::time::sleep(wait).await;
     }
 }
 
-/// A server that is gone now is asked again later.
-fn unless_gone(compared: Result<(), Failure>) -> Result<(), Failure> {
+/// Prints what comes until the stream breaks off.
+async fn receive(
+    client: &Client,
+    checked: &mut Checked,
+    stream: impl Stream<Item = Result<eventsource_stream::Event, Failure>>,
+    last: &mut Option<String>,
+) -> Result<(), Failure> {
+    let mut stream = std::pin::pin!(stream);
+    loop {
+        let next = tokio::time::timeout(QUIET, stream.next()).await;
+        if next.is_err() || checked.is_due(Instant::now()) {
+            unless_passing(checked.compare(client).await)?;
+        }
+        let Ok(next) = next else {
+            continue;
+        };
+        let Some(Ok(event)) = next else {
+            return Ok(());
+        };
+        let position = event.id.parse().unwrap_or_default();
+        let data = match serde_json::from_str(&event.data) {
+            Ok(data) => {
+                checked.take(position, event.data.as_bytes());
+                data
+            }
+            // What is no JSON does not come through a text stream as it is.
+            Err(_) => {
+                let path = format!("/api/v1/events/{position}");
+                let bytes = match client.resource(&path, MAX_EVENT_BYTES).await {
+                    Ok(bytes) => bytes.unwrap_or_default(),
+                    // It comes again with the next connection.
+                    Err(failure) if failure.passes.is_some() => return Ok(()),
+                    Err(failure) => return Err(failure),
+                };
+                checked.take(position, &bytes);
+                Value::Null
+            }
+        };
+        print(position, &data);
+        *last = Some(event.id);
+    }
+}
+
+/// A server that a subscriber cannot reach.
+#[derive(Debug, Default)]
+struct Lost {
+    /// It was reached before.
+    known: bool,
+    since: Option<Instant>,
+    times: u32,
+}
+
+impl Lost {
+    fn is_over(&mut self) {
+        *self = Self {
+            known: true,
+            ..Self::default()
+        };
+    }
+
+    /// How long to wait until the next try; the failure, if there is to be none: it is one that does
+    /// not pass, the server was never there, or it has been gone for too long.
+    fn wait(&mut self, failure: Failure, now: Instant) -> Result<Duration, Failure> {
+        let Some(passes) = failure.passes.filter(|_| self.known) else {
+            return Err(failure);
+        };
+        if now.duration_since(*self.since.get_or_insert(now)) > GONE {
+            return Err(failure);
+        }
+        let longer = RECONNECT * 2_u32.saturating_pow(self.times);
+        self.times = (self.times + 1).min(8);
+        Ok(longer.min(RECONNECT_MAX).max(passes.min(GONE)))
+    }
+}
+
+/// A server that cannot say it now is asked again later.
+fn unless_passing(compared: Result<(), Failure>) -> Result<(), Failure> {
     match compared {
-        Err(failure) if failure.code == Code::Unreachable => Ok(()),
+        Err(failure) if failure.passes.is_some() => Ok(()),
         other => other,
     }
 }
@@ -307,4 +367,49 @@ pub fn print(position: u64, event: &Value) {
         text("type").trim_start_matches("dev.daybook."),
         style.dim(text("authid")),
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(passes: Option<u64>) -> Failure {
+        let failure = Failure::new(Code::Failure, "any", "any");
+        match passes {
+            Some(seconds) => failure.passing(Duration::from_secs(seconds)),
+            None => failure,
+        }
+    }
+
+    #[test]
+    fn a_server_that_was_there_is_waited_for_and_each_absence_counts_for_itself() {
+        let start = Instant::now();
+        let mut lost = Lost::default();
+        // One that was never there is none to wait for.
+        assert!(lost.wait(failure(Some(0)), start).is_err());
+        lost.is_over();
+        assert!(lost.wait(failure(None), start).is_err());
+        let waits: Vec<_> = (0..6)
+            .map(|_| lost.wait(failure(Some(0)), start).unwrap().as_millis())
+            .collect();
+        assert_eq!(waits, [500, 1000, 2000, 4000, 5000, 5000]);
+        // As long as it says itself.
+        let wait = lost.wait(failure(Some(20)), start).unwrap();
+        assert_eq!(wait, Duration::from_secs(20));
+        let late = start + GONE + Duration::from_secs(1);
+        assert!(lost.wait(failure(Some(0)), late).is_err());
+        lost.is_over();
+        assert_eq!(lost.wait(failure(Some(0)), late).unwrap(), RECONNECT);
+    }
+
+    #[test]
+    fn what_came_is_compared_also_while_events_go_on_coming_slowly() {
+        let filters = ["project", "environment", "service", "kind", "deployment"];
+        let mut checked = Checked::new(filters.map(|f| (f, None)), 0);
+        let now = Instant::now();
+        assert!(!checked.is_due(now + COMPARE_AFTER));
+        checked.take(1, b"{}");
+        assert!(!checked.is_due(now));
+        assert!(checked.is_due(now + COMPARE_AFTER + Duration::from_secs(1)));
+    }
 }
