@@ -9,6 +9,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD as URL};
 use daybook_api::access::AccessMode;
 use daybook_api::access::oidc::{Oidc, OidcConfig};
+use futures_util::StreamExt as _;
 use jiff::Timestamp;
 use ring::rand::SystemRandom;
 use ring::signature::{
@@ -336,4 +337,22 @@ async fn a_provider_that_does_not_answer_keeps_nobody_out_but_its_own() {
         .await
         .refused(401, "invalid_credential");
     server.get("/healthz").await.ok();
+}
+
+#[tokio::test]
+async fn streams_end_with_the_token_of_the_provider() {
+    let key = Key::ed();
+    let issuer = Issuer::start(vec![key.jwk("d")]).await;
+    let server = server_for(&issuer).await;
+    let mut claims = issuer.claims();
+    // The clocks may differ by 30 s: it is taken for two seconds more.
+    claims["exp"] = json!(Timestamp::now().as_second() - 28);
+    let request = server.request(reqwest::Method::GET, "/api/v1/events?follow=true");
+    let response = request.bearer_auth(token(&key, "d", &claims)).send();
+    let response = response.await.unwrap();
+    assert_eq!(response.status(), 200);
+    let mut stream = response.bytes_stream();
+    let ended = async { while let Some(Ok(_)) = stream.next().await {} };
+    let ended = tokio::time::timeout(PATIENCE, ended).await;
+    ended.expect("the stream ends");
 }
