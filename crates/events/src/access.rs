@@ -1,7 +1,8 @@
 //! The access aggregate: which API tokens there are, and what each may do. There is one.
 //!
 //! All tokens are one aggregate, because what must never happen concerns all of them: two first
-//! administrators, two tokens with one name, or none that may administer. The ledger holds the
+//! administrators, two tokens with one name, or none that may administer. The last is kept without a
+//! clock: one token without an end administers everything, always. The ledger holds the
 //! digest of a token's secret only. A plain SHA-256 is enough, as the secret is 256 random bits:
 //! there is no dictionary to try, so nothing is won by making each try slow.
 
@@ -254,13 +255,18 @@ impl Token {
         self.expires_at.is_some_and(|end| end <= now)
     }
 
-    /// Whether it administers everything.
+    /// Whether it administers everything, until it ends.
     fn administers(&self) -> bool {
         self.revoked_at.is_none()
             && self
                 .grants
                 .iter()
                 .any(|grant| grant.role == Role::Admin && grant.projects == Projects::All)
+    }
+
+    /// Whether it administers everything, and ends only if somebody ends it.
+    fn administers_for_good(&self) -> bool {
+        self.administers() && self.expires_at.is_none()
     }
 }
 
@@ -346,6 +352,17 @@ impl Aggregate for Access {
     }
 }
 
+/// How long a token is taken from now on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NewEnd {
+    /// Until when it was before.
+    AsBefore,
+    /// Until somebody ends it.
+    Never,
+    /// Until then.
+    At(Timestamp),
+}
+
 /// What can be asked of access.
 #[derive(Debug, Clone)]
 pub enum Command {
@@ -361,8 +378,10 @@ pub enum Command {
         digest: Digest,
         /// Until when the secret before is taken too.
         old_until: Option<Timestamp>,
-        /// When it ends by itself from now on; as before if not given.
-        expires_at: Option<Timestamp>,
+        /// When it ends by itself from now on.
+        end: NewEnd,
+        /// The time: a token is given no secret that would not be taken any more.
+        now: Timestamp,
     },
     /// Take a token no longer.
     Revoke {
@@ -387,10 +406,25 @@ pub fn decide(state: Option<&Access>, command: Command) -> Result<Decision<Acces
             token: id,
             digest,
             old_until,
-            expires_at,
+            end,
+            now,
         } => {
             let token = find(access, &id)?;
-            let expires_at = expires_at.or(token.expires_at);
+            let expires_at = match end {
+                NewEnd::AsBefore => token.expires_at,
+                NewEnd::Never => None,
+                NewEnd::At(end) => Some(end),
+            };
+            if expires_at.is_some_and(|end| end <= now) {
+                return Err(Refusal::new(
+                    "expiry_in_past",
+                    format!("the token {} would have ended already", token.name),
+                    "say how long it is to be taken from now on, as with `--expires 90d`",
+                ));
+            }
+            if token.administers_for_good() && expires_at.is_some() {
+                another_administers(access, &id)?;
+            }
             Ok(Decision::Append(AccessEvent::TokenRotated(TokenRotated {
                 token: id,
                 digest,
@@ -403,13 +437,8 @@ pub fn decide(state: Option<&Access>, command: Command) -> Result<Decision<Acces
             if kept.revoked_at.is_some() {
                 return Ok(Decision::Nothing);
             }
-            let others = access.tokens.iter().filter(|(other, _)| **other != id);
-            if kept.administers() && !others.into_iter().any(|(_, t)| t.administers()) {
-                return Err(Refusal::new(
-                    "last_admin",
-                    "no other token administers everything: nobody could make another one",
-                    "create another token with the role admin first, or rotate this one",
-                ));
+            if kept.administers() {
+                another_administers(access, &id)?;
             }
             Ok(Decision::Append(AccessEvent::TokenRevoked(TokenRevoked {
                 token: id,
@@ -417,6 +446,21 @@ pub fn decide(state: Option<&Access>, command: Command) -> Result<Decision<Acces
             })))
         }
     }
+}
+
+/// Whether a token beside this one administers everything and has no end. One that has an end is
+/// not enough: after it nobody could make another token, although nobody has done anything.
+fn another_administers(access: &Access, id: &TokenId) -> Result<(), Refusal> {
+    let mut others = access.tokens.iter().filter(|(other, _)| *other != id);
+    if others.any(|(_, token)| token.administers_for_good()) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        "last_admin",
+        "no other token administers everything without an end: at some time nobody could make \
+         another one",
+        "create one with `--role admin --expires never` first, or rotate this one and keep its end",
+    ))
 }
 
 fn check_new(access: &Access, token: &TokenCreated) -> Result<(), Refusal> {

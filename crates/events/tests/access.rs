@@ -2,10 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 use daybook_events::access::{
-    self, Access, AccessEvent, AccountName, Command, Grant, Projects, REVOKED_MAX, Role,
-    TokenCreated, TokenId, TokenRevoked,
+    self, Access, AccessEvent, AccountName, Command, Grant, NewEnd, Projects, REVOKED_MAX, Role,
+    TokenCreated, TokenId, TokenRevoked, TokenRotated,
 };
-use daybook_events::testing::{Given, given};
+use daybook_events::testing::{Given, given, time};
 use daybook_events::{Decision, Digest};
 
 fn id(number: usize) -> TokenId {
@@ -44,6 +44,25 @@ fn revoke(number: usize) -> Command {
     }
 }
 
+/// Another secret, at 1000 seconds.
+fn rotate(number: usize, end: NewEnd) -> Command {
+    Command::Rotate {
+        token: id(number),
+        digest: Digest::of(b"x"),
+        old_until: None,
+        end,
+        now: time(1_000),
+    }
+}
+
+fn rotated(given: &Given<Access>, number: usize, end: NewEnd) -> TokenRotated {
+    let decided = access::decide(given.state.as_ref(), rotate(number, end)).unwrap();
+    let Decision::Append(AccessEvent::TokenRotated(rotated)) = decided else {
+        panic!("{decided:?}")
+    };
+    rotated
+}
+
 #[test]
 fn the_first_token_is_made_once() {
     let given = after([Command::Begin(token(1, "admin", Role::Admin))]);
@@ -67,15 +86,9 @@ fn a_name_is_given_once_until_its_token_is_revoked() {
         .clone()
         .when(|s| access::decide(s, revoke(2)))
         .then_nothing();
-    let rotate = Command::Rotate {
-        token: id(2),
-        digest: Digest::of(b"x"),
-        old_until: None,
-        expires_at: None,
-    };
     given
         .clone()
-        .when(|s| access::decide(s, rotate))
+        .when(|s| access::decide(s, rotate(2, NewEnd::AsBefore)))
         .then_refused("token_revoked");
     given.when(|s| access::decide(s, again)).then_some();
 }
@@ -90,9 +103,42 @@ fn somebody_can_always_administer() {
         .clone()
         .when(|s| access::decide(s, revoke(1)))
         .then_refused("last_admin");
-    let second = Command::Create(token(3, "second", Role::Admin));
+    // One that ends by itself does not do, whether it has ended yet or not.
+    let ends = |number, end| {
+        let mut ends = token(number, &format!("ends-{number}"), Role::Admin);
+        ends.expires_at = Some(time(end));
+        Command::Create(ends)
+    };
+    let (_, given) = given.when(|s| access::decide(s, ends(3, 10))).then_some();
+    let (_, given) = given
+        .when(|s| access::decide(s, ends(4, 1_000_000)))
+        .then_some();
+    for command in [revoke(1), rotate(1, NewEnd::At(time(2_000_000)))] {
+        given
+            .clone()
+            .when(|s| access::decide(s, command))
+            .then_refused("last_admin");
+    }
+    // Its secret can be exchanged all the same, and those that end can be revoked.
+    for command in [
+        rotate(1, NewEnd::AsBefore),
+        rotate(1, NewEnd::Never),
+        revoke(3),
+        revoke(4),
+    ] {
+        given
+            .clone()
+            .when(|s| access::decide(s, command))
+            .then_some();
+    }
+    let second = Command::Create(token(5, "second", Role::Admin));
     let (_, given) = given.when(|s| access::decide(s, second)).then_some();
-    given.when(|s| access::decide(s, revoke(1))).then_some();
+    for command in [revoke(1), rotate(1, NewEnd::At(time(2_000_000)))] {
+        given
+            .clone()
+            .when(|s| access::decide(s, command))
+            .then_some();
+    }
 }
 
 #[test]
@@ -147,18 +193,29 @@ fn what_does_not_follow_is_void() {
 
 #[test]
 fn a_rotation_keeps_the_end_unless_another_is_given() {
-    let mut first = token(1, "admin", Role::Admin);
-    first.expires_at = Some(daybook_events::testing::time(5_000));
-    let given = after([Command::Begin(first.clone())]);
-    let rotate = Command::Rotate {
-        token: id(1),
-        digest: Digest::of(b"x"),
-        old_until: None,
-        expires_at: None,
-    };
-    let decided = access::decide(given.state.as_ref(), rotate).unwrap();
-    let Decision::Append(AccessEvent::TokenRotated(rotated)) = decided else {
-        panic!("{decided:?}")
-    };
-    assert_eq!(rotated.expires_at, first.expires_at);
+    let mut ends = token(1, "ci", Role::Deployer);
+    ends.expires_at = Some(time(5_000));
+    let given = after([Command::Create(ends)]);
+    for (end, expected) in [
+        (NewEnd::AsBefore, Some(time(5_000))),
+        (NewEnd::At(time(7_000)), Some(time(7_000))),
+        (NewEnd::Never, None),
+    ] {
+        assert_eq!(rotated(&given, 1, end).expires_at, expected, "{end:?}");
+    }
+}
+
+#[test]
+fn a_token_that_has_ended_gets_no_secret_that_ends_with_it() {
+    let mut ended = token(1, "ci", Role::Deployer);
+    ended.expires_at = Some(time(500));
+    let given = after([Command::Create(ended)]);
+    for end in [NewEnd::AsBefore, NewEnd::At(time(999))] {
+        given
+            .clone()
+            .when(|s| access::decide(s, rotate(1, end)))
+            .then_refused("expiry_in_past");
+    }
+    let again = rotated(&given, 1, NewEnd::At(time(5_000)));
+    assert_eq!(again.expires_at, Some(time(5_000)));
 }

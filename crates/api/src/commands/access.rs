@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use daybook_events::access::{self, Access, AccountName, Command, Grant, TokenCreated, TokenId};
+use daybook_events::access::{
+    self, Access, AccountName, Command, Grant, NewEnd, TokenCreated, TokenId,
+};
 use daybook_events::{Actor, EventId, Refusal, Subject};
 use daybook_projections::ExecuteError;
 use jiff::Timestamp;
@@ -84,11 +86,10 @@ impl Commands {
         caller: &Caller,
         id: TokenId,
         overlap: Duration,
-        expires_at: Option<Timestamp>,
+        end: NewEnd,
     ) -> Result<MadeToken, CommandError> {
         self.admit_everywhere(caller, Verb::Administer)?;
         self.not_shown_yet(caller).await?;
-        in_future(expires_at)?;
         if overlap > OVERLAP_MAX {
             return Err(Refusal::new(
                 "overlap_too_long",
@@ -99,14 +100,16 @@ impl Commands {
         }
         let token = SecretToken::for_id(id.clone())?;
         let digest = token.digest();
-        let old_until = (!overlap.is_zero()).then(|| Timestamp::now() + overlap);
+        let now = Timestamp::now();
+        let old_until = (!overlap.is_zero()).then(|| now + overlap);
         let done = self
             .run::<Access>(caller, &Subject::Access, None, |state| {
                 let command = Command::Rotate {
                     token: id.clone(),
                     digest: digest.clone(),
                     old_until,
-                    expires_at,
+                    end,
+                    now,
                 };
                 access::decide(state, command)
             })

@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse as _, Response};
-use daybook_events::access::{Access, AccountName, Grant, Token, TokenId};
+use daybook_events::access::{Access, AccountName, Grant, NewEnd, Token, TokenId};
 use daybook_events::{Actor, Subject};
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -41,9 +41,38 @@ pub(crate) struct RotateToken {
     /// For how many seconds more the secret before is taken; not at all, if not given.
     #[serde(default)]
     overlap_seconds: u32,
-    /// When it ends by itself; as before, if not given.
-    expires_at: Option<Timestamp>,
+    /// When it ends by itself: a time, or `never`; as before, if not given.
+    expires_at: Option<End>,
 }
+
+/// When a token ends by itself.
+#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
+#[serde(untagged, expecting = "it is a time, or \"never\"")]
+pub(crate) enum End {
+    /// It does not.
+    Never(Never),
+    /// Then.
+    At(Timestamp),
+}
+
+/// At no time.
+#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
+pub(crate) enum Never {
+    /// At no time.
+    #[serde(rename = "never")]
+    Never,
+}
+
+impl RotateToken {
+    fn end(&self) -> NewEnd {
+        match self.expires_at {
+            None => NewEnd::AsBefore,
+            Some(End::Never(Never::Never)) => NewEnd::Never,
+            Some(End::At(end)) => NewEnd::At(end),
+        }
+    }
+}
+
 impl CommandBody for RotateToken {
     fn absent() -> Option<Self> {
         Some(Self::default())
@@ -219,7 +248,7 @@ pub(crate) async fn rotate_token(
 ) -> Result<Response, Problem> {
     let overlap = Duration::from_secs(body.overlap_seconds.into());
     let commands = &state.commands;
-    let made = commands.rotate_token(&caller, id, overlap, body.expires_at);
+    let made = commands.rotate_token(&caller, id, overlap, body.end());
     Ok(shown_once(made.await?))
 }
 

@@ -72,7 +72,8 @@ pub struct RotateArgs {
     /// How long the secret before is taken too: 10m, 24h. Not at all if not given.
     #[arg(long, value_name = "TIME")]
     overlap: Option<KeepFor>,
-    /// How long the token is taken from now on; until when it was, if not given.
+    /// How long the token is taken from now on: 24h, 90d, or `never` to end it; until when it was, if
+    /// not given.
     #[arg(long, value_name = "TIME")]
     expires: Option<KeepFor>,
 }
@@ -134,7 +135,12 @@ async fn rotate(args: RotateArgs) -> Outcome {
     };
     let body = json!({
         "overlap_seconds": overlap,
-        "expires_at": args.expires.map(end).transpose()?.flatten(),
+        // What is not given stays as it is.
+        "expires_at": match args.expires.map(end).transpose()? {
+            None => Value::Null,
+            Some(None) => json!("never"),
+            Some(Some(end)) => json!(end),
+        },
     });
     let made = client
         .post(&format!("/api/v1/tokens/{id}/rotate"), &body)
