@@ -414,7 +414,8 @@ fn what_is_not_signed_or_not_understood_is_refused_and_changes_nothing() {
     shop.server
         .ok(&["hook", "remove", "shop", "github", "--yes"]);
     let gone = deliver(event, Some(signature(&text)), &text);
-    assert_eq!(gone, (404, "hook_not_found".to_owned()));
+    // It says as much as of one that never was.
+    assert_eq!(gone, (401, "invalid_signature".to_owned()));
 }
 
 #[test]

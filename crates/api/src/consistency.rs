@@ -2,17 +2,30 @@
 //! position they need.
 
 use axum::extract::{Request, State};
-use axum::http::HeaderValue;
+use axum::http::{HeaderMap, HeaderValue};
 use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use daybook_events::{Digest, Position};
 
 use crate::answer::{MIN_POSITION, POSITION, STATE_HASH, TREE_ROOT, TREE_SIZE, insert_state_hash};
 use crate::extract;
-use crate::problem::behind;
+use crate::problem::{Problem, behind};
 use crate::state::AppState;
 
-/// Waits for `Daybook-Min-Position`, within bounds, and says in `Daybook-Position` what the
+/// Waits for `Daybook-Min-Position`, within bounds. Whoever lets requests in does it before it looks
+/// anything up for them, and once it knows who asks: strangers make nobody wait.
+pub(crate) async fn wait(state: &AppState, headers: &HeaderMap) -> Result<(), Problem> {
+    let Some(wanted) = headers.get(MIN_POSITION) else {
+        return Ok(());
+    };
+    let text = wanted.to_str().unwrap_or_default();
+    let wanted = extract::position("the header Daybook-Min-Position", text)?;
+    let wait = state.settings.min_position_wait;
+    let waited = state.projections().wait_for(wanted, wait).await;
+    waited.map_err(|e| behind(e.to_string()))
+}
+
+/// Says in `Daybook-Position` what the
 /// answer takes into account: everything up to that position, and maybe more. `Daybook-State-Hash`
 /// is the hash over the states of all aggregates at exactly that position, where it is at hand. `Daybook-Tree-Size`
 /// and `Daybook-Tree-Root` say what was signed by then: positions up to that size are covered.
@@ -21,17 +34,6 @@ pub(crate) async fn positions(
     request: Request,
     next: Next,
 ) -> Response {
-    if let Some(wanted) = request.headers().get(MIN_POSITION) {
-        let text = wanted.to_str().unwrap_or_default();
-        let wanted = match extract::position("the header Daybook-Min-Position", text) {
-            Ok(position) => position,
-            Err(problem) => return problem.into_response(),
-        };
-        let wait = state.settings.min_position_wait;
-        if let Err(e) = state.projections().wait_for(wanted, wait).await {
-            return behind(e.to_string()).into_response();
-        }
-    }
     let position = state.projections().position();
     let signed = state.tree.as_ref().and_then(|tree| tree.head());
     let mut response = next.run(request).await;

@@ -267,6 +267,11 @@ pub(crate) struct SecretCommand<T> {
 }
 
 impl<T> SecretCommand<T> {
+    /// Who asks, for what changes nothing: no key is needed for it.
+    pub(crate) fn asker(&self) -> &Caller {
+        &self.caller
+    }
+
     /// The caller, with the digest of the request if there is a key to need it.
     pub(crate) async fn caller(
         &self,

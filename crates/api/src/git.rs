@@ -105,7 +105,7 @@ pub(crate) async fn advertise(
         protocol,
         advertise: true,
         input: Vec::new(),
-        lease: state.access.lease(&principal, &state.cancel),
+        lease: lease(&state, &principal)?,
     };
     run.answer("advertisement", head.freeze()).await
 }
@@ -142,9 +142,15 @@ pub(crate) async fn upload_pack(
         protocol: protocol(&parts.headers),
         advertise: false,
         input: unpack(&parts.headers, input)?,
-        lease: state.access.lease(&principal, &state.cancel),
+        lease: lease(&state, &principal)?,
     };
     run.answer("result", Bytes::new()).await
+}
+
+/// Clones are streams, too.
+fn lease(state: &AppState, principal: &Principal) -> Result<Lease, GitRefusal> {
+    let lease = state.access.stream(principal, &state.cancel);
+    lease.map_err(|e| refuse(StatusCode::TOO_MANY_REQUESTS, Problem::from(e).to_text()))
 }
 
 /// The folder of the repository that a path names.

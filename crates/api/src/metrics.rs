@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,8 @@ pub(crate) struct Metrics {
     requests: Mutex<BTreeMap<RequestKey, u64>>,
     latencies: Mutex<BTreeMap<Route, Latency>>,
     streams: AtomicI64,
+    connections: AtomicI64,
+    turned_away: AtomicU64,
     deliveries: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
 }
 
@@ -68,6 +70,16 @@ fn method(name: &str) -> &'static str {
         .unwrap_or("other")
 }
 
+/// Counts a connection until it is dropped.
+#[derive(Debug)]
+pub(crate) struct OpenConnection(Arc<Metrics>);
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Counts an open stream until it is dropped.
 #[derive(Debug)]
 pub(crate) struct OpenStream(Arc<Metrics>);
@@ -83,6 +95,17 @@ impl Metrics {
     pub(crate) fn open_stream(self: &Arc<Self>) -> OpenStream {
         self.streams.fetch_add(1, Ordering::Relaxed);
         OpenStream(self.clone())
+    }
+
+    /// Counts a connection as open.
+    pub(crate) fn open_connection(self: &Arc<Self>) -> OpenConnection {
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        OpenConnection(self.clone())
+    }
+
+    /// Counts a connection that there was no room for.
+    pub(crate) fn turned_away(&self) {
+        self.turned_away.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Counts a delivery of a webhook.
@@ -170,6 +193,16 @@ impl Metrics {
             page.sample(name, &labels, *count as f64);
         }
         drop(deliveries);
+        page.gauge(
+            "daybook_http_connections",
+            "Connections to the HTTP interface that are open.",
+            self.connections.load(Ordering::Relaxed) as f64,
+        );
+        page.counter(
+            "daybook_http_connections_refused_total",
+            "Connections that there was no room for beside those that were open.",
+            self.turned_away.load(Ordering::Relaxed) as f64,
+        );
         page.gauge(
             "daybook_http_streams",
             "Streams of events and log lines that are open.",

@@ -128,6 +128,21 @@ impl Problem {
     pub(crate) fn to_text(&self) -> String {
         format!("{} ({}): {}\n", self.detail, self.code, self.remedy)
     }
+
+    /// The problem as a document.
+    pub(crate) fn to_json(&self) -> String {
+        let document = ProblemDocument {
+            kind: format!("https://daybook.dev/problems/{}", self.code),
+            title: title(self.code),
+            status: self.status.as_u16(),
+            detail: &self.detail,
+            code: self.code,
+            remedy: &self.remedy,
+            retryable: self.retry_after.is_some(),
+        };
+        // Serialising strings and numbers cannot fail.
+        serde_json::to_string(&document).unwrap_or_default()
+    }
 }
 
 /// `project_not_found` as "Project not found".
@@ -141,19 +156,8 @@ fn title(code: &str) -> String {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let document = ProblemDocument {
-            kind: format!("https://daybook.dev/problems/{}", self.code),
-            title: title(self.code),
-            status: self.status.as_u16(),
-            detail: &self.detail,
-            code: self.code,
-            remedy: &self.remedy,
-            retryable: self.retry_after.is_some(),
-        };
-        // Serialising strings and numbers cannot fail.
-        let body = serde_json::to_vec(&document).unwrap_or_default();
-        let mut response =
-            (self.status, [(header::CONTENT_TYPE, MEDIA_TYPE)], body).into_response();
+        let headers = [(header::CONTENT_TYPE, MEDIA_TYPE)];
+        let mut response = (self.status, headers, self.to_json()).into_response();
         if let Some(seconds) = self.retry_after {
             response
                 .headers_mut()

@@ -1,20 +1,28 @@
 //! Running the interface on a listener, with a drain that has an end.
 
-use std::io;
-use std::time::Duration;
+use std::io::{self, Write as _};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::http::StatusCode;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Peer;
+use crate::metrics::{Metrics, OpenConnection};
+use crate::problem::{self, Problem};
 use crate::routes;
 use crate::state::AppState;
 
@@ -25,6 +33,146 @@ const SILENT_BEATS: u32 = 4;
 const SILENCE_MIN: Duration = Duration::from_secs(1);
 /// How long accepting pauses when the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What the rest of the process has at least of the file descriptors.
+const OTHER_FILES: u64 = 256;
+/// Most connections, however many file descriptors there may be.
+const CONNECTIONS_MAX: u64 = 20_000;
+/// Fewest, however few.
+const CONNECTIONS_MIN: u64 = 16;
+/// How often it is logged that there is no room.
+const FULL_SAID_EVERY: Duration = Duration::from_secs(10);
+
+/// How many connections there is room for beside the log, `git`, secrets and what else of this
+/// process needs file descriptors.
+pub(crate) fn room_for_connections() -> usize {
+    #[cfg(unix)]
+    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    #[cfg(not(unix))]
+    let files = None;
+    let Some(files) = files else {
+        return CONNECTIONS_MAX as usize;
+    };
+    let room = files.saturating_sub(OTHER_FILES.max(files / 4));
+    room.clamp(CONNECTIONS_MIN, CONNECTIONS_MAX) as usize
+}
+
+/// A connection in its place among those that there may be. It has the place until it is closed, as
+/// what it was at first and as a socket that it was upgraded to.
+struct Placed {
+    stream: TcpStream,
+    _place: OwnedSemaphorePermit,
+    _open: OpenConnection,
+}
+
+impl AsyncRead for Placed {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, into)
+    }
+}
+
+impl AsyncWrite for Placed {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
+
+/// The places of connections.
+struct Places {
+    most: usize,
+    free: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+    said: Option<Instant>,
+}
+
+impl Places {
+    fn new(most: usize, metrics: Arc<Metrics>) -> Self {
+        Self {
+            most,
+            free: Arc::new(Semaphore::new(most)),
+            metrics,
+            said: None,
+        }
+    }
+
+    /// Gives a connection a place. Where there is none it is told so and closed: it would take what
+    /// the rest of the process needs.
+    fn give(&mut self, stream: TcpStream, encrypted: bool) -> Option<Placed> {
+        match self.free.clone().try_acquire_owned() {
+            Ok(place) => Some(Placed {
+                stream,
+                _place: place,
+                _open: self.metrics.open_connection(),
+            }),
+            Err(_) => {
+                self.metrics.turned_away();
+                if self.said.is_none_or(|at| at.elapsed() >= FULL_SAID_EVERY) {
+                    self.said = Some(Instant::now());
+                    tracing::warn!(
+                        open = self.most,
+                        "connections are refused: as many are open as there are file descriptors \
+                         for (ulimit -n)"
+                    );
+                }
+                if !encrypted {
+                    tell_full(stream);
+                }
+                None
+            }
+        }
+    }
+}
+
+/// Says that there is no room, as far as that can be said at once.
+fn tell_full(stream: TcpStream) {
+    let problem = Problem::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "too_many_connections",
+        "as many connections are open as this server has room for",
+        "try again in a moment; close connections that are not used",
+    )
+    .retry_after(1);
+    let body = problem.to_json();
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: {}\r\ncontent-length: {}\r\n\
+         retry-after: 1\r\nconnection: close\r\n\r\n{body}",
+        problem::MEDIA_TYPE,
+        body.len()
+    );
+    // It does not block, and there is nothing else in the way of so short an answer.
+    if let Ok(mut stream) = stream.into_std() {
+        let _ = stream.write_all(answer.as_bytes());
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+    }
+}
 
 /// Why a server could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +198,7 @@ pub async fn serve(
     ));
     let tasks = state.tasks.clone();
     let silence = (state.settings.heartbeat * SILENT_BEATS).max(SILENCE_MIN);
+    let mut places = Places::new(state.settings.connections_max, state.metrics.clone());
     let router = routes::router(state);
     let mut connections = JoinSet::new();
     let ended = loop {
@@ -61,6 +210,9 @@ pub async fn serve(
                     // Small frames of a stream must not wait for more.
                     let _ = stream.set_nodelay(true);
                     give_up_after(&stream, silence);
+                    let Some(stream) = places.give(stream, tls.is_some()) else {
+                        continue;
+                    };
                     let peer = Peer(peer.ip());
                     let (tls, router) = (tls.clone(), router.clone());
                     connections.spawn(greet(stream, peer, tls, router, cancel.clone()));
@@ -113,7 +265,7 @@ fn give_up_after(_: &tokio::net::TcpStream, _: Duration) {}
 
 /// Serves a connection, after it has agreed on TLS if that is spoken here.
 async fn greet(
-    stream: TcpStream,
+    stream: Placed,
     peer: Peer,
     tls: Option<TlsAcceptor>,
     router: Router,

@@ -1,6 +1,7 @@
 //! What the handlers stand on.
 
 use std::collections::BTreeMap;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -24,9 +25,13 @@ use crate::commands::Commands;
 use crate::feed::Feed;
 use crate::graphql::DaybookSchema;
 use crate::metrics::Metrics;
+use crate::routes::operations::Rows;
 
 /// State hashes of the past that are worked out at once.
 const PAST_AT_ONCE: usize = 2;
+
+/// How often an address may ask for what is public and takes work.
+const STRANGERS: NonZeroU32 = NonZeroU32::new(200).unwrap();
 
 /// Where workloads answer: the address of the gateway as people reach it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,6 +79,14 @@ pub struct Settings {
     pub oidc: Option<Arc<crate::access::oidc::Oidc>>,
     /// How often each caller with a credential may ask; as often as they like, if not given.
     pub rate: Option<crate::access::Rate>,
+    /// How often each address may ask, without a credential, for what is public and takes work.
+    pub stranger_rate: crate::access::Rate,
+    /// How many streams each caller with a credential may have open; as many as they like, if not
+    /// given.
+    pub streams_max: Option<NonZeroUsize>,
+    /// How many connections there may be at once. They share file descriptors with everything else in
+    /// the process.
+    pub connections_max: usize,
     /// How what goes over the network is encrypted; not at all without.
     pub tls: Option<Arc<rustls::ServerConfig>>,
     /// The longest that a request waits for `Daybook-Min-Position`.
@@ -106,6 +119,9 @@ impl Settings {
             access: AccessMode::Open,
             oidc: None,
             rate: None,
+            stranger_rate: crate::access::Rate::per_second(STRANGERS),
+            streams_max: None,
+            connections_max: crate::server::room_for_connections(),
             tls: None,
             min_position_wait: Duration::from_secs(5),
             request_timeout: Duration::from_secs(30),
@@ -184,6 +200,8 @@ pub struct AppState {
     /// Who may work out a state hash of the past: it takes all cores, and memory for the events
     /// since the nearest one that is kept.
     pub(crate) past: Arc<Semaphore>,
+    /// The digest over all rows of the projections.
+    pub(crate) rows: Arc<Rows>,
     /// New events, for all who subscribe.
     pub(crate) feed: Feed,
     /// What GraphQL can be asked.
@@ -212,6 +230,8 @@ impl AppState {
             settings.access,
             settings.oidc.clone(),
             settings.rate,
+            settings.stranger_rate,
+            settings.streams_max,
             ledger.projections().clone(),
         );
         let tasks = TaskTracker::new();
@@ -229,6 +249,7 @@ impl AppState {
             metrics: Arc::default(),
             tree: None,
             past: Arc::new(Semaphore::new(PAST_AT_ONCE)),
+            rows: Arc::default(),
             feed,
             graphql: crate::graphql::schema(),
             tasks,

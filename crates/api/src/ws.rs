@@ -9,7 +9,7 @@ use axum::extract::FromRequestParts;
 use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
 use futures_util::SinkExt;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
@@ -80,7 +80,10 @@ where
     F: Future<Output = ()> + Send,
 {
     let heartbeat = state.settings.heartbeat;
-    let lease = state.access.lease(principal, &state.cancel);
+    let lease = match state.access.stream(principal, &state.cancel) {
+        Ok(lease) => lease,
+        Err(e) => return Problem::from(e).into_response(),
+    };
     let open = state.metrics.open_stream();
     // The server waits for all of them when it ends.
     let counted = state.tasks.token();

@@ -1,7 +1,7 @@
 //! From credentials to principals.
 
 use std::net::IpAddr;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -137,7 +137,11 @@ pub struct AccessControl {
     requests: Option<Arc<Buckets<Caller>>>,
     /// How often an address is told what is wrong with its credentials.
     failures: Arc<Buckets<Caller>>,
+    /// How often an address may ask for what is public.
+    strangers: Arc<Buckets<Caller>>,
     pub(super) leases: Arc<Leases>,
+    /// How many streams each caller may have open.
+    pub(super) streams_max: Option<NonZeroUsize>,
 }
 
 impl std::fmt::Debug for AccessControl {
@@ -154,6 +158,8 @@ impl AccessControl {
         mode: AccessMode,
         oidc: Option<Arc<Oidc>>,
         rate: Option<Rate>,
+        strangers: Rate,
+        streams_max: Option<NonZeroUsize>,
         projections: Projections,
     ) -> Self {
         Self {
@@ -162,7 +168,9 @@ impl AccessControl {
             oidc,
             requests: rate.map(|rate| Arc::new(Buckets::new(rate))),
             failures: Arc::new(Buckets::new(Rate::per_second(FAILURES))),
+            strangers: Arc::new(Buckets::new(strangers)),
             leases: Arc::default(),
+            streams_max,
         }
     }
 
@@ -176,8 +184,17 @@ impl AccessControl {
 
     /// Counts a request that was refused at the door, or says how long the next one has to wait.
     /// Good credentials are not held up by bad ones from the same address.
-    pub(super) fn count_failure(&self, peer: Option<IpAddr>) -> Result<(), Duration> {
+    pub(crate) fn count_failure(&self, peer: Option<IpAddr>) -> Result<(), Duration> {
         self.failures.take(Caller::Stranger(peer), Instant::now())
+    }
+
+    /// Counts a request for what is public, or says how long the next one has to wait. Where nobody
+    /// is asked, nobody is a stranger.
+    pub(super) fn count_stranger(&self, peer: Option<IpAddr>) -> Result<(), Duration> {
+        match self.mode {
+            AccessMode::Open => Ok(()),
+            AccessMode::Required => self.strangers.take(Caller::Stranger(peer), Instant::now()),
+        }
     }
 
     /// Whether it asks.

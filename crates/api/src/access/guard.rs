@@ -18,6 +18,7 @@ use super::oidc::KeysError;
 use super::principal::Principal;
 use super::rules::{Found, Of, Rule, rule};
 use crate::commands::{denied_deployment, denied_project, denied_webhook};
+use crate::consistency;
 use crate::extract::deployment_id;
 use crate::problem::Problem;
 use crate::state::AppState;
@@ -46,13 +47,21 @@ async fn admit(state: &AppState, parts: &mut Parts) -> Result<Principal, Box<Res
     };
     let found = rule(parts.method.as_str(), path.as_str());
     let (verb, of) = match found {
-        Found::Rule(Rule::Public) => return Ok(Principal::nobody()),
+        Found::Rule(Rule::Public) => return public(state, parts).await,
+        Found::Rule(Rule::Counted) => {
+            let peer = parts.extensions.get::<Peer>().map(|peer| peer.0);
+            state
+                .access
+                .count_stranger(peer)
+                .map_err(|wait| refuse(too_many(wait)))?;
+            return public(state, parts).await;
+        }
         Found::Rule(Rule::Asks(verb, of)) => (verb, of),
         Found::OtherMethods(methods) => return Err(Box::new(other_methods(parts, &methods))),
         Found::Nothing => return unruled(state, parts).await,
     };
     if of == Of::Tile && !names_entries(path_parameter(parts, state, 0).await.as_deref()) {
-        return Ok(Principal::nobody());
+        return public(state, parts).await;
     }
     // A browser cannot say who asks when it opens a socket. It does with the first message, and
     // until then there is nobody to be served.
@@ -65,6 +74,10 @@ async fn admit(state: &AppState, parts: &mut Parts) -> Result<Principal, Box<Res
     }
     let git = of == Of::Repository;
     let principal = recognise(state, parts, git).await?;
+    // What is looked up to decide is as new as what the answer is made of.
+    consistency::wait(state, &parts.headers)
+        .await
+        .map_err(refuse)?;
     let allowed = match of {
         Of::Visible | Of::Body | Of::Socket => {
             authorise(&principal, verb, Over::Some).map_err(refuse)
@@ -104,6 +117,17 @@ async fn admit(state: &AppState, parts: &mut Parts) -> Result<Principal, Box<Res
         }
     };
     allowed.map(|()| principal)
+}
+
+/// Lets in whoever asks for what is public. They wait for no position where callers are told apart,
+/// as these are strangers.
+async fn public(state: &AppState, parts: &Parts) -> Result<Principal, Box<Response>> {
+    if state.access.mode() == AccessMode::Open {
+        consistency::wait(state, &parts.headers)
+            .await
+            .map_err(refuse)?;
+    }
+    Ok(Principal::nobody())
 }
 
 /// Whether a principal may do something to a deployment. Who does not see all projects is told of a
@@ -146,11 +170,13 @@ async fn recognise(state: &AppState, parts: &Parts, git: bool) -> Result<Princip
     let recognised = state.access.recognise(&parts.headers, git).await;
     if let Err(Refused::Unauthenticated(_)) = &recognised {
         let peer = parts.extensions.get::<Peer>().map(|peer| peer.0);
-        state.access.count_failure(peer).map_err(too_many)?;
+        let counted = state.access.count_failure(peer);
+        counted.map_err(|wait| refuse(too_many(wait)))?;
     }
     match recognised {
         Ok(principal) => {
-            state.access.count(&principal).map_err(too_many)?;
+            let counted = state.access.count(&principal);
+            counted.map_err(|wait| refuse(too_many(wait)))?;
             Ok(principal)
         }
         Err(Refused::Unauthenticated(e)) if git => Err(Box::new(for_git(e))),
@@ -160,11 +186,8 @@ async fn recognise(state: &AppState, parts: &Parts, git: bool) -> Result<Princip
     }
 }
 
-fn too_many(wait: Duration) -> Box<Response> {
-    refuse(rate_limited(wait))
-}
-
-fn rate_limited(wait: Duration) -> Problem {
+/// What a caller who asks too often is told.
+pub(crate) fn too_many(wait: Duration) -> Problem {
     let seconds = wait.as_secs_f64().ceil().max(1.0);
     Problem::new(
         StatusCode::TOO_MANY_REQUESTS,
@@ -183,7 +206,7 @@ pub(crate) fn charge(
     requests: usize,
 ) -> Result<(), Problem> {
     for _ in 0..requests {
-        state.access.count(principal).map_err(rate_limited)?;
+        state.access.count(principal).map_err(too_many)?;
     }
     Ok(())
 }
@@ -199,7 +222,7 @@ pub(crate) async fn recognise_later(
         Ok(principal) => principal,
         Err(Refused::Unauthenticated(e)) => {
             let counted = state.access.count_failure(peer);
-            return Err(counted.map_or_else(rate_limited, |()| e.into()));
+            return Err(counted.map_or_else(too_many, |()| e.into()));
         }
         Err(Refused::Query(e)) => return Err(e.into()),
         Err(Refused::Keys(e)) => return Err(no_keys(&e)),

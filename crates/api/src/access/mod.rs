@@ -20,8 +20,8 @@ pub mod token;
 
 pub use authorise::{Denied, Over, Place, Verb, authorise};
 pub use control::{AccessControl, AccessMode, Unauthenticated};
-pub(crate) use guard::{charge, guard, recognise_later};
-pub use lease::Lease;
+pub(crate) use guard::{charge, guard, recognise_later, too_many};
+pub use lease::{Lease, TooManyStreams};
 pub(crate) use limits::Peer;
 pub use limits::Rate;
 pub use principal::Principal;

@@ -1,7 +1,8 @@
 //! Who allows what is deployed.
 //!
-//! The actor is who the caller says they are: as long as there is no authentication, approvals
-//! document a practice and do not enforce it.
+//! On a server that asks for tokens the actor is the token's account, or the user of the identity
+//! provider. On an open one it is who the caller says they are: approvals document a practice there,
+//! and do not enforce it.
 
 use daybook_events::approval::{
     Approval, ApprovalGranted, ApprovalRejected, EmergencyOverride, PostReviewCompleted,

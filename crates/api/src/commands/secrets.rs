@@ -148,11 +148,13 @@ impl Commands {
     /// Compares a value with what is committed to, of one version or the newest.
     pub async fn verify_secret(
         &self,
+        caller: &Caller,
         project: &ProjectName,
         id: &SecretId,
         version: Option<u32>,
         value: &SecretValue,
     ) -> Result<Verified, CommandError> {
+        self.admit(caller, Verb::Deploy, project)?;
         let secret = self.secret(project, id)?;
         let version = version.unwrap_or(secret.version);
         let (commitment, key) = if version == secret.version {

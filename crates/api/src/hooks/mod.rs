@@ -13,7 +13,7 @@ use daybook_events::hook::Provider;
 use crate::problem::Problem;
 
 pub use payload::{Delivered, InvalidPayload, PullRequestDelivery, PushDelivery, parse};
-pub(crate) use signature::verify;
+pub(crate) use signature::{not_signed, verify};
 
 /// Most bytes of a delivery. Those of pull requests have some 50 KiB; a push of very many commits
 /// can have more than this, and is then better deployed by hand.

@@ -13,7 +13,7 @@ use crate::problem::Problem;
 const SIGNATURES_MAX: usize = 4;
 
 /// Checks that a body was sent by somebody who knows the secret. The answer says as much about a
-/// signature that is missing as about one that is wrong.
+/// signature that is missing as about one that is wrong, or about a webhook that there is none of.
 pub(crate) fn verify(
     provider: Provider,
     secret: &SecretValue,
@@ -44,20 +44,20 @@ pub(crate) fn verify(
     if verified {
         return Ok(());
     }
-    let header = match provider {
-        Provider::Github => "X-Hub-Signature-256",
-        Provider::Gitlab => "webhook-signature or X-Gitlab-Token",
-        Provider::Gitea => "X-Gitea-Signature",
-    };
-    Err(Problem::new(
+    Err(not_signed())
+}
+
+/// A delivery that nobody is known to have sent. It says nothing of what there is: whoever knows no
+/// secret could find out the names of projects.
+pub(crate) fn not_signed() -> Problem {
+    Problem::new(
         StatusCode::UNAUTHORIZED,
         "invalid_signature",
-        "the delivery is not signed with the secret of this webhook",
-        format!(
-            "enter the secret that `daybook hook add` printed at the provider, which then sends \
-             {header}; `daybook hook rotate` makes a new one"
-        ),
-    ))
+        "the delivery is not signed with the secret of a webhook at this address",
+        "enter the address and the secret that `daybook hook add` printed at the provider, which then \
+         sends X-Hub-Signature-256, webhook-signature, X-Gitlab-Token or X-Gitea-Signature; `daybook \
+         hook list` shows the webhooks that there are, and `daybook hook rotate` makes a new secret",
+    )
 }
 
 fn hex_of(secret: &SecretValue, text: &str, body: &[u8]) -> bool {

@@ -411,8 +411,12 @@ pub(crate) fn stream_response(
     frames: impl futures_util::Stream<Item = Bytes> + Send + 'static,
 ) -> Response {
     let heartbeat = Bytes::from_static(b": still here\n\n");
+    let lease = match state.access.stream(principal, &state.cancel) {
+        Ok(lease) => lease,
+        Err(e) => return Problem::from(e).into_response(),
+    };
     let upkeep = sse::Upkeep {
-        lease: state.access.lease(principal, &state.cancel),
+        lease,
         heartbeat: Some((state.settings.heartbeat, heartbeat)),
         _open: state.metrics.open_stream(),
     };

@@ -1,5 +1,6 @@
 //! Webhooks of a project, and their deliveries.
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
@@ -10,8 +11,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use crate::access::{Peer, too_many};
 use crate::answer::Answer;
-use crate::commands::{Caller, HookWish, Received, RequestKey};
+use crate::commands::{Caller, CommandError, HookWish, Received, RequestKey};
 use crate::extract::{Command, CommandBody, Named, NoParams, Params, SecretCommand, read_at_most};
 use crate::hooks::{self, DELIVERY_MAX, Delivered, Envelope, InvalidPayload};
 use crate::problem::Problem;
@@ -222,10 +224,19 @@ pub(crate) async fn remove_hook(
 pub(crate) async fn deliver(
     State(state): State<AppState>,
     Named((project, name)): Named<(ProjectName, HookName)>,
+    peer: Option<Extension<Peer>>,
     headers: HeaderMap,
     body: Body,
 ) -> Handled<DeliveryView> {
-    let answered = receive(&state, &project, &name, &headers, body).await;
+    let mut answered = receive(&state, &project, &name, &headers, body).await;
+    if let Err((_, problem)) = &mut answered
+        && problem.status() == StatusCode::UNAUTHORIZED
+        && let Err(wait) = state
+            .access
+            .count_failure(peer.map(|Extension(peer)| peer.0))
+    {
+        *problem = too_many(wait);
+    }
     let (provider, outcome) = match &answered {
         Ok((provider, Received::Accepted { .. })) => (Some(*provider), "accepted"),
         Ok((provider, Received::Ignored { code, .. })) => (Some(*provider), *code),
@@ -271,15 +282,20 @@ async fn receive(
     let commands = &state.commands;
     let unknown = |e: Problem| (None, e);
     let body = read_at_most(body, DELIVERY_MAX).await.map_err(unknown)?;
-    let hook = commands
-        .hook(project, name)
-        .map_err(|e| unknown(e.into()))?;
+    let hook = commands.hook(project, name).map_err(|e| match e {
+        CommandError::Refused(_) => unknown(hooks::not_signed()),
+        e => unknown(e.into()),
+    })?;
     let provider = hook.provider;
     let refused = |e: Problem| (Some(provider), e);
-    let secret = commands
-        .hook_secret(project, &hook)
-        .await
-        .map_err(|e| refused(e.into()))?;
+    let secret = commands.hook_secret(project, &hook).await;
+    let secret = secret.map_err(|e| match e {
+        CommandError::Refused(refusal) => {
+            tracing::warn!(%project, hook = %name, code = refusal.code, "{}", refusal.message);
+            refused(hooks::not_signed())
+        }
+        e => refused(e.into()),
+    })?;
     hooks::verify(provider, &secret, headers, &body).map_err(refused)?;
     let envelope = Envelope::of(provider, headers).map_err(refused)?;
     let delivered = hooks::parse(provider, &envelope.event, &body)

@@ -361,8 +361,12 @@ fn plain_response(
     media_type: &'static str,
     frames: impl futures_util::Stream<Item = Bytes> + Send + 'static,
 ) -> Response {
+    let lease = match state.access.stream(principal, &state.cancel) {
+        Ok(lease) => lease,
+        Err(e) => return Problem::from(e).into_response(),
+    };
     let upkeep = sse::Upkeep {
-        lease: state.access.lease(principal, &state.cancel),
+        lease,
         heartbeat: None,
         _open: state.metrics.open_stream(),
     };

@@ -1,14 +1,20 @@
 //! What operators and their tools ask: does it run, is it ready, how does it do.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daybook_events::deployment::Status;
 use daybook_events::tree::{Breach, TreeCondition};
+use daybook_events::{Digest, Position};
+use daybook_projections::{Counters, Projections, QueryError};
 use jiff::Timestamp;
+use tokio::sync::Mutex;
 
+use crate::access::{Over, Verb, authorise};
 use crate::answer::Answer;
 use crate::extract::{NoParams, Params};
 use crate::metrics::Exposition;
@@ -29,6 +35,49 @@ pub(crate) async fn healthz(Params(NoParams {}): Params<NoParams>) -> Answer<Hea
     })
 }
 
+/// The newest digest over all rows, and who works out the next one.
+#[derive(Debug, Default)]
+pub(crate) struct Rows {
+    /// Held by whoever reads all rows: one at a time, however many ask.
+    newest: Arc<Mutex<Option<RowsDigest>>>,
+    /// How often all rows were read.
+    read: AtomicU64,
+}
+
+#[derive(Debug, Clone)]
+struct RowsDigest {
+    position: Position,
+    digest: Digest,
+    counters: Counters,
+}
+
+impl Rows {
+    async fn digest(&self, projections: &Projections) -> Result<RowsDigest, Problem> {
+        let mut newest = self.newest.clone().lock_owned().await;
+        if let Some(known) = newest.clone()
+            && known.position == projections.position()
+        {
+            return Ok(known);
+        }
+        self.read.fetch_add(1, Ordering::Relaxed);
+        let projections = projections.clone();
+        // Every row is read: not on a thread that others wait for. It goes on when the request is
+        // given up, and so does the lock.
+        let read = tokio::task::spawn_blocking(move || {
+            let counters = projections.counters();
+            let (position, digest) = projections.digest()?;
+            let read = RowsDigest {
+                position,
+                digest,
+                counters,
+            };
+            *newest = Some(read.clone());
+            Ok::<_, QueryError>(read)
+        });
+        Ok(read.await.map_err(|e| Problem::internal(&e))??)
+    }
+}
+
 /// How far the projections are, and a digest over all their rows. Whoever folds the same events
 /// anew gets the same digest: what this server answers follows from its ledger, and nothing else.
 #[utoipa::path(get, path = "/api/v1/projections", tag = "history",
@@ -37,15 +86,11 @@ pub(crate) async fn projections(
     State(state): State<AppState>,
     Params(NoParams {}): Params<NoParams>,
 ) -> Result<Answer<ProjectionsReport>, Problem> {
-    let projections = state.projections().clone();
-    // Every row is read: not on a thread that others wait for.
-    let digest = tokio::task::spawn_blocking(move || {
-        let counters = projections.counters();
-        projections
-            .digest()
-            .map(|(position, digest)| (position, digest, counters))
-    });
-    let (position, digest, counters) = digest.await.map_err(|e| Problem::internal(&e))??;
+    let RowsDigest {
+        position,
+        digest,
+        counters,
+    } = state.rows.digest(state.projections()).await?;
     Ok(Answer::ok(ProjectionsReport {
         position,
         digest,
@@ -54,12 +99,14 @@ pub(crate) async fn projections(
     }))
 }
 
-/// Whether the server can do its work, and if not, which part cannot.
+/// Whether the server can do its work, and if not, which part cannot. Why is said to whoever may see
+/// the figures, as it names hosts and folders; where nobody is asked, to everybody.
 #[utoipa::path(get, path = "/readyz", tag = "operations", responses(
     (status = 200, description = "It is ready.", body = ReadinessReport),
     (status = 503, description = "A part is not ready.", body = ReadinessReport)))]
 pub(crate) async fn readyz(
     State(state): State<AppState>,
+    headers: HeaderMap,
     Params(NoParams {}): Params<NoParams>,
 ) -> Response {
     let mut parts = vec![];
@@ -113,6 +160,13 @@ pub(crate) async fn readyz(
     }
     parts.extend(state.parts.all());
     let ready = parts.iter().all(|p| p.ready);
+    // It is asked without credentials most of the time, and one that is no good is as good as none.
+    let asks = state.access.recognise(&headers, false).await;
+    if !asks.is_ok_and(|who| authorise(&who, Verb::Oversee, Over::Everything).is_ok()) {
+        for part in &mut parts {
+            part.reason = None;
+        }
+    }
     let mut response = Answer::ok(ReadinessReport { ready, parts }).into_response();
     if !ready {
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
@@ -154,6 +208,11 @@ pub(crate) async fn metrics(
         );
     }
     let position = projections.position();
+    page.counter(
+        "daybook_projection_digests_total",
+        "How often all rows of the projections were read for a digest over them.",
+        state.rows.read.load(Ordering::Relaxed) as f64,
+    );
     page.gauge(
         "daybook_projection_position",
         "Position up to which events are folded.",

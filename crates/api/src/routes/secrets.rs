@@ -219,7 +219,7 @@ pub(crate) async fn verify_secret(
     let value = value(&body.value)?;
     let verified = state
         .commands
-        .verify_secret(&project, &id, body.version, &value)
+        .verify_secret(command.asker(), &project, &id, body.version, &value)
         .await?;
     Ok(Answer::ok(SecretVerified {
         name,

@@ -4,8 +4,9 @@ use std::path::Path;
 use std::process::Output;
 use std::time::Duration;
 
-use daybook_api::access::AccessMode;
-use daybook_api::commands::Commands;
+use daybook_api::access::{AccessMode, Principal};
+use daybook_api::commands::{Caller, CommandError, Commands};
+use daybook_events::access::{Grant, Projects, Role};
 use futures_util::{SinkExt, StreamExt};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -227,89 +228,210 @@ async fn whoever_shows_nothing_good_is_refused_at_the_door_of_every_surface() {
     assert!(git.status.success(), "{git:?}");
 }
 
-/// What is asked for, and which of viewer, deployer, approver, auditor and admin may have it. The
-/// answer beyond the door does not matter here: it may be a refusal for another reason.
-const TABLE: [(&str, &str, [bool; 5]); 22] = [
-    ("GET", "/api/v1/projects/shop", [true; 5]),
-    ("GET", "/api/v1/deployments/{id}", [true; 5]),
-    ("GET", "/api/v1/deployments/{id}/logs", [true; 5]),
-    ("GET", "/api/v1/state?project=shop", [true; 5]),
-    ("GET", "/api/v1/events?project=shop", [true; 5]),
+/// Which of viewer, deployer, approver, auditor and admin may.
+const ALL: [bool; 5] = [true; 5];
+const DEPLOYS: [bool; 5] = [false, true, false, false, true];
+const APPROVES: [bool; 5] = [false, false, true, false, true];
+const OVERSEES: [bool; 5] = [false, false, false, true, true];
+const ADMINISTERS: [bool; 5] = [false, false, false, false, true];
+
+/// What is asked for, and who may have it. The answer beyond the door does not matter here: it may be
+/// a refusal for another reason.
+const TABLE: &[(&str, &str, [bool; 5])] = &[
+    ("GET", "/api/v1/whoami", ALL),
+    ("GET", "/api/v1/projects", ALL),
+    ("GET", "/api/v1/projects/shop", ALL),
+    ("GET", "/api/v1/projects/shop/services", ALL),
+    ("GET", "/api/v1/projects/shop/services/cache", ALL),
+    ("GET", "/api/v1/projects/shop/environments", ALL),
+    ("GET", "/api/v1/projects/shop/environments/production", ALL),
+    (
+        "GET",
+        "/api/v1/projects/shop/environments/production/freezes",
+        ALL,
+    ),
+    ("GET", "/api/v1/projects/shop/logs?q=x", ALL),
+    ("GET", "/api/v1/projects/shop/hooks", ALL),
+    ("GET", "/api/v1/projects/shop/secrets", ALL),
+    ("GET", "/api/v1/projects/shop/routes", ALL),
+    ("GET", "/api/v1/projects/shop/domains", ALL),
+    ("GET", "/api/v1/projects/shop/gitops", ALL),
+    ("GET", "/api/v1/projects/shop/gitops/eject", ALL),
+    (
+        "GET",
+        "/api/v1/projects/shop/gitops/commits/{commit}/diff",
+        ALL,
+    ),
+    ("GET", "/api/v1/instances", ALL),
+    ("GET", "/api/v1/instances/shop.production.cache", ALL),
+    ("GET", "/api/v1/deployments", ALL),
+    ("GET", "/api/v1/deployments/{id}", ALL),
+    ("GET", "/api/v1/deployments/{id}/logs", ALL),
+    ("GET", "/api/v1/deployments/{id}/approval", ALL),
+    ("GET", "/api/v1/deployments/{id}/attestation", ALL),
+    ("GET", "/api/v1/approvals", ALL),
+    ("GET", "/api/v1/templates", ALL),
+    ("GET", "/api/v1/templates/none", ALL),
+    ("GET", "/api/v1/dora", ALL),
+    ("GET", "/api/v1/history", ALL),
+    ("GET", "/api/v1/audit", ALL),
+    ("GET", "/api/v1/state?project=shop", ALL),
+    ("GET", "/api/v1/events?project=shop", ALL),
+    ("GET", "/api/v1/events/chain", ALL),
+    ("GET", "/api/v1/events/2", ALL),
+    ("GET", "/api/v1/cdevents", ALL),
+    ("GET", "/api/v1/webhooks", ALL),
+    ("GET", "/api/v1/webhooks/{webhook}", ALL),
+    ("GET", "/api/v1/webhooks/{webhook}/deliveries", ALL),
+    ("GET", "/graphql", ALL),
+    ("POST", "/graphql", ALL),
     (
         "GET",
         "/git/shop.git/info/refs?service=git-upload-pack",
-        [true; 5],
+        ALL,
+    ),
+    ("POST", "/git/shop.git/git-upload-pack", ALL),
+    ("POST", "/api/v1/deployments", DEPLOYS),
+    ("DELETE", "/api/v1/deployments/{id}", DEPLOYS),
+    ("POST", "/api/v1/deployments/{id}/stop", DEPLOYS),
+    ("POST", "/api/v1/deployments/{id}/start", DEPLOYS),
+    ("POST", "/api/v1/deployments/{id}/retry", DEPLOYS),
+    ("POST", "/api/v1/deployments/{id}/terminate", DEPLOYS),
+    ("POST", "/api/v1/deployments/{id}/cancel", DEPLOYS),
+    ("POST", "/api/v1/deployments/{id}/keep", DEPLOYS),
+    ("POST", "/api/v1/deployments/{id}/mark-main", DEPLOYS),
+    ("POST", "/api/v1/deployments/{id}/redeploy", DEPLOYS),
+    ("POST", "/api/v1/rollback", DEPLOYS),
+    ("POST", "/api/v1/promote", DEPLOYS),
+    ("POST", "/api/v1/scale", DEPLOYS),
+    ("POST", "/api/v1/config", DEPLOYS),
+    ("POST", "/api/v1/templates/none/deploy", DEPLOYS),
+    ("PUT", "/api/v1/projects/shop/services/cache", DEPLOYS),
+    ("PUT", "/api/v1/projects/shop/secrets/NAME", DEPLOYS),
+    ("DELETE", "/api/v1/projects/shop/secrets/NAME", DEPLOYS),
+    ("POST", "/api/v1/projects/shop/secrets/NAME/verify", DEPLOYS),
+    ("POST", "/api/v1/projects/shop/routes", DEPLOYS),
+    ("POST", "/api/v1/projects/shop/routes/policy", DEPLOYS),
+    (
+        "POST",
+        "/api/v1/projects/shop/gitops/commits/{commit}/adopt",
+        DEPLOYS,
     ),
     (
         "POST",
-        "/api/v1/deployments",
-        [false, true, false, false, true],
+        "/api/v1/projects/shop/gitops/commits/{commit}/revert",
+        DEPLOYS,
     ),
-    (
-        "POST",
-        "/api/v1/rollback",
-        [false, true, false, false, true],
-    ),
-    ("POST", "/api/v1/promote", [false, true, false, false, true]),
-    ("POST", "/api/v1/scale", [false, true, false, false, true]),
-    ("POST", "/api/v1/config", [false, true, false, false, true]),
-    (
-        "POST",
-        "/api/v1/deployments/{id}/stop",
-        [false, true, false, false, true],
-    ),
+    ("POST", "/api/v1/deployments/{id}/approve", APPROVES),
+    ("POST", "/api/v1/deployments/{id}/reject", APPROVES),
+    ("POST", "/api/v1/deployments/{id}/review", APPROVES),
+    ("POST", "/api/v1/deployments/{id}/override", APPROVES),
+    ("POST", "/api/v1/deployments/{id}/override-freeze", APPROVES),
+    ("POST", "/api/v1/projects/shop/environments", ADMINISTERS),
     (
         "PUT",
-        "/api/v1/projects/shop/services/cache",
-        [false, true, false, false, true],
+        "/api/v1/projects/shop/environments/production",
+        ADMINISTERS,
     ),
     (
-        "POST",
-        "/api/v1/deployments/{id}/approve",
-        [false, false, true, false, true],
-    ),
-    (
-        "POST",
-        "/api/v1/deployments/{id}/override",
-        [false, false, true, false, true],
-    ),
-    (
-        "POST",
-        "/api/v1/deployments/{id}/override-freeze",
-        [false, false, true, false, true],
+        "PATCH",
+        "/api/v1/projects/shop/environments/production",
+        ADMINISTERS,
     ),
     (
         "DELETE",
         "/api/v1/projects/shop/environments/production",
-        [false, false, false, false, true],
+        ADMINISTERS,
     ),
     (
         "PUT",
-        "/api/v1/projects/shop/hooks/github",
-        [false, false, false, false, true],
+        "/api/v1/projects/shop/environments/production/auto-deploy",
+        ADMINISTERS,
     ),
-    ("GET", "/api/v1/tokens", [false, false, false, true, true]),
-    ("GET", "/metrics", [false, false, false, true, true]),
     (
-        "GET",
-        "/tlog/tile/entries/000",
-        [false, false, false, true, true],
+        "PUT",
+        "/api/v1/projects/shop/environments/production/freezes/f",
+        ADMINISTERS,
     ),
-    ("POST", "/api/v1/tokens", [false, false, false, false, true]),
+    (
+        "DELETE",
+        "/api/v1/projects/shop/environments/production/freezes/f",
+        ADMINISTERS,
+    ),
+    ("PUT", "/api/v1/projects/shop/hooks/github", ADMINISTERS),
+    ("DELETE", "/api/v1/projects/shop/hooks/github", ADMINISTERS),
+    ("DELETE", "/api/v1/projects/shop/secrets", ADMINISTERS),
+    ("POST", "/api/v1/projects/shop/domains", ADMINISTERS),
+    (
+        "DELETE",
+        "/api/v1/projects/shop/domains/a.example",
+        ADMINISTERS,
+    ),
+    ("PUT", "/api/v1/projects/shop/gitops/remote", ADMINISTERS),
+    ("DELETE", "/api/v1/projects/shop/gitops/remote", ADMINISTERS),
+    ("POST", "/api/v1/webhooks", ADMINISTERS),
+    ("PUT", "/api/v1/webhooks/{webhook}", ADMINISTERS),
+    ("DELETE", "/api/v1/webhooks/{webhook}", ADMINISTERS),
+    ("POST", "/api/v1/webhooks/{webhook}/rotate", ADMINISTERS),
+    ("POST", "/api/v1/webhooks/{webhook}/pause", ADMINISTERS),
+    ("POST", "/api/v1/webhooks/{webhook}/resume", ADMINISTERS),
+    ("POST", "/api/v1/webhooks/{webhook}/test", ADMINISTERS),
+    ("POST", "/api/v1/webhooks/{webhook}/replay", ADMINISTERS),
+    ("POST", "/api/v1/projects", ADMINISTERS),
+    ("GET", "/api/v1/projections", OVERSEES),
+    ("GET", "/metrics", OVERSEES),
+    ("GET", "/tlog/tile/entries/000", OVERSEES),
+    ("GET", "/api/v1/tokens", OVERSEES),
+    ("POST", "/api/v1/tokens", ADMINISTERS),
+    ("POST", "/api/v1/tokens/000000000000/rotate", ADMINISTERS),
+    ("DELETE", "/api/v1/tokens/000000000000", ADMINISTERS),
 ];
+
+#[test]
+fn the_table_has_every_address_that_asks_for_something() {
+    let fits = |path: &str, row: &str| {
+        let row = row.split('?').next().unwrap_or_default();
+        let (path, row): (Vec<_>, Vec<_>) = (path.split('/').collect(), row.split('/').collect());
+        let same = |(p, r): (&&str, &&str)| p == r || p.starts_with('{');
+        path.len() == row.len() && path.iter().zip(&row).all(same)
+    };
+    let document = daybook_api::openapi();
+    let mut missing = Vec::new();
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        for method in operations.as_object().unwrap().keys() {
+            let public = method == "post" && path == "/api/v1/projects/{project}/hooks/{hook}";
+            let hashes = path.starts_with("/tlog/");
+            let public = public
+                || hashes
+                || ["/healthz", "/readyz", "/api/v1/ledger"].contains(&path.as_str());
+            let known = TABLE
+                .iter()
+                .any(|(m, row, _)| m.eq_ignore_ascii_case(method) && fits(path, row));
+            if !known && !public {
+                missing.push(format!("{method} {path}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+}
 
 #[tokio::test]
 async fn every_surface_asks_the_same_of_the_same_role() {
     let guarded = Guarded::start().await;
     let id = guarded.deployment_of("shop").await;
+    let webhook = guarded.webhook(&guarded.admin, "shop").await.ok();
+    let webhook = webhook["webhook"]["id"].as_str().unwrap();
     for (number, role) in ROLES.into_iter().enumerate() {
         let (_, token) = guarded.token(&format!("t-{role}"), role, &[]).await;
-        for (method, path, may) in TABLE {
-            let path = path.replace("{id}", &id);
+        for &(method, path, may) in TABLE {
+            let path = path.replace("{id}", &id).replace("{webhook}", webhook);
+            let path = path.replace("{commit}", COMMIT);
             let method: Method = method.parse().unwrap();
             // A body that no use case takes, so that nothing is changed beyond the door.
             let body = match method {
                 Method::GET => Value::Null,
+                // Some take no body, and do at once what is asked for: not to what there is.
+                Method::DELETE if may[number] => continue,
                 _ => json!({ "surely": "not" }),
             };
             let request = self::request(&guarded, &token, method.clone(), &path, &body);
@@ -414,6 +536,36 @@ async fn what_is_of_another_project_looks_like_what_is_missing() {
         ("GET", "/api/v1/projects/{}/environments/production"),
         ("GET", "/api/v1/projects/{}/routes"),
         ("GET", "/api/v1/projects/{}/gitops"),
+        ("GET", "/api/v1/projects/{}/gitops/eject"),
+        ("GET", "/api/v1/projects/{}/gitops/commits/{commit}/diff"),
+        ("POST", "/api/v1/projects/{}/gitops/commits/{commit}/adopt"),
+        ("POST", "/api/v1/projects/{}/gitops/commits/{commit}/revert"),
+        ("PUT", "/api/v1/projects/{}/gitops/remote"),
+        ("DELETE", "/api/v1/projects/{}/gitops/remote"),
+        ("GET", "/api/v1/projects/{}/environments/production/freezes"),
+        (
+            "PUT",
+            "/api/v1/projects/{}/environments/production/freezes/f",
+        ),
+        (
+            "DELETE",
+            "/api/v1/projects/{}/environments/production/freezes/f",
+        ),
+        (
+            "PUT",
+            "/api/v1/projects/{}/environments/production/auto-deploy",
+        ),
+        ("GET", "/api/v1/projects/{}/secrets"),
+        ("PUT", "/api/v1/projects/{}/secrets/NAME"),
+        ("DELETE", "/api/v1/projects/{}/secrets/NAME"),
+        ("POST", "/api/v1/projects/{}/secrets/NAME/verify"),
+        ("GET", "/api/v1/projects/{}/hooks"),
+        ("PUT", "/api/v1/projects/{}/hooks/github"),
+        ("DELETE", "/api/v1/projects/{}/hooks/github"),
+        ("GET", "/api/v1/projects/{}/domains"),
+        ("POST", "/api/v1/projects/{}/domains"),
+        ("DELETE", "/api/v1/projects/{}/domains/a.example"),
+        ("GET", "/api/v1/projects/{}/logs?q=x"),
         ("GET", "/api/v1/instances/{}.production.cache"),
         ("GET", "/api/v1/instances?project={}"),
         ("GET", "/git/{}.git/info/refs?service=git-upload-pack"),
@@ -423,7 +575,7 @@ async fn what_is_of_another_project_looks_like_what_is_missing() {
     ];
     for (method, path) in pairs {
         let told = async |project: &str| {
-            let path = path.replace("{}", project);
+            let path = path.replace("{}", project).replace("{commit}", COMMIT);
             let body = match method {
                 "GET" | "DELETE" => Value::Null,
                 _ => json!({ "name": "x", "image_repository": "registry.example/x" }),
@@ -458,9 +610,15 @@ async fn what_is_of_another_project_looks_like_what_is_missing() {
         ("GET", "/api/v1/deployments/{}"),
         ("GET", "/api/v1/deployments/{}/logs"),
         ("GET", "/api/v1/deployments/{}/approval"),
+        ("GET", "/api/v1/deployments/{}/attestation"),
         ("POST", "/api/v1/deployments/{}/stop"),
         ("POST", "/api/v1/deployments/{}/mark-main"),
         ("POST", "/api/v1/deployments/{}/approve"),
+        ("POST", "/api/v1/deployments/{}/reject"),
+        ("POST", "/api/v1/deployments/{}/review"),
+        ("POST", "/api/v1/deployments/{}/override"),
+        ("POST", "/api/v1/deployments/{}/override-freeze"),
+        ("POST", "/api/v1/deployments/{}/keep"),
         ("DELETE", "/api/v1/deployments/{}"),
     ] {
         // With a body that is none, too: nobody looks at it before the token.
@@ -1278,5 +1436,355 @@ async fn sockets_show_what_may_be_seen_and_end_with_their_credential() {
     guarded.revoke(&id).await;
     for socket in [&mut events, &mut graphql] {
         assert_eq!(u16::from(sockets::closed(socket).await.code), 1001);
+    }
+}
+
+#[tokio::test]
+async fn what_another_replica_wrote_is_waited_for_before_it_is_looked_up() {
+    let guarded = Guarded::start().await;
+    let (_, token) = guarded.token("ci", "deployer", &["shop"]).await;
+    let mut replica = replica_of(&guarded.server, |settings, _| {
+        settings.access = AccessMode::Required;
+        settings.min_position_wait = PATIENCE;
+    })
+    .await;
+    let head = guarded.server.log.head().await.unwrap();
+    let projections = replica.ledger.projections().clone();
+    projections.wait_for(head, PATIENCE).await.unwrap();
+    replica.stop_folding().await;
+    let body = json!({ "instance_id": "shop.production.cache", "version": "4.0" });
+    let made = guarded.with(&token, Method::POST, "/api/v1/deployments", body);
+    let made = made.await;
+    let position = made.position().to_string();
+    let id = made.ok()["id"].as_str().unwrap().to_owned();
+    // Nobody waits for strangers, nor strangers for anything.
+    for (path, shown, status) in [
+        ("/api/v1/projects", None, 401),
+        ("/api/v1/projects", Some(UNKNOWN), 401),
+        ("/api/v1/ledger", None, 200),
+        ("/healthz", None, 200),
+    ] {
+        let request = replica.request(Method::GET, path);
+        let request = request.header("Daybook-Min-Position", "1000000");
+        let request = match shown {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        };
+        let answered = tokio::time::timeout(PATIENCE / 2, replica.send(request)).await;
+        let answered = answered.unwrap_or_else(|_| panic!("{path} with {shown:?} waits"));
+        assert_eq!(answered.status.as_u16(), status, "{path} with {shown:?}");
+    }
+    let path = format!("/api/v1/deployments/{id}");
+    let request = replica.request(Method::GET, &path).bearer_auth(&token);
+    let asked = replica.send(request.header("Daybook-Min-Position", &position));
+    let mut asked = Box::pin(asked);
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut asked).await;
+    assert!(early.is_err(), "it is answered before it can be: {early:?}");
+    drop(asked);
+    let request = replica.request(Method::GET, &path).bearer_auth(&token);
+    let request = request.header("Daybook-Min-Position", &position);
+    replica.go_on_folding();
+    assert_eq!(replica.send(request).await.ok()["id"], id);
+}
+
+#[tokio::test]
+async fn all_rows_are_read_once_however_many_ask_and_not_for_everybody() {
+    let guarded = Guarded::start().await;
+    let (_, viewer) = guarded.token("viewer", "viewer", &[]).await;
+    let (_, auditor) = guarded.token("auditor", "auditor", &[]).await;
+    let (_, own) = guarded.token("own", "auditor", &["shop"]).await;
+    let path = "/api/v1/projections";
+    for token in [&viewer, &own] {
+        guarded.get(token, path).await.refused(403, "role_missing");
+    }
+    let many = (0..20).map(|_| guarded.get(&auditor, path));
+    let answers = futures_util::future::join_all(many).await;
+    let first = answers[0].json();
+    for answer in answers {
+        assert_eq!(answer.ok(), first);
+    }
+    let metrics = guarded.get(&guarded.admin, "/metrics").await.text;
+    assert!(
+        metrics.contains("\ndaybook_projection_digests_total 1\n"),
+        "{metrics}"
+    );
+    // What comes after is in the next one.
+    guarded.deploy("shop").await;
+    let next = guarded.get(&auditor, path).await.ok();
+    assert_ne!(next["digest"], first["digest"]);
+    assert!(next["position"].as_u64() > first["position"].as_u64());
+}
+
+#[tokio::test]
+async fn a_rotation_says_whether_the_end_stays_moves_or_goes() {
+    let guarded = Guarded::start().await;
+    let end = "2035-01-01T00:00:00Z";
+    let body = json!({ "name": "ci", "expires_at": end,
+        "grants": [{ "role": "viewer", "projects": "all" }] });
+    let made = guarded
+        .admin(Method::POST, "/api/v1/tokens", body)
+        .await
+        .ok();
+    let path = format!("/api/v1/tokens/{}/rotate", made["id"].as_str().unwrap());
+    let later = "2036-01-01T00:00:00Z";
+    for (wanted, kept) in [
+        (json!({}), json!(end)),
+        (json!({ "expires_at": null }), json!(end)),
+        (json!({ "expires_at": later }), json!(later)),
+        (json!({ "expires_at": "never" }), Value::Null),
+        (json!({}), Value::Null),
+    ] {
+        guarded
+            .admin(Method::POST, &path, wanted.clone())
+            .await
+            .ok();
+        let listed = guarded.get(&guarded.admin, "/api/v1/tokens").await.ok();
+        let tokens = listed["tokens"].as_array().unwrap();
+        let token = tokens.iter().find(|t| t["name"] == "ci").unwrap();
+        assert_eq!(token["expires_at"], kept, "{wanted}");
+    }
+    for (wanted, status, code) in [
+        (json!("2001-01-01T00:00:00Z"), 422, "expiry_in_past"),
+        (json!("soon"), 422, "invalid_body"),
+    ] {
+        let body = json!({ "expires_at": wanted });
+        let reply = guarded.admin(Method::POST, &path, body).await;
+        reply.refused(status, code);
+    }
+}
+
+#[tokio::test]
+async fn a_caller_has_so_many_streams_open_and_holds_up_nobody_else() {
+    let guarded = Guarded::start_with(|settings, _| {
+        settings.streams_max = Some(2.try_into().unwrap());
+    })
+    .await;
+    let (_, greedy) = guarded.token("greedy", "viewer", &["shop"]).await;
+    let (_, other) = guarded.token("other", "viewer", &["shop"]).await;
+    let id = guarded.deployment_of("shop").await;
+    let follow = "/api/v1/events?follow=true".to_owned();
+    let open = async |token: &str, path: &str| {
+        let request = guarded.server.request(Method::GET, path).bearer_auth(token);
+        request.send().await.unwrap()
+    };
+    let first = open(&greedy, &follow).await;
+    let bearer = format!("Bearer {greedy}");
+    let header = [("authorization", bearer.as_str())];
+    let socket = sockets::open(&guarded.server, "/api/v1/events", &header).await;
+    let _socket = socket.unwrap();
+    let logs = format!("/api/v1/deployments/{id}/logs?follow=true");
+    for path in [&follow, &logs] {
+        let reply = guarded.get(&greedy, path).await;
+        let problem = reply.refused(429, "too_many_streams");
+        assert_eq!(problem["retryable"], true);
+    }
+    let refused = sockets::open(&guarded.server, "/api/v1/events", &header).await;
+    assert!(refused.unwrap_err().to_string().contains("429"));
+    assert!(
+        !ls_remote(&guarded.server.base, Some(&greedy), "shop")
+            .await
+            .status
+            .success()
+    );
+    // What is no stream is answered, and so is whoever else asks.
+    guarded.get(&greedy, "/api/v1/events").await.ok();
+    assert_eq!(open(&other, &follow).await.status(), 200);
+    // There is room again once one is closed.
+    drop(first);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while open(&greedy, &follow).await.status() != 200 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "there is no room again"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Sends the head of a request for `/healthz`, and what comes back until the end.
+async fn health_of(server: &Server) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let address = server.base.strip_prefix("http://").unwrap();
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = "GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    // It may be closed by then, which what it has sent says.
+    let _ = stream.write_all(request.as_bytes()).await;
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    String::from_utf8(answer).unwrap()
+}
+
+#[tokio::test]
+async fn connections_beyond_what_there_is_room_for_are_told_so() {
+    let server = server_with(|settings, _| settings.connections_max = 3).await;
+    let address = server.base.strip_prefix("http://").unwrap();
+    let idle = [
+        tokio::net::TcpStream::connect(address).await.unwrap(),
+        tokio::net::TcpStream::connect(address).await.unwrap(),
+    ];
+    // One that was upgraded keeps its place.
+    let socket = sockets::open(&server, "/api/v1/events", &[]).await.unwrap();
+    let refused = health_of(&server).await;
+    assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
+    assert!(refused.contains("\"too_many_connections\""), "{refused}");
+    assert!(refused.contains("\r\nretry-after: 1\r\n"), "{refused}");
+    drop(socket);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        let answer = health_of(&server).await;
+        if answer.starts_with("HTTP/1.1 200 ") {
+            break;
+        }
+        assert!(std::time::Instant::now() < deadline, "{answer}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(idle);
+    let metrics = loop {
+        let answer = server.request(Method::GET, "/metrics").send().await;
+        if let Ok(answer) = answer
+            && answer.status() == 200
+        {
+            break answer.text().await.unwrap();
+        }
+        assert!(std::time::Instant::now() < deadline);
+    };
+    let refused = metrics
+        .lines()
+        .find_map(|l| l.strip_prefix("daybook_http_connections_refused_total "))
+        .unwrap();
+    assert!(refused.parse::<u64>().unwrap() >= 1, "{refused}");
+    assert!(metrics.contains("\ndaybook_http_connections "), "{metrics}");
+}
+
+#[tokio::test]
+async fn strangers_learn_nothing_of_what_there_is() {
+    let guarded = Guarded::start().await;
+    let hook = json!({ "provider": "github", "secret": "0123456789abcdef0123456789abcdef" });
+    let path = "/api/v1/projects/shop/hooks/github";
+    guarded.admin(Method::PUT, path, hook).await.ok();
+    // A delivery that is not signed, to a webhook, to none, and to no project at all.
+    let deliver = async |project: &str, hook: &str| {
+        let path = format!("/api/v1/projects/{project}/hooks/{hook}");
+        let request = guarded.server.request(Method::POST, &path).json(&json!({}));
+        let reply = guarded
+            .server
+            .send(request.header("X-GitHub-Event", "push"));
+        reply.await
+    };
+    let found = deliver("shop", "github").await;
+    found.refused(401, "invalid_signature");
+    for (project, hook) in [("shop", "gitlab"), ("nada", "github")] {
+        let missing = deliver(project, hook).await;
+        assert_eq!(missing.text, found.text, "{project} {hook}");
+    }
+    // Which part is not ready is for everybody; why is for who oversees.
+    guarded
+        .server
+        .parts
+        .not_ready("worker/sync", "oslo.internal:6443 does not answer");
+    let (_, viewer) = guarded.token("viewer", "viewer", &[]).await;
+    let (_, auditor) = guarded.token("auditor", "auditor", &[]).await;
+    let ready = async |token: Option<&str>| {
+        let request = guarded.server.request(Method::GET, "/readyz");
+        let request = match token {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        };
+        let reply = guarded.server.send(request).await;
+        assert_eq!(reply.status, 503);
+        assert!(reply.text.contains("worker/sync"), "{}", reply.text);
+        reply.text.contains("oslo.internal")
+    };
+    for stranger in [None, Some(UNKNOWN), Some(viewer.as_str())] {
+        assert!(!ready(stranger).await, "{stranger:?}");
+    }
+    assert!(ready(Some(&auditor)).await);
+}
+
+#[tokio::test]
+async fn strangers_who_ask_too_often_are_told_to_wait_and_hold_up_nobody_else() {
+    let guarded = Guarded::start_with(|settings, _| {
+        settings.stranger_rate = daybook_api::access::Rate {
+            per_second: 1.try_into().unwrap(),
+            burst: 20.try_into().unwrap(),
+        };
+    })
+    .await;
+    let server = &guarded.server;
+    let mut refused = false;
+    for number in 0..200 {
+        let path = ["/readyz", "/api/v1/ledger", "/openapi.json"][number % 3];
+        let reply = server.get(path).await;
+        if reply.status == 429 {
+            reply.refused(429, "rate_limited");
+            refused = true;
+            break;
+        }
+    }
+    assert!(refused, "nobody is told to wait");
+    for path in ["/healthz", "/", "/page/main.js"] {
+        assert_eq!(server.get(path).await.status, 200, "{path}");
+    }
+    guarded.get(&guarded.admin, "/api/v1/projects").await.ok();
+}
+
+#[tokio::test]
+async fn use_cases_ask_by_themselves_whatever_surface_calls_them() {
+    let guarded = Guarded::start().await;
+    let webhook = guarded.webhook(&guarded.admin, "shop").await.ok();
+    let id: daybook_events::SubscriptionId =
+        webhook["webhook"]["id"].as_str().unwrap().parse().unwrap();
+    let commands = commands(&guarded.server);
+    let caller = |project: &str, role: Role| {
+        let actor = daybook_events::Actor {
+            kind: "api_key".into(),
+            id: "somebody".into(),
+        };
+        let grant = Grant {
+            role,
+            projects: Projects::Named([project.parse().unwrap()].into()),
+        };
+        Caller::of(actor.clone(), Principal::granted(actor, vec![grant]))
+    };
+    let code = |result: Result<(), CommandError>| {
+        let problem = daybook_api::Problem::from(result.unwrap_err());
+        problem.code()
+    };
+    let shop: daybook_events::ProjectName = "shop".parse().unwrap();
+    let secret = daybook_events::secret::SecretId {
+        name: "NAME".parse().unwrap(),
+        scope: daybook_events::secret::SecretScope::default(),
+    };
+    let value =
+        daybook_secrets::SecretValue::new(zeroize::Zeroizing::new("value".to_owned())).unwrap();
+    for (asks, expected) in [
+        (
+            caller("shop", Role::Viewer),
+            ["role_missing", "role_missing"],
+        ),
+        (
+            caller("bank", Role::Admin),
+            ["project_not_found", "webhook_not_found"],
+        ),
+    ] {
+        let [of_project, of_webhook] = expected;
+        let verified = commands
+            .verify_secret(&asks, &shop, &secret, None, &value)
+            .await;
+        assert_eq!(code(verified.map(drop)), of_project);
+        let done = [
+            commands.pause_webhook(&asks, id).await.map(drop),
+            commands.resume_webhook(&asks, id).await.map(drop),
+            commands.test_webhook(&asks, id).await.map(drop),
+            commands.replay_webhook(&asks, id, None).await.map(drop),
+            commands
+                .rotate_webhook(&asks, id, Duration::ZERO)
+                .await
+                .map(drop),
+            commands.delete_webhook(&asks, id).await.map(drop),
+        ];
+        for refused in done {
+            assert_eq!(code(refused), of_webhook);
+        }
     }
 }

@@ -37,7 +37,7 @@ pub struct Server {
     pub cancel: CancellationToken,
     pub folding: CancellationToken,
     pub serving: Option<JoinHandle<()>>,
-    _folder: JoinHandle<()>,
+    pub folder: Option<JoinHandle<()>>,
     _dir: tempfile::TempDir,
 }
 
@@ -114,6 +114,12 @@ pub async fn server_on_memory(log: &MemoryLog) -> Server {
     server_on(Arc::new(log.clone()), dir, |_, _| {}).await
 }
 
+/// Another server on the log of one, with a fold of its own.
+pub async fn replica_of(server: &Server, adjust: impl FnOnce(&mut Settings, &Path)) -> Server {
+    let dir = tempfile::tempdir().unwrap();
+    server_on(server.log.clone(), dir, adjust).await
+}
+
 async fn server_on(
     log: Arc<dyn EventLog>,
     dir: tempfile::TempDir,
@@ -155,7 +161,7 @@ async fn server_on(
         cancel,
         folding,
         serving: Some(serving),
-        _folder: folder,
+        folder: Some(folder),
         _dir: dir,
     }
 }
@@ -240,6 +246,22 @@ impl Server {
             .await
             .unwrap();
         self.folded(executed).await;
+    }
+
+    /// Folds nothing any more, from what it has folded by now on.
+    pub async fn stop_folding(&mut self) {
+        self.folding.cancel();
+        self.folder.take().unwrap().await.unwrap();
+    }
+
+    /// Folds again what is in the log.
+    pub fn go_on_folding(&mut self) {
+        self.folding = CancellationToken::new();
+        let (projections, log) = (self.ledger.projections().clone(), self.log.clone());
+        let folding = self.folding.clone();
+        self.folder = Some(tokio::spawn(async move {
+            runner::run(projections, log, folding).await.unwrap();
+        }));
     }
 
     pub async fn folded(&self, executed: Executed) {

@@ -253,8 +253,13 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
         }
         let path = format!("/api/v1/deployments/{log_id}/logs");
         let query = [("follow", Some("true".to_owned()))];
-        let Ok(stream) = logs.stream(&path, &query, None).await else {
-            return;
+        let stream = match logs.stream(&path, &query, None).await {
+            Ok(stream) => stream,
+            Err(failure) => {
+                let warning = output::style().warn("warning:");
+                eprintln!("{warning} its output is not shown: {}", failure.message);
+                return;
+            }
         };
         let mut stream = std::pin::pin!(stream);
         while let Some(Ok(event)) = stream.next().await {

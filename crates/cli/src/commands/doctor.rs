@@ -141,7 +141,7 @@ async fn parts(client: &Client, findings: &mut Findings) {
                 findings.add(&name, Verdict::Warning, reason, "");
             }
             (_, reason) => {
-                let found = reason.unwrap_or("it is not ready");
+                let found = reason.unwrap_or("it is not ready; why is said to an auditor's token");
                 let remedy = "see docs/operating.md; the server's log has the cause";
                 findings.add(&name, Verdict::Wrong, found, remedy);
             }
