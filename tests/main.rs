@@ -21,6 +21,7 @@ mod credentials;
 mod demo;
 mod domains;
 mod dora;
+mod endpoints;
 mod environments;
 mod freeze;
 mod gitops;

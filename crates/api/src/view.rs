@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
-    Cancelled, ClusterState, Deployment, OpenapiFound, Operation, Phase, Possibility, PromotedFrom,
-    Readiness, Status, SwitchMode, Version, WorkloadObserved,
+    Cancelled, ClusterState, Deployment, OpenapiFound, Operation, Phase, PlaneSeen, Possibility,
+    PromotedFrom, Readiness, Status, SwitchMode, Version, WorkloadObserved,
 };
 use daybook_events::environment::{Environment, EnvironmentSpec, EnvironmentStatus};
 use daybook_events::freeze::{Freeze, FreezeRule, Freezes};
@@ -319,6 +319,8 @@ pub(crate) struct DeploymentDetail {
     pub(crate) state_since: Timestamp,
     /// Is it up? Three separate answers.
     pub(crate) readiness: ReadinessAnswers,
+    /// What its addresses are like from where users are: those that are looked at from there.
+    pub(crate) endpoints: Vec<EndpointView>,
     /// What was last seen in each cluster.
     pub(crate) cluster_status: Vec<ClusterStatus>,
     /// How long its steps took.
@@ -392,6 +394,41 @@ pub(crate) struct ReadinessAnswers {
     pub(crate) workload: Readiness,
     /// Is it reached?
     pub(crate) endpoint: Readiness,
+}
+
+/// What an address is like from where users are, on each plane for itself.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct EndpointView {
+    /// The hostname.
+    pub(crate) hostname: Hostname,
+    /// The planes, in the order in which a request meets them.
+    pub(crate) planes: Vec<PlaneView>,
+}
+
+/// What was last seen of a plane.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct PlaneView {
+    /// What was seen.
+    #[serde(flatten)]
+    pub(crate) seen: PlaneSeen,
+    /// Since when it is in this state.
+    pub(crate) since: Timestamp,
+}
+
+impl EndpointView {
+    fn all(state: &Deployment) -> Vec<Self> {
+        let planes = state.planes.iter().map(|(hostname, planes)| Self {
+            hostname: hostname.clone(),
+            planes: planes
+                .iter()
+                .map(|known| PlaneView {
+                    seen: known.seen.clone(),
+                    since: known.since,
+                })
+                .collect(),
+        });
+        planes.collect()
+    }
 }
 
 /// What was last seen in a cluster.
@@ -793,6 +830,7 @@ impl<'a> Shown<'a> {
                 workload: state.workload_readiness.clone(),
                 endpoint: state.endpoint_readiness.clone(),
             },
+            endpoints: EndpointView::all(state),
             cluster_status: cluster_status(state),
             durations: durations(state),
             entered: state.milestones.entered.clone(),

@@ -13,6 +13,7 @@ mod client;
 mod commands;
 mod confirm;
 mod contexts;
+mod endpoint_checks;
 mod exit;
 mod gitops_remotes;
 mod kubernetes;

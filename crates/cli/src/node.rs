@@ -30,6 +30,7 @@ use daybook_workers::builder::dockerfile::DockerfileBuilder;
 use daybook_workers::builder::port::BuiltImages;
 use daybook_workers::crew::Crew;
 use daybook_workers::driver::DriverOptions;
+use daybook_workers::endpoint_checks::EndpointChecks;
 use daybook_workers::gateway::{Gateway, GatewayOptions};
 use daybook_workers::gitops::{GitopsRepositories, SigningKey};
 use daybook_workers::image::layout::Layout;
@@ -121,6 +122,8 @@ pub struct NodeOptions {
     pub gitops_watch: Duration,
     /// How the remotes of GitOps repositories are reached.
     pub gitops_remotes: GitopsRemoteArgs,
+    /// Which addresses are looked at from where users are.
+    pub endpoint_checks: Option<Arc<EndpointChecks>>,
     /// Whether sources may be paths of this machine and private addresses.
     pub allow_local_sources: bool,
     /// Whether webhooks may go to private addresses, and without TLS.
@@ -162,6 +165,7 @@ impl NodeOptions {
             gitops_key: None,
             gitops_watch: Duration::from_secs(15),
             gitops_remotes: GitopsRemoteArgs::default(),
+            endpoint_checks: None,
             allow_local_sources: true,
             allow_private_webhooks: false,
         }
@@ -253,6 +257,13 @@ impl Node {
                 "give --image-prefix the form host[:port]/path",
             )
         })?;
+        if has(Role::Endpoints) && options.endpoint_checks.is_none() {
+            return Err(wrong(
+                "endpoint_checks_missing",
+                "the role `endpoints` looks at what a file says, and none is named",
+                "name it with --endpoint-checks FILE",
+            ));
+        }
         let known_clusters = all_clusters(&clusters, &options.kubernetes)?;
         let catalogue = Catalogue::load(options.templates.as_deref()).map_err(|e| {
             wrong(
@@ -473,6 +484,12 @@ impl Node {
         if let (true, Some(url)) = (has(Role::Probe), &gateway_url) {
             crew.probe(url)
                 .map_err(|e| Failure::new(Code::Failure, "probe", e.to_string()))?;
+        }
+        if let (true, Some(checks)) = (
+            has(Role::Probe) || has(Role::Endpoints),
+            &options.endpoint_checks,
+        ) {
+            crew.endpoints(checks.clone());
         }
         if has(Role::Sync) {
             for cluster in &clusters {

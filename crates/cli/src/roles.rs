@@ -19,6 +19,9 @@ pub enum Role {
     Route,
     /// Asks the public addresses.
     Probe,
+    /// Looks at addresses from where users are: DNS, TLS and who answers, as --endpoint-checks says.
+    /// A process with the role `probe` does so too, if it has that file.
+    Endpoints,
     /// Does what falls due: scheduled stops, ends of freezes, approvals that expire.
     Timers,
     /// Sends events to those who subscribed to them.
@@ -27,7 +30,7 @@ pub enum Role {
     Gateway,
     /// Signs the ledger, and compares the log with what was signed.
     Notary,
-    /// All roles but `api`, `gateway` and `notary`.
+    /// All roles but `api`, `gateway`, `notary` and `endpoints`.
     Worker,
 }
 
@@ -65,6 +68,7 @@ impl Role {
             Self::Sync => "sync",
             Self::Route => "route",
             Self::Probe => "probe",
+            Self::Endpoints => "endpoints",
             Self::Timers => "timers",
             Self::Notify => "notify",
             Self::Gateway => "gateway",

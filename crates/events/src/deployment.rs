@@ -17,11 +17,15 @@ use uuid::Uuid;
 
 mod cluster;
 mod operation;
+mod plane;
 
 pub use cluster::{
     ClusterCause, ClusterFailed, ClusterProgress, ClusterRetried, ClusterState, RetryRequested,
 };
 pub use operation::{Possibility, ways_to};
+pub use plane::{
+    EndpointPlanesChanged, Plane, PlaneChange, PlaneKnown, PlaneSeen, PlaneState, Planes,
+};
 
 use crate::admission;
 use crate::aggregate::{Aggregate, At, Decision, Illegal, Refusal, events};
@@ -340,6 +344,18 @@ pub const TRANSITIONS: &[Transition] = &{
         t("deployment.workload_observed.v1", COMMITTED, None),
         t(
             "deployment.endpoint_observed.v1",
+            &[
+                Deploying,
+                Started,
+                PartiallyStarted,
+                Stopping,
+                Stopped,
+                Starting,
+            ],
+            None,
+        ),
+        t(
+            "deployment.endpoint_planes_changed.v1",
             &[
                 Deploying,
                 Started,
@@ -1017,6 +1033,8 @@ events! {
         WorkloadObserved(WorkloadObserved) = "deployment.workload_observed.v1",
         /// Its public address was looked at.
         EndpointObserved(EndpointObserved) = "deployment.endpoint_observed.v1",
+        /// Its public address was looked at from where users are, and has changed.
+        EndpointPlanesChanged(EndpointPlanesChanged) = "deployment.endpoint_planes_changed.v1",
         /// A cluster has fetched its image.
         ImagePulled(ImagePulled) = "deployment.image_pulled.v1",
         /// It serves an OpenAPI document.
@@ -1187,6 +1205,10 @@ pub struct Deployment {
     pub overtaken: Vec<DeploymentId>,
     /// What was last seen of its addresses.
     pub endpoints: Few<Hostname, EndpointObserved>,
+    /// The address that was asked last.
+    pub last_asked: Option<Hostname>,
+    /// What was last seen of its addresses from where users are, where that is looked at.
+    pub planes: Few<Hostname, Planes>,
     /// How long clusters took to fetch its image first, in milliseconds: those that did not have
     /// it.
     pub image_pulls: Few<ClusterName, u64>,
@@ -1429,6 +1451,8 @@ impl Aggregate for Deployment {
             change: None,
             observed: Few::default(),
             endpoints: Few::default(),
+            last_asked: None,
+            planes: Few::default(),
             image_pulls: Few::default(),
             openapi: None,
             cancel: None,
@@ -1545,22 +1569,11 @@ impl Aggregate for Deployment {
                 self.judge_workload(at.time);
             }
             DeploymentEvent::EndpointObserved(e) => {
-                let (state, reason) = if e.ready {
-                    (Ready, "Reachable")
-                } else {
-                    (NotReady, "Unreachable")
-                };
-                let host = Some(e.hostname.to_string());
-                set(
-                    &mut self.endpoint_readiness,
-                    state,
-                    reason,
-                    e.message.clone(),
-                    at.time,
-                    host,
-                );
+                self.last_asked = Some(e.hostname.clone());
                 self.endpoints.insert(e.hostname.clone(), e);
+                plane::judge(self, at.time);
             }
+            DeploymentEvent::EndpointPlanesChanged(e) => plane::fold(self, e, at.time),
             DeploymentEvent::ImagePulled(e) => {
                 if self.image_pulls.get(&e.cluster).is_none() {
                     self.image_pulls.insert(e.cluster, e.took_ms);
@@ -1644,6 +1657,7 @@ impl Aggregate for Deployment {
             }
             DeploymentEvent::TerminateRequested(_) => self.failure = None,
             DeploymentEvent::Stopped(_) => {
+                self.planes.clear();
                 self.set_workload(NotReady, "Stopped", None, at.time);
                 set(
                     &mut self.endpoint_readiness,
@@ -1656,6 +1670,7 @@ impl Aggregate for Deployment {
             }
             DeploymentEvent::Terminated(_) => {
                 self.observed.clear();
+                self.planes.clear();
                 self.set_workload(NotReady, "Terminated", None, at.time);
                 set(
                     &mut self.endpoint_readiness,
@@ -1763,6 +1778,13 @@ pub fn decide(
     if unchanged {
         return Ok(Decision::Nothing);
     }
+    let event = match event {
+        DeploymentEvent::EndpointPlanesChanged(e) => match plane::news(state, e) {
+            Some(news) => DeploymentEvent::EndpointPlanesChanged(news),
+            None => return Ok(Decision::Nothing),
+        },
+        event => event,
+    };
     if let DeploymentEvent::ScaleRequested(e) = &event {
         check_replicas(e.replicas)?;
     }

@@ -6,8 +6,9 @@ use std::collections::BTreeSet;
 
 use daybook_events::aggregate::Decision;
 use daybook_events::deployment::{
-    self, ClusterState, Deployment, DeploymentEvent, Failed, Operation, Phase, ReadinessState,
-    Status, TRANSITIONS, Version, decide,
+    self, ClusterState, Deployment, DeploymentEvent, EndpointPlanesChanged, Failed, Operation,
+    Phase, Plane, PlaneChange, PlaneSeen, PlaneState, ReadinessState, Status, TRANSITIONS, Version,
+    decide,
 };
 use daybook_events::testing::{Given, given, samples};
 use daybook_events::{DeploymentId, Payload};
@@ -53,35 +54,35 @@ const LIFE: &[(Status, &str, &str)] = &[
     (
         Status::Deploying,
         "succeeded partially_succeeded failed cancelled",
-        "workload_observed image_pulled endpoint_observed openapi_found cancel_requested cluster_failed \
+        "workload_observed image_pulled endpoint_observed endpoint_planes_changed openapi_found cancel_requested cluster_failed \
          stop_scheduled stop_unscheduled",
     ),
     (
         Status::Started,
         "stop_requested",
-        "workload_observed image_pulled endpoint_observed openapi_found stop_scheduled stop_unscheduled \
+        "workload_observed image_pulled endpoint_observed endpoint_planes_changed openapi_found stop_scheduled stop_unscheduled \
          change_committed scale_requested",
     ),
     (
         Status::PartiallyStarted,
         "succeeded stop_requested terminate_requested",
-        "workload_observed image_pulled endpoint_observed openapi_found cluster_failed retry_requested \
+        "workload_observed image_pulled endpoint_observed endpoint_planes_changed openapi_found cluster_failed retry_requested \
          cluster_retried stop_scheduled stop_unscheduled",
     ),
     (
         Status::Stopping,
         "stopped stop_failed",
-        "workload_observed image_pulled endpoint_observed change_committed",
+        "workload_observed image_pulled endpoint_observed endpoint_planes_changed change_committed",
     ),
     (
         Status::Stopped,
         "start_requested terminate_requested",
-        "workload_observed image_pulled endpoint_observed",
+        "workload_observed image_pulled endpoint_observed endpoint_planes_changed",
     ),
     (
         Status::Starting,
         "started partially_succeeded start_failed",
-        "workload_observed image_pulled endpoint_observed change_committed cluster_failed cluster_retried",
+        "workload_observed image_pulled endpoint_observed endpoint_planes_changed change_committed cluster_failed cluster_retried",
     ),
     (
         Status::StartError,
@@ -741,4 +742,130 @@ fn the_diagram_in_the_documentation_is_the_table() {
         "draw this in ARCHITECTURE.md:\n```mermaid\n{}```",
         diagram()
     );
+}
+
+/// What is seen of an address from where users are, in one event.
+fn planes(seen: &[(Plane, PlaneState, &str)]) -> DeploymentEvent {
+    planes_of("api.shop.localhost", seen)
+}
+
+fn planes_of(hostname: &str, seen: &[(Plane, PlaneState, &str)]) -> DeploymentEvent {
+    let changes = seen.iter().map(|(plane, state, reason)| PlaneChange {
+        before: None,
+        now: PlaneSeen::new(*plane, *state, reason),
+    });
+    DeploymentEvent::EndpointPlanesChanged(EndpointPlanesChanged {
+        hostname: hostname.parse().unwrap(),
+        changes: changes.collect(),
+    })
+}
+
+fn changed(event: &DeploymentEvent) -> Vec<(Plane, Option<PlaneState>, PlaneState)> {
+    let DeploymentEvent::EndpointPlanesChanged(e) = event else {
+        panic!("{event:?}");
+    };
+    let changes = e.changes.iter();
+    changes
+        .map(|c| (c.now.plane, c.before, c.now.state))
+        .collect()
+}
+
+#[test]
+fn what_is_known_of_a_plane_is_no_event_and_what_was_before_is_said() {
+    use Plane::{Dns, Http, Tls};
+    use PlaneState::{Drifted, Failing, Ok, Unknown};
+    let all_well = planes(&[(Dns, Ok, "Resolves"), (Http, Ok, "Answers")]);
+    let (event, given) = reach(Status::Started)
+        .when(|s| decide(s, all_well.clone()))
+        .then_some();
+    assert_eq!(changed(&event), [(Dns, None, Ok), (Http, None, Ok)]);
+    let broken = planes(&[(Dns, Drifted, "WrongAddress"), (Http, Ok, "Answers")]);
+    let (event, given) = given
+        .when(|s| decide(s, all_well.clone()))
+        .then_nothing()
+        .when(|s| decide(s, broken.clone()))
+        .then_some();
+    assert_eq!(changed(&event), [(Dns, Some(Ok), Drifted)], "news only");
+    // Another reason is news, and so is the way back.
+    let gone = planes(&[(Dns, Failing, "NxDomain"), (Dns, Ok, "Resolves")]);
+    let (event, given) = given
+        .when(|s| decide(s, broken))
+        .then_nothing()
+        .when(|s| decide(s, gone))
+        .then_some();
+    assert_eq!(
+        changed(&event),
+        [(Dns, Some(Drifted), Failing)],
+        "once each"
+    );
+    let (event, given) = given.when(|s| decide(s, all_well)).then_some();
+    assert_eq!(changed(&event), [(Dns, Some(Failing), Ok)]);
+    // A certificate that was renewed is news, though all is well.
+    let certificate = |end: &str| {
+        let mut event = planes(&[(Tls, Ok, "Valid")]);
+        if let DeploymentEvent::EndpointPlanesChanged(e) = &mut event {
+            e.changes[0].now.expires = Some(end.parse().unwrap());
+        }
+        event
+    };
+    let (_, given) = given
+        .when(|s| decide(s, certificate("2026-01-01T00:00:00Z")))
+        .then_some();
+    let (_, given) = given
+        .when(|s| decide(s, certificate("2026-01-01T00:00:00Z")))
+        .then_nothing()
+        .when(|s| decide(s, certificate("2026-04-01T00:00:00Z")))
+        .then_some();
+    // An address that is looked at no more leaves nothing.
+    let nothing = Plane::ALL.map(|plane| (plane, Unknown, PlaneSeen::NOT_LOOKED_AT));
+    let given = given
+        .when(|s| decide(s, planes_of("other.shop.localhost", &nothing)))
+        .then_nothing();
+    let (event, given) = given.when(|s| decide(s, planes(&nothing))).then_some();
+    assert_eq!(changed(&event).len(), 3, "those that were known");
+    let state = given.state.as_ref().unwrap();
+    assert_eq!(state.planes.iter().count(), 0);
+    given.when(|s| decide(s, planes(&nothing))).then_nothing();
+}
+
+#[test]
+fn what_users_see_counts_for_more_than_what_the_gateway_was_asked() {
+    use Plane::{Dns, Http};
+    use PlaneState::{Drifted, Ok, Unknown};
+    let answer = |given: &Given<Deployment>| {
+        let endpoint = &given.state.as_ref().unwrap().endpoint_readiness;
+        (endpoint.state, endpoint.reason.clone())
+    };
+    let asked = |ready| {
+        let mut event = event("endpoint_observed");
+        if let DeploymentEvent::EndpointObserved(e) = &mut event {
+            e.ready = ready;
+        }
+        event
+    };
+    let is = |state, reason: &str| (state, reason.to_owned());
+    let given = reach(Status::Started).and(asked(true));
+    assert_eq!(answer(&given), is(ReadinessState::Ready, "Reachable"));
+    // Nobody looks from where users are: nothing changes.
+    let given = given.and(planes(&[(Dns, Unknown, "NotConfigured")]));
+    assert_eq!(answer(&given), is(ReadinessState::Ready, "Reachable"));
+    let given = given.and(planes(&[(Dns, Drifted, "WrongAddress")]));
+    assert_eq!(answer(&given), is(ReadinessState::NotReady, "DnsDrifted"));
+    let message = given.state.as_ref().unwrap();
+    let message = message.endpoint_readiness.message.clone().unwrap();
+    assert_eq!(message, "api.shop.localhost: DNS: WrongAddress");
+    let given = given.and(asked(true));
+    assert_eq!(answer(&given), is(ReadinessState::NotReady, "DnsDrifted"));
+    let given = given.and(planes(&[(Dns, Ok, "Resolves")]));
+    assert_eq!(answer(&given), is(ReadinessState::Ready, "Reachable"));
+    // The gateway here may be out of reach, where users are not.
+    let given = given.and(asked(false));
+    assert_eq!(answer(&given), is(ReadinessState::NotReady, "Unreachable"));
+    let given = given.and(planes(&[(Http, Ok, "Answers")]));
+    assert_eq!(answer(&given), is(ReadinessState::Ready, "Reachable"));
+    // What is stopped is reached by nobody, whoever looks.
+    let given = given.and(event("stop_requested")).and(event("stopped"));
+    assert_eq!(given.state.as_ref().unwrap().planes.iter().count(), 0);
+    let given = given.and(planes(&[(Http, Ok, "Answers")]));
+    assert_eq!(answer(&given), is(ReadinessState::NotReady, "Stopped"));
 }

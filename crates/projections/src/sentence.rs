@@ -4,7 +4,7 @@ use std::fmt::{self, Write as _};
 
 use daybook_events::access::{AccessEvent, Grant, Projects, TokenId};
 use daybook_events::build::BuildEvent;
-use daybook_events::deployment::{DeploymentEvent, Version};
+use daybook_events::deployment::{DeploymentEvent, EndpointPlanesChanged, PlaneState, Version};
 use daybook_events::domain::DomainEvent;
 use daybook_events::environment::EnvironmentEvent;
 use daybook_events::freeze::ReleaseCause;
@@ -94,6 +94,37 @@ fn because<'a>(
     Said {
         reason: reason.map(String::as_str),
         ..Said::default()
+    }
+}
+
+/// The planes of an address that have changed, one after the other.
+struct Changed<'a>(&'a EndpointPlanesChanged);
+
+impl fmt::Display for Changed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, change) in self.0.changes.iter().enumerate() {
+            let (now, was_bad) = (&change.now, change.before.is_some_and(PlaneState::is_bad));
+            let and = if i == 0 { "" } else { "; " };
+            let name = now.plane.name();
+            match now.state {
+                PlaneState::Ok if was_bad => write!(f, "{and}{name} is as it should be again")?,
+                PlaneState::Ok => write!(f, "{and}{name} is as it should be")?,
+                PlaneState::Failing => write!(f, "{and}{name} fails ({})", now.reason)?,
+                PlaneState::Drifted => write!(f, "{and}{name} has drifted ({})", now.reason)?,
+                PlaneState::Unknown => write!(f, "{and}{name} is not known ({})", now.reason)?,
+            }
+            if now.state.is_bad()
+                && let (Some(expected), Some(actual)) = (&now.expected, &now.actual)
+            {
+                write!(f, ", expected {expected}, actual {actual}")?;
+            }
+            if now.state == PlaneState::Ok
+                && let Some(expires) = now.expires
+            {
+                write!(f, ", the certificate ends {expires:.0}")?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -393,6 +424,14 @@ fn deployment<'a>(
             ),
             e.message.as_ref(),
         ),
+        E::EndpointPlanesChanged(e) => {
+            let bad = e.changes.iter().find(|c| c.now.state.is_bad());
+            because(
+                out,
+                format_args!("Seen from where users are, {}: {}.", e.hostname, Changed(e)),
+                bad.and_then(|c| c.now.message.as_ref()),
+            )
+        }
         E::ImagePulled(e) => plain(
             out,
             format_args!(

@@ -12,9 +12,11 @@ pub mod git;
 pub mod judge;
 #[cfg(feature = "kubernetes")]
 pub mod kubernetes;
+pub mod nameserver;
 pub mod nats;
 mod port;
 pub mod registry;
+pub mod website;
 
 pub use app::{TESTAPP, TestApp};
 pub use port::{free_addr, free_port};

@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::driver::{self, DriverOptions, Worker};
+use crate::endpoint_checks::EndpointChecks;
 use crate::gateway::Gateway;
 use crate::notify::cdevents::CdeventsWorker;
 use crate::notify::{self, Bulletin, NotifyOptions, Office, Proofs};
@@ -25,7 +26,7 @@ use crate::pipeline::route::{Deadlines, Route, RouteApplied};
 use crate::pipeline::source::Source;
 use crate::pipeline::sync::Sync;
 use crate::pipeline::{
-    Bench, activity, approvals, cluster_gateway, gateway, observe, queue, timers,
+    Bench, activity, approvals, cluster_gateway, endpoints, gateway, observe, queue, timers,
 };
 use crate::ports::{Images, Repositories, Sources};
 use crate::target::Target;
@@ -200,6 +201,15 @@ impl Crew {
         self.hire(ProbeRoutes(probe.clone()));
         self.hire(ProbeDeployment(probe));
         Ok(())
+    }
+
+    /// Looks at addresses from where users are.
+    pub fn endpoints(&self, checks: Arc<EndpointChecks>) {
+        self.tasks.spawn(endpoints::run(
+            self.bench.clone(),
+            checks,
+            self.cancel.clone(),
+        ));
     }
 
     /// Waits until all workers have ended. They end after the crew's token is cancelled.

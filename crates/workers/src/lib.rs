@@ -8,6 +8,7 @@
 pub mod builder;
 pub mod crew;
 pub mod driver;
+pub mod endpoint_checks;
 mod file_lock;
 pub mod gateway;
 pub mod git_transport;

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use daybook_events::deployment::Status;
+use daybook_events::deployment::{Plane, PlaneState, Status};
 use daybook_events::tree::{Breach, TreeCondition};
-use daybook_events::{Digest, Position};
-use daybook_projections::{Counters, Projections, QueryError};
+use daybook_events::{Digest, Hostname, Position};
+use daybook_projections::{Counters, DeploymentRow, Projections, QueryError};
 use jiff::Timestamp;
 use tokio::sync::Mutex;
 
@@ -174,6 +174,61 @@ pub(crate) async fn readyz(
     response
 }
 
+/// What addresses are like from where users are.
+#[derive(Default)]
+struct Addresses {
+    planes: BTreeMap<(Hostname, Plane), PlaneState>,
+    /// In seconds since 1970.
+    certificates: BTreeMap<Hostname, i64>,
+}
+
+impl Addresses {
+    fn see(&mut self, row: &DeploymentRow) {
+        for (hostname, planes) in row.state.planes.iter() {
+            for known in planes.iter() {
+                let plane = (hostname.clone(), known.seen.plane);
+                let shown = self.planes.entry(plane).or_insert(known.seen.state);
+                // An address that several deployments share is as bad as the worst of it.
+                if known.seen.state.is_bad() {
+                    *shown = known.seen.state;
+                }
+                if let Some(expires) = known.seen.expires {
+                    let expires = expires.as_second();
+                    let first = self.certificates.entry(hostname.clone());
+                    let first = first.or_insert(expires);
+                    *first = expires.min(*first);
+                }
+            }
+        }
+    }
+
+    fn write(&self, page: &mut Exposition) {
+        let name = "daybook_endpoint_plane_ok";
+        page.head(
+            name,
+            "gauge",
+            "Whether a plane of an address is as it should be from where users are; nothing where \
+             that is not known.",
+        );
+        for ((hostname, plane), state) in &self.planes {
+            let labels = [("hostname", hostname.as_str()), ("plane", plane.as_str())];
+            if *state != PlaneState::Unknown {
+                let ok = f64::from(u8::from(*state == PlaneState::Ok));
+                page.sample(name, &labels, ok);
+            }
+        }
+        let name = "daybook_endpoint_certificate_expiry_seconds";
+        page.head(
+            name,
+            "gauge",
+            "When the certificate of an address ends that was shown last, in seconds since 1970.",
+        );
+        for (hostname, expires) in &self.certificates {
+            page.sample(name, &[("hostname", hostname.as_str())], *expires as f64);
+        }
+    }
+}
+
 /// Figures in the Prometheus text format.
 #[utoipa::path(get, path = "/metrics", tag = "operations", responses(
     (status = 200, description = "The figures.", body = String, content_type = "text/plain")))]
@@ -256,9 +311,12 @@ pub(crate) async fn metrics(
         }
     }
     let mut by_status = BTreeMap::<Status, u64>::new();
+    let mut addresses = Addresses::default();
     for row in projections.active_deployments(None, None)? {
         *by_status.entry(row.state.status).or_default() += 1;
+        addresses.see(&row);
     }
+    addresses.write(&mut page);
     page.head(
         "daybook_deployments",
         "gauge",

@@ -499,6 +499,15 @@ pub fn print_event(kind: &str, data: &Value, begun: Timestamp) {
                 if ready { "answers" } else { "does not answer" }
             )
         }
+        "deployment.endpoint_planes_changed.v1" => {
+            let changes = payload.get("changes").and_then(Value::as_array);
+            let changes = changes.into_iter().flatten().map(|change| {
+                let of = |name: &str| change["now"][name].as_str().unwrap_or_default();
+                format!("{} {}", of("plane"), of("state"))
+            });
+            let changes: Vec<_> = changes.collect();
+            format!("{}: {}", text("/hostname"), changes.join(", "))
+        }
         _ => String::new(),
     };
     let word = match kind {

@@ -315,6 +315,63 @@ fn cluster_line(cluster: &Value) -> String {
     line
 }
 
+/// What an address is like from where users are: all planes in a line, and what is the matter with
+/// any of them in one of its own.
+fn seen_by_users(endpoint: &Value) -> impl Iterator<Item = String> {
+    let style = output::style();
+    let planes = endpoint["planes"].as_array();
+    let planes = planes.map(Vec::as_slice).unwrap_or_default();
+    let of = |plane: &Value, name: &str| {
+        let text = plane.get(name).and_then(Value::as_str);
+        text.unwrap_or_default().to_owned()
+    };
+    let word = |plane: &Value| {
+        let state = of(plane, "state");
+        match state.as_str() {
+            "ok" => style.good(&state),
+            "failing" | "drifted" => style.error(&state),
+            _ => state,
+        }
+    };
+    let mut all = Vec::new();
+    let mut more = Vec::new();
+    for plane in planes {
+        let name = of(plane, "plane");
+        let mut shown = format!("{name} {}", word(plane));
+        match (of(plane, "state").as_str(), of(plane, "expires")) {
+            ("ok", expires) if !expires.is_empty() => {
+                shown.push_str(&format!(" until {}", expires.get(..10).unwrap_or(&expires)));
+            }
+            ("unknown", _) => shown.push_str(&format!(" ({})", of(plane, "reason"))),
+            _ => {}
+        }
+        all.push(shown);
+        let (message, reason) = (of(plane, "message"), of(plane, "reason"));
+        let bad = matches!(of(plane, "state").as_str(), "failing" | "drifted");
+        if bad {
+            let mut line = format!(
+                "{name} {} ({reason}) since {}",
+                word(plane),
+                of(plane, "since")
+            );
+            for what in ["expected", "actual"] {
+                let is = of(plane, what);
+                if !is.is_empty() {
+                    line.push_str(&format!(", {what} {is}"));
+                }
+            }
+            if !message.is_empty() {
+                line.push_str(&format!(": {message}"));
+            }
+            more.push(line);
+        } else if !message.is_empty() && of(plane, "state") == "ok" {
+            more.push(format!("{name}: {message}"));
+        }
+    }
+    let first = format!("{}: {}", of(endpoint, "hostname"), all.join(", "));
+    std::iter::once(first).chain(more)
+}
+
 /// Prints what the server knows of one deployment.
 pub fn print_detail(detail: &Value) {
     let style = output::style();
@@ -414,6 +471,10 @@ pub fn print_detail(detail: &Value) {
             .and_then(Value::as_str)
             .unwrap_or_default();
         fields.push(("address", format!("{url} ({sticks})")));
+    }
+    let endpoints = detail.get("endpoints").and_then(Value::as_array);
+    for endpoint in endpoints.into_iter().flatten() {
+        fields.extend(seen_by_users(endpoint).map(|line| ("from users", line)));
     }
     if !text("/openapi/path").is_empty() {
         let about = [text("/openapi/title"), text("/openapi/version")];

@@ -10,6 +10,7 @@ use daybook_store::tlog::NotaryOptions;
 
 use super::Outcome;
 use crate::access::AccessArgs;
+use crate::endpoint_checks;
 use crate::exit::{Code, Failure};
 use crate::gitops_remotes::GitopsRemoteArgs;
 use crate::kubernetes::{ArgoCdArgs, Context, GatewayName, Kubernetes};
@@ -140,6 +141,10 @@ pub struct NodeArgs {
     pub gitops_watch: u64,
     #[command(flatten)]
     pub gitops_remotes: GitopsRemoteArgs,
+    /// Which addresses are looked at from where users are, and how: a file that docs/operating.md
+    /// describes. Processes that look at the same ones need the same file.
+    #[arg(long, env = "DAYBOOK_ENDPOINT_CHECKS", value_name = "FILE")]
+    pub endpoint_checks: Option<PathBuf>,
     /// Credentials file for NATS.
     #[arg(long, env = "DAYBOOK_NATS_CREDS", value_name = "FILE")]
     pub nats_creds: Option<PathBuf>,
@@ -219,6 +224,8 @@ impl NodeArgs {
         options.gitops_key = self.gitops_key.clone();
         options.gitops_watch = Duration::from_secs(self.gitops_watch);
         options.gitops_remotes = self.gitops_remotes.clone();
+        let checks = self.endpoint_checks.as_deref();
+        options.endpoint_checks = checks.map(endpoint_checks::read).transpose()?;
         options.nats_creds = self.nats_creds.clone();
         options.nats_stream = self.nats_stream.clone();
         options.nats_replicas = self.nats_replicas.into();

@@ -416,6 +416,35 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
             http_status: Some(200),
             message: None,
         }),
+        E::EndpointPlanesChanged(deployment::EndpointPlanesChanged {
+            hostname: "api.shop.localhost".parse().unwrap(),
+            changes: vec![
+                deployment::PlaneChange {
+                    before: Some(deployment::PlaneState::Ok),
+                    now: deployment::PlaneSeen {
+                        message: Some("it resolves to 198.51.100.7".to_owned()),
+                        expected: Some("203.0.113.10".to_owned()),
+                        actual: Some("198.51.100.7".to_owned()),
+                        ..deployment::PlaneSeen::new(
+                            deployment::Plane::Dns,
+                            deployment::PlaneState::Drifted,
+                            "WrongAddress",
+                        )
+                    },
+                },
+                deployment::PlaneChange {
+                    before: None,
+                    now: deployment::PlaneSeen {
+                        expires: Some("2026-09-01T00:00:00Z".parse().unwrap()),
+                        ..deployment::PlaneSeen::new(
+                            deployment::Plane::Tls,
+                            deployment::PlaneState::Ok,
+                            "Valid",
+                        )
+                    },
+                },
+            ],
+        }),
         E::ImagePulled(deployment::ImagePulled {
             cluster: cluster("berlin"),
             took_ms: 1_250,

@@ -18,6 +18,7 @@
 //! route    ready → routes switched → applied → succeeded; stopped, started, terminated, failed
 //! retry    has a cluster try again what has failed there
 //! probe    asks the public addresses
+//! endpoints  looks at them from where users are: DNS, TLS and who answers
 //! timers   schedules stops, and carries out those that are due
 //! activity tells, beside a gateway, which previews are asked for
 //! ```
@@ -31,6 +32,7 @@ mod branch;
 pub mod build;
 pub mod cluster_gateway;
 pub mod domains;
+pub mod endpoints;
 pub mod environment;
 pub mod follow;
 pub mod foreign;

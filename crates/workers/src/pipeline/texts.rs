@@ -24,6 +24,12 @@ impl Texts for DeploymentEvent {
                 }
             }
             Self::EndpointObserved(e) => e.message.iter_mut().for_each(see),
+            Self::EndpointPlanesChanged(e) => {
+                for change in &mut e.changes {
+                    change.now.message.iter_mut().for_each(&mut *see);
+                    change.now.actual.iter_mut().for_each(&mut *see);
+                }
+            }
             Self::OpenapiFound(e) => {
                 e.title.iter_mut().for_each(&mut *see);
                 e.version.iter_mut().for_each(see);
