@@ -178,9 +178,13 @@ impl RequestHandler for Zone {
         let zone = name.base_name();
         let soa = SOA::new(zone.clone(), zone.clone(), 1, 60, 60, 60, 60);
         let soa = Record::from_rdata(zone, 60, RData::SOA(soa));
-        let soa: &[Record] = if records.is_empty() { &[soa] } else { &[] };
+        let soa = if records.is_empty() {
+            vec![soa]
+        } else {
+            Vec::new()
+        };
         let builder = MessageResponseBuilder::from_message_request(request);
-        let answer = builder.build(metadata, &records, &[], soa, &[]);
+        let answer = builder.build(metadata, &records, &[], &soa, &[]);
         match response.send_response(answer).await {
             Ok(info) => info,
             Err(_) => unanswered(),

@@ -77,7 +77,7 @@ const MAY_USE: [(&str, &[&str]); 12] = [
 ];
 
 /// Libraries that only some crates may name, so that what they stand for can be exchanged there.
-const ONLY_IN: [(&[&str], &[&str], &str); 10] = [
+const ONLY_IN: [(&[&str], &[&str], &str); 11] = [
     (
         &["async-nats"],
         &["daybook-store", "daybook", "daybook-testkit"],
@@ -129,6 +129,11 @@ const ONLY_IN: [(&[&str], &[&str], &str); 10] = [
         &["clap", "comfy-table", "indicatif"],
         &["daybook", "daybook-testkit"],
         "the terminal is the command line's business",
+    ),
+    (
+        &["hickory-resolver", "hickory-server", "x509-parser"],
+        &["daybook-workers", "daybook-testkit"],
+        "names and certificates are looked at in one place",
     ),
     (
         &["chacha20poly1305", "hmac", "aho-corasick"],

@@ -22,6 +22,7 @@ use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, SignatureSch
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_util::task::AbortOnDropHandle;
 use x509_parser::extensions::GeneralName;
 
 use super::{
@@ -394,10 +395,9 @@ async fn ask<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     let answer = tokio::time::timeout(timeout, async {
         let shaken = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
         let (mut sender, connection) = shaken?;
-        let connection = tokio::spawn(connection);
-        let answer = sender.send_request(request).await;
-        connection.abort();
-        answer
+        // Whatever comes after the head of the answer is not waited for.
+        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+        sender.send_request(request).await
     });
     match answer.await {
         Ok(Ok(answer)) => judge(&answer, address),
