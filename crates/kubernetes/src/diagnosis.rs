@@ -43,6 +43,48 @@ pub fn release<'a>(
     Some(problem)
 }
 
+/// What keeps a pod that runs to an end from beginning: nothing that has begun and ended is looked
+/// at. It is `transient` unless waiting cannot mend it.
+pub fn not_begun(pod: &Pod, warning: Option<&Warning>) -> Option<Problem> {
+    let name = pod.metadata.name.as_deref().unwrap_or("a pod");
+    let status = pod.status.as_ref()?;
+    let all = status.init_container_statuses.iter().flatten();
+    let waits = all
+        .chain(status.container_statuses.iter().flatten())
+        .filter(|c| c.state.as_ref().is_some_and(|s| s.waiting.is_some()));
+    let worst = waits
+        .filter_map(|container| container_problem(name, container))
+        .max_by_key(|found| found.rank);
+    let found = worst.or_else(|| {
+        let mut conditions = status.conditions.iter().flatten();
+        let unscheduled = conditions.find(|c| c.type_ == "PodScheduled" && c.status == "False")?;
+        Some(unschedulable(name, unscheduled))
+    });
+    let all = status.init_container_statuses.iter().flatten();
+    let mut states = all
+        .chain(status.container_statuses.iter().flatten())
+        .filter_map(|c| c.state.as_ref());
+    let has_begun = states.any(|s| s.running.is_some() || s.terminated.is_some());
+    let found = found.or_else(|| {
+        let unmountable =
+            |w: &&Warning| matches!(w.reason.as_str(), "FailedMount" | "FailedAttachVolume");
+        let warning = warning.filter(|_| !has_begun).filter(unmountable)?;
+        Some(unmounted(name, warning))
+    });
+    found.map(|found| Problem {
+        transient: !found.hopeless,
+        ..found.problem
+    })
+}
+
+/// Why no pod of a Job could be made, as its controller warns of it.
+pub fn not_made(warning: &Warning) -> Option<Problem> {
+    if warning.reason != "FailedCreate" {
+        return None;
+    }
+    Some(uncreatable(quoted(Some(&warning.message))).problem)
+}
+
 /// A cause, and how much it says beside others.
 struct Found {
     rank: u8,
@@ -117,7 +159,10 @@ fn not_created(workload: &Deployment) -> Option<Found> {
     let failure = conditions
         .iter()
         .find(|c| c.type_ == "ReplicaFailure" && c.status == "True")?;
-    let message = quoted(failure.message.as_deref());
+    Some(uncreatable(quoted(failure.message.as_deref())))
+}
+
+fn uncreatable(message: String) -> Found {
     let (reason, remedy) = if message.contains("exceeded quota") {
         (
             "QuotaExceeded",
@@ -129,12 +174,12 @@ fn not_created(workload: &Deployment) -> Option<Found> {
             "Mend what the message names: an admission policy, a limit range or a service account.",
         )
     };
-    Some(found(
+    found(
         90,
         reason,
         format!("no pod can be created: {message}"),
         remedy,
-    ))
+    )
 }
 
 fn pod_problem(pod: &Pod, warning: Option<&Warning>) -> Option<Found> {
@@ -179,15 +224,7 @@ fn pod_problem(pod: &Pod, warning: Option<&Warning>) -> Option<Found> {
             ),
             "Read its log; correct the application, the port or the health path, and deploy again.",
         ),
-        "FailedMount" | "FailedAttachVolume" => found(
-            45,
-            &warning.reason,
-            format!(
-                "a volume of pod {name} cannot be mounted: {}",
-                quoted(Some(&warning.message))
-            ),
-            "Check the claim, the secret or the ConfigMap that the message names.",
-        ),
+        "FailedMount" | "FailedAttachVolume" => unmounted(name, warning),
         _ => found(
             20,
             &warning.reason,
@@ -195,6 +232,18 @@ fn pod_problem(pod: &Pod, warning: Option<&Warning>) -> Option<Found> {
             "Look at the message; kubectl describe shows what happened before it.",
         ),
     })
+}
+
+fn unmounted(name: &str, warning: &Warning) -> Found {
+    found(
+        45,
+        &warning.reason,
+        format!(
+            "a volume of pod {name} cannot be mounted: {}",
+            quoted(Some(&warning.message))
+        ),
+        "Check the claim, the secret or the ConfigMap that the message names.",
+    )
 }
 
 fn unschedulable(name: &str, condition: &PodCondition) -> Found {

@@ -12,6 +12,7 @@ mod apply;
 mod argocd;
 mod asked;
 mod bring;
+pub mod builds;
 mod cluster;
 mod connect;
 pub mod diagnosis;

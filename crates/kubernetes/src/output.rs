@@ -4,7 +4,7 @@
 //! the container runtime took them, and that is how they are told from those that are there
 //! already, after a cut connection as after a restart of Daybook.
 
-mod pod;
+pub(crate) mod pod;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -85,6 +85,8 @@ pub trait Sources: Send + Sync + 'static {
 pub struct BuildInput<'a> {
     /// The build.
     pub build: BuildId,
+    /// How often it was asked for. Attempts of the same request share what they start elsewhere.
+    pub request: u32,
     /// The service.
     pub service: &'a ServiceName,
     /// The root of a checkout of the commit.
@@ -99,6 +101,14 @@ pub struct BuildInput<'a> {
     pub url: &'a RepositoryUrl,
     /// A folder of this attempt's own, removed after it.
     pub scratch: &'a Path,
+    /// Where the image is to go, for builders that push it themselves.
+    pub repository: &'a ImageRepository,
+    /// Its tag there.
+    pub tag: &'a ImageTag,
+    /// Cancelled when only this attempt is to end, because its process does or another attempt has
+    /// taken the build over: what runs elsewhere is left to that one. The token that ends the build
+    /// itself is a child of this one.
+    pub handed_over: &'a CancellationToken,
 }
 
 /// An image that is made, but not yet pushed.

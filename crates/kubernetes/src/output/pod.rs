@@ -264,14 +264,14 @@ impl Follower {
 
 /// The time from which on to ask for what comes after a line: only whole seconds are asked for, and
 /// the client rounds to the nearest. What is there already is told by its time.
-fn since(after: Timestamp) -> Timestamp {
+pub(crate) fn since(after: Timestamp) -> Timestamp {
     after
         .checked_sub(SignedDuration::from_secs(1))
         .unwrap_or(after)
 }
 
 /// The next line without its end, cut if it is too long; none at the end.
-async fn read_line<S>(stream: &mut Pin<Box<S>>) -> std::io::Result<Option<Vec<u8>>>
+pub(crate) async fn read_line<S>(stream: &mut Pin<Box<S>>) -> std::io::Result<Option<Vec<u8>>>
 where
     S: AsyncBufRead + ?Sized,
 {
@@ -297,8 +297,8 @@ where
     }
 }
 
-/// `2026-01-02T03:04:05.123456789Z text`.
-fn parse(line: &[u8]) -> Option<(Timestamp, String)> {
+/// The time and the text of `2026-01-02T03:04:05.123456789Z text`.
+pub(crate) fn parse(line: &[u8]) -> Option<(Timestamp, String)> {
     let line = String::from_utf8_lossy(line);
     let (time, text) = line.split_once(' ').unwrap_or((&*line, ""));
     let text = text.strip_suffix('\r').unwrap_or(text);

@@ -3,6 +3,7 @@
 
 use std::process::Command;
 
+use daybook_kubernetes::builds::{BuildOptions, Tool};
 use daybook_testkit::kubernetes::argocd::helm_program;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use serde_json::Value;
@@ -12,13 +13,18 @@ use super::*;
 const NAMESPACE: &str = "daybook-install";
 
 /// With everything that can be asked for.
-const ALL: [&str; 6] = [
+const ALL: [&str; 11] = [
     "image.repository=registry.example.com/daybook",
     "image.tag=0.1.0",
     "nats.server.enabled=true",
     "cluster.gateway=edge/public",
     "cluster.argocd.namespace=argocd-install",
     "kubeconfigSecret=clusters",
+    "imagePrefix=registry.example.com/team",
+    "builds.builder=buildkit",
+    "builds.namespace=builds-install",
+    "builds.registrySecret=push",
+    "builds.gitSecret=fetch",
 ];
 
 fn template(values: &[&str]) -> Option<Result<String, String>> {
@@ -78,6 +84,20 @@ fn what_the_chart_cannot_do_without_is_asked_for() {
             vec![ALL[0], ALL[2], "cluster.enabled=false"],
             "set cluster.enabled, or name clusters",
         ),
+        (
+            vec![ALL[0], ALL[2], ALL[7]],
+            "give imagePrefix, a registry that the builds can push to",
+        ),
+        (
+            vec![
+                ALL[0],
+                ALL[2],
+                ALL[6],
+                ALL[7],
+                "builds.namespace=daybook-install",
+            ],
+            "one of their own",
+        ),
     ];
     for (values, said) in needed {
         let Some(rendered) = template(&values) else {
@@ -86,6 +106,27 @@ fn what_the_chart_cannot_do_without_is_asked_for() {
         let why = rendered.unwrap_err();
         assert!(why.contains(said), "{why}");
     }
+}
+
+#[test]
+fn rights_for_builds_are_given_only_where_there_are_some() {
+    let Some(rendered) = template(&[ALL[0], ALL[2], ALL[6]]) else {
+        return;
+    };
+    let rendered = rendered.unwrap();
+    assert!(!rendered.contains("jobs") && !rendered.contains("DAYBOOK_BUILD"));
+    // Those of another cluster are made there.
+    let there = [
+        ALL[0],
+        ALL[2],
+        ALL[5],
+        ALL[6],
+        ALL[7],
+        "clusters={oslo}",
+        "builds.cluster=oslo",
+    ];
+    let rendered = template(&there).unwrap().unwrap();
+    assert!(!rendered.contains("jobs") && rendered.contains("DAYBOOK_BUILD_CLUSTER"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -118,7 +159,8 @@ async fn an_api_server_takes_the_chart_and_its_rights_are_enough() {
         let params = PatchParams::apply("helm").validation_strict();
         let patch = Patch::Apply(&object);
         // Only what gives rights is needed for more than being looked at.
-        let params = match kind.starts_with("ClusterRole") {
+        let gives = kind.contains("Role") || kind == "Namespace";
+        let params = match gives {
             true => params,
             false => params.dry_run(),
         };
@@ -132,6 +174,14 @@ async fn an_api_server_takes_the_chart_and_its_rights_are_enough() {
     let mut config = config.unwrap();
     config.auth_info.impersonate = Some(format!("system:serviceaccount:{NAMESPACE}:daybook"));
     let limited = Client::try_from(config).unwrap();
+    let mut builds = BuildOptions::new(
+        "oslo".parse().unwrap(),
+        limited.clone(),
+        "builds-install",
+        Tool::BuildKit,
+    );
+    builds.start_within = Duration::from_secs(1);
+    builds::a_build_with_the_rights_of_an_installation(builds, admin.clone()).await;
     let stage = Stage::of("installed", |options| options.client = limited).await;
     let stage = stage.unwrap();
     let unready = Fate::Unready("HTTP probe failed with statuscode: 500".to_owned());

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod argocd;
+mod builds;
 mod faults;
 mod install;
 mod logs;

@@ -36,6 +36,23 @@ pub enum Fate {
     Unschedulable(String),
     /// A ConfigMap or secret that it names is not there.
     NoConfig(String),
+    /// It runs, as pods of Jobs do: nothing asks whether it is ready.
+    Runs,
+    /// It runs to an end, with an exit code, its reason, and a message.
+    Ends {
+        /// The exit code.
+        code: i32,
+        /// `Completed`, `Error`, `OOMKilled`.
+        reason: &'static str,
+        /// The termination message.
+        message: String,
+    },
+    /// Its first container, which prepares, ends with this exit code and message.
+    Unprepared(i32, String),
+    /// A volume of it cannot be mounted.
+    Unmounted(String),
+    /// It was evicted from its node.
+    Evicted(String),
     /// Nothing happens at all.
     Ignored,
 }
@@ -95,6 +112,9 @@ impl Kubelet {
         let _ = api
             .patch_status(&name, &PatchParams::default(), &patch)
             .await;
+        if let Fate::Unmounted(why) = fate {
+            warn(client, pod, "FailedMount", why).await;
+        }
         if let Fate::Unready(why) = fate {
             warn(
                 client,
@@ -210,6 +230,27 @@ fn status(pod: &Pod, fate: &Fate) -> Option<Value> {
                 false,
             )
         }
+        Fate::Runs => (container(true, 0, running, json!({})), true),
+        Fate::Ends {
+            code,
+            reason,
+            message,
+        } => {
+            let state = terminated(*code, reason, message);
+            (container(false, 0, state, json!({})), false)
+        }
+        Fate::Unprepared(..) | Fate::Unmounted(_) => {
+            let state = waiting("PodInitializing", "");
+            (container(false, 0, state, json!({})), false)
+        }
+        Fate::Evicted(why) => {
+            return Some(json!({
+                "phase": "Failed",
+                "reason": "Evicted",
+                "message": why,
+                "conditions": [condition("DisruptionTarget", true, "TerminationByKubelet", why)],
+            }));
+        }
         Fate::Unschedulable(why) => {
             return Some(json!({
                 "phase": "Pending",
@@ -218,9 +259,34 @@ fn status(pod: &Pod, fate: &Fate) -> Option<Value> {
         }
         Fate::Ignored => return None,
     };
+    let first = pod.spec.as_ref()?.init_containers.iter().flatten();
+    let first = first.map(|init| {
+        let state = match fate {
+            Fate::Unprepared(code, said) => terminated(*code, "Error", said),
+            Fate::Unmounted(_) => waiting("PodInitializing", ""),
+            _ => terminated(0, "Completed", ""),
+        };
+        json!({
+            "name": init.name,
+            "image": init.image,
+            "imageID": init.image,
+            "ready": !matches!(fate, Fate::Unprepared(..) | Fate::Unmounted(_)),
+            "started": false,
+            "restartCount": 0,
+            "state": state,
+            "lastState": {},
+        })
+    });
+    let first: Vec<Value> = first.collect();
+    let phase = match fate {
+        Fate::Ends { code: 0, .. } => "Succeeded",
+        Fate::Ends { .. } | Fate::Unprepared(..) => "Failed",
+        _ if containers["state"].get("running").is_some() => "Running",
+        _ => "Pending",
+    };
     let unready = if ready { "" } else { "ContainersNotReady" };
     let mut status = json!({
-        "phase": if containers["state"].get("running").is_some() { "Running" } else { "Pending" },
+        "phase": phase,
         "startTime": now,
         "hostIP": "127.0.0.1",
         "conditions": [
@@ -231,6 +297,9 @@ fn status(pod: &Pod, fate: &Fate) -> Option<Value> {
         ],
         "containerStatuses": [containers],
     });
+    if !first.is_empty() {
+        status["initContainerStatuses"] = json!(first);
+    }
     if let Fate::Ready { ip } = fate {
         status["podIP"] = json!(ip);
         status["podIPs"] = json!([{ "ip": ip }]);

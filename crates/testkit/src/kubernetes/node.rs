@@ -133,6 +133,21 @@ impl Node {
         });
     }
 
+    /// The container of that name of a pod with several prints a line.
+    pub fn print_in(&self, pod: &str, container: &str, text: &str) {
+        self.print(&format!("{pod}/{container}"), text);
+    }
+
+    /// It ends, and nothing comes after it.
+    pub fn end(&self, pod: &str) {
+        self.change(pod, |runs| runs.last_mut().expect("a run").ended = true);
+    }
+
+    /// The same of the container of that name of a pod with several.
+    pub fn end_in(&self, pod: &str, container: &str) {
+        self.end(&format!("{pod}/{container}"));
+    }
+
     /// It ends, and begins again.
     pub fn restart(&self, pod: &str) {
         self.change(pod, |runs| {
@@ -188,7 +203,16 @@ fn answer(
     request: &Request<Incoming>,
     output: watch::Receiver<HashMap<String, Runs>>,
 ) -> Response<BoxBody<Bytes, Infallible>> {
-    let pod = request.uri().path().split('/').nth(3).unwrap_or_default();
+    let mut path = request.uri().path().split('/').skip(3);
+    let (pod, container) = (path.next().unwrap_or_default(), path.next());
+    // Of a pod with several containers, what was printed in this one.
+    let one = container.map(|container| format!("{pod}/{container}"));
+    let one = one.filter(|one| {
+        let of_several = format!("{pod}/");
+        let all = output.borrow();
+        all.contains_key(one) || all.keys().any(|key| key.starts_with(&of_several))
+    });
+    let pod = one.as_deref().unwrap_or(pod);
     let query = request.uri().query().unwrap_or_default();
     let value = |name: &str| {
         let mut pairs = query.split('&').filter_map(|pair| pair.split_once('='));

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use daybook_events::spec::BuildSpec;
 use oci_spec::image::{Descriptor, MediaType};
 use serde::Deserialize;
 use tokio::process::Command;
@@ -151,6 +152,29 @@ pub(crate) fn dockerfile_of(context: &BuildContext) -> Result<PathBuf, BuildErro
         Ok(file) if file.is_file() => Ok(file),
         Err(BuildError::SourcePathEscapes { path }) => Err(BuildError::SourcePathEscapes { path }),
         _ => Err(BuildError::DockerfileMissing { path: name.into() }),
+    }
+}
+
+/// Where the Dockerfile of a service is within its folder `path` of a checkout, relative, for
+/// builders elsewhere; none if it has none and none is asked for by name.
+///
+/// # Errors
+/// If the folder is not there, leads out, or has no Dockerfile of the name that is asked for.
+pub fn dockerfile_within(
+    checkout: &Path,
+    path: &str,
+    spec: &BuildSpec,
+) -> Result<Option<String>, BuildError> {
+    let folder = within_checkout(checkout, Path::new(path))?;
+    if !folder.is_dir() {
+        return Err(BuildError::SourcePathMissing { path: path.into() });
+    }
+    let name = spec.dockerfile.as_deref().unwrap_or("Dockerfile");
+    match within_checkout(&folder, Path::new(name)) {
+        Ok(file) if file.is_file() => Ok(Some(name.to_owned())),
+        Err(BuildError::SourcePathEscapes { path }) => Err(BuildError::SourcePathEscapes { path }),
+        _ if spec.dockerfile.is_some() => Err(BuildError::DockerfileMissing { path: name.into() }),
+        _ => Ok(None),
     }
 }
 

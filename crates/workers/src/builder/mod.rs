@@ -26,6 +26,7 @@ mod pack;
 pub mod port;
 mod scratch;
 
+pub use dockerfile::dockerfile_within;
 pub use error::BuildError;
 
 use archive::ArchiveBuilder;

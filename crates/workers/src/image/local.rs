@@ -103,6 +103,11 @@ impl ImageStore for LayoutStore {
         blocking(move |_| Ok(ImageConfig::from(&read(&layout, &image)?.configuration))).await
     }
 
+    async fn size(&self, image: &PinnedImage) -> Result<u64, ImageError> {
+        let (layout, image) = (self.layout.clone(), image.clone());
+        blocking(move |_| Ok(read(&layout, &image)?.size())).await
+    }
+
     async fn unpack(&self, image: &PinnedImage, into: &Path) -> Result<(), ImageError> {
         let (layout, image, into) = (self.layout.clone(), image.clone(), into.to_owned());
         let limits = self.limits;

@@ -168,6 +168,11 @@ impl Image {
     pub fn blobs(&self) -> impl Iterator<Item = &Descriptor> {
         std::iter::once(self.manifest.config()).chain(self.manifest.layers())
     }
+
+    /// The size of configuration and layers together, as stored, in bytes.
+    pub fn size(&self) -> u64 {
+        self.blobs().map(Descriptor::size).sum()
+    }
 }
 
 /// What a digest of an image can point at.

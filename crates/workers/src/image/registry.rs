@@ -440,6 +440,15 @@ impl ImageStore for RegistryStore {
         Ok(ImageConfig::from(&fetched.configuration))
     }
 
+    async fn size(&self, image: &PinnedImage) -> Result<u64, ImageError> {
+        let remote = self.connect(by_digest(image)?).await?;
+        let quiet = LineSender::discard();
+        let fetched = self
+            .fetch_documents(image, &self.cache, &remote, &quiet)
+            .await?;
+        Ok(fetched.size())
+    }
+
     async fn unpack(&self, image: &PinnedImage, into: &Path) -> Result<(), ImageError> {
         let quiet = LineSender::discard();
         let mut healed = false;

@@ -42,6 +42,10 @@ pub trait ImageStore: Send + Sync + fmt::Debug {
     /// How the image wants to be run. Only its digest is looked at, not its tag.
     async fn config(&self, image: &PinnedImage) -> Result<ImageConfig, ImageError>;
 
+    /// The size of configuration and layers together, as stored, in bytes. For an image that exists
+    /// for several platforms, the one for this machine. Only its digest is looked at, not its tag.
+    async fn size(&self, image: &PinnedImage) -> Result<u64, ImageError>;
+
     /// Unpacks all layers into the folder `into`, which must be empty or not exist; its parent
     /// must exist. See [`super::unpack`] for what is refused. If this fails, `into` is what it was
     /// before. Only the image's digest is looked at, not its tag.
@@ -123,6 +127,10 @@ impl ImageStore for Images {
 
     async fn config(&self, image: &PinnedImage) -> Result<ImageConfig, ImageError> {
         self.of(&image.repository).config(image).await
+    }
+
+    async fn size(&self, image: &PinnedImage) -> Result<u64, ImageError> {
+        self.of(&image.repository).size(image).await
     }
 
     async fn unpack(&self, image: &PinnedImage, into: &Path) -> Result<(), ImageError> {

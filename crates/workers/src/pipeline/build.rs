@@ -158,14 +158,15 @@ impl Builds {
             )
             .await?;
 
-        let cancel = a.cancel.child_token();
+        let handed_over = a.cancel.child_token();
+        let cancel = handed_over.child_token();
         let watch = CancelOnDrop(tokio::spawn(watch_wanted(
             self.bench.clone(),
             a.subject.clone(),
             id,
             DeploymentId(a.event.correlationid),
             attempt.number,
-            cancel.clone(),
+            (handed_over.clone(), cancel.clone()),
         )));
         let (output, writer) = open_output(self.bench.lines.clone(), id);
         if attempt.number > 1 {
@@ -175,7 +176,9 @@ impl Builds {
             );
             let _ = output.send(text).await;
         }
-        let result = self.attempt(&attempt, &build, &output, &cancel).await;
+        let result = self
+            .attempt(&attempt, &build, &output, (&handed_over, &cancel))
+            .await;
         drop(watch);
         drop(output);
         let _ = writer.await;
@@ -218,7 +221,7 @@ impl Builds {
         attempt: &Attempt<'_>,
         build: &Build,
         output: &Output,
-        cancel: &CancellationToken,
+        (handed_over, cancel): (&CancellationToken, &CancellationToken),
     ) -> Result<daybook_events::spec::PinnedImage, Stop> {
         let request = &build.request;
         let scratch = Scratch::new(&self.bench.settings.scratch, attempt.id, attempt.number)?;
@@ -254,6 +257,7 @@ impl Builds {
             .await?;
         let input = BuildInput {
             build: attempt.id,
+            request: build.requests,
             service: &request.service,
             checkout: &checkout,
             path: &request.path,
@@ -261,6 +265,9 @@ impl Builds {
             commit: &request.commit,
             url: &request.url,
             scratch: &work,
+            repository: &request.repository,
+            tag: &request.tag,
+            handed_over,
         };
         let built = self.images.build(input, output, cancel).await?;
         attempt
@@ -386,20 +393,22 @@ async fn watch_wanted(
     id: BuildId,
     first: DeploymentId,
     attempt: u32,
-    cancel: CancellationToken,
+    (handed_over, cancel): (CancellationToken, CancellationToken),
 ) {
     let mut changes = bench.ledger.projections().changes();
     loop {
-        let overtaken = bench
+        let build = bench
             .ledger
             .projections()
             .folded::<Build>(&subject)
             .ok()
-            .and_then(|f| f.state)
-            .is_some_and(|b| {
-                b.attempt > attempt || (b.attempt == attempt && b.status == BuildStatus::Cancelled)
-            });
-        if overtaken || matches!(is_wanted(&bench, id, first), Ok(false)) {
+            .and_then(|f| f.state);
+        if build.as_ref().is_some_and(|b| b.attempt > attempt) {
+            handed_over.cancel();
+            return;
+        }
+        let over = build.is_some_and(|b| b.status == BuildStatus::Cancelled);
+        if over || matches!(is_wanted(&bench, id, first), Ok(false)) {
             cancel.cancel();
             return;
         }

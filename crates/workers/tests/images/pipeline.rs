@@ -53,6 +53,7 @@ impl Attempt {
     async fn build(&self, images: &BuiltImages, output: &Output) -> Result<BuiltImage, StepError> {
         let input = BuildInput {
             build: BuildId::derived(uuid::Uuid::nil(), "build"),
+            request: 1,
             service: &self.service,
             checkout: &self.checkout,
             path: self.path,
@@ -60,6 +61,9 @@ impl Attempt {
             commit: &self.commit,
             url: &self.url,
             scratch: &self.scratch,
+            repository: &repository("local.daybook/shop/api"),
+            tag: &tag("0123456"),
+            handed_over: &CancellationToken::new(),
         };
         images.build(input, output, &CancellationToken::new()).await
     }
