@@ -3,9 +3,9 @@
 use std::sync::{Arc, Mutex};
 
 use daybook_testkit::TestApp;
-use daybook_testkit::git::SourceRepository;
+use daybook_testkit::git::{GitHttpServer, SourceRepository};
 use daybook_testkit::kubernetes::argocd::{self, ArgoCd};
-use daybook_testkit::kubernetes::{ControlPlane, Crd, Fate, Gateway, Kubelet};
+use daybook_testkit::kubernetes::{ControlPlane, Crd, Fate, Gateway, Kubelet, Node};
 use daybook_testkit::registry::{Registry, RegistryConfig};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 
@@ -200,6 +200,137 @@ fn a_life_on_a_cluster_that_argocd_brings_to_the_repository() {
         ArgoCd::start(client, namespace, argocd::helm(helm))
     };
     stage.life(&server, "argo", |_| {});
+}
+
+/// The pod of the only build in a namespace, on a node that runs it.
+async fn build_pod(
+    client: &kube::Client,
+    namespace: &str,
+    node: &Node,
+) -> k8s_openapi::api::core::v1::Pod {
+    use kube::ResourceExt as _;
+    let pods = kube::Api::namespaced(client.clone(), namespace);
+    let list = kube::api::ListParams::default();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    loop {
+        let all: Vec<k8s_openapi::api::core::v1::Pod> = pods.list(&list).await.unwrap().items;
+        let new = |pod: &&k8s_openapi::api::core::v1::Pod| {
+            let is_bound = pod
+                .spec
+                .as_ref()
+                .is_some_and(|spec| spec.node_name.is_some());
+            !is_bound && pod.metadata.deletion_timestamp.is_none()
+        };
+        if let Some(pod) = all.iter().find(new) {
+            node.bind(pod).await;
+            node.print_in(&pod.name_any(), "source", "fetching the commit");
+            node.end_in(&pod.name_any(), "source");
+            return pod.clone();
+        }
+        assert!(std::time::Instant::now() < deadline, "no build has a pod");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+#[test]
+fn an_image_is_built_in_the_cluster_that_runs_it() {
+    use kube::ResourceExt as _;
+    let Some(stage) = Stage::start("built") else {
+        return;
+    };
+    let namespace = "builds-of-a-server";
+    let (client, node) = stage.cluster.runtime.block_on(async {
+        let client = stage.cluster.plane.client().await;
+        make_namespace(&client, namespace).await;
+        let node = Node::start(client.clone(), "node-of-builds").await;
+        (client, node)
+    });
+    let source = application("--text unused");
+    source.commit("With a Dockerfile", &[("Dockerfile", "FROM scratch\n")]);
+    let git = stage
+        .cluster
+        .runtime
+        .block_on(GitHttpServer::start(source.path().parent().unwrap()));
+    let folder = source.path().file_name().unwrap().to_str().unwrap();
+    let url = git.url(&format!("{folder}/.git"));
+    let port = stage.app.addr.port().to_string();
+    let create = |server: &Server, cluster: &str, flags: &[&str]| {
+        server.ok(&["project", "create", "built"]);
+        let env = ["env", "create", "built", "production", "--cluster", cluster];
+        server.ok(&env);
+        let service = ["service", "create", "built", "web", "--repo", &url];
+        server.ok(&[&service[..], &["--port", &port], flags].concat());
+    };
+    // The image that the builder pushes is one that another Daybook has made.
+    let prefix = format!("{}/team", stage.registry.host());
+    let other = Server::start(Settings::default().arg("--image-prefix").arg(prefix));
+    create(&other, "local-a", &["--builder", "archive"]);
+    let pushed = other.begin("built.production.web", &[]);
+    let digest = until("the image is pushed", || {
+        let detail = other.deployment(&pushed).to_string();
+        let (_, rest) = detail.split_once("/team/built/web:")?;
+        let (_, digest) = rest.split_once('@')?;
+        Some(digest.chars().take(71).collect::<String>())
+    });
+
+    let settings = stage.settings();
+    let settings = settings.arg("--builder").arg("buildkit");
+    let server = Server::start(settings.arg("--build-namespace").arg(namespace));
+    create(&server, "oslo", &[]);
+    let begun = server.begin("built.production.web", &[]);
+    let pod = stage.cluster.runtime.block_on(async {
+        let pod = build_pod(&client, namespace, &node).await;
+        node.print_in(
+            &pod.name_any(),
+            "build",
+            "#1 load build definition from Dockerfile",
+        );
+        Kubelet::play(&client, &pod, &Fate::Runs).await;
+        pod
+    });
+    until("its lines, while it runs", || {
+        let log = server.ok(&["logs", &begun]).stdout;
+        log.contains("load build definition").then_some(())
+    });
+    let ends = Fate::Ends {
+        code: 0,
+        reason: "Completed",
+        message: digest.clone(),
+    };
+    node.end_in(&pod.name_any(), "build");
+    stage
+        .cluster
+        .runtime
+        .block_on(Kubelet::play(&client, &pod, &ends));
+    let detail = server.wait_for(&begun, "started");
+    assert!(detail.to_string().contains(&digest), "{detail}");
+    println!("{}", server.ok(&["logs", &begun]).stdout);
+
+    // One that nobody waits for any more leaves no Job that runs.
+    source.commit("Another", &[("another", "file")]);
+    let second = server.begin("built.production.web", &[]);
+    stage.cluster.runtime.block_on(async {
+        let pod = build_pod(&client, namespace, &node).await;
+        Kubelet::play(&client, &pod, &Fate::Runs).await;
+    });
+    server.ok(&["cancel", &second]);
+    let jobs: kube::Api<k8s_openapi::api::batch::v1::Job> =
+        kube::Api::namespaced(client, namespace);
+    until("its Job is being deleted", || {
+        let all = stage
+            .cluster
+            .runtime
+            .block_on(jobs.list(&Default::default()));
+        let is_left = |job: &k8s_openapi::api::batch::v1::Job| {
+            let runs = job
+                .status
+                .as_ref()
+                .is_none_or(|s| s.completion_time.is_none());
+            runs && job.metadata.deletion_timestamp.is_none()
+        };
+        (!all.unwrap().items.iter().any(is_left)).then_some(())
+    });
+    server.check_replay();
 }
 
 #[test]

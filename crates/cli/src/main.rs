@@ -8,6 +8,7 @@
 
 mod access;
 mod attestor;
+mod builds;
 mod bulletin;
 mod client;
 mod commands;

@@ -50,6 +50,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::access::Access;
 use crate::attestor::LedgerKeys;
+use crate::builds::{self, BuildArgs};
 use crate::bulletin::NatsBulletin;
 use crate::commands::keys_unusable as unusable;
 use crate::exit::{Code, Failure};
@@ -102,6 +103,8 @@ pub struct NodeOptions {
     pub image_prefix: Option<String>,
     /// Builds at once.
     pub builds: usize,
+    /// Where images are made.
+    pub build: BuildArgs,
     /// How long a deployment is kept running that is no longer the main one.
     pub keep_old: KeepFor,
     /// A folder with templates of the operator's own.
@@ -155,6 +158,7 @@ impl NodeOptions {
             kubernetes: Kubernetes::default(),
             image_prefix: None,
             builds: 2,
+            build: BuildArgs::default(),
             keep_old: KeepFor::OLD,
             templates: None,
             tlog: None,
@@ -446,10 +450,24 @@ impl Node {
         let images = open_images(&data)?;
         if has(Role::Build) {
             let sources = SourceRepositories::new(data.join("sources"), transport(&options));
-            crew.build(
-                Arc::new(sources),
-                Arc::new(builder(scratch.path(), &images)),
-            );
+            let here = Arc::new(builder(scratch.path(), &images));
+            let in_cluster = options
+                .build
+                .in_cluster(&options.kubernetes, here.clone(), images.clone())
+                .await?;
+            let builder: Arc<dyn ports::Images> = match in_cluster {
+                Some(builds) => {
+                    tasks.push(tokio::spawn(builds::sweep(
+                        builds.clone(),
+                        projections.clone(),
+                        parts.clone(),
+                        cancel.clone(),
+                    )));
+                    builds
+                }
+                None => here,
+            };
+            crew.build(Arc::new(sources), builder);
         }
         let mut repositories =
             GitopsRepositories::new(data.join("git"), projections.clone(), remotes)

@@ -5,6 +5,9 @@
 //! with the field manager `daybook`, removes what it made and is no longer asked for, and follows
 //! workloads and pods with one watch a kind, whatever the number of environments. What keeps a
 //! release from being ready is said in Kubernetes' own words while the rollout still goes on.
+//!
+//! [`builds::ClusterBuilds`] makes images there, in Jobs, behind the port
+//! [`daybook_workers::ports::Images`].
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

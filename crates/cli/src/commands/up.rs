@@ -10,6 +10,7 @@ use daybook_store::tlog::NotaryOptions;
 
 use super::Outcome;
 use crate::access::AccessArgs;
+use crate::builds::BuildArgs;
 use crate::endpoint_checks;
 use crate::exit::{Code, Failure};
 use crate::gitops_remotes::GitopsRemoteArgs;
@@ -87,6 +88,8 @@ pub struct NodeArgs {
     pub access: AccessArgs,
     #[command(flatten)]
     pub argocd: ArgoCdArgs,
+    #[command(flatten)]
+    pub build: BuildArgs,
     /// Where images go whose services name no repository: `host[:port]/path`. Kept in the data
     /// folder if not given.
     #[arg(long, env = "DAYBOOK_IMAGE_PREFIX", value_name = "PREFIX")]
@@ -214,6 +217,7 @@ impl NodeArgs {
         };
         options.image_prefix = self.image_prefix.clone();
         options.builds = self.builds.into();
+        options.build = self.build.clone();
         options.keep_old = self.keep_old;
         options.templates = self.templates.clone();
         options.tlog = self.tlog.clone();
