@@ -267,10 +267,9 @@ fn an_image_is_built_in_the_cluster_that_runs_it() {
     create(&other, "local-a", &["--builder", "archive"]);
     let pushed = other.begin("built.production.web", &[]);
     let digest = until("the image is pushed", || {
-        let detail = other.deployment(&pushed).to_string();
-        let (_, rest) = detail.split_once("/team/built/web:")?;
-        let (_, digest) = rest.split_once('@')?;
-        Some(digest.chars().take(71).collect::<String>())
+        let detail = other.deployment(&pushed);
+        let digest = detail["image"]["digest"].as_str();
+        digest.map(str::to_owned)
     });
 
     let settings = stage.settings();
