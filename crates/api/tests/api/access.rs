@@ -1756,7 +1756,8 @@ async fn use_cases_ask_by_themselves_whatever_surface_calls_them() {
         scope: daybook_events::secret::SecretScope::default(),
     };
     let value =
-        daybook_secrets::SecretValue::new(zeroize::Zeroizing::new("value".to_owned())).unwrap();
+        daybook_secrets::SecretValue::new(zeroize::Zeroizing::new("not the value".to_owned()))
+            .unwrap();
     for (asks, expected) in [
         (
             caller("shop", Role::Viewer),
