@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Browser, Server, Settings, application, replace_flags};
+use crate::support::{Browser, Done, Server, Settings, application, replace_flags};
 
 const INSTANCE: &str = "shop.production.web";
 
@@ -179,4 +179,49 @@ fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
         assert_eq!(nameless, json!([]), "{view}");
     }
     assert_eq!(page.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn whoever_signs_in_is_told_what_is_wrong_and_can_sign_out() {
+    let settings = Settings::default().arg("--auth").arg("required");
+    let server = Server::start(settings);
+    let admin = server.process().fact("admin_token");
+    let Some(mut page) = Browser::open(&server.url(), (1200, 900)) else {
+        return;
+    };
+    let run = |args: &[&str]| {
+        let mut command = server.command(args);
+        let done = Done::of(command.env("DAYBOOK_TOKEN", &admin));
+        assert_eq!(done.code, 0, "{done:?}");
+        done.stdout.trim().to_owned()
+    };
+    let viewer = run(&["token", "create", "reads", "--role", "viewer"]);
+    let sign_in = |page: &mut Browser, token: &str| {
+        page.shows("Sign in");
+        page.evaluate(&format!(
+            "document.querySelector('form.sign-in input').value = {}",
+            json!(token)
+        ));
+        page.click("form.sign-in button", "Sign in");
+    };
+    // What is no token, or none that is taken, is not kept.
+    sign_in(&mut page, "токен");
+    page.shows("This is no token");
+    let unknown = format!("daybook_{}_{}", "0".repeat(12), "0".repeat(64));
+    sign_in(&mut page, &unknown);
+    page.shows("the token is not one that this server takes");
+    let kept = "sessionStorage.getItem('daybook-token')";
+    assert_eq!(page.evaluate(kept), json!(null));
+    sign_in(&mut page, &viewer);
+    page.shows("Nothing yet.");
+    page.shows("reads");
+    page.shows("Sign out");
+    // A token that ends while the page is open is asked for again.
+    run(&["token", "revoke", "reads"]);
+    page.shows("the token is revoked");
+    sign_in(&mut page, &admin);
+    page.shows("Nothing yet.");
+    page.click("button", "Sign out");
+    page.shows("Sign in");
+    assert_eq!(page.evaluate(kept), json!(null));
 }

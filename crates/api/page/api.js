@@ -15,6 +15,13 @@ export const session = {
   set token(token) { token ? sessionStorage.setItem("daybook-token", token) : sessionStorage.removeItem("daybook-token"); },
 };
 
+/** Who the server takes a token for; none is kept before this has said so. */
+export async function whoHas(token) {
+  // Nothing else can stand in a header.
+  if (!/^[\x21-\x7e]+$/.test(token)) throw new Refused({ detail: "This is no token: it has characters that no token has", remedy: "Paste the token alone." });
+  return answer(await fetch("/api/v1/whoami", { headers: { authorization: `Bearer ${token}` } }));
+}
+
 /** Fetches with the token, if there is one. */
 export function request(url, { headers = {}, ...more } = {}) {
   const token = session.token;
@@ -57,16 +64,19 @@ export async function send(method, path, body) {
 
 /**
  * Follows a stream of server-sent events until `signal`, for ever: a connection that ends is made
- * again after the last event, so nothing is missed.
+ * again after the last event, so nothing is missed. It ends where the server wants to know who asks.
  */
-export async function follow(url, onEvent, { last, signal, onState = () => {} }) {
+export async function follow(url, onEvent, { last, signal, onState = () => {}, onSignIn = () => {} }) {
   let pause = 500;
   while (!signal.aborted) {
     try {
       const headers = { accept: "text/event-stream" };
       if (last !== undefined) headers["last-event-id"] = String(last);
       const response = await request(url, { headers, signal });
-      if (response.status === 401) return onState(false, "not signed in");
+      if (response.status === 401) {
+        onState(false, "not signed in");
+        return onSignIn(new Refused(await response.json().catch(() => ({ detail: "The server asks who you are" }))));
+      }
       if (!response.ok) throw new Error(`status ${response.status}`);
       onState(true);
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,6 +1,6 @@
 // Which view is shown, and keeping it true while events arrive.
 
-import { follow, get, session } from "./api.js";
+import { follow, get, session, whoHas } from "./api.js";
 import { h, notice } from "./dom.js";
 import { overview } from "./overview.js";
 import { deployment } from "./deployment.js";
@@ -59,21 +59,45 @@ async function show() {
     }
     opened = true;
   } catch (error) {
-    if (shown === current && error.signIn) content.replaceChildren(...signIn(error.message));
+    if (shown === current && error.signIn) askWho(error);
     else if (shown === current && error.name !== "AbortError") content.replaceChildren(h("h1", {}, "This cannot be shown"), h("p", {}, error.message));
   }
 }
 
-// The token stays in this tab. It is never in an address.
-function signIn(why) {
+// The token stays in this tab, once the server has taken it. It is never in an address.
+function askWho(refusal) {
+  // Nothing is taken from under the hands of who signs in already.
+  if (content.querySelector("form.sign-in")) return;
+  if (shown) shown.refresh = null;
+  const why = h("p", { role: "status" }, refusal.message);
   const token = h("input", { type: "password", name: "token", autocomplete: "off", required: true, spellcheck: "false" });
-  const form = h("form", { class: "filters", onsubmit: (e) => {
+  const form = h("form", { class: "filters sign-in", onsubmit: async (e) => {
     e.preventDefault();
-    session.token = token.value.trim();
-    location.reload();
+    const given = token.value.trim();
+    try {
+      await whoHas(given);
+      session.token = given;
+      location.reload();
+    } catch (error) {
+      why.textContent = error.message;
+      token.value = "";
+    }
   } }, h("label", {}, "Token", token), h("button", {}, "Sign in"));
-  return [h("h1", {}, "Sign in"), h("p", {}, why), form,
-    h("p", { class: "quiet" }, "An administrator makes one with ", h("code", {}, "daybook token create"), "; this tab forgets it when it is closed.")];
+  content.replaceChildren(h("h1", {}, "Sign in"), why, form,
+    h("p", { class: "quiet" }, "An administrator makes one with ", h("code", {}, "daybook token create"), "; this tab forgets it when it is closed."));
+}
+
+// Who it is, and the way out. It is there whatever the token is good for.
+async function account() {
+  const place = document.getElementById("account");
+  if (!session.token) return;
+  const name = h("span", {});
+  place.replaceChildren(name, h("button", { onclick: () => {
+    session.token = "";
+    location.reload();
+  } }, "Sign out"));
+  const who = await whoHas(session.token).catch(() => null);
+  name.textContent = who?.actor.id ?? "";
 }
 
 // Many events of one moment make one refresh, and nothing is taken from under somebody's hands.
@@ -100,7 +124,8 @@ async function refresh() {
     await at.refresh(events);
     if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
   } catch (error) {
-    if (error.name !== "AbortError") notice(error.message, true);
+    if (error.signIn) askWho(error);
+    else if (error.name !== "AbortError") notice(error.message, true);
   }
 }
 
@@ -146,9 +171,10 @@ async function watchLedger() {
     clearTimeout(telling);
     // The signature follows within a second.
     telling = setTimeout(() => tell(true), 1300);
-  }, { last: report.position, signal: never.signal, onState: tell });
+  }, { last: report.position, signal: never.signal, onState: tell, onSignIn: askWho });
 }
 
 addEventListener("hashchange", show);
+account();
 watchLedger();
 await show();
