@@ -262,8 +262,8 @@ pub enum Command {
 pub async fn run(cli: Cli) -> Outcome {
     match cli.command {
         Command::Demo(args) => demo::run(args).await,
-        Command::Up(args) => up::run(args).await,
-        Command::Serve(args) => serve::run(args).await,
+        Command::Up(args) => Box::pin(up::run(args)).await,
+        Command::Serve(args) => Box::pin(serve::run(args)).await,
         Command::Login(args) => login::login(args).await,
         Command::Logout(args) => login::logout(args),
         Command::Whoami(args) => login::whoami(args).await,

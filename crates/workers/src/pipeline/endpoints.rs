@@ -240,7 +240,7 @@ impl Watch {
             if looks.len() == at_most {
                 break;
             }
-            if !watched.due.is_some_and(|due| due <= now) {
+            if watched.due.is_none_or(|due| due > now) {
                 continue;
             }
             let (bench, checks) = (&self.bench, self.checks.clone());

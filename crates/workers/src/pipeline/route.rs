@@ -75,7 +75,7 @@ impl Worker for Route {
         let Subject::Deployment(_, _, id) = a.subject else {
             return Outcome::Done;
         };
-        settle(&self.0, ROLE, id, step(&self.0, id).await).await
+        settle(&self.0, ROLE, id, Box::pin(step(&self.0, id)).await).await
     }
     async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         give_up(&self.0, ROLE, a, why).await
@@ -108,7 +108,7 @@ impl Worker for Deadlines {
         let Subject::Deployment(_, _, id) = a.subject else {
             return Outcome::Done;
         };
-        let outcome = settle(&self.0, ROLE, id, step(&self.0, id).await).await;
+        let outcome = settle(&self.0, ROLE, id, Box::pin(step(&self.0, id)).await).await;
         match (outcome, self.0.row(id)) {
             (Outcome::Done, Ok(Some(row))) => {
                 rollout::until_deadline(&row.state).map_or(Outcome::Done, Outcome::Wait)
@@ -263,7 +263,7 @@ impl RouteApplied {
         let mut steps = futures_util::stream::iter(waiting)
             .map(|id| async move {
                 match self.0.row(id)? {
-                    Some(row) if row.state.status.in_rollout() => step(&self.0, id).await,
+                    Some(row) if row.state.status.in_rollout() => Box::pin(step(&self.0, id)).await,
                     _ => Ok(()),
                 }
             })
