@@ -204,6 +204,155 @@ fn what_others_could_reach_is_not_served_to_everybody_or_in_the_clear() {
 }
 
 #[test]
+fn behind_a_proxy_tokens_are_asked_for_on_loopback_too() {
+    let proxy = "--tls-terminated-by-proxy";
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("admin-token");
+    let settings = Settings::default()
+        .arg(proxy)
+        .arg("--admin-token-file")
+        .arg(file.to_str().unwrap());
+    let mut server = Server::start(settings);
+    refused(
+        &server.cli(&["project", "list", "--output", "json"]),
+        "unauthenticated",
+    );
+    // The first token is in the file, for its owner alone, and not in what was printed.
+    assert!(server.process().facts()["admin_token"].is_null());
+    let token = std::fs::read_to_string(&file).unwrap().trim().to_owned();
+    ok(&server, &token, &["token", "list"]);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = std::fs::metadata(&file).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+    let (_, secret) = token.rsplit_once('_').unwrap();
+    let found = containing(server.folder().path(), secret);
+    assert!(found.is_empty(), "{found:?}");
+    server.stop();
+    server.settings().args = vec![proxy.to_owned(), "--auth".to_owned(), "open".to_owned()];
+    let open = server.try_restart_with(&[]).unwrap_err();
+    assert!(
+        format!("{open:?}").contains("open_behind_proxy"),
+        "{open:?}"
+    );
+}
+
+#[test]
+fn a_token_that_was_kept_is_not_lost_by_another_login() {
+    let (server, admin) = guarded();
+    let elsewhere = Server::start(Settings::default().arg("--auth").arg("required"));
+    let other = elsewhere.process().fact("admin_token");
+    let create = ["token", "create", "reads", "--role", "viewer"];
+    let viewer = ok(&server, &admin, &create).stdout.trim().to_owned();
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.toml");
+    let run = |token: &str, args: &[&str]| {
+        let file = folder.path().join("token");
+        std::fs::write(&file, token).unwrap();
+        let mut command = daybook();
+        command.env("DAYBOOK_CONFIG", &config).args(args);
+        command.args(["--output", "json"]);
+        if args[0] == "login" {
+            command.arg("--token-file").arg(&file);
+        }
+        Done::of(&mut command)
+    };
+    let (url, other_url) = (server.url(), elsewhere.url());
+    let done = run(&admin, &["login", "--server", &url]);
+    assert_eq!(done.code, 0, "{done:?}");
+    // The port is in the name: another server of this machine has another.
+    let name = done.json()["context"].as_str().unwrap().to_owned();
+    assert_eq!(url, format!("http://{name}"));
+    let kept = || run("", &["whoami", "--context", &name]).json()["actor"]["id"].clone();
+    // Another account, and another server under the same name.
+    refused(
+        &run(&viewer, &["login", "--server", &url]),
+        "context_exists",
+    );
+    let taken = ["login", "--server", &other_url, "--name", &name];
+    refused(&run(&other, &taken), "context_exists");
+    assert_eq!(kept(), "admin");
+    // A newer token of the same account takes the place of the one before, and whoever says so
+    // forgets it.
+    assert_eq!(run(&admin, &["login", "--server", &url]).code, 0);
+    let replaced = run(&viewer, &["login", "--server", &url, "--replace"]);
+    assert_eq!(replaced.code, 0, "{replaced:?}");
+    assert_eq!(kept(), "reads");
+
+    // Of several contexts of a server the current one gives the token.
+    for (token, name) in [(&admin, "a"), (&viewer, "b")] {
+        let done = run(token, &["login", "--server", &url, "--name", name]);
+        assert_eq!(done.code, 0, "{done:?}");
+    }
+    let who =
+        |args: &[&str]| run("", &[&["whoami"][..], args].concat()).json()["actor"]["id"].clone();
+    assert_eq!(who(&["--server", &url]), "reads");
+    run("", &["context", "use", "a"]);
+    assert_eq!(who(&["--server", &url]), "admin");
+    // A context that is named goes before the environment, with its own token.
+    let mut named = daybook();
+    named.env("DAYBOOK_CONFIG", &config);
+    named
+        .env("DAYBOOK_URL", &other_url)
+        .env("DAYBOOK_TOKEN", &other);
+    let named = Done::of(named.args(["whoami", "--context", "b", "--output", "json"]));
+    assert_eq!(named.json()["actor"]["id"], "reads", "{named:?}");
+}
+
+#[test]
+fn no_token_leaves_the_machine_in_the_clear() {
+    let mut command = daybook();
+    let token = format!("daybook_{}_{}", "0".repeat(12), "0".repeat(64));
+    command.env("DAYBOOK_TOKEN", &token);
+    let args = ["project", "list", "--output", "json", "--server"];
+    // Nobody answers at this address, which is for documentation alone.
+    let done = Done::of(command.args(args).arg("http://192.0.2.1:7070"));
+    refused(&done, "token_in_the_clear");
+    assert!(done.stderr.contains("--insecure"), "{done:?}");
+}
+
+#[test]
+fn a_rotation_takes_an_end_away_only_if_that_is_said() {
+    let (server, admin) = guarded();
+    ok(
+        &server,
+        &admin,
+        &["token", "create", "ci", "--role", "viewer"],
+    );
+    let end = || {
+        let listed = ok(&server, &admin, &json(&["token", "list"])).json();
+        let tokens = listed["tokens"].as_array().unwrap();
+        let token = tokens.iter().find(|t| t["name"] == "ci").unwrap();
+        token["expires_at"].clone()
+    };
+    let first = end();
+    assert!(first.is_string(), "{first}");
+    ok(&server, &admin, &["token", "rotate", "ci"]);
+    assert_eq!(end(), first);
+    ok(
+        &server,
+        &admin,
+        &["token", "rotate", "ci", "--expires", "never"],
+    );
+    assert!(end().is_null(), "{}", end());
+    // The last that administers without an end keeps it.
+    let done = with(
+        &server,
+        &admin,
+        &json(&["token", "rotate", "admin", "--expires", "90d"]),
+    );
+    refused(&done, "last_admin");
+    let second = ["token", "create", "second", "--role", "admin"];
+    ok(&server, &admin, &second);
+    refused(
+        &with(&server, &admin, &json(&["token", "revoke", "admin"])),
+        "last_admin",
+    );
+}
+
+#[test]
 fn a_login_is_kept_for_its_server_alone() {
     let (server, admin) = guarded();
     let config = server.folder().path().join("config/config.toml");

@@ -54,6 +54,7 @@ impl Client {
     }
 
     fn of(args: &ServerArgs, target: Target) -> Result<Self, Failure> {
+        let in_the_clear = target.is_in_the_clear();
         let base = target.server;
         if !base.starts_with("http://") && !base.starts_with("https://") {
             return Err(Failure::new(
@@ -65,6 +66,17 @@ impl Client {
                 ),
             )
             .hint("use http://HOST:PORT or https://HOST, in --server or DAYBOOK_URL"));
+        }
+        if target.token.is_some() && in_the_clear && !target.insecure {
+            return Err(Failure::new(
+                Code::Usage,
+                "token_in_the_clear",
+                format!(
+                    "the token would go to {} in the clear, for everybody on the way to read",
+                    without_credentials(&base)
+                ),
+            )
+            .hint("use https, or add --insecure if nobody else is on the way"));
         }
         let http = reqwest::Client::builder()
             .no_proxy()
@@ -178,6 +190,10 @@ impl Client {
     /// GET of what a server answers with, ready or not.
     pub async fn even_if_unready(&self, path: &str) -> Result<Value, Failure> {
         let request = self.http.get(format!("{}{path}", self.base));
+        let request = match &self.token {
+            Some(token) => request.bearer_auth(token.text()),
+            None => request,
+        };
         let answer = request.timeout(Duration::from_secs(10)).send().await;
         let answer = answer.map_err(|e| self.unreachable(&e))?;
         match answer.status().as_u16() {
@@ -253,6 +269,7 @@ impl Client {
                 .http
                 .request(method.clone(), format!("{}{path}", self.base))
                 .header("Idempotency-Key", &key)
+                .header("Daybook-Min-Position", self.position())
                 .timeout(Duration::from_secs(30))
                 .json(body);
             match self.send(request).await {
@@ -288,7 +305,8 @@ impl Client {
             .http
             .get(format!("{}{path}", self.base))
             .query(&query)
-            .header("Accept", "text/event-stream");
+            .header("Accept", "text/event-stream")
+            .header("Daybook-Min-Position", self.position());
         if let Some(id) = last_id {
             request = request.header("Last-Event-ID", id);
         }

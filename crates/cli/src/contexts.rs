@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io::{ErrorKind, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
@@ -53,6 +53,9 @@ pub struct Context {
     /// What it is shown.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token: Option<Token>,
+    /// Whether the token may go to it in the clear.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub insecure: bool,
 }
 
 /// The file.
@@ -74,9 +77,28 @@ pub struct Target {
     pub server: String,
     /// The token.
     pub token: Option<Token>,
+    /// Whether it may go there in the clear.
+    pub insecure: bool,
 }
 
-fn unusable(file: &std::path::Path, why: impl fmt::Display) -> Failure {
+impl Target {
+    /// Whether what is sent to the server leaves this machine as it is written.
+    pub fn is_in_the_clear(&self) -> bool {
+        url::Url::parse(&self.server)
+            .is_ok_and(|url| url.scheme() == "http" && !on_this_machine(&url))
+    }
+}
+
+fn on_this_machine(url: &url::Url) -> bool {
+    match url.host() {
+        Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+        Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
+        Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
+        None => false,
+    }
+}
+
+fn unusable(file: &Path, why: impl fmt::Display) -> Failure {
     Failure::new(
         Code::Usage,
         "config_unusable",
@@ -144,7 +166,7 @@ impl Contexts {
     /// Writes the file, whole or not at all, for nobody else to read.
     pub fn save(&self) -> Result<PathBuf, Failure> {
         let file = path()?;
-        let folder = file.parent().unwrap_or(std::path::Path::new("."));
+        let folder = file.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder).map_err(|e| unusable(&file, e))?;
         let text = toml::to_string_pretty(self).map_err(|e| unusable(&file, e))?;
         let text = Zeroizing::new(text);
@@ -177,41 +199,63 @@ impl Contexts {
 /// Which server the arguments, the environment and the file name, in this order.
 pub fn target(args: &ServerArgs) -> Result<Target, Failure> {
     let file = Contexts::load()?;
-    // Clap has read the environment where the flag is not given.
-    let chosen = match (&args.context, &args.server) {
+    let (url, name) = match (&args.server, &args.context) {
+        (None, None) => match variable("DAYBOOK_URL") {
+            Some(url) => (Some(url), None),
+            None => (None, variable("DAYBOOK_CONTEXT")),
+        },
+        (url, name) => (url.clone(), name.clone()),
+    };
+    let current = file.current.as_ref().and_then(|n| file.contexts.get(n));
+    let chosen = match (&name, &url) {
         (Some(name), _) => Some(file.find(name)?),
         (None, Some(_)) => None,
-        (None, None) => file.current.as_ref().and_then(|n| file.contexts.get(n)),
+        (None, None) => current,
     };
-    let named = args.server.as_deref();
-    let server = named.or(chosen.map(|c| c.server.as_str()));
+    let server = url.as_deref().or(chosen.map(|c| c.server.as_str()));
     let server = server
         .unwrap_or(DEFAULT_SERVER)
         .trim_end_matches('/')
         .to_owned();
-    let kept = || {
-        let fits = |c: &&Context| c.server.trim_end_matches('/') == server;
-        let context = chosen
-            .filter(fits)
-            .or_else(|| file.contexts.values().find(fits));
-        context.and_then(|c| c.token.clone())
+    // Of several contexts of the server, the one that commands go to anyway.
+    let fits = |c: &&Context| c.server.trim_end_matches('/') == server;
+    let context = chosen
+        .or_else(|| current.filter(fits))
+        .or_else(|| file.contexts.values().find(fits));
+    let kept = || context.and_then(|c| c.token.clone());
+    let token = match (&args.token_file, &args.context) {
+        // Whoever names a context means its token: another one would go to a server it is not for.
+        (None, Some(_)) if kept().is_some() => kept(),
+        _ => match (token_file(args), variable(TOKEN)) {
+            (Some(file), _) => Some(read_token(&file)?),
+            (None, Some(token)) => Some(Token::new(&token)),
+            (None, None) => kept(),
+        },
     };
-    let token = match &args.token_file {
-        Some(file) => {
-            let text = fs::read_to_string(file).map(Zeroizing::new).map_err(|e| {
-                Failure::new(
-                    Code::Usage,
-                    "token_unreadable",
-                    format!("the token file {} cannot be read: {e}", file.display()),
-                )
-            })?;
-            Some(Token::new(&text))
-        }
-        None => std::env::var(TOKEN)
-            .ok()
-            .filter(|t| !t.trim().is_empty())
-            .map(|t| Token::new(&t))
-            .or_else(kept),
-    };
-    Ok(Target { server, token })
+    Ok(Target {
+        server,
+        token,
+        insecure: args.insecure || context.is_some_and(|c| c.insecure),
+    })
+}
+
+/// The file with the token, if the arguments or the environment name one.
+pub fn token_file(args: &ServerArgs) -> Option<PathBuf> {
+    let named = || variable("DAYBOOK_TOKEN_FILE").map(PathBuf::from);
+    args.token_file.clone().or_else(named)
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|v| !v.trim().is_empty())
+}
+
+fn read_token(file: &Path) -> Result<Token, Failure> {
+    let text = fs::read_to_string(file).map(Zeroizing::new).map_err(|e| {
+        Failure::new(
+            Code::Usage,
+            "token_unreadable",
+            format!("the token file {} cannot be read: {e}", file.display()),
+        )
+    })?;
+    Ok(Token::new(&text))
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use daybook_api::access::{AccessMode, token::SecretToken};
+use daybook_api::access::AccessMode;
 use daybook_api::catalogue::Catalogue;
 use daybook_api::{AppState, Gateway as PublicGateway, Parts, Settings as ApiSettings};
 use daybook_events::lines::{LineLog, LineSource};
@@ -48,7 +48,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::access::Access;
+use crate::access::{Access, Made};
 use crate::attestor::LedgerKeys;
 use crate::builds::{self, BuildArgs};
 use crate::bulletin::NatsBulletin;
@@ -203,7 +203,7 @@ pub fn nats_options(options: &NodeOptions) -> Option<NatsOptions> {
 pub struct Node {
     options: NodeOptions,
     listening: Option<SocketAddr>,
-    made_token: Option<SecretToken>,
+    made_token: Option<Made>,
     gateway: Option<Gateway>,
     warnings: Vec<String>,
     log_line: String,
@@ -556,6 +556,7 @@ impl Node {
             settings.access = options.access.mode;
             settings.oidc = options.access.oidc.clone();
             settings.rate = options.access.rate;
+            settings.streams_max = options.access.streams_max;
             settings.tls = options.access.tls.clone();
             settings.allow_private_webhooks = options.allow_private_webhooks;
             settings.gateway = PublicGateway {
@@ -669,8 +670,8 @@ impl Node {
         }
     }
 
-    /// The token that this start has made, to be shown once.
-    pub fn made_token(&self) -> Option<&SecretToken> {
+    /// The token that this start has made.
+    pub fn made_token(&self) -> Option<&Made> {
         self.made_token.as_ref()
     }
 
@@ -745,7 +746,14 @@ impl Node {
                 AccessMode::Open => "open",
                 AccessMode::Required => "required",
             },
-            "admin_token": self.made_token.as_ref().map(|t| t.reveal().to_string()),
+            "admin_token": match &self.made_token {
+                Some(Made::Shown(token)) => Some(token.reveal().to_string()),
+                _ => None,
+            },
+            "admin_token_file": match &self.made_token {
+                Some(Made::Written(file)) => Some(file),
+                _ => None,
+            },
             "gateway": self.gateway_url(),
             "log": self.log_line,
             "origin": self.origin,

@@ -18,9 +18,12 @@ use crate::output::{self, Row, Table};
 pub struct LoginArgs {
     #[command(flatten)]
     server: ServerArgs,
-    /// What the context is called; the server's host if not given.
+    /// What the context is called; the server's host and port if not given.
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// Forget what the context of that name has had, also if it is of another server or account.
+    #[arg(long)]
+    replace: bool,
 }
 
 /// Forget a context with its token. The token itself is still taken: `daybook token revoke` ends it.
@@ -58,14 +61,20 @@ pub async fn login(args: LoginArgs) -> Outcome {
     let mut file = Contexts::load()?;
     let target = contexts::target(&args.server)?;
     let name = args.name.clone().or(args.server.context.clone());
-    let name = name.unwrap_or_else(|| host(&target.server));
-    let from = args.server.token_file.as_deref();
-    let token = Token::new(&read_hidden(from, "token (not shown): ")?);
+    let name = name.unwrap_or_else(|| host_and_port(&target.server));
+    let from = contexts::token_file(&args.server);
+    let token = Token::new(&read_hidden(from.as_deref(), "token (not shown): ")?);
     let client = Client::with_token(&args.server, Some(token.clone()))?;
     let who: Value = client.get("/api/v1/whoami", &[]).await?;
+    if !args.replace
+        && let Some(kept) = file.contexts.get(&name)
+    {
+        must_be_another_of_the_same(&args.server, &name, kept, &client, &who).await?;
+    }
     let context = Context {
         server: client.base().to_owned(),
         token: Some(token),
+        insecure: target.insecure,
     };
     file.contexts.insert(name.clone(), context);
     file.current = Some(name.clone());
@@ -76,12 +85,6 @@ pub async fn login(args: LoginArgs) -> Outcome {
         );
         return Ok(Code::Success);
     }
-    if client.shown().starts_with("http://") && !on_this_machine(client.base()) {
-        let warning = output::style().warn("warning:");
-        output::line(&format!(
-            "{warning} the token goes to this server in the clear"
-        ));
-    }
     output::line(&format!(
         "{} {} at {} as {}: {}",
         output::style().good("logged in"),
@@ -91,6 +94,55 @@ pub async fn login(args: LoginArgs) -> Outcome {
         grants(&who["grants"])
     ));
     Ok(Code::Success)
+}
+
+/// Refuses to forget a token that is no older one of the same account on the same server: it was shown
+/// once, and may be the only one of its kind.
+async fn must_be_another_of_the_same(
+    args: &ServerArgs,
+    name: &str,
+    kept: &Context,
+    client: &Client,
+    who: &Value,
+) -> Result<(), Failure> {
+    let Some(token) = &kept.token else {
+        return Ok(());
+    };
+    let of_another = |what: &str| {
+        Failure::new(
+            Code::Refused,
+            "context_exists",
+            format!("the context {name} has the token of {what}, which nobody can show again"),
+        )
+        .hint("keep this one under another name with --name, or that one no longer with --replace")
+    };
+    if kept.server.trim_end_matches('/') != client.base() {
+        return Err(of_another(&format!(
+            "another server, {}",
+            shown(&kept.server)
+        )));
+    }
+    let earlier = Client::with_token(args, Some(token.clone()))?;
+    match earlier.get::<Value>("/api/v1/whoami", &[]).await {
+        Ok(earlier) if earlier["actor"] == who["actor"] => Ok(()),
+        Ok(earlier) => {
+            let id = earlier["actor"]["id"].as_str().unwrap_or_default();
+            Err(of_another(&format!("another account, {id}")))
+        }
+        // What is not taken any more is no loss.
+        Err(failure) if is_no_good(&failure.kind) => Ok(()),
+        Err(failure) => Err(failure),
+    }
+}
+
+fn is_no_good(code: &str) -> bool {
+    [
+        "unknown_token",
+        "token_revoked",
+        "token_expired",
+        "invalid_credential",
+    ]
+    .contains(&code)
 }
 
 pub fn logout(args: LogoutArgs) -> Outcome {
@@ -192,19 +244,17 @@ fn shown(server: &str) -> String {
     daybook_events::without_credentials(server)
 }
 
-fn host(server: &str) -> String {
-    let parsed = url::Url::parse(server).ok();
-    let host = parsed.as_ref().and_then(url::Url::host_str);
-    host.unwrap_or("default").to_owned()
-}
-
-fn on_this_machine(server: &str) -> bool {
-    url::Url::parse(server).is_ok_and(|url| match url.host() {
-        Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
-        Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
-        Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
-        None => false,
-    })
+/// What tells servers apart: `daybook.example`, and `127.0.0.1:7070` where the port is not its
+/// scheme's own.
+fn host_and_port(server: &str) -> String {
+    let Ok(url) = url::Url::parse(server) else {
+        return "default".to_owned();
+    };
+    match (url.host_str(), url.port()) {
+        (Some(host), Some(port)) => format!("{host}:{port}"),
+        (Some(host), None) => host.to_owned(),
+        (None, _) => "default".to_owned(),
+    }
 }
 
 /// Grants in words: `deployer in shop; viewer everywhere`.

@@ -96,22 +96,23 @@ pub struct Global {
 /// Which server a command talks to.
 #[derive(Debug, Clone, Args)]
 pub struct ServerArgs {
-    /// The server.
-    #[arg(long, env = "DAYBOOK_URL", hide_env_values = true, value_name = "URL")]
+    // The environment is read where the server is found: a flag goes before all of it, and clap would
+    // take it for a flag.
+    /// The server, in place of the one of DAYBOOK_URL.
+    #[arg(long, value_name = "URL")]
     pub server: Option<String>,
-    /// One of the servers that `daybook login` has kept, with its token; the current one if neither
-    /// this nor a server is named, and http://127.0.0.1:7070 if there is none.
-    #[arg(
-        long,
-        env = "DAYBOOK_CONTEXT",
-        value_name = "NAME",
-        conflicts_with = "server"
-    )]
+    /// One of the servers that `daybook login` has kept, with its token, in place of the one of
+    /// DAYBOOK_CONTEXT; the current one if no server is named either, and http://127.0.0.1:7070 if
+    /// there is none.
+    #[arg(long, value_name = "NAME", conflicts_with = "server")]
     pub context: Option<String>,
-    /// A file with the token to be shown to the server, in place of DAYBOOK_TOKEN and of the one
-    /// that is kept.
-    #[arg(long, env = "DAYBOOK_TOKEN_FILE", value_name = "FILE")]
+    /// A file with the token to be shown to the server, in place of DAYBOOK_TOKEN, of the file of
+    /// DAYBOOK_TOKEN_FILE and of the one that is kept.
+    #[arg(long, value_name = "FILE")]
     pub token_file: Option<std::path::PathBuf>,
+    /// Let the token go to a server on another machine in the clear: over http.
+    #[arg(long, env = "DAYBOOK_INSECURE")]
+    pub insecure: bool,
     /// Who you are, for the ledger of a server that asks for no token: an account name.
     #[arg(long, env = "DAYBOOK_ACTOR", value_name = "NAME")]
     pub actor: Option<String>,
@@ -124,6 +125,7 @@ impl ServerArgs {
             server: Some(server),
             context: None,
             token_file: None,
+            insecure: false,
             actor,
         }
     }

@@ -9,7 +9,7 @@ use daybook_events::timer::KeepFor;
 use daybook_store::tlog::NotaryOptions;
 
 use super::Outcome;
-use crate::access::AccessArgs;
+use crate::access::{AccessArgs, Made};
 use crate::builds::BuildArgs;
 use crate::endpoint_checks;
 use crate::exit::{Code, Failure};
@@ -291,11 +291,16 @@ pub fn announce(node: &Node) {
             node.access_line()
         ));
     }
-    if let Some(token) = node.made_token() {
-        output::line(&format!(
+    match node.made_token() {
+        None => {}
+        Some(Made::Shown(token)) => output::line(&format!(
             "  admin token     {}  (may do everything; shown this once: keep it with `daybook login`)",
             *token.reveal()
-        ));
+        )),
+        Some(Made::Written(file)) => output::line(&format!(
+            "  admin token     in {}  (may do everything: keep it with `daybook login`)",
+            file.display()
+        )),
     }
     if let Some(url) = node.gateway_url() {
         output::line(&format!(
