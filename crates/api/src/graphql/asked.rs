@@ -107,6 +107,12 @@ impl Asked {
         Ok(allowed.map_err(|denied| denied_project(denied, project))?)
     }
 
+    /// Refuses what nobody may do who may not do it in any project, as the door does for an address:
+    /// before anything is looked up.
+    pub(super) fn may_somewhere(&self, verb: Verb) -> Result<(), Problem> {
+        Ok(authorise(&self.principal, verb, Over::Some)?)
+    }
+
     /// A deployment that may be seen; others look like one that does not exist.
     pub(super) fn deployment(&self, id: DeploymentId) -> Result<DeploymentRow, Problem> {
         let row = self.state.commands.deployment(id)?;

@@ -14,6 +14,7 @@ use super::deploy_run::DeployRun;
 use super::objects::{Environment, MainSwitch, RoutesSet, Switch, SwitchMode};
 use super::project::Project;
 use super::query::project_name;
+use crate::access::Verb;
 use crate::commands::{Configure, Deploy, DeployTemplate, Lifecycle, Redeploy, RunOverrides, What};
 use crate::extract::{Command, Named, NoParams, Params, deployment_id};
 use crate::problem::Problem;
@@ -533,7 +534,9 @@ impl Operating {
         ctx: &Context<'_>,
         input: DeployTemplateInput,
     ) -> Result<DeployRun> {
-        let Asked { state, .. } = asked(ctx);
+        let asked = asked(ctx);
+        asked.may_somewhere(Verb::Deploy)?;
+        let state = &asked.state;
         let caller = caller(ctx, input.idempotency_key.as_deref())?;
         let name = TemplateName::parse(input.template).map_err(Problem::from)?;
         let (_, template) = state
@@ -588,7 +591,9 @@ impl Operating {
         description: Option<String>,
         idempotency_key: Option<String>,
     ) -> Result<Project> {
-        let Asked { state, .. } = asked(ctx);
+        let asked = asked(ctx);
+        asked.may_somewhere(Verb::Administer)?;
+        let state = &asked.state;
         let found = ProjectName::parse(name.clone()).map_err(Problem::from)?;
         let command = Command {
             caller: caller(ctx, idempotency_key.as_deref())?,

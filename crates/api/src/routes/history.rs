@@ -341,12 +341,10 @@ pub(crate) async fn listed(
 }
 
 /// Rows of the audit that one answer looks at, about: what it did not get to comes with the next
-/// page.
+/// page. One may have few rows, or none, and still not be the last.
 const AUDIT_LOOK: usize = 20_000;
 
-/// Who did what, when, why, and what led to it, newest first: one row for each event. Where few of
-/// many rows fit, a page may have few, or none, and still not be the last: as long as there is a
-/// `next`, the list goes on.
+/// Who did what, when, why, and what led to it, newest first: one row for each event.
 #[utoipa::path(get, path = "/api/v1/audit", tag = "history", params(AuditQuery),
     responses((status = 200, description = "The audit.", body = AuditList)))]
 pub(crate) async fn list_audit(
