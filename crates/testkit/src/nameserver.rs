@@ -155,7 +155,7 @@ impl RequestHandler for Zone {
     ) -> ResponseInfo {
         let mut metadata = Metadata::response_from_request(&request.metadata);
         metadata.authoritative = true;
-        let unanswered = || {
+        let unanswered = move || {
             ResponseInfo::from(Header {
                 metadata,
                 counts: HeaderCounts::default(),
@@ -170,7 +170,6 @@ impl RequestHandler for Zone {
             return unanswered();
         }
         let records = self.records(&name, asked.query.query_type());
-        let mut metadata = metadata;
         if let Err(code) = records {
             metadata.response_code = code;
         }
