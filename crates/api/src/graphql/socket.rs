@@ -291,12 +291,12 @@ impl Connection {
         let shown = HeaderMap::from_iter([(header::AUTHORIZATION, value)]);
         let recognised = recognise_later(&state, *peer, &shown).await;
         let recognised = recognised.and_then(|principal| {
+            let lease = state.access.stream(&principal, &state.cancel)?;
             let asked = Asked::new(state.clone(), principal, headers)?;
-            Ok(asked.without_key())
+            Ok((asked.without_key(), lease))
         });
         match recognised {
-            Ok(recognised) => {
-                let lease = state.access.lease(&recognised.principal, &state.cancel);
+            Ok((recognised, lease)) => {
                 *asked = recognised;
                 Ok(lease)
             }
