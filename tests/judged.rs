@@ -24,7 +24,8 @@ fn python() -> Option<PathBuf> {
     judge("DAYBOOK_JUDGES_PYTHON", "the judges in Python")
 }
 
-fn node() -> Option<PathBuf> {
+/// Where the packages of Node.js are that judge.
+pub fn node() -> Option<PathBuf> {
     judge("DAYBOOK_JUDGES_NODE", "the judges of Node.js").map(|folder| folder.join("node_modules"))
 }
 

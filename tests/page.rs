@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use crate::judged::node;
 use crate::support::{Browser, Done, Server, Settings, application, replace_flags};
 
 const INSTANCE: &str = "shop.production.web";
@@ -145,6 +146,9 @@ fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
     let Some(mut page) = Browser::open(&server.url(), (390, 800)) else {
         return;
     };
+    let axe = node().map(|modules| {
+        std::fs::read_to_string(modules.join("axe-core/axe.min.js")).expect("axe-core is there")
+    });
     page.shows("web production");
     let views = [
         "",
@@ -152,6 +156,7 @@ fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
         "routes",
         "history",
         "approvals",
+        "delivery",
         "ledger",
         "ledger/1",
     ];
@@ -164,6 +169,7 @@ fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
             "routes" => "Where each address leads",
             "history" => "Choose two",
             "approvals" => "Nothing waits",
+            "delivery" => "1 (0.03 a day)",
             "ledger" if view.contains('/') => "In this browser",
             "ledger" => "The ledger",
             _ => "What can be done",
@@ -177,6 +183,10 @@ fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
                 .map((e) => e.outerHTML)",
         );
         assert_eq!(nameless, json!([]), "{view}");
+        for (dark, axe) in [false, true].into_iter().zip(axe.iter().cycle()) {
+            page.prefers_dark(dark);
+            assert_eq!(page.barriers(axe), json!([]), "{view}, dark: {dark}");
+        }
     }
     assert_eq!(page.complaints(), Vec::<String>::new());
 }

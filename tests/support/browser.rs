@@ -142,6 +142,28 @@ impl Browser {
         result["result"]["value"].clone()
     }
 
+    /// Whether its reader prefers dark colours.
+    pub fn prefers_dark(&mut self, dark: bool) {
+        let value = if dark { "dark" } else { "light" };
+        let feature = json!({ "name": "prefers-color-scheme", "value": value });
+        self.order(
+            "Emulation.setEmulatedMedia",
+            json!({ "features": [feature] }),
+        );
+    }
+
+    /// What of the page keeps people from it, by the rules of axe-core: what is serious, or worse.
+    pub fn barriers(&mut self, axe: &str) -> Value {
+        if self.evaluate("typeof axe") == "undefined" {
+            self.evaluate(&format!("{axe}; 1"));
+        }
+        self.evaluate(
+            "axe.run(document, { resultTypes: ['violations'] }).then(({ violations }) =>
+                violations.filter((v) => ['serious', 'critical'].includes(v.impact)).map((v) =>
+                    `${v.id}: ${v.nodes.map((n) => n.html + ' ' + n.failureSummary).join('; ')}`))",
+        )
+    }
+
     /// Waits until the page shows a text.
     #[track_caller]
     pub fn shows(&mut self, text: &str) {

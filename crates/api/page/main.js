@@ -8,6 +8,7 @@ import { history } from "./history.js";
 import { environments } from "./environments.js";
 import { routes } from "./routes.js";
 import { approvals } from "./approvals.js";
+import { delivery } from "./delivery.js";
 import { ledger } from "./ledger.js";
 
 const VIEWS = [
@@ -16,6 +17,7 @@ const VIEWS = [
   { path: "routes", name: "Routes", show: routes },
   { path: "history", name: "History", show: history },
   { path: "approvals", name: "Approvals", show: approvals },
+  { path: "delivery", name: "Delivery", show: delivery },
   { path: "ledger", name: "Ledger", show: ledger },
   { path: "deployments", show: deployment },
 ];

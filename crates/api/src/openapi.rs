@@ -120,9 +120,10 @@ const REPOSITORY: &str = r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?\.git$";
 fn with_named_variants(mut schemas: Map<String, Value>) -> Map<String, Value> {
     let mut named = Vec::new();
     for (union, schema) in &mut schemas {
-        let variants = schema["oneOf"].as_array_mut().into_iter().flatten();
-        for variant in variants {
-            let Some(properties) = variant["properties"].as_object_mut() else {
+        let variants = schema.get_mut("oneOf").and_then(Value::as_array_mut);
+        for variant in variants.into_iter().flatten() {
+            let properties = variant.get_mut("properties");
+            let Some(properties) = properties.and_then(Value::as_object_mut) else {
                 continue;
             };
             if properties.len() != 1 {

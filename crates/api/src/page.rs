@@ -44,6 +44,7 @@ static FILES: LazyLock<Vec<File>> = LazyLock::new(|| {
         "merkle.js": "text/javascript; charset=utf-8",
         "overview.js": "text/javascript; charset=utf-8",
         "deployment.js": "text/javascript; charset=utf-8",
+        "delivery.js": "text/javascript; charset=utf-8",
         "history.js": "text/javascript; charset=utf-8",
         "environments.js": "text/javascript; charset=utf-8",
         "routes.js": "text/javascript; charset=utf-8",
