@@ -6,9 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use daybook_testkit::nats::{NatsBinary, NatsServer};
+use serde_json::Value;
 
 use crate::support::{Server, Settings, site};
 
+/// The header that says what position an answer needs.
+const WAITS: &str = "#/components/parameters/MinPosition";
 const INSTANCE: &str = "shop.production.web";
 
 /// What an environment variable names, or nothing, after saying so.
@@ -157,11 +160,24 @@ fn a_fuzzer_finds_that_the_server_does_what_its_document_says() {
     server.define("shop", "web", &source, &[]);
     server.deploy(INSTANCE, &[]);
     let folder = tempfile::tempdir().unwrap();
+    let document = document(&server, folder.path());
+    // What is followed never ends, and a position that is not reached yet is waited for.
+    let mut asked: Value = serde_json::from_slice(&std::fs::read(&document).unwrap()).unwrap();
+    let operations = asked["paths"].as_object_mut().unwrap().values_mut();
+    for operation in operations.flat_map(|o| o.as_object_mut().unwrap().values_mut()) {
+        let waits = |p: &Value| p["name"] == "follow" || p["$ref"] == WAITS;
+        let parameters = operation["parameters"].as_array_mut();
+        parameters.unwrap().retain(|p| !waits(p));
+    }
+    std::fs::write(&document, asked.to_string()).unwrap();
     ok(Command::new(python)
         .current_dir(folder.path())
         .args(["-m", "schemathesis.cli", "--config-file"])
         .arg(file("tests/judges/schemathesis.toml"))
-        .args(["run", &server.url(), "--no-color", "--continue-on-failure"])
-        .args(["--phases", "examples,coverage,fuzzing", "-n", "10"])
+        .args(["run", "openapi.json", "--url", &server.url()])
+        .args(["--no-color", "--continue-on-failure"])
+        // What git sends is of git.
+        .args(["--exclude-path-regex", "^/git/"])
+        .args(["--phases", "examples,coverage,fuzzing", "-n", "5"])
         .args(["--request-timeout", "30", "--generation-deterministic"]));
 }

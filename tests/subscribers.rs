@@ -140,7 +140,7 @@ fn a_follower_for_whom_nothing_came_yet_outlives_a_restart() {
     // Long enough for it to find nobody there.
     std::thread::sleep(Duration::from_secs(2));
     server.restart();
-    server.define("shop", "other", &application("--text two"), &[]);
+    server.service("shop", "other", &application("--text two"), &[]);
     until("the event", || {
         let followed = std::fs::read_to_string(&file).unwrap();
         followed.contains("\"other\"").then_some(())

@@ -111,6 +111,10 @@ impl Browser {
             let answer = self.answers.recv_timeout(PATIENCE);
             let answer = answer.unwrap_or_else(|_| panic!("no answer to {order}"));
             if answer["id"] == self.number {
+                // The page that was asked is gone: another one comes, and whoever waits asks again.
+                if answer["error"]["message"] == "Inspected target navigated or closed" {
+                    return Value::Null;
+                }
                 assert!(answer["error"].is_null(), "{order}: {answer}");
                 return answer["result"].clone();
             }

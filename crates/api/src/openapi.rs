@@ -46,7 +46,7 @@ pub(crate) fn complete(document: OpenApi) -> Value {
             };
             for (method, operation) in operations {
                 if let Some(operation) = operation.as_object_mut() {
-                    describe_parameters(operation);
+                    describe_parameters(path, operation);
                     common(path, method, operation);
                 }
             }
@@ -74,14 +74,22 @@ pub(crate) fn complete(document: OpenApi) -> Value {
     document
 }
 
-fn describe_parameters(operation: &mut Map<String, Value>) {
+fn describe_parameters(path: &str, operation: &mut Map<String, Value>) {
     let parameters = operation
         .get_mut("parameters")
         .and_then(Value::as_array_mut);
     for described in parameters.into_iter().flatten() {
-        if described["schema"]["type"] == "string"
-            && let Some(known) = described["name"].as_str().and_then(parameter)
-        {
+        let typed = &described["schema"]["type"];
+        if typed != "string" && typed != "integer" {
+            continue;
+        }
+        let known = match described["name"].as_str() {
+            Some("after") if path.ends_with("/logs") => {
+                Some(json!({ "type": "string", "pattern": CURSOR_OF_LINES }))
+            }
+            name => name.and_then(parameter),
+        };
+        if let Some(known) = known {
             described["schema"] = known;
         }
     }
@@ -106,10 +114,23 @@ fn parameter(name: &str) -> Option<Value> {
         "instance_id" => json!({ "type": "string", "pattern": INSTANCE }),
         "repository" => json!({ "type": "string", "pattern": REPOSITORY }),
         "cursor" => json!({ "type": "string", "pattern": "^c1-[0-9a-f]{1,16}$" }),
+        "limit" => json!({ "type": "integer", "minimum": 1, "maximum": 500 }),
+        "after" | "to" => json!({ "type": "string", "pattern": POSITION }),
+        "from" | "until" => json!({ "type": "string", "format": "date-time" }),
+        "at" => json!({ "anyOf": [
+            { "type": "string", "pattern": POSITION }, { "type": "string", "format": "date-time" }
+        ] }),
+        "correlation" => json!({ "type": "string", "format": "uuid" }),
+        "chain" => json!({ "type": "string", "pattern": "^[0-9a-f]{64}$" }),
+        "outcome" => reference("Outcome"),
         _ => return None,
     })
 }
 
+/// A position, in figures.
+const POSITION: &str = "^[0-9]{1,15}$";
+/// The cursor of a line, or of a build's lines and a deployment's.
+const CURSOR_OF_LINES: &str = "^((all|[0-9]{1,15})-)?[0-9]{1,15}$";
 /// `project.environment.service`, each a DNS label of at most 30 characters.
 const INSTANCE: &str = r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?(\.[a-z]([a-z0-9-]{0,28}[a-z0-9])?){2}$";
 /// A project's GitOps repository.

@@ -701,6 +701,7 @@ mod tests {
                 "deployment.cancelled.v1",
                 "deployment.emergency_freeze_override.v1",
                 "deployment.emergency_override.v1",
+                "deployment.endpoint_planes_changed.v1",
                 "deployment.held.v1",
                 "deployment.image_pulled.v1",
                 "deployment.openapi_found.v1",

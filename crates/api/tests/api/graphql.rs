@@ -860,7 +860,10 @@ async fn what_is_no_subscription_has_a_limit_of_time_over_a_socket_too() {
     assert_eq!(message["payload"][0]["extensions"]["code"], "timeout");
     subscribe(&mut socket, "s", "subscription { events { position } }").await;
     say(&mut socket, json!({ "type": "ping" })).await;
-    assert_eq!(text(&mut socket).await, json!({ "type": "pong" }));
+    let said = [text(&mut socket).await, text(&mut socket).await];
+    let mut kinds = said.each_ref().map(|message| message["type"].as_str());
+    kinds.sort_unstable();
+    assert_eq!(kinds, [Some("next"), Some("pong")], "{said:?}");
 }
 
 #[tokio::test]
