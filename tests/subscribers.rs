@@ -136,10 +136,11 @@ fn a_follower_for_whom_nothing_came_yet_outlives_a_restart() {
         let metrics = request(Method::GET, &metrics, &[], None).ok()?.body;
         metrics.contains("daybook_http_streams 1\n").then_some(())
     });
+    let address = server.url().replace("http://", "");
     server.stop();
     // Long enough for it to find nobody there.
     std::thread::sleep(Duration::from_secs(2));
-    server.restart();
+    server.restart_with(&["--listen", &address, "--gateway", "127.0.0.1:0"]);
     server.service("shop", "other", &application("--text two"), &[]);
     until("the event", || {
         let followed = std::fs::read_to_string(&file).unwrap();

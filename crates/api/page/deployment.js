@@ -120,7 +120,7 @@ function line(entry) {
 const LINES = 5000;
 
 function output(id, signal) {
-  const pre = h("pre", { class: "lines", tabindex: "0", "aria-label": "Output of the deployment" });
+  const pre = h("pre", { class: "lines", role: "log", "aria-live": "off", tabindex: "0", "aria-label": "Output of the deployment" });
   const search = h("input", { type: "search", placeholder: "Search" , "aria-label": "Search in the output" });
   const kinds = h("select", { "aria-label": "Kind of lines" }, ["all", "status", "build", "container"].map((k) => h("option", { value: k === "all" ? "" : k }, k)));
   const count = h("span", { class: "quiet", role: "status" });

@@ -38,7 +38,7 @@ pub fn openapi() -> Value {
 pub(crate) fn complete(document: OpenApi) -> Value {
     // A document made of strings, maps and lists can always be written.
     let mut document = serde_json::to_value(document).unwrap_or_default();
-    let schemas = with_named_variants(schemas());
+    let schemas = with_enumerations(with_named_variants(schemas()));
     if let Some(paths) = document["paths"].as_object_mut() {
         for (path, operations) in paths {
             let Some(operations) = operations.as_object_mut() else {
@@ -83,10 +83,16 @@ fn describe_parameters(path: &str, operation: &mut Map<String, Value>) {
         if typed != "string" && typed != "integer" {
             continue;
         }
+        let of_lines = path.ends_with("/logs");
         let known = match described["name"].as_str() {
-            Some("after") if path.ends_with("/logs") => {
+            Some("after") if of_lines => {
                 Some(json!({ "type": "string", "pattern": CURSOR_OF_LINES }))
             }
+            Some("cursor") if of_lines => {
+                Some(json!({ "type": "string", "pattern": CURSOR_OF_SEARCH }))
+            }
+            // Instances are listed by name.
+            Some("cursor") if path == "/api/v1/state" => parameter("instance_id"),
             name => name.and_then(parameter),
         };
         if let Some(known) = known {
@@ -123,6 +129,7 @@ fn parameter(name: &str) -> Option<Value> {
         "correlation" => json!({ "type": "string", "format": "uuid" }),
         "chain" => json!({ "type": "string", "pattern": "^[0-9a-f]{64}$" }),
         "outcome" => reference("Outcome"),
+        "q" => json!({ "type": "string", "minLength": 1 }),
         _ => return None,
     })
 }
@@ -131,10 +138,51 @@ fn parameter(name: &str) -> Option<Value> {
 const POSITION: &str = "^[0-9]{1,15}$";
 /// The cursor of a line, or of a build's lines and a deployment's.
 const CURSOR_OF_LINES: &str = "^((all|[0-9]{1,15})-)?[0-9]{1,15}$";
+/// Where a search through lines goes on.
+const CURSOR_OF_SEARCH: &str = "^[0-9]{1,15}-[bd][0-9]{1,15}$";
 /// `project.environment.service`, each a DNS label of at most 30 characters.
 const INSTANCE: &str = r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?(\.[a-z]([a-z0-9-]{0,28}[a-z0-9])?){2}$";
 /// A project's GitOps repository.
 const REPOSITORY: &str = r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?\.git$";
+
+/// The same with unions of constants as enumerations, which more generators of clients understand.
+/// What each constant means goes to the description of them all.
+fn with_enumerations(mut schemas: Map<String, Value>) -> Map<String, Value> {
+    for schema in schemas.values_mut() {
+        let variants = schema.get("oneOf").and_then(Value::as_array);
+        let constant = |v: &Value| {
+            Some((
+                v.get("const")?.as_str()?.to_owned(),
+                v.get("description").cloned(),
+            ))
+        };
+        let constants =
+            variants.and_then(|all| all.iter().map(constant).collect::<Option<Vec<_>>>());
+        let (Some(constants), Some(schema)) = (constants, schema.as_object_mut()) else {
+            continue;
+        };
+        let mut text = schema
+            .get("description")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned();
+        for (value, meaning) in &constants {
+            if let Some(meaning) = meaning.as_ref().and_then(Value::as_str) {
+                text.push_str(&format!("\n- `{value}`: {meaning}"));
+            }
+        }
+        schema.remove("oneOf");
+        schema.insert("type".to_owned(), "string".into());
+        schema.insert(
+            "enum".to_owned(),
+            constants.into_iter().map(|(value, _)| value).collect(),
+        );
+        if !text.is_empty() {
+            schema.insert("description".to_owned(), text.into());
+        }
+    }
+    schemas
+}
 
 /// The same with a name for what each variant of a tagged union holds: `GitVersion` for `git` of
 /// `Version`. Generators of clients make types of names, and some refuse what has none.

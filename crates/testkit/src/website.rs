@@ -27,12 +27,19 @@ impl Issuer {
     /// # Panics
     /// If there is no randomness.
     pub fn new() -> Self {
+        Self::named("an issuer for tests")
+    }
+
+    /// A new one of this name. Of two with one name, a client takes either for the issuer of what
+    /// the other has signed, and finds the signature wrong.
+    ///
+    /// # Panics
+    /// If there is no randomness.
+    pub fn named(name: &str) -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "an issuer for tests");
+        params.distinguished_name.push(DnType::CommonName, name);
         let key = KeyPair::generate().expect("a key");
         Self(CertifiedIssuer::self_signed(params, key).expect("an issuer"))
     }

@@ -219,7 +219,7 @@ async fn certificates_are_judged_as_browsers_do_and_their_end_is_seen_coming() {
     let soon = are([WELL[0], (Ok, "ExpiresSoon"), WELL[2]]);
     assert_eq!(stage.states().await, soon);
 
-    let stranger = Issuer::new();
+    let stranger = Issuer::named("a stranger");
     stage.website.show(stranger.issue(&[HOST], in_days(90)));
     assert_eq!(stage.states().await, tls((Failing, "UnknownIssuer")));
 

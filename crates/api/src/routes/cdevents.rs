@@ -100,7 +100,7 @@ async fn folded(projections: &Projections, position: Position) {
 #[utoipa::path(get, path = "/api/v1/cdevents", tag = "events",
     params(CdeventQuery,
         ("Last-Event-ID" = Option<u64>, Header,
-            description = "Resumes a stream after this position; goes before `after`.")),
+            description = "Goes on after this position; goes before `after`.")),
     responses((status = 200, description = "The CDEvents.", content(
         (CdeventPage = "application/json"), (String = "text/event-stream")))))]
 pub(crate) async fn list_cdevents(
@@ -112,7 +112,6 @@ pub(crate) async fn list_cdevents(
     let stream = query.follow || accepts(&headers, sse::MEDIA_TYPE);
     let last_id = headers
         .get("last-event-id")
-        .filter(|_| stream)
         .map(|id| extract::position("Last-Event-ID", id.to_str().unwrap_or_default()));
     let after = query.after.as_deref().unwrap_or("0");
     let after = last_id.unwrap_or_else(|| extract::position("after", after))?;

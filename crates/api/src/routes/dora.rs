@@ -66,7 +66,7 @@ pub(crate) async fn get_dora(
     };
     if from >= to {
         return Err(Problem::new(
-            StatusCode::BAD_REQUEST,
+            StatusCode::UNPROCESSABLE_ENTITY,
             "invalid_period",
             format!("there is no time between {from} and {to}"),
             "give a `from` that is before `until`",

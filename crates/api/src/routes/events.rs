@@ -166,7 +166,7 @@ struct SentEvent {
 #[utoipa::path(get, path = "/api/v1/events", tag = "events",
     params(EventQuery,
         ("Last-Event-ID" = Option<u64>, Header,
-            description = "Resumes a stream after this position; goes before `after`.")),
+            description = "Goes on after this position; goes before `after`.")),
     responses((status = 200, description = "The events.", content(
         (EventPage = "application/json"), (String = "text/event-stream"))),
         (status = 101, description = "A WebSocket, which sends a StoredEvent with its `chain` as \
@@ -181,7 +181,6 @@ pub(crate) async fn list_events(
     let stream = query.follow || accepts(&headers, sse::MEDIA_TYPE) || upgrade.is_some();
     let last_id = headers
         .get(LAST_EVENT_ID)
-        .filter(|_| stream)
         .map(|id| extract::position("Last-Event-ID", id.to_str().unwrap_or_default()));
     let after = query.after.as_deref().unwrap_or("0");
     let after = last_id.unwrap_or_else(|| extract::position("after", after))?;

@@ -279,8 +279,8 @@ pub(crate) struct EjectQuery {
 /// somebody committed the value of one, it is refused. The same state gives the same bytes.
 #[utoipa::path(get, path = "/api/v1/projects/{project}/gitops/eject", tag = "gitops",
     params(("project" = String, Path, description = "The project."), EjectQuery),
-    responses((status = 200, description = "The archive.", body = String,
-        content_type = "application/zip")))]
+    responses((status = 200, description = "The archive.", content(
+        (String = "application/zip"), (String = "application/x-tar")))))]
 pub(crate) async fn eject_gitops(
     State(state): State<AppState>,
     Named(project): Named<ProjectName>,
