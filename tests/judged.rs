@@ -65,7 +65,8 @@ fn a_generated_client_in_python_deploys() {
     let folder = tempfile::tempdir().unwrap();
     let client = folder.path().join("client");
     let path = std::env::var("PATH").unwrap_or_default();
-    let said = ok(Command::new(&python)
+    let mut generate = Command::new(&python);
+    generate
         .args(["-m", "openapi_python_client", "generate", "--path"])
         .arg(document(&server, folder.path()))
         .arg("--output-path")
@@ -74,7 +75,10 @@ fn a_generated_client_in_python_deploys() {
         .env(
             "PATH",
             format!("{}:{path}", python.parent().unwrap().display()),
-        ));
+        );
+    let output = generate.output().unwrap();
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{said}");
     assert!(!said.contains("Unable to process schema"), "{said}");
     let source = site("one");
     let said = ok(Command::new(&python)

@@ -75,7 +75,7 @@ assert len(deployment.commit) == 40, deployment
 history = done(list_history.sync_detailed(client=client, project="shop"))
 assert [row.deployment for row in history.history] == [accepted.id], history
 events = done(list_events.sync_detailed(client=client, project="shop", kind="deployment"))
-assert events.events[0].type_.endswith("deployment.requested.v1"), events.events[0]
+assert events.events[0].event["type"].endswith("deployment.requested.v1"), events.events[0]
 done(get_state.sync_detailed(client=client, at="3"))
 
 # What is refused is a value of its own, with a code.

@@ -79,6 +79,11 @@ fn describe_parameters(path: &str, operation: &mut Map<String, Value>) {
         .get_mut("parameters")
         .and_then(Value::as_array_mut);
     for described in parameters.into_iter().flatten() {
+        // A parameter that is not given is not there at all.
+        if let Some(types) = described["schema"]["type"].as_array() {
+            let other = types.iter().find(|t| *t != "null").cloned();
+            described["schema"]["type"] = other.unwrap_or_default();
+        }
         let typed = &described["schema"]["type"];
         if typed != "string" && typed != "integer" {
             continue;
@@ -199,7 +204,7 @@ fn with_named_variants(mut schemas: Map<String, Value>) -> Map<String, Value> {
                 continue;
             }
             for (tag, held) in properties {
-                if held["properties"].is_object() {
+                if held["type"] == "object" {
                     let name = format!("{}{union}", capitalised(tag));
                     let reference = json!({ "$ref": format!("#/components/schemas/{name}") });
                     named.push((name, std::mem::replace(held, reference)));

@@ -114,7 +114,8 @@ pub(crate) async fn list_cdevents(
         .get("last-event-id")
         .map(|id| extract::position("Last-Event-ID", id.to_str().unwrap_or_default()));
     let after = query.after.as_deref().unwrap_or("0");
-    let after = last_id.unwrap_or_else(|| extract::position("after", after))?;
+    let after = extract::position("after", after)?;
+    let after = last_id.transpose()?.unwrap_or(after);
     let limit = page(query.limit, None)?.limit();
     let subjects = SubjectFilter {
         project: query.project.map(ProjectName::parse).transpose()?,

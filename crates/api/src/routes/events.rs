@@ -183,7 +183,8 @@ pub(crate) async fn list_events(
         .get(LAST_EVENT_ID)
         .map(|id| extract::position("Last-Event-ID", id.to_str().unwrap_or_default()));
     let after = query.after.as_deref().unwrap_or("0");
-    let after = last_id.unwrap_or_else(|| extract::position("after", after))?;
+    let after = extract::position("after", after)?;
+    let after = last_id.transpose()?.unwrap_or(after);
     let chain = query.chain.as_deref().map(chain_value).transpose()?;
     let limit = page(query.limit, None)?.limit();
     let filter = EventFilter::parse(
