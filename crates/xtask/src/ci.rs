@@ -12,9 +12,9 @@ Run everything that must be green before a merge, with the time of each step
 
 Usage: cargo xtask ci
 
-In order: cargo fmt --check, clippy with warnings as errors, rooms, deny, schemas --check, test,
+In order: cargo fmt --check, clippy with warnings as errors, rooms, deny, test, schemas --check,
 matrix, and fuzz for a short while.
-All steps run, even after one has failed. Nothing may be left out (DAYBOOK_REQUIRE=all), except
+All steps run, even after one has failed; what failed is told again at the end. Nothing may be left out (DAYBOOK_REQUIRE=all), except
 advisories where their database cannot be reached, and fuzzing where there is no nightly toolchain
 and none can be installed.
 ";
@@ -26,8 +26,8 @@ const STEPS: [(&str, Step); 8] = [
     ("clippy", clippy),
     ("rooms", || rooms::check().map(|()| None)),
     ("deny", deny::check),
+    ("test", || test::all().map(|()| None)),
     ("schemas", || schemas::check().map(|()| None)),
-    ("test", all_tests),
     ("matrix", || matrix::all().map(|()| None)),
     ("fuzz", fuzz::shortly),
 ];
@@ -43,16 +43,27 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
         let since = Instant::now();
         let result = step();
         if let Err(failure) = &result {
-            eprintln!("error: {failure}");
+            let failure = failure.to_string();
+            eprintln!("error: {}", failure.lines().next().unwrap_or_default());
         }
         results.push((name, since.elapsed(), result));
+    }
+    for (name, _, result) in &results {
+        if let Err(failure) = result
+            && let Some((_, details)) = failure.to_string().split_once('\n')
+        {
+            eprintln!("\n=== what failed in {name}\n{}", details.trim_end());
+        }
     }
     eprintln!("\n=== summary");
     for (name, took, result) in &results {
         let said = match result {
             Ok(None) => "ok".to_owned(),
             Ok(Some(left_out)) => format!("ok, but LEFT OUT {left_out}"),
-            Err(failure) => format!("FAILED: {failure}"),
+            Err(failure) => {
+                let failure = failure.to_string();
+                format!("FAILED: {}", failure.lines().next().unwrap_or_default())
+            }
         };
         eprintln!("{name:<8} {:>7}  {said}", seconds(*took));
     }
@@ -63,13 +74,6 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
 
 fn seconds(took: Duration) -> String {
     format!("{:.1} s", took.as_secs_f64())
-}
-
-fn all_tests() -> Result<Option<String>, Failure> {
-    match test::test(&[], true)? {
-        tests if tests.success() => Ok(None),
-        _ => Err("tests failed".into()),
-    }
 }
 
 fn fmt() -> Result<Option<String>, Failure> {

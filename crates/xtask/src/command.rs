@@ -1,9 +1,15 @@
 //! Running other programs.
 
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus, Stdio};
 
 use crate::Failure;
+
+/// What tests, the crash matrix and the schemas are built with. What one step has compiled the next
+/// one has too only if all name the same packages and features: cargo unites the features of what it
+/// is asked for.
+pub(crate) const WHOLE: [&str; 3] = ["--workspace", "--features", "daybook-testkit/bench"];
 
 /// The root of the workspace.
 pub(crate) fn root() -> PathBuf {
@@ -53,6 +59,28 @@ pub(crate) fn status(command: &mut Command) -> Result<ExitStatus, Failure> {
         .stdin(Stdio::null())
         .status()
         .map_err(|e| format!("{} cannot be run: {e}", shown(command)).into())
+}
+
+/// Like [`status`], with the lines of its standard output, which are shown as they come.
+pub(crate) fn status_and_lines(
+    command: &mut Command,
+) -> Result<(ExitStatus, Vec<String>), Failure> {
+    eprintln!("$ {}", shown(command));
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|e| format!("{} cannot be run: {e}", shown(command)))?;
+    let mut lines = Vec::new();
+    if let Some(output) = child.stdout.take() {
+        let mut shown = std::io::stdout().lock();
+        for line in BufReader::new(output).split(b'\n') {
+            let line = String::from_utf8_lossy(&line?).into_owned();
+            writeln!(shown, "{line}")?;
+            lines.push(line);
+        }
+    }
+    Ok((child.wait()?, lines))
 }
 
 /// Shows and runs a command; it is an error if that fails.

@@ -1,9 +1,9 @@
 //! `cargo xtask matrix`: the whole scenario once for each failpoint, killed there.
 
-use std::process::{ExitCode, ExitStatus};
+use std::process::{Command, ExitCode};
 
 use crate::Failure;
-use crate::command::{cargo, exit_code, run as run_command, status};
+use crate::command::{WHOLE, cargo, exit_code, run as run_command, status, status_and_lines};
 
 pub(crate) const HELP: &str = "\
 Kill the binary at each failpoint, and check that nothing is lost, doubled or left behind
@@ -29,34 +29,45 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
     if let Some(unknown) = unknown {
         return Err(format!("unknown argument {unknown:?}; see --help").into());
     }
-    let ended = play(arguments);
+    let ended = status(&mut play(arguments));
     restore()?;
     ended.map(exit_code)
 }
 
 /// All places once, and with a GitOps remote those of pushes and of what is pushed; it is an error
-/// if one run fails.
+/// if one run fails, and the error tells which ones.
 pub(crate) fn all() -> Result<(), Failure> {
     let with_remote = ["--remote", "gitops.push", "gitops.commit"].map(str::to_owned);
-    let ended = [play(&[]), play(&with_remote)];
+    let ended = [&[] as &[_], &with_remote].map(|a| status_and_lines(&mut play(a)));
     restore()?;
     for ended in ended {
-        if !ended?.success() {
-            return Err("a crash was not survived".into());
+        let (status, lines) = ended?;
+        if !status.success() {
+            // What went wrong is told after the table, in blocks of which each names its place.
+            let table = |l: &String| l.contains(" ok ") || l.starts_with("undisturbed:");
+            let told = lines.into_iter().filter(|l| !table(l)).collect::<Vec<_>>();
+            return Err(format!("a crash was not survived\n{}", told.join("\n")).into());
         }
     }
     Ok(())
 }
 
-fn play(arguments: &[String]) -> Result<ExitStatus, Failure> {
+fn play(arguments: &[String]) -> Command {
     let mut test = cargo();
-    test.args(["test", "-p", "daybook", "--features", "failpoints"])
+    test.arg("test")
+        .args(WHOLE)
+        .args(["--features", "daybook/failpoints"])
         .args(["--test", "matrix", "--"])
         .args(arguments);
-    status(&mut test)
+    test
 }
 
 /// Where everybody looks for the binary is one again that cannot be made to die.
 fn restore() -> Result<(), Failure> {
-    run_command(cargo().args(["build", "-p", "daybook"]))
+    run_command(
+        cargo()
+            .arg("test")
+            .args(WHOLE)
+            .args(["--no-run", "--test", "e2e"]),
+    )
 }

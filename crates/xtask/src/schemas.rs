@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use crate::Failure;
-use crate::command::{cargo, root, run as run_command};
+use crate::command::{WHOLE, cargo, output, root, run as run_command};
 
 pub(crate) const HELP: &str = "\
 Generate schemas/, or check that it is up to date
@@ -67,14 +67,31 @@ fn generated() -> PathBuf {
     root().join("target/xtask/schemas")
 }
 
+/// Where cargo puts the binary.
+fn binary() -> Result<PathBuf, Failure> {
+    let metadata = output(cargo().args(["metadata", "--format-version=1", "--no-deps"]))?;
+    let target = metadata
+        .split_once("\"target_directory\":\"")
+        .and_then(|(_, rest)| rest.split_once('"'))
+        .ok_or("cargo names no target folder")?
+        .0;
+    Ok(Path::new(target).join("debug/daybook"))
+}
+
 /// Generates all files and prints how they differ from the committed ones.
 fn compare() -> Result<BTreeMap<PathBuf, Difference>, Failure> {
     let generated = generated();
     let _ = fs::remove_dir_all(&generated);
     fs::create_dir_all(&generated)?;
+    // The binary of the end-to-end tests, which `cargo xtask test` has made or will need.
     run_command(
         cargo()
-            .args(["run", "--quiet", "--package", "daybook", "--"])
+            .arg("test")
+            .args(WHOLE)
+            .args(["--no-run", "--test", "e2e"]),
+    )?;
+    run_command(
+        Command::new(binary()?)
             .args(["schema", "--all"])
             .arg(&generated),
     )?;

@@ -1,9 +1,9 @@
 //! `cargo xtask test`.
 
-use std::process::{ExitCode, ExitStatus};
+use std::process::{Command, ExitCode, ExitStatus};
 
 use crate::Failure;
-use crate::command::{cargo, exit_code, status};
+use crate::command::{WHOLE, cargo, exit_code, status, status_and_lines};
 use crate::left_out::{LeftOut, everything_is_required};
 use crate::servers;
 
@@ -27,14 +27,81 @@ interpreter and DAYBOOK_JUDGES_NODE a folder with what judges interfaces, DAYBOO
 DAYBOOK_LEFT_OUT the file for what is left out.
 ";
 
+/// Most lines of what one failed test said that are told again.
+const SAID_MAX: usize = 60;
+
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
-    test(arguments, everything_is_required()).map(exit_code)
+    test(arguments, everything_is_required(), status).map(exit_code)
 }
 
-/// Runs tests. Where everything is required, it is an error to leave anything out.
-pub(crate) fn test(
+/// Runs all tests, with nothing left out. The error names those that failed, in its first line, and
+/// then tells what they said: a log of CI is long, and often only its end is kept.
+pub(crate) fn all() -> Result<(), Failure> {
+    let mut lines = Vec::new();
+    let tested = test(&[], true, |command| {
+        let (status, said) = status_and_lines(command)?;
+        lines = said;
+        Ok(status)
+    })?;
+    if tested.success() {
+        return Ok(());
+    }
+    Err(failures(&lines).into())
+}
+
+/// What there is to say of the tests that failed, given all that `cargo test` printed.
+fn failures(lines: &[String]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    let mut told: Vec<String> = Vec::new();
+    // Of each program with failures: blocks of what they said, and then a list of their names.
+    let mut rest = lines.iter().map(String::as_str);
+    while let Some(line) = rest.next() {
+        if line != "failures:" {
+            continue;
+        }
+        let mut block: Vec<&str> = Vec::new();
+        let mut said = false;
+        for line in rest.by_ref().take_while(|l| !l.starts_with("test result:")) {
+            if line.starts_with("---- ") || line == "failures:" {
+                told.extend(shortened(&block));
+                block.clear();
+                said |= line == "failures:";
+            }
+            match line.strip_prefix("    ") {
+                Some(name) if said => names.push(name),
+                _ if said => (),
+                _ => block.push(line),
+            }
+        }
+        told.extend(shortened(&block));
+    }
+    let named = match names.as_slice() {
+        [] => "tests failed, or could not be compiled".to_owned(),
+        names => format!("{} failed: {}", names.len(), names.join(", ")),
+    };
+    format!("{named}\n{}", told.join("\n"))
+}
+
+/// The first and the last lines of a block that is too long.
+fn shortened(block: &[&str]) -> Vec<String> {
+    let owned = |lines: &[&str]| lines.iter().map(|l| (*l).to_owned()).collect::<Vec<_>>();
+    if block.len() <= SAID_MAX {
+        return owned(block);
+    }
+    let (first, rest) = block.split_at(SAID_MAX / 2);
+    let last = rest.get(rest.len() - SAID_MAX / 2..).unwrap_or(rest);
+    let mut short = owned(first);
+    short.push(format!("[{} lines]", rest.len() - last.len()));
+    short.extend(owned(last));
+    short
+}
+
+/// Runs tests, as `ran` runs a command. Where everything is required, it is an error to leave
+/// anything out.
+fn test(
     arguments: &[String],
     everything_is_required: bool,
+    ran: impl FnOnce(&mut Command) -> Result<ExitStatus, Failure>,
 ) -> Result<ExitStatus, Failure> {
     let left_out = LeftOut::new()?;
     let servers = servers::find_all(&left_out)?;
@@ -42,7 +109,7 @@ pub(crate) fn test(
     test.args(["test", "--no-fail-fast"]);
     if !names_a_package(arguments) {
         // The benchmarks have tests of their own.
-        test.args(["--workspace", "--features", "daybook-testkit/bench"]);
+        test.args(WHOLE);
     }
     test.args(arguments)
         .envs(servers)
@@ -50,7 +117,7 @@ pub(crate) fn test(
     if everything_is_required {
         test.env("DAYBOOK_REQUIRE", "all");
     }
-    let tested = status(&mut test)?;
+    let tested = ran(&mut test)?;
     let nothing_left_out = left_out.report()?;
     if tested.success() && !nothing_left_out && everything_is_required {
         return Err("nothing may be left out here (DAYBOOK_REQUIRE=all, or CI=true)".into());
@@ -67,7 +134,7 @@ fn names_a_package(arguments: &[String]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::names_a_package;
+    use super::{failures, names_a_package};
 
     fn names(arguments: &[&str]) -> bool {
         names_a_package(
@@ -76,6 +143,45 @@ mod tests {
                 .map(|a| (*a).to_owned())
                 .collect::<Vec<_>>(),
         )
+    }
+
+    #[test]
+    fn failures_are_named_first_and_then_told() {
+        let said = "\
+running 3 tests
+test one ... ok
+test two ... FAILED
+
+failures:
+
+---- two stdout ----
+
+thread 'two' panicked at src/lib.rs:1:2:
+failures: none, it says
+
+failures:
+    two
+
+test result: FAILED. 1 passed; 1 failed
+running 1 test
+test three::four ... FAILED
+
+failures:
+
+---- three::four stdout ----
+too long
+
+failures:
+    three::four
+
+test result: FAILED. 0 passed; 1 failed";
+        let lines: Vec<String> = said.lines().map(str::to_owned).collect();
+        let told = failures(&lines);
+        assert!(told.starts_with("2 failed: two, three::four\n"), "{told}");
+        assert!(told.contains("failures: none, it says"), "{told}");
+        assert!(told.contains("too long"), "{told}");
+        assert!(!told.contains("test one"), "{told}");
+        assert!(failures(&[]).starts_with("tests failed, or"));
     }
 
     #[test]
