@@ -1,7 +1,7 @@
 //! What providers send to webhooks: whatever it is, it is read or refused, and nothing panics.
 #![no_main]
 
-use daybook_api::hooks::parse;
+use daybook_events::hook::delivery::parse;
 use daybook_events::hook::{Provider, repository_key};
 use libfuzzer_sys::fuzz_target;
 

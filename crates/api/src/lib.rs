@@ -9,7 +9,7 @@
 
 pub mod access;
 pub mod commands;
-pub mod hooks;
+mod hooks;
 
 mod answer;
 pub mod catalogue;

@@ -1,5 +1,7 @@
 //! Webhooks: how the providers of source repositories tell a project of pushes and pull requests.
 
+pub mod delivery;
+
 use std::fmt;
 use std::str::FromStr;
 

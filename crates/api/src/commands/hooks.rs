@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use daybook_events::environment::{AutoDeploySet, Environment, EnvironmentEvent, EnvironmentSpec};
+use daybook_events::hook::delivery::{Delivered, PullRequestDelivery, PushDelivery};
 use daybook_events::hook::{
     BranchPushed, Hook, HookDefined, HookRemoved, Provider, repository_key,
 };
@@ -16,7 +17,6 @@ use daybook_secrets::SecretValue;
 
 use super::{Caller, CommandError, Commands, Done};
 use crate::access::Verb;
-use crate::hooks::{Delivered, PullRequestDelivery, PushDelivery};
 
 /// Most characters of a title that are kept.
 const TITLE_MAX: usize = 200;

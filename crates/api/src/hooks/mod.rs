@@ -4,7 +4,6 @@
 //! [`DELIVERY_MAX`] bytes of body, the signature over exactly these bytes, and then its JSON.
 //! Nothing of it is looked at before its signature is verified but the headers.
 
-mod payload;
 mod signature;
 
 use axum::http::{HeaderMap, StatusCode};
@@ -12,7 +11,6 @@ use daybook_events::hook::Provider;
 
 use crate::problem::Problem;
 
-pub use payload::{Delivered, InvalidPayload, PullRequestDelivery, PushDelivery, parse};
 pub(crate) use signature::{not_signed, verify};
 
 /// Most bytes of a delivery. Those of pull requests have some 50 KiB; a push of very many commits

@@ -4,6 +4,7 @@ use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
+use daybook_events::hook::delivery::{self, Delivered, InvalidPayload};
 use daybook_events::hook::{Hook, Provider};
 use daybook_events::{Actor, Digest, EnvironmentName, GitRef, HookName, Position, ProjectName};
 use daybook_secrets::SecretValue;
@@ -15,7 +16,7 @@ use crate::access::{Peer, too_many};
 use crate::answer::Answer;
 use crate::commands::{Caller, CommandError, HookWish, Received, RequestKey};
 use crate::extract::{Command, CommandBody, Named, NoParams, Params, SecretCommand, read_at_most};
-use crate::hooks::{self, DELIVERY_MAX, Delivered, Envelope, InvalidPayload};
+use crate::hooks::{self, DELIVERY_MAX, Envelope};
 use crate::problem::Problem;
 use crate::routes::secrets::Nothing;
 use crate::state::AppState;
@@ -298,7 +299,7 @@ async fn receive(
     })?;
     hooks::verify(provider, &secret, headers, &body).map_err(refused)?;
     let envelope = Envelope::of(provider, headers).map_err(refused)?;
-    let delivered = hooks::parse(provider, &envelope.event, &body)
+    let delivered = delivery::parse(provider, &envelope.event, &body)
         .map_err(|e| refused(unreadable(headers, &e)))?;
     let digest = Digest::of(&body).to_string();
     let id = envelope.id.as_deref().unwrap_or(&digest);

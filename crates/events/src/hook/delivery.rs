@@ -1,13 +1,14 @@
-//! What a delivery says, in one form for all providers.
+//! What a delivery to a webhook says, in one form for all providers.
 //!
 //! Only what is needed is read; whatever else a provider sends, today or later, is skipped.
 
-use daybook_events::hook::Provider;
-use daybook_events::preview::Action;
-use daybook_events::{CommitId, GitRef};
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+
+use super::Provider;
+use crate::names::{CommitId, GitRef};
+use crate::preview::Action;
 
 /// What a delivery is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
