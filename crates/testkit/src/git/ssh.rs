@@ -54,6 +54,9 @@ impl SshServer {
         let host_key = fs::read_to_string(at("host.pub")).expect("a key");
         fs::write(at("known_hosts"), format!("[127.0.0.1]:{port} {host_key}"))
             .expect("a file can be written");
+        // As root, sshd wants the folder that its package makes at every boot. Where nothing was booted
+        // since it was installed, nobody has made it; anybody else needs none.
+        let _ = fs::create_dir_all("/run/sshd");
         let log = fs::File::create(at("log")).expect("a file can be made");
         let process = Command::new(&program)
             .args(["-D", "-e", "-f", &shown("sshd_config")])
