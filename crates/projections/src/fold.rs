@@ -21,7 +21,7 @@ use sled::IVec;
 use crate::audit::VoidView;
 use crate::chunk;
 use crate::history;
-use crate::keys::{self, BLOCK, CHUNK, MARK, Scope};
+use crate::keys::{self, BLOCK, CHUNK, LISTED, MARK, Scope};
 use crate::query::EventRef;
 use crate::sentence::say;
 use crate::slot::{DeploymentSlot, Marks, Origin, Shared, Slots, State, is_active};
@@ -171,7 +171,7 @@ impl Fold {
             self.due = Some(position);
         }
         // The more there are, the less often: what is written for an event stays bounded.
-        let often = MARK.max(8 * self.active.len() as u64);
+        let often = LISTED.max(8 * self.active.len() as u64);
         if position.0 - self.listed.0 >= often {
             let active: Vec<u64> = self.active.iter().map(|p| p.0).collect();
             put(

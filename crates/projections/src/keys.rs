@@ -26,8 +26,13 @@ pub(crate) const SUM: &[u8] = b"L";
 /// What the rows of all timers start with.
 pub(crate) const TIMERS: &[u8] = b"t";
 
-/// From how many positions to the next the sum over all states is kept.
-pub(crate) const MARK: u64 = 4096;
+/// From how many positions to the next the sum over all states is kept. Half as many events at most
+/// are looked at for a state hash of the past; at each mark the elements of all aggregates that
+/// changed since the last one are made anew.
+pub(crate) const MARK: u64 = 1024;
+
+/// From how many positions to the next, at least, the active deployments are written down.
+pub(crate) const LISTED: u64 = 4096;
 
 /// How many events one full row of the audit holds. sled rewrites sixteen neighbouring rows at a
 /// time, and puts what is then larger than 128 KiB into a file of its own.

@@ -19,7 +19,7 @@ use daybook_events::testing::time;
 use daybook_events::{Aggregate, AggregateKind, DeploymentId, Folded, Position, Recorded, Subject};
 use proptest::prelude::*;
 
-use crate::keys::MARK;
+use crate::keys::{LISTED, MARK};
 use crate::slot::is_active;
 use crate::table::{Table, Way, Write};
 use crate::{AuditFilter, Change, DeploymentFilter, Page, Projections};
@@ -620,7 +620,7 @@ proptest! {
 #[test]
 fn rows_do_not_depend_on_where_the_sum_is_kept() {
     let mark = MARK as usize;
-    let events = history(2 * MARK + 100, 13, true);
+    let events = history(LISTED + 2 * MARK + 100, 13, true);
     let expected = folded(&events, 1000);
     for batch in [mark - 1, mark, mark + 1, events.len()] {
         let found = folded(&events, batch);
