@@ -126,7 +126,7 @@ fn cdevents_are_published_on_nats_once_and_in_order() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let nats = runtime.block_on(NatsServer::start(&binary));
     let mut server = Server::start(Settings::default().env("DAYBOOK_NATS", nats.url()));
-    let source = application("");
+    let source = application("--slow-start 5000");
     server.define("shop", "web", &source, &[]);
     let id = server.begin("shop.production.web", &[]);
     server.wait_for(&id, "deploying");

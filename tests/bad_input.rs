@@ -27,7 +27,7 @@ impl Running {
 
     fn on(server: Server) -> Self {
         let source = application("--text one");
-        server.define("shop", "web", &source, &["--health-deadline", "3"]);
+        server.define("shop", "web", &source, &[]);
         let id = server.deploy(INSTANCE, &[]);
         server.get_from(HOST, "/", &id);
         let visitor = Visitor::of(&server, HOST, "one");
@@ -116,6 +116,9 @@ fn an_application_that_exits_at_once_fails_with_its_last_words() {
 #[test]
 fn an_application_that_never_becomes_ready_fails_at_its_deadline() {
     let running = Running::start();
+    let deadline = ["--health-deadline", "3"];
+    let server = &running.server;
+    server.service("shop", "web", &running.source, &deadline);
     assert_eq!(running.fails_with("--silent"), "ReadinessProbeFailed");
     assert_eq!(running.fails_with("--unhealthy"), "ReadinessProbeFailed");
     running.goes_on();

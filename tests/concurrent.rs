@@ -7,7 +7,14 @@ const INSTANCE: &str = "shop.production.web";
 #[test]
 fn of_those_that_wait_only_the_newest_is_deployed() {
     let server = Server::start(Settings::default());
-    let source = application("--text one --slow-start 1500");
+    let source = application("--text one");
+    // The first one is not ready before the others have asked.
+    let go = server.folder().path().join("go");
+    let procfile = format!(
+        "web: while [ ! -e {} ]; do sleep 0.05; done; exec ./bin/app --text one\n",
+        go.display()
+    );
+    source.commit("Wait", &[("Procfile", &procfile)]);
     server.define("shop", "web", &source, &[]);
     let running = server.begin(INSTANCE, &[]);
     server.wait_for(&running, "deploying");
@@ -22,6 +29,7 @@ fn of_those_that_wait_only_the_newest_is_deployed() {
     replace_flags(&source, "--text three");
     let newest = server.begin(INSTANCE, &[]);
     let done = followed.join().unwrap();
+    std::fs::write(&go, "").unwrap();
     assert_eq!(done.code, 7, "{done:?}");
     let detail = done.json();
     assert_eq!(detail["state"], "cancelled");

@@ -129,9 +129,15 @@ fn of_several_projects_that_claim_a_hostname_at_once_one_has_it() {
     let heir = projects[(won[0] + 1) % 4];
     let instance = |project: &str| format!("{project}.production.web");
     server.ok(&["domain", "add", &instance(owner), WWW]);
-    assert_eq!(server.get(WWW, "/").body, owner);
+    // A gateway hears a moment later of what is recorded.
+    until("the hostname to lead to its owner", || {
+        (server.get(WWW, "/").body == owner).then_some(())
+    });
     // Given up, it is free, and leads to the next owner and nobody else.
     server.ok(&["domain", "remove", &instance(owner), WWW]);
+    until("the gateway to have heard of it", || {
+        (server.get(WWW, "/").status == 404).then_some(())
+    });
     server.ok(&["domain", "add", &instance(heir), WWW]);
     until("the hostname to lead to its next owner", || {
         let answer = server.get(WWW, "/");

@@ -33,7 +33,7 @@ impl Edge {
         let checks = format!(
             r#"
             every = 1
-            timeout = 2
+            timeout = 10
 
             [[domain]]
             name = "example.com"

@@ -168,7 +168,9 @@ fn an_environment_made_from_another_runs_what_runs_there_and_leaves_nothing_behi
         "env", "delete", "shop", "pr-142", "--yes", "--reason", "merged",
     ]);
     assert_eq!(server.deployment(&copy)["state"], "terminated");
-    assert_eq!(server.get(host, "/").status, 404);
+    until("the gateway to have heard of it", || {
+        (server.get(host, "/").status == 404).then_some(())
+    });
     assert!(processes_of(&copy).is_empty());
     assert_eq!(messages(&server).pop().unwrap(), "env(delete): pr-142");
     // Stopped, removed, deleted: all of it is what one person asked for.

@@ -155,7 +155,11 @@ fn a_deployment_is_asked_for_and_followed_although_the_server_dies_in_between() 
         })
         .collect();
     assert!(lines.len() > 2, "{lines:?}");
-    assert_eq!(lines, kept);
+    // What was said after it had settled comes to nobody who followed.
+    assert!(
+        kept.starts_with(&lines),
+        "{lines:?} is not how {kept:?} begins"
+    );
     let history = r#"{ project(id: "shop") { services { instances { imageTag deployments {
         active message } } } } audit(filter: { kind: "deployment.requested.v1" }) { entries {
         actor signed } } }"#;

@@ -80,7 +80,7 @@ fn a_life(
     server.ok(&["project", "create", project]);
     let env = ["env", "create", project, "production", "--live"];
     server.ok(&[&env[..], &["--cluster", cluster]].concat());
-    let flags = ["--port", port, "--health-deadline", "5"];
+    let flags = ["--port", port, "--health-deadline", "20"];
     server.service(project, "web", source, &flags);
     let (instance, host) = (
         format!("{project}.production.web"),
@@ -345,7 +345,7 @@ fn a_cluster_that_has_failed_is_tried_again_alone() {
     let clusters = ["--cluster", "local-a", "--cluster", "oslo"];
     server.ok(&[&["env", "create", "again", "production"][..], &clusters].concat());
     let port = stage.app.addr.port().to_string();
-    let flags = ["--port", &port, "--health-deadline", "5"];
+    let flags = ["--port", &port, "--health-deadline", "20"];
     server.service("again", "web", &source, &flags);
     let id = server.begin("again.production.web", &[]);
     let detail = server.wait_for(&id, "partially_started");

@@ -44,12 +44,25 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
+/// Waits until all addresses of a deployment were asked, which is recorded after it has started.
+fn asked(server: &Server, id: &str) {
+    let hosts = server.deployment(id)["hostnames"].as_array().unwrap().len();
+    until("its addresses were asked", || {
+        let kinds = server.kinds(id);
+        let seen = kinds
+            .iter()
+            .filter(|k| *k == "deployment.endpoint_observed.v1");
+        (seen.count() >= hosts).then_some(())
+    });
+}
+
 #[test]
 fn every_event_is_signed_and_served_to_auditors() {
     let server = Server::start(Settings::default());
     let site = site("one");
     server.define("shop", "web", &site, &[]);
-    server.deploy(INSTANCE, &[]);
+    let id = server.deploy(INSTANCE, &[]);
+    asked(&server, &id);
     let size = signed(&server);
 
     let checkpoint = get(&server, "/tlog/checkpoint");
@@ -116,8 +129,12 @@ fn an_older_backup_under_the_server_is_noticed_and_stops_appends() {
 
     server.restart();
     server.deploy(INSTANCE, &[]);
-    let size = signed(&server);
+    signed(&server);
     server.stop();
+    // What followed until it stopped was signed, too.
+    let checkpoint = server.folder().data().join("tlog/checkpoint");
+    let checkpoint = fs::read_to_string(checkpoint).unwrap();
+    let size: u64 = checkpoint.lines().nth(1).unwrap().parse().unwrap();
     fs::remove_dir_all(&log).unwrap();
     copy(&backup, &log);
 
@@ -194,7 +211,7 @@ fn a_stream_made_anew_on_nats_is_noticed_by_every_process_and_repaired() {
     let site = site("one");
     server.define("shop", "web", &site, &[]);
     server.deploy(INSTANCE, &[]);
-    let size = signed(&server);
+    signed(&server);
 
     runtime.block_on(async {
         let client = async_nats::connect(nats.url()).await.unwrap();
@@ -211,6 +228,7 @@ fn a_stream_made_anew_on_nats_is_noticed_by_every_process_and_repaired() {
     });
     let report = server.read("/api/v1/ledger");
     assert_eq!(report["condition"]["code"], "log_replaced", "{report}");
+    let size = report["signed"]["size"].as_u64().unwrap();
     let body = json!({ "instance_id": INSTANCE });
     let refused = server.post("/api/v1/deployments", &body, None);
     assert_eq!(refused.json()["code"], "appends_stopped");

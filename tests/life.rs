@@ -151,7 +151,9 @@ fn live(app: &Application) {
     server.ok(&["stop", tail]);
     server.ok(&["terminate", tail]);
     assert_eq!(server.cli(&["start", tail]).code, 5);
-    assert_eq!(server.get(&hosts[2], "/").status, 404);
+    until("the gateway to have heard of it", || {
+        (server.get(&hosts[2], "/").status == 404).then_some(())
+    });
     assert!(
         !values(&server).contains(&first),
         "it is still in the repository"

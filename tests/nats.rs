@@ -46,7 +46,7 @@ fn everything_in_one_process_survives_a_restart_of_the_server_and_a_kill_of_its_
         server.get_from(HOST, "/", &first);
 
         // The server goes away in the middle of a rollout, and comes back.
-        replace_flags(&source, "--text two --slow-start 1000");
+        replace_flags(&source, "--text two --slow-start 5000");
         let second = server.begin(INSTANCE, &[]);
         server.wait_for(&second, "deploying");
         nats.kill();
@@ -56,7 +56,7 @@ fn everything_in_one_process_survives_a_restart_of_the_server_and_a_kill_of_its_
         server.get_from(HOST, "/", &second);
 
         // Daybook itself is killed in the middle of the next one.
-        replace_flags(&source, "--text three --slow-start 1000");
+        replace_flags(&source, "--text three --slow-start 5000");
         let third = server.begin(INSTANCE, &[]);
         server.wait_for(&third, "deploying");
         server.kill();

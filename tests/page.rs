@@ -39,7 +39,8 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
     page.evaluate("document.querySelector('dialog input').value = 'as before'");
     page.click("dialog button", "Switch");
     page.shows(&format!("Main: {}", short(&first)));
-    assert_eq!(server.get("web.shop.localhost", "/").body, "one");
+    let served = server.get_from("web.shop.localhost", "/", &first);
+    assert_eq!(served.body, "one");
     assert_eq!(server.deployment(&first)["main"], true);
 
     // A deployment with its steps, its output, and what can be done to it.

@@ -230,7 +230,9 @@ fn from_open_to_closed(provider: &'static str) {
     assert_eq!(shop.tell(closed, &second, 3)["outcome"], "accepted");
     shop.gone("pr-142");
     assert!(processes_of(&next).is_empty());
-    assert_eq!(shop.server.get(HOST, "/").status, 404);
+    until("the gateway to have heard of it", || {
+        (shop.server.get(HOST, "/").status == 404).then_some(())
+    });
     // Whatever follows from a pull request is by who sent it.
     let authors = git(
         &shop.server.gitops("shop"),

@@ -196,7 +196,7 @@ fn canaries_are_nowhere_but_where_they_belong() {
     let mut server = Server::start(settings);
     let source = application("--text unused");
     talkative(&source);
-    server.define("shop", "web", &source, &["--health-deadline", "6"]);
+    server.define("shop", "web", &source, &["--health-deadline", "20"]);
     let mut search = canaries();
     let done = server.secret(&["set", "shop", "API_KEY"], &format!("{API_KEY}\n"));
     assert_eq!(done.code, 0, "{done:?}");
@@ -252,7 +252,7 @@ fn canaries_are_nowhere_but_where_they_belong() {
     assert_eq!(server.wait_for_failure(&unbuilt), "build_command_failed");
     let message = server.deployment(&unbuilt)["failure"]["message"].clone();
     assert!(message.as_str().unwrap().contains("***"), "{message}");
-    server.service("shop", "web", &source, &["--health-deadline", "6"]);
+    server.service("shop", "web", &source, &["--health-deadline", "20"]);
 
     // And a registry quotes one: while it is asked for a digest, for good and for now, and while a
     // cluster fetches from it.

@@ -29,9 +29,16 @@ async fn connect(nats: &NatsServer, user: &str, password: &str) -> Client {
         .unwrap()
 }
 
-async fn read(client: &Client, name: &str, subjects: &str) -> Option<Vec<Value>> {
+/// What comes to a consumer until there is `wanted` of it, or no more comes for `patience`.
+async fn read(
+    client: &Client,
+    name: &str,
+    subjects: &str,
+    wanted: usize,
+    patience: Duration,
+) -> Option<Vec<Value>> {
     let mut context = jetstream::new(client.clone());
-    context.set_timeout(Duration::from_secs(1));
+    context.set_timeout(patience);
     let stream = context.get_stream_no_info("DAYBOOK").await.unwrap();
     let config = consumer::pull::Config {
         durable_name: Some(name.to_owned()),
@@ -42,8 +49,8 @@ async fn read(client: &Client, name: &str, subjects: &str) -> Option<Vec<Value>>
     let consumer = stream.create_consumer(config).await.ok()?;
     let mut messages = consumer
         .batch()
-        .max_messages(100)
-        .expires(Duration::from_millis(500))
+        .max_messages(wanted)
+        .expires(patience)
         .messages()
         .await
         .ok()?;
@@ -83,10 +90,15 @@ fn a_subscribers_account_reads_its_project_and_does_nothing_else() {
 
         runtime.block_on(async {
             let subscriber = connect(&nats, "shop-reader", "change-me-too").await;
-            let found = read(&subscriber, "shop-reader", "daybook.ev.shop.>").await;
+            let read = async |name: &str, subjects: &str, wanted, seconds| {
+                let patience = Duration::from_secs(seconds);
+                read(&subscriber, name, subjects, wanted, patience).await
+            };
+            let subjects = "daybook.ev.shop.>";
+            let found = read("shop-reader", subjects, wanted.len(), 30).await;
             assert_eq!(found.unwrap(), wanted, "{binary}");
             // What it has acknowledged does not come again.
-            let again = read(&subscriber, "shop-reader", "daybook.ev.shop.>").await;
+            let again = read("shop-reader", subjects, 100, 3).await;
             assert_eq!(again.unwrap(), Vec::<Value>::new());
             // Not another project, nor all, nor with a consumer of Daybook's own.
             for (name, subjects) in [
@@ -95,7 +107,7 @@ fn a_subscribers_account_reads_its_project_and_does_nothing_else() {
                 ("shop-reader", ""),
                 ("other", "daybook.ev.shop.>"),
             ] {
-                let found = read(&subscriber, name, subjects).await;
+                let found = read(name, subjects, 100, 1).await;
                 assert_eq!(found, None, "{name} on {subjects:?} of {binary}");
             }
             // Nor can it write, purge or delete.

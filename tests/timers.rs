@@ -144,7 +144,7 @@ fn a_later_decision_calls_a_stop_off() {
 
 #[test]
 fn a_stop_that_was_due_while_nothing_ran_happens_once_at_the_next_start() {
-    let (mut server, source) = start(Settings::default().arg("--keep-old=3s"));
+    let (mut server, source) = start(Settings::default().arg("--keep-old=15s"));
     let (first, second) = two_versions(&server, &source);
     let due: Timestamp = scheduled(&server, &first)["at"]
         .as_str()
@@ -177,7 +177,7 @@ fn a_preview_is_stopped_when_nobody_asks_for_it() {
         "--cluster",
         "local-a",
         "--keep-idle",
-        "4s",
+        "12s",
     ]);
     server.service("shop", "web", &source, &[]);
     let id = server.deploy("shop.preview.web", &[]);

@@ -221,6 +221,12 @@ fn no_request_fails_while_routes_change_and_gateways_never_go_back() {
     for host in HOSTS {
         assert_eq!(server.get_from(host, "/", &second).body, "two");
     }
+    // Only what is known to be ready again can be gone back to.
+    until("the first one is ready", || {
+        let detail = server.deployment(&first);
+        let clusters = detail["cluster_status"].as_array()?;
+        clusters.iter().all(|c| c["ready"] == true).then_some(())
+    });
     let load = Load::on(&server, &HOSTS, Expected::only(&second));
     let mut switches = Switches {
         server: &server,

@@ -179,11 +179,12 @@ fn what_is_refused_again_and_again_is_set_aside_and_sent_later() {
     });
     let told = server.ok(&["webhook", "show", &id[24..]]).stdout;
     assert!(told.contains("status_503"), "{told}");
-    let tries: Vec<_> = deliveries(&server, &id)
-        .into_iter()
-        .filter(|d| d["position"] == broken)
-        .collect();
-    assert_eq!(tries.len(), 2, "{tries:#?}");
+    // It is set aside first, and then written down.
+    let tries = until("both tries are written down", || {
+        let all = deliveries(&server, &id).into_iter();
+        let tries: Vec<_> = all.filter(|d| d["position"] == broken).collect();
+        (tries.len() == 2).then_some(tries)
+    });
     assert_eq!(tries[0]["outcome"], "dead_lettered");
     assert_eq!(tries[1]["outcome"], "failed");
     let message = tries[1]["message"].as_str().unwrap();

@@ -98,8 +98,14 @@ impl Server {
     /// Starts it with these arguments in place of free ports.
     #[track_caller]
     pub fn restart_with(&mut self, addresses: &[&str]) {
-        self.try_restart_with(addresses)
-            .unwrap_or_else(|refused| panic!("`daybook up` does not start: {refused:?}"));
+        // A port that it had may be the near end of somebody's connection for a moment.
+        until("`daybook up` starts", || {
+            match self.try_restart_with(addresses) {
+                Err(refused) if refused.stderr.contains("address_unusable") => None,
+                Err(refused) => panic!("`daybook up` does not start: {refused:?}"),
+                Ok(()) => Some(()),
+            }
+        });
     }
 
     /// The same, where it may refuse to start.

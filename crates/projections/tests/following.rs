@@ -16,7 +16,7 @@ use daybook_projections::{AuditFilter, ExecuteError, Executed, Ledger, Page, Pro
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Running {
     projections: Projections,

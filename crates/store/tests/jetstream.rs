@@ -24,7 +24,7 @@ use conformance::{Abilities, Backend};
 /// Soon enough for a test, and long enough for a busy machine.
 fn options(url: &str) -> NatsOptions {
     NatsOptions {
-        answer_timeout: Duration::from_secs(2),
+        answer_timeout: Duration::from_secs(6),
         ..NatsOptions::new(url)
     }
 }

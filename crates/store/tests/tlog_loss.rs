@@ -318,7 +318,7 @@ fn binaries() -> Vec<NatsBinary> {
 
 async fn open(server: &NatsServer, stream: &str) -> Arc<dyn EventLog> {
     let options = NatsOptions {
-        answer_timeout: Duration::from_secs(2),
+        answer_timeout: Duration::from_secs(6),
         ..NatsOptions::new(&server.url())
     };
     let options_of_log = LogOptions {

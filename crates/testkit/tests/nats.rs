@@ -13,7 +13,7 @@ async fn jetstream_at(url: &str) -> jetstream::Context {
     let servers: Vec<async_nats::ServerAddr> =
         url.split(',').map(|url| url.parse().unwrap()).collect();
     let client = async_nats::ConnectOptions::new()
-        .request_timeout(Some(Duration::from_secs(2)))
+        .request_timeout(Some(Duration::from_secs(5)))
         .connect(servers)
         .await
         .unwrap();
@@ -104,7 +104,7 @@ async fn three_servers_keep_a_stream_whose_leader_is_killed() {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        let stream = tokio::time::timeout(Duration::from_secs(20), created)
+        let stream = tokio::time::timeout(Duration::from_secs(60), created)
             .await
             .expect("the cluster places a stream");
         // The stream's own leader may be a moment later than its creation; by its id the message
@@ -120,7 +120,7 @@ async fn three_servers_keep_a_stream_whose_leader_is_killed() {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), stored)
+        tokio::time::timeout(Duration::from_secs(60), stored)
             .await
             .expect("the stream takes a message");
         let leader = stream
@@ -140,7 +140,7 @@ async fn three_servers_keep_a_stream_whose_leader_is_killed() {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        let stream = tokio::time::timeout(Duration::from_secs(20), answer)
+        let stream = tokio::time::timeout(Duration::from_secs(60), answer)
             .await
             .expect("the stream has a leader again");
         assert_eq!(stream.cached_info().state.messages, 1);

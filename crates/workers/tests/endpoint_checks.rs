@@ -51,7 +51,7 @@ impl Stage {
         let mut stage = Self {
             checks: EndpointChecks {
                 every: Duration::from_secs(60),
-                timeout: Duration::from_secs(2),
+                timeout: Duration::from_secs(20),
                 domains: Vec::new(),
             },
             nameserver,
@@ -170,10 +170,10 @@ async fn what_a_name_resolves_to_is_told_apart_from_what_is_there() {
     assert_eq!(stage.states().await, asked((Failing, "NoAddress")));
     stage.nameserver.set(HOST, Answer::Failure);
     assert_eq!(stage.states().await, asked((Failing, "ServerFailure")));
-    stage.checks.timeout = Duration::from_millis(200);
+    stage.checks.timeout = Duration::from_secs(2);
     stage.nameserver.set(HOST, Answer::Silence);
     assert_eq!(stage.states().await, asked((Failing, "Timeout")));
-    stage.checks.timeout = Duration::from_secs(2);
+    stage.checks.timeout = Duration::from_secs(20);
 
     // An alias, of the right name and of another one.
     let right = Answer::Alias("edge.example.net".to_owned());
@@ -259,11 +259,11 @@ async fn who_answers_is_who_should() {
         stage.website.conduct(Conduct::Answer(status, by));
         assert_eq!(stage.states().await, http(is), "{status}");
     }
-    stage.checks.timeout = Duration::from_millis(300);
+    stage.checks.timeout = Duration::from_secs(2);
     stage.website.conduct(Conduct::Silence);
     let silent = are([WELL[0], (Failing, "Timeout"), (Unknown, "NotAsked")]);
     assert_eq!(stage.states().await, silent);
-    stage.checks.timeout = Duration::from_secs(2);
+    stage.checks.timeout = Duration::from_secs(20);
     stage.website.conduct(answered_by(stage.id));
     assert_eq!(stage.states().await, are(WELL));
 }
@@ -283,12 +283,12 @@ async fn only_what_was_asked_for_is_looked_at() {
     let dns = stage.checks.domains[0].dns.take();
     assert_eq!(stage.states().await, are([none, none, WELL[2]]));
     plain.conduct(Conduct::Silence);
-    stage.checks.timeout = Duration::from_millis(300);
+    stage.checks.timeout = Duration::from_secs(2);
     assert_eq!(
         stage.states().await,
         are([none, none, (Failing, "Timeout")])
     );
-    stage.checks.timeout = Duration::from_secs(2);
+    stage.checks.timeout = Duration::from_secs(20);
     stage.checks.domains[0].dns = dns;
     stage.checks.domains[0].web = None;
     assert_eq!(stage.states().await, are([WELL[0], none, none]));

@@ -285,7 +285,7 @@ impl World {
     ) -> Routing {
         let mut changes = self.ledger.projections().changes();
         let projections = self.ledger.projections();
-        let waited = tokio::time::timeout(Duration::from_secs(30), async {
+        let waited = tokio::time::timeout(Duration::from_secs(60), async {
             loop {
                 if let Some(routing) = projections.routing(project).unwrap()
                     && is_so(&routing)
@@ -361,7 +361,7 @@ impl World {
     /// Waits until a deployment is in a state.
     async fn reach(&self, id: DeploymentId, status: Status) -> Deployment {
         let mut changes = self.ledger.projections().changes();
-        let waited = tokio::time::timeout(Duration::from_secs(30), async {
+        let waited = tokio::time::timeout(Duration::from_secs(60), async {
             loop {
                 if let Some(row) = self.ledger.projections().deployment(id).unwrap()
                     && row.state.status == status
@@ -669,7 +669,7 @@ async fn cancelling_ends_the_deployment_and_the_build_that_nobody_waits_for() {
     world.reach(id, Status::Cancelled).await;
     let build = state.build.unwrap();
     let mut changes = world.ledger.projections().changes();
-    tokio::time::timeout(Duration::from_secs(20), async {
+    tokio::time::timeout(Duration::from_secs(60), async {
         loop {
             let (_, state) = world.ledger.projections().build(build).unwrap().unwrap();
             if state.status == daybook_events::build::BuildStatus::Cancelled {
@@ -752,7 +752,7 @@ async fn blue_green_rollback_and_the_end_of_a_life() {
             .await
             .unwrap();
         let position = done.position().unwrap();
-        let patience = Duration::from_secs(10);
+        let patience = Duration::from_secs(60);
         world
             .ledger
             .projections()
@@ -902,7 +902,7 @@ async fn an_observation_that_is_refused_is_told_once_and_recorded_in_the_end() {
         .apply(&app, &observed.revision, &values)
         .await
         .unwrap();
-    tokio::time::timeout(Duration::from_secs(30), async {
+    tokio::time::timeout(Duration::from_secs(60), async {
         while ports.tree.asked.load(SeqCst) < 3 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -915,7 +915,7 @@ async fn an_observation_that_is_refused_is_told_once_and_recorded_in_the_end() {
 
     ports.tree.broken.store(false, SeqCst);
     let mut changes = world.ledger.projections().changes();
-    tokio::time::timeout(Duration::from_secs(30), async {
+    tokio::time::timeout(Duration::from_secs(60), async {
         loop {
             let row = world.ledger.projections().deployment(id).unwrap().unwrap();
             if row.state.observed.get(&cluster()).unwrap().wanted == 3 {
@@ -1001,7 +1001,7 @@ async fn a_hostname_that_a_gateway_cannot_take_in_is_given_up_and_stops_nothing_
             .claim
     };
     while claim().is_some() {
-        let changed = tokio::time::timeout(Duration::from_secs(30), changes.changed());
+        let changed = tokio::time::timeout(Duration::from_secs(60), changes.changed());
         changed.await.expect("the claim was not given up").unwrap();
     }
     // Whatever is switched later is served.
@@ -1089,7 +1089,7 @@ async fn production_is_built_first_and_who_is_overtaken_is_told() {
             .count()
     };
     let mut changes = world.ledger.projections().changes();
-    tokio::time::timeout(Duration::from_secs(30), async {
+    tokio::time::timeout(Duration::from_secs(60), async {
         while ahead(Status::Building) < 2 || ahead(Status::Requested) > 10 {
             changes.changed().await.unwrap();
         }
@@ -1112,7 +1112,7 @@ async fn production_is_built_first_and_who_is_overtaken_is_told() {
     // One build ends, and production's is asked for; once those ahead have ended it is built.
     gate.add_permits(1);
     let mut changes = world.ledger.projections().changes();
-    tokio::time::timeout(Duration::from_secs(30), async {
+    tokio::time::timeout(Duration::from_secs(60), async {
         let asked_for = || {
             let row = world.ledger.projections().deployment(production).unwrap();
             row.unwrap().state.build.is_some()
@@ -1411,7 +1411,7 @@ async fn a_commit_that_nobody_recorded_is_taken_out_when_its_deployment_is_cance
             changes.changed().await.unwrap();
         }
     };
-    let state = tokio::time::timeout(Duration::from_secs(20), taken_out).await;
+    let state = tokio::time::timeout(Duration::from_secs(60), taken_out).await;
     let state = state.expect("the release is taken out again");
     assert!(!state.releases.contains_key(&id));
     let recorded = commits(&world).await;
@@ -1464,7 +1464,7 @@ async fn a_commit_that_nobody_recorded_goes_on_when_its_environment_is_frozen() 
     let frozen = frozen.position().unwrap();
     let projections = world.ledger.projections();
     projections
-        .wait_for(frozen, Duration::from_secs(20))
+        .wait_for(frozen, Duration::from_secs(60))
         .await
         .unwrap();
     repositories.goes_on.add_permits(1);
@@ -1487,7 +1487,7 @@ async fn a_commit_that_nobody_recorded_goes_on_when_its_environment_is_frozen() 
             changes.changed().await.unwrap();
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), held)
+    tokio::time::timeout(Duration::from_secs(60), held)
         .await
         .expect("the next one is held");
     world.stop().await;

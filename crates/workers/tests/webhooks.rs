@@ -420,9 +420,14 @@ async fn without_the_delivery_log_what_was_sent_is_not_sent_again() {
         house.event(name).await;
     }
     house.came(&receiver, 3).await;
+    // A pause tells how far it is, however long that takes; a stop does so only if it is fast.
+    house.say(id, Command::Pause(PauseReason::Asked)).await;
+    until("the progress", async || {
+        (house.state(id).progress > Position::ZERO).then_some(())
+    })
+    .await;
     process.stop().await;
-    let told = house.state(id).progress;
-    assert!(told > Position::ZERO);
+    house.say(id, Command::Resume).await;
 
     // As if the lines were older than output is kept.
     let process = house.process("other lines", options()).await;
@@ -593,7 +598,7 @@ async fn a_receiver_that_never_answers_holds_up_nobody_else() {
     );
     let willing = Receiver::willing().await;
     let options = NotifyOptions {
-        timeout: Duration::from_secs(2),
+        timeout: Duration::from_secs(8),
         ..options()
     };
     let process = house.process("lines", options).await;
@@ -618,7 +623,7 @@ async fn a_receiver_that_never_answers_holds_up_nobody_else() {
     let refused = tries.iter().find(|t| t.outcome == Outcome::Failed).unwrap();
     assert_eq!(refused.code.as_deref(), Some("status_503"), "{refused:?}");
     assert!(refused.message.as_ref().unwrap().len() < 300);
-    assert!(refused.millis < 2000, "{refused:?}");
+    assert!(refused.millis < 8000, "{refused:?}");
     let tries = until("it is given up", async || {
         let tries = process.tries(first).await;
         (tries.len() == 2).then_some(tries)

@@ -354,7 +354,7 @@ impl World {
             .await
             .unwrap();
         if let Some(position) = done.position() {
-            let wait = Duration::from_secs(20);
+            let wait = Duration::from_secs(60);
             let projections = self.ledger.projections();
             projections.wait_for(position, wait).await.unwrap();
         }

@@ -203,7 +203,7 @@ async fn the_distant_past_has_its_state_hash_too() {
 #[tokio::test]
 async fn own_writes_are_read_and_positions_are_waited_for() {
     let server = server_with(|settings, _| {
-        settings.min_position_wait = std::time::Duration::from_millis(50);
+        settings.min_position_wait = std::time::Duration::from_secs(2);
     })
     .await;
     let written = server

@@ -281,7 +281,7 @@ async fn mute(server: &Server, path: &str) -> TcpStream {
 
 #[tokio::test]
 async fn clients_that_never_read_are_let_go() {
-    let server = server_with(|settings, _| settings.heartbeat = Duration::from_millis(200)).await;
+    let server = server_with(|settings, _| settings.heartbeat = Duration::from_secs(1)).await;
     for n in 0..400 {
         let bytes = format!("{{\"n\":{n},\"text\":\"{}\"}}", "x".repeat(60_000));
         server.store(bytes).await;
@@ -296,7 +296,7 @@ async fn clients_that_never_read_are_let_go() {
 
 #[tokio::test]
 async fn a_client_that_does_not_answer_is_let_go() {
-    let server = server_with(|settings, _| settings.heartbeat = Duration::from_millis(50)).await;
+    let server = server_with(|settings, _| settings.heartbeat = Duration::from_millis(700)).await;
     let mut silent = mute(&server, "/api/v1/events").await;
     let mut polite = open(&server, "/api/v1/events", &[]).await.unwrap();
     // It reads, but answers no ping: a machine between the two may have forgotten the connection.

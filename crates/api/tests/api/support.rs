@@ -25,7 +25,7 @@ use uuid::Uuid;
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 pub const DIGEST: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 /// Long enough for a loaded machine; nothing waits for it unless something is wrong.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Server {
     pub base: String,

@@ -254,7 +254,10 @@ impl Yard {
 }
 
 /// Asks again and again until there is an answer.
-async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {
+pub(super) async fn until<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    mut ask: impl FnMut() -> F,
+) -> T {
     let found = tokio::time::timeout(PATIENCE, async {
         loop {
             if let Some(found) = ask().await {

@@ -157,6 +157,12 @@ async fn a_right_that_is_missing_is_named() {
         .unwrap();
     config.auth_info.impersonate = Some("almost-daybook".to_owned());
     let limited = Client::try_from(config).unwrap();
+    // Rights count a moment after they were given.
+    let namespaces: Api<Namespace> = Api::all(limited.clone());
+    super::builds::until("its rights count", || async {
+        namespaces.list(&ListParams::default()).await.ok()
+    })
+    .await;
     let stage = Stage::of("limited", |options| options.client = limited)
         .await
         .unwrap();

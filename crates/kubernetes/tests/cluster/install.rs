@@ -174,6 +174,15 @@ async fn an_api_server_takes_the_chart_and_its_rights_are_enough() {
     let mut config = config.unwrap();
     config.auth_info.impersonate = Some(format!("system:serviceaccount:{NAMESPACE}:daybook"));
     let limited = Client::try_from(config).unwrap();
+    // Rights count a moment after they were given.
+    let jobs: Api<k8s_openapi::api::batch::v1::Job> =
+        Api::namespaced(limited.clone(), "builds-install");
+    let namespaces: Api<Namespace> = Api::all(limited.clone());
+    builds::until("its rights count", || async {
+        jobs.list(&ListParams::default()).await.ok()?;
+        namespaces.get_opt(NAMESPACE).await.ok()
+    })
+    .await;
     let mut builds = BuildOptions::new(
         "oslo".parse().unwrap(),
         limited.clone(),

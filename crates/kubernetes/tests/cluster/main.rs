@@ -357,16 +357,17 @@ async fn what_has_failed_is_tried_again_and_what_is_ready_is_left_alone() {
     let first = service.releases.get_mut(&deployment(1)).unwrap();
     first.run.health.deadline_seconds = 2;
     stage.apply(1, &values).await.unwrap();
-    let over = |s: &AppStatus| {
-        let problem = of(s, 1).and_then(|r| r.problem.as_ref());
-        problem.is_some_and(|p| !p.transient)
-    };
-    let failed = stage.until("it has failed", over).await;
     let is_ready = |s: &AppStatus| {
         let instances = of(s, 1).into_iter().flat_map(|r| &r.instances);
         let ready = instances.filter(|i| i.ready);
         ready.map(|i| i.name.clone()).collect::<Vec<_>>()
     };
+    // Its deadline may pass before the one instance is seen to be ready.
+    let over = |s: &AppStatus| {
+        let problem = of(s, 1).and_then(|r| r.problem.as_ref());
+        problem.is_some_and(|p| !p.transient) && is_ready(s).len() == 1
+    };
+    let failed = stage.until("it has failed", over).await;
     let before = is_ready(&failed);
     assert_eq!(before.len(), 1);
 

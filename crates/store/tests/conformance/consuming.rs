@@ -10,10 +10,14 @@ use daybook_events::subject::{AggregateKind, SubjectFilter};
 
 use super::{Backend, a_build, a_deployment, an_event, append, append_many, never, within};
 
+/// After how long an unanswered delivery is taken back, where that is waited for. A busy machine must
+/// answer faster.
+const IMPATIENCE: Duration = Duration::from_secs(4);
+
 /// A consumer that takes an unanswered delivery back soon.
 fn impatient(name: &str) -> ConsumerConfig {
     ConsumerConfig {
-        ack_wait: Duration::from_secs(1),
+        ack_wait: IMPATIENCE,
         ..ConsumerConfig::new(name, SubjectFilter::default())
     }
 }
@@ -64,7 +68,7 @@ pub async fn what_is_acknowledged_is_not_delivered_again(backend: &impl Backend)
         assert!(!delivery.is_last);
         delivery.reply.ack().await.unwrap();
     }
-    let waited = tokio::time::timeout(Duration::from_millis(1500), consumer.next()).await;
+    let waited = tokio::time::timeout(IMPATIENCE + IMPATIENCE / 8, consumer.next()).await;
     assert!(waited.is_err(), "delivered again: {waited:?}");
     append(&log, an_event(&subject, 6)).await;
     expect(&consumer, 6, 1).await;
@@ -76,8 +80,11 @@ pub async fn two_readers_share_a_consumer(backend: &impl Backend) {
     append_many(&log, &a_deployment(), EVENTS as usize).await;
     let (sender, mut taken) = tokio::sync::mpsc::channel(1_000);
     let mut readers = tokio::task::JoinSet::new();
-    for reader in 0..2 {
-        let consumer = open(&log, patient("worker")).await;
+    let consumers = [
+        open(&log, patient("worker")).await,
+        open(&log, patient("worker")).await,
+    ];
+    for (reader, consumer) in consumers.into_iter().enumerate() {
         let sender = sender.clone();
         readers.spawn(async move {
             loop {
@@ -131,7 +138,7 @@ pub async fn a_refused_delivery_comes_again_after_its_delay(backend: &impl Backe
     append_many(&log, &a_deployment(), 2).await;
     let consumer = open(&log, patient("worker")).await;
     let delivery = expect(&consumer, 1, 1).await;
-    delivery.reply.nak(Duration::from_secs(1)).await.unwrap();
+    delivery.reply.nak(Duration::from_secs(5)).await.unwrap();
     // The delay lets what follows go first.
     let second = expect(&consumer, 2, 1).await;
     second.reply.ack().await.unwrap();
@@ -157,14 +164,14 @@ pub async fn progress_keeps_a_delivery(backend: &impl Backend) {
     let log = backend.log().await;
     append_many(&log, &a_deployment(), 1).await;
     let config = ConsumerConfig {
-        ack_wait: Duration::from_secs(2),
+        ack_wait: IMPATIENCE,
         ..impatient("worker")
     };
     let consumer = open(&log, config.clone()).await;
     let other = open(&log, config).await;
     let delivery = expect(&consumer, 1, 1).await;
     let working = async {
-        for _ in 0..20 {
+        for _ in 0..30 {
             tokio::time::sleep(Duration::from_millis(200)).await;
             delivery.reply.progress().await.unwrap();
         }
@@ -186,7 +193,7 @@ pub async fn a_terminated_delivery_never_comes_again(backend: &impl Backend) {
     poison.reply.term().await.unwrap();
     let second = expect(&consumer, 2, 1).await;
     second.reply.ack().await.unwrap();
-    let waited = tokio::time::timeout(Duration::from_millis(1500), consumer.next()).await;
+    let waited = tokio::time::timeout(IMPATIENCE + IMPATIENCE / 8, consumer.next()).await;
     assert!(waited.is_err(), "delivered again: {waited:?}");
 }
 
@@ -206,7 +213,7 @@ pub async fn deliveries_end_at_the_bound_and_the_last_one_says_so(backend: &impl
     let third = expect(&consumer, 1, 3).await;
     assert!(third.is_last);
     third.reply.nak(Duration::ZERO).await.unwrap();
-    let waited = tokio::time::timeout(Duration::from_millis(1500), consumer.next()).await;
+    let waited = tokio::time::timeout(IMPATIENCE + IMPATIENCE / 8, consumer.next()).await;
     assert!(waited.is_err(), "delivered beyond the bound: {waited:?}");
     append(&log, an_event(&a_deployment(), 2)).await;
     expect(&consumer, 2, 1).await;
@@ -283,7 +290,7 @@ pub async fn a_consumer_remembers_across_a_restart(backend: &impl Backend) {
     }
     rest.sort_unstable();
     assert_eq!(rest, [3, 4]);
-    let waited = tokio::time::timeout(Duration::from_millis(1500), consumer.next()).await;
+    let waited = tokio::time::timeout(IMPATIENCE + IMPATIENCE / 8, consumer.next()).await;
     assert!(waited.is_err(), "delivered again: {waited:?}");
 }
 
