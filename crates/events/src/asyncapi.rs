@@ -11,6 +11,47 @@ use crate::subject::PREFIX;
 /// Where the definitions of all schemas are.
 const DEFINITIONS: &str = "#/components/schemas/";
 
+/// What every subject of CDEvents starts with.
+const CDEVENTS_PREFIX: &str = "daybook.cdevents";
+
+/// The version of CDEvents, and that of its types which are used here.
+const CDEVENTS: (&str, &str) = ("0.5.1", "0.3.0");
+
+/// What the ledger is told as in the words of CDEvents.
+pub const CDEVENT_KINDS: [(&str, &str); 19] = [
+    ("artifact.packaged", "An image was made."),
+    ("artifact.published", "An image is in its registry."),
+    ("build.finished", "A build has ended, with its outcome."),
+    ("build.queued", "A build is asked for."),
+    ("build.started", "A build was taken up."),
+    ("change.merged", "A GitOps commit was made."),
+    ("environment.created", "There is an environment."),
+    ("environment.deleted", "An environment is gone."),
+    ("environment.modified", "An environment was defined anew."),
+    (
+        "pipelinerun.finished",
+        "A deployment has ended, with its outcome.",
+    ),
+    ("pipelinerun.queued", "A deployment is asked for."),
+    ("pipelinerun.started", "A deployment was admitted."),
+    (
+        "service.deployed",
+        "A service has its first main deployment.",
+    ),
+    ("service.published", "A service answers at its address."),
+    (
+        "service.removed",
+        "A service has no main deployment any more.",
+    ),
+    (
+        "service.rolledback",
+        "A service went back to a former deployment.",
+    ),
+    ("service.upgraded", "A service has another main deployment."),
+    ("taskrun.finished", "The source of a deployment is there."),
+    ("taskrun.started", "The source of a deployment is fetched."),
+];
+
 /// The document, with a message for each kind of event.
 pub fn asyncapi(version: &str) -> Value {
     let mut document = Document::default();
@@ -22,6 +63,9 @@ pub fn asyncapi(version: &str) -> Value {
         }
         document.channel(aggregate, &names);
     }
+    for (kind, summary) in CDEVENT_KINDS {
+        document.cdevent(kind, summary);
+    }
     document.streams();
     json!({
         "asyncapi": "3.1.0",
@@ -31,7 +75,7 @@ pub fn asyncapi(version: &str) -> Value {
             "version": version,
             "description": "The events of the deployment ledger: CloudEvents 1.0 in structured \
                 mode, each on the subject of its aggregate, and all of them as server-sent \
-                events and as signed webhooks.",
+                events and as signed webhooks; and what they mean in the words of CDEvents.",
             "license": { "name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0" }
         },
         "defaultContentType": MEDIA_TYPE,
@@ -39,18 +83,121 @@ pub fn asyncapi(version: &str) -> Value {
             "nats": {
                 "host": "127.0.0.1:4222",
                 "protocol": "nats",
-                "description": "The NATS server with the log, where there is one."
+                "description": "The NATS server with the log, where there is one. Subscribers have \
+                    accounts of their own that can only read.",
+                "security": schemes(&["natsUser", "natsCredentials"])
             },
             "http": {
                 "host": "127.0.0.1:7070",
                 "protocol": "http",
-                "description": "The HTTP interface of a Daybook server."
+                "description": "The HTTP interface of a Daybook server. One on loopback may ask \
+                    nobody for a token.",
+                "security": schemes(&["token"])
             }
         },
         "channels": document.channels,
         "operations": document.operations,
-        "components": { "messages": document.messages, "schemas": document.schemas }
+        "components": {
+            "messages": document.messages,
+            "messageTraits": message_traits(),
+            "schemas": document.schemas,
+            "securitySchemes": security_schemes()
+        }
     })
+}
+
+fn schemes(names: &[&str]) -> Vec<Value> {
+    let reference = |name: &&str| json!({ "$ref": format!("#/components/securitySchemes/{name}") });
+    names.iter().map(reference).collect()
+}
+
+fn security_schemes() -> Value {
+    json!({
+        "token": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "A token of Daybook (`daybook_…`), or one of the identity provider that \
+                the server is set up with, in the header `Authorization`."
+        },
+        "natsUser": {
+            "type": "userPassword",
+            "description": "User and password of an account of the NATS server."
+        },
+        "natsCredentials": {
+            "type": "asymmetricEncryption",
+            "description": "A credentials file of the NATS server: a JWT, and the NKey that signs \
+                the server's nonce."
+        }
+    })
+}
+
+/// The headers of messages, by what they are sent over.
+fn message_traits() -> Value {
+    let text = |description: &str| json!({ "type": "string", "description": description });
+    let content_type = json!({ "const": MEDIA_TYPE });
+    json!({
+        "nats": { "headers": {
+            "type": "object",
+            "required": ["Nats-Msg-Id", "Content-Type"],
+            "properties": {
+                "Nats-Msg-Id": text("The id of the event, by which the stream knows a repetition."),
+                "Nats-Expected-Last-Subject-Sequence": {
+                    "type": "string",
+                    "pattern": "^[0-9]+$",
+                    "description": "The position of the aggregate's event before this one, which the \
+                        server has checked; 0 for the first. CDEvents have none."
+                },
+                "Content-Type": content_type.clone()
+            }
+        } },
+        "webhook": { "headers": {
+            "type": "object",
+            "required": ["webhook-id", "webhook-timestamp", "webhook-signature", "content-type"],
+            "properties": {
+                "webhook-id": text("The id of the event: the same for each try."),
+                "webhook-timestamp": {
+                    "type": "string",
+                    "pattern": "^[0-9]+$",
+                    "description": "When this try was made, in seconds since 1970."
+                },
+                "webhook-signature": text(
+                    "One or more signatures with spaces between: `v1,` and the Base64 of HMAC-SHA256 \
+                     over `id.timestamp.body`."
+                ),
+                "content-type": content_type
+            }
+        } }
+    })
+}
+
+/// What a message is sent over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Over {
+    /// Server-sent events, which have no headers each.
+    Http,
+    Nats,
+    Webhook,
+}
+
+impl Over {
+    const ALL: [Self; 3] = [Self::Http, Self::Nats, Self::Webhook];
+
+    /// The name of the trait that it gives to messages.
+    fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Http => None,
+            Self::Nats => Some("nats"),
+            Self::Webhook => Some("webhook"),
+        }
+    }
+
+    /// The name of a kind's message.
+    fn message(self, kind: &str) -> String {
+        match self.name() {
+            Some(name) => format!("{name}.{kind}"),
+            None => kind.to_owned(),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -89,13 +236,102 @@ impl Document {
         for (name, definition) in definitions {
             self.written.entry(name).or_insert(definition);
         }
-        let message = json!({
+        self.schemas.insert(kind.to_owned(), schema);
+        for over in Over::ALL {
+            self.message_over(over, kind, kind, MEDIA_TYPE, None);
+        }
+    }
+
+    /// What an event is told as in the words of CDEvents.
+    fn cdevent(&mut self, kind: &str, summary: &str) {
+        let (spec, types) = CDEVENTS;
+        let name = format!("dev.cdevents.{kind}.{types}");
+        let text = || json!({ "type": "string", "minLength": 1 });
+        let time = json!({ "type": "string", "format": "date-time" });
+        let cdevent = json!({
+            "type": "object",
+            "required": ["context", "subject"],
+            "properties": {
+                "context": {
+                    "type": "object",
+                    "required": ["specversion", "id", "source", "type", "timestamp"],
+                    "properties": {
+                        "specversion": { "const": spec },
+                        "id": text(),
+                        "chainId": { "type": "string", "format": "uuid" },
+                        "source": { "type": "string", "format": "uri-reference" },
+                        "type": { "const": name },
+                        "timestamp": time.clone()
+                    }
+                },
+                "subject": {
+                    "type": "object",
+                    "required": ["id", "content"],
+                    "properties": {
+                        "id": text(),
+                        "source": { "type": "string", "format": "uri-reference" },
+                        "content": {
+                            "type": "object",
+                            "description": "What the specification says of this type."
+                        }
+                    }
+                },
+                "customData": {
+                    "type": "object",
+                    "description": "The position of the event in the ledger, its type and its actor, \
+                        and what the standard has no place for."
+                },
+                "customDataContentType": { "const": "application/json" }
+            }
+        });
+        let payload = json!({
+            "description": format!("{summary} A CloudEvent whose data is the CDEvent."),
+            "type": "object",
+            "required": ["specversion", "id", "source", "type", "subject", "time", "datacontenttype", "data"],
+            "properties": {
+                "specversion": { "const": "1.0" },
+                "id": text(),
+                "source": { "type": "string", "format": "uri-reference" },
+                "type": { "const": name },
+                "subject": text(),
+                "time": time,
+                "datacontenttype": { "const": "application/json" },
+                "data": { "$ref": format!("{DEFINITIONS}cdevents.{kind}") }
+            }
+        });
+        let bare = format!("cdevents.{kind}");
+        self.schemas.insert(bare.clone(), cdevent);
+        self.schemas.insert(name.clone(), payload);
+        // A stream of CDEvents is no stream of CloudEvents.
+        self.message_over(Over::Http, &name, &bare, "application/json", Some(summary));
+        for over in [Over::Nats, Over::Webhook] {
+            self.message_over(over, &name, &name, MEDIA_TYPE, Some(summary));
+        }
+    }
+
+    /// A kind's message over one of what it is sent over, with the payload of this schema.
+    fn message_over(
+        &mut self,
+        over: Over,
+        kind: &str,
+        payload: &str,
+        content_type: &str,
+        summary: Option<&str>,
+    ) {
+        let mut message = json!({
             "name": kind,
             "title": kind,
-            "contentType": MEDIA_TYPE,
-            "payload": schema
+            "contentType": content_type,
+            "payload": { "$ref": format!("{DEFINITIONS}{payload}") }
         });
-        self.messages.insert(kind.to_owned(), message);
+        if let Some(summary) = summary {
+            message["summary"] = summary.into();
+        }
+        if let Some(name) = over.name() {
+            let reference = format!("#/components/messageTraits/{name}");
+            message["traits"] = json!([{ "$ref": reference }]);
+        }
+        self.messages.insert(over.message(kind), message);
     }
 
     fn channel(&mut self, aggregate: AggregateKind, kinds: &[&str]) {
@@ -111,7 +347,7 @@ impl Document {
                 "environment": { "description": "The environment; `_` where it belongs to none." },
                 "id": { "description": "Which one it is." }
             },
-            "messages": references(kinds)
+            "messages": references(kinds, Over::Nats)
         });
         self.channels.insert(name.to_owned(), channel);
         self.sends(
@@ -120,17 +356,20 @@ impl Document {
         );
     }
 
-    /// The channels on which all events are.
+    /// The channels on which all events are, and all CDEvents.
     fn streams(&mut self) {
-        let kinds: Vec<_> = self.messages.keys().cloned().collect();
-        let kinds: Vec<_> = kinds.iter().map(String::as_str).collect();
+        let kinds = crate::catalog::payload_schemas();
+        let kinds: Vec<_> = kinds.iter().map(|(kind, _)| *kind).collect();
+        let cdevents = CDEVENT_KINDS.map(|(kind, _)| format!("dev.cdevents.{kind}.{}", CDEVENTS.1));
+        let cdevents: Vec<_> = cdevents.iter().map(String::as_str).collect();
+        let http = [json!({ "$ref": "#/servers/http" })];
         let stream = json!({
             "address": "/api/v1/events",
             "title": "All events, as server-sent events",
             "description": "With `Accept: text/event-stream`. The id of each is its position, from \
                 which `Last-Event-ID` resumes; the query parameters filter.",
-            "servers": [{ "$ref": "#/servers/http" }],
-            "messages": references(&kinds)
+            "servers": http,
+            "messages": references(&kinds, Over::Http)
         });
         self.channels.insert("events".into(), stream);
         self.sends("events", "Daybook streams its ledger.");
@@ -140,12 +379,50 @@ impl Document {
             "description": "POST to the URL of a webhook, with `webhook-id`, `webhook-timestamp` and \
                 `webhook-signature` as Standard Webhooks has them. At least once, in order within \
                 a deployment.",
-            "messages": references(&kinds)
+            "messages": references(&kinds, Over::Webhook)
         });
         self.channels.insert("webhook".into(), webhook);
         self.sends(
             "webhook",
             "Daybook sends events to those who asked for them.",
+        );
+        let stream = json!({
+            "address": "/api/v1/cdevents",
+            "title": "The ledger in the words of CDEvents, as server-sent events",
+            "description": "With `Accept: text/event-stream`. The data of each is the CDEvent by \
+                itself, without a CloudEvent around it; the id is the position of the event that it \
+                tells, from which `Last-Event-ID` resumes; the query parameters filter.",
+            "servers": http,
+            "messages": references(&cdevents, Over::Http)
+        });
+        self.channels.insert("cdevents".into(), stream);
+        self.sends("cdevents", "Daybook streams what its events mean.");
+        let nats = json!({
+            "address": format!("{CDEVENTS_PREFIX}.{{project}}.{{environment}}.{{run}}"),
+            "title": "CDEvents of one run",
+            "description": "In the order of the ledger, in the JetStream stream `DAYBOOK_CDEVENTS`, \
+                which keeps them for a week: subscribe with a consumer of it. The role `notify` \
+                publishes them.",
+            "servers": [{ "$ref": "#/servers/nats" }],
+            "parameters": {
+                "project": { "description": "The project." },
+                "environment": { "description": "The environment; `_` where it belongs to none." },
+                "run": { "description": "The id of the deployment, or of the run that it belongs to." }
+            },
+            "messages": references(&cdevents, Over::Nats)
+        });
+        self.channels.insert("cdevents-nats".into(), nats);
+        self.sends("cdevents-nats", "Daybook publishes what its events mean.");
+        let webhook = json!({
+            "address": null,
+            "title": "CDEvents of a project, as signed webhooks",
+            "description": "POST to the URL of a webhook of the format `cdevents`, as for events.",
+            "messages": references(&cdevents, Over::Webhook)
+        });
+        self.channels.insert("cdevents-webhook".into(), webhook);
+        self.sends(
+            "cdevents-webhook",
+            "Daybook sends CDEvents to those who asked for them.",
         );
     }
 
@@ -160,8 +437,11 @@ impl Document {
 }
 
 /// The messages of a channel.
-fn references(kinds: &[&str]) -> Map<String, Value> {
-    let reference = |kind: &str| json!({ "$ref": format!("#/components/messages/{kind}") });
+fn references(kinds: &[&str], over: Over) -> Map<String, Value> {
+    let reference = |kind: &str| {
+        let name = over.message(kind);
+        json!({ "$ref": format!("#/components/messages/{name}") })
+    };
     kinds
         .iter()
         .map(|kind| ((*kind).to_owned(), reference(kind)))

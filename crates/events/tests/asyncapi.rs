@@ -1,9 +1,10 @@
 //! The AsyncAPI document: as its specification asks for it, whole, and without loose ends.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use daybook_events::asyncapi::asyncapi;
+use daybook_events::asyncapi::{CDEVENT_KINDS, asyncapi};
 use daybook_events::catalog;
 use serde_json::{Value, json};
 
@@ -43,8 +44,9 @@ fn rules() -> Value {
         })
     };
     let map = |of: Value| json!({ "type": "object", "additionalProperties": of });
+    let security = json!({ "type": "array", "items": reference("components/securitySchemes") });
     let server = json!({ "host": text(), "protocol": text(), "pathname": text(),
-        "title": text(), "summary": text(), "description": text() });
+        "title": text(), "summary": text(), "description": text(), "security": security.clone() });
     let parameter = json!({ "description": text(), "location": text(), "default": text(),
         "enum": { "type": "array", "items": text() } });
     let channel = json!({ "address": { "type": ["string", "null"] }, "title": text(),
@@ -54,12 +56,30 @@ fn rules() -> Value {
         "parameters": map(object(parameter, &[])) });
     let operation = json!({ "action": { "enum": ["send", "receive"] },
         "channel": reference("channels"), "title": text(), "summary": text(),
-        "description": text(), "messages": { "type": "array" } });
-    let message = json!({ "name": text(), "title": text(), "summary": text(),
-        "description": text(), "contentType": text(), "headers": { "type": "object" },
-        "payload": { "type": "object" } });
-    let components = json!({ "messages": map(object(message, &["payload"])),
-        "schemas": map(json!({ "type": ["object", "boolean"] })) });
+        "description": text(), "messages": { "type": "array" }, "security": security });
+    // Headers are a schema of an object, says the specification.
+    let headers = json!({ "type": "object", "required": ["type", "properties"],
+        "properties": { "type": { "const": "object" } } });
+    let of_trait = json!({ "name": text(), "title": text(), "summary": text(),
+        "description": text(), "contentType": text(), "headers": headers });
+    let mut message = of_trait.clone();
+    message["payload"] = reference("components/schemas");
+    message["traits"] = json!({ "type": "array", "items": reference("components/messageTraits") });
+    // The types of security schemes, as far as the document has them, with what each must have.
+    let scheme = json!({ "oneOf": [
+        object(json!({ "type": { "enum": ["userPassword", "asymmetricEncryption", "X509"] },
+            "description": text() }), &["type"]),
+        object(json!({ "type": { "const": "http" }, "scheme": { "const": "bearer" },
+            "bearerFormat": text(), "description": text() }), &["type", "scheme"]),
+    ] });
+    let named = |mut of: Value| {
+        of["propertyNames"] = json!({ "pattern": "^[A-Za-z0-9_.-]+$" });
+        of
+    };
+    let components = json!({ "messages": named(map(object(message, &["payload"]))),
+        "messageTraits": named(map(object(of_trait, &["headers"]))),
+        "securitySchemes": named(map(scheme)),
+        "schemas": named(map(json!({ "type": ["object", "boolean"] }))) });
     let license = json!({ "name": text(), "url": { "type": "string", "format": "uri" } });
     let info = json!({ "title": text(), "version": text(), "description": text(),
         "license": object(license, &["name"]) });
@@ -103,6 +123,13 @@ fn it_is_what_the_specification_asks_for() {
         ("/asyncapi", Value::from("2.6.0")),
         ("/channels/deployment/address", Value::from(7)),
         ("/operations/send-deployment/action", Value::from("sends")),
+        (
+            "/components/messageTraits/nats/headers/type",
+            "array".into(),
+        ),
+        ("/components/securitySchemes/token/scheme", Value::from(7)),
+        ("/components/securitySchemes/natsUser/type", "trust".into()),
+        ("/servers/http/security", json!({ "token": [] })),
     ] {
         let mut changed = document.clone();
         *changed.pointer_mut(pointer).unwrap() = bad;
@@ -127,6 +154,60 @@ fn every_reference_leads_somewhere_and_every_kind_is_a_message() {
             assert!(messages.get(kind).is_some(), "{channel}: {kind}");
         }
     }
+    for (kind, _) in CDEVENT_KINDS {
+        let kind = format!("dev.cdevents.{kind}.0.3.0");
+        for channel in ["cdevents", "cdevents-nats", "cdevents-webhook"] {
+            let messages = &document["channels"][channel]["messages"];
+            assert!(messages.get(&kind).is_some(), "{channel}: {kind}");
+        }
+    }
+}
+
+#[test]
+fn each_message_says_its_headers_and_each_server_who_may_read() {
+    let document = asyncapi("1.2.3");
+    let headers = |channel: &str, kind: &str| -> Vec<String> {
+        let message = &document["channels"][channel]["messages"][kind]["$ref"];
+        let at = |reference: &Value| {
+            let pointer = reference.as_str().unwrap().strip_prefix('#').unwrap();
+            document.pointer(pointer).unwrap()
+        };
+        let traits = at(message)["traits"].as_array();
+        let traits = traits.into_iter().flatten();
+        let headers = traits.map(|t| &at(&t["$ref"])["headers"]["properties"]);
+        headers
+            .flat_map(|of| of.as_object().unwrap().keys().cloned())
+            .collect()
+    };
+    let kind = "deployment.requested.v1";
+    let cdevent = "dev.cdevents.pipelinerun.queued.0.3.0";
+    for (channel, kind) in [("deployment", kind), ("cdevents-nats", cdevent)] {
+        assert!(headers(channel, kind).contains(&"Nats-Msg-Id".to_owned()));
+    }
+    for (channel, kind) in [("webhook", kind), ("cdevents-webhook", cdevent)] {
+        assert!(headers(channel, kind).contains(&"webhook-signature".to_owned()));
+    }
+    assert!(headers("events", kind).is_empty());
+    for (name, server) in document["servers"].as_object().unwrap() {
+        assert!(server["security"][0]["$ref"].is_string(), "{name}");
+    }
+}
+
+/// What is between braces in an address has a parameter, and the other way round.
+#[test]
+fn parameters_are_those_of_their_addresses() {
+    let document = asyncapi("1.2.3");
+    for (name, channel) in document["channels"].as_object().unwrap() {
+        let address = channel["address"].as_str().unwrap_or_default();
+        let named = address.split('{').skip(1).map(|part| {
+            let (parameter, _) = part.split_once('}').unwrap();
+            parameter.to_owned()
+        });
+        let named: BTreeSet<String> = named.collect();
+        let said = channel["parameters"].as_object();
+        let said: BTreeSet<String> = said.into_iter().flat_map(|p| p.keys().cloned()).collect();
+        assert_eq!(named, said, "{name}");
+    }
 }
 
 #[test]
@@ -135,7 +216,7 @@ fn the_messages_describe_the_frozen_events() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     for (kind, _) in catalog::payload_schemas() {
         // The definitions stand beside the payload, as they do in the document.
-        let mut schema = document["components"]["messages"][kind]["payload"].clone();
+        let mut schema = document["components"]["schemas"][kind].clone();
         schema["components"] = json!({ "schemas": document["components"]["schemas"] });
         let validator = jsonschema::validator_for(&schema).unwrap();
         let event = std::fs::read(golden.join(format!("{kind}.json"))).unwrap();

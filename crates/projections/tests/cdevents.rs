@@ -18,7 +18,7 @@ use daybook_events::{EventLog, InstanceRef, Position, Recorded, Subject};
 use daybook_projections::Projections;
 use daybook_projections::runner::run;
 use jsonschema::{Registry, Validator};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 /// Where the published schemas are, for whoever wants to check against them as they are: the folder
@@ -100,6 +100,8 @@ async fn folded(log: &MemoryLog) -> (Projections, Vec<Recorded>) {
 async fn every_cdevent_is_what_the_specification_asks_of_its_type() {
     let schemas = schemas();
     let (projections, events) = history(6000, 11).await;
+    let document = daybook_events::asyncapi::asyncapi("1.2.3");
+    let mut described = BTreeMap::<String, Validator>::new();
     let mut seen = BTreeSet::new();
     for recorded in &events {
         let Ok(event) = recorded.event() else {
@@ -130,6 +132,15 @@ async fn every_cdevent_is_what_the_specification_asks_of_its_type() {
         assert_eq!(message["type"], kind.as_str());
         assert_eq!(message["subject"], cdevent["subject"]["id"]);
         assert_eq!(message["data"], cdevent);
+        let described = described.entry(kind.clone()).or_insert_with(|| {
+            let mut schema = document["components"]["schemas"][&kind].clone();
+            assert!(schema.is_object(), "{kind} is not in the AsyncAPI document");
+            schema["components"] = json!({ "schemas": document["components"]["schemas"] });
+            jsonschema::validator_for(&schema).unwrap()
+        });
+        if let Err(e) = described.validate(&message) {
+            panic!("{kind}: {e} at {}: {message:#}", e.instance_path());
+        }
         seen.insert(kind);
     }
     for kind in [
