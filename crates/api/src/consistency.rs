@@ -9,10 +9,15 @@ use daybook_events::{Digest, Position};
 
 use crate::answer::{MIN_POSITION, POSITION, STATE_HASH, TREE_ROOT, TREE_SIZE, insert_state_hash};
 use crate::extract;
-use crate::problem::{Problem, behind};
+use crate::problem::{Problem, ahead, behind};
 use crate::state::AppState;
 
-/// Waits for `Daybook-Min-Position`, within bounds. Whoever lets requests in does it before it looks
+/// A position that is so many events behind the end of the log is not reached while a request
+/// waits: no answer of this ledger has named it.
+const FAR: u64 = 100_000;
+
+/// Waits for `Daybook-Min-Position`, within bounds; one that is far behind the end of the log is
+/// refused at once. Whoever lets requests in does it before it looks
 /// anything up for them, and once it knows who asks: strangers make nobody wait.
 pub(crate) async fn wait(state: &AppState, headers: &HeaderMap) -> Result<(), Problem> {
     let Some(wanted) = headers.get(MIN_POSITION) else {
@@ -20,6 +25,16 @@ pub(crate) async fn wait(state: &AppState, headers: &HeaderMap) -> Result<(), Pr
     };
     let text = wanted.to_str().unwrap_or_default();
     let wanted = extract::position("the header Daybook-Min-Position", text)?;
+    let reached = state.projections().position();
+    if wanted.0 > reached.0.saturating_add(FAR) {
+        // Where the end is cannot always be said: then it is waited for, as all else.
+        let head = state.commands.ledger().log().head().await;
+        if let Ok(head) = head
+            && wanted.0 > head.0.saturating_add(FAR)
+        {
+            return Err(ahead(head, wanted));
+        }
+    }
     let wait = state.settings.min_position_wait;
     let waited = state.projections().wait_for(wanted, wait).await;
     waited.map_err(|e| behind(e.to_string()))

@@ -282,7 +282,8 @@ fn parameters() -> Value {
         "MinPosition": {
             "name": "Daybook-Min-Position", "in": "header", "required": false,
             "description": "Waits, within bounds, until this position is taken into account. \
-                If that takes too long, the answer is 503 with the code `behind`.",
+                If that takes too long, the answer is 503 with the code `behind`; if the log ends far \
+                before it, 409 with the code `position_ahead`, at once.",
             "schema": { "type": "integer", "minimum": 0 }
         },
         "Actor": {

@@ -9,7 +9,7 @@ use std::error::Error;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daybook_events::log::{AppendError, ReadError};
-use daybook_events::{InvalidName, Refusal, with_causes};
+use daybook_events::{InvalidName, Position, Refusal, with_causes};
 use daybook_projections::{ExecuteError, PastError, QueryError};
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -302,6 +302,17 @@ fn contended() -> Problem {
         "try again",
     )
     .retry_after(1)
+}
+
+/// The log ends before a position that a request names.
+pub(crate) fn ahead(head: Position, named: Position) -> Problem {
+    Problem::new(
+        StatusCode::CONFLICT,
+        "position_ahead",
+        format!("the log ends at {head}, before {named}"),
+        "this is not the log that the position is from, or it was set back: look at \
+         `daybook events`, and start from a position that exists",
+    )
 }
 
 /// The folded state is behind what the request needs.

@@ -25,7 +25,7 @@ use crate::answer::Answer;
 use crate::event_filter::{EventFilter, WantedEvents};
 use crate::extract::{self, Named, NoParams, Params};
 use crate::feed::FeedEvent;
-use crate::problem::Problem;
+use crate::problem::{Problem, ahead};
 use crate::routes::history::page;
 use crate::sse;
 use crate::state::AppState;
@@ -223,13 +223,7 @@ pub(crate) async fn reached(state: &AppState, after: Position) -> Result<Positio
     if after <= head {
         return Ok(head);
     }
-    Err(Problem::new(
-        StatusCode::CONFLICT,
-        "position_ahead",
-        format!("the log ends at {head}, before {after}"),
-        "this is not the log that the position is from, or it was set back: look at \
-         `daybook events`, and start from a position that exists",
-    ))
+    Err(ahead(head, after))
 }
 
 pub(crate) fn chain_value(text: &str) -> Result<FeedChain, Problem> {

@@ -224,6 +224,18 @@ async fn own_writes_are_read_and_positions_are_waited_for() {
     assert_eq!(refused.header("retry-after"), Some("1"));
     assert_eq!(refused.refused(503, "behind")["retryable"], true);
 
+    // What this log does not get to is not waited for, however long that may take.
+    let patient = server_with(|settings, _| {
+        settings.min_position_wait = std::time::Duration::from_hours(1);
+    })
+    .await;
+    for far in ["1000000", "18446744073709551615"] {
+        let far = patient
+            .request(reqwest::Method::GET, "/api/v1/projects")
+            .header("Daybook-Min-Position", far);
+        patient.send(far).await.refused(409, "position_ahead");
+    }
+
     // A request that waits is answered as soon as the position is there.
     let waiting = server_with(|_, _| {}).await;
     let request = waiting
