@@ -138,9 +138,12 @@ fn a_follower_for_whom_nothing_came_yet_outlives_a_restart() {
     server.define("shop", "web", &application("--text one"), &[]);
     let head = server.read("/api/v1/events?limit=1")["head"].to_string();
     let file = server.folder().path().join("followed");
+    let said = server.folder().path().join("said");
     let mut follower = server
         .command(&["events", "--follow", "--after", &head, "--output", "json"])
+        .env("DAYBOOK_LOG", "info")
         .stdout(std::fs::File::create(&file).unwrap())
+        .stderr(std::fs::File::create(&said).unwrap())
         .spawn()
         .unwrap();
     let metrics = format!("{}/metrics", server.url());
@@ -150,8 +153,10 @@ fn a_follower_for_whom_nothing_came_yet_outlives_a_restart() {
     });
     let address = server.url().replace("http://", "");
     server.stop();
-    // Long enough for it to find nobody there.
-    std::thread::sleep(Duration::from_secs(2));
+    until("the follower finds nobody there", || {
+        let said = std::fs::read_to_string(&said).unwrap();
+        said.contains("the server is not reached").then_some(())
+    });
     server.restart_with(&["--listen", &address, "--gateway", "127.0.0.1:0"]);
     server.service("shop", "other", &application("--text two"), &[]);
     until("the event", || {

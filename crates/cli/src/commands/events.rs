@@ -210,7 +210,12 @@ async fn follow(client: &Client, mut checked: Checked) -> Outcome {
                 unless_passing(checked.compare(client).await)?;
                 RECONNECT
             }
-            Err(failure) => lost.wait(failure, Instant::now())?,
+            Err(failure) => {
+                let why = failure.message.clone();
+                let wait = lost.wait(failure, Instant::now())?;
+                tracing::info!(%why, ?wait, "the server is not reached; trying again");
+                wait
+            }
         };
         // The connection broke: go on after the last event that was seen.
         tokio::time::sleep(wait).await;
