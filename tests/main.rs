@@ -44,5 +44,6 @@ mod subscribers;
 mod support;
 mod templates;
 mod timers;
+mod traces;
 mod under_load;
 mod webhooks;

@@ -8,7 +8,7 @@ use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use daybook_events::access::TokenId;
 use daybook_events::{
     Actor, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, FreezeName, HookName, Hostname,
-    InstanceRef, Position, ProjectName, ServiceName, SubscriptionId, TemplateName,
+    InstanceRef, Position, ProjectName, ServiceName, SubscriptionId, TemplateName, TraceParent,
 };
 use daybook_secrets::SecretStore;
 use futures_util::StreamExt;
@@ -249,7 +249,7 @@ impl<S: Send + Sync, T: CommandBody> FromRequest<S> for Command<T> {
         });
         let caller = Caller {
             key,
-            traceparent: traceparent(&parts.headers),
+            traceparent: trace_here(&parts.headers),
             ..Caller::of(actor, principal)
         };
         Ok(Self { caller, body })
@@ -296,7 +296,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for SecretCommand<T> {
         let (mut parts, body) = request.into_parts();
         let principal = Principal::from_request_parts(&mut parts, &()).await?;
         let caller = Caller {
-            traceparent: traceparent(&parts.headers),
+            traceparent: trace_here(&parts.headers),
             ..Caller::of(actor(&principal, &parts.headers)?, principal)
         };
         let key = idempotency_key(&parts.headers)?.map(str::to_owned);
@@ -369,15 +369,17 @@ pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Probl
 }
 
 /// The trace context, if it is well-formed. One that is not is to be ignored, says W3C.
-pub(crate) fn traceparent(headers: &HeaderMap) -> Option<String> {
-    let text = headers.get("traceparent")?.to_str().ok()?;
-    let lengths = [2, 32, 16, 2];
-    let parts: Vec<&str> = text.split('-').collect();
-    let fits = parts.len() == lengths.len()
-        && parts.iter().zip(lengths).all(|(part, length)| {
-            part.len() == length && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-        });
-    fits.then(|| text.to_owned())
+pub(crate) fn trace_of(headers: &HeaderMap) -> Option<TraceParent> {
+    let mut all = headers.get_all("traceparent").iter();
+    let (first, second) = (all.next()?, all.next());
+    // Of several none counts, says W3C.
+    let only = first.to_str().ok().filter(|_| second.is_none())?;
+    TraceParent::parse(only).ok()
+}
+
+/// The place in a trace that a request has here: under its span, or where its headers say.
+pub(crate) fn trace_here(headers: &HeaderMap) -> Option<TraceParent> {
+    daybook_trace::current().or_else(|| trace_of(headers))
 }
 
 pub(crate) fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
@@ -496,8 +498,10 @@ mod tests {
         let mut headers = HeaderMap::new();
         let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         headers.insert("traceparent", good.parse().unwrap());
-        assert_eq!(traceparent(&headers).as_deref(), Some(good));
+        assert_eq!(trace_of(&headers), good.parse().ok());
+        headers.append("traceparent", good.parse().unwrap());
+        assert_eq!(trace_of(&headers), None, "two are none");
         headers.insert("traceparent", "00-xyz-1-01".parse().unwrap());
-        assert_eq!(traceparent(&headers), None);
+        assert_eq!(trace_of(&headers), None);
     }
 }

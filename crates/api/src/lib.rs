@@ -32,6 +32,7 @@ mod server;
 mod sse;
 mod state;
 mod tlog;
+mod traced;
 mod view;
 mod ws;
 

@@ -63,7 +63,8 @@ pub(crate) async fn count(State(state): State<AppState>, request: Request, next:
     response
 }
 
-fn method(name: &str) -> &'static str {
+/// The name of a method, as far as there are such requests.
+pub(crate) fn method(name: &str) -> &'static str {
     ["GET", "POST", "PUT", "DELETE", "HEAD"]
         .into_iter()
         .find(|m| *m == name)
@@ -208,7 +209,37 @@ impl Metrics {
             "Streams of events and log lines that are open.",
             self.streams.load(Ordering::Relaxed) as f64,
         );
+        write_spans(page);
     }
+}
+
+/// Writes what became of the spans of this process, if it sends them anywhere.
+fn write_spans(page: &mut Exposition) {
+    if !daybook_trace::is_recording() {
+        return;
+    }
+    let figures = daybook_trace::figures();
+    let name = "daybook_otlp_spans_total";
+    page.head(
+        name,
+        "counter",
+        "Spans by what became of them: sent, or dropped because too many waited (overflowed) or \
+         the collector did not take them (refused).",
+    );
+    let outcomes = [
+        ("sent", &figures.sent),
+        ("overflowed", &figures.overflowed),
+        ("refused", &figures.refused),
+    ];
+    for (outcome, count) in outcomes {
+        let count = count.load(Ordering::Relaxed) as f64;
+        page.sample(name, &[("outcome", outcome)], count);
+    }
+    page.gauge(
+        "daybook_otlp_spans_waiting",
+        "Spans that are to be sent, or are on their way.",
+        figures.waiting.load(Ordering::Relaxed) as f64,
+    );
 }
 
 /// A page in the Prometheus text format.

@@ -25,6 +25,7 @@ mod remote;
 mod roles;
 mod scratch;
 mod served_tree;
+mod telemetry;
 
 use std::process::ExitCode;
 

@@ -60,6 +60,7 @@ use crate::proofs::TreeProofs;
 use crate::roles::Role;
 use crate::scratch::Scratch;
 use crate::served_tree::ServedTree;
+use crate::telemetry::{Collector, Telemetry};
 
 /// The key that GitOps commits are signed with, in the data folder.
 pub const GITOPS_KEY: &str = "keys/gitops";
@@ -127,6 +128,8 @@ pub struct NodeOptions {
     pub gitops_remotes: GitopsRemoteArgs,
     /// Which addresses are looked at from where users are.
     pub endpoint_checks: Option<Arc<EndpointChecks>>,
+    /// Where spans are sent, if they are.
+    pub collector: Option<Collector>,
     /// Whether sources may be paths of this machine and private addresses.
     pub allow_local_sources: bool,
     /// Whether webhooks may go to private addresses, and without TLS.
@@ -170,6 +173,7 @@ impl NodeOptions {
             gitops_watch: Duration::from_secs(15),
             gitops_remotes: GitopsRemoteArgs::default(),
             endpoint_checks: None,
+            collector: None,
             allow_local_sources: true,
             allow_private_webhooks: false,
         }
@@ -218,6 +222,7 @@ pub struct Node {
     /// Ends what they stand on.
     foundations: CancellationToken,
     failed: tokio::sync::watch::Receiver<Option<String>>,
+    telemetry: Option<Telemetry>,
     /// Held as long as anything may work in it.
     _scratch: Scratch,
 }
@@ -316,6 +321,11 @@ impl Node {
             None
         };
 
+        let roles: Vec<_> = options.roles.iter().map(|r| r.name()).collect();
+        let telemetry = options.collector.as_ref();
+        let telemetry = telemetry
+            .map(|collector| Telemetry::start(collector, &roles.join(",")))
+            .transpose()?;
         let (log, lines) = open_log(&options, &data).await?;
         let info = log
             .info()
@@ -600,6 +610,7 @@ impl Node {
             cancel,
             foundations,
             failed,
+            telemetry,
             _scratch: scratch,
         })
     }
@@ -641,6 +652,10 @@ impl Node {
         }
         if let Err(error) = self.projections.flush() {
             tracing::debug!(%error, "the projections were not flushed; they will catch up");
+        }
+        // Last, with the spans of all that has ended before.
+        if let Some(telemetry) = self.telemetry {
+            telemetry.end().await;
         }
     }
 

@@ -1,16 +1,20 @@
 //! How things are printed: tables and colours for people, JSON for programs.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use clap::ValueEnum;
 use daybook_secrets::SecretStore;
-use tracing::Level;
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::fmt::format::{Format as RecordFormat, Json, Writer};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::commands::Global;
@@ -50,7 +54,8 @@ pub fn init(global: &Global) {
         *about.level() != Level::TRACE || !about.target().starts_with("async_nats")
     });
     if global.log_json {
-        builder.json().finish().with(no_bytes).init();
+        let builder = builder.json().map_event_format(InTrace);
+        builder.finish().with(no_bytes).init();
     } else {
         builder.finish().with(no_bytes).init();
     }
@@ -63,6 +68,39 @@ pub fn init(global: &Global) {
         };
         let _ = MaskedStderr.write_all(record.as_bytes());
     }));
+}
+
+/// Records as JSON, with the trace that they belong to: `trace_id` and `span_id`, as OpenTelemetry
+/// names them in logs.
+struct InTrace(RecordFormat<Json>);
+
+impl<S, N> FormatEvent<S, N> for InTrace
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let Some(place) = daybook_trace::current() else {
+            return self.0.format_event(context, writer, event);
+        };
+        let mut record = String::new();
+        self.0
+            .format_event(context, Writer::new(&mut record), event)?;
+        match record.trim_end().strip_suffix('}') {
+            Some(open) => writeln!(
+                writer,
+                r#"{open},"trace_id":"{}","span_id":"{}"}}"#,
+                place.trace_id(),
+                place.span_id()
+            ),
+            None => writer.write_str(&record),
+        }
+    }
 }
 
 static SECRETS: OnceLock<Arc<dyn SecretStore>> = OnceLock::new();

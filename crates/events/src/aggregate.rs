@@ -8,6 +8,7 @@ use crate::envelope::{DecodeError, Event, Payload};
 use crate::log::{Position, Recorded};
 use crate::names::EventId;
 use crate::subject::AggregateKind;
+use crate::trace::TraceParent;
 
 /// Where and when an event stands, as far as a fold may look at it.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +19,8 @@ pub struct At {
     pub id: EventId,
     /// When it happened.
     pub time: Timestamp,
+    /// The trace that it belongs to.
+    pub trace: Option<TraceParent>,
 }
 
 /// A consistency boundary: its events fold into its state, purely.
@@ -116,6 +119,7 @@ impl<A: Aggregate> Folded<A> {
             position,
             id: event.id,
             time: event.time,
+            trace: event.trace(),
         };
         self.step(at, event.revision, event.payload())
     }

@@ -48,6 +48,7 @@ use crate::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
 use crate::subject::AggregateKind;
 use crate::timer::StopPlan;
 pub use crate::timer::{StopScheduled, StopUnscheduled};
+use crate::trace::TraceParent;
 
 /// Where a deployment is in its life.
 #[derive(
@@ -1174,6 +1175,8 @@ pub struct Deployment {
     /// Since when.
     #[serde(with = "crate::instant")]
     pub status_since: Timestamp,
+    /// The trace that the event belongs to which led to this status.
+    pub trace: Option<TraceParent>,
     /// When each state was first entered.
     pub milestones: Milestones,
     /// The event with which the run that deploys it ended first: what follows, such as another try
@@ -1439,6 +1442,7 @@ impl Aggregate for Deployment {
             status,
             status_event: at.id,
             status_since: at.time,
+            trace: at.trace,
             milestones: Milestones {
                 entered: BTreeMap::from([(Status::Requested, at.time)]),
             },
@@ -1474,6 +1478,7 @@ impl Aggregate for Deployment {
             self.status = to;
             self.status_event = at.id;
             self.status_since = at.time;
+            self.trace = at.trace;
             self.milestones.entered.entry(to).or_insert(at.time);
             self.stops.entered(to, at.id);
         }

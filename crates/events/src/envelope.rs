@@ -18,6 +18,7 @@ use uuid::Uuid;
 
 use crate::names::EventId;
 use crate::subject::Subject;
+use crate::trace::TraceParent;
 
 /// What every event type starts with: `dev.daybook.<aggregate>.<fact>.v<N>`.
 pub const TYPE_PREFIX: &str = "dev.daybook.";
@@ -127,6 +128,11 @@ impl Event {
         }
     }
 
+    /// The trace that it belongs to, if its `traceparent` names one.
+    pub fn trace(&self) -> Option<TraceParent> {
+        TraceParent::parse(self.traceparent.as_deref()?).ok()
+    }
+
     /// Decodes the payload as the events of one aggregate, upcasting old versions.
     pub fn payload<P: Payload>(&self) -> Result<P, DecodeError> {
         let short = self.short_kind();
@@ -167,8 +173,8 @@ pub struct EventView<'a> {
     /// Who did it.
     #[serde(borrow)]
     pub authid: Cow<'a, str>,
-    #[serde(default, rename = "traceparent")]
-    _traceparent: Option<Cow<'a, str>>,
+    #[serde(default)]
+    traceparent: Option<Cow<'a, str>>,
     /// SHA-256 of the request that a caller's `Idempotency-Key` was first used for.
     #[serde(default)]
     pub requestdigest: Option<Cow<'a, str>>,
@@ -200,6 +206,11 @@ impl<'a> EventView<'a> {
             kind: self.authtype.clone().into_owned(),
             id: self.authid.clone().into_owned(),
         }
+    }
+
+    /// The trace that it belongs to, if its `traceparent` names one.
+    pub fn trace(&self) -> Option<TraceParent> {
+        TraceParent::parse(self.traceparent.as_deref()?).ok()
     }
 
     /// The payload as it is written.
@@ -277,8 +288,9 @@ pub struct Context {
     pub causation: Option<EventId>,
     /// Who.
     pub actor: Actor,
-    /// W3C trace context.
-    pub traceparent: Option<String>,
+    /// The trace that it belongs to; none for that of the unit of work that appends it, if that
+    /// has one.
+    pub traceparent: Option<TraceParent>,
     /// Digest of the request, where there was one.
     pub request_digest: Option<String>,
 }
@@ -321,7 +333,7 @@ impl<P: Payload> NewEvent<P> {
             causationid: self.context.causation,
             authtype: self.context.actor.kind.clone(),
             authid: self.context.actor.id.clone(),
-            traceparent: self.context.traceparent.clone(),
+            traceparent: self.context.traceparent.map(|t| t.to_string()),
             requestdigest: self.context.request_digest.clone(),
             data: self.payload.encode()?,
         };

@@ -47,6 +47,7 @@ pub mod template;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod timer;
+pub mod trace;
 pub mod tree;
 
 pub use aggregate::{Aggregate, Decision, Folded, Refusal};
@@ -57,4 +58,5 @@ pub use log::{EventLog, Position, Recorded};
 pub use names::*;
 pub use outline::Outline;
 pub use subject::{AggregateKind, Subject, SubjectFilter};
+pub use trace::TraceParent;
 pub use tree::{PublishedTree, TreeHead};

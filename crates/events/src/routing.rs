@@ -31,6 +31,7 @@ use crate::deployment::Status;
 use crate::envelope::Payload;
 use crate::names::{DeploymentId, EventId, GitRef, Hostname, InstanceRef};
 use crate::subject::AggregateKind;
+use crate::trace::TraceParent;
 
 /// What a hostname sticks to.
 #[derive(
@@ -278,6 +279,8 @@ impl InstanceTraffic {
 pub struct Routing {
     /// Number of the newest table.
     pub table: u32,
+    /// The trace that the newest switch belongs to.
+    pub trace: Option<TraceParent>,
     /// The routes.
     pub routes: RedBlackTreeMapSync<Hostname, Route>,
     /// Main deployments, by the text form of the instance.
@@ -424,6 +427,7 @@ impl Routing {
 
     fn take(&mut self, e: Switched, at: At) {
         self.table = e.table;
+        self.trace = at.trace;
         for c in &e.changes {
             let route = (!c.next.is_empty()).then(|| Route {
                 instance: e.instance.clone(),

@@ -25,6 +25,7 @@ impl Folded {
             position: Position(self.position),
             id: EventId(Uuid::from_u128(u128::from(self.position))),
             time: time(self.position),
+            trace: None,
         };
         match &mut self.state {
             Some(state) => state.apply(event, at).unwrap(),

@@ -94,6 +94,7 @@ fn at(id: EventId) -> daybook_events::aggregate::At {
         position: Position(99),
         id,
         time: Timestamp::UNIX_EPOCH,
+        trace: None,
     }
 }
 

@@ -87,8 +87,9 @@ fn add<P: Payload>(all: &mut BTreeMap<&'static str, String>, subject: Subject, e
             id: "alice".into(),
         };
         context.causation = Some(EventId::derived(uuid::Uuid::NAMESPACE_OID, "cause"));
-        context.traceparent =
-            Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned());
+        context.traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+            .parse()
+            .ok();
         context.request_digest = (number == 1).then(|| "0".repeat(64));
         let event = NewEvent {
             subject: subject.clone(),

@@ -250,6 +250,7 @@ impl Fold {
             position,
             id: event.id,
             time: event.time,
+            trace: event.trace(),
         };
         let payload = AnyPayload::of(subject.kind(), event);
         let slot = self.slots.find(table, subject)?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use daybook_events::aggregate::{Aggregate, Decision, Refusal};
 use daybook_events::log::{Append, AppendError, Expected};
-use daybook_events::{Context, EventLog, NewEvent, Position, ProjectName, Subject};
+use daybook_events::{Context, EventLog, NewEvent, Payload as _, Position, ProjectName, Subject};
 use jiff::Timestamp;
 
 use crate::dora::Switches;
@@ -127,6 +127,9 @@ impl Ledger {
     /// position with [`Projections::wait_for`]. Only where the log may accept two appends on one
     /// expectation is it waited whether this one counts; if it does not, it is decided again, and
     /// appended under the id that stands [in its stead](daybook_events::EventId::in_its_stead).
+    ///
+    /// Unless the context names a trace, the event belongs to that of the
+    /// [unit of work](daybook_trace::Work) that this is a part of.
     pub async fn execute<A: Aggregate>(
         &self,
         subject: &Subject,
@@ -135,6 +138,7 @@ impl Ledger {
     ) -> Result<Executed, ExecuteError> {
         let mut tried = false;
         let mut id = context.id;
+        let traceparent = context.traceparent.or_else(daybook_trace::current);
         for _ in 0..DECISIONS {
             if let Some(position) = self.own_append(subject) {
                 self.projections.wait_for(position, PATIENCE).await?;
@@ -156,11 +160,13 @@ impl Ledger {
                 Decision::Nothing => return Ok(Executed::Nothing),
             };
             let revision = folded.revision + 1;
+            let kind = payload.kind();
             let event = NewEvent {
                 subject: subject.clone(),
                 revision,
                 context: Context {
                     id,
+                    traceparent,
                     ..context.clone()
                 },
                 payload,
@@ -183,11 +189,11 @@ impl Ledger {
                         id = id.in_its_stead();
                         continue;
                     }
-                    return Ok(if done.duplicate {
-                        Executed::Duplicate { position }
-                    } else {
-                        Executed::Appended { position, revision }
-                    });
+                    if done.duplicate {
+                        return Ok(Executed::Duplicate { position });
+                    }
+                    daybook_trace::appended(kind, position.0);
+                    return Ok(Executed::Appended { position, revision });
                 }
                 Err(AppendError::Conflict { actual, .. }) => {
                     let newest = match actual {

@@ -451,6 +451,7 @@ impl State {
             position: recorded.position,
             id: event.id,
             time: event.time,
+            trace: event.trace(),
         };
         // An event that is void changes no more than it says itself.
         let _ = match self {

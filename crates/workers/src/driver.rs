@@ -11,6 +11,7 @@
 //! to tries (the last one records the failure), panics, and a shutdown that hands unfinished work
 //! to others at once.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,11 +20,15 @@ use std::time::Duration;
 use async_trait::async_trait;
 use daybook_events::log::{Consumer, ConsumerConfig, Delivery, EventLog};
 use daybook_events::{Event, Position, Subject, SubjectFilter};
-use daybook_projections::Projections;
+use daybook_projections::{Behind, Projections};
+use daybook_trace::{KeyValue, Kind, Work, attribute};
 use futures_util::FutureExt;
 use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use crate::pipeline::deployment_of;
+use crate::pipeline::traced::About;
 
 /// What a worker is woken with.
 #[derive(Debug, Clone)]
@@ -61,6 +66,11 @@ pub enum Outcome {
 pub trait Worker: Send + Sync + 'static {
     /// Name of its durable consumer.
     fn name(&self) -> String;
+
+    /// What its activations are called in traces: the same in all clusters.
+    fn unit(&self) -> Cow<'static, str> {
+        self.name().into()
+    }
 
     /// The events that may concern it.
     fn filter(&self) -> SubjectFilter;
@@ -348,29 +358,89 @@ impl Driver {
             attempt: delivery.attempt,
             cancel: cancel.clone(),
         };
+        let unit = self.unit(&activation);
+        let outcome = unit.run(self.tried(&activation, folded)).await;
+        self.end(&unit, &outcome);
+        outcome
+    }
+
+    /// What comes of an activation, once its event is folded, or is not for a long time.
+    async fn tried(&self, activation: &Activation, folded: Result<(), Behind>) -> Option<Outcome> {
         let outcome = match folded {
             Err(behind) => Outcome::Retry(behind.to_string()),
             // Every try ended with its process.
-            Ok(()) if delivery.attempt > self.options.max_tries * 2 => {
+            Ok(()) if activation.attempt > self.options.max_tries * 2 => {
                 Outcome::Retry("no try came to an end".to_owned())
             }
-            Ok(()) => caught(self.worker.activate(&activation)).await,
+            Ok(()) => caught(self.worker.activate(activation)).await,
         };
         match &outcome {
-            Outcome::Retry(why) if delivery.attempt >= self.options.max_tries => {
+            Outcome::Retry(why) if activation.attempt >= self.options.max_tries => {
                 tracing::error!(worker = %self.worker.name(), subject = %activation.subject,
-                    position = %activation.position, attempts = delivery.attempt, %why, "given up");
-                match caught(self.worker.give_up(&activation, why)).await {
+                    position = %activation.position, attempts = activation.attempt, %why, "given up");
+                match caught(self.worker.give_up(activation, why)).await {
                     Outcome::Done => None,
                     unrecorded => Some(unrecorded),
                 }
             }
             Outcome::Retry(why) => {
                 tracing::warn!(worker = %self.worker.name(), subject = %activation.subject,
-                    position = %activation.position, attempt = delivery.attempt, %why, "will be tried again");
+                    position = %activation.position, attempt = activation.attempt, %why, "will be tried again");
                 Some(outcome)
             }
             _ => Some(outcome),
+        }
+    }
+
+    /// The unit of work that an activation is: in the trace that its event belongs to.
+    fn unit(&self, a: &Activation) -> Work {
+        let trace = a.event.trace();
+        if !daybook_trace::is_recording() {
+            return Work::pass_on(trace);
+        }
+        let row = deployment_of(&a.subject, &a.event)
+            .and_then(|id| self.projections.deployment(id).ok().flatten());
+        let about = row.as_ref().map(About::of);
+        // Whoever appended the event may have known of no trace.
+        let trace = trace.or_else(|| about.as_ref().and_then(About::trace));
+        Work::begin(self.worker.unit(), Kind::Consumer, trace, || {
+            let mut all = match &about {
+                Some(about) => about.attributes(),
+                None => daybook_trace::about(&a.subject),
+            };
+            if let (Some(_), Subject::Build(_, id)) = (&about, &a.subject) {
+                all.push(KeyValue::new(attribute::BUILD, id.to_string()));
+            }
+            let position = i64::try_from(a.position.0).unwrap_or(i64::MAX);
+            all.extend([
+                KeyValue::new(attribute::WORKER, self.worker.name()),
+                KeyValue::new(attribute::EVENT_TYPE, a.event.short_kind().to_owned()),
+                KeyValue::new(attribute::EVENT_POSITION, position),
+                KeyValue::new(attribute::ATTEMPT, i64::from(a.attempt)),
+            ]);
+            all
+        })
+    }
+
+    /// Says what came of a unit of work. Most activations find that there is nothing to do: their
+    /// spans would hide the others.
+    fn end(&self, unit: &Work, outcome: &Option<Outcome>) {
+        if !daybook_trace::is_recording() {
+            return;
+        }
+        let name = match outcome {
+            Some(Outcome::Done) => "done",
+            Some(Outcome::Wait(_)) => "wait",
+            Some(Outcome::Retry(_)) => "retry",
+            Some(Outcome::Interrupted) => "interrupted",
+            Some(Outcome::Overtaken) => "overtaken",
+            None => "given_up",
+        };
+        unit.say(KeyValue::new(attribute::OUTCOME, name));
+        match outcome {
+            Some(Outcome::Retry(_)) | None => unit.fail(name),
+            _ if !unit.is_touched() => unit.leave_out(),
+            _ => {}
         }
     }
 }

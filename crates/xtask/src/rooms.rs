@@ -17,13 +17,14 @@ Dependencies of tests alone are free.
 ";
 
 /// Which crates of the workspace a crate may build on.
-const MAY_USE: [(&str, &[&str]); 12] = [
+const MAY_USE: [(&str, &[&str]); 13] = [
     ("daybook-events", &[]),
     ("daybook-failpoints", &[]),
+    ("daybook-trace", &["daybook-events"]),
     ("daybook-store", &["daybook-events", "daybook-failpoints"]),
     (
         "daybook-projections",
-        &["daybook-events", "daybook-failpoints"],
+        &["daybook-events", "daybook-failpoints", "daybook-trace"],
     ),
     ("daybook-secrets", &["daybook-events"]),
     (
@@ -33,6 +34,7 @@ const MAY_USE: [(&str, &[&str]); 12] = [
             "daybook-failpoints",
             "daybook-projections",
             "daybook-secrets",
+            "daybook-trace",
         ],
     ),
     (
@@ -41,7 +43,12 @@ const MAY_USE: [(&str, &[&str]); 12] = [
     ),
     (
         "daybook-api",
-        &["daybook-events", "daybook-projections", "daybook-secrets"],
+        &[
+            "daybook-events",
+            "daybook-projections",
+            "daybook-secrets",
+            "daybook-trace",
+        ],
     ),
     (
         "daybook-audit",
@@ -58,6 +65,7 @@ const MAY_USE: [(&str, &[&str]); 12] = [
             "daybook-projections",
             "daybook-secrets",
             "daybook-store",
+            "daybook-trace",
             "daybook-workers",
         ],
     ),
@@ -77,7 +85,7 @@ const MAY_USE: [(&str, &[&str]); 12] = [
 ];
 
 /// Libraries that only some crates may name, so that what they stand for can be exchanged there.
-const ONLY_IN: [(&[&str], &[&str], &str); 11] = [
+const ONLY_IN: [(&[&str], &[&str], &str); 13] = [
     (
         &["async-nats"],
         &["daybook-store", "daybook", "daybook-testkit"],
@@ -124,6 +132,20 @@ const ONLY_IN: [(&[&str], &[&str], &str); 11] = [
             "daybook-testkit",
         ],
         "git is an effect, and neither log nor fold knows it",
+    ),
+    (
+        &["opentelemetry"],
+        &["daybook-trace", "daybook"],
+        "what a span is, is said in one place",
+    ),
+    (
+        &[
+            "opentelemetry_sdk",
+            "opentelemetry-otlp",
+            "opentelemetry-http",
+        ],
+        &["daybook"],
+        "where spans are sent is the binary's business",
     ),
     (
         &["clap", "comfy-table", "indicatif"],

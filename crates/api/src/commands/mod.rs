@@ -32,7 +32,7 @@ use daybook_events::aggregate::At;
 use daybook_events::log::ReadError;
 use daybook_events::{
     Actor, Aggregate, Context, Decision, DeploymentId, Event, EventId, InvalidName, Payload,
-    Position, ProjectName, Refusal, Subject, subscription,
+    Position, ProjectName, Refusal, Subject, TraceParent, subscription,
 };
 use daybook_projections::{ExecuteError, Executed, Ledger, QueryError};
 use daybook_secrets::{SecretError, SecretStore};
@@ -71,8 +71,8 @@ pub struct Caller {
     pub principal: Principal,
     /// Makes repetitions of the request recognisable.
     pub key: Option<RequestKey>,
-    /// W3C trace context.
-    pub traceparent: Option<String>,
+    /// The trace that the request belongs to; none for that of the work that it is done in.
+    pub traceparent: Option<TraceParent>,
 }
 
 impl Caller {
@@ -128,7 +128,7 @@ impl Caller {
             correlation,
             causation: None,
             actor: self.actor.clone(),
-            traceparent: self.traceparent.clone(),
+            traceparent: self.traceparent,
             request_digest: self.key.as_ref().map(|k| k.digest.clone()),
         }
     }
@@ -336,6 +336,7 @@ impl Commands {
         match executed {
             Ok(Executed::Appended { position, .. }) => {
                 self.appended.fetch_add(1, Ordering::Relaxed);
+                daybook_trace::say(|| daybook_trace::about(subject));
                 // The event is stored. If folding takes longer, the caller still has the
                 // position to wait for.
                 let _ = projections.wait_for(position, OWN_WRITE_WAIT).await;
@@ -408,6 +409,7 @@ impl Commands {
             position,
             id: event.id,
             time: event.time,
+            trace: event.trace(),
         };
         Ok(A::first(payload, at).map_err(|e| damaged(e.to_string()))?)
     }

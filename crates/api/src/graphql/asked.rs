@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_graphql::{Context, Value};
 use axum::http::{HeaderMap, StatusCode};
-use daybook_events::{Actor, DeploymentId, Digest, ProjectName};
+use daybook_events::{Actor, DeploymentId, Digest, ProjectName, TraceParent};
 use daybook_projections::DeploymentRow;
 
 use super::limits;
@@ -24,7 +24,7 @@ pub(super) struct Asked {
     pub(super) actor: Actor,
     /// The `Idempotency-Key` of the request.
     key: Option<String>,
-    traceparent: Option<String>,
+    trace: Option<TraceParent>,
     spent: Arc<Spent>,
 }
 
@@ -49,7 +49,7 @@ impl Asked {
             actor: extract::actor(&principal, headers)?,
             principal,
             key: extract::idempotency_key(headers)?.map(str::to_owned),
-            traceparent: extract::traceparent(headers),
+            trace: extract::trace_of(headers),
             spent: Arc::default(),
         })
     }
@@ -164,7 +164,8 @@ pub(super) fn caller(ctx: &Context<'_>, key: Option<&str>) -> Result<Caller, Pro
         actor: asked.actor.clone(),
         principal: asked.principal.clone(),
         key,
-        traceparent: asked.traceparent.clone(),
+        // An operation of a socket is no part of the request that opened it.
+        traceparent: daybook_trace::current().or(asked.trace),
     })
 }
 

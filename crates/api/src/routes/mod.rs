@@ -40,7 +40,7 @@ use crate::access::guard;
 use crate::extract::not_found;
 use crate::problem::Problem;
 use crate::state::AppState;
-use crate::{consistency, git, graphql, hosts, metrics, openapi, page, tlog};
+use crate::{consistency, git, graphql, hosts, metrics, openapi, page, tlog, traced};
 
 /// The routes with their description, which still lacks its schemas.
 pub(crate) fn described() -> (Router<AppState>, OpenApi) {
@@ -193,6 +193,7 @@ pub fn router(state: AppState) -> Router {
             state.clone(),
             metrics::count,
         ))
+        .layer(middleware::from_fn(traced::traced))
         .layer(DefaultBodyLimit::disable())
         .with_state(state)
 }

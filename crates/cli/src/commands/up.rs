@@ -17,6 +17,7 @@ use crate::gitops_remotes::GitopsRemoteArgs;
 use crate::kubernetes::{ArgoCdArgs, Context, GatewayName, Kubernetes};
 use crate::node::{self, Node, NodeOptions};
 use crate::output;
+use crate::telemetry::OtlpArgs;
 
 /// Options of a process that runs roles.
 #[derive(Debug, Args)]
@@ -148,6 +149,8 @@ pub struct NodeArgs {
     /// describes. Processes that look at the same ones need the same file.
     #[arg(long, env = "DAYBOOK_ENDPOINT_CHECKS", value_name = "FILE")]
     pub endpoint_checks: Option<PathBuf>,
+    #[command(flatten)]
+    pub otlp: OtlpArgs,
     /// Credentials file for NATS.
     #[arg(long, env = "DAYBOOK_NATS_CREDS", value_name = "FILE")]
     pub nats_creds: Option<PathBuf>,
@@ -230,6 +233,7 @@ impl NodeArgs {
         options.gitops_remotes = self.gitops_remotes.clone();
         let checks = self.endpoint_checks.as_deref();
         options.endpoint_checks = checks.map(endpoint_checks::read).transpose()?;
+        options.collector = self.otlp.collector()?;
         options.nats_creds = self.nats_creds.clone();
         options.nats_stream = self.nats_stream.clone();
         options.nats_replicas = self.nats_replicas.into();

@@ -73,7 +73,7 @@ pub(super) fn read(text: &str) -> Option<EventView<'_>> {
         causationid,
         authtype: authtype.into(),
         authid: authid.into(),
-        _traceparent: traceparent,
+        traceparent,
         requestdigest,
         data,
     })

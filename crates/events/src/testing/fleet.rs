@@ -163,6 +163,7 @@ fn step<A: Aggregate>(
         position: Position(*position),
         id,
         time,
+        trace: None,
     };
     let legal = folded.step(at, event.revision, Ok(event.payload));
     assert_eq!(legal, Ok(()), "what was decided must apply");

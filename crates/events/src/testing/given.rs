@@ -58,6 +58,7 @@ impl<A: Aggregate> Given<A> {
             position: Position(self.events),
             id: EventId::derived(uuid::Uuid::NAMESPACE_OID, &self.events.to_string()),
             time: time(self.events),
+            trace: None,
         };
         match &mut self.state {
             Some(state) => state.apply(event, at),

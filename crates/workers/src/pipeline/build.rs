@@ -237,15 +237,14 @@ impl Builds {
             request.commit.commit.short()
         );
         let _ = output.send(text).await;
-        self.sources
-            .checkout(
-                &request.url,
-                &request.commit.commit,
-                &checkout,
-                output,
-                cancel,
-            )
-            .await?;
+        let cloned = self.sources.checkout(
+            &request.url,
+            &request.commit.commit,
+            &checkout,
+            output,
+            cancel,
+        );
+        daybook_trace::part("clone", cloned).await?;
         attempt
             .append(
                 "builder_started",
@@ -269,7 +268,8 @@ impl Builds {
             tag: &request.tag,
             handed_over,
         };
-        let built = self.images.build(input, output, cancel).await?;
+        let built = self.images.build(input, output, cancel);
+        let built = daybook_trace::part("build image", built).await?;
         attempt
             .append(
                 "push_started",
@@ -286,7 +286,7 @@ impl Builds {
             .images
             .push(&built, &work, &request.repository, &request.tag, output);
         let image = tokio::select! {
-            image = push => image?,
+            image = daybook_trace::part("push", push) => image?,
             () = cancel.cancelled() => return Err(Stop::Interrupted),
         };
         Ok(image)

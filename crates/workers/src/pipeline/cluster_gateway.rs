@@ -12,10 +12,13 @@ use daybook_projections::{Change, QueryError};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::traced::About;
 use super::trouble::Trouble;
 use super::{Bench, Stop, gateway};
 use crate::host_routes::{HostBackend, HostRoute, HostRoutes, RouteError};
 use crate::target::Target;
+
+const ROLE: &str = "gateway";
 
 /// When the projects are listed again if that was not possible.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -97,7 +100,7 @@ impl Applier {
         let mut trouble = Trouble::default();
         let mut has_led = false;
         loop {
-            let applied = self.apply(&mut has_led).await;
+            let applied = self.apply_in_trace(&mut has_led).await;
             let (cluster, project) = (self.target.cluster(), &self.project);
             let failed = match applied {
                 Ok(()) | Err(Stop::Moved(_)) => {
@@ -136,6 +139,21 @@ impl Applier {
             // What came meanwhile is applied together.
             while feed.next_now().is_some() {}
         }
+    }
+
+    /// Brings the cluster to the newest table, in the trace of the switch that made it.
+    async fn apply_in_trace(&self, has_led: &mut bool) -> Result<(), Stop> {
+        let subject = Subject::Routing(self.project.clone());
+        let projections = self.bench.ledger.projections();
+        let folded = projections.shared::<Routing>(&subject)?;
+        let about = folded.state.as_ref().and_then(gateway::newest_switch);
+        // The fold need not copy the table for the sake of this reader.
+        drop(folded);
+        let Some((id, instance, trace)) = about else {
+            return self.apply(has_led).await;
+        };
+        let about = About::of_instance(id, &instance, trace).in_cluster(self.target.cluster());
+        self.bench.work(ROLE, about, self.apply(has_led)).await
     }
 
     /// Brings the cluster to the newest table, and reports that it is there. `has_led` says whether

@@ -53,8 +53,11 @@ impl Worker for FollowBuild {
         };
         let mut outcome = Outcome::Done;
         for id in waiting {
-            let result = step(&self.0, id, &a.subject, build, was, false).await;
-            match settle(&self.0, ROLE, id, result).await {
+            let stepped = async {
+                let result = step(&self.0, id, &a.subject, build, was, false).await;
+                settle(&self.0, ROLE, id, result).await
+            };
+            match self.0.in_its_own_trace(ROLE, id, &a.event, stepped).await {
                 Outcome::Done => {}
                 other => outcome = other,
             }

@@ -6,16 +6,20 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::SocketAddr;
 use std::ops::Bound;
+use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_events::aggregate::Decision;
 use daybook_events::deployment::Deployment;
 use daybook_events::routing::{self, Command, Rejected, Routing, Stickiness};
-use daybook_events::{DeploymentId, EventId, Hostname, ProjectName, Subject};
+use daybook_events::{
+    DeploymentId, EventId, Folded, Hostname, InstanceRef, ProjectName, Subject, TraceParent,
+};
 use daybook_projections::Change;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use super::traced::About;
 use super::{Bench, Stop};
 use crate::gateway::{ApplyError, Backend, Gateway, Route, RouteChanges, RouteTable};
 
@@ -147,6 +151,20 @@ impl Applier {
         let subject = Subject::Routing(project.clone());
         let projections = self.bench.ledger.projections();
         let folded = projections.shared::<Routing>(&subject)?;
+        let about = folded.state.as_ref().and_then(newest_switch);
+        let Some((id, instance, trace)) = about else {
+            return self.apply_newest(project, folded).await;
+        };
+        let about = About::of_instance(id, &instance, trace);
+        let applied = self.apply_newest(project, folded);
+        self.bench.work(ROLE, about, applied).await
+    }
+
+    async fn apply_newest(
+        &self,
+        project: &ProjectName,
+        folded: Arc<Folded<Routing>>,
+    ) -> Result<(), Stop> {
         let Some(routing) = &folded.state else {
             return Ok(());
         };
@@ -334,6 +352,14 @@ impl Applier {
             self.gateway.set_addresses(id, cluster, addresses, why);
         }
     }
+}
+
+/// What the newest table is about, and the trace that its switch belongs to.
+pub(super) fn newest_switch(
+    routing: &Routing,
+) -> Option<(DeploymentId, InstanceRef, Option<TraceParent>)> {
+    let newest = routing.recent.last()?;
+    Some((newest.deployment, newest.instance.clone(), routing.trace))
 }
 
 /// Reports that a gateway has applied a table, or why it has not, unless that is known.

@@ -54,6 +54,7 @@ pub mod source;
 pub mod sync;
 mod texts;
 pub mod timers;
+pub(crate) mod traced;
 mod trouble;
 
 use std::borrow::Cow;
@@ -246,6 +247,7 @@ impl Bench {
             message: error.message.clone(),
             remedy: error.remedy.clone(),
         });
+        daybook_trace::failed(&error.code);
         self.say(
             row.id,
             None,

@@ -19,9 +19,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
+use super::traced::About;
 use super::trouble::Trouble;
 use super::{Bench, Stop};
 use crate::target::{AppRef, AppStatus, InstanceStatus, ReleaseStatus, Target};
+
+const ROLE: &str = "observe";
 
 /// When the environments are listed again if that was not possible.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -376,10 +379,14 @@ async fn record(
     if state.status < Status::Deploying {
         return Ok(Looked::Later);
     }
-    if let Some(took) = look.image_pull {
-        pulled(bench, target, &subject, look.id, state, took).await?;
-    }
-    append(bench, &subject, look.id, state, observed).await?;
+    let recorded = async {
+        if let Some(took) = look.image_pull {
+            pulled(bench, target, &subject, look.id, state, took).await?;
+        }
+        append(bench, &subject, look.id, state, observed).await
+    };
+    let about = About::state(look.id, state).in_cluster(target.cluster());
+    bench.work(ROLE, about, recorded).await?;
     Ok(Looked::Settled)
 }
 

@@ -93,10 +93,10 @@ impl Worker for ProbeRoutes {
                     continue;
                 };
                 for backend in &route.backends {
-                    all_ready &= self
-                        .0
-                        .look(backend.deployment, hostname, route.stickiness)
-                        .await?;
+                    let id = backend.deployment;
+                    let looked = self.0.look(id, hostname, route.stickiness);
+                    let bench = &self.0.bench;
+                    all_ready &= bench.in_its_own_trace(ROLE, id, &a.event, looked).await?;
                 }
             }
             Ok(all_ready)

@@ -37,6 +37,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::plan::{Capacity, Entry, Orders, Pipeline, plan};
+use super::traced::About;
 use super::trouble::Trouble;
 use super::{Bench, Stop, freeze};
 use crate::ports::StepError;
@@ -356,7 +357,8 @@ async fn carry_out(bench: &Bench, orders: Orders) -> Result<(), Stop> {
             || "cancelled on request".to_owned(),
             |r| format!("cancelled: {r}"),
         );
-        moved_is_fine(cancel(bench, &row, None, message).await)?;
+        let cancelled = cancel(bench, &row, None, message);
+        moved_is_fine(bench.work(ROLE, About::of(&row), cancelled).await)?;
     }
     let Some(newest) = orders.newest.map(|id| bench.row(id)).transpose()?.flatten() else {
         return Ok(());
@@ -364,7 +366,8 @@ async fn carry_out(bench: &Bench, orders: Orders) -> Result<(), Stop> {
     for id in &orders.supersede {
         let Some(row) = bench.row(*id)? else { continue };
         let message = format!("superseded by the newer deployment {}", newest.id);
-        match cancel(bench, &row, Some(&newest), message).await {
+        let cancelled = cancel(bench, &row, Some(&newest), message);
+        match bench.work(ROLE, About::of(&row), cancelled).await {
             // Somebody has admitted it meanwhile: then the newest one waits for it.
             Err(Stop::Moved(refusal)) if refusal.code == ADMITTED => return Ok(()),
             other => moved_is_fine(other)?,
@@ -373,22 +376,32 @@ async fn carry_out(bench: &Bench, orders: Orders) -> Result<(), Stop> {
     if !orders.admit {
         return Ok(());
     }
-    if let Some(gone) = gone(bench, &newest)? {
-        return moved_is_fine(bench.fail(ROLE, &newest, &gone).await);
+    let admitted = admit(bench, &newest, orders.overtakes);
+    bench.work(ROLE, About::of(&newest), admitted).await
+}
+
+/// Admits a deployment, unless it is held by a freeze or its environment is gone.
+async fn admit(
+    bench: &Bench,
+    newest: &DeploymentRow,
+    overtakes: Option<DeploymentId>,
+) -> Result<(), Stop> {
+    if let Some(gone) = gone(bench, newest)? {
+        return moved_is_fine(bench.fail(ROLE, newest, &gone).await);
     }
-    match freeze::lets_through(bench, &newest).await {
+    match freeze::lets_through(bench, newest).await {
         Ok(true) => {}
         Ok(false) => return Ok(()),
         Err(stop) => return moved_is_fine::<()>(Err(stop)),
     }
-    let overtaken = orders.overtakes.map(|id| bench.row(id)).transpose()?;
+    let overtaken = overtakes.map(|id| bench.row(id)).transpose()?;
     if let Some(overtaken) = overtaken.flatten()
-        && !overtake(bench, &newest, &overtaken).await?
+        && !overtake(bench, newest, &overtaken).await?
     {
         return Ok(());
     }
     let event = DeploymentEvent::Queued(Queued {});
-    moved_is_fine(bench.advance(ROLE, &newest, "queued", event).await)
+    moved_is_fine(bench.advance(ROLE, newest, "queued", event).await)
 }
 
 /// Records that one is admitted before another that has waited for longer. Says whether it may be.

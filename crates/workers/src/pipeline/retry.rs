@@ -4,6 +4,8 @@
 //! The wish is recorded first. The cluster forgets its failure, and only then is it recorded that
 //! it has taken the new try on: what was seen before that counts for nothing.
 
+use std::borrow::Cow;
+
 use async_trait::async_trait;
 use daybook_events::deployment::{ClusterProgress, ClusterRetried, DeploymentEvent};
 use daybook_events::{AggregateKind, DeploymentId, Subject, SubjectFilter};
@@ -24,6 +26,9 @@ pub struct Retry(pub Sync);
 impl Worker for Retry {
     fn name(&self) -> String {
         format!("{ROLE}-{}", self.0.target.cluster())
+    }
+    fn unit(&self) -> Cow<'static, str> {
+        ROLE.into()
     }
     fn filter(&self) -> SubjectFilter {
         SubjectFilter::of(AggregateKind::Deployment)

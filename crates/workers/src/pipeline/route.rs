@@ -16,7 +16,7 @@ use daybook_events::routing::{
     self, Command, DomainChange, Hostnames, Routing, RoutingEvent, SwitchReason,
 };
 use daybook_events::{
-    AggregateKind, DeploymentId, EventId, Hostname, ProjectName, Subject, SubjectFilter,
+    AggregateKind, DeploymentId, Event, EventId, Hostname, ProjectName, Subject, SubjectFilter,
 };
 use daybook_projections::DeploymentRow;
 use futures_util::StreamExt;
@@ -174,7 +174,7 @@ impl RouteApplied {
             Ok(RoutingEvent::Applied(applied)) => {
                 let waiting = self.waiting(project, routing, &applied.hostnames)?;
                 drop(folded);
-                self.conclude(waiting).await
+                self.conclude(waiting, &a.event).await
             }
             _ => Ok(()),
         }
@@ -220,7 +220,8 @@ impl RouteApplied {
                 format!("its routes could not be applied: {}", rejected.message),
                 "the routes before it were restored; mend the gateway and deploy again",
             );
-            self.0.fail(ROLE, &row, &error).await?;
+            let failed = self.0.fail(ROLE, &row, &error);
+            self.0.in_its_own_trace(ROLE, id, &a.event, failed).await?;
         }
         Ok(())
     }
@@ -259,11 +260,14 @@ impl RouteApplied {
     }
 
     /// Takes each of these a step further, if it is being deployed. They share the log's syncs.
-    async fn conclude(&self, waiting: BTreeSet<DeploymentId>) -> Result<(), Stop> {
+    async fn conclude(&self, waiting: BTreeSet<DeploymentId>, event: &Event) -> Result<(), Stop> {
         let mut steps = futures_util::stream::iter(waiting)
             .map(|id| async move {
                 match self.0.row(id)? {
-                    Some(row) if row.state.status.in_rollout() => Box::pin(step(&self.0, id)).await,
+                    Some(row) if row.state.status.in_rollout() => {
+                        let step = Box::pin(step(&self.0, id));
+                        self.0.in_its_own_trace(ROLE, id, event, step).await
+                    }
                     _ => Ok(()),
                 }
             })

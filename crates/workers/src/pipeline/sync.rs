@@ -6,6 +6,7 @@
 //! A release that somebody took out of the repository by hand is kept while its deployment is the
 //! main one: routes are moved first, and what runs is stopped last.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -55,6 +56,9 @@ type Turns = Arc<Mutex<HashMap<AppRef, Arc<tokio::sync::Mutex<()>>>>>;
 impl Worker for Sync {
     fn name(&self) -> String {
         format!("{ROLE}-{}", self.target.cluster())
+    }
+    fn unit(&self) -> Cow<'static, str> {
+        ROLE.into()
     }
     fn filter(&self) -> SubjectFilter {
         SubjectFilter::of(AggregateKind::Gitops)
@@ -345,6 +349,8 @@ impl Sync {
         let target = &self.target;
         let applied = target.apply_keeping(app, commit, desired, kept).await;
         daybook_failpoints::reached("sync.after");
+        // What is applied leaves no event: the cluster is observed.
+        daybook_trace::touch();
         applied.map_err(|e| match e {
             TargetError::Unavailable(why) => {
                 Stop::Retry(format!("cluster_unavailable: {cluster}: {why}"))

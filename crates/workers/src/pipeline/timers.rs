@@ -23,6 +23,7 @@ use daybook_projections::DeploymentRow;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
+use super::traced::About;
 use super::{Bench, Stop, freeze, outcome};
 use crate::driver::{Activation, Outcome, Worker};
 
@@ -388,9 +389,22 @@ async fn fire(bench: &Bench, id: DeploymentId, now: Timestamp) -> Result<bool, S
     let Some(nonce) = timer::nonce_of(&row.state) else {
         return Ok(false);
     };
+    // Its time has come, however long ago it was set.
+    let about = About::of(&row).apart();
+    let fired = fire_nonce(bench, &row, nonce, now);
+    bench.work(ROLE, about, fired).await
+}
+
+async fn fire_nonce(
+    bench: &Bench,
+    row: &DeploymentRow,
+    nonce: EventId,
+    now: Timestamp,
+) -> Result<bool, Stop> {
     if row.state.held().is_some() {
-        return freeze::fire(bench, &row, nonce, now).await;
+        return freeze::fire(bench, row, nonce, now).await;
     }
+    let id = row.id;
     let instance = &row.state.request.instance;
     let context = Context {
         id: nonce,
