@@ -10,7 +10,7 @@ use std::ops::Range;
 use daybook_events::check::plain;
 use daybook_events::envelope::{DecodeError, TYPE_PREFIX};
 use daybook_events::outline::Step;
-use daybook_events::{AggregateKind, AnyPayload, Event, EventId, Position};
+use daybook_events::{AggregateKind, AnyPayload, Event, EventId, Position, TraceParent};
 use daybook_store::tlog::is_gap;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
@@ -53,6 +53,7 @@ pub(crate) struct Read {
     /// The kind of aggregate that the subject names.
     pub(crate) of: Option<AggregateKind>,
     pub(crate) time: Timestamp,
+    pub(crate) trace: Option<TraceParent>,
     pub(crate) revision: u32,
     /// Where the type (without the common prefix) and the payload stand in the bytes, as long as
     /// the payload is unread.
@@ -111,6 +112,7 @@ struct Envelope<'a> {
     revision: u32,
     authtype: &'a str,
     authid: &'a str,
+    trace: Option<TraceParent>,
     data: &'a str,
 }
 
@@ -237,6 +239,7 @@ impl Checks {
             revision: event.revision,
             authtype: &event.authtype,
             authid: &event.authid,
+            trace: event.trace(),
             data: event.data.get(),
         };
         let (id, mut read) = self
@@ -321,6 +324,7 @@ impl Checks {
             subject: Subject::In(place(subject)),
             of,
             time: envelope.time,
+            trace: envelope.trace,
             revision: envelope.revision,
             unread: [place(kind), place(envelope.data)],
             payload,
@@ -410,10 +414,12 @@ fn canonical(text: &str) -> Option<Envelope<'_>> {
     let authtype = string(&mut rest)?;
     literal(&mut rest, r#","authid":""#)?;
     let authid = string(&mut rest)?;
-    for optional in [r#","traceparent":""#, r#","requestdigest":""#] {
-        if literal(&mut rest, optional).is_some() {
-            string(&mut rest)?;
-        }
+    let mut trace = None;
+    if literal(&mut rest, r#","traceparent":""#).is_some() {
+        trace = TraceParent::parse(string(&mut rest)?).ok();
+    }
+    if literal(&mut rest, r#","requestdigest":""#).is_some() {
+        string(&mut rest)?;
     }
     literal(&mut rest, r#","data":"#)?;
     // If more follows on the data than the closing brace, the data is no JSON, and the parser is
@@ -429,6 +435,7 @@ fn canonical(text: &str) -> Option<Envelope<'_>> {
         revision,
         authtype,
         authid,
+        trace,
         data,
     })
 }

@@ -403,7 +403,7 @@ pub(crate) fn at(position: Position, id: daybook_events::EventId, read: &Read) -
         position,
         id,
         time: read.time,
-        trace: None,
+        trace: read.trace,
     }
 }
 

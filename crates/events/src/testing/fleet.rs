@@ -19,6 +19,7 @@ use crate::names::{BuildId, DeploymentId, EventId, InstanceRef, ProjectName};
 use crate::project::{self, Project, ProjectEvent};
 use crate::routing::{self, Command, Routing, Target};
 use crate::subject::Subject;
+use crate::trace::TraceParent;
 
 /// How many events a fleet's ledger has, and what they are about.
 #[derive(Debug, Clone, Copy)]
@@ -151,6 +152,13 @@ fn step<A: Aggregate>(
     if payload.kind() == "deployment.requested.v1" {
         context.request_digest = Some(format!("{:064x}", *position));
     }
+    // Some are in a trace.
+    if *position % 2 == 1 {
+        let number = u128::from(*position);
+        let span = position.to_be_bytes();
+        context.traceparent = TraceParent::new(number.to_be_bytes(), span, true);
+    }
+    let trace = context.traceparent;
     let (id, time) = (context.id, context.time);
     let event = NewEvent {
         subject: subject.clone(),
@@ -163,7 +171,7 @@ fn step<A: Aggregate>(
         position: Position(*position),
         id,
         time,
-        trace: None,
+        trace,
     };
     let legal = folded.step(at, event.revision, Ok(event.payload));
     assert_eq!(legal, Ok(()), "what was decided must apply");
