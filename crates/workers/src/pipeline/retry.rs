@@ -12,7 +12,7 @@ use daybook_events::{AggregateKind, DeploymentId, Subject, SubjectFilter};
 
 use super::rollout::settle_in;
 use super::sync::Sync;
-use super::{Stop, outcome, said};
+use super::{Stop, outcome, said, traced};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::StepError;
 use crate::target::{AppRef, TargetError};
@@ -43,6 +43,7 @@ impl Worker for Retry {
         let Subject::Deployment(_, _, id) = a.subject else {
             return Outcome::Done;
         };
+        traced::in_cluster(self.0.target.cluster());
         let step = tokio::select! {
             step = self.step(id) => step,
             () = a.cancel.cancelled() => Err(Stop::Interrupted),

@@ -21,7 +21,7 @@ use daybook_events::{
 };
 
 use super::rollout::settle_in;
-use super::{Bench, Stop, deployment_of, outcome, said};
+use super::{Bench, Stop, deployment_of, outcome, said, traced};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{Repositories, StepError};
 use crate::target::{AppRef, Target, TargetError};
@@ -76,6 +76,7 @@ impl Worker for Sync {
         let Some(project) = a.subject.project() else {
             return Outcome::Done;
         };
+        traced::in_cluster(self.target.cluster());
         let id = DeploymentId(a.event.correlationid);
         if let Ok(GitopsEvent::Committed(e)) = a.event.payload()
             && e.change == (Change::EnvironmentDeleted {})

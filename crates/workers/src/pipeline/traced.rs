@@ -85,6 +85,11 @@ impl<'a> About<'a> {
     }
 }
 
+/// Says of the unit of work that this is a part of in which cluster it is done.
+pub(crate) fn in_cluster(cluster: &ClusterName) {
+    daybook_trace::say(|| vec![KeyValue::new(attribute::CLUSTER, cluster.to_string())]);
+}
+
 impl Bench {
     /// Does a unit of work of a role, with a span of its own unless nothing comes of it.
     pub(crate) async fn work<T>(
