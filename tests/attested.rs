@@ -96,18 +96,21 @@ fn a_deployment_that_succeeded_is_attested_and_told_in_cdevents() {
             "{}/api/v1/cdevents?deployment={id}&follow=true",
             server.url()
         ),
+        "",
         told.len(),
     );
     assert_eq!(&streamed, told);
     server.check_replay();
 }
 
-/// The first events of a stream.
-fn stream(url: &str, count: usize) -> Vec<Value> {
+/// The first events of a stream that is asked for with these headers, each ended by a line break.
+pub(crate) fn stream(url: &str, headers: &str, count: usize) -> Vec<Value> {
     let address = url.strip_prefix("http://").unwrap();
     let (host, path) = address.split_once('/').unwrap();
     let mut stream = std::net::TcpStream::connect(host).unwrap();
-    let ask = format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\nAccept: text/event-stream\r\n\r\n");
+    let ask = format!(
+        "GET /{path} HTTP/1.1\r\nHost: {host}\r\nAccept: text/event-stream\r\n{headers}\r\n"
+    );
     std::io::Write::write_all(&mut stream, ask.as_bytes()).unwrap();
     let lines = BufReader::new(stream).lines();
     let data = lines.filter_map(|line| {

@@ -10,18 +10,18 @@ use serde_json::Value;
 use crate::support::{PATIENCE, Server, Settings, application, replace_flags, until};
 
 const INSTANCE: &str = "shop.production.web";
-const HOST: &str = "www.example.com";
+pub(crate) const HOST: &str = "www.example.com";
 
 /// What surrounds the address.
-struct Edge {
-    nameserver: Nameserver,
+pub(crate) struct Edge {
+    pub(crate) nameserver: Nameserver,
     issuer: Issuer,
-    website: Website,
+    pub(crate) website: Website,
     folder: tempfile::TempDir,
 }
 
 impl Edge {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let issuer = Issuer::new();
         let certificate = issuer.issue(&[HOST], (2040, 1, 1));
         // Where it leads is known once the gateway runs.
@@ -55,7 +55,7 @@ impl Edge {
         }
     }
 
-    fn settings(&self) -> Settings {
+    pub(crate) fn settings(&self) -> Settings {
         let file = self.folder.path().join("checks.toml");
         Settings::default()
             .arg("--endpoint-checks")
@@ -74,7 +74,7 @@ fn plane(detail: &Value, plane: &str) -> Value {
 
 /// Waits until a plane is in a state for a reason, and returns what is known of the deployment.
 #[track_caller]
-fn wait_for(server: &Server, id: &str, of: &str, state: &str, reason: &str) -> Value {
+pub(crate) fn wait_for(server: &Server, id: &str, of: &str, state: &str, reason: &str) -> Value {
     until(
         &format!("{of} {state} ({reason}) within {PATIENCE:?}"),
         || {

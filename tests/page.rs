@@ -1,9 +1,16 @@
 //! The page at `/`, in a real browser.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use daybook_testkit::website::Conduct;
 use serde_json::json;
 
+use crate::endpoints::{Edge, HOST, wait_for};
 use crate::judged::node;
-use crate::support::{Browser, Done, Server, Settings, application, replace_flags};
+use crate::support::{
+    Browser, Done, Receiver, Server, Settings, application, replace_flags, request, until,
+};
 
 const INSTANCE: &str = "shop.production.web";
 
@@ -140,10 +147,23 @@ fn a_plan_is_shown_and_allowed_by_who_says_so() {
 
 #[test]
 fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
-    let server = Server::start(Settings::default());
+    let server = Server::start(Settings::default().arg("--allow-private-webhooks"));
     let source = application("--text one");
     server.define("shop", "web", &source, &[]);
     let id = server.deploy(INSTANCE, &[]);
+    // A webhook whose receiver takes one event, and not the next one.
+    let receiver = Receiver::start(|_, before| match before.len() {
+        0 => (204, Vec::new()),
+        _ => (500, Vec::new()),
+    });
+    let webhook = webhook(&server, &receiver.url(), &["--tries", "1"]);
+    for name in ["staging", "preview"] {
+        server.ok(&["env", "create", "shop", name]);
+    }
+    until("one is set aside", || {
+        let seen = server.read(&format!("/api/v1/webhooks/{webhook}"));
+        (seen["dead_letters"][0]["code"] == "status_500").then_some(())
+    });
     let Some(mut page) = Browser::open(&server.url(), (390, 800)) else {
         return;
     };
@@ -158,19 +178,26 @@ fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
         "history",
         "approvals",
         "delivery",
+        "logs",
+        "logs?project=shop&q=LISTENING&type=container",
+        "webhooks",
         "ledger",
         "ledger/1",
     ];
     let views = views.map(str::to_owned).into_iter();
-    for view in views.chain([format!("deployments/{id}")]) {
+    for view in views.chain([format!("webhooks/{webhook}"), format!("deployments/{id}")]) {
         page.evaluate(&format!("location.hash = '#/{view}'"));
-        let heading = match view.split('/').next().unwrap_or_default() {
+        let heading = match view.split(['/', '?']).next().unwrap_or_default() {
             "" => "What runs where",
             "environments" => "Environments side by side",
             "routes" => "Where each address leads",
             "history" => "Choose two",
             "approvals" => "Nothing waits",
             "delivery" => "1 (0.03 a day)",
+            "logs" if view.contains('?') => "1 found",
+            "logs" => "lines that are kept were looked at",
+            "webhooks" if view.contains('/') => "Set aside undelivered",
+            "webhooks" => "1 set aside",
             "ledger" if view.contains('/') => "In this browser",
             "ledger" => "The ledger",
             _ => "What can be done",
@@ -187,6 +214,14 @@ fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
         for (dark, axe) in [false, true].into_iter().zip(axe.iter().cycle()) {
             page.prefers_dark(dark);
             assert_eq!(page.barriers(axe), json!([]), "{view}, dark: {dark}");
+            let shade = if dark { "dark" } else { "light" };
+            let kind = view.split(['/', '?']).next().unwrap_or_default();
+            let of_one = if view.contains(['/', '?']) {
+                "-one"
+            } else {
+                ""
+            };
+            page.picture(&format!("phone-{kind}{of_one}-{shade}"));
         }
     }
     assert_eq!(page.complaints(), Vec::<String>::new());
@@ -235,4 +270,335 @@ fn whoever_signs_in_is_told_what_is_wrong_and_can_sign_out() {
     page.click("button", "Sign out");
     page.shows("Sign in");
     assert_eq!(page.evaluate(kept), json!(null));
+}
+
+/// Makes a webhook of the project `shop`, and returns its id.
+fn webhook(server: &Server, url: &str, flags: &[&str]) -> String {
+    let made = server.json(&[&["webhook", "create", "shop", url], flags].concat());
+    made["webhook"]["id"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_webhook_is_made_watched_and_mended_without_a_reload() {
+    let server = Server::start(Settings::default().arg("--allow-private-webhooks"));
+    server.ok(&["project", "create", "shop"]);
+    let works = Arc::new(AtomicBool::new(true));
+    let receiver = {
+        let works = works.clone();
+        // What is about `slow` is to be tried again in an hour.
+        Receiver::start(move |r, _| match r.json()["data"]["name"].as_str() {
+            Some("slow") => (503, vec![("Retry-After", "3600".into())]),
+            _ if works.load(Ordering::SeqCst) => (204, Vec::new()),
+            _ => (500, Vec::new()),
+        })
+    };
+    let Some(mut page) = Browser::open(&format!("{}/#/webhooks", server.url()), (1200, 900)) else {
+        return;
+    };
+    page.shows("Nothing is sent anywhere yet.");
+    page.evaluate("window.kept = true");
+
+    // What is refused is said where it was filled in, with what helps; then it can be put right.
+    page.click("button", "New webhook");
+    page.fill("dialog input[name=url]", "https://user:pw@example.com/");
+    page.fill("dialog input[name=kinds]", "environment");
+    page.fill("dialog input[name=tries]", "1");
+    page.click("dialog button", "Create");
+    page.holds(
+        "!!document.querySelector('dialog .problem strong')?.textContent.match(/^[a-z_]+$/)",
+    );
+    page.holds("!!document.querySelector('dialog .problem .quiet')?.textContent");
+    page.picture("webhook-refused");
+    page.fill("dialog input[name=url]", &receiver.url());
+    page.click("dialog button", "Create");
+    page.shows("It is shown this once");
+    page.picture("webhook-secret");
+    let secret = "document.querySelector('dialog input[readonly]').value";
+    let first = page.evaluate(secret).as_str().unwrap().to_owned();
+    page.click("dialog button", "It is kept");
+    page.shows("delivering");
+    page.shows("Nothing was sent yet.");
+    let id = page.evaluate("location.hash.split('/')[2]");
+    let id = id.as_str().unwrap().to_owned();
+    assert_eq!(
+        page.evaluate("document.body.innerHTML.includes('whsec_')"),
+        false
+    );
+
+    // Each try comes to the page as it is made.
+    page.click("button", "Send a test");
+    page.shows("subscription.test_requested.v1");
+    page.shows("delivered");
+    let signed = |secret: &str| receiver.all().last().unwrap().signed_by(secret);
+    assert_eq!(signed(&first), 1);
+    works.store(false, Ordering::SeqCst);
+    for name in ["one", "two"] {
+        server.ok(&["env", "create", "shop", name]);
+    }
+    page.shows("2 set aside");
+    page.shows("Set aside undelivered");
+    page.shows("status_500");
+    page.picture("webhook");
+
+    // One is sent again and the other one never.
+    works.store(true, Ordering::SeqCst);
+    let dead = server.read(&format!("/api/v1/webhooks/{id}"))["dead_letters"].clone();
+    let positions: Vec<_> = dead
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|d| d["position"].clone())
+        .collect();
+    page.evaluate(&format!(
+        "document.getElementById('webhook-replay-{}').click()",
+        positions[0]
+    ));
+    page.shows("1 set aside");
+    page.evaluate(&format!(
+        "document.getElementById('webhook-discard-{}').click()",
+        positions[1]
+    ));
+    page.click("dialog button", "Discard");
+    page.holds("!document.body.innerText.includes('Set aside undelivered')");
+    assert_eq!(
+        receiver.taken().last().unwrap().json()["data"]["name"],
+        "one"
+    );
+
+    // What is asked for again later is shown as that.
+    page.click("button", "Change…");
+    page.fill("dialog input[name=tries]", "5");
+    page.click("dialog button", "Change");
+    page.holds("!document.querySelector('dialog')");
+    server.ok(&["env", "create", "shop", "slow"]);
+    page.shows("retrying");
+    page.shows("after 1 of 5 tries");
+    page.shows("status_503");
+    page.picture("webhook-retrying");
+    page.fill("select[name=outcome]", "failed");
+    page.holds("document.querySelectorAll('table[aria-label=Deliveries] tbody tr').length === 1");
+    page.fill("select[name=outcome]", "");
+    page.holds("document.querySelectorAll('table[aria-label=Deliveries] tbody tr').length > 3");
+
+    // Another secret: for a while deliveries are signed with both.
+    page.click("button", "Another secret…");
+    page.click("dialog button", "Make another");
+    page.shows("It is shown this once");
+    let second = page.evaluate(secret).as_str().unwrap().to_owned();
+    assert_ne!(first, second);
+    page.click("dialog button", "It is kept");
+    page.shows("two secrets");
+    let before = receiver.taken().len();
+    page.click("button", "Send a test");
+    until("the test is taken", || {
+        (receiver.taken().len() > before).then_some(())
+    });
+    let last = receiver.taken().pop().unwrap();
+    assert_eq!((last.signed_by(&first), last.signed_by(&second)), (1, 1));
+
+    // It is paused and goes on, by whoever does it.
+    page.click("button", "Pause");
+    page.shows("Somebody paused it.");
+    server.ok(&["webhook", "resume", &id]);
+    page.holds("!document.body.innerText.includes('Somebody paused it.')");
+    // The list has it in the same words.
+    page.click("nav a", "Webhooks");
+    page.shows("tries again");
+    page.shows(&receiver.url());
+    page.picture("webhooks");
+    page.click("main a", &receiver.url());
+    page.click("button", "Delete…");
+    page.click("dialog button", "Delete");
+    page.shows("Nothing is sent anywhere yet.");
+    assert_eq!(page.evaluate("window.kept"), true);
+    // What was refused is an answer that a browser complains of.
+    assert_eq!(page.complaints().len(), 1, "{:?}", page.complaints());
+}
+
+#[test]
+fn output_is_looked_for_and_found_in_its_place() {
+    let server = Server::start(Settings::default());
+    let source = application("--print 400");
+    server.define("shop", "web", &source, &[]);
+    let older = server.deploy(INSTANCE, &[]);
+    replace_flags(&source, "--print 3");
+    let newer = server.deploy(INSTANCE, &[]);
+    let Some(mut page) = Browser::open(&format!("{}/#/logs", server.url()), (1200, 900)) else {
+        return;
+    };
+    page.evaluate("window.kept = true");
+    page.shows("lines that are kept were looked at");
+    page.fill("input[name=q]", "LINE 3");
+    page.fill("select[name=type]", "container");
+    page.evaluate("document.querySelector('input[name=q]').focus()");
+    page.press("Enter");
+    // Three, thirty to thirty-nine, and three hundred and so on: a hundred at once, the newest
+    // deployment first.
+    page.shows("100 found");
+    let count = |page: &mut Browser, of: &str| {
+        let all = page.evaluate(&format!("document.querySelectorAll('{of}').length"));
+        all.as_u64().unwrap()
+    };
+    assert_eq!(count(&mut page, ".found li"), 100);
+    assert_eq!(count(&mut page, ".found mark"), 100);
+    assert_eq!(count(&mut page, ".found section"), 2);
+    page.picture("logs");
+    page.click("button", "Look at older ones");
+    page.shows("112 found");
+    assert_eq!(count(&mut page, ".found li"), 112);
+    let address = page.evaluate("location.hash");
+    assert_eq!(address, "#/logs?project=shop&q=LINE+3&type=container");
+
+    // A line leads to its place in its deployment, whatever was printed before and after it.
+    let last = "[...document.querySelectorAll('.found li')].find((l) => l.innerText.includes('line 321')).querySelector('a').click()";
+    page.evaluate(last);
+    page.shows("Around the line that you were sent to");
+    page.holds("document.activeElement.className.includes('wanted')");
+    let wanted = page.evaluate("document.activeElement.textContent");
+    assert!(wanted.as_str().unwrap().ends_with("line 321\n"), "{wanted}");
+    let hash = page.evaluate("location.hash");
+    assert!(hash.as_str().unwrap().contains(&older), "{hash}");
+    page.shows("line 250");
+    page.picture("logs-in-place");
+    page.evaluate("history.back()");
+    page.shows("100 found");
+
+    // Nothing found, a filter that is refused, and narrowing down by time and level.
+    page.fill("input[name=q]", "no such line");
+    page.click("form.search button", "Search");
+    page.shows("Nothing was found");
+    page.fill("input[name=cluster]", "No Cluster");
+    page.click("form.search button", "Search");
+    page.holds("!!document.querySelector('main .problem .quiet')");
+    page.fill("input[name=cluster]", "");
+    page.fill("input[name=q]", "");
+    page.fill("select[name=level]", "error");
+    page.click("form.search button", "Search");
+    page.shows("Nothing was found");
+    page.fill("select[name=level]", "");
+    page.fill("input[name=from]", "2040-01-01T00:00:00");
+    page.click("form.search button", "Search");
+    page.shows("Nothing was found");
+
+    // While it is read something else is deployed: nothing moves, and it is said.
+    replace_flags(&source, "--print-every 200");
+    let third = server.deploy(INSTANCE, &[]);
+    page.shows("There may be newer output.");
+    // What runs goes on printing into its page, where it can be searched.
+    page.evaluate(&format!("location.hash = '#/deployments/{third}'"));
+    page.shows("tick 3");
+    page.fill("input[aria-label='Search in the output']", "tick");
+    page.holds("document.querySelectorAll('pre.lines mark').length > 8");
+    page.fill("select[aria-label='Kind of lines']", "build");
+    page.holds("document.querySelectorAll('pre.lines mark').length === 0");
+    page.picture("deployment");
+    assert_eq!(page.evaluate("window.kept"), true);
+    assert_eq!(page.complaints().len(), 1, "{:?}", page.complaints());
+
+    // The file has them all, however many pages that would be.
+    let file = |accept: &str| {
+        let url = format!(
+            "{}/api/v1/projects/shop/logs?q=line&type=container&until=2040-01-01T00:00:00Z&download=true",
+            server.url()
+        );
+        request(reqwest::Method::GET, &url, &[("Accept", accept)], None).unwrap()
+    };
+    let text = file("text/plain");
+    assert_eq!(
+        text.headers["content-disposition"],
+        "attachment; filename=\"shop.log\""
+    );
+    assert_eq!(text.body.lines().count(), 403);
+    let (first, last) = (
+        text.body.lines().next().unwrap(),
+        text.body.lines().last().unwrap(),
+    );
+    assert!(
+        first.contains(&format!(" production.web {newer} ")),
+        "{first}"
+    );
+    assert!(
+        last.ends_with("[INFO] line 400") || last.ends_with("[INFO] line 399"),
+        "{last}"
+    );
+    let json = file("application/x-ndjson");
+    assert_eq!(json.body.lines().count(), 403);
+    let line: serde_json::Value = serde_json::from_str(json.body.lines().next().unwrap()).unwrap();
+    assert_eq!(line["deployment"], newer.as_str());
+}
+
+#[test]
+fn whoever_may_only_look_is_offered_nothing_else() {
+    let settings = Settings::default().arg("--auth").arg("required");
+    let server = Server::start(settings.arg("--allow-private-webhooks"));
+    let admin = server.process().fact("admin_token");
+    let run = |args: &[&str]| {
+        let mut command = server.command(args);
+        let done = Done::of(command.env("DAYBOOK_TOKEN", &admin));
+        assert_eq!(done.code, 0, "{done:?}");
+        done.stdout.trim().to_owned()
+    };
+    run(&["project", "create", "shop"]);
+    let receiver = Receiver::willing();
+    run(&["webhook", "create", "shop", &receiver.url()]);
+    let viewer = run(&["token", "create", "reads", "--role", "viewer"]);
+    let Some(mut page) = Browser::open(&format!("{}/#/webhooks", server.url()), (1200, 900)) else {
+        return;
+    };
+    let sign_in = |page: &mut Browser, token: &str| {
+        page.fill("form.sign-in input", token);
+        page.click("form.sign-in button", "Sign in");
+    };
+    let buttons = "[...document.querySelectorAll('main button')].filter((b) => b.checkVisibility())
+        .map((b) => b.textContent)";
+    sign_in(&mut page, &viewer);
+    page.shows("that takes the role admin in this project");
+    assert_eq!(page.evaluate(buttons), json!([]));
+    page.click("main a", &receiver.url());
+    page.shows("Nothing was sent yet.");
+    page.shows("that takes the role admin in this project");
+    assert_eq!(page.evaluate(buttons), json!([]));
+    page.click("button", "Sign out");
+    sign_in(&mut page, &admin);
+    page.shows("Nothing was sent yet.");
+    assert_eq!(
+        page.evaluate(buttons),
+        json!([
+            "Send a test",
+            "Pause",
+            "Another secret…",
+            "Change…",
+            "Delete…"
+        ])
+    );
+}
+
+#[test]
+fn an_address_is_shown_plane_by_plane_as_it_drifts() {
+    let edge = Edge::start();
+    let server = Server::start(edge.settings());
+    let gateway = server.gateway().replace("http://", "").parse().unwrap();
+    edge.website.conduct(Conduct::Forward(gateway));
+    let source = application("--text one");
+    server.define("shop", "web", &source, &[]);
+    let id = server.deploy(INSTANCE, &[]);
+    server.ok(&["domain", "add", INSTANCE, HOST]);
+    wait_for(&server, &id, "http", "ok", "Answers");
+    let address = format!("{}/#/deployments/{id}", server.url());
+    let Some(mut page) = Browser::open(&address, (1200, 900)) else {
+        return;
+    };
+    page.shows("From where users are");
+    for plane in ["metadata", "route object", "DNS", "TLS", "HTTP"] {
+        page.shows(plane);
+    }
+    page.shows("the certificate ends");
+    page.evaluate("window.kept = true");
+    edge.nameserver.point(HOST, "127.0.0.2");
+    page.shows("WrongAddress");
+    page.shows("expected 127.0.0.1");
+    page.shows("found 127.0.0.2");
+    page.picture("planes");
+    assert_eq!(page.evaluate("window.kept"), true);
+    assert_eq!(page.complaints(), Vec::<String>::new());
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use daybook_store::tlog::{ProofFile, parse_verifiers};
 use serde_json::{Value, json};
 
+use crate::attested::stream;
 use crate::support::{Received, Receiver, Server, Settings, application, request, until};
 
 fn start() -> Server {
@@ -187,6 +188,10 @@ fn what_is_refused_again_and_again_is_set_aside_and_sent_later() {
     });
     assert_eq!(tries[0]["outcome"], "dead_lettered");
     assert_eq!(tries[1]["outcome"], "failed");
+    let told = |name: &str| tries.iter().map(|t| t[name].as_u64().unwrap()).collect();
+    let (numbers, lines): (Vec<u64>, Vec<u64>) = (told("number"), told("seq"));
+    assert_eq!(numbers, [2, 1]);
+    assert!(lines[0] > lines[1], "{lines:?}");
     let message = tries[1]["message"].as_str().unwrap();
     assert!(
         message.contains("503") && message.contains("no :("),
@@ -198,6 +203,7 @@ fn what_is_refused_again_and_again_is_set_aside_and_sent_later() {
         let gone = show(&server, &id)["dead_letters"] == json!([]);
         gone.then_some(())
     });
+    assert_eq!(show(&server, &id)["retrying"], json!([]));
     let last = bad.taken().pop().unwrap();
     assert_eq!(last.json()["data"]["name"], "broken");
     assert_eq!(last.signed_by(&secret), 1);
@@ -384,4 +390,38 @@ fn an_event_carries_the_proof_that_it_is_in_the_signed_ledger() {
     proof
         .verify(changed.as_bytes(), &origin, &keys)
         .unwrap_err();
+}
+
+#[test]
+fn what_is_tried_again_is_shown_and_tries_are_streamed_as_they_are_made() {
+    let server = start();
+    let receiver = Receiver::start(|r, _| match r.json()["data"]["name"] == "slow" {
+        true => (503, vec![("Retry-After", "3600".into())]),
+        false => (204, Vec::new()),
+    });
+    let (id, _) = webhook(&server, &receiver.url(), &["--kind", "environment"]);
+    let quick = event(&server, "quick");
+    until("it is delivered", || {
+        (deliveries(&server, &id).len() == 1).then_some(())
+    });
+    let before = deliveries(&server, &id)[0]["seq"].clone();
+    let slow = event(&server, "slow");
+    let url = format!(
+        "{}/api/v1/webhooks/{id}/deliveries?outcome=failed",
+        server.url()
+    );
+    let tried = stream(&url, &format!("Last-Event-ID: {before}\r\n"), 1).remove(0);
+    assert_eq!(tried["position"], slow);
+    assert_eq!(tried["outcome"], "failed");
+    assert!(quick < slow && before.as_u64() < tried["seq"].as_u64());
+    let retrying = show(&server, &id)["retrying"].clone();
+    assert_eq!(retrying.as_array().unwrap().len(), 1);
+    assert_eq!(retrying[0]["position"], slow);
+    assert_eq!(
+        (&retrying[0]["tries"], &retrying[0]["code"]),
+        (&json!(1), &json!("status_503"))
+    );
+    assert!(retrying[0]["next_at"].is_string());
+    let listed = server.ok(&["webhook", "list"]).stdout;
+    assert!(listed.contains("one event is tried again"), "{listed}");
 }

@@ -168,6 +168,66 @@ impl Browser {
         )
     }
 
+    /// Keeps a picture of the whole page for people to look at, below the tests' own folder.
+    pub fn picture(&mut self, name: &str) {
+        use base64::Engine as _;
+        let size = self.order("Page.getLayoutMetrics", json!({}))["cssContentSize"].clone();
+        let clip = json!({
+            "x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1,
+        });
+        let asked = json!({ "format": "png", "captureBeyondViewport": true, "clip": clip });
+        let taken = self.order("Page.captureScreenshot", asked);
+        let png = base64::engine::general_purpose::STANDARD
+            .decode(taken["data"].as_str().unwrap())
+            .unwrap();
+        let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("page");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join(format!("{name}.png")), png).unwrap();
+    }
+
+    /// Fills a field in, as somebody who types does, waiting until it is there.
+    #[track_caller]
+    pub fn fill(&mut self, selector: &str, value: &str) {
+        let expression = format!(
+            "(() => {{ const field = document.querySelector({}); if (!field) return false;
+                field.value = {};
+                for (const kind of ['input', 'change']) field.dispatchEvent(new Event(kind, {{ bubbles: true }}));
+                return true; }})()",
+            json!(selector),
+            json!(value)
+        );
+        until(&format!("{selector} can be filled in"), || {
+            (self.evaluate(&expression) == true).then_some(())
+        });
+    }
+
+    /// Waits until an expression of the page is true.
+    #[track_caller]
+    pub fn holds(&mut self, expression: &str) {
+        until(&format!("it holds that {expression}"), || {
+            (self.evaluate(expression) == true).then_some(())
+        });
+    }
+
+    /// Presses a key.
+    pub fn press(&mut self, key: &str) {
+        let code = match key {
+            "Tab" => 9,
+            "Enter" => 13,
+            _ => 0,
+        };
+        let text = if key == "Enter" { "\r" } else { "" };
+        for kind in ["keyDown", "keyUp"] {
+            let mut event = json!({
+                "type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code,
+            });
+            if kind == "keyDown" && !text.is_empty() {
+                event["text"] = text.into();
+            }
+            self.order("Input.dispatchKeyEvent", event);
+        }
+    }
+
     /// Waits until the page shows a text.
     #[track_caller]
     pub fn shows(&mut self, text: &str) {

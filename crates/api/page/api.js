@@ -5,6 +5,8 @@ export class Refused extends Error {
   constructor(problem) {
     super(problem.remedy ? `${problem.detail}. ${problem.remedy}` : problem.detail);
     this.code = problem.code;
+    /** What is wrong and what helps, apart. */
+    this.problem = { code: problem.code, message: problem.detail, remedy: problem.remedy };
     this.signIn = problem.status === 401;
   }
 }
@@ -20,6 +22,22 @@ export async function whoHas(token) {
   // Nothing else can stand in a header.
   if (!/^[\x21-\x7e]+$/.test(token)) throw new Refused({ detail: "This is no token: it has characters that no token has", remedy: "Paste the token alone." });
   return answer(await fetch("/api/v1/whoami", { headers: { authorization: `Bearer ${token}` } }));
+}
+
+/** What whoever looks at this page may do, and where: a verb, and all projects or those named. */
+let granted = {};
+
+/** Asks the server what may be done here. Before that, and where it does not say, nothing may. */
+export async function learnWhatMayBeDone() {
+  granted = (await get("whoami")).may ?? {};
+}
+
+/** Whether something may be done in a project; in any one, if none is given. The server decides: this
+ *  only keeps buttons away that it would refuse. */
+export function may(verb, project) {
+  const where = granted[verb];
+  if (!where) return false;
+  return where === "all" || (project ? where.named.includes(project) : where.named.length > 0);
 }
 
 /** Fetches with the token, if there is one. */
@@ -48,6 +66,25 @@ export async function getBytes(path, signal) {
   return new Uint8Array(await response.arrayBuffer());
 }
 
+/** Keeps an answer as a file. Without a token the browser fetches it by itself; a token stands in no
+ *  address, so with one the answer passes through the page. */
+export async function save(path, parameters, name) {
+  const query = new URLSearchParams(Object.entries({ ...parameters, download: "true" }).filter(([, v]) => v));
+  const url = `/api/v1/${path}?${query}`;
+  const link = document.createElement("a");
+  link.download = name;
+  if (!session.token) {
+    link.href = url;
+    link.click();
+    return;
+  }
+  const response = await request(url);
+  if (!response.ok) await answer(response);
+  link.href = URL.createObjectURL(await response.blob());
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
+
 export const actor = {
   get name() { return localStorage.getItem("daybook-actor") ?? ""; },
   set name(name) { localStorage.setItem("daybook-actor", name); },
@@ -64,9 +101,10 @@ export async function send(method, path, body) {
 
 /**
  * Follows a stream of server-sent events until `signal`, for ever: a connection that ends is made
- * again after the last event, so nothing is missed. It ends where the server wants to know who asks.
+ * again after the last event, so nothing is missed. It ends where the server wants to know who asks,
+ * and, if somebody wants to know of it, where it refuses.
  */
-export async function follow(url, onEvent, { last, signal, onState = () => {}, onSignIn = () => {} }) {
+export async function follow(url, onEvent, { last, signal, onState = () => {}, onSignIn = () => {}, onRefused }) {
   let pause = 500;
   while (!signal.aborted) {
     try {
@@ -76,6 +114,9 @@ export async function follow(url, onEvent, { last, signal, onState = () => {}, o
       if (response.status === 401) {
         onState(false, "not signed in");
         return onSignIn(new Refused(await response.json().catch(() => ({ detail: "The server asks who you are" }))));
+      }
+      if (onRefused && response.status >= 400 && response.status < 500 && response.status !== 429) {
+        return onRefused(await answer(response).catch((refused) => refused));
       }
       if (!response.ok) throw new Error(`status ${response.status}`);
       onState(true);

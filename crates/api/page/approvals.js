@@ -1,7 +1,7 @@
 // What waits for somebody to allow it, with the exact plan.
 
-import { actor, get, send } from "./api.js";
-import { ask, facts, h, moment, notice, short, table } from "./dom.js";
+import { actor, get, may, send, session } from "./api.js";
+import { ask, facts, h, moment, notice, onlyLooks, short, table } from "./dom.js";
 import { link } from "./overview.js";
 
 export async function approvals({ signal }) {
@@ -16,7 +16,8 @@ async function parts(signal) {
   const name = h("input", { name: "actor", autocomplete: "username", value: actor.name });
   name.addEventListener("change", () => { actor.name = name.value.trim(); });
   return [h("h1", {}, "Approvals"),
-    h("form", { class: "filters", onsubmit: (e) => e.preventDefault() }, h("label", {}, "You are (nobody checks this yet; it is recorded)", name)),
+    // Where tokens say who asks, nobody is asked.
+    session.token ? "" : h("form", { class: "filters", onsubmit: (e) => e.preventDefault() }, h("label", {}, "You are (nobody checks this yet; it is recorded)", name)),
     waiting.length ? h("div", { class: "cards" }, waiting.map(card)) : h("p", { class: "quiet" }, "Nothing waits to be allowed or reviewed."),
     through?.length ? [h("h2", {}, "Let through a freeze, to be reviewed"), h("ul", {}, through.map((t) => h("li", {}, link(t.id), ` ${t.instance_id}, past ${t.freeze}: ${t.emergency.reason ?? ""}`)))] : ""].flat();
 }
@@ -48,7 +49,7 @@ function card(a) {
       ["until", a.expires ? moment(a.expires) : null],
     ]),
     values.length ? table("Values that change", ["Value", "Before", "After"], values.map(([k, v]) => [h("code", {}, k), v.before ?? "", v.after ?? ""]), "") : null,
-    h("div", { class: "row" }, a.waits
+    !may("approve", a.instance_id.split(".")[0]) ? onlyLooks("approve") : h("div", { class: "row" }, a.waits
       ? [h("button", { type: "button", id: `approve-${a.hash}`, onclick: () => decide("approve", "Approve?", "You allow exactly this plan. If anything of it changes, this counts no more.", false, { hash: a.hash }) }, "Approve this plan"),
          h("button", { type: "button", id: `reject-${a.hash}`, class: "danger", onclick: () => decide("reject", "Reject?", "The deployment fails, with who said so and why.", true, {}) }, "Reject")]
       : h("button", { type: "button", onclick: () => decide("review", "Review?", "You have looked at this emergency afterwards.", false, {}) }, "Reviewed")));

@@ -1,7 +1,8 @@
 // One deployment: its state and what can be done, where the time went, what happened, its output.
 
-import { follow, get, send } from "./api.js";
-import { answers, ask, commit, duration, facts, h, moment, notice, problem, short, svg, tag } from "./dom.js";
+import { get, may, send } from "./api.js";
+import { answers, ask, commit, duration, facts, h, moment, notice, onlyLooks, problem, short, svg, table, tag } from "./dom.js";
+import { output } from "./output.js";
 import { link } from "./overview.js";
 
 const ACTIONS = {
@@ -16,8 +17,9 @@ const ACTIONS = {
   delete: { label: "Delete", method: "DELETE", text: "It is no longer listed. The ledger keeps its history.", danger: true },
 };
 
-export async function deployment({ rest: [id], signal }) {
+export async function deployment({ rest: [id], query, signal }) {
   const head = h("div");
+  const printed = output(id, query.line, signal);
   const happened = h("ol", { class: "timeline" });
   const refresh = async () => {
     const [detail, audit] = await Promise.all([
@@ -26,12 +28,13 @@ export async function deployment({ rest: [id], signal }) {
     ]);
     head.replaceChildren(...top(detail));
     happened.replaceChildren(...audit.audit.toReversed().map(line));
+    printed.goOn();
     return detail;
   };
   const detail = await refresh();
   const node = h("div", {}, head,
     h("h2", {}, "What happened"), h("div", { class: "card" }, happened),
-    h("h2", {}, "Output"), output(id, signal),
+    h("h2", { id: "output" }, "Output"), printed.node,
     h("details", {}, h("summary", {}, "Snapshot: what it was made from, for ever"), h("pre", { class: "json card" }, JSON.stringify(detail.snapshot, null, 2))));
   return {
     title: `${detail.instance_id} ${short(detail.id)}`, node,
@@ -42,6 +45,7 @@ export async function deployment({ rest: [id], signal }) {
 
 function top(d) {
   const possible = d.possibilities.filter((p) => p.possible && !(p.name === "mark_main" && d.main));
+  const allowed = may("deploy", d.project);
   const not = d.possibilities.filter((p) => !p.possible);
   return [
     h("h1", {}, `${d.instance_id} `, h("span", { class: "quiet mono" }, short(d.id)), " ", tag(d.state), d.main ? [" ", tag("main", "it takes the traffic of the service")] : null),
@@ -59,19 +63,36 @@ function top(d) {
           ["promoted from", d.promoted_from ? `${d.promoted_from.environment}` : null],
           ["stops", d.stops ? [moment(d.stops.at), `, because ${d.stops.because}`] : null],
           ["waits", d.queue?.reason ?? null],
+          ["held", d.hold?.waits ? [`by the freeze ${d.hold.freeze}`, d.hold.until ? [" until ", moment(d.hold.until)] : ""] : null],
+          ["OpenAPI", d.openapi ? `${d.openapi.title ?? "a document"} ${d.openapi.version ?? ""} at ${d.openapi.path ?? ""}` : null],
           ["approvals", d.approval ? h("a", { href: "#/approvals" }, "asked for") : null],
         ])),
       h("section", { class: "card", "aria-label": "Clusters" }, h("h3", {}, "Clusters"),
         d.cluster_status.map((c) => [
-          facts([[c.cluster, [tag(c.state), ` ${c.instances.filter((i) => i.ready).length} of ${c.wanted} ready`]]]),
+          facts([[c.cluster, [tag(c.state), ` ${c.instances.filter((i) => i.ready).length} of ${c.wanted} ready`]],
+            ...c.instances.filter((i) => i.restarts > 0).map((i) => [i.name, `${i.restarts} ${i.restarts === 1 ? "restart" : "restarts"}`])]),
           problem(c.problem)]),
         d.hostnames.length ? [h("h3", {}, "Addresses"), h("ul", {}, d.hostnames.map((a) => h("li", {}, h("a", { href: a.url, rel: "noreferrer" }, a.hostname), h("span", { class: "quiet" }, ` ${a.stickiness}`))))] : null),
       h("section", { class: "card", "aria-label": "Durations" }, h("h3", {}, "Where the time went"), bars(d))),
+    d.endpoints.length ? [h("h2", {}, "From where users are"), d.endpoints.map(planes)] : null,
     h("h2", {}, "What can be done"),
-    h("div", { class: "row" }, possible.map((p) => act(d, p.name)), possible.length ? null : h("span", { class: "quiet" }, "Nothing any more.")),
+    possible.length && !allowed ? onlyLooks("deploy") : h("div", { class: "row" }, possible.map((p) => act(d, p.name)), possible.length ? null : h("span", { class: "quiet" }, "Nothing any more.")),
     not.length ? h("details", {}, h("summary", {}, "What is not possible now, and why"),
       h("ul", {}, not.map((p) => h("li", {}, h("strong", {}, p.name.replaceAll("_", " ")), `: ${p.reason}`, p.remedy ? h("span", { class: "quiet" }, `; ${p.remedy}`) : null)))) : null,
-  ].filter(Boolean);
+  ].flat(Infinity).filter(Boolean);
+}
+
+const PLANES = { metadata: "metadata", route: "route object", dns: "DNS", tls: "TLS", http: "HTTP" };
+
+/** An address, plane by plane, in the order in which a request meets them. */
+function planes({ hostname, planes: seen }) {
+  const what = (p) => [p.message ? h("div", {}, p.message) : null,
+    p.expected && p.state !== "ok" ? h("div", {}, h("span", { class: "quiet" }, "expected "), h("code", {}, p.expected)) : null,
+    p.actual ? h("div", {}, h("span", { class: "quiet" }, "found "), h("code", {}, p.actual)) : null,
+    p.expires ? h("div", {}, h("span", { class: "quiet" }, "the certificate ends "), moment(p.expires)) : null];
+  return [h("h3", { class: "mono" }, hostname),
+    table(`Planes of ${hostname}`, ["Plane", "State", "Why", "What was seen", "Since"], seen.map((p) => [
+      h("th", { scope: "row" }, PLANES[p.plane] ?? p.plane), tag(p.state), p.reason, h("td", { class: "wide" }, what(p)), moment(p.since)]), "", "stack")];
 }
 
 function act(d, name) {
@@ -114,42 +135,4 @@ function line(entry) {
   const who = entry.actor.kind === "system" ? entry.actor.id : `${entry.actor.id}`;
   return h("li", {}, moment(entry.time), h("span", {}, entry.summary, entry.reason ? h("span", { class: "quiet" }, ` ${entry.reason}`) : null,
     h("span", { class: "quiet" }, ` (${who}, `), h("a", { href: `#/ledger/${entry.position}` }, `event ${entry.position}`), h("span", { class: "quiet" }, ")")));
-}
-
-/** The lines as they come, with search among them. At most so many are kept in the page. */
-const LINES = 5000;
-
-function output(id, signal) {
-  const pre = h("pre", { class: "lines", role: "log", "aria-live": "off", tabindex: "0", "aria-label": "Output of the deployment" });
-  const search = h("input", { type: "search", placeholder: "Search" , "aria-label": "Search in the output" });
-  const kinds = h("select", { "aria-label": "Kind of lines" }, ["all", "status", "build", "container"].map((k) => h("option", { value: k === "all" ? "" : k }, k)));
-  const count = h("span", { class: "quiet", role: "status" });
-  const lines = [];
-  const draw = (entry) => {
-    const wanted = search.value.toLowerCase();
-    if (kinds.value && entry.kind !== kinds.value) return null;
-    const at = wanted ? entry.text.toLowerCase().indexOf(wanted) : -1;
-    if (wanted && at < 0) return null;
-    const time = new Date(entry.time).toLocaleTimeString(undefined, { hour12: false });
-    const from = [entry.cluster, entry.instance].filter(Boolean).join("/");
-    const text = at < 0 ? entry.text : [entry.text.slice(0, at), h("mark", {}, entry.text.slice(at, at + wanted.length)), entry.text.slice(at + wanted.length)];
-    return h("span", {}, h("span", { class: "quiet" }, `${time} ${from || entry.kind} `), text, "\n");
-  };
-  const redraw = () => {
-    const drawn = lines.map(draw).filter(Boolean);
-    pre.replaceChildren(...drawn);
-    count.textContent = `${drawn.length} of ${lines.length} lines`;
-    pre.scrollTop = pre.scrollHeight;
-  };
-  let waiting;
-  follow(`/api/v1/deployments/${encodeURIComponent(id)}/logs?follow=true`, (event) => {
-    const entry = JSON.parse(event.data);
-    if (entry.text === undefined) return;
-    lines.push(entry);
-    if (lines.length > LINES) lines.shift();
-    waiting ??= setTimeout(() => { waiting = undefined; redraw(); }, 80);
-  }, { signal });
-  search.addEventListener("input", redraw);
-  kinds.addEventListener("change", redraw);
-  return h("div", {}, h("div", { class: "row" }, search, kinds, count), h("p"), pre);
 }

@@ -22,13 +22,37 @@ export function svg(name, attributes = {}, ...children) {
   return element;
 }
 
+/** A row of a table whose columns have these names. On a phone a row of a table of the class `stack`
+ *  is a card, and each cell says what it is. */
+export function row(columns, cells) {
+  return h("tr", {}, cells.map((c, i) => {
+    const cell = c instanceof HTMLTableCellElement ? c : h("td", {}, c ?? "");
+    if (typeof columns[i] === "string" && columns[i]) cell.dataset.label = columns[i];
+    return cell;
+  }));
+}
+
 /** A table with the names of its columns; rows are lists of cells. */
-export function table(caption, columns, rows, empty) {
+export function table(caption, columns, rows, empty, kind) {
   if (rows.length === 0) return h("p", { class: "quiet" }, empty);
   const head = h("tr", {}, columns.map((c) => h("th", { scope: "col" }, c)));
-  const body = rows.map((cells) => h("tr", {}, cells.map((c) => (c instanceof HTMLTableCellElement ? c : h("td", {}, c ?? "")))));
-  const all = h("table", { "aria-label": caption }, h("thead", {}, head), h("tbody", {}, body));
+  const all = h("table", { "aria-label": caption, class: kind }, h("thead", {}, head), h("tbody", {}, rows.map((cells) => row(columns, cells))));
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, all);
+}
+
+/** A text with what is looked for marked in it, wherever it stands. */
+export function marked(text, wanted) {
+  if (!wanted) return [text];
+  const parts = [];
+  const [all, part] = [text.toLowerCase(), wanted.toLowerCase()];
+  // A few letters become more than one when they are made small: then places are not comparable.
+  if (all.length !== text.length) return [text];
+  let from = 0;
+  for (let at = all.indexOf(part); at >= 0; at = all.indexOf(part, from)) {
+    parts.push(text.slice(from, at), h("mark", {}, text.slice(at, at + part.length)));
+    from = at + part.length;
+  }
+  return [...parts, text.slice(from)];
 }
 
 /** A moment, in the reader's own zone; the exact one in its title. */
@@ -50,9 +74,9 @@ export function duration(ms) {
 export const short = (id) => (id ?? "").slice(-8);
 export const commit = (id) => (id ?? "").slice(0, 7);
 
-const GOOD = new Set(["started", "ready", "sound", "proven"]);
-const BAD = new Set(["failed", "start_error", "stop_error", "terminate_error", "not_ready", "broken", "not_proven", "partially_started"]);
-const BUSY = new Set(["requested", "queued", "cloning", "building", "pushing", "packaging", "awaiting_approval", "deploying", "starting", "stopping", "terminating", "pending"]);
+const GOOD = new Set(["started", "ready", "sound", "proven", "ok", "delivering", "delivered"]);
+const BAD = new Set(["failed", "start_error", "stop_error", "terminate_error", "not_ready", "broken", "not_proven", "partially_started", "failing", "drifted", "set_aside", "dead_lettered", "gone"]);
+const BUSY = new Set(["requested", "queued", "cloning", "building", "pushing", "packaging", "awaiting_approval", "deploying", "starting", "stopping", "terminating", "pending", "retrying"]);
 
 /** A state as a coloured word. The word says all; the colour only helps. */
 export function tag(word, title, before = "") {
@@ -65,6 +89,20 @@ export function problem(p) {
   if (!p) return null;
   const code = p.code ?? p.reason ?? "";
   return h("div", { class: "problem" }, h("strong", {}, code), " ", p.message ?? "", p.remedy ? h("p", { class: "quiet" }, p.remedy) : null);
+}
+
+/** A refusal, where it happened. */
+export function refused(error) {
+  const shown = problem(error.problem ?? { message: error.message });
+  shown.setAttribute("role", "alert");
+  return shown;
+}
+
+const ROLES = { deploy: "deployer", approve: "approver", configure: "admin" };
+
+/** Says why there is nothing to be done here, to whoever may not. */
+export function onlyLooks(verb) {
+  return h("p", { class: "quiet" }, `You may look at this and not change it: that takes the role ${ROLES[verb]}${verb === "configure" ? "" : " or admin"} in this project.`);
 }
 
 /** The three answers to "is it up?", each with its reason. */
@@ -86,14 +124,15 @@ export function notice(text, isError = false) {
   setTimeout(() => shown.remove(), isError ? 12_000 : 5000);
 }
 
-/** Asks before something is done. Resolves to the reason, or to null if it is not to be done. */
-export function ask(title, text, { danger = false, verb = "Do it" } = {}) {
+/** Asks before something is done. Resolves to the reason, or to null if it is not to be done. What
+ *  keeps no reason is not asked for one. */
+export function ask(title, text, { danger = false, verb = "Do it", why = true } = {}) {
   return new Promise((resolve) => {
     const reason = h("input", { name: "reason", autocomplete: "off", maxlength: "500" });
     const dialog = h("dialog", { "aria-labelledby": "asked" },
       h("form", { method: "dialog" },
         h("h2", { id: "asked" }, title), h("p", {}, text),
-        h("label", {}, "Why (kept in the ledger; may be empty)", reason),
+        why ? h("label", {}, "Why (kept in the ledger; may be empty)", reason) : null,
         h("div", { class: "row" },
           h("button", { value: "do", class: danger ? "danger" : "" }, verb),
           h("button", { value: "", formnovalidate: true }, "Leave it"))));
@@ -104,4 +143,43 @@ export function ask(title, text, { danger = false, verb = "Do it" } = {}) {
     document.body.append(dialog);
     dialog.showModal();
   });
+}
+
+/** Lets somebody fill something in. `submit` gets what was given, by name; what it refuses is shown,
+ *  and can be put right. Resolves to what it answers, or to null if nothing is to be done. */
+export function fillIn(title, fields, { verb, submit, leave = "Leave it" }) {
+  return new Promise((resolve) => {
+    const wrong = h("div");
+    let answer = null;
+    const form = h("form", { class: "fill", onsubmit: async (event) => {
+      event.preventDefault();
+      wrong.replaceChildren();
+      go.disabled = true;
+      try {
+        answer = await submit(Object.fromEntries(new FormData(form)));
+        dialog.close();
+      } catch (error) {
+        wrong.replaceChildren(refused(error));
+        wrong.scrollIntoView({ block: "nearest" });
+      }
+      go.disabled = false;
+    } });
+    const go = h("button", {}, verb);
+    const dialog = h("dialog", { "aria-labelledby": "asked" }, form);
+    form.append(h("h2", { id: "asked" }, title), ...fields, wrong,
+      h("div", { class: "row" }, go, leave ? h("button", { type: "button", onclick: () => dialog.close() }, leave) : ""));
+    dialog.addEventListener("close", () => {
+      dialog.remove();
+      resolve(answer);
+    });
+    document.body.append(dialog);
+    dialog.showModal();
+  });
+}
+
+/** Replaces what an element holds; whoever was at a button of it is at the same one afterwards. */
+export function replace(element, ...children) {
+  const at = element.contains(document.activeElement) ? document.activeElement.id : "";
+  element.replaceChildren(...children.flat(Infinity).filter((c) => c !== null && c !== undefined && c !== false));
+  if (at) document.getElementById(at)?.focus({ preventScroll: true });
 }

@@ -1,6 +1,6 @@
 // A project's environments side by side, and promotion from one to another.
 
-import { get, send } from "./api.js";
+import { get, may, send } from "./api.js";
 import { ask, commit, h, notice, table, tag } from "./dom.js";
 import { link } from "./overview.js";
 
@@ -46,5 +46,5 @@ function cell(project, service, environment, main, others) {
     }
   });
   return [h("div", { class: "row" }, link(main.id, main.source_commit ? commit(main.source_commit) : (main.image_tag ?? main.version)), tag(main.lifecycle ?? main.status)),
-    targets.length ? h("p", {}, to) : null];
+    targets.length && may("deploy", project) ? h("p", {}, to) : null];
 }

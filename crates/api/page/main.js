@@ -1,6 +1,6 @@
 // Which view is shown, and keeping it true while events arrive.
 
-import { follow, get, session, whoHas } from "./api.js";
+import { follow, get, learnWhatMayBeDone, session, whoHas } from "./api.js";
 import { h, notice } from "./dom.js";
 import { overview } from "./overview.js";
 import { deployment } from "./deployment.js";
@@ -9,6 +9,8 @@ import { environments } from "./environments.js";
 import { routes } from "./routes.js";
 import { approvals } from "./approvals.js";
 import { delivery } from "./delivery.js";
+import { logs } from "./logs.js";
+import { webhooks } from "./webhooks.js";
 import { ledger } from "./ledger.js";
 
 const VIEWS = [
@@ -18,6 +20,8 @@ const VIEWS = [
   { path: "history", name: "History", show: history },
   { path: "approvals", name: "Approvals", show: approvals },
   { path: "delivery", name: "Delivery", show: delivery },
+  { path: "logs", name: "Logs", show: logs },
+  { path: "webhooks", name: "Webhooks", show: webhooks },
   { path: "ledger", name: "Ledger", show: ledger },
   { path: "deployments", show: deployment },
 ];
@@ -179,4 +183,6 @@ async function watchLedger() {
 addEventListener("hashchange", show);
 account();
 watchLedger();
+// Where this fails the view says why.
+await learnWhatMayBeDone().catch(() => {});
 await show();

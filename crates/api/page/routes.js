@@ -1,7 +1,7 @@
 // Where each address leads, and the switch.
 
-import { get, send } from "./api.js";
-import { ask, h, moment, notice, short, table, tag } from "./dom.js";
+import { get, may, send } from "./api.js";
+import { ask, h, moment, notice, onlyLooks, short, table, tag } from "./dom.js";
 import { link } from "./overview.js";
 
 export async function routes({ signal }) {
@@ -18,6 +18,7 @@ async function parts(signal) {
     const found = await get(`projects/${project.name}/routes`, {}, signal);
     all.push(h("h2", {}, project.name), h("p", { class: "quiet" }, `Table ${found.table}.`));
     const instances = state.instances.filter((i) => i.project === project.name && i.main);
+    if (instances.length && !may("deploy", project.name)) all.push(onlyLooks("deploy"));
     if (instances.length) all.push(h("div", { class: "cards" }, instances.map(traffic)));
     all.push(table(`Routes of ${project.name}`, ["Address", "Leads to", "Follows", "Since", "Because"],
       found.routes.map((r) => [h("a", { href: r.url, rel: "noreferrer" }, r.hostname),
@@ -43,7 +44,7 @@ function traffic(instance) {
   return h("article", { class: "card" },
     h("header", {}, h("h3", {}, `${instance.service} `, h("span", { class: "quiet" }, instance.environment)), instance.rolled_back ? tag("rolled back") : null),
     h("p", {}, "Main: ", link(instance.main.id), ` ${instance.main.version}`),
-    h("div", { class: "row" },
+    may("deploy", instance.project) ? h("div", { class: "row" },
       others.map((o) => h("button", { type: "button", id: `switch-${o.id}`, onclick: () => run(`Switch to ${short(o.id)}?`, `Every address of ${instance.service} in ${instance.environment} leads to it from then on. The one before runs on for a while.`, (body) => send("POST", `deployments/${o.id}/mark-main`, body)) }, `Switch to ${short(o.id)} (${o.version})`)),
-      h("button", { type: "button", id: `back-${instance.id}`, class: "danger", onclick: () => run("Roll back?", "The traffic goes to the deployment that had it before, and pushes do not take it until somebody marks a deployment as main.", (body) => send("POST", "rollback", { instance_id: instance.id, ...body })) }, "Roll back")));
+      h("button", { type: "button", id: `back-${instance.id}`, class: "danger", onclick: () => run("Roll back?", "The traffic goes to the deployment that had it before, and pushes do not take it until somebody marks a deployment as main.", (body) => send("POST", "rollback", { instance_id: instance.id, ...body })) }, "Roll back")) : null);
 }

@@ -358,7 +358,7 @@ macro_rules! sent {
 }
 
 sent! {
-    routes::approvals::ApprovalList, routes::dora::DoraView, routes::search::FoundLines,
+    routes::approvals::ApprovalList, routes::dora::DoraView, routes::search::FoundLines, routes::search::FoundLine,
     routes::templates::TemplateList, routes::templates::TemplateDetail,
     routes::templates::DeployFrom,
     routes::freezes::DefineFreeze, routes::freezes::FreezeGone, routes::freezes::FreezeList,
@@ -378,7 +378,7 @@ sent! {
     routes::webhooks::RotateWebhook, routes::webhooks::DeadLetterChoice,
     routes::webhooks::WebhookView, routes::webhooks::WebhookSecretView,
     routes::webhooks::WebhookList, routes::webhooks::WebhookGone, routes::webhooks::WebhookTest,
-    routes::webhooks::DeliveryList,
+    routes::webhooks::WebhookStatus, routes::deliveries::DeliveryList,
     routes::config::ScaleTo, routes::config::ChangeConfig,
     routes::approvals::ApprovalDetail, routes::approvals::DecideOnPlan, routes::approvals::LetThrough,
     routes::projects::CreateProject, routes::projects::DefineService,

@@ -50,6 +50,9 @@ static FILES: LazyLock<Vec<File>> = LazyLock::new(|| {
         "routes.js": "text/javascript; charset=utf-8",
         "approvals.js": "text/javascript; charset=utf-8",
         "ledger.js": "text/javascript; charset=utf-8",
+        "logs.js": "text/javascript; charset=utf-8",
+        "output.js": "text/javascript; charset=utf-8",
+        "webhooks.js": "text/javascript; charset=utf-8",
     }
 });
 

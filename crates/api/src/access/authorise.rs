@@ -3,12 +3,15 @@
 use std::fmt;
 
 use daybook_events::ProjectName;
-use daybook_events::access::Role;
+use daybook_events::access::{Projects, Role};
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::Principal;
 
 /// What can be done, as far as permissions tell it apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum Verb {
     /// See a project: what runs, what ran, its output, its events and its GitOps repository.
     Read,
@@ -50,6 +53,15 @@ impl Verb {
             Self::Configure | Self::Administer => &[Admin],
         }
     }
+}
+
+/// Where a principal may do something; none where it may do it nowhere.
+pub fn allowed(principal: &Principal, verb: Verb) -> Option<Projects> {
+    let grants = principal.grants().iter();
+    let fitting = grants.filter(|g| verb.roles().contains(&g.role));
+    fitting
+        .map(|g| g.projects.clone())
+        .reduce(|all, more| all.union(&more))
 }
 
 /// What something is to be done to.
@@ -133,7 +145,7 @@ pub fn authorise(principal: &Principal, verb: Verb, over: Over<'_>) -> Result<()
 #[cfg(test)]
 mod tests {
     use daybook_events::Actor;
-    use daybook_events::access::{Grant, Projects};
+    use daybook_events::access::Grant;
 
     use super::*;
 
@@ -173,6 +185,32 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn what_is_allowed_is_what_is_authorised() {
+        for role in Role::ALL {
+            for verb in Verb::ALL {
+                let here = allowed(&of(role, &["shop"]), verb);
+                let everywhere = allowed(&of(role, &[]), verb);
+                let may = verb.roles().contains(&role);
+                assert_eq!(here.is_some(), may, "{role} {verb:?}");
+                assert_eq!(everywhere, may.then_some(Projects::All), "{role} {verb:?}");
+            }
+        }
+        let grant = |role, project: &str| Grant {
+            role,
+            projects: Projects::Named([project.parse().unwrap()].into()),
+        };
+        let grants = vec![grant(Role::Viewer, "bank"), grant(Role::Admin, "shop")];
+        let both = Principal::granted(Actor::unauthenticated("x"), grants);
+        let named = |names: &[&str]| {
+            let names = names.iter().map(|n| n.parse().unwrap()).collect();
+            Some(Projects::Named(names))
+        };
+        assert_eq!(allowed(&both, Verb::Read), named(&["bank", "shop"]));
+        assert_eq!(allowed(&both, Verb::Configure), named(&["shop"]));
+        assert_eq!(allowed(&both, Verb::Oversee), named(&["shop"]));
     }
 
     #[test]

@@ -18,7 +18,7 @@ mod principal;
 pub(crate) mod rules;
 pub mod token;
 
-pub use authorise::{Denied, Over, Place, Verb, authorise};
+pub use authorise::{Denied, Over, Place, Verb, allowed, authorise};
 pub use control::{AccessControl, AccessMode, Unauthenticated};
 pub(crate) use guard::{charge, guard, recognise_later, too_many};
 pub use lease::{Lease, TooManyStreams};

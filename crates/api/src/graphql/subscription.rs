@@ -125,7 +125,11 @@ async fn lines(
     })?;
     let cursor = after.map(|a| a.parse::<logs::GivenCursor>()).transpose()?;
     let cursor = cursor.unwrap_or_default();
-    let batches = logs::lines(&asked.state, id, filter, true, cursor).await?;
+    let until = match filter.is_of_containers() {
+        true => logs::Until::Ended,
+        false => logs::Until::Settled,
+    };
+    let batches = logs::lines(&asked.state, id, filter, until, cursor).await?;
     Ok(batches.flat_map(stream::iter))
 }
 

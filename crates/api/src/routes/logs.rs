@@ -29,8 +29,8 @@ use crate::routes::events::{accepts, stream_response};
 use crate::sse;
 use crate::state::AppState;
 
-const NDJSON: &str = "application/x-ndjson";
-const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+pub(crate) const NDJSON: &str = "application/x-ndjson";
+pub(crate) const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// Lines that are read at once.
 const READ: usize = 500;
 
@@ -62,6 +62,9 @@ pub(crate) struct LogQuery {
     /// it runs.
     #[serde(default)]
     follow: bool,
+    /// With `follow`: goes on as long as it runs, whatever the type.
+    #[serde(default)]
+    running: bool,
     /// Only lines after this cursor, as it stands in a line of JSON or in the id of an event.
     after: Option<String>,
 }
@@ -101,6 +104,11 @@ impl LogLine {
             instance: line.instance,
             text: line.text,
         }
+    }
+
+    /// Its level and its text, in one line.
+    pub(crate) fn words(&self) -> String {
+        format!("[{}] {}", self.level, self.text.replace(['\r', '\n'], " "))
     }
 
     /// A line that was found by itself, with the cursor after which the lines that follow it in its
@@ -259,7 +267,12 @@ pub(crate) async fn deployment_logs(
     let cursor = cursor
         .as_deref()
         .map_or(Ok(GivenCursor::default()), str::parse)?;
-    let batches = lines(&state, id, filter, query.follow, cursor).await?;
+    let until = match (query.follow, query.running || filter.is_of_containers()) {
+        (false, _) => Until::Now,
+        (true, false) => Until::Settled,
+        (true, true) => Until::Ended,
+    };
+    let batches = lines(&state, id, filter, until, cursor).await?;
     let frames = batches.flat_map(move |lines| {
         let frames = lines.into_iter().map(move |line| write_line(&line, format));
         stream::iter(frames)
@@ -284,13 +297,23 @@ pub(crate) async fn deployment_logs(
     Ok(response)
 }
 
-/// The lines of a deployment after a cursor, in batches: to the end of what there is, or, if they
-/// are followed, until the deployment has settled.
+/// How long lines are followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Until {
+    /// What there is, and nothing more.
+    Now,
+    /// Until the deployment has settled.
+    Settled,
+    /// Until it has settled and does not run.
+    Ended,
+}
+
+/// The lines of a deployment after a cursor, in batches.
 pub(crate) async fn lines(
     state: &AppState,
     id: DeploymentId,
     filter: LineFilter,
-    follow: bool,
+    until: Until,
     cursor: GivenCursor,
 ) -> Result<impl Stream<Item = Vec<LogLine>> + Send + use<>, Problem> {
     let row = state.commands.deployment(id)?;
@@ -302,9 +325,8 @@ pub(crate) async fn lines(
         changes: projections.changes(),
         projections,
         id,
-        runs: filter.is_of_containers(),
         filter,
-        follow,
+        until,
         last_round: false,
         cursor,
         build: Source::new(cursor.build),
@@ -355,7 +377,7 @@ async fn reached(
     Ok(())
 }
 
-fn plain_response(
+pub(crate) fn plain_response(
     state: &AppState,
     principal: &Principal,
     media_type: &'static str,
@@ -380,14 +402,7 @@ fn plain_response(
 
 fn write_line(line: &LogLine, format: Format) -> Bytes {
     match format {
-        Format::Text => {
-            let text: String = line
-                .text
-                .chars()
-                .map(|c| if matches!(c, '\r' | '\n') { ' ' } else { c })
-                .collect();
-            format!("{} [{}] {text}\n", line.time, line.level).into()
-        }
+        Format::Text => format!("{} {}\n", line.time, line.words()).into(),
         Format::Json | Format::Events => {
             // A line of texts and numbers can always be written.
             let mut json = serde_json::to_vec(line).unwrap_or_default();
@@ -473,9 +488,7 @@ struct LogReader {
     changes: watch::Receiver<Position>,
     id: DeploymentId,
     filter: LineFilter,
-    /// What its instances print is followed as long as it runs.
-    runs: bool,
-    follow: bool,
+    until: Until,
     /// The deployment has settled: what is there now is all there will be.
     last_round: bool,
     cursor: LogCursor,
@@ -510,7 +523,7 @@ impl LogReader {
             if self.cursor != before {
                 continue;
             }
-            if !self.follow || self.last_round {
+            if self.until == Until::Now || self.last_round {
                 return Ok(None);
             }
             let status = row.map_or(Status::Deleted, |r| r.state.status);
@@ -530,7 +543,7 @@ impl LogReader {
     }
 
     fn is_settled(&self, status: Status) -> bool {
-        status.is_settled() && !(status == Status::Started && self.runs)
+        status.is_settled() && !(status == Status::Started && self.until == Until::Ended)
     }
 
     /// Takes waiting lines in the order of time, as long as it is known which comes next: once

@@ -4,6 +4,7 @@ pub(crate) mod approvals;
 pub(crate) mod attestation;
 pub(crate) mod cdevents;
 pub(crate) mod config;
+pub(crate) mod deliveries;
 pub(crate) mod deployments;
 pub(crate) mod domains;
 pub(crate) mod dora;
@@ -78,7 +79,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(webhooks::test_webhook))
         .routes(routes!(webhooks::replay_webhook))
         .routes(routes!(webhooks::discard_webhook))
-        .routes(routes!(webhooks::list_deliveries))
+        .routes(routes!(deliveries::list_deliveries))
         .routes(routes!(secrets::list_secrets, secrets::erase_secrets))
         .routes(routes!(secrets::set_secret, secrets::unset_secret))
         .routes(routes!(secrets::verify_secret))

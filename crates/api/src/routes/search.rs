@@ -6,19 +6,24 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use daybook_events::build::Build;
 use daybook_events::lines::{Line, LineSource};
 use daybook_events::{
     BuildId, DeploymentId, EnvironmentName, Position, ProjectName, ServiceName, Subject,
 };
-use daybook_projections::{DeploymentFilter, DeploymentRow, Page};
+use daybook_projections::{DeploymentFilter, DeploymentRow, Page, PageOf};
+use futures_util::stream::{self, StreamExt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
+use super::events::accepts;
 use super::history::page;
-use super::logs::LogLine;
+use super::logs::{LogLine, NDJSON, plain_response};
+use crate::access::Principal;
 use crate::answer::Answer;
 use crate::extract::{Named, Params};
 use crate::line_filter::{Asked, LineFilter};
@@ -29,6 +34,8 @@ use crate::state::AppState;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Lines that are read at once.
 const READ: usize = 500;
+/// Lines of a file that are looked for at once.
+const BATCH: usize = 500;
 
 /// What is looked for.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -59,6 +66,10 @@ pub(crate) struct SearchQuery {
     limit: Option<u32>,
     /// Where the search goes on: `next` of the page before.
     cursor: Option<String>,
+    /// The answer is a file with all lines that fit, however many and however long that takes: as
+    /// text, or as JSON with a line each (`Accept: application/x-ndjson`).
+    #[serde(default)]
+    download: bool,
 }
 
 /// Lines that were found.
@@ -136,17 +147,25 @@ impl FromStr for Place {
 /// that could lack any.
 #[utoipa::path(get, path = "/api/v1/projects/{project}/logs", tag = "history",
     params(("project" = String, Path, description = "The project."), SearchQuery),
-    responses((status = 200, description = "The lines.", body = FoundLines)))]
+    responses((status = 200, description = "The lines.", content(
+        (FoundLines = "application/json"), (String = "text/plain"),
+        (FoundLine = "application/x-ndjson")))))]
 pub(crate) async fn search_logs(
     State(state): State<AppState>,
+    principal: Principal,
     Named(project): Named<ProjectName>,
     Params(query): Params<SearchQuery>,
-) -> Result<Answer<FoundLines>, Problem> {
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
     state.commands.project(&project)?;
     let limit = page(query.limit, None)?.limit();
-    let place = query.cursor.as_deref().map(str::parse).transpose()?;
+    let place = query
+        .cursor
+        .as_deref()
+        .map(str::parse::<Place>)
+        .transpose()?;
     let deployments = DeploymentFilter {
-        project: Some(project),
+        project: Some(project.clone()),
         environment: query.environment.map(EnvironmentName::parse).transpose()?,
         service: query.service.map(ServiceName::parse).transpose()?,
         ..DeploymentFilter::default()
@@ -161,49 +180,153 @@ pub(crate) async fn search_logs(
         text: query.q,
     })?;
     let mut search = Search {
-        state: &state,
+        state: state.clone(),
+        deployments,
         filter,
-        limit,
-        until: Instant::now() + PATIENCE,
         builds: HashSet::new(),
-        found: FoundLines {
-            lines: Vec::new(),
-            next: None,
-            searched: 0,
-        },
+        added: None,
     };
-    search.run(&deployments, place).await?;
-    Ok(Answer::ok(search.found))
+    if let Some(place) = place {
+        search.pass_over(place.created)?;
+    }
+    if !query.download {
+        let page = search.page(place, limit).await?;
+        let next = page.next.map(|p| p.to_string());
+        return Ok(Answer::ok(FoundLines { next, ..page.found }).into_response());
+    }
+    let json = accepts(&headers, NDJSON);
+    let media_type = if json {
+        NDJSON
+    } else {
+        "text/plain; charset=utf-8"
+    };
+    let lines = file(search, place, json);
+    let mut response = plain_response(&state, &principal, media_type, lines);
+    let named = HeaderValue::from_str(&format!("attachment; filename=\"{project}.log\""));
+    // A name has no character that a header cannot have.
+    response
+        .headers_mut()
+        .extend(named.ok().map(|n| (header::CONTENT_DISPOSITION, n)));
+    Ok(response)
+}
+
+/// All lines that are found, from a place on. What breaks off says so in its last line.
+fn file(
+    search: Search,
+    place: Option<Place>,
+    json: bool,
+) -> impl stream::Stream<Item = Bytes> + Send + 'static {
+    let begin = Some((search, place));
+    stream::unfold(begin, move |at| async move {
+        let (mut search, place) = at?;
+        match search.page(place, BATCH).await {
+            Ok(page) => {
+                let lines = page.found.lines.iter();
+                let lines: Vec<u8> = lines.flat_map(|l| l.written(json)).collect();
+                let rest = page.next.map(|next| (search, Some(next)));
+                Some((Bytes::from(lines), rest))
+            }
+            Err(problem) => {
+                tracing::error!(error = ?problem, "a search that is kept as a file broke off");
+                let text = "the search broke off here: there may be more lines";
+                let last = match json {
+                    true => format!("{{\"broken\":\"{text}\"}}\n"),
+                    false => format!("{text}\n"),
+                };
+                Some((Bytes::from(last), None))
+            }
+        }
+    })
+    .filter(|lines| std::future::ready(!lines.is_empty()))
+}
+
+impl FoundLine {
+    /// The line in a file.
+    fn written(&self, json: bool) -> Vec<u8> {
+        if json {
+            // Texts and numbers can always be written.
+            let mut written = serde_json::to_vec(self).unwrap_or_default();
+            written.push(b'\n');
+            return written;
+        }
+        let from = [
+            self.line.cluster.as_ref().map(ToString::to_string),
+            self.line.instance.clone(),
+        ];
+        let from: Vec<_> = from.into_iter().flatten().collect();
+        format!(
+            "{} {}.{} {} {} {}\n",
+            self.line.time,
+            self.environment,
+            self.service,
+            self.deployment,
+            if from.is_empty() {
+                "-".to_owned()
+            } else {
+                from.join("/")
+            },
+            self.line.words()
+        )
+        .into_bytes()
+    }
 }
 
 /// The build and the deployment whose lines are looked at.
 type Sources = (Option<LineSource>, Option<LineSource>);
 
 /// A search under way.
-struct Search<'a> {
-    state: &'a AppState,
+struct Search {
+    state: AppState,
+    deployments: DeploymentFilter,
     filter: LineFilter,
-    limit: usize,
-    until: Instant,
     /// Builds that newer deployments have: their lines are found with the newest one that has them.
     builds: HashSet<BuildId>,
-    found: FoundLines,
+    /// The one of them that the deployment has that was looked at last, and no newer one.
+    added: Option<BuildId>,
 }
 
-impl Search<'_> {
+/// What was found at once.
+struct FoundPage {
+    found: FoundLines,
+    limit: usize,
+    until: Instant,
+    /// Where the search goes on.
+    next: Option<Place>,
+}
+
+impl Search {
+    /// Lines from a place on, as many as are wanted at most, and as are found in time.
+    async fn page(&mut self, place: Option<Place>, limit: usize) -> Result<FoundPage, Problem> {
+        let mut page = FoundPage {
+            found: FoundLines {
+                lines: Vec::new(),
+                next: None,
+                searched: 0,
+            },
+            limit,
+            until: Instant::now() + PATIENCE,
+            next: None,
+        };
+        self.run(place, &mut page).await?;
+        // The deployment that is gone on with has its build still.
+        if let Some(build) = self.added.take().filter(|_| page.next.is_some()) {
+            self.builds.remove(&build);
+        }
+        Ok(page)
+    }
+
     async fn run(
         &mut self,
-        deployments: &DeploymentFilter,
         mut place: Option<Place>,
+        found: &mut FoundPage,
     ) -> Result<(), Problem> {
         let mut page = Page::default();
         let mut looked = false;
         if let Some(place) = place {
-            self.pass_over(deployments, place.created)?;
             page = page.beginning(place.created);
         }
         loop {
-            let listed = self.state.projections().deployments(deployments, page)?;
+            let listed = self.listed(page)?;
             for row in &listed.items {
                 let from = place.take().filter(|p| p.created == row.created);
                 let sources = self.sources(row)?;
@@ -215,12 +338,13 @@ impl Search<'_> {
                     of_build: true,
                     after: 0,
                 });
-                if looked && Instant::now() >= self.until {
-                    self.found.next = Some(from.to_string());
+                if looked && Instant::now() >= found.until {
+                    found.next = Some(from);
                     return Ok(());
                 }
                 looked = true;
-                if self.look(row, sources, from).await? {
+                found.next = self.look(row, sources, from, found).await?;
+                if found.next.is_some() {
                     return Ok(());
                 }
             }
@@ -231,16 +355,17 @@ impl Search<'_> {
         }
     }
 
+    fn listed(&self, page: Page) -> Result<PageOf<DeploymentRow>, Problem> {
+        let projections = self.state.projections();
+        Ok(projections.deployments(&self.deployments, page)?)
+    }
+
     /// Notes the builds of the deployments that were requested after a position, which earlier pages
     /// have looked at.
-    fn pass_over(
-        &mut self,
-        deployments: &DeploymentFilter,
-        until: Position,
-    ) -> Result<(), Problem> {
+    fn pass_over(&mut self, until: Position) -> Result<(), Problem> {
         let mut page = Page::largest();
         loop {
-            let listed = self.state.projections().deployments(deployments, page)?;
+            let listed = self.listed(page)?;
             for row in &listed.items {
                 if row.created <= until {
                     return Ok(());
@@ -262,6 +387,7 @@ impl Search<'_> {
         let in_time = |began| until.is_none_or(|until| began < until);
         let mut build = row.state.build.filter(|_| of_build);
         build = build.filter(|build| self.builds.insert(*build));
+        self.added = build;
         if let (Some(id), Some(_)) = (build, until) {
             let project = row.state.request.instance.project.clone();
             let subject = Subject::Build(project, id);
@@ -275,13 +401,14 @@ impl Search<'_> {
         Ok((build.map(LineSource::Build), own))
     }
 
-    /// Looks at the lines of one deployment. Returns whether the page is done.
+    /// Looks at the lines of one deployment. Returns where the search goes on if the page is done.
     async fn look(
-        &mut self,
+        &self,
         row: &DeploymentRow,
         (build, own): Sources,
         from: Place,
-    ) -> Result<bool, Problem> {
+        page: &mut FoundPage,
+    ) -> Result<Option<Place>, Problem> {
         let build = build.filter(|_| from.of_build);
         for (of_build, source) in [(true, build), (false, own)] {
             let Some(source) = source else { continue };
@@ -297,34 +424,34 @@ impl Search<'_> {
                 }
                 for line in lines {
                     after = line.seq;
-                    self.found.searched += 1;
+                    page.found.searched += 1;
                     if self.filter.wants(of_build, &line.line) {
-                        self.take(row, of_build, line);
+                        page.found.lines.push(FoundLine::new(row, of_build, line));
                     }
-                    let enough = self.found.lines.len() >= self.limit;
-                    if enough || Instant::now() >= self.until {
-                        let place = Place {
+                    let enough = page.found.lines.len() >= page.limit;
+                    if enough || Instant::now() >= page.until {
+                        return Ok(Some(Place {
                             created: row.created,
                             of_build,
                             after,
-                        };
-                        self.found.next = Some(place.to_string());
-                        return Ok(true);
+                        }));
                     }
                 }
             }
         }
-        Ok(false)
+        Ok(None)
     }
+}
 
-    fn take(&mut self, row: &DeploymentRow, of_build: bool, line: Line) {
+impl FoundLine {
+    fn new(row: &DeploymentRow, of_build: bool, line: Line) -> Self {
         let instance = &row.state.request.instance;
-        self.found.lines.push(FoundLine {
+        Self {
             deployment: row.id,
             environment: instance.environment.clone(),
             service: instance.service.clone(),
             line: LogLine::standing_alone(of_build, line),
-        });
+        }
     }
 }
 

@@ -1,17 +1,18 @@
 //! Tokens, and who one is.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse as _, Response};
-use daybook_events::access::{Access, AccountName, Grant, NewEnd, Token, TokenId};
+use daybook_events::access::{Access, AccountName, Grant, NewEnd, Projects, Token, TokenId};
 use daybook_events::{Actor, Subject};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::access::{AccessMode, Principal};
+use crate::access::{AccessMode, Principal, Verb, allowed};
 use crate::answer::Answer;
 use crate::commands::{MadeToken, TokenWish};
 use crate::extract::{Command, CommandBody, Named, NoParams, Params, actor};
@@ -173,8 +174,10 @@ pub(crate) struct WhoAmI {
     authentication: &'static str,
     /// Who events will say it was.
     actor: Actor,
-    /// What may be done.
+    /// The roles that were granted.
     grants: Vec<Grant>,
+    /// What may be done by these roles, and where. What is missing may be done nowhere.
+    may: BTreeMap<Verb, Projects>,
 }
 
 type Handled<T> = Result<Answer<T>, Problem>;
@@ -195,6 +198,10 @@ pub(crate) async fn whoami(
         },
         actor: actor(&principal, &headers)?,
         grants: principal.grants().to_vec(),
+        may: Verb::ALL
+            .into_iter()
+            .filter_map(|verb| Some((verb, allowed(&principal, verb)?)))
+            .collect(),
     }))
 }
 

@@ -1,10 +1,8 @@
-//! Webhooks out: whom events are sent to, and what was sent.
+//! Webhooks out: whom events are sent to.
 
 use std::time::Duration;
 
 use axum::extract::State;
-use daybook_events::lines::LineSource;
-use daybook_events::subscription::delivery::{Entry, Outcome, Try};
 use daybook_events::subscription::{
     DEFAULT_TRIES, Endpoint, EndpointUrl, Filter, Format, KindPattern, Pause, Subscription,
 };
@@ -21,16 +19,11 @@ use crate::answer::Answer;
 use crate::commands::{Done, OVERLAP, WithSecret};
 use crate::extract::{Command, CommandBody, Named, NoParams, Params, deployment_id};
 use crate::problem::Problem;
-use crate::routes::history::page;
+use crate::routes::deliveries::{RetryView, retrying};
 use crate::routes::secrets::Nothing;
 use crate::state::AppState;
 
 type Handled<T> = Result<Answer<T>, Problem>;
-
-/// Lines of the delivery log that are read at once.
-const READ: u64 = 256;
-/// Most lines that one page looks at.
-const LOOK: u64 = 10_000;
 
 /// A webhook to be.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -221,32 +214,22 @@ pub(crate) struct WebhookSecretView {
     secret: String,
 }
 
+/// A webhook, and how its deliveries are.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct WebhookStatus {
+    /// The webhook.
+    #[serde(flatten)]
+    webhook: WebhookView,
+    /// Events that the receiver did not take, and that are tried again, by position. Deliveries that
+    /// stand further back than the newest 2,000 lines of the delivery log are not looked at.
+    retrying: Vec<RetryView>,
+}
+
 /// Webhooks.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct WebhookList {
     /// The oldest first.
-    webhooks: Vec<WebhookView>,
-}
-
-/// What was sent.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(crate) struct DeliveryList {
-    /// The tries, the newest first.
-    deliveries: Vec<DeliveryTry>,
-    /// The next page is `before` this; none if there is none.
-    next: Option<u64>,
-}
-
-/// One try.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(crate) struct DeliveryTry {
-    /// Its number in the delivery log.
-    number: u64,
-    /// When.
-    time: Timestamp,
-    /// What was sent, and what came of it.
-    #[serde(flatten)]
-    attempt: Try,
+    webhooks: Vec<WebhookStatus>,
 }
 
 /// Whose webhooks are wanted.
@@ -256,23 +239,6 @@ pub(crate) struct DeliveryTry {
 pub(crate) struct WebhookQuery {
     /// Of this project.
     project: Option<String>,
-}
-
-/// Which tries are wanted.
-#[derive(Debug, Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct DeliveryQuery {
-    /// Most tries on a page: 1 to 500, 50 if not given.
-    limit: Option<u32>,
-    /// Only tries before this number.
-    before: Option<u64>,
-    /// Only those with this outcome: `delivered`, `failed`, `dead_lettered`, `discarded`
-    /// or `gone`.
-    #[param(value_type = Option<String>)]
-    outcome: Option<Outcome>,
-    /// Only those of the event at this position.
-    position: Option<u64>,
 }
 
 fn view(project: ProjectName, state: Subscription) -> WebhookView {
@@ -299,6 +265,16 @@ fn view(project: ProjectName, state: Subscription) -> WebhookView {
             })
             .collect(),
     }
+}
+
+async fn status(
+    state: &AppState,
+    project: ProjectName,
+    subscription: Subscription,
+) -> Result<WebhookStatus, Problem> {
+    let retrying = retrying(state, subscription.id).await?;
+    let webhook = view(project, subscription);
+    Ok(WebhookStatus { webhook, retrying })
 }
 
 fn with_secret(state: &AppState, made: WithSecret) -> Result<(Done, WebhookSecretView), Problem> {
@@ -330,8 +306,12 @@ pub(crate) async fn list_webhooks(
     let all = state.projections().subscriptions(project.as_ref())?;
     let seen = |project: &ProjectName| principal.sees(project);
     let all = all.into_iter().filter(|(p, s)| !s.deleted && seen(p));
-    let mut webhooks: Vec<_> = all.map(|(project, s)| view(project, s)).collect();
-    webhooks.sort_by_key(|w| (w.created_at, w.id));
+    let mut all: Vec<_> = all.collect();
+    all.sort_by_key(|(_, s)| (s.created_at, s.id));
+    let mut webhooks = Vec::new();
+    for (project, subscription) in all {
+        webhooks.push(status(&state, project, subscription).await?);
+    }
     Ok(Answer::ok(WebhookList { webhooks }))
 }
 
@@ -356,17 +336,17 @@ pub(crate) async fn create_webhook(
     Ok(Answer::done(&done, shown).created(location))
 }
 
-/// A webhook, with what was set aside undelivered.
+/// A webhook, with what is tried again and what was set aside undelivered.
 #[utoipa::path(get, path = "/api/v1/webhooks/{webhook}", tag = "webhooks",
     params(("webhook" = String, Path, description = "The webhook.")),
-    responses((status = 200, description = "The webhook.", body = WebhookView)))]
+    responses((status = 200, description = "The webhook.", body = WebhookStatus)))]
 pub(crate) async fn get_webhook(
     State(state): State<AppState>,
     Named(id): Named<SubscriptionId>,
     Params(NoParams {}): Params<NoParams>,
-) -> Handled<WebhookView> {
+) -> Handled<WebhookStatus> {
     let (project, webhook) = state.commands.webhook(id)?;
-    Ok(Answer::ok(view(project, webhook)))
+    Ok(Answer::ok(status(&state, project, webhook).await?))
 }
 
 /// Defines a webhook anew. What was sent already is not sent again.
@@ -513,53 +493,4 @@ pub(crate) async fn discard_webhook(
         .discard_webhook(&caller, id, body.positions())
         .await?;
     accepted(&state, id, &done)
-}
-
-/// What was sent to a webhook, and what came of it: the tries, the newest first, for as long as
-/// output is kept.
-#[utoipa::path(get, path = "/api/v1/webhooks/{webhook}/deliveries", tag = "webhooks",
-    params(("webhook" = String, Path, description = "The webhook."), DeliveryQuery),
-    responses((status = 200, description = "The tries.", body = DeliveryList)))]
-pub(crate) async fn list_deliveries(
-    State(state): State<AppState>,
-    Named(id): Named<SubscriptionId>,
-    Params(query): Params<DeliveryQuery>,
-) -> Handled<DeliveryList> {
-    state.commands.webhook(id)?;
-    let limit = page(query.limit, None)?.limit();
-    let source = LineSource::Subscription(id);
-    let newest = state.lines.last(source).await?;
-    let mut end = query
-        .before
-        .map_or(newest, |b| newest.min(b.saturating_sub(1)));
-    let oldest = end.saturating_sub(LOOK);
-    let mut deliveries = Vec::new();
-    while end > oldest && deliveries.len() < limit {
-        let after = end.saturating_sub(READ).max(oldest);
-        let wanted = usize::try_from(end - after).unwrap_or(0);
-        let lines = state.lines.read(source, after, wanted).await?;
-        for line in lines.into_iter().rev().filter(|l| l.seq <= end) {
-            let Some(attempt) = Entry::from_text(&line.line.text).and_then(|e| e.attempt) else {
-                continue;
-            };
-            let fits = query.outcome.is_none_or(|o| o == attempt.outcome)
-                && query.position.is_none_or(|p| p == attempt.position.0);
-            if fits && deliveries.len() < limit {
-                deliveries.push(DeliveryTry {
-                    number: line.seq,
-                    time: line.line.time,
-                    attempt,
-                });
-            }
-        }
-        end = after;
-    }
-    let next = match deliveries.last() {
-        Some(last) if deliveries.len() == limit => Some(last.number),
-        _ => Some(end + 1),
-    };
-    Ok(Answer::ok(DeliveryList {
-        deliveries,
-        next: next.filter(|n| *n > 1),
-    }))
 }

@@ -281,6 +281,35 @@ async fn the_lines_of_a_deployment_are_filtered_and_kept_as_a_file() {
 }
 
 #[tokio::test]
+async fn all_lines_that_are_found_are_kept_as_a_file() {
+    let server = server().await;
+    server.shop().await;
+    let older = server.deploy("shop.production.api", "v1").await;
+    server.make_live(older).await;
+    printed(&server, older).await;
+    let newer = server.deploy("shop.staging.api", "v2").await;
+    server.make_live(newer).await;
+    printed(&server, newer).await;
+    let path = "/api/v1/projects/shop/logs?download=true";
+    let all = server.get(path).await;
+    assert_eq!(
+        all.header("content-disposition").unwrap(),
+        "attachment; filename=\"shop.log\""
+    );
+    assert_eq!(all.text.lines().count(), 8, "{}", all.text);
+    let warned = server.get(&format!("{path}&level=warn")).await.text;
+    let line = |id, environment: &str| {
+        format!("2023-11-14T22:13:23Z {environment}.api {id} - [WARN] WARNING: old pip")
+    };
+    let expected = [line(newer, "staging"), line(older, "production")];
+    assert_eq!(warned.lines().collect::<Vec<_>>(), expected);
+    server
+        .get("/api/v1/projects/shop/logs?download=true&cursor=x")
+        .await
+        .refused(400, "invalid_cursor");
+}
+
+#[tokio::test]
 async fn the_lines_of_a_build_that_is_shared_are_found_once() {
     let server = server().await;
     server.shop().await;

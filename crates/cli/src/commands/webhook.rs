@@ -301,7 +301,11 @@ fn when(value: &Value, name: &str) -> String {
 
 fn state(webhook: &Value) -> String {
     match webhook["pause"]["reason"].as_str() {
-        None => "active".into(),
+        None => match webhook["retrying"].as_array().map_or(0, Vec::len) {
+            0 => "active".into(),
+            1 => "active, one event is tried again".into(),
+            n => format!("active, {n} events are tried again"),
+        },
         Some("gone") => "paused: the receiver answered 410".into(),
         Some("failing") => "paused: too much was set aside".into(),
         Some(_) => "paused".into(),

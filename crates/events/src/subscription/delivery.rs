@@ -4,6 +4,8 @@
 //! The lines are kept beside the ledger, in the [`LineLog`](crate::lines::LineLog), and for as
 //! long as output is. Losing them loses no delivery: what they do not say is sent once more.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -90,5 +92,74 @@ impl Entry {
     /// Reads a line. What is none was cut, or masked: it says nothing.
     pub fn from_text(text: &str) -> Option<Self> {
         serde_json::from_str(text).ok()
+    }
+}
+
+/// The last try of everything that was tried, not taken, and is to be tried again, by the event's
+/// position. The entries are those at the end of a delivery log, in their order; what was tried only
+/// before them is not known.
+pub fn retrying(entries: impl IntoIterator<Item = Entry>) -> Vec<Try> {
+    let mut open = BTreeMap::new();
+    let mut mark = Position::ZERO;
+    for entry in entries {
+        mark = mark.max(entry.mark);
+        let Some(attempt) = entry.attempt else {
+            continue;
+        };
+        let due = (attempt.position, attempt.due_by);
+        match attempt.outcome {
+            Outcome::Failed | Outcome::Gone => open.insert(due, attempt),
+            Outcome::Delivered | Outcome::DeadLettered | Outcome::Discarded => open.remove(&due),
+        };
+    }
+    open.into_values().filter(|t| t.due_by > mark).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(position: u64, number: u32, outcome: Outcome, mark: u64) -> Entry {
+        let attempt = Try {
+            position: Position(position),
+            due_by: Position(position),
+            event: EventId(uuid::Uuid::nil()),
+            kind: "environment.created.v1".into(),
+            deployment: None,
+            number,
+            outcome,
+            status: None,
+            code: None,
+            message: None,
+            millis: 1,
+            next_at: None,
+        };
+        Entry {
+            attempt: Some(attempt),
+            mark: Position(mark),
+            since: 0,
+        }
+    }
+
+    #[test]
+    fn what_is_tried_again_is_what_failed_last_and_is_not_dealt_with() {
+        let found = retrying([
+            entry(5, 1, Outcome::Failed, 4),
+            entry(6, 1, Outcome::Failed, 4),
+            entry(7, 1, Outcome::Failed, 4),
+            entry(8, 1, Outcome::Delivered, 4),
+            entry(6, 2, Outcome::Delivered, 4),
+            entry(7, 2, Outcome::Failed, 4),
+            entry(5, 2, Outcome::DeadLettered, 6),
+        ]);
+        let found: Vec<_> = found.iter().map(|t| (t.position.0, t.number)).collect();
+        assert_eq!(found, [(7, 2)]);
+        // What the mark has passed is dealt with, whatever became of the line that said how.
+        let lost = [
+            entry(3, 1, Outcome::Failed, 2),
+            entry(9, 1, Outcome::Failed, 8),
+        ];
+        let found: Vec<_> = retrying(lost).iter().map(|t| t.position.0).collect();
+        assert_eq!(found, [9]);
     }
 }
