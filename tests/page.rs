@@ -489,9 +489,9 @@ fn output_is_looked_for_and_found_in_its_place() {
     page.shows("tick 3");
     page.fill("input[aria-label='Search in the output']", "tick");
     page.holds("document.querySelectorAll('pre.lines mark').length > 8");
+    page.picture("deployment");
     page.fill("select[aria-label='Kind of lines']", "build");
     page.holds("document.querySelectorAll('pre.lines mark').length === 0");
-    page.picture("deployment");
     assert_eq!(page.evaluate("window.kept"), true);
     assert_eq!(page.complaints().len(), 1, "{:?}", page.complaints());
 

@@ -94,6 +94,11 @@ impl Browser {
         for domain in ["Page", "Runtime", "Log"] {
             browser.order(&format!("{domain}.enable"), json!({}));
         }
+        // A window is never narrower than 500 pixels, a phone is.
+        let size = json!({
+            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": false,
+        });
+        browser.order("Emulation.setDeviceMetricsOverride", size);
         browser.order("Page.navigate", json!({ "url": url }));
         Some(browser)
     }

@@ -91,7 +91,7 @@ function fields(w = {}) {
     input("url", "URL: https, without user, query and fragment; it is kept in the ledger for ever", { type: "url", required: true }),
     input("environment", "Only of this environment", { half: true }), input("service", "Only about this service", { half: true }), input("deployment", "Only of the run of this deployment (its id)"),
     h("label", {}, "Only these types or aggregates (deployment.succeeded.v1, routing), with commas between", h("input", { name: "kinds", value: (w.kinds ?? []).join(", "), autocomplete: "off", spellcheck: "false" })),
-    h("label", { class: "half" }, "Format", h("select", { name: "format" }, [["cloudevents", "CloudEvents, as they are stored"], ["cdevents", "CDEvents 0.5.1"]].map(([value, text]) => h("option", { value, selected: value === w.format }, text)))),
+    h("label", { class: "half" }, "Format", h("select", { name: "format" }, [["cloudevents", "CloudEvents, as stored"], ["cdevents", "CDEvents 0.5.1"]].map(([value, text]) => h("option", { value, selected: value === w.format }, text)))),
     input("tries", "Tries before an event is set aside", { half: true, type: "number", min: "1", max: "20", value: String(w.tries ?? 16) }),
     h("label", { class: "check" }, h("input", { type: "checkbox", name: "proof", checked: w.proof ?? false }), "With the proof that each is in the signed ledger"),
   ];
@@ -249,7 +249,7 @@ function deliveries(path, signal, onTry) {
   let following;
   const line = (d) => row(COLUMNS, [
     moment(d.time), h("td", {}, h("a", { href: `#/ledger/${d.position}` }, `event ${d.position}`), h("div", { class: "quiet" }, d.kind), d.deployment ? link(d.deployment) : null),
-    String(d.number), tag(d.outcome === "dead_lettered" ? "set_aside" : d.outcome), d.status ? String(d.status) : "none", duration(d.millis),
+    String(d.number), tag(d.outcome === "dead_lettered" ? "set_aside" : d.outcome), d.status ? String(d.status) : "none", h("td", { class: "nowrap" }, duration(d.millis)),
     h("td", { class: "wide" }, d.message ?? d.code ?? "", d.next_at ? h("div", { class: "quiet" }, "again ", moment(d.next_at)) : null)]);
   const tell = () => {
     empty.hidden = body.children.length > 0;
