@@ -156,7 +156,8 @@ fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
         0 => (204, Vec::new()),
         _ => (500, Vec::new()),
     });
-    let webhook = webhook(&server, &receiver.url(), &["--tries", "1"]);
+    let flags = ["--tries", "1", "--kind", "environment"];
+    let webhook = webhook(&server, &receiver.url(), &flags);
     for name in ["staging", "preview"] {
         server.ok(&["env", "create", "shop", name]);
     }
@@ -407,9 +408,16 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     page.shows(&receiver.url());
     page.picture("webhooks");
     page.click("main a", &receiver.url());
+    page.shows("Deliveries");
     page.click("button", "Delete…");
     page.click("dialog button", "Delete");
     page.shows("Nothing is sent anywhere yet.");
+    // Where somebody else deletes it, it is said.
+    let other = webhook(&server, &receiver.url(), &[]);
+    page.click("main a", &receiver.url());
+    page.shows("Nothing was sent yet.");
+    server.ok(&["webhook", "delete", &other, "--yes"]);
+    page.shows("This webhook was deleted.");
     assert_eq!(page.evaluate("window.kept"), true);
     // What was refused is an answer that a browser complains of.
     assert_eq!(page.complaints().len(), 1, "{:?}", page.complaints());

@@ -138,7 +138,10 @@ async function one(id, signal) {
   const wrong = h("div");
   const put = h("div");
   let webhook;
+  // Once it is deleted there is nothing to ask for any more.
+  let deleted = false;
   const draw = async () => {
+    if (deleted) return;
     webhook = await get(path, {}, signal);
     replace(head, top(webhook));
     replace(put, aside(webhook));
@@ -175,11 +178,13 @@ async function one(id, signal) {
   const remove = async () => {
     if (await ask("Delete this webhook?", `Nothing is sent to ${webhook.url} any more, and its secrets are erased. The ledger keeps its history.`, { danger: true, verb: "Delete", why: false }) === null) return;
     wrong.replaceChildren();
+    deleted = true;
     try {
       await send("DELETE", path);
       notice("deleted");
       location.hash = "#/webhooks";
     } catch (error) {
+      deleted = false;
       wrong.replaceChildren(refused(error));
     }
   };
@@ -230,7 +235,16 @@ async function one(id, signal) {
   return {
     title: `Webhook ${short(id)}`,
     node: h("div", {}, head, wrong, put, sent.node),
-    refresh: (events) => (events.some((e) => e.type.includes(".subscription.")) ? draw() : null),
+    refresh: (events) => {
+      const own = events.filter((e) => e.type.includes(".subscription.") && e.subject.includes(webhook.id));
+      if (!deleted && own.some((e) => e.type.endsWith(".subscription.deleted.v1"))) {
+        deleted = true;
+        sent.end();
+        replace(head, h("h1", {}, h("span", { class: "mono" }, webhook.url)), h("p", {}, "This webhook was deleted. Nothing is sent any more; ", h("a", { href: "#/webhooks" }, "all webhooks"), "."));
+        replace(put);
+      }
+      return own.length ? draw() : null;
+    },
   };
 }
 
@@ -286,5 +300,5 @@ function deliveries(path, signal, onTry) {
     }, { last: found.newest, signal: mine.signal, onRefused: (error) => wrong.replaceChildren(refused(error)) });
   };
   outcome.addEventListener("change", begin);
-  return { begin, node: h("div", {}, h("h2", {}, "Deliveries"), h("form", { class: "filters", onsubmit: (e) => e.preventDefault() }, h("label", {}, "Outcome", outcome)), wrong, empty, shown, h("p", {}, older)) };
+  return { begin, end: () => following?.abort(), node: h("div", {}, h("h2", {}, "Deliveries"), h("form", { class: "filters", onsubmit: (e) => e.preventDefault() }, h("label", {}, "Outcome", outcome)), wrong, empty, shown, h("p", {}, older)) };
 }
