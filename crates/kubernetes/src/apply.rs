@@ -1,6 +1,6 @@
-//! Brings a namespace to what is asked for, and to nothing else.
+//! Brings a namespace to what is asked for, and to nothing else. What is so already is not written.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::time::Duration;
 
@@ -9,11 +9,20 @@ use k8s_openapi::api::core::v1::Namespace;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions, PropagationPolicy};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::{Api, Client, ResourceExt};
-use serde_json::json;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
+use crate::differences::differences;
 use crate::error::refusal;
 use crate::names::{ADDRESS, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
 use crate::objects::{Kind, Object};
+use crate::routes::leads_as;
+
+/// The annotation with the digest of what an object was applied as, without this annotation.
+///
+/// Looking at an object shows what is otherwise than it is to be, and not what is there without
+/// being asked for any more: what was asked for last does.
+const APPLIED: &str = "daybook.dev/applied";
 
 /// An API server that takes longer for an answer is taken for one that does not answer.
 pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(30);
@@ -46,6 +55,18 @@ pub(crate) struct Applied {
     pub(crate) generation: i64,
 }
 
+impl Applied {
+    fn of(object: &DynamicObject) -> Self {
+        Self {
+            uid: object.uid().unwrap_or_default(),
+            generation: object.metadata.generation.unwrap_or_default(),
+        }
+    }
+}
+
+/// What Daybook has in a namespace, by kind and name.
+pub(crate) type Found = HashMap<(Kind, String), DynamicObject>;
+
 impl Space<'_> {
     /// The namespace, made if it is not there. One that belongs to somebody else is refused.
     pub(crate) async fn ensure(&self) -> Result<(), TargetError> {
@@ -67,18 +88,19 @@ impl Space<'_> {
                 )));
             }
         }
+        let labels = json!({
+            MANAGED_BY: MANAGER,
+            PROJECT: self.app.project,
+            ENVIRONMENT: self.app.environment,
+            EPHEMERAL: self.ephemeral.to_string(),
+        });
+        if found.is_some_and(|found| differences(&labels, &json!(found.labels())).is_empty()) {
+            return Ok(());
+        }
         let body = json!({
             "apiVersion": "v1",
             "kind": "Namespace",
-            "metadata": {
-                "name": self.namespace,
-                "labels": {
-                    MANAGED_BY: MANAGER,
-                    PROJECT: self.app.project,
-                    ENVIRONMENT: self.app.environment,
-                    EPHEMERAL: self.ephemeral.to_string(),
-                },
-            },
+            "metadata": { "name": self.namespace, "labels": labels },
         });
         let params = PatchParams::apply(MANAGER);
         let patch = Patch::Apply(body);
@@ -86,55 +108,72 @@ impl Space<'_> {
         applied.map(|_| ()).map_err(|e| refusal(&what, &e))
     }
 
-    /// Applies an object server-side. If it is that already, nothing is written.
-    pub(crate) async fn apply(&self, object: &Object) -> Result<Applied, TargetError> {
-        let what = format!("{} {}", object.kind.kind, object.name);
-        let params = PatchParams::apply(MANAGER);
-        let api = self.objects(object.kind);
-        let patch = Patch::Apply(&object.body);
-        let applied = timely(&what, api.patch(&object.name, &params, &patch)).await?;
-        let applied = applied.map_err(|e| refusal(&what, &e))?;
-        Ok(Applied {
-            uid: applied.uid().unwrap_or_default(),
-            generation: applied.metadata.generation.unwrap_or_default(),
-        })
-    }
-
-    /// Removes what Daybook made here and is not in `wanted`, by kind and name.
-    pub(crate) async fn prune(
-        &self,
-        kinds: &[Kind],
-        wanted: &HashSet<(Kind, &str)>,
-    ) -> Result<(), TargetError> {
+    /// What of these kinds Daybook has here, as the API server has it now.
+    pub(crate) async fn found(&self, kinds: &[Kind]) -> Result<Found, TargetError> {
         let ours = format!(
             "{MANAGED_BY}={MANAGER},{PROJECT}={},{ENVIRONMENT}={},!{ADDRESS}",
             self.app.project, self.app.environment
         );
         let list = ListParams::default().labels(&ours);
-        let delete = DeleteParams {
-            propagation_policy: Some(PropagationPolicy::Background),
-            ..DeleteParams::default()
-        };
+        let mut all = Found::new();
         for kind in kinds {
             let what = format!("the {} of namespace {}", kind.plural, self.namespace);
-            let api = self.objects(*kind);
-            let found = match timely(&what, api.list_metadata(&list)).await? {
+            let found = match timely(&what, self.objects(*kind).list(&list)).await? {
                 // A cluster that does not know the kind has none of it.
                 Err(kube::Error::Api(status)) if status.code == 404 => continue,
                 found => found.map_err(|e| refusal(&what, &e))?,
             };
-            for object in found {
-                let name = object.name_any();
-                let is_going = object.metadata.deletion_timestamp.is_some();
-                if is_going || wanted.contains(&(*kind, name.as_str())) {
-                    continue;
-                }
-                let what = format!("{} {name}", kind.kind);
-                match timely(&what, api.delete(&name, &delete)).await? {
-                    Ok(_) => {}
-                    Err(kube::Error::Api(status)) if status.code == 404 => {}
-                    Err(e) => return Err(refusal(&what, &e)),
-                }
+            all.extend(found.into_iter().map(|o| ((*kind, o.name_any()), o)));
+        }
+        Ok(all)
+    }
+
+    /// Applies an object server-side, unless what was found shows that it is so already.
+    pub(crate) async fn apply(
+        &self,
+        object: &Object,
+        found: &Found,
+    ) -> Result<Applied, TargetError> {
+        let key = (object.kind, object.name.clone());
+        if let Some(found) = found.get(&key).filter(|found| is_so(object, found)) {
+            return Ok(Applied::of(found));
+        }
+        let what = format!("{} {}", object.kind.kind, object.name);
+        let params = PatchParams::apply(MANAGER);
+        let api = self.objects(object.kind);
+        let patch = Patch::Apply(match object.kind {
+            // No digest of values is put anywhere.
+            Kind::SECRET => object.body.clone(),
+            _ => marked(&object.body),
+        });
+        let applied = timely(&what, api.patch(&object.name, &params, &patch)).await?;
+        let applied = applied.map_err(|e| refusal(&what, &e))?;
+        Ok(Applied::of(&applied))
+    }
+
+    /// Removes what was found here and is not in `wanted`, by kind and name, in the order of `kinds`.
+    pub(crate) async fn prune(
+        &self,
+        kinds: &[Kind],
+        found: &Found,
+        wanted: &HashSet<(Kind, &str)>,
+    ) -> Result<(), TargetError> {
+        let delete = DeleteParams {
+            propagation_policy: Some(PropagationPolicy::Background),
+            ..DeleteParams::default()
+        };
+        let mut in_order: Vec<_> = found.iter().collect();
+        in_order.sort_by_key(|((kind, _), _)| kinds.iter().position(|k| k == kind));
+        for ((kind, name), object) in in_order {
+            let is_going = object.metadata.deletion_timestamp.is_some();
+            if is_going || wanted.contains(&(*kind, name.as_str())) {
+                continue;
+            }
+            let what = format!("{} {name}", kind.kind);
+            match timely(&what, self.objects(*kind).delete(name, &delete)).await? {
+                Ok(_) => {}
+                Err(kube::Error::Api(status)) if status.code == 404 => {}
+                Err(e) => return Err(refusal(&what, &e)),
             }
         }
         Ok(())
@@ -180,4 +219,41 @@ impl Space<'_> {
         let resource = ApiResource::from_gvk_with_plural(&gvk, kind.plural);
         Api::namespaced_with(self.client.clone(), self.namespace, &resource)
     }
+}
+
+/// An object that is to be so, with the digest of that.
+pub(crate) fn marked(body: &Value) -> Value {
+    let mut marked = body.clone();
+    marked["metadata"]["annotations"][APPLIED] = json!(digest(body));
+    marked
+}
+
+/// Whether an object was applied last as it is to be now.
+pub(crate) fn is_marked(body: &Value, found: &DynamicObject) -> bool {
+    found.annotations().get(APPLIED) == Some(&digest(body))
+}
+
+fn digest(body: &Value) -> String {
+    hex::encode(Sha256::digest(body.to_string()))
+}
+
+/// Whether an object is what it is to be, and nothing that it was to be before.
+fn is_so(object: &Object, found: &DynamicObject) -> bool {
+    if found.metadata.deletion_timestamp.is_some() {
+        return false;
+    }
+    let of_last_time = match object.kind {
+        // The values are all that there is.
+        Kind::SECRET => found.data["data"] == object.body["data"],
+        _ => is_marked(&object.body, found),
+    };
+    if !of_last_time {
+        return false;
+    }
+    let mut live = serde_json::to_value(found).unwrap_or_default();
+    // The items of a list do not say what they are.
+    live["apiVersion"] = json!(object.kind.api_version);
+    live["kind"] = json!(object.kind.kind);
+    let leads_elsewhere = object.kind == Kind::HTTP_ROUTE && !leads_as(&object.body, &live);
+    !leads_elsewhere && differences(&object.body, &live).is_empty()
 }

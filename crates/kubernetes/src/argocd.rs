@@ -15,6 +15,7 @@ use daybook_events::{ClusterName, CommitId, ProjectName};
 use daybook_workers::gitops::Remotes;
 use daybook_workers::target::{AppRef, TargetError};
 use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::core::{ApiResource, DynamicObject};
 use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
 
@@ -22,7 +23,8 @@ pub(crate) use application::Application;
 pub(crate) use kept::{keep, kept, let_go};
 pub(crate) use state::State;
 
-use crate::apply::timely;
+use crate::apply::{is_marked, marked, timely};
+use crate::differences::differences;
 use crate::error::{is_missing, refusal};
 use crate::names::{self, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
 use crate::objects::GatewayRef;
@@ -63,12 +65,11 @@ pub(crate) struct Wanted<'a> {
     pub(crate) cluster: &'a ClusterName,
     pub(crate) gateway: Option<(&'a GatewayRef, &'a str)>,
     pub(crate) ephemeral: bool,
-    /// Whether Argo CD is to look at it at once.
-    pub(crate) refresh: bool,
 }
 
 impl ArgoCd {
-    /// Applies the Application of an environment. One that belongs to somebody else is refused.
+    /// Applies the Application of an environment, unless it is so already. One that belongs to
+    /// somebody else is refused.
     pub(crate) async fn apply(
         &self,
         client: &Client,
@@ -76,7 +77,7 @@ impl ArgoCd {
     ) -> Result<(), TargetError> {
         let name = names::namespace(&wanted.app.project, &wanted.app.environment);
         let what = format!("Application {name}");
-        let api = self.api(client);
+        let api = self.objects(client);
         let found = timely(&what, api.get_opt(&name)).await?;
         let found = found.map_err(|e| self.refusal(&what, &e))?;
         if let Some(found) = &found
@@ -86,7 +87,10 @@ impl ArgoCd {
                 "{what} is still being deleted"
             )));
         }
-        if found.is_some_and(|found| !is_ours(&found, wanted.app)) {
+        if found
+            .as_ref()
+            .is_some_and(|found| !is_ours(found, wanted.app))
+        {
             return Err(TargetError::Refused(format!(
                 "{what} in namespace {} exists and is not Daybook's. To hand it over, label it: \
                  kubectl label application {name} --namespace {} {PROJECT}={} {ENVIRONMENT}={}",
@@ -94,11 +98,24 @@ impl ArgoCd {
             )));
         }
         let url = self.url(&wanted.app.project)?;
-        let patch = Patch::Apply(self.body(&name, &url, wanted));
-        let params = PatchParams::apply(MANAGER);
-        let applied = timely(&what, api.patch(&name, &params, &patch)).await?;
-        let applied = applied.map_err(|e| self.refusal(&what, &e))?;
-        if !wanted.refresh || applied.annotations().contains_key(REFRESH) {
+        let body = self.body(&name, &url, wanted);
+        let now = match found.filter(|found| is_so(&body, found)) {
+            Some(found) => found,
+            None => {
+                let patch = Patch::Apply(marked(&body));
+                let params = PatchParams::apply(MANAGER);
+                let applied = timely(&what, api.patch(&name, &params, &patch)).await?;
+                applied.map_err(|e| self.refusal(&what, &e))?
+            }
+        };
+        // By what it says now: nothing may have been seen of it yet.
+        let said = now.data.get("status").cloned().unwrap_or_default();
+        let said = Application {
+            status: serde_json::from_value(said).unwrap_or_default(),
+            ..Application::default()
+        };
+        let is_synced = State::of(Some(&said), wanted.revision) == State::Synced;
+        if is_synced || now.annotations().contains_key(REFRESH) {
             return Ok(());
         }
         let refresh = json!({ "metadata": { "annotations": { REFRESH: "normal" } } });
@@ -157,6 +174,12 @@ impl ArgoCd {
 
     pub(crate) fn api(&self, client: &Client) -> Api<Application> {
         Api::namespaced(client.clone(), &self.namespace)
+    }
+
+    /// The same objects, whole.
+    fn objects(&self, client: &Client) -> Api<DynamicObject> {
+        let kind = ApiResource::erase::<Application>(&());
+        Api::namespaced_with(client.clone(), &self.namespace, &kind)
     }
 
     /// Where Argo CD fetches the repository of a project.
@@ -245,6 +268,19 @@ impl ArgoCd {
     }
 }
 
+/// Whether an Application is what it is to be, and nothing that it was to be before. Of its
+/// specification nothing is filled in by others.
+fn is_so(body: &Value, found: &DynamicObject) -> bool {
+    let meta = json!({ "labels": found.labels(), "finalizers": found.finalizers() });
+    let wanted = json!({
+        "labels": body["metadata"]["labels"],
+        "finalizers": body["metadata"]["finalizers"],
+    });
+    is_marked(body, found)
+        && found.data["spec"] == body["spec"]
+        && differences(&wanted, &meta).is_empty()
+}
+
 /// What helps where there are no Applications.
 pub(crate) fn missing(namespace: &str, what: &str) -> String {
     format!(
@@ -256,7 +292,7 @@ pub(crate) fn missing(namespace: &str, what: &str) -> String {
 }
 
 /// Whether an Application says that it is for this environment.
-fn is_ours(found: &Application, app: &AppRef) -> bool {
+fn is_ours(found: &impl ResourceExt, app: &AppRef) -> bool {
     let label = |key| found.labels().get(key).map(String::as_str);
     label(PROJECT) == Some(app.project.as_str())
         && label(ENVIRONMENT) == Some(app.environment.as_str())

@@ -11,7 +11,7 @@ use k8s_openapi::ByteString;
 use serde_json::Value;
 
 use crate::apply::Space;
-use crate::argocd::{self, ArgoCd, State, Wanted};
+use crate::argocd::{self, ArgoCd, Wanted};
 use crate::asked::Asked;
 use crate::cluster::KubernetesCluster;
 use crate::names;
@@ -91,13 +91,6 @@ impl KubernetesCluster {
             // The values of secrets are in no repository.
             wanted.retain(|object| object.kind == Kind::SECRET);
         }
-        for object in &wanted {
-            let applied = space.apply(object).await?;
-            if object.kind == Kind::DEPLOYMENT {
-                let body = object.body.clone();
-                asked.applied(&object.name, applied.uid, applied.generation, body);
-            }
-        }
         // Routes also where none are made any more.
         let all = [
             Kind::HTTP_ROUTE,
@@ -106,12 +99,20 @@ impl KubernetesCluster {
             Kind::CONFIG_MAP,
             Kind::SECRET,
         ];
-        let mut keep: HashSet<_> = wanted.iter().map(|o| (o.kind, o.name.as_str())).collect();
-        keep.extend(untouched.iter().map(|name| (Kind::SECRET, name.as_str())));
         let kinds = match argocd {
             Some(_) => &all[4..],
             None => &all[..],
         };
+        let found = space.found(kinds).await?;
+        for object in &wanted {
+            let applied = space.apply(object, &found).await?;
+            if object.kind == Kind::DEPLOYMENT {
+                let body = object.body.clone();
+                asked.applied(&object.name, applied.uid, applied.generation, body);
+            }
+        }
+        let mut keep: HashSet<_> = wanted.iter().map(|o| (o.kind, o.name.as_str())).collect();
+        keep.extend(untouched.iter().map(|name| (Kind::SECRET, name.as_str())));
         if let Some(argocd) = argocd
             && !asked.releases().is_empty()
         {
@@ -129,7 +130,7 @@ impl KubernetesCluster {
             again.retain(|(_, name)| !kept.contains(name));
             argocd::let_go(&space, &again).await?;
         }
-        space.prune(kinds, &keep).await?;
+        space.prune(kinds, &found, &keep).await?;
         Ok(asked)
     }
 
@@ -149,7 +150,6 @@ impl KubernetesCluster {
             cluster: &options.name,
             gateway: gateway.map(|(gateway, domain)| (gateway, domain.as_str())),
             ephemeral,
-            refresh: self.sync_state(app, revision) != State::Synced,
         };
         argocd.apply(&options.client, &wanted).await
     }

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use daybook_events::lines::LineLog;
-use daybook_events::{ClusterName, CommitId, DeploymentId};
+use daybook_events::{ClusterName, CommitId, DeploymentId, ProjectName};
 use daybook_secrets::SecretStore;
-use daybook_workers::host_routes::{HostRoutes, RouteError};
+use daybook_workers::host_routes::{HostRoute, HostRoutes, RouteError, RouteSeen};
 use daybook_workers::target::{AppRef, AppStatus, ReleaseStatus, Target, TargetError};
 use daybook_workers::values::EnvironmentValues;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
@@ -19,7 +19,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::apply::ANSWER_WITHIN;
-use crate::argocd::{self, Application, ArgoCd, State};
+use crate::argocd::{self, Application, ArgoCd};
 use crate::asked::Asked;
 use crate::diagnosis::Warning;
 use crate::error::ConnectError;
@@ -33,6 +33,9 @@ use crate::watches::{self, Change, Watched};
 
 /// What is said of Argo CD's objects where they cannot be watched.
 const APPLICATIONS: &str = "applications of Argo CD";
+
+/// What is said of routes where they cannot be watched.
+const ROUTES: &str = "httproutes";
 
 /// What a cluster is made of.
 #[derive(Clone)]
@@ -138,7 +141,7 @@ impl KubernetesCluster {
         if shared.options.gateway.is_some() {
             let routes: Api<HttpRoute> = Api::all(shared.options.client.clone());
             let known = shared.routes.clone();
-            shared.follow(&tasks, &cancel, "httproutes", routes, move |_, change| {
+            shared.follow(&tasks, &cancel, ROUTES, routes, move |_, change| {
                 routes::take(&known, change);
             });
         }
@@ -188,14 +191,6 @@ impl KubernetesCluster {
 
     pub(crate) fn options(&self) -> &ClusterOptions {
         &self.shared.options
-    }
-
-    /// What Argo CD says of a commit of an environment.
-    pub(crate) fn sync_state(&self, app: &AppRef, revision: &CommitId) -> State {
-        let namespace = names::namespace(&app.project, &app.environment);
-        let world = self.shared.world();
-        let known = world.spaces.get(&namespace);
-        State::of(known.and_then(|k| k.seen.application.as_ref()), revision)
     }
 }
 
@@ -480,6 +475,20 @@ impl Target for KubernetesCluster {
             known: self.shared.routes.subscribe(),
         };
         gateway.lead(routes).await
+    }
+
+    fn route_seen(&self, project: &ProjectName, host: &HostRoute) -> RouteSeen {
+        let Some((gateway, _)) = &self.options().gateway else {
+            return RouteSeen::Unseen;
+        };
+        // What is not watched may be otherwise by now.
+        if self.shared.world().troubles.contains_key(ROUTES) {
+            return RouteSeen::Unseen;
+        }
+        match &*self.shared.routes.borrow() {
+            Some(known) => routes::seen(known, project, host, gateway),
+            None => RouteSeen::Unseen,
+        }
     }
 
     fn watch(&self, app: &AppRef) -> watch::Receiver<AppStatus> {

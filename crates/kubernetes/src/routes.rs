@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use daybook_events::{Hostname, ProjectName};
-use daybook_workers::host_routes::{HostRoute, HostRoutes, RouteError};
+use daybook_workers::host_routes::{HostRoute, HostRoutes, RouteError, RouteSeen};
 use daybook_workers::target::TargetError;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, Client, Resource as _, ResourceExt};
@@ -72,7 +72,7 @@ impl Gateway<'_> {
         let wanted: Vec<_> = routes
             .hosts
             .iter()
-            .map(|host| Wanted::new(routes, host, self.gateway))
+            .map(|host| Wanted::new(&routes.project, host, self.gateway))
             .collect();
         let mut refused = BTreeMap::new();
         let mut written = Vec::new();
@@ -281,8 +281,8 @@ struct Wanted {
 }
 
 impl Wanted {
-    fn new(routes: &HostRoutes, host: &HostRoute, gateway: &GatewayRef) -> Self {
-        let namespace = names::namespace(&routes.project, &host.environment);
+    fn new(project: &ProjectName, host: &HostRoute, gateway: &GatewayRef) -> Self {
+        let namespace = names::namespace(project, &host.environment);
         let name = host.hostname.to_string();
         let backends = host.backends.iter().map(|backend| {
             json!({
@@ -302,7 +302,7 @@ impl Wanted {
                 "labels": {
                     ADDRESS: MOVES,
                     MANAGED_BY: MANAGER,
-                    PROJECT: routes.project,
+                    PROJECT: project,
                     ENVIRONMENT: host.environment,
                 },
             },
@@ -329,14 +329,84 @@ impl Wanted {
 
     /// Whether an object is so already.
     fn is(&self, known: &HttpRoute) -> bool {
-        let live = json!({ "spec": known.spec });
-        let wanted = json!({ "spec": self.body["spec"] });
-        // The backends are told apart by name, and one too many would not be missed.
-        let count = |of: &Value| {
-            of["spec"]["rules"][0]["backendRefs"]
-                .as_array()
-                .map(Vec::len)
-        };
-        differences(&wanted, &live).is_empty() && count(&wanted) == count(&live)
+        leads_as(&self.body, &json!({ "spec": known.spec }))
     }
+}
+
+/// Whether a route leads what it is to lead where it is to lead it, and nothing elsewhere.
+pub(crate) fn leads_as(wanted: &Value, live: &Value) -> bool {
+    // The backends are told apart by name, and one too many would not be missed.
+    let count = |of: &Value| of["rules"][0]["backendRefs"].as_array().map(Vec::len);
+    let (wanted, live) = (&wanted["spec"], &live["spec"]);
+    differences(wanted, live).is_empty() && count(wanted) == count(live)
+}
+
+/// How a hostname is led, held against how it is to be led.
+pub(crate) fn seen(
+    known: &Known,
+    project: &ProjectName,
+    host: &HostRoute,
+    gateway: &GatewayRef,
+) -> RouteSeen {
+    let wanted = Wanted::new(project, host, gateway);
+    let expected = way(&wanted.body["spec"]);
+    let found = known.get(&wanted.key());
+    let Some(found) = found.filter(|found| found.meta().deletion_timestamp.is_none()) else {
+        return RouteSeen::Missing { expected };
+    };
+    let fields = otherwise(&wanted.body["spec"], &found.spec);
+    match fields.is_empty() {
+        true => RouteSeen::AsAsked,
+        false => RouteSeen::Changed {
+            expected,
+            actual: way(&found.spec),
+            fields,
+        },
+    }
+}
+
+/// The fields of a route that are otherwise. Unlike with other objects, what nobody asked for counts
+/// as well: another rule, another backend or a filter leads somebody elsewhere.
+fn otherwise(wanted: &Value, live: &Value) -> Vec<String> {
+    let mut fields = differences(wanted, live);
+    for list in [
+        "/hostnames",
+        "/rules",
+        "/rules/0/backendRefs",
+        "/rules/0/matches",
+    ] {
+        let count = |of: &Value| of.pointer(list).and_then(Value::as_array).map(Vec::len);
+        if count(wanted) != count(live) {
+            fields.push(list.replace("/0/", "[0].").replace('/', "."));
+        }
+    }
+    for filters in ["/rules/0/filters", "/rules/0/backendRefs/0/filters"] {
+        if live
+            .pointer(filters)
+            .and_then(Value::as_array)
+            .is_some_and(|f| !f.is_empty())
+        {
+            fields.push(filters.replace("/0/", "[0].").replace('/', "."));
+        }
+    }
+    fields.sort();
+    fields.dedup();
+    fields
+}
+
+/// Where a route leads which hostnames, in one line: `www.example.com: web-1a2b3c4d 90, web-… 10`.
+fn way(spec: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
+    let all = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let hostnames: Vec<_> = all(&spec["hostnames"]).iter().map(text).collect();
+    let rules = all(&spec["rules"]).into_iter().map(|rule| {
+        let backends = all(&rule["backendRefs"]).into_iter().map(|backend| {
+            // One is the weight of those that say none.
+            let weight = backend["weight"].as_u64().unwrap_or(1);
+            format!("{} {weight}", text(&backend["name"]))
+        });
+        backends.collect::<Vec<_>>().join(", ")
+    });
+    let rules = rules.collect::<Vec<_>>().join("; ");
+    format!("{}: {rules}", hostnames.join(", "))
 }

@@ -1,6 +1,6 @@
 //! Starts the workers that a process takes on, and ends them together.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -13,6 +13,7 @@ use crate::notify::cdevents::CdeventsWorker;
 use crate::notify::{self, Bulletin, NotifyOptions, Office, Proofs};
 use crate::pipeline::build::Builds;
 use crate::pipeline::domains::Domains;
+use crate::pipeline::endpoints::Gateways;
 use crate::pipeline::environment::{EnvironmentEnds, Environments};
 use crate::pipeline::follow::{FollowBuild, FollowDeployment};
 use crate::pipeline::foreign::{self, Decisions, Nudge};
@@ -38,6 +39,8 @@ pub struct Crew {
     options: DriverOptions,
     cancel: CancellationToken,
     tasks: TaskTracker,
+    /// The clusters with a Gateway that are looked after here.
+    gateways: Gateways,
 }
 
 impl Crew {
@@ -48,6 +51,7 @@ impl Crew {
             options,
             cancel,
             tasks: TaskTracker::new(),
+            gateways: Gateways::default(),
         }
     }
 
@@ -117,6 +121,10 @@ impl Crew {
 
     /// Looks after a cluster.
     pub fn sync(&self, repositories: Arc<dyn Repositories>, target: Arc<dyn Target>) {
+        if target.has_gateway() {
+            let mut gateways = self.gateways.lock().unwrap_or_else(PoisonError::into_inner);
+            gateways.push(target.clone());
+        }
         let sync = Sync::new(self.bench.clone(), repositories, target.clone());
         let cancel = self.cancel.clone();
         let restore = sync.clone();
@@ -203,11 +211,13 @@ impl Crew {
         Ok(())
     }
 
-    /// Looks at addresses from where users are.
+    /// Looks at addresses from where users are, and at the routes of the clusters that this crew
+    /// looks after.
     pub fn endpoints(&self, checks: Arc<EndpointChecks>) {
         self.tasks.spawn(endpoints::run(
             self.bench.clone(),
             checks,
+            self.gateways.clone(),
             self.cancel.clone(),
         ));
     }

@@ -35,6 +35,29 @@ pub struct HostBackend {
     pub weight: u32,
 }
 
+/// How a hostname is led on a cluster, as far as is seen of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RouteSeen {
+    /// Nothing can be said of it now.
+    Unseen,
+    /// As it is to be.
+    AsAsked,
+    /// There is nothing that leads it.
+    Missing {
+        /// Where it is to lead.
+        expected: String,
+    },
+    /// Somebody has changed what leads it.
+    Changed {
+        /// Where it is to lead.
+        expected: String,
+        /// Where it leads.
+        actual: String,
+        /// In which fields that differs.
+        fields: Vec<String>,
+    },
+}
+
 /// Why a cluster does not lead all hostnames where they are to lead.
 #[derive(Debug, thiserror::Error)]
 pub enum RouteError {

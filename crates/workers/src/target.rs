@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::host_routes::{HostRoutes, RouteError};
+use crate::host_routes::{HostRoute, HostRoutes, RouteError, RouteSeen};
 use crate::values::EnvironmentValues;
 
 /// One Application: a project's environment on one cluster.
@@ -166,6 +166,13 @@ pub trait Target: Send + Sync + std::fmt::Debug {
         Err(RouteError::Unavailable(
             "this kind of cluster has no Gateway".into(),
         ))
+    }
+
+    /// How a hostname of a project is led there, held against how it is to be led. Asks for nothing:
+    /// only what is seen already counts.
+    fn route_seen(&self, project: &ProjectName, host: &HostRoute) -> RouteSeen {
+        let _ = (project, host);
+        RouteSeen::Unseen
     }
 
     /// What is seen of an Application, now and at each change.

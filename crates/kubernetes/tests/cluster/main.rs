@@ -6,6 +6,7 @@ mod argocd;
 mod builds;
 mod faults;
 mod install;
+mod limits;
 mod logs;
 mod traffic;
 

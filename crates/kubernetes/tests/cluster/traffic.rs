@@ -3,7 +3,7 @@
 use daybook_kubernetes::objects::GatewayRef;
 use daybook_testkit::kubernetes::proxy::{FaultProxy, refusal};
 use daybook_testkit::kubernetes::{Crd, Gateway};
-use daybook_workers::host_routes::{HostBackend, HostRoute, HostRoutes, RouteError};
+use daybook_workers::host_routes::{HostBackend, HostRoute, HostRoutes, RouteError, RouteSeen};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use serde_json::Value;
 
@@ -278,4 +278,90 @@ async fn what_others_switched_while_a_watch_is_cut_is_not_taken_for_the_same() {
     };
     let (routed, ()) = tokio::join!(edge.route(leads_to(1)), is_back);
     routed.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_route_that_somebody_has_changed_is_seen_with_where_it_should_lead() {
+    let Some(edge) = Edge::new("by-hand").await else {
+        return;
+    };
+    let _controller = edge.controller(|_| None).await;
+    let host = || edge.host("shop.example.com", &[(1, 90), (2, 10)]);
+    edge.route(vec![host()]).await.unwrap();
+    let project = edge.stage.app.project.clone();
+    let seen = async |what: &str, is: &dyn Fn(&RouteSeen) -> bool| {
+        let found = tokio::time::timeout(PATIENCE, async {
+            loop {
+                let seen = edge.stage.target.route_seen(&project, &host());
+                if is(&seen) {
+                    break seen;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
+        let now = || edge.stage.target.route_seen(&project, &host());
+        found
+            .await
+            .unwrap_or_else(|_| panic!("{what}: {:?}", now()))
+    };
+    let is_right = |seen: &RouteSeen| *seen == RouteSeen::AsAsked;
+    let is_changed = |seen: &RouteSeen| matches!(seen, RouteSeen::Changed { .. });
+    seen("as it is to be", &is_right).await;
+
+    let (api, params) = (edge.api(), PatchParams::default());
+    let name = "shop.example.com";
+    let spec = api.get(name).await.unwrap().data["spec"].clone();
+    let patched = async |spec: &Value| {
+        let patch = Patch::Merge(json!({ "spec": spec }));
+        api.patch(name, &params, &patch).await.unwrap();
+    };
+    let backend = |n| names::release(&web(), deployment(n));
+    let way = |first: u32, second: u32| {
+        format!("{name}: {} {first}, {} {second}", backend(1), backend(2))
+    };
+    // Other weights.
+    let mut other = spec.clone();
+    other["rules"][0]["backendRefs"][0]["weight"] = json!(1);
+    patched(&other).await;
+    let changed = RouteSeen::Changed {
+        expected: way(90, 10),
+        actual: way(1, 10),
+        fields: vec![format!(".rules[0].backendRefs[{}].weight", backend(1))],
+    };
+    assert_eq!(seen("other weights", &is_changed).await, changed);
+    patched(&spec).await;
+    seen("as before", &is_right).await;
+
+    // Another hostname, one more backend, and a filter that nobody asked for.
+    let mut more = spec.clone();
+    more["hostnames"] = json!([name, "more.example.com"]);
+    let mut backends = spec["rules"][0]["backendRefs"].as_array().unwrap().clone();
+    backends.push(json!({ "name": "theirs", "port": 80 }));
+    let mut one_more = spec.clone();
+    one_more["rules"][0]["backendRefs"] = json!(backends);
+    let mut filtered = spec.clone();
+    filtered["rules"][0]["filters"] = json!([{
+        "type": "RequestHeaderModifier",
+        "requestHeaderModifier": { "set": [{ "name": "x-by", "value": "hand" }] },
+    }]);
+    for (what, changed, field) in [
+        ("hostnames", &more, ".hostnames"),
+        ("backends", &one_more, ".rules[0].backendRefs"),
+        ("filters", &filtered, ".rules[0].filters"),
+    ] {
+        patched(changed).await;
+        let found = seen(what, &is_changed).await;
+        let RouteSeen::Changed { fields, .. } = &found else {
+            panic!("{found:?}");
+        };
+        assert_eq!(*fields, [field], "{found:?}");
+        patched(&spec).await;
+        seen("as before", &is_right).await;
+    }
+
+    api.delete(name, &Default::default()).await.unwrap();
+    let missing = RouteSeen::Missing {
+        expected: way(90, 10),
+    };
+    seen("that it is gone", &|seen| *seen == missing).await;
 }

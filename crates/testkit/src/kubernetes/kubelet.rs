@@ -24,6 +24,8 @@ pub enum Fate {
         /// Its address.
         ip: String,
     },
+    /// Its container is being made; nothing is the matter.
+    Creating,
     /// It starts and never becomes ready; the probe says why.
     Unready(String),
     /// Its image cannot be pulled.
@@ -202,6 +204,10 @@ fn status(pod: &Pod, fate: &Fate) -> Option<Value> {
     let running = json!({ "running": { "startedAt": now } });
     let (containers, ready) = match fate {
         Fate::Ready { .. } => (container(true, 0, running, json!({})), true),
+        Fate::Creating => (
+            container(false, 0, waiting("ContainerCreating", ""), json!({})),
+            false,
+        ),
         Fate::Unready(_) => (container(false, 0, running, json!({})), false),
         Fate::NoImage(why) => (
             container(false, 0, waiting("ImagePullBackOff", why), json!({})),

@@ -1,7 +1,10 @@
-//! Stands between a client and a real API server, and misbehaves when it is told to.
+//! Stands between a client and a real API server, counts what it is asked for, and misbehaves when
+//! it is told to.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fs;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -35,7 +38,36 @@ struct Shared {
     upstream: u16,
     tls: TlsConnector,
     fault: Mutex<Option<Box<Fault>>>,
+    asked: Mutex<Vec<Asked>>,
+    watches: Mutex<BTreeMap<String, usize>>,
     connections: Mutex<JoinSet<()>>,
+}
+
+/// A request that came through.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Asked {
+    /// `GET`, `PATCH`, …
+    pub method: String,
+    /// Its path with its query.
+    pub address: String,
+}
+
+impl Asked {
+    /// Whether it asks to be told of changes, for as long as it is open.
+    pub fn is_watch(&self) -> bool {
+        self.method == "GET" && self.address.contains("watch=true")
+    }
+
+    /// Whether it asks for a change of the cluster, and not only for what would come of one.
+    pub fn is_write(&self) -> bool {
+        let reads = matches!(self.method.as_str(), "GET" | "HEAD" | "OPTIONS");
+        !reads && !self.address.contains("dryRun=All")
+    }
+
+    /// The path without its query.
+    pub fn path(&self) -> &str {
+        self.address.split('?').next().unwrap_or_default()
+    }
 }
 
 impl Drop for FaultProxy {
@@ -56,6 +88,8 @@ impl FaultProxy {
             upstream: plane.port,
             tls: connector(plane),
             fault: Mutex::new(None),
+            asked: Mutex::default(),
+            watches: Mutex::default(),
             connections: Mutex::new(JoinSet::new()),
         });
         Self {
@@ -75,6 +109,44 @@ impl FaultProxy {
         let mut config = kube::Config::new(url.parse().expect("an address"));
         config.default_retry = false;
         kube::Client::try_from(config).expect("a client")
+    }
+
+    /// A kubeconfig for the same, with one context, `test`.
+    ///
+    /// # Panics
+    /// If it cannot be written.
+    pub fn write_kubeconfig(&self, file: &Path) {
+        let config = json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{ "name": "test", "cluster": {
+                "server": format!("http://127.0.0.1:{}", self.port),
+            }}],
+            "users": [{ "name": "test", "user": {} }],
+            "contexts": [{ "name": "test", "context": { "cluster": "test", "user": "test" } }],
+            "current-context": "test",
+        });
+        // JSON is YAML.
+        fs::write(file, config.to_string()).expect("the kubeconfig can be written");
+    }
+
+    /// What was asked for since this was called last.
+    ///
+    /// # Panics
+    /// Never.
+    pub fn take_asked(&self) -> Vec<Asked> {
+        std::mem::take(&mut self.shared.asked.lock().expect("no panic"))
+    }
+
+    /// How many watches are open, by the collection that they are of, as the last part of its
+    /// address names it: `pods`.
+    ///
+    /// # Panics
+    /// Never.
+    pub fn open_watches(&self) -> BTreeMap<String, usize> {
+        let mut watches = self.shared.watches.lock().expect("no panic").clone();
+        watches.retain(|_, open| *open > 0);
+        watches
     }
 
     /// From now on answers in place of the API server what this does not leave to it.
@@ -154,7 +226,13 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) {
 
 impl Shared {
     /// Passes a request on, over a connection of its own.
-    async fn pass(&self, mut request: Request<Incoming>) -> Option<Response<Body>> {
+    async fn pass(self: &Arc<Self>, mut request: Request<Incoming>) -> Option<Response<Body>> {
+        let asked = Asked {
+            method: request.method().to_string(),
+            address: request.uri().to_string(),
+        };
+        let watch = asked.is_watch().then(|| OpenWatch::new(self, &asked));
+        self.asked.lock().expect("no panic").push(asked);
         let fault = {
             let fault = self.fault.lock().expect("no panic");
             let address = request.uri().to_string();
@@ -180,7 +258,47 @@ impl Shared {
             .headers_mut()
             .insert(HOST, HeaderValue::from_static("localhost"));
         let answer = sender.send_request(request).await.ok()?;
-        Some(answer.map(BodyExt::boxed))
+        let is_open = watch.filter(|_| answer.status().is_success());
+        Some(answer.map(|body| {
+            match is_open {
+                // It is open as long as somebody has its body.
+                Some(open) => body
+                    .map_frame(move |frame| {
+                        let _ = &open;
+                        frame
+                    })
+                    .boxed(),
+                None => body.boxed(),
+            }
+        }))
+    }
+}
+
+/// Counts a watch while it is open.
+struct OpenWatch {
+    shared: Arc<Shared>,
+    of: String,
+}
+
+impl OpenWatch {
+    fn new(shared: &Arc<Shared>, asked: &Asked) -> Self {
+        let of = asked.path().rsplit('/').next().unwrap_or_default();
+        let mut watches = shared.watches.lock().expect("no panic");
+        *watches.entry(of.to_owned()).or_default() += 1;
+        Self {
+            shared: shared.clone(),
+            of: of.to_owned(),
+        }
+    }
+}
+
+impl Drop for OpenWatch {
+    fn drop(&mut self) {
+        if let Ok(mut watches) = self.shared.watches.lock()
+            && let Some(open) = watches.get_mut(&self.of)
+        {
+            *open -= 1;
+        }
     }
 }
 

@@ -149,7 +149,7 @@ fn failing(plane: Plane, reason: &str, message: impl Into<String>) -> PlaneSeen 
 }
 
 /// A text from outside, made fit to be kept: without control characters, and not too long.
-fn cut(text: &str) -> String {
+pub(crate) fn cut(text: &str) -> String {
     let printable = text.chars().filter(|c| !c.is_control());
     printable.take(TEXT_MAX).collect()
 }

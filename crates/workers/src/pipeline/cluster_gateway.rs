@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use daybook_events::deployment::Deployment;
 use daybook_events::routing::{self, Rejected, Routing, Stickiness};
-use daybook_events::{Hostname, ProjectName, Subject};
+use daybook_events::{ClusterName, Hostname, ProjectName, Subject};
 use daybook_projections::{Change, QueryError};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -223,48 +223,52 @@ impl Applier {
     fn routes(&self, routing: &Routing) -> Result<HostRoutes, Stop> {
         let mut hosts = Vec::new();
         for (hostname, route) in &routing.routes {
-            // An address that never moves comes with its release.
-            if route.stickiness == Stickiness::Deployment {
-                continue;
-            }
-            let backends = self.backends(route)?;
-            if !backends.is_empty() {
-                hosts.push(HostRoute {
-                    hostname: hostname.clone(),
-                    environment: route.instance.environment.clone(),
-                    backends,
-                });
-            }
+            hosts.extend(host_route(
+                &self.bench,
+                self.target.cluster(),
+                hostname,
+                route,
+            )?);
         }
         Ok(HostRoutes {
             project: self.project.clone(),
             hosts,
         })
     }
+}
 
-    fn backends(&self, route: &routing::Route) -> Result<Vec<HostBackend>, Stop> {
-        let instance = &route.instance;
-        let mut backends = Vec::new();
-        for backend in &route.backends {
-            let (project, environment) = (&instance.project, &instance.environment);
-            let subject =
-                Subject::Deployment(project.clone(), environment.clone(), backend.deployment);
-            let folded = self
-                .bench
-                .ledger
-                .projections()
-                .shared::<Deployment>(&subject)?;
-            let here = folded.state.as_ref().is_some_and(|state| {
-                state.request.clusters.contains(self.target.cluster()) && state.in_repository()
-            });
-            if here {
-                backends.push(HostBackend {
-                    service: instance.service.clone(),
-                    deployment: backend.deployment,
-                    weight: backend.weight,
-                });
-            }
-        }
-        Ok(backends)
+/// Where a hostname that moves is to lead on a cluster, if it leads anywhere there.
+pub(super) fn host_route(
+    bench: &Bench,
+    cluster: &ClusterName,
+    hostname: &Hostname,
+    route: &routing::Route,
+) -> Result<Option<HostRoute>, Stop> {
+    // An address that never moves comes with its release.
+    if route.stickiness == Stickiness::Deployment {
+        return Ok(None);
     }
+    let instance = &route.instance;
+    let mut backends = Vec::new();
+    for backend in &route.backends {
+        let (project, environment) = (&instance.project, &instance.environment);
+        let subject = Subject::Deployment(project.clone(), environment.clone(), backend.deployment);
+        let folded = bench.ledger.projections().shared::<Deployment>(&subject)?;
+        let here = folded
+            .state
+            .as_ref()
+            .is_some_and(|state| state.request.clusters.contains(cluster) && state.in_repository());
+        if here {
+            backends.push(HostBackend {
+                service: instance.service.clone(),
+                deployment: backend.deployment,
+                weight: backend.weight,
+            });
+        }
+    }
+    Ok((!backends.is_empty()).then(|| HostRoute {
+        hostname: hostname.clone(),
+        environment: instance.environment.clone(),
+        backends,
+    }))
 }

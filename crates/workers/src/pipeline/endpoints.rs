@@ -1,8 +1,9 @@
 //! Looks at addresses from where users are, on each plane for itself, and records what has changed.
 //!
 //! Only addresses of domains that an operator named are looked at ([`EndpointChecks`]). What the
-//! ledger says of them (whose they are, which gateways have applied where they lead) is judged here;
-//! DNS, TLS and HTTP are asked over the network.
+//! ledger says of them (whose they are, which gateways have applied where they lead) is judged here,
+//! and held against the route objects of the clusters that this process looks after; DNS, TLS and
+//! HTTP are asked over the network.
 //!
 //! One strange answer is no news: what is not as it should be, and what is so again, is recorded once
 //! it was seen twice in a row. What is known already is never recorded. So an address adds at most one
@@ -12,7 +13,7 @@
 //! are asked there. What is kept in memory is what was seen once; a restart begins anew with that.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use daybook_events::deployment::{
@@ -32,8 +33,10 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::trouble::Trouble;
-use super::{Bench, Stop};
-use crate::endpoint_checks::{Address, EndpointChecks, NOT_CONFIGURED};
+use super::{Bench, Stop, cluster_gateway};
+use crate::endpoint_checks::{Address, EndpointChecks, NOT_CONFIGURED, cut};
+use crate::host_routes::RouteSeen;
+use crate::target::Target;
 
 const ROLE: &str = "endpoints";
 
@@ -43,10 +46,23 @@ const AT_ONCE: usize = 32;
 /// The longest time until something that was seen once is looked at again.
 const CONFIRM: Duration = Duration::from_secs(5);
 
+/// The route of an address was changed by somebody else than Daybook.
+const ROUTE_CHANGED: &str = "RouteChanged";
+/// The route of an address was taken away.
+const ROUTE_MISSING: &str = "RouteMissing";
+
+/// The clusters with a Gateway that this process looks after. More may come.
+pub type Gateways = Arc<Mutex<Vec<Arc<dyn Target>>>>;
+
 /// Looks at addresses until `cancel`.
-pub async fn run(bench: Bench, checks: Arc<EndpointChecks>, cancel: CancellationToken) {
+pub async fn run(
+    bench: Bench,
+    checks: Arc<EndpointChecks>,
+    gateways: Gateways,
+    cancel: CancellationToken,
+) {
     let mut feed = bench.ledger.projections().feed();
-    let mut watch = Watch::new(bench, checks);
+    let mut watch = Watch::new(bench, checks, gateways);
     let mut looks: FuturesUnordered<BoxFuture<'static, Looked>> = FuturesUnordered::new();
     loop {
         watch.refresh().await;
@@ -89,6 +105,7 @@ struct Watched {
 struct Watch {
     bench: Bench,
     checks: Arc<EndpointChecks>,
+    gateways: Gateways,
     addresses: BTreeMap<Hostname, Watched>,
     /// Of which something is on record: to be taken back once they are looked at no more.
     recorded: BTreeSet<(Hostname, DeploymentId)>,
@@ -100,10 +117,11 @@ struct Watch {
 }
 
 impl Watch {
-    fn new(bench: Bench, checks: Arc<EndpointChecks>) -> Self {
+    fn new(bench: Bench, checks: Arc<EndpointChecks>, gateways: Gateways) -> Self {
         Self {
             bench,
             checks,
+            gateways,
             addresses: BTreeMap::new(),
             recorded: BTreeSet::new(),
             everything: true,
@@ -426,10 +444,70 @@ impl Watch {
                 Some(claim.map(|claim| claim.instance))
             }
         };
-        Ok(vec![
-            metadata(routing, route, owner),
-            applied(routing, route, row),
-        ])
+        let mut of_route = applied(routing, route, row);
+        if of_route.state == PlaneState::Ok {
+            let seen = self.of_the_clusters(hostname, project, routing, route, row)?;
+            of_route = seen.unwrap_or(of_route);
+        }
+        Ok(vec![metadata(routing, route, owner), of_route])
+    }
+
+    /// What is not as it should be with the route objects of the clusters that a deployment is on. A
+    /// cluster that has not applied the table yet is not asked.
+    fn of_the_clusters(
+        &self,
+        hostname: &Hostname,
+        project: &ProjectName,
+        routing: &Routing,
+        route: &Route,
+        row: &DeploymentRow,
+    ) -> Result<Option<PlaneSeen>, Stop> {
+        let gateways = self.gateways.lock();
+        let gateways = gateways.unwrap_or_else(PoisonError::into_inner).clone();
+        let known = row.state.planes.get(hostname);
+        let known = known.and_then(|k| k.get(Plane::Route)).map(|k| &k.seen);
+        let known = known.filter(|k| [ROUTE_CHANGED, ROUTE_MISSING].contains(&k.reason.as_str()));
+        let mut all_seen = true;
+        for cluster in &row.state.request.clusters {
+            let at = routing.applied.get(cluster.as_str());
+            if at.is_none_or(|at| *at < route.table) {
+                continue;
+            }
+            let wanted = cluster_gateway::host_route(&self.bench, cluster, hostname, route)?;
+            let Some(wanted) = wanted else { continue };
+            let target = gateways.iter().find(|t| t.cluster() == cluster);
+            let seen = target.map(|target| target.route_seen(project, &wanted));
+            let (reason, expected, actual, message) = match seen {
+                Some(RouteSeen::AsAsked) => continue,
+                Some(RouteSeen::Unseen) | None => {
+                    all_seen = false;
+                    continue;
+                }
+                Some(RouteSeen::Missing { expected }) => (
+                    ROUTE_MISSING,
+                    expected,
+                    "no route".to_owned(),
+                    format!("cluster {cluster} has no route for it any more"),
+                ),
+                Some(RouteSeen::Changed {
+                    expected,
+                    actual,
+                    fields,
+                }) => {
+                    let fields = fields.join(", ");
+                    let message = format!("its route on cluster {cluster} was changed: {fields}");
+                    (ROUTE_CHANGED, expected, actual, message)
+                }
+            };
+            return Ok(Some(PlaneSeen {
+                expected: Some(cut(&expected)),
+                actual: Some(cut(&actual)),
+                message: Some(cut(&message)),
+                ..PlaneSeen::new(Plane::Route, PlaneState::Drifted, reason)
+            }));
+        }
+        // Whoever does not see a cluster takes nothing back that somebody has seen there.
+        Ok(known.filter(|_| !all_seen).cloned())
     }
 }
 
