@@ -6,6 +6,7 @@ use daybook_testkit::TestApp;
 use daybook_testkit::git::{GitHttpServer, SourceRepository};
 use daybook_testkit::kubernetes::argocd::{self, ArgoCd};
 use daybook_testkit::kubernetes::{ControlPlane, Crd, Fate, Gateway, Kubelet, Node};
+use daybook_testkit::nameserver::Nameserver;
 use daybook_testkit::registry::{Registry, RegistryConfig};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 
@@ -475,4 +476,110 @@ fn a_cluster_that_does_not_answer_shows_and_delays_no_other() {
         let ready = request(Method::GET, &url, &[], None).unwrap();
         ready.body.contains("cluster oslo").then_some(())
     });
+}
+
+#[test]
+fn a_route_that_somebody_has_changed_by_hand_is_drift_and_so_is_said() {
+    let Some(stage) = Stage::start("byhand") else {
+        return;
+    };
+    let (edge, host) = ("edge-by-hand", "www.byhand.example.com");
+    let Some((client, _gateway)) = stage.cluster.runtime.block_on(async {
+        let client = stage.cluster.plane.client().await;
+        for crd in [Crd::Gateway, Crd::HttpRoute] {
+            if !crd.install(&client).await {
+                return None;
+            }
+        }
+        make_namespace(&client, edge).await;
+        let gateway = Gateway::start(client.clone(), edge, "public", |_| None).await;
+        Some((client, gateway))
+    }) else {
+        return;
+    };
+    let nameserver = Nameserver::start();
+    nameserver.point(host, "127.0.0.1");
+    let folder = tempfile::tempdir().unwrap();
+    let checks = folder.path().join("checks.toml");
+    let text = format!(
+        "every = 1\n[[domain]]\nname = \"{host}\"\nnameservers = [\"{}\"]\n",
+        nameserver.addr
+    );
+    std::fs::write(&checks, text).unwrap();
+    let settings = stage
+        .settings()
+        .arg("--kubernetes-gateway")
+        .arg(format!("{edge}/public"))
+        .arg("--endpoint-checks")
+        .arg(checks.display().to_string());
+    let server = Server::start(settings);
+    server.ok(&["project", "create", "byhand"]);
+    let env = ["env", "create", "byhand", "production", "--live"];
+    server.ok(&[&env[..], &["--cluster", "oslo"]].concat());
+    let port = stage.app.addr.port().to_string();
+    let source = application("--text unused");
+    server.service("byhand", "web", &source, &["--port", &port]);
+    let id = server.deploy("byhand.production.web", &[]);
+    server.ok(&["domain", "add", "byhand.production.web", host]);
+    let route = |reason: &'static str| {
+        until(&format!("the route is {reason}"), || {
+            let detail = server.deployment(&id);
+            let planes = detail["endpoints"][0]["planes"].as_array()?.clone();
+            let mut planes = planes.into_iter();
+            planes.find(|p| p["plane"] == "route" && p["reason"] == reason)
+        })
+    };
+    assert_eq!(route("Applied")["state"], "ok");
+    until("the cluster has applied it", || {
+        let events = server.events();
+        let applied = events.iter().filter(|e| {
+            let kind = e["event"]["type"].as_str();
+            kind.is_some_and(|t| t.ends_with("routing.applied.v1"))
+        });
+        let newest = |gateway: &str| {
+            let of = applied.clone().map(|e| &e["event"]["data"]);
+            let of = of.filter(|data| data["gateway"] == gateway);
+            of.filter_map(|data| data["table"].as_u64()).max()
+        };
+        let (here, there) = (newest("local")?, newest("oslo")?);
+        (here == there).then_some(())
+    });
+
+    // Somebody leads it elsewhere.
+    let kind = GroupVersionKind::gvk("gateway.networking.k8s.io", "v1", "HTTPRoute");
+    let kind = ApiResource::from_gvk(&kind);
+    let api: kube::Api<DynamicObject> =
+        kube::Api::namespaced_with(client, "byhand--production", &kind);
+    let runtime = &stage.cluster.runtime;
+    let found = until("the cluster has the route", || {
+        runtime.block_on(api.get(host)).ok()
+    });
+    let mut rules = found.data["spec"]["rules"].clone();
+    let patched = |rules: &Value| {
+        let patch = kube::api::Patch::Merge(serde_json::json!({ "spec": { "rules": rules } }));
+        let params = kube::api::PatchParams::default();
+        runtime.block_on(api.patch(host, &params, &patch)).unwrap();
+    };
+    let right = rules.clone();
+    rules[0]["backendRefs"][0]["name"] = "theirs".into();
+    patched(&rules);
+    let drifted = route("RouteChanged");
+    let release = format!("web-{}", &id[id.len() - 8..]);
+    assert_eq!(drifted["state"], "drifted");
+    assert_eq!(drifted["expected"], format!("{host}: {release} 100"));
+    assert_eq!(drifted["actual"], format!("{host}: theirs 100"));
+    let shown = server.ok(&["status", &id]).stdout;
+    assert!(
+        shown.contains("its route on cluster oslo was changed"),
+        "{shown}"
+    );
+    let detail = server.deployment(&id);
+    assert_eq!(detail["readiness"]["endpoint"]["reason"], "RouteDrifted");
+
+    patched(&right);
+    assert_eq!(route("Applied")["state"], "ok");
+    let gone = runtime.block_on(api.delete(host, &Default::default()));
+    gone.unwrap();
+    assert_eq!(route("RouteMissing")["actual"], "no route");
+    server.check_replay();
 }

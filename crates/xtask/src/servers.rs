@@ -14,15 +14,6 @@ use crate::tools::{GoProgram, folder, kubernetes, packages};
 /// is neither there nor to be had is entered into `left_out`.
 pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString)>, Failure> {
     let mut found = nats(left_out)?;
-    let registry = locate("DAYBOOK_REGISTRY", || {
-        installed_or_extracted("docker-registry")
-    });
-    found.extend(entered(
-        left_out,
-        "DAYBOOK_REGISTRY",
-        "docker-registry",
-        registry,
-    )?);
     let sshd = locate("DAYBOOK_SSHD", sshd);
     found.extend(entered(left_out, "DAYBOOK_SSHD", "sshd", sshd)?);
     // git asks it whether a commit's signature is good. It is looked for on PATH only.
@@ -36,13 +27,7 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
     let what = "Chromium, which the page is tested in";
     found.extend(entered(left_out, "DAYBOOK_CHROMIUM", what, chromium)?);
     let judge = locate("DAYBOOK_TLOG_JUDGE", || GoProgram::JUDGE.build());
-    let kubernetes = locate("KUBEBUILDER_ASSETS", kubernetes);
-    let what = "a Kubernetes control plane";
-    found.extend(entered(left_out, "KUBEBUILDER_ASSETS", what, kubernetes)?);
-    let helm = locate("DAYBOOK_HELM", || {
-        on_path("helm").map_or_else(|| GoProgram::HELM.build(), Ok)
-    });
-    found.extend(entered(left_out, "DAYBOOK_HELM", "helm", helm)?);
+    found.extend(kubernetes_with_registry(left_out)?);
     let python = locate("DAYBOOK_JUDGES_PYTHON", packages::python);
     let what = "the judges in Python (schemathesis, clients, SDKs)";
     found.extend(entered(left_out, "DAYBOOK_JUDGES_PYTHON", what, python)?);
@@ -88,6 +73,26 @@ pub(crate) fn nats(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString)>, 
     let newest = locate("DAYBOOK_NATS_SERVER_NEW", || GoProgram::NATS_NEWEST.build());
     let what = "the newest nats-server";
     found.extend(entered(left_out, "DAYBOOK_NATS_SERVER_NEW", what, newest)?);
+    Ok(found)
+}
+
+/// The same for a Kubernetes control plane, and what makes and keeps what runs there.
+pub(crate) fn kubernetes_with_registry(
+    left_out: &LeftOut,
+) -> Result<Vec<(&'static str, OsString)>, Failure> {
+    let mut found = Vec::new();
+    let registry = locate("DAYBOOK_REGISTRY", || {
+        installed_or_extracted("docker-registry")
+    });
+    let what = "docker-registry";
+    found.extend(entered(left_out, "DAYBOOK_REGISTRY", what, registry)?);
+    let kubernetes = locate("KUBEBUILDER_ASSETS", kubernetes);
+    let what = "a Kubernetes control plane";
+    found.extend(entered(left_out, "KUBEBUILDER_ASSETS", what, kubernetes)?);
+    let helm = locate("DAYBOOK_HELM", || {
+        on_path("helm").map_or_else(|| GoProgram::HELM.build(), Ok)
+    });
+    found.extend(entered(left_out, "DAYBOOK_HELM", "helm", helm)?);
     Ok(found)
 }
 

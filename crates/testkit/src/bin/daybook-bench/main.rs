@@ -9,6 +9,7 @@ mod drain;
 mod fanout;
 mod group_commit_file;
 mod idle;
+mod kubernetes;
 mod logs;
 mod notarise;
 mod orchestrate;
@@ -67,6 +68,8 @@ enum Benchmark {
     Fanout(fanout::Options),
     /// From the start of the program to ready, its memory when idle, and its demo
     Idle(idle::Options),
+    /// Clusters as targets: from a pod's status to the event, many Applications, unchanged environments
+    Kubernetes(kubernetes::Options),
     /// Signed GitOps commits into a repository of 10,000 files, against the `git` CLI
     Package(package::Options),
     /// Answers about the past of a large ledger, with the state hash there
@@ -103,6 +106,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         Benchmark::Drain(options) => drain::run(options).await?,
         Benchmark::Fanout(options) => fanout::run(options).await?,
         Benchmark::Idle(options) => idle::run(options).await?,
+        Benchmark::Kubernetes(options) => kubernetes::run(options).await?,
         Benchmark::Package(options) => package::run(options).await?,
         Benchmark::Past(options) => past::run(options).await?,
         Benchmark::Query(options) => query::run(options).await?,

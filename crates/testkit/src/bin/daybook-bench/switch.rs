@@ -62,7 +62,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
         )
         .into());
     }
-    let server = Server::start(&program, folder.path()).await?;
+    let server = Server::start(&program, folder.path(), "127.0.0.1:0", &[]).await?;
     let mut deployments = server.two_deployments().await?;
     let load = Load::start(&server.gateway, options.load);
     // Warm-up: connections, files, caches.
@@ -125,25 +125,32 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
 }
 
 /// The value that so many percent do not exceed.
-fn percentile(values: &mut [f64], percent: usize) -> f64 {
+pub(crate) fn percentile(values: &mut [f64], percent: usize) -> f64 {
     values.sort_by(f64::total_cmp);
     let rank = (values.len() * percent).div_ceil(100).max(1);
     values.get(rank - 1).copied().unwrap_or(f64::NAN)
 }
 
 /// `daybook up` on a folder of its own.
-struct Server {
-    child: Child,
+pub(crate) struct Server {
+    pub(crate) child: Child,
     client: Client,
-    url: String,
+    pub(crate) url: String,
     gateway: String,
 }
 
 impl Server {
-    async fn start(program: &Path, folder: &Path) -> Result<Self, Failure> {
+    /// Starts it at an address, with more arguments.
+    pub(crate) async fn start(
+        program: &Path,
+        folder: &Path,
+        listen: &str,
+        arguments: &[String],
+    ) -> Result<Self, Failure> {
         let mut child = Command::new(program)
             .args(["up", "--output", "json"])
-            .args(["--listen", "127.0.0.1:0", "--gateway", "127.0.0.1:0"])
+            .args(["--listen", listen, "--gateway", "127.0.0.1:0"])
+            .args(arguments)
             .arg("--data")
             .arg(folder.join("data"))
             .stdin(Stdio::null())
@@ -168,7 +175,12 @@ impl Server {
         })
     }
 
-    async fn ask(&self, method: Method, path: &str, body: Value) -> Result<Value, Failure> {
+    pub(crate) async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        body: Value,
+    ) -> Result<Value, Failure> {
         let request = self.client.request(method, format!("{}{path}", self.url));
         let request = match body {
             Value::Null => request,
@@ -237,7 +249,7 @@ impl Server {
         Ok(first?.duration_since(begun).as_secs_f64() * 1000.0)
     }
 
-    async fn stop(mut self) -> Result<(), Failure> {
+    pub(crate) async fn stop(mut self) -> Result<(), Failure> {
         if let Some(id) = self.child.id().and_then(|id| i32::try_from(id).ok())
             && let Some(pid) = rustix::process::Pid::from_raw(id)
         {
