@@ -46,4 +46,5 @@ mod templates;
 mod timers;
 mod traces;
 mod under_load;
+mod uploads;
 mod webhooks;

@@ -14,7 +14,7 @@ use axum::extract::{Query, RawPathParams, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{BufMut, Bytes, BytesMut};
-use daybook_events::{CommitId, ProjectName};
+use daybook_events::{CommitId, ProjectName, ServiceName};
 use futures_util::stream::{self, StreamExt};
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -78,24 +78,33 @@ pub(crate) async fn advertise(
     Query(Service { service }): Query<Service>,
     headers: HeaderMap,
 ) -> Result<Response, GitRefusal> {
-    match service.as_str() {
-        "git-upload-pack" => {}
-        "git-receive-pack" => {
-            return Err(refuse(
-                StatusCode::FORBIDDEN,
-                "this repository is read-only: Daybook alone writes to it. Change what runs with \
-                 `daybook deploy`, or copy the repository and push there",
-            ));
-        }
-        _ => {
-            return Err(refuse(
-                StatusCode::FORBIDDEN,
-                "only Git's smart protocol is served; use a client that speaks it",
-            ));
-        }
-    }
+    check_service(&service)?;
     let repository = repository(&state, &segments)?;
-    let protocol = protocol(&headers);
+    tell_refs(&state, &principal, repository, &headers).await
+}
+
+fn check_service(service: &str) -> Result<(), GitRefusal> {
+    match service {
+        "git-upload-pack" => Ok(()),
+        "git-receive-pack" => Err(refuse(
+            StatusCode::FORBIDDEN,
+            "this repository is read-only: Daybook alone writes to it. Change what runs with \
+             `daybook deploy`, or copy the repository and push there",
+        )),
+        _ => Err(refuse(
+            StatusCode::FORBIDDEN,
+            "only Git's smart protocol is served; use a client that speaks it",
+        )),
+    }
+}
+
+async fn tell_refs(
+    state: &AppState,
+    principal: &Principal,
+    repository: PathBuf,
+    headers: &HeaderMap,
+) -> Result<Response, GitRefusal> {
+    let protocol = protocol(headers);
     let mut head = BytesMut::new();
     if protocol.as_deref() != Some("version=2") {
         head.put_slice(b"001e# service=git-upload-pack\n0000");
@@ -105,7 +114,7 @@ pub(crate) async fn advertise(
         protocol,
         advertise: true,
         input: Vec::new(),
-        lease: lease(&state, &principal)?,
+        lease: lease(state, principal)?,
     };
     run.answer("advertisement", head.freeze()).await
 }
@@ -125,6 +134,59 @@ pub(crate) async fn upload_pack(
     segments: RawPathParams,
     request: Request,
 ) -> Result<Response, GitRefusal> {
+    let repository = || repository(&state, &segments);
+    send_objects(&state, &principal, repository, request).await
+}
+
+/// The refs of what was uploaded for a service, for `git clone` and `git fetch` of whoever may deploy.
+#[utoipa::path(get, path = "/uploads/{project}/{repository}/info/refs", tag = "uploads", params(
+    ("project" = String, Path, description = "The project."),
+    ("repository" = String, Path, description = "`<service>.git`"),
+    ("service" = String, Query, description = "`git-upload-pack`")),
+    responses(
+        (status = 200, description = "The refs.", body = String,
+            content_type = "application/x-git-upload-pack-advertisement"),
+        (status = "4XX", description = "It is refused.", body = String,
+            content_type = "text/plain")))]
+pub(crate) async fn advertise_uploads(
+    State(state): State<AppState>,
+    principal: Principal,
+    segments: RawPathParams,
+    Query(Service { service }): Query<Service>,
+    headers: HeaderMap,
+) -> Result<Response, GitRefusal> {
+    check_service(&service)?;
+    let repository = uploads(&state, &segments)?;
+    tell_refs(&state, &principal, repository, &headers).await
+}
+
+/// Objects of what was uploaded for a service, for `git clone` and `git fetch` of whoever may deploy.
+#[utoipa::path(post, path = "/uploads/{project}/{repository}/git-upload-pack", tag = "uploads",
+    params(
+        ("project" = String, Path, description = "The project."),
+        ("repository" = String, Path, description = "`<service>.git`")),
+    request_body(content = String, content_type = "application/x-git-upload-pack-request"),
+    responses(
+        (status = 200, description = "The objects.", body = String,
+            content_type = "application/x-git-upload-pack-result"),
+        (status = "4XX", description = "It is refused.", body = String,
+            content_type = "text/plain")))]
+pub(crate) async fn fetch_uploads(
+    State(state): State<AppState>,
+    principal: Principal,
+    segments: RawPathParams,
+    request: Request,
+) -> Result<Response, GitRefusal> {
+    let repository = || uploads(&state, &segments);
+    send_objects(&state, &principal, repository, request).await
+}
+
+async fn send_objects(
+    state: &AppState,
+    principal: &Principal,
+    repository: impl FnOnce() -> Result<PathBuf, GitRefusal>,
+    request: Request,
+) -> Result<Response, GitRefusal> {
     let (parts, body) = request.into_parts();
     let media_type = parts.headers.get(header::CONTENT_TYPE);
     if media_type.is_none_or(|t| t != "application/x-git-upload-pack-request") {
@@ -133,7 +195,7 @@ pub(crate) async fn upload_pack(
             "this is no request of git fetch",
         ));
     }
-    let repository = repository(&state, &segments)?;
+    let repository = repository()?;
     let input = read_at_most(body, REQUEST_MAX)
         .await
         .map_err(|problem| refuse(problem.status(), problem.to_text()))?;
@@ -142,7 +204,7 @@ pub(crate) async fn upload_pack(
         protocol: protocol(&parts.headers),
         advertise: false,
         input: unpack(&parts.headers, input)?,
-        lease: lease(&state, &principal)?,
+        lease: lease(state, principal)?,
     };
     run.answer("result", Bytes::new()).await
 }
@@ -167,6 +229,29 @@ fn repository(state: &AppState, segments: &RawPathParams) -> Result<PathBuf, Git
     } else {
         Err(missing_repository(&project))
     }
+}
+
+/// The folder of the uploads that a path names.
+fn uploads(state: &AppState, segments: &RawPathParams) -> Result<PathBuf, GitRefusal> {
+    let missing = || refuse(StatusCode::NOT_FOUND, "there is no such repository");
+    let settings = state.settings.uploads.as_ref().ok_or_else(missing)?;
+    let mut segments = segments.iter().map(|(_, text)| text);
+    let (project, name) = (segments.next(), segments.next());
+    // Names can be no paths.
+    let project = project.and_then(|text| ProjectName::parse(text).ok());
+    let project = project.ok_or_else(missing)?;
+    let service = name.and_then(|text| ServiceName::parse(text.strip_suffix(".git")?).ok());
+    let service = service.ok_or_else(missing)?;
+    let folder = settings.of(&project, &service).folder();
+    folder.ok_or_else(|| missing_uploads(&project))
+}
+
+/// Nothing was uploaded for a service of a project, or nothing that may be seen.
+pub(crate) fn missing_uploads(project: &ProjectName) -> GitRefusal {
+    refuse(
+        StatusCode::NOT_FOUND,
+        format!("nothing was uploaded here for such a service of {project}"),
+    )
 }
 
 /// A project has no repository, or none that may be seen.
@@ -352,6 +437,8 @@ impl Run {
         if let Some(protocol) = &self.protocol {
             command.env("GIT_PROTOCOL", protocol);
         }
+        // Builds ask for a commit by its id.
+        command.args(["-c", "uploadpack.allowTipSHA1InWant=true"]);
         command.args(["upload-pack", "--stateless-rpc"]);
         if self.advertise {
             command.arg("--advertise-refs");

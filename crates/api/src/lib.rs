@@ -33,6 +33,7 @@ mod sse;
 mod state;
 mod tlog;
 mod traced;
+pub mod uploads;
 mod view;
 mod ws;
 

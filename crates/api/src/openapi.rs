@@ -384,6 +384,7 @@ sent! {
     routes::projects::CreateProject, routes::projects::DefineService,
     routes::projects::CreateEnvironment, routes::projects::ChangeEnvironment,
     routes::projects::PatchEnvironment,
+    routes::uploads::UploadView, routes::uploads::AskedObjects, routes::uploads::MissingObjects,
     routes::deployments::CreateDeployment, routes::deployments::Why,
     routes::deployments::MarkMain, routes::deployments::RedeployOptions,
     routes::deployments::RetryIn,

@@ -398,6 +398,7 @@ impl From<CommandError> for Problem {
             CommandError::Execute(e) => e.into(),
             CommandError::Query(e) => e.into(),
             CommandError::Read(e) => e.into(),
+            CommandError::Uploads(problem) => *problem,
             CommandError::Secrets(e) => {
                 tracing::error!(error = e.to_line(), "the secret store cannot be used");
                 Self::new(

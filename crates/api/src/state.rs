@@ -26,6 +26,7 @@ use crate::feed::Feed;
 use crate::graphql::DaybookSchema;
 use crate::metrics::Metrics;
 use crate::routes::operations::Rows;
+use crate::uploads::UploadSettings;
 
 /// State hashes of the past that are worked out at once.
 const PAST_AT_ONCE: usize = 2;
@@ -66,6 +67,8 @@ pub struct Settings {
     pub gateway: Gateway,
     /// The folder with the GitOps repositories, `<project>.git`; none if they are elsewhere.
     pub git_root: Option<PathBuf>,
+    /// Where sources that are uploaded are kept; they are refused without.
+    pub uploads: Option<UploadSettings>,
     /// The clusters that deployments can name; any, if it is empty.
     pub known_clusters: Vec<ClusterName>,
     /// What `<project>/<service>` is appended to where a service names no image repository.
@@ -113,6 +116,7 @@ impl Settings {
                 port: gateway_port,
             },
             git_root: None,
+            uploads: None,
             known_clusters: Vec::new(),
             image_prefix: None,
             hosts: Vec::new(),

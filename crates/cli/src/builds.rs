@@ -81,6 +81,7 @@ impl BuildArgs {
     pub async fn in_cluster(
         &self,
         kubernetes: &Kubernetes,
+        uploads: Option<&str>,
         here: Arc<dyn Images>,
         store: Arc<dyn ImageStore>,
     ) -> Result<Option<Arc<ClusterBuilds>>, Failure> {
@@ -101,6 +102,7 @@ impl BuildArgs {
         let mut options = BuildOptions::new(context.name, client, namespace, tool);
         options.registry_secret = self.build_registry_secret.clone();
         options.git_secret = self.build_git_secret.clone();
+        options.uploads = uploads.map(str::to_owned);
         let given = [
             (&self.build_image, &mut options.image),
             (&self.build_source_image, &mut options.source_image),

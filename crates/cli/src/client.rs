@@ -21,6 +21,9 @@ use crate::exit::{Code, Failure};
 /// When to try again if nobody says when.
 const SOON: Duration = Duration::from_millis(500);
 
+/// How long an upload may take, as slow as the line may be.
+const UPLOAD_WITHIN: Duration = Duration::from_secs(15 * 60);
+
 /// Talks to one server. What it reads is never older than what it has seen or written before.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -282,6 +285,25 @@ impl Client {
         }
         Err(last
             .unwrap_or_else(|| Failure::new(Code::Unreachable, "server_unreachable", "no answer")))
+    }
+
+    /// POST of a pack. The server finds out by itself whether it has it already.
+    pub async fn upload(
+        &self,
+        path: &str,
+        pack: &std::path::Path,
+        bytes: u64,
+    ) -> Result<Value, Failure> {
+        let file = tokio::fs::File::open(pack).await?;
+        let request = self
+            .http
+            .post(format!("{}{path}", self.base))
+            .header("Daybook-Min-Position", self.position())
+            .header("Content-Type", "application/x-git-packed-objects")
+            .header("Content-Length", bytes)
+            .timeout(UPLOAD_WITHIN)
+            .body(file);
+        read(self.send(request).await?).await
     }
 
     /// POST without a body worth mentioning.

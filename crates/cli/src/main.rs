@@ -16,6 +16,7 @@ mod confirm;
 mod contexts;
 mod endpoint_checks;
 mod exit;
+mod folder;
 mod gitops_remotes;
 mod kubernetes;
 mod node;
@@ -26,6 +27,7 @@ mod roles;
 mod scratch;
 mod served_tree;
 mod telemetry;
+mod uploads;
 
 use std::process::ExitCode;
 

@@ -61,6 +61,7 @@ use crate::roles::Role;
 use crate::scratch::Scratch;
 use crate::served_tree::ServedTree;
 use crate::telemetry::{Collector, Telemetry};
+use crate::uploads::UploadArgs;
 
 /// The key that GitOps commits are signed with, in the data folder.
 pub const GITOPS_KEY: &str = "keys/gitops";
@@ -126,6 +127,8 @@ pub struct NodeOptions {
     pub gitops_watch: Duration,
     /// How the remotes of GitOps repositories are reached.
     pub gitops_remotes: GitopsRemoteArgs,
+    /// Where sources are that were uploaded, and how large they may be.
+    pub uploads: UploadArgs,
     /// Which addresses are looked at from where users are.
     pub endpoint_checks: Option<Arc<EndpointChecks>>,
     /// Where spans are sent, if they are.
@@ -172,6 +175,7 @@ impl NodeOptions {
             gitops_key: None,
             gitops_watch: Duration::from_secs(15),
             gitops_remotes: GitopsRemoteArgs::default(),
+            uploads: UploadArgs::default(),
             endpoint_checks: None,
             collector: None,
             allow_local_sources: true,
@@ -459,11 +463,17 @@ impl Node {
 
         let images = open_images(&data)?;
         if has(Role::Build) {
-            let sources = SourceRepositories::new(data.join("sources"), transport(&options));
+            let sources = SourceRepositories::new(data.join("sources"), transport(&options))
+                .with_uploads(options.uploads.read(&data)?);
             let here = Arc::new(builder(scratch.path(), &images));
             let in_cluster = options
                 .build
-                .in_cluster(&options.kubernetes, here.clone(), images.clone())
+                .in_cluster(
+                    &options.kubernetes,
+                    options.uploads.uploads_url.as_deref(),
+                    here.clone(),
+                    images.clone(),
+                )
                 .await?;
             let builder: Arc<dyn ports::Images> = match in_cluster {
                 Some(builds) => {
@@ -574,6 +584,7 @@ impl Node {
                 port: public.port(),
             };
             settings.git_root = Some(data.join("git"));
+            settings.uploads = Some(options.uploads.kept(&data));
             settings.known_clusters = known_clusters;
             settings.catalogue = Arc::new(catalogue);
             settings.image_prefix = Some(image_prefix);

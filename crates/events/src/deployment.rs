@@ -1871,8 +1871,9 @@ fn check_request(r: &Requested) -> Result<(), Refusal> {
             "use a port from 1 to 65535",
         ));
     }
-    if let Version::Git { path, .. } = &r.version {
+    if let Version::Git { url, path, .. } = &r.version {
         check_folder(path)?;
+        crate::upload::check_owner(url, &r.instance.project, &r.instance.service)?;
     }
     Ok(())
 }

@@ -49,6 +49,7 @@ pub mod testing;
 pub mod timer;
 pub mod trace;
 pub mod tree;
+pub mod upload;
 
 pub use aggregate::{Aggregate, Decision, Folded, Refusal};
 pub use any::{AnyFolded, AnyPayload};

@@ -487,6 +487,37 @@ fn is_plain_address(s: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~' | b'/'))
 }
 
+/// What stands for a server in the URLs of sources that were uploaded to Daybook itself. No name
+/// server knows it: where it leads is for the workers to say, and the ledger stays true when Daybook
+/// moves.
+const UPLOADS: &str = "https://uploads.daybook/";
+
+impl RepositoryUrl {
+    /// Where sources are that were uploaded for a service: `https://uploads.daybook/shop/web.git`.
+    pub fn of_uploads(project: &ProjectName, service: &ServiceName) -> Self {
+        Self(Text::from(format!("{UPLOADS}{project}/{service}.git")))
+    }
+
+    /// Whose uploads these are; none if it is a repository of somebody else.
+    pub fn uploads_for(&self) -> Option<(ProjectName, ServiceName)> {
+        let (project, service) = self.0.strip_prefix(UPLOADS)?.split_once('/')?;
+        let service = service.strip_suffix(".git")?;
+        Some((
+            ProjectName::parse(project).ok()?,
+            ServiceName::parse(service).ok()?,
+        ))
+    }
+
+    /// Whether it is on the host that stands for Daybook itself, in whatever form.
+    pub fn is_on_uploads(&self) -> bool {
+        let host = UPLOADS.trim_start_matches("https://").trim_end_matches('/');
+        url::Url::parse(&self.0).is_ok_and(|url| {
+            let named = url.host_str().unwrap_or_default();
+            named.trim_end_matches('.').eq_ignore_ascii_case(host)
+        })
+    }
+}
+
 impl CommitId {
     /// The first seven digits, as people write it and as images are tagged.
     pub fn short(&self) -> &str {

@@ -15,6 +15,7 @@ use crate::secret::{self, Secret, SecretId, SecretSet, SecretUnset, SecretsErase
 use crate::spec::ServiceSpec;
 use crate::subject::AggregateKind;
 use crate::template::{TemplateOrigin, TemplateResolved};
+use crate::upload::{self, SourceUploaded};
 
 /// A project was created.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -66,6 +67,8 @@ events! {
         SecretsErased(SecretsErased) = "project.secrets_erased.v1",
         /// Its GitOps repository has another remote.
         GitopsRemoteChanged(GitopsRemoteChanged) = "project.gitops_remote_changed.v1",
+        /// The content of a folder was uploaded for a service.
+        SourceUploaded(SourceUploaded) = "project.source_uploaded.v1",
     }
 }
 
@@ -195,6 +198,8 @@ impl Aggregate for Project {
                 }
             }
             ProjectEvent::GitopsRemoteChanged(e) => self.gitops_remote = e.url,
+            // What is there is for the repository of uploads to say; the project stays as it is.
+            ProjectEvent::SourceUploaded(_) => {}
         }
         Ok(())
     }
@@ -204,6 +209,7 @@ impl Aggregate for Project {
 fn check_spec(spec: &ServiceSpec) -> Result<(), Refusal> {
     if let Some(source) = &spec.source {
         crate::deployment::check_folder(&source.path)?;
+        upload::refuse_as_source(&source.url)?;
     }
     if let Some(dockerfile) = &spec.build.dockerfile {
         crate::deployment::check_folder(dockerfile)?;
@@ -352,5 +358,13 @@ pub fn decide(
             Ok(Decision::Nothing)
         }
         (Some(_), ProjectEvent::GitopsRemoteChanged(_)) => Ok(Decision::Append(event)),
+        (Some(p), ProjectEvent::SourceUploaded(e)) => match p.services.contains_key(&e.service) {
+            true => Ok(Decision::Append(event)),
+            false => Err(Refusal::new(
+                "service_not_found",
+                format!("the project {} has no service {}", p.name, e.service),
+                "define the service first",
+            )),
+        },
     }
 }

@@ -12,7 +12,7 @@ use daybook_events::routing::{
 };
 use daybook_events::secret::{Secret, SecretId, SecretScope, SecretSet, applicable};
 use daybook_events::testing::{Given, given, samples};
-use daybook_events::{DeploymentId, Hostname, InstanceRef, Position};
+use daybook_events::{DeploymentId, Hostname, InstanceRef, Position, RepositoryUrl};
 
 fn of_attempt(name: &str, attempt: u32) -> BuildEvent {
     let index = [
@@ -460,7 +460,7 @@ fn releases_are_what_the_commits_left() {
 
 #[test]
 fn secrets_have_versions_and_the_nearest_one_wins() {
-    let [created, defined, set, unset, erased, ..]: [ProjectEvent; 10] =
+    let [created, defined, set, unset, erased, ..]: [ProjectEvent; 11] =
         samples::project_events().try_into().unwrap();
     let other = |version, commitment| {
         ProjectEvent::SecretSet(SecretSet {
@@ -562,7 +562,7 @@ fn secrets_have_versions_and_the_nearest_one_wins() {
 
 #[test]
 fn projects_and_services_are_made_once() {
-    let [created, defined, ..]: [ProjectEvent; 10] = samples::project_events().try_into().unwrap();
+    let [created, defined, ..]: [ProjectEvent; 11] = samples::project_events().try_into().unwrap();
     given::<Project>([])
         .when(|s| project::decide(s, defined.clone()))
         .then_refused("project_not_found")
@@ -606,9 +606,27 @@ fn projects_and_services_are_made_once() {
             .then_refused(code);
     }
     bad.spec.build.dockerfile = Some("../Dockerfile".to_owned());
+    given::<Project>([created.clone()])
+        .when(|s| project::decide(s, ProjectEvent::ServiceDefined(bad.clone())))
+        .then_refused("invalid_source_path");
+    bad.spec.build.dockerfile = None;
+    let source = bad.spec.source.as_mut().unwrap();
+    source.url = RepositoryUrl::of_uploads(&"bank".parse().unwrap(), &"api".parse().unwrap());
     given::<Project>([created])
         .when(|s| project::decide(s, ProjectEvent::ServiceDefined(bad)))
-        .then_refused("invalid_source_path");
+        .then_refused("source_is_uploads");
+}
+
+#[test]
+fn a_folder_is_uploaded_for_a_service_that_there_is() {
+    let [created, defined, ..]: [ProjectEvent; 11] = samples::project_events().try_into().unwrap();
+    let uploaded = samples::project_events().pop().unwrap();
+    given::<Project>([created.clone()])
+        .when(|s| project::decide(s, uploaded.clone()))
+        .then_refused("service_not_found");
+    given::<Project>([created, defined])
+        .when(|s| project::decide(s, uploaded.clone()))
+        .then(uploaded.clone());
 }
 
 #[test]

@@ -17,10 +17,11 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use daybook_events::spec::{BuilderKind, ImageReference, PinnedImage};
-use daybook_events::{BuildId, ClusterName, ImageRepository, ImageTag};
+use daybook_events::{BuildId, ClusterName, ImageRepository, ImageTag, RepositoryUrl};
 use daybook_workers::builder::dockerfile_within;
 use daybook_workers::image::store::{ImageStore, is_local};
 use daybook_workers::ports::{BuildInput, BuiltImage, Images, Output, StepError};
+use daybook_workers::source::address_of_uploads;
 use daybook_workers::target::TargetError;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -100,6 +101,8 @@ pub struct BuildOptions {
     pub registry_secret: Option<String>,
     /// A Secret whose key `credentials` has lines as `git credential-store` keeps them.
     pub git_secret: Option<String>,
+    /// The HTTP interface of Daybook as the cluster reaches it, for sources that were uploaded.
+    pub uploads: Option<String>,
     /// The memory that a build may use, as a quantity of Kubernetes.
     pub memory: String,
     /// The CPU that a build asks for, as a quantity of Kubernetes.
@@ -129,6 +132,7 @@ impl BuildOptions {
             railpack_image: RAILPACK.to_owned(),
             registry_secret: None,
             git_secret: None,
+            uploads: None,
             memory: "4Gi".to_owned(),
             cpu: "500m".to_owned(),
             deadline: Duration::from_secs(3600),
@@ -348,7 +352,8 @@ impl ClusterBuilds {
                  or give the service a repository there.",
             ));
         }
-        let url = input.url.as_str();
+        let source = self.source(input.url)?;
+        let url = source.as_str();
         if !(url.starts_with("https://") || url.starts_with("http://")) {
             return Err(StepError::fatal(
                 "source_not_in_reach",
@@ -362,9 +367,26 @@ impl ClusterBuilds {
             None => "railpack plan",
         };
         Ok((
-            job::of(&self.options, input, dockerfile.as_deref()),
+            job::of(&self.options, input, url, dockerfile.as_deref()),
             detected,
         ))
+    }
+
+    /// Where a cluster fetches a source.
+    fn source(&self, url: &RepositoryUrl) -> Result<String, StepError> {
+        if !url.is_on_uploads() {
+            return Ok(url.to_string());
+        }
+        let server = self.options.uploads.as_deref();
+        let found = server.and_then(|server| address_of_uploads(server, url));
+        found.ok_or_else(|| {
+            StepError::fatal(
+                "upload_out_of_reach",
+                format!("the source was uploaded to Daybook ({url}), and the cluster does not know where that is"),
+                "Start Daybook with --uploads-url, its HTTP interface as the cluster reaches it; a token \
+                 for it goes into the Secret that --build-git-secret names.",
+            )
+        })
     }
 }
 

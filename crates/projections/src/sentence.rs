@@ -162,6 +162,18 @@ fn project<'a>(out: &mut String, event: &'a ProjectEvent) -> Said<'a> {
                 format_args!("GitOps commits are pushed nowhere any more."),
             ),
         },
+        ProjectEvent::SourceUploaded(e) => Said {
+            service: Some(&e.service),
+            ..plain(
+                out,
+                format_args!(
+                    "A folder was uploaded for {}: commit {}, {} bytes sent.",
+                    e.service,
+                    e.commit.short(),
+                    e.bytes
+                ),
+            )
+        },
         ProjectEvent::HookDefined(e) => plain(
             out,
             format_args!(

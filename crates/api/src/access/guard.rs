@@ -72,7 +72,7 @@ async fn admit(state: &AppState, parts: &mut Parts) -> Result<Principal, Box<Res
     {
         return Ok(Principal::nobody());
     }
-    let git = of == Of::Repository;
+    let git = matches!(of, Of::Repository | Of::Uploads);
     let principal = recognise(state, parts, git).await?;
     // What is looked up to decide is as new as what the answer is made of.
     consistency::wait(state, &parts.headers)
@@ -83,16 +83,18 @@ async fn admit(state: &AppState, parts: &mut Parts) -> Result<Principal, Box<Res
             authorise(&principal, verb, Over::Some).map_err(refuse)
         }
         Of::Everything | Of::Tile => authorise(&principal, verb, Over::Everything).map_err(refuse),
-        Of::Project | Of::Repository | Of::Instance => {
+        Of::Project | Of::Repository | Of::Uploads | Of::Instance => {
             let text = path_parameter(parts, state, 0).await;
             match text.as_deref().and_then(|text| project(of, text)) {
                 Some(project) => {
-                    authorise(&principal, verb, Over::Project(&project)).map_err(|e| {
-                        if git {
+                    authorise(&principal, verb, Over::Project(&project)).map_err(|e| match of {
+                        Of::Repository => {
                             Box::new(crate::git::missing_repository(&project).into_response())
-                        } else {
-                            refuse(denied_project(e, &project))
                         }
+                        Of::Uploads if matches!(e, Denied::Unseen) => {
+                            Box::new(crate::git::missing_uploads(&project).into_response())
+                        }
+                        _ => refuse(denied_project(e, &project)),
                     })
                 }
                 // What is no name is refused as such by the handler.

@@ -26,6 +26,8 @@ pub(crate) enum Of {
     Project,
     /// The project of the repository that the path names as `{repository}`.
     Repository,
+    /// The project that the path names as `{project}`, asked by git.
+    Uploads,
     /// The project of the deployment that the path names as `{id}`.
     Deployment,
     /// The project of the instance that the path names as `{instance_id}`.
@@ -47,7 +49,8 @@ pub(crate) enum Of {
 }
 
 use Of::{
-    Body, Deployment, Everything, Instance, Project, Repository, Socket, Tile, Visible, Webhook,
+    Body, Deployment, Everything, Instance, Project, Repository, Socket, Tile, Uploads, Visible,
+    Webhook,
 };
 use Rule::{Asks, Counted, Public};
 use Verb::{Administer, Approve, Configure, Deploy, Override, Oversee, Read};
@@ -72,6 +75,32 @@ const RULES: &[(&str, &str, Rule)] = &[
         "POST",
         "/git/{repository}/git-upload-pack",
         Asks(Read, Repository),
+    ),
+    // Who may deploy has uploaded them, and workers build them. To see what runs is less.
+    (
+        "GET",
+        "/uploads/{project}/{repository}/info/refs",
+        Asks(Deploy, Uploads),
+    ),
+    (
+        "POST",
+        "/uploads/{project}/{repository}/git-upload-pack",
+        Asks(Deploy, Uploads),
+    ),
+    (
+        "POST",
+        "/api/v1/projects/{project}/services/{service}/uploads",
+        Asks(Deploy, Project),
+    ),
+    (
+        "POST",
+        "/api/v1/projects/{project}/services/{service}/uploads/missing",
+        Asks(Deploy, Project),
+    ),
+    (
+        "GET",
+        "/api/v1/projects/{project}/services/{service}/uploads/{tree}",
+        Asks(Deploy, Project),
     ),
     ("GET", "/api/v1/whoami", Asks(Read, Visible)),
     ("GET", "/api/v1/tokens", Asks(Oversee, Everything)),

@@ -11,8 +11,8 @@ use daybook_events::environment::Environment;
 use daybook_events::secret::{self, SecretRef};
 use daybook_events::spec::{HealthSpec, ImageReference, RunSpec, ServiceSpec};
 use daybook_events::{
-    ClusterName, DeploymentId, Digest, EnvKey, EnvironmentName, GitRef, ImageRepository, ImageTag,
-    InstanceRef, Refusal, Subject,
+    ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, GitRef, ImageRepository,
+    ImageTag, InstanceRef, Refusal, RepositoryUrl, Subject,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,9 @@ pub enum What {
     Tag(String, Option<String>),
     /// A Helm chart: its reference, and its version.
     Chart(String, String),
+    /// A commit that was uploaded for the service, and the service's folder in it, if that is not
+    /// the one of its definition.
+    Upload(CommitId, Option<String>),
     /// A git ref or an image, whichever fits: a service with a source takes it for a ref unless
     /// it has the form of an image reference or a digest; one without takes it for an image.
     Version(String),
@@ -125,6 +128,9 @@ impl Commands {
             return Ok(Deployed { id, done });
         }
         let made_from = self.deployable(&wish.instance)?;
+        if let What::Upload(commit, _) = &wish.what {
+            self.uploaded(&wish.instance, commit).await?;
+        }
         self.deploy_as(caller, id, wish, made_from).await
     }
 
@@ -206,6 +212,33 @@ impl Commands {
         let made_from = self.deployable(&wish.instance)?;
         self.release(caller, id, wish, made_from, version, Some(promoted_from))
             .await
+    }
+
+    /// Refuses what was not uploaded for this service.
+    async fn uploaded(
+        &self,
+        instance: &InstanceRef,
+        commit: &CommitId,
+    ) -> Result<(), CommandError> {
+        let InstanceRef {
+            project, service, ..
+        } = instance;
+        let is_here = match &self.settings.uploads {
+            Some(uploads) => uploads.of(project, service).has(commit).await,
+            None => Ok(false),
+        };
+        if is_here.map_err(|e| CommandError::Uploads(Box::new(e)))? {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            "upload_not_found",
+            format!(
+                "commit {} was not uploaded for {service} of {project}",
+                commit.short()
+            ),
+            "upload it first; `daybook deploy --from DIR` does both",
+        )
+        .into())
     }
 
     fn main_deployment(&self, instance: &InstanceRef) -> Result<DeploymentId, CommandError> {
@@ -367,6 +400,14 @@ impl Commands {
                     digest: digest.map(Digest::parse).transpose()?,
                 },
             }),
+            What::Upload(commit, path) => {
+                let of_service = service.source.as_ref().map(|source| source.path.clone());
+                Ok(Version::Git {
+                    url: RepositoryUrl::of_uploads(&instance.project, &instance.service),
+                    git_ref: GitRef::parse(commit.as_str())?,
+                    path: path.or(of_service).unwrap_or_default(),
+                })
+            }
             What::Chart(chart, version) => Ok(Version::Helm {
                 chart: ChartReference::parse(chart)?,
                 version: ChartVersion::parse(version)?,
@@ -383,7 +424,7 @@ impl Commands {
                     "the service {} has no source to deploy from",
                     instance.service
                 ),
-                "name an image, or give the service a source",
+                "name an image, give the service a source, or upload a folder: `daybook deploy --from DIR`",
             )
             .into()),
         }

@@ -40,6 +40,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::access::{Denied, Over, Principal, Verb, authorise};
+use crate::problem::Problem;
 use crate::state::Settings;
 
 pub use access::{MadeToken, TokenWish};
@@ -192,6 +193,9 @@ pub enum CommandError {
     /// The log could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The repository of uploads cannot be used now.
+    #[error("the repository of uploads cannot be used")]
+    Uploads(Box<Problem>),
     /// The secret store cannot be used now.
     #[error("the secret store cannot be used")]
     Secrets(#[source] SecretError),

@@ -3,6 +3,7 @@
 use daybook_events::environment::{self, Environment, EnvironmentEvent, EnvironmentSpec};
 use daybook_events::project::{self, ProjectEvent};
 use daybook_events::spec::ServiceSpec;
+use daybook_events::upload::SourceUploaded;
 use daybook_events::{
     EnvironmentName, GitRef, ProjectName, Refusal, RepositoryUrl, ServiceName, Subject,
 };
@@ -43,6 +44,20 @@ impl Commands {
         let event = project::GitopsRemoteChanged { url };
         self.run(caller, &Subject::Project(project), None, |state| {
             project::decide(state, ProjectEvent::GitopsRemoteChanged(event.clone()))
+        })
+        .await
+    }
+
+    /// Records that the content of a folder was uploaded for a service.
+    pub(crate) async fn record_upload(
+        &self,
+        caller: &Caller,
+        project: &ProjectName,
+        event: SourceUploaded,
+    ) -> Result<Done, CommandError> {
+        self.admit(caller, Verb::Deploy, project)?;
+        self.run(caller, &Subject::Project(project.clone()), None, |state| {
+            project::decide(state, ProjectEvent::SourceUploaded(event.clone()))
         })
         .await
     }

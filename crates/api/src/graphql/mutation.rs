@@ -310,6 +310,8 @@ impl Operating {
             image: None,
             chart: None,
             chart_version: None,
+            upload: None,
+            upload_path: None,
             clusters: input.clusters,
             switch: input.switch.map(Into::into),
             allow_partial: input.allow_partial,

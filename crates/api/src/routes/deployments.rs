@@ -3,7 +3,8 @@
 use axum::extract::State;
 use daybook_events::deployment::{Status, SwitchMode};
 use daybook_events::{
-    ClusterName, DeploymentId, EnvironmentName, InstanceRef, ProjectName, Refusal, ServiceName,
+    ClusterName, CommitId, DeploymentId, EnvironmentName, InstanceRef, ProjectName, Refusal,
+    ServiceName,
 };
 use daybook_projections::{DeploymentFilter, Page};
 use schemars::JsonSchema;
@@ -50,8 +51,8 @@ pub(crate) struct DeploymentQuery {
 }
 
 /// A deployment to be made: of an instance (`instance_id`, or `project`, `environment` and
-/// `service`), of at most one of `version`, `git_ref`, `image` and `chart`; without any, of the
-/// service's default ref.
+/// `service`), of at most one of `version`, `git_ref`, `image`, `chart` and `upload`; without any, of
+/// the service's default ref.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct CreateDeployment {
@@ -74,6 +75,11 @@ pub(crate) struct CreateDeployment {
     pub(crate) chart: Option<String>,
     /// The exact version of the chart.
     pub(crate) chart_version: Option<String>,
+    /// A commit that was uploaded for the service: `commit` of what POST
+    /// /api/v1/projects/{project}/services/{service}/uploads answers.
+    pub(crate) upload: Option<String>,
+    /// The service's folder in what was uploaded, if it is not the one of its definition.
+    pub(crate) upload_path: Option<String>,
     /// The clusters; the environment's if not given.
     #[serde(alias = "cluster_ids")]
     pub(crate) clusters: Option<Vec<String>>,
@@ -244,7 +250,20 @@ fn what(body: &mut CreateDeployment) -> Result<What, Problem> {
             .into());
         }
     };
+    let upload = match (body.upload.take(), body.upload_path.take()) {
+        (Some(commit), path) => Some(What::Upload(CommitId::parse(commit)?, path)),
+        (None, None) => None,
+        (None, Some(_)) => {
+            return Err(Refusal::new(
+                "upload_incomplete",
+                "a folder of an upload is named, and no upload",
+                "give upload too, or leave upload_path out",
+            )
+            .into());
+        }
+    };
     let wishes = [
+        upload,
         body.version.take().map(What::Version),
         body.git_ref.take().map(What::GitRef),
         body.image.take().map(What::Image),
@@ -257,7 +276,7 @@ fn what(body: &mut CreateDeployment) -> Result<What, Problem> {
         _ => Err(Refusal::new(
             "version_ambiguous",
             "the request names more than one thing to deploy",
-            "give one of version, git_ref, image and chart",
+            "give one of version, git_ref, image, chart and upload",
         )
         .into()),
     }

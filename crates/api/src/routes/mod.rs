@@ -21,14 +21,15 @@ pub(crate) mod secrets;
 pub(crate) mod templates;
 pub(crate) mod tokens;
 pub(crate) mod traffic;
+pub(crate) mod uploads;
 pub(crate) mod webhooks;
 
 use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::{StatusCode, Uri, header};
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
+use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Router, routing};
@@ -41,6 +42,7 @@ use crate::access::guard;
 use crate::extract::not_found;
 use crate::problem::Problem;
 use crate::state::AppState;
+use crate::uploads::RECEIVE_WITHIN;
 use crate::{consistency, git, graphql, hosts, metrics, openapi, page, tlog, traced};
 
 /// The routes with their description, which still lacks its schemas.
@@ -151,6 +153,11 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(tokens::revoke_token))
         .routes(routes!(git::advertise))
         .routes(routes!(git::upload_pack))
+        .routes(routes!(uploads::create_upload))
+        .routes(routes!(uploads::missing_objects))
+        .routes(routes!(uploads::get_upload))
+        .routes(routes!(git::advertise_uploads))
+        .routes(routes!(git::fetch_uploads))
         .split_for_parts();
     // Its address has slashes, which OpenAPI has no way to say: it is described here, and routed
     // below.
@@ -221,6 +228,14 @@ pub(crate) fn method_not_allowed_at(uri: &Uri) -> Problem {
 
 /// Ends a request that takes too long. Streams are not concerned: their answer begins at once.
 async fn time_out(State(limit): State<Duration>, request: Request, next: Next) -> Response {
+    // What is large is received as fast as the line is.
+    let path = request.extensions().get::<MatchedPath>();
+    let receives = request.method() == Method::POST
+        && path.is_some_and(|path| path.as_str() == uploads::RECEIVES);
+    let limit = match receives {
+        true => limit.max(RECEIVE_WITHIN),
+        false => limit,
+    };
     match tokio::time::timeout(limit, next.run(request)).await {
         Ok(response) => response,
         Err(_) => Problem::new(

@@ -291,6 +291,27 @@ const TABLE: &[(&str, &str, [bool; 5])] = &[
         ALL,
     ),
     ("POST", "/git/shop.git/git-upload-pack", ALL),
+    (
+        "GET",
+        "/uploads/shop/cache.git/info/refs?service=git-upload-pack",
+        DEPLOYS,
+    ),
+    ("POST", "/uploads/shop/cache.git/git-upload-pack", DEPLOYS),
+    (
+        "POST",
+        "/api/v1/projects/shop/services/cache/uploads?commit={commit}",
+        DEPLOYS,
+    ),
+    (
+        "POST",
+        "/api/v1/projects/shop/services/cache/uploads/missing",
+        DEPLOYS,
+    ),
+    (
+        "GET",
+        "/api/v1/projects/shop/services/cache/uploads/{commit}",
+        DEPLOYS,
+    ),
     ("POST", "/api/v1/deployments", DEPLOYS),
     ("DELETE", "/api/v1/deployments/{id}", DEPLOYS),
     ("POST", "/api/v1/deployments/{id}/stop", DEPLOYS),

@@ -1,19 +1,24 @@
 //! `daybook deploy`, and following a deployment.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use daybook_events::{InvalidName, ProjectName, ServiceName};
 use futures_util::StreamExt;
 use jiff::Timestamp;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use super::{Outcome, ServerArgs};
+use super::{Outcome, ServerArgs, deploy_folder};
 use crate::client::Client;
 use crate::exit::{Code, Failure};
 use crate::output;
 
-/// Deploys a git ref, an image or a Helm chart, and follows it until it is live.
+/// Deploys a git ref, an image, a Helm chart or a folder, and follows it until it is live.
+///
+/// Of a service that has neither a source repository nor images of its own, the folder that this runs
+/// in is uploaded and deployed, if git knows no remote of it.
 #[derive(Debug, Args)]
 pub struct DeployArgs {
     #[command(flatten)]
@@ -43,6 +48,10 @@ pub struct DeployArgs {
     /// The exact version of the chart: `1.2.3`.
     #[arg(long, value_name = "VERSION", requires = "chart")]
     chart_version: Option<String>,
+    /// The folder to deploy. In a git repository this is its work tree as it is, else all that is in
+    /// it; what git ignores is left out. The service's folder in it is DIR.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["git_ref", "image", "chart"])]
+    from: Option<PathBuf>,
     /// A cluster to deploy to, if not to all of the environment; may be given several times.
     #[arg(long = "cluster", value_name = "NAME")]
     clusters: Vec<String>,
@@ -176,17 +185,35 @@ pub async fn run(args: DeployArgs) -> Outcome {
             body[key] = value;
         }
     };
-    match &args.instance {
+    let (project, environment, service) = match &args.instance {
         Some(instance) => {
-            let [project, environment, service] = parts(instance)?;
-            set("project", Some(project.into()));
-            set("environment", Some(environment.into()));
-            set("service", Some(service.into()));
+            let [project, environment, service] = parts(instance)?.map(Some);
+            (project, environment, service)
         }
-        None => {
-            set("project", args.project.clone().map(Value::from));
-            set("environment", args.env.clone().map(Value::from));
-            set("service", args.service.clone().map(Value::from));
+        None => (
+            args.project.as_deref(),
+            args.env.as_deref(),
+            args.service.as_deref(),
+        ),
+    };
+    set("project", project.map(Value::from));
+    set("environment", environment.map(Value::from));
+    set("service", service.map(Value::from));
+    if let (Some(project), Some(service)) = (project, service)
+        && [&args.git_ref, &args.image, &args.chart]
+            .iter()
+            .all(|named| named.is_none())
+    {
+        // Names become parts of addresses.
+        let invalid = |e: InvalidName| Failure::new(Code::Usage, e.code, e.to_string());
+        let project = ProjectName::parse(project).map_err(invalid)?;
+        let service = ServiceName::parse(service).map_err(invalid)?;
+        let (project, service) = (project.as_str(), service.as_str());
+        let from = args.from.as_deref();
+        if let Some(folder) = deploy_folder::find(&client, from, project, service).await? {
+            let uploaded = deploy_folder::upload(&client, &folder, project, service).await?;
+            set("upload", Some(uploaded.commit.into()));
+            set("upload_path", uploaded.within.map(Value::from));
         }
     }
     set("git_ref", args.git_ref.clone().map(Value::from));

@@ -6,6 +6,7 @@ mod audit;
 mod config;
 mod demo;
 mod deploy;
+mod deploy_folder;
 mod doctor;
 mod domain;
 mod dora;

@@ -18,6 +18,7 @@ use crate::kubernetes::{ArgoCdArgs, Context, GatewayName, Kubernetes};
 use crate::node::{self, Node, NodeOptions};
 use crate::output;
 use crate::telemetry::OtlpArgs;
+use crate::uploads::UploadArgs;
 
 /// Options of a process that runs roles.
 #[derive(Debug, Args)]
@@ -145,6 +146,8 @@ pub struct NodeArgs {
     pub gitops_watch: u64,
     #[command(flatten)]
     pub gitops_remotes: GitopsRemoteArgs,
+    #[command(flatten)]
+    pub uploads: UploadArgs,
     /// Which addresses are looked at from where users are, and how: a file that docs/operating.md
     /// describes. Processes that look at the same ones need the same file.
     #[arg(long, env = "DAYBOOK_ENDPOINT_CHECKS", value_name = "FILE")]
@@ -231,6 +234,7 @@ impl NodeArgs {
         options.gitops_key = self.gitops_key.clone();
         options.gitops_watch = Duration::from_secs(self.gitops_watch);
         options.gitops_remotes = self.gitops_remotes.clone();
+        options.uploads = self.uploads.clone();
         let checks = self.endpoint_checks.as_deref();
         options.endpoint_checks = checks.map(endpoint_checks::read).transpose()?;
         options.collector = self.otlp.collector()?;

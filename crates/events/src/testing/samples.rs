@@ -41,6 +41,7 @@ use crate::spec::{BuildSpec, PinnedImage, RunSpec, ServiceSpec, SourceSpec};
 use crate::subscription::{self, EndpointUrl, KindPattern, Subscription, SubscriptionEvent};
 use crate::template::{Template, TemplateResolved};
 use crate::timer::{KeepCause, KeepFor, StopCause, StopScheduled, StopUnscheduled};
+use crate::upload::SourceUploaded;
 
 /// The number-th commit id.
 pub fn commit(number: u64) -> CommitId {
@@ -199,6 +200,12 @@ pub fn project_events() -> Vec<ProjectEvent> {
             name: "github".parse().unwrap(),
         }),
         ProjectEvent::TemplateResolved(Box::new(resolved())),
+        ProjectEvent::SourceUploaded(SourceUploaded {
+            service: "api".parse().unwrap(),
+            commit: commit(6),
+            tree: commit(7),
+            bytes: 20_480,
+        }),
     ]
 }
 

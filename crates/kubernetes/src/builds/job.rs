@@ -47,8 +47,13 @@ pub(super) fn name(input: &BuildInput<'_>) -> String {
     format!("daybook-build-{}-{}", input.build.0.simple(), input.request)
 }
 
-/// The Job of a build. Without a Dockerfile, railpack plans it.
-pub(super) fn of(options: &BuildOptions, input: &BuildInput<'_>, dockerfile: Option<&str>) -> Job {
+/// The Job of a build, which fetches its source from `url`. Without a Dockerfile, railpack plans it.
+pub(super) fn of(
+    options: &BuildOptions,
+    input: &BuildInput<'_>,
+    url: &str,
+    dockerfile: Option<&str>,
+) -> Job {
     let build = input.build.to_string();
     let labels = json!({
         MANAGED_BY: MANAGER,
@@ -63,7 +68,7 @@ pub(super) fn of(options: &BuildOptions, input: &BuildInput<'_>, dockerfile: Opt
         BUILD: build,
         SERVICE: input.service,
     });
-    let mut prepare = vec![source(options, input)];
+    let mut prepare = vec![source(options, input, url)];
     if dockerfile.is_none() {
         prepare.push(plan(options, input));
     }
@@ -141,10 +146,10 @@ fn small() -> Value {
     json!({ "requests": { "cpu": "100m", "memory": "128Mi" }, "limits": { "memory": "1Gi" } })
 }
 
-fn source(options: &BuildOptions, input: &BuildInput<'_>) -> Value {
+fn source(options: &BuildOptions, input: &BuildInput<'_>, url: &str) -> Value {
     let mut env = vec![
         variable("HOME", "/tmp"),
-        variable("URL", input.url.as_str()),
+        variable("URL", url),
         variable("COMMIT", input.commit.commit.as_str()),
         variable("INTO", "/workspace/source"),
     ];

@@ -861,10 +861,24 @@ async fn what_no_cluster_can_build_is_refused_before_anything_is_made() {
             change(&|a| a.url = "/srv/git/web".parse().unwrap()),
             "source_not_in_reach",
         ),
+        (
+            &buildkit,
+            change(&|a| a.url = "https://uploads.daybook/shop/web.git".parse().unwrap()),
+            "upload_out_of_reach",
+        ),
     ];
     for (builds, attempt, code) in cases {
         yard.start(builds, attempt).failed(code).await;
     }
+    // A source that was uploaded is fetched from where Daybook is for the cluster.
+    let told = yard.builds(|options| options.uploads = Some("http://daybook:7070/".to_owned()));
+    let mut uploaded = yard.attempt(1);
+    uploaded.url = "https://uploads.daybook/shop/web.git".parse().unwrap();
+    let job = told.job(&uploaded.input(&CancellationToken::new())).unwrap();
+    let fetches = containers(&job).remove(0).env.unwrap();
+    let url = fetches.into_iter().find(|v| v.name == "URL").unwrap().value;
+    let expected = "http://daybook:7070/uploads/shop/web.git";
+    assert_eq!(url.as_deref(), Some(expected));
     // The archive builder needs no cluster.
     let archive = change(&|a| a.spec.builder = BuilderKind::Archive);
     let built = yard.start(&buildkit, archive).ended().await.unwrap();

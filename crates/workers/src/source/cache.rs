@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::checkout::{self, Checkout, CheckoutLimits};
 use super::resolve::{self, Advertised};
-use super::{ResolvedSource, SourceError};
+use super::{ResolvedSource, SourceError, UploadedSources};
 use crate::file_lock::FileLock;
 use crate::git_transport::{
     GitTransport, Progress, Session, TransportError, in_background, prepare_process, printable,
@@ -35,6 +35,7 @@ struct Inner {
     folder: PathBuf,
     transport: GitTransport,
     limits: CheckoutLimits,
+    uploads: UploadedSources,
 }
 
 impl SourceRepositories {
@@ -54,6 +55,19 @@ impl SourceRepositories {
                 folder: folder.into(),
                 transport,
                 limits,
+                uploads: UploadedSources::default(),
+            }),
+        }
+    }
+
+    /// The same with what was uploaded to Daybook itself.
+    pub fn with_uploads(self, uploads: UploadedSources) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                folder: self.inner.folder.clone(),
+                transport: self.inner.transport.clone(),
+                limits: self.inner.limits,
+                uploads,
             }),
         }
     }
@@ -72,7 +86,8 @@ impl SourceRepositories {
         cancel: &CancellationToken,
     ) -> Result<ResolvedSource, SourceError> {
         let (url, git_ref) = (url.clone(), git_ref.clone());
-        self.with_mirror(url.clone(), progress, cancel, move |mirror| {
+        let wanted = full_commit_id(&git_ref);
+        self.with_mirror(url.clone(), wanted, progress, cancel, move |mirror| {
             let (id, branch) = match full_commit_id(&git_ref) {
                 Some(id) if mirror.has_commit(id) => (id, None),
                 _ => find_ref(mirror, &git_ref)?,
@@ -96,7 +111,8 @@ impl SourceRepositories {
     ) -> Result<Checkout, SourceError> {
         let (commit, into) = (commit.clone(), into.to_owned());
         let (limits, lines) = (self.inner.limits, progress.clone());
-        self.with_mirror(url.clone(), progress, cancel, move |mirror| {
+        let wanted = Oid::from_str(commit.as_str()).ok();
+        self.with_mirror(url.clone(), wanted, progress, cancel, move |mirror| {
             let id = Oid::from_str(commit.as_str()).map_err(|_| SourceError::CommitGone {
                 commit: commit.clone(),
             })?;
@@ -117,6 +133,7 @@ impl SourceRepositories {
     async fn with_mirror<T: Send + 'static>(
         &self,
         url: RepositoryUrl,
+        wanted: Option<Oid>,
         progress: &Progress,
         cancel: &CancellationToken,
         work: impl Fn(&mut Mirror) -> Result<T, Trouble> + Send + 'static,
@@ -125,11 +142,17 @@ impl SourceRepositories {
         // Made here, where the runtime is: the work runs on a thread of its own.
         in_background(cancel, move |cancel| {
             prepare_process()?;
-            let session = Session::new(&inner.transport, &cancel);
-            inner.transport.config().policy.check_scheme(url.as_str())?;
+            let folder = inner.folder.join(key_of(&url));
+            let (from, transport) = match inner.uploads.locate(&url, wanted)? {
+                Some(uploaded) => uploaded,
+                None => (url.clone(), inner.transport.clone()),
+            };
+            let session = Session::new(&transport, &cancel);
+            transport.config().policy.check_scheme(from.as_str())?;
             let mut mirror = Mirror {
-                folder: inner.folder.join(key_of(&url)),
-                url,
+                folder,
+                name: url,
+                url: from,
                 session,
                 progress,
                 lock: None,
@@ -183,6 +206,9 @@ impl From<git2::Error> for Trouble {
 /// The mirror of one URL, locked.
 pub(super) struct Mirror {
     folder: PathBuf,
+    /// What stands for the repository in the ledger.
+    name: RepositoryUrl,
+    /// Where it is read.
     url: RepositoryUrl,
     pub(super) session: Session,
     progress: Progress,
@@ -334,7 +360,7 @@ impl Mirror {
         fs::rename(&fresh, &folder).map_err(SourceError::disk(&folder))?;
         // For people who look around.
         let note = self.folder.join("url");
-        fs::write(&note, self.url.as_str()).map_err(SourceError::disk(note))?;
+        fs::write(&note, self.name.as_str()).map_err(SourceError::disk(note))?;
         Ok(Repository::open_bare(&folder)?)
     }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use daybook_events::CommitId;
+use daybook_events::{CommitId, RepositoryUrl};
 
 use crate::git_transport::TransportError;
 
@@ -39,6 +39,12 @@ pub enum SourceError {
     CommitGone {
         /// The commit.
         commit: CommitId,
+    },
+    /// It was uploaded to a server that this worker cannot read from.
+    #[error("the source was uploaded to Daybook ({url}), and this worker does not have it")]
+    UploadOutOfReach {
+        /// What stands for it in the ledger.
+        url: RepositoryUrl,
     },
     /// The commit's tree has a path that no honest client could have committed.
     #[error("the commit contains the path {path:?}: {rule}")]
@@ -89,6 +95,7 @@ impl SourceError {
             Self::NotACommit { .. } => "ref_not_a_commit",
             Self::EmptyRepository => "repository_empty",
             Self::CommitGone { .. } => "commit_not_found",
+            Self::UploadOutOfReach { .. } => "upload_out_of_reach",
             Self::UnsafeTree { .. } => "source_unsafe_path",
             Self::CheckoutTooLarge { .. } => "source_too_large",
             Self::FolderInUse { .. } => "folder_in_use",
@@ -125,6 +132,11 @@ impl SourceError {
             Self::EmptyRepository => "Push a first commit.".into(),
             Self::CommitGone { .. } => {
                 "It was probably removed by a forced push; deploy the branch again.".into()
+            }
+            Self::UploadOutOfReach { .. } => {
+                "Start the worker with --uploads-url, the address of the server that took the upload, \
+                 or have both share the folder `uploads` of the data folder; or upload again."
+                    .into()
             }
             Self::UnsafeTree { .. } => "Remove the path from the repository's history.".into(),
             Self::CheckoutTooLarge { .. } => {

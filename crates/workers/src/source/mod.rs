@@ -15,6 +15,7 @@ mod error;
 mod near_names;
 mod port;
 mod resolve;
+mod uploads;
 
 use daybook_events::{CommitId, GitRef, RepositoryUrl};
 use jiff::Timestamp;
@@ -28,6 +29,7 @@ pub use browse_url::commit_url;
 pub use cache::SourceRepositories;
 pub use checkout::{Checkout, CheckoutLimits};
 pub use error::SourceError;
+pub use uploads::{UploadedSources, address_of_uploads};
 
 /// The longest commit message that is kept, in bytes. An event has room for a message of this
 /// size; what is longer is cut and ends in `…`.
