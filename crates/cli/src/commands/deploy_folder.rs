@@ -149,9 +149,10 @@ fn short(commit: &str) -> &str {
     commit.get(..7).unwrap_or(commit)
 }
 
+/// Beside the answer, which a program may read.
 fn say(text: &str) {
     if !output::is_json() {
-        output::line(text);
+        eprintln!("{text}");
     }
 }
 
@@ -169,8 +170,8 @@ fn tell_of(folder: &Folder, content: &Content) {
     let warning = output::style().warn("warning:");
     if !content.secrets.is_empty() {
         eprintln!(
-            "{warning} left out {}, as secrets may be in there; `git add --force` takes it, and \
-             `daybook secret set` is for secrets",
+            "{warning} left out {}, as secrets may be in there, for which `daybook secret set` is; what \
+             git tracks is taken",
             some_of(&content.secrets)
         );
     }

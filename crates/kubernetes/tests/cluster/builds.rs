@@ -874,7 +874,9 @@ async fn what_no_cluster_can_build_is_refused_before_anything_is_made() {
     let told = yard.builds(|options| options.uploads = Some("http://daybook:7070/".to_owned()));
     let mut uploaded = yard.attempt(1);
     uploaded.url = "https://uploads.daybook/shop/web.git".parse().unwrap();
-    let job = told.job(&uploaded.input(&CancellationToken::new())).unwrap();
+    let job = told
+        .job(&uploaded.input(&CancellationToken::new()))
+        .unwrap();
     let fetches = containers(&job).remove(0).env.unwrap();
     let url = fetches.into_iter().find(|v| v.name == "URL").unwrap().value;
     let expected = "http://daybook:7070/uploads/shop/web.git";
