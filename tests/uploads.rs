@@ -81,12 +81,12 @@ fn deploy_in(server: &Server, folder: &Path, flags: &[&str]) -> Done {
 fn live(server: &Server, folder: &Path, flags: &[&str]) -> (String, Done) {
     let done = deploy_in(server, folder, flags);
     assert_eq!(done.code, 0, "{done:?}");
-    let listed = server.read("/api/v1/deployments?instance_id=shop.production.web");
-    let newest = listed["deployments"].as_array().unwrap();
-    let newest = newest
-        .iter()
-        .max_by_key(|d| d["id"].as_str().map(str::to_owned));
-    let id = newest.unwrap()["id"].as_str().unwrap().to_owned();
+    let id = done.stdout.lines().find_map(|line| {
+        let id = line.strip_prefix(INSTANCE)?.trim();
+        (id.len() == 36).then(|| id.to_owned())
+    });
+    let id = id.unwrap_or_else(|| panic!("{done:?}"));
+    server.wait_for(&id, "started");
     (id, done)
 }
 

@@ -33,6 +33,10 @@ pub(crate) struct DeployInput {
     environment: String,
     /// A branch, tag or commit of the service's source; its default ref if not given.
     git_ref: Option<String>,
+    /// Instead of a ref: a commit that was uploaded for the service, over REST.
+    upload: Option<String>,
+    /// The service's folder in what was uploaded, if it is not the one of its definition.
+    upload_path: Option<String>,
     /// The clusters; the environment's if not given.
     clusters: Option<Vec<String>>,
     /// Whether traffic follows by itself; as the environment says if not given.
@@ -310,8 +314,8 @@ impl Operating {
             image: None,
             chart: None,
             chart_version: None,
-            upload: None,
-            upload_path: None,
+            upload: input.upload,
+            upload_path: input.upload_path,
             clusters: input.clusters,
             switch: input.switch.map(Into::into),
             allow_partial: input.allow_partial,

@@ -43,8 +43,12 @@ pub(crate) const RECEIVE_WITHIN: Duration = Duration::from_secs(15 * 60);
 const GIT_WITHIN: Duration = Duration::from_secs(5 * 60);
 /// Most objects of an upload: files and folders.
 const OBJECTS_MAX: u32 = 100_000;
-/// How much larger than what was sent its content may be.
+/// How much larger than what was sent its content may be, and how large in any case: somewhat more than
+/// what a client takes of a folder.
 const UNPACKED: u64 = 8;
+const UNPACKED_MIN: u64 = (1 << 30) + (128 << 20);
+/// What is aside for so long is nobody's any more: its process was killed.
+const ABANDONED: Duration = Duration::from_secs(3600);
 /// How many uploads are received at once.
 const AT_ONCE: usize = 4;
 /// From this many packs on they are joined.
@@ -135,11 +139,15 @@ fn invalid(why: impl Into<String>) -> Problem {
     )
 }
 
-pub(crate) fn too_large(max: u64) -> Problem {
+fn too_many_bytes(max: u64) -> Problem {
+    too_large(format!("it has more than {max} bytes"))
+}
+
+fn too_large(why: String) -> Problem {
     Problem::new(
         StatusCode::PAYLOAD_TOO_LARGE,
         "upload_too_large",
-        format!("the upload has more than {max} bytes"),
+        format!("the upload is too large: {why}"),
         "put what is not source into .gitignore, or have the server started with a larger \
          --upload-max-mib",
     )
@@ -236,7 +244,7 @@ impl Uploads {
             .get(header::CONTENT_LENGTH)
             .and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
         if announced.is_some_and(|n| n > max) {
-            return Err(too_large(max));
+            return Err(too_many_bytes(max));
         }
         let place = PLACES.clone().try_acquire_owned().map_err(|_| {
             Problem::new(
@@ -247,14 +255,13 @@ impl Uploads {
             )
             .retry_after(2)
         })?;
-        let aside = self.settings.root.join(".incoming");
-        let aside = Aside(aside.join(Uuid::now_v7().simple().to_string()));
+        let aside = self.aside().map_err(disk)?;
         fs::create_dir_all(aside.0.join("objects/pack")).map_err(disk)?;
         let file = aside.0.join("pack");
         let bytes = keep(body, &file, max).await?;
         let limits = Limits {
             objects: OBJECTS_MAX,
-            bytes: max.saturating_mul(UNPACKED),
+            bytes: max.saturating_mul(UNPACKED).max(UNPACKED_MIN),
         };
         let scanned = {
             let file = file.clone();
@@ -266,6 +273,7 @@ impl Uploads {
         let Scanned { commit, tree } = match scanned.await.map_err(|e| Problem::internal(&e))? {
             Ok(scanned) => scanned,
             Err(Unfit::Disk(e)) => return Err(disk(e)),
+            Err(unfit @ Unfit::TooLarge { .. }) => return Err(too_large(unfit.to_string())),
             Err(unfit) => return Err(invalid(unfit.to_string())),
         };
         self.make().await?;
@@ -277,6 +285,21 @@ impl Uploads {
             aside,
             _place: place,
         })
+    }
+
+    /// A name for a folder aside, beside those of others. What was abandoned goes.
+    fn aside(&self) -> io::Result<Aside> {
+        let all = self.settings.root.join(".incoming");
+        fs::create_dir_all(&all)?;
+        for entry in fs::read_dir(&all)? {
+            let entry = entry?;
+            let age = entry.metadata().and_then(|about| about.modified());
+            let age = age.ok().and_then(|at| at.elapsed().ok());
+            if age.is_some_and(|age| age > ABANDONED) {
+                drop(Aside(entry.path()));
+            }
+        }
+        Ok(Aside(all.join(Uuid::now_v7().simple().to_string())))
     }
 
     /// Has git check every object, and that the commit is complete.
@@ -372,7 +395,7 @@ impl Uploads {
         }
         let parent = self.folder.parent().unwrap_or(&self.settings.root);
         fs::create_dir_all(parent).map_err(disk)?;
-        let fresh = Aside(parent.join(format!(".new-{}", Uuid::now_v7().simple())));
+        let fresh = self.aside().map_err(disk)?;
         let mut command = Command::from(git());
         command
             .args(["init", "--quiet", "--bare", "--template="])
@@ -408,7 +431,7 @@ async fn keep(body: Body, file: &Path, max: u64) -> Result<u64, Problem> {
         })?;
         bytes += chunk.len() as u64;
         if bytes > max {
-            return Err(too_large(max));
+            return Err(too_many_bytes(max));
         }
         file.write_all(&chunk).await.map_err(disk)?;
     }

@@ -253,6 +253,23 @@ mod tests {
     }
 
     #[test]
+    fn no_damage_makes_it_panic_or_go_on_for_ever() {
+        let bytes = pack(&[
+            whole(1, COMMIT.as_bytes()),
+            whole(2, b"tree"),
+            whole(3, &[b'a'; 300]),
+        ]);
+        for at in 0..bytes.len() {
+            for flipped in 0..8 {
+                let mut damaged = bytes.clone();
+                damaged[at] ^= 1 << flipped;
+                // Whatever comes of it, it comes.
+                let _ = scan(damaged.as_slice(), LIMITS);
+            }
+        }
+    }
+
+    #[test]
     fn what_uploads_do_not_need_is_refused() {
         let one = whole(1, COMMIT.as_bytes());
         let child = COMMIT.replace(
