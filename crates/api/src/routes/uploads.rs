@@ -10,7 +10,7 @@ use utoipa::IntoParams;
 use crate::access::Principal;
 use crate::answer::Answer;
 use crate::commands::{Caller, RequestKey};
-use crate::extract::{Command, CommandBody, Named, NoParams, Params, actor, traceparent};
+use crate::extract::{Command, CommandBody, Named, NoParams, Params, actor, trace_here};
 use crate::problem::Problem;
 use crate::state::AppState;
 use crate::uploads::{self, PACK, Uploads};
@@ -224,7 +224,7 @@ pub(crate) async fn create_upload(
     );
     let caller = Caller {
         key: Some(key),
-        traceparent: traceparent(&parts.headers),
+        traceparent: trace_here(&parts.headers),
         ..Caller::of(actor, principal)
     };
     let event = daybook_events::upload::SourceUploaded {

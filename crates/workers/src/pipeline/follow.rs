@@ -53,10 +53,10 @@ impl Worker for FollowBuild {
         };
         let mut outcome = Outcome::Done;
         for id in waiting {
-            let stepped = async {
+            let stepped = Box::pin(async {
                 let result = step(&self.0, id, &a.subject, build, was, false).await;
                 settle(&self.0, ROLE, id, result).await
-            };
+            });
             match self.0.in_its_own_trace(ROLE, id, &a.event, stepped).await {
                 Outcome::Done => {}
                 other => outcome = other,

@@ -269,7 +269,7 @@ impl Queue {
                 .collect();
             let bench = self.bench.clone();
             self.under_way.push(Box::pin(async move {
-                let result = AssertUnwindSafe(carry_out(&bench, orders))
+                let result = AssertUnwindSafe(Box::pin(carry_out(&bench, orders)))
                     .catch_unwind()
                     .await
                     .unwrap_or_else(|_| Err(Stop::Retry("admitting panicked".into())));
@@ -377,7 +377,9 @@ async fn carry_out(bench: &Bench, orders: Orders) -> Result<(), Stop> {
         return Ok(());
     }
     let admitted = admit(bench, &newest, orders.overtakes);
-    bench.work(ROLE, About::of(&newest), admitted).await
+    bench
+        .work(ROLE, About::of(&newest), Box::pin(admitted))
+        .await
 }
 
 /// Admits a deployment, unless it is held by a freeze or its environment is gone.

@@ -392,7 +392,7 @@ async fn fire(bench: &Bench, id: DeploymentId, now: Timestamp) -> Result<bool, S
     // Its time has come, however long ago it was set.
     let about = About::of(&row).apart();
     let fired = fire_nonce(bench, &row, nonce, now);
-    bench.work(ROLE, about, fired).await
+    bench.work(ROLE, about, Box::pin(fired)).await
 }
 
 async fn fire_nonce(
