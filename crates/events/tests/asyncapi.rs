@@ -123,10 +123,7 @@ fn it_is_what_the_specification_asks_for() {
         ("/asyncapi", Value::from("2.6.0")),
         ("/channels/deployment/address", Value::from(7)),
         ("/operations/send-deployment/action", Value::from("sends")),
-        (
-            "/components/messageTraits/nats/headers/type",
-            "array".into(),
-        ),
+        ("/components/messageTraits/nats/headers", Value::from(7)),
         ("/components/securitySchemes/token/scheme", Value::from(7)),
         ("/components/securitySchemes/natsUser/type", "trust".into()),
         ("/servers/http/security", json!({ "token": [] })),
