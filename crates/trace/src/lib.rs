@@ -27,7 +27,7 @@ pub use opentelemetry::{KeyValue, StringValue, Value};
 /// The attribute of spans that came to nothing: whoever sends spans leaves them out.
 pub const IDLE: &str = "daybook.idle";
 
-/// Names of attributes. Those of HTTP are OpenTelemetry's, in lib's users.
+/// Names of attributes. Those about HTTP are the ones that OpenTelemetry has for it.
 pub mod attribute {
     /// The project, by its name.
     pub const PROJECT: &str = "daybook.project";
