@@ -11,9 +11,11 @@ use tokio::task::JoinHandle;
 use crate::Failure;
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// So many events may wait until somebody looks.
+const WAITING: usize = 4096;
 
 pub(super) struct Feed {
-    events: mpsc::UnboundedReceiver<(Instant, Value)>,
+    events: mpsc::Receiver<(Instant, Value)>,
     reader: JoinHandle<()>,
 }
 
@@ -30,7 +32,7 @@ impl Feed {
         let request = Client::builder().no_proxy().build()?.get(url);
         let request = request.header("Accept", "text/event-stream");
         let mut answer = request.send().await?.error_for_status()?;
-        let (sender, events) = mpsc::unbounded_channel();
+        let (sender, events) = mpsc::channel(WAITING);
         let reader = tokio::spawn(async move {
             let mut rest = Vec::new();
             while let Ok(Some(chunk)) = answer.chunk().await {
@@ -40,7 +42,7 @@ impl Feed {
                     let line: Vec<u8> = rest.drain(..=end).collect();
                     let event = line.strip_prefix(b"data: ").unwrap_or_default();
                     if let Ok(event) = serde_json::from_slice(event) {
-                        let _ = sender.send((came, event));
+                        let _ = sender.send((came, event)).await;
                     }
                 }
             }
