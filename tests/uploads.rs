@@ -194,8 +194,9 @@ fn a_folder_without_a_repository_is_deployed_changed_and_rolled_back() {
     assert_eq!(refused.json()["code"], "upload_not_found", "{refused:?}");
     // It is nobody's source.
     let mine = ["--repo", "https://uploads.daybook/bank/api.git"];
-    let refused = server.cli(&[&["service", "create", "shop", "thief"][..], &mine].concat());
-    assert!(refused.stderr.contains("source_is_uploads"), "{refused:?}");
+    let create = ["service", "create", "shop", "thief", "--output", "json"];
+    let refused = server.cli(&[&create[..], &mine].concat());
+    assert_eq!(refused.error()["code"], "source_is_uploads", "{refused:?}");
     // It can be cloned.
     let clone = server.folder().path().join("clone");
     let url = format!("{}/uploads/shop/web.git", server.url());
