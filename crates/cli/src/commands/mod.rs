@@ -264,7 +264,7 @@ pub enum Command {
 /// Runs a command.
 pub async fn run(cli: Cli) -> Outcome {
     match cli.command {
-        Command::Demo(args) => demo::run(args).await,
+        Command::Demo(args) => Box::pin(demo::run(args)).await,
         Command::Up(args) => Box::pin(up::run(args)).await,
         Command::Serve(args) => Box::pin(serve::run(args)).await,
         Command::Login(args) => login::login(args).await,
