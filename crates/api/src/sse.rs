@@ -2,7 +2,7 @@
 //! alive, and all end when the server does. A slow client holds up nobody but itself: what it is
 //! sent next is read only when it has taken what came before.
 
-use std::convert::Infallible;
+use std::io;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -43,6 +43,9 @@ pub(crate) struct Upkeep {
     pub(crate) lease: Lease,
     /// What is sent when nothing else was for some time.
     pub(crate) heartbeat: Option<(Duration, Bytes)>,
+    /// Whether it is kept as a file: what ends it before its end is then an error of the body, as nobody
+    /// could tell otherwise that a part is missing.
+    pub(crate) whole: bool,
     /// Counts the stream while it is open.
     pub(crate) _open: OpenStream,
 }
@@ -56,7 +59,8 @@ pub(crate) fn body(
     type Chunks = Pin<Box<dyn Stream<Item = Vec<Bytes>> + Send>>;
     let chunks: Chunks = Box::pin(frames.ready_chunks(BATCH));
     let first = stream::iter((!first.is_empty()).then_some(first));
-    let rest = stream::unfold((chunks, upkeep), |(mut chunks, upkeep)| async move {
+    let rest = stream::unfold(Some((chunks, upkeep)), |open| async move {
+        let (mut chunks, upkeep) = open?;
         let idle = async {
             match &upkeep.heartbeat {
                 Some((after, text)) => {
@@ -68,16 +72,19 @@ pub(crate) fn body(
         };
         let next = tokio::select! {
             biased;
-            () = upkeep.lease.ended().cancelled() => None,
+            () = upkeep.lease.ended().cancelled() => {
+                let cut = io::Error::new(io::ErrorKind::ConnectionAborted, "it was cut off");
+                return upkeep.whole.then_some((Err(cut), None));
+            }
             chunk = chunks.next() => chunk.map(|frames| match <[Bytes; 1]>::try_from(frames) {
                 Ok([frame]) => frame,
                 Err(frames) => frames.concat().into(),
             }),
             heartbeat = idle => Some(heartbeat),
         };
-        next.map(|bytes| (bytes, (chunks, upkeep)))
+        next.map(|bytes| (Ok(bytes), Some((chunks, upkeep))))
     });
-    Body::from_stream(first.chain(rest).map(Ok::<_, Infallible>))
+    Body::from_stream(first.map(Ok).chain(rest))
 }
 
 #[cfg(test)]

@@ -270,9 +270,9 @@ impl Folder {
         lossy(self.root.as_os_str().as_bytes())
     }
 
-    /// The service's folder in what is uploaded, if it is not the whole.
-    pub fn within(&self) -> Option<&str> {
-        Some(self.within.as_str()).filter(|within| !within.is_empty())
+    /// The service's folder in what is uploaded; empty if it is the whole.
+    pub fn within(&self) -> &str {
+        &self.within
     }
 
     /// A remote that is somewhere else than on this machine: its name and its address.
@@ -411,7 +411,16 @@ fn looks_secret(path: &[u8]) -> bool {
     let name = path.rsplit(|b| *b == b'/').next().unwrap_or_default();
     let name = String::from_utf8_lossy(name).to_ascii_lowercase();
     let example = ["example", "sample", "template", "dist", "defaults"];
-    if name == ".env" || name.starts_with(".env.") {
+    let folders = String::from_utf8_lossy(path).to_ascii_lowercase();
+    let mut folders: Vec<&str> = folders.split('/').collect();
+    folders.pop();
+    if folders
+        .iter()
+        .any(|folder| matches!(*folder, ".ssh" | ".aws" | ".gnupg" | ".kube"))
+    {
+        return true;
+    }
+    if name == ".env" || name.starts_with(".env.") || name.ends_with(".env") {
         return !name
             .rsplit('.')
             .next()
@@ -428,9 +437,22 @@ fn looks_secret(path: &[u8]) -> bool {
             | "id_ed25519"
             | "credentials.json"
             | "kubeconfig"
-    ) || [".pem", ".key", ".p12", ".pfx", ".jks", ".keystore"]
-        .iter()
-        .any(|end| name.ends_with(end))
+            | ".envrc"
+            | ".npmrc"
+            | ".pypirc"
+    ) || [
+        ".pem",
+        ".key",
+        ".p12",
+        ".pfx",
+        ".jks",
+        ".keystore",
+        ".tfstate",
+        ".tfvars",
+        ".kdbx",
+    ]
+    .iter()
+    .any(|end| name.ends_with(end))
 }
 
 impl Content {

@@ -295,6 +295,11 @@ impl Node {
                 "name another one with --data DIR",
             )
         })?;
+        // Where it lies in a folder that is deployed, keys and secrets are not uploaded with it.
+        let ignore = options.data.join(".gitignore");
+        if !ignore.exists() {
+            let _ = std::fs::write(ignore, "*\n");
+        }
         let data = std::path::absolute(&options.data)?;
         let remotes = options
             .gitops_remotes

@@ -43,9 +43,9 @@ impl Position {
     /// Before the first event: as an expectation, "this aggregate has no event yet".
     pub const ZERO: Self = Self(0);
 
-    /// The position after this one.
+    /// The position after this one; the last one there can be has none, and is its own.
     pub fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
 }
 impl fmt::Display for Position {

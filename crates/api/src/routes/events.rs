@@ -412,6 +412,7 @@ pub(crate) fn stream_response(
     let upkeep = sse::Upkeep {
         lease,
         heartbeat: Some((state.settings.heartbeat, heartbeat)),
+        whole: false,
         _open: state.metrics.open_stream(),
     };
     // Sent at once, so that the client knows that it is connected.

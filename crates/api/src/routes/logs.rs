@@ -284,8 +284,11 @@ pub(crate) async fn deployment_logs(
             let end = stream::once(async move { end });
             stream_response(&state, &principal, frames.chain(end))
         }
-        Format::Json => plain_response(&state, &principal, NDJSON, frames),
-        Format::Text => plain_response(&state, &principal, "text/plain; charset=utf-8", frames),
+        Format::Json => plain_response(&state, &principal, NDJSON, query.download, frames),
+        Format::Text => {
+            let media_type = "text/plain; charset=utf-8";
+            plain_response(&state, &principal, media_type, query.download, frames)
+        }
     };
     if query.download {
         let named = HeaderValue::from_str(&format!("attachment; filename=\"{id}.log\""));
@@ -377,10 +380,12 @@ async fn reached(
     Ok(())
 }
 
+/// An answer of lines. If it is wanted `whole`, what cuts it off is an error of the body.
 pub(crate) fn plain_response(
     state: &AppState,
     principal: &Principal,
     media_type: &'static str,
+    whole: bool,
     frames: impl futures_util::Stream<Item = Bytes> + Send + 'static,
 ) -> Response {
     let lease = match state.access.stream(principal, &state.cancel) {
@@ -390,6 +395,7 @@ pub(crate) fn plain_response(
     let upkeep = sse::Upkeep {
         lease,
         heartbeat: None,
+        whole,
         _open: state.metrics.open_stream(),
     };
     let headers = [
@@ -543,7 +549,12 @@ impl LogReader {
     }
 
     fn is_settled(&self, status: Status) -> bool {
-        status.is_settled() && !(status == Status::Started && self.until == Until::Ended)
+        // Whatever still has instances can print.
+        let runs = matches!(
+            status,
+            Status::Started | Status::PartiallyStarted | Status::StopError | Status::TerminateError
+        );
+        status.is_settled() && !(runs && self.until == Until::Ended)
     }
 
     /// Takes waiting lines in the order of time, as long as it is known which comes next: once

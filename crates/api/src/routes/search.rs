@@ -201,7 +201,7 @@ pub(crate) async fn search_logs(
         "text/plain; charset=utf-8"
     };
     let lines = file(search, place, json);
-    let mut response = plain_response(&state, &principal, media_type, lines);
+    let mut response = plain_response(&state, &principal, media_type, true, lines);
     let named = HeaderValue::from_str(&format!("attachment; filename=\"{project}.log\""));
     // A name has no character that a header cannot have.
     response

@@ -165,6 +165,10 @@ pub(crate) async fn missing_objects(
     }))
 }
 
+fn location(project: &ProjectName, service: &ServiceName, tree: &CommitId) -> String {
+    format!("/api/v1/projects/{project}/services/{service}/uploads/{tree}")
+}
+
 /// Takes an upload: a pack with one commit without parents and all of its content that is not here
 /// yet, as whole objects. The same content is kept once; uploading it again changes nothing.
 #[utoipa::path(post, path = "/api/v1/projects/{project}/services/{service}/uploads",
@@ -212,9 +216,18 @@ pub(crate) async fn create_upload(
         )
         .into());
     }
+    // Whoever uploads the same once more gets what the ledger has, whatever they say of when it was
+    // made and by whom.
+    if let Some(commit) = uploads.by_tree(&received.tree).await?
+        && commit != named
+    {
+        let location = location(&project, &service, &received.tree);
+        let body = view(&project, service, commit, received.tree.clone());
+        return Ok(Answer::ok(body).created(location));
+    }
     // First what is, then the record of it, then what makes it found: whoever is interrupted uploads
     // again, and the record is made once.
-    uploads.take_in(&received)?;
+    let keeps = uploads.take_in(&received)?;
     let operation = format!("upload {project}/{service}");
     let key = RequestKey::new(
         &actor,
@@ -237,11 +250,8 @@ pub(crate) async fn create_upload(
         .commands
         .record_upload(&caller, &project, event)
         .await?;
-    uploads.publish(&received).await?;
-    let location = format!(
-        "/api/v1/projects/{project}/services/{service}/uploads/{}",
-        received.tree
-    );
+    uploads.publish(&received, &keeps).await?;
+    let location = location(&project, &service, &received.tree);
     let body = view(&project, service, named, received.tree.clone());
     drop(received);
     tokio::spawn(async move { uploads.tidy().await });

@@ -53,6 +53,15 @@ const ABANDONED: Duration = Duration::from_secs(3600);
 const AT_ONCE: usize = 4;
 /// From this many packs on they are joined.
 const PACKS_MAX: usize = 50;
+/// How deep folders may lie in one another. libgit2 and git go down by recursion.
+const DEPTH_MAX: usize = 128;
+/// What a repository of uploads is set to. Nobody is to make git hold large files in memory, by
+/// uploading them or by cloning.
+const CONFIG: &str =
+    "[core]\n\tbigFileThreshold = 8m\n[pack]\n\tthreads = 1\n\twindowMemory = 64m\n";
+/// How slow a line may be on average, in bytes a second, once it had [`SLOW_AFTER`].
+const SLOWEST: u64 = 16 * 1024;
+const SLOW_AFTER: Duration = Duration::from_secs(60);
 
 static PLACES: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(AT_ONCE)));
 
@@ -321,6 +330,10 @@ impl Uploads {
         if let Err(said) = ended(index).await? {
             return Err(invalid(format!("git says: {said}")));
         }
+        let mut names = self.git();
+        here(&mut names);
+        names.args(["ls-tree", "-r", "-t", "-z", "--name-only", commit]);
+        shallow(names).await?;
         let mut walk = self.git();
         here(&mut walk);
         walk.args(["rev-list", "--objects", "--quiet", commit, "--"]);
@@ -331,7 +344,9 @@ impl Uploads {
     }
 
     /// Moves what was received in. It is found once [`Uploads::publish`] has made its ref.
-    pub(crate) fn take_in(&self, received: &Received) -> Result<(), Problem> {
+    ///
+    /// Returns the files that keep it from being joined with other packs until then.
+    pub(crate) fn take_in(&self, received: &Received) -> Result<Vec<PathBuf>, Problem> {
         let (from, into) = (
             received.aside.0.join("objects/pack"),
             self.folder.join("objects/pack"),
@@ -341,18 +356,32 @@ impl Uploads {
         for entry in fs::read_dir(&from).map_err(disk)? {
             names.push(entry.map_err(disk)?.file_name());
         }
-        // Whoever finds an index finds its pack.
+        // Whoever finds an index finds its pack. Whoever joins packs meanwhile leaves alone those that
+        // are kept: until it has its ref, nothing says that this one is needed.
         names.sort_by_key(|name| name.to_string_lossy().ends_with(".idx"));
+        let mut keeps = Vec::new();
+        for name in &names {
+            if let Some(name) = name.to_string_lossy().strip_suffix(".pack") {
+                let keep = into.join(format!("{name}.keep"));
+                fs::write(&keep, "").map_err(disk)?;
+                keeps.push(keep);
+            }
+        }
         for name in names {
             fs::rename(from.join(&name), into.join(&name)).map_err(disk)?;
         }
         fs::File::open(&into)
             .and_then(|folder| folder.sync_all())
-            .map_err(disk)
+            .map_err(disk)?;
+        Ok(keeps)
     }
 
     /// Says that a commit is here, whose upload is in the ledger.
-    pub(crate) async fn publish(&self, received: &Received) -> Result<(), Problem> {
+    pub(crate) async fn publish(
+        &self,
+        received: &Received,
+        keeps: &[PathBuf],
+    ) -> Result<(), Problem> {
         let Received { commit, tree, .. } = received;
         let mut command = self.git();
         command
@@ -362,13 +391,22 @@ impl Uploads {
         ended(command)
             .await?
             .map_err(|e| failed("update-ref", &e))?;
+        for keep in keeps {
+            // One that stays is not joined, and does no other harm.
+            let _ = fs::remove_file(keep);
+        }
         Ok(())
     }
 
     /// Joins packs once there are many. One process at a time does.
     pub(crate) async fn tidy(&self) {
         let packs = fs::read_dir(self.folder.join("objects/pack"))
-            .map(|entries| entries.flatten().count() / 2)
+            .map(|entries| {
+                let names = entries.flatten().map(|entry| entry.path());
+                names
+                    .filter(|p| p.extension().is_some_and(|e| e == "pack"))
+                    .count()
+            })
             .unwrap_or_default();
         if packs < PACKS_MAX {
             return;
@@ -402,6 +440,11 @@ impl Uploads {
             .arg(&fresh.0)
             .stdin(Stdio::null());
         ended(command).await?.map_err(|e| failed("init", &e))?;
+        let mut config = fs::OpenOptions::new()
+            .append(true)
+            .open(fresh.0.join("config"))
+            .map_err(disk)?;
+        io::Write::write_all(&mut config, CONFIG.as_bytes()).map_err(disk)?;
         match fs::rename(&fresh.0, &self.folder) {
             // Somebody else has made it meanwhile.
             Err(_) if self.folder.is_dir() => Ok(()),
@@ -412,12 +455,14 @@ impl Uploads {
 
 /// Writes a body into a file, unless it is too long or too slow.
 async fn keep(body: Body, file: &Path, max: u64) -> Result<u64, Problem> {
-    let deadline = Instant::now() + RECEIVE_WITHIN;
+    let begun = Instant::now();
+    let deadline = begun + RECEIVE_WITHIN;
     let mut chunks = body.into_data_stream();
     let mut file = tokio::fs::File::create(file).await.map_err(disk)?;
     let mut bytes = 0;
     loop {
-        let next = timeout_at(deadline, chunks.next()).await;
+        let patience = deadline.min(Instant::now() + SLOW_AFTER);
+        let next = timeout_at(patience, chunks.next()).await;
         let Some(chunk) = next.map_err(|_| too_slow())? else {
             break;
         };
@@ -432,6 +477,10 @@ async fn keep(body: Body, file: &Path, max: u64) -> Result<u64, Problem> {
         bytes += chunk.len() as u64;
         if bytes > max {
             return Err(too_many_bytes(max));
+        }
+        let since = begun.elapsed();
+        if since > SLOW_AFTER && bytes < since.as_secs() * SLOWEST {
+            return Err(too_slow());
         }
         file.write_all(&chunk).await.map_err(disk)?;
     }
@@ -498,6 +547,51 @@ async fn run(
     let plain = line.unwrap_or("nothing").trim_start_matches("fatal: ");
     let shown = plain.chars().filter(|c| !c.is_control()).take(300);
     Ok(Err(shown.collect()))
+}
+
+/// Runs a command of git that prints the names of all files and folders, and refuses what lies too
+/// deep as soon as it is seen.
+async fn shallow(mut command: Command) -> Result<(), Problem> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|e| Problem::internal(&e))?;
+    let look = async {
+        let Some(mut names) = child.stdout.take() else {
+            return Ok(());
+        };
+        let (mut chunk, mut depth) = (vec![0; 64 * 1024], 0);
+        loop {
+            let n = names
+                .read(&mut chunk)
+                .await
+                .map_err(|e| Problem::internal(&e))?;
+            if n == 0 {
+                return Ok(());
+            }
+            for byte in &chunk[..n] {
+                match byte {
+                    0 => depth = 0,
+                    b'/' => depth += 1,
+                    _ => {}
+                }
+                if depth > DEPTH_MAX {
+                    return Err(invalid(format!(
+                        "its folders lie more than {DEPTH_MAX} deep in one another"
+                    )));
+                }
+            }
+        }
+    };
+    timeout(GIT_WITHIN, look).await.map_err(|_| too_slow())??;
+    let status = timeout(GIT_WITHIN, child.wait()).await;
+    let status = status.map_err(|_| too_slow())?;
+    match status.map_err(|e| Problem::internal(&e))?.success() {
+        true => Ok(()),
+        false => Err(invalid("it is not complete: folders are missing")),
+    }
 }
 
 /// Git did not do what it always does.

@@ -13,6 +13,8 @@ use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 const COMMIT_MAX: u64 = 64 * 1024;
 /// Most bytes of one folder's list of names, which git holds in memory.
 const TREE_MAX: u64 = 16 * 1024 * 1024;
+/// Most bytes of the lists of all folders together: git makes an object of every name that it reads.
+const TREES_MAX: u64 = 32 * 1024 * 1024;
 
 /// How much a pack may hold.
 #[derive(Debug, Clone, Copy)]
@@ -64,13 +66,19 @@ pub(super) fn scan(mut pack: impl BufRead, limits: Limits) -> Result<Scanned, Un
         });
     }
     let mut found = None;
-    let mut left = limits.bytes;
+    let (mut left, mut left_of_trees) = (limits.bytes, TREES_MAX);
     for _ in 0..objects {
         let (kind, size) = object_header(&mut pack)?;
         left = left.checked_sub(size).ok_or(Unfit::TooLarge {
             limit: limits.bytes,
             unit: "bytes",
         })?;
+        if kind == 2 {
+            left_of_trees = left_of_trees.checked_sub(size).ok_or(Unfit::TooLarge {
+                limit: TREES_MAX,
+                unit: "bytes of all folders' names",
+            })?;
+        }
         match kind {
             1 if found.is_some() => return Err(Unfit::NotAllowed("it holds several commits")),
             1 if size > COMMIT_MAX => {
@@ -267,6 +275,23 @@ mod tests {
                 let _ = scan(damaged.as_slice(), LIMITS);
             }
         }
+    }
+
+    #[test]
+    fn the_names_of_all_folders_together_are_bounded() {
+        let names = vec![0; 12 << 20];
+        let bytes = pack(&[
+            whole(1, COMMIT.as_bytes()),
+            whole(2, &names),
+            whole(2, &names),
+            whole(2, &names),
+        ]);
+        let limits = Limits {
+            bytes: 1 << 30,
+            ..LIMITS
+        };
+        let said = scan(bytes.as_slice(), limits).unwrap_err().to_string();
+        assert!(said.contains("bytes of all folders' names"), "{said}");
     }
 
     #[test]

@@ -213,7 +213,8 @@ pub async fn run(args: DeployArgs) -> Outcome {
         if let Some(folder) = deploy_folder::find(&client, from, project, service).await? {
             let uploaded = deploy_folder::upload(&client, &folder, project, service).await?;
             set("upload", Some(uploaded.commit.into()));
-            set("upload_path", uploaded.within.map(Value::from));
+            // Whatever folder the service has in its own repository.
+            set("upload_path", Some(uploaded.within.into()));
         }
     }
     set("git_ref", args.git_ref.clone().map(Value::from));

@@ -19,8 +19,8 @@ const NAMED: usize = 3;
 pub struct Uploaded {
     /// The commit.
     pub commit: String,
-    /// The service's folder in it, if that is not the whole.
-    pub within: Option<String>,
+    /// The service's folder in it; empty if it is the whole.
+    pub within: String,
 }
 
 /// The folder that a service is deployed from of which nothing else is named: the one that was named
@@ -73,7 +73,7 @@ pub async fn upload(
     let uploads = format!("/api/v1/projects/{project}/services/{service}/uploads");
     let uploaded = |commit: String| Uploaded {
         commit,
-        within: folder.within().map(str::to_owned),
+        within: folder.within().to_owned(),
     };
     let known: Result<Value, _> = client
         .get(&format!("{uploads}/{}", content.tree), &[])

@@ -360,7 +360,7 @@ impl Source {
             (files.firsts.clone(), files.next)
         };
         let mut out = Vec::new();
-        let mut wanted = after + 1;
+        let mut wanted = after.saturating_add(1);
         while out.len() < limit && wanted < next {
             let at = firsts.partition_point(|f| *f <= wanted).saturating_sub(1);
             let Some(&first) = firsts.get(at) else {
