@@ -5,6 +5,7 @@ export class Refused extends Error {
   constructor(problem) {
     super(problem.remedy ? `${problem.detail}. ${problem.remedy}` : problem.detail);
     this.code = problem.code;
+    this.status = problem.status;
     /** What is wrong and what helps, apart. */
     this.problem = { code: problem.code, message: problem.detail, remedy: problem.remedy };
     this.signIn = problem.status === 401;
@@ -49,7 +50,7 @@ export function request(url, { headers = {}, ...more } = {}) {
 async function answer(response) {
   const body = await response.json().catch(() => ({}));
   if (response.ok) return body;
-  throw new Refused({ detail: `the server answered ${response.status}`, ...body });
+  throw new Refused({ detail: `the server answered ${response.status}`, ...body, status: response.status });
 }
 
 /** Reads; parameters without a value are left out. */
@@ -90,13 +91,36 @@ export const actor = {
   set name(name) { localStorage.setItem("daybook-actor", name); },
 };
 
-/** Asks for a change. The same click is carried out once, however often it is sent. */
-export async function send(method, path, body) {
-  const headers = { "content-type": "application/json", accept: "application/json", "idempotency-key": crypto.randomUUID() };
+/** Asks for a change. With the same key it is carried out once, however often it is sent. */
+export async function send(method, path, body, key = crypto.randomUUID()) {
+  const headers = { "content-type": "application/json", accept: "application/json", "idempotency-key": key };
   if (actor.name) headers["daybook-actor"] = actor.name;
   const options = { method, headers };
   if (body !== undefined) options.body = JSON.stringify(body);
   return answer(await request(`/api/v1/${path}`, options));
+}
+
+/** What one dialog sends. Where no answer came, the same is sent again under the same key: it is carried
+ *  out once, and what it made is answered again. What was refused for certain, or is something else,
+ *  has a key of its own. */
+export function errand() {
+  let key;
+  let before;
+  return async (method, path, body) => {
+    const what = JSON.stringify([method, path, body ?? null]);
+    if (what !== before) [key, before] = [crypto.randomUUID(), what];
+    try {
+      return await send(method, path, body, key);
+    } catch (error) {
+      if (error.status >= 400 && error.status < 500 && error.status !== 408) before = undefined;
+      else if (!error.code || ["timeout", "outcome_unknown"].includes(error.code)) {
+        error = new Refused({ code: error.code ?? "no_answer", detail: error.problem?.message ?? error.message, status: error.status,
+          remedy: "It may have been done. The same click once more asks again, and nothing is done twice" });
+      }
+      error.open = before !== undefined;
+      throw error;
+    }
+  };
 }
 
 /**

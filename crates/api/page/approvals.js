@@ -1,6 +1,6 @@
 // What waits for somebody to allow it, with the exact plan.
 
-import { actor, get, may, send, session } from "./api.js";
+import { actor, get, may, session } from "./api.js";
 import { ask, facts, h, moment, notice, onlyLooks, short, table } from "./dom.js";
 import { link } from "./overview.js";
 
@@ -25,14 +25,10 @@ async function parts(signal) {
 function card(a) {
   const plan = a.plan;
   const decide = async (verb, title, text, danger, body) => {
-    const reason = await ask(title, text, { danger, verb: title.replace("?", "") });
-    if (reason === null) return;
-    try {
-      await send("POST", `deployments/${a.id}/${verb}`, { ...body, ...(reason ? { reason } : {}) });
-      notice("recorded");
-    } catch (error) {
-      notice(error.message, true);
-    }
+    const done = await ask(title, text, {
+      danger, verb: title.replace("?", ""), submit: (reason, order) => order("POST", `deployments/${a.id}/${verb}`, { ...body, ...reason }),
+    });
+    if (done) notice("recorded");
   };
   const values = Object.entries(plan.values ?? {});
   return h("article", { class: "card" },

@@ -1,6 +1,6 @@
 // One deployment: its state and what can be done, where the time went, what happened, its output.
 
-import { get, may, send } from "./api.js";
+import { get, may } from "./api.js";
 import { answers, ask, commit, duration, facts, h, moment, notice, onlyLooks, problem, short, svg, table, tag } from "./dom.js";
 import { output } from "./output.js";
 import { link } from "./overview.js";
@@ -99,15 +99,13 @@ function act(d, name) {
   const action = ACTIONS[name];
   if (!action) return null;
   const perform = async () => {
-    const reason = await ask(`${action.label}?`, action.text, { danger: action.danger, verb: action.label });
-    if (reason === null) return;
-    try {
-      if (action.method === "DELETE") await send("DELETE", `deployments/${d.id}${reason ? `?reason=${encodeURIComponent(reason)}` : ""}`);
-      else await send("POST", `deployments/${d.id}/${action.path}`, reason ? { reason } : {});
-      notice(`${action.label}: recorded`);
-    } catch (error) {
-      notice(error.message, true);
-    }
+    const done = await ask(`${action.label}?`, action.text, {
+      danger: action.danger, verb: action.label,
+      submit: (reason, order) => action.method === "DELETE"
+        ? order("DELETE", `deployments/${d.id}${reason.reason ? `?reason=${encodeURIComponent(reason.reason)}` : ""}`)
+        : order("POST", `deployments/${d.id}/${action.path}`, reason),
+    });
+    if (done) notice(`${action.label}: recorded`);
   };
   return h("button", { id: `act-${name}`, class: action.danger ? "danger" : "", type: "button", onclick: perform }, action.label);
 }

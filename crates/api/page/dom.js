@@ -1,5 +1,7 @@
 // Elements without a template language: nothing that comes from the ledger is ever parsed as HTML.
 
+import { errand } from "./api.js";
+
 /** An element with attributes and children; `onclick` and the like are listeners. */
 export function h(name, attributes = {}, ...children) {
   const element = document.createElement(name);
@@ -124,50 +126,49 @@ export function notice(text, isError = false) {
   setTimeout(() => shown.remove(), isError ? 12_000 : 5000);
 }
 
-/** Asks before something is done. Resolves to the reason, or to null if it is not to be done. What
- *  keeps no reason is not asked for one. */
-export function ask(title, text, { danger = false, verb = "Do it", why = true } = {}) {
-  return new Promise((resolve) => {
-    const reason = h("input", { name: "reason", autocomplete: "off", maxlength: "500" });
-    const dialog = h("dialog", { "aria-labelledby": "asked" },
-      h("form", { method: "dialog" },
-        h("h2", { id: "asked" }, title), h("p", {}, text),
-        why ? h("label", {}, "Why (kept in the ledger; may be empty)", reason) : null,
-        h("div", { class: "row" },
-          h("button", { value: "do", class: danger ? "danger" : "" }, verb),
-          h("button", { value: "", formnovalidate: true }, "Leave it"))));
-    dialog.addEventListener("close", () => {
-      resolve(dialog.returnValue === "do" ? reason.value : null);
-      dialog.remove();
-    });
-    document.body.append(dialog);
-    dialog.showModal();
+/** Asks before something is done, and does it: `submit` gets the reason, as a part of what is sent, and
+ *  what sends it. What is refused for certain is told, and over; where it is not known what came of it,
+ *  it can be asked for again. Resolves to the answer, or to null if nothing was done. What keeps no
+ *  reason is not asked for one. */
+export function ask(title, text, { danger = false, verb = "Do it", why = true, submit }) {
+  const reason = h("input", { name: "reason", autocomplete: "off", maxlength: "500" });
+  return fillIn(title, [h("p", {}, text), why ? h("label", {}, "Why (kept in the ledger; may be empty)", reason) : ""], {
+    verb, danger, over: true, submit: (given, order) => submit(given.reason ? { reason: given.reason } : {}, order),
   });
 }
 
-/** Lets somebody fill something in. `submit` gets what was given, by name; what it refuses is shown,
- *  and can be put right. Resolves to what it answers, or to null if nothing is to be done. */
-export function fillIn(title, fields, { verb, submit, leave = "Leave it" }) {
+/** Lets somebody fill something in. `submit` gets what was given, by name, and what sends it; what is
+ *  refused is shown, and can be put right. Resolves to what it answers, or to null if nothing is to be
+ *  done. Nobody leaves before the answer: it may have what is shown once. */
+export function fillIn(title, fields, { verb, submit, danger = false, over = false, leave = "Leave it" }) {
   return new Promise((resolve) => {
     const wrong = h("div");
+    const order = errand();
     let answer = null;
+    const busy = (is) => { for (const button of [go, not]) button.disabled = is; };
     const form = h("form", { class: "fill", onsubmit: async (event) => {
       event.preventDefault();
+      if (go.disabled) return;
       wrong.replaceChildren();
-      go.disabled = true;
+      const given = Object.fromEntries(new FormData(form));
+      busy(true);
       try {
-        answer = await submit(Object.fromEntries(new FormData(form)));
+        answer = await submit(given, order);
         dialog.close();
       } catch (error) {
+        if (over && !error.open) {
+          notice(error.message, true);
+          dialog.close();
+        }
         wrong.replaceChildren(refused(error));
         wrong.scrollIntoView({ block: "nearest" });
       }
-      go.disabled = false;
+      busy(false);
     } });
-    const go = h("button", {}, verb);
-    const dialog = h("dialog", { "aria-labelledby": "asked" }, form);
-    form.append(h("h2", { id: "asked" }, title), ...fields, wrong,
-      h("div", { class: "row" }, go, leave ? h("button", { type: "button", onclick: () => dialog.close() }, leave) : ""));
+    const go = h("button", { class: danger ? "danger" : "" }, verb);
+    const not = h("button", { type: "button", onclick: () => dialog.close() }, leave);
+    const dialog = h("dialog", { "aria-labelledby": "asked", oncancel: (event) => { if (go.disabled) event.preventDefault(); } }, form);
+    form.append(h("h2", { id: "asked" }, title), ...fields, wrong, h("div", { class: "row" }, go, leave ? not : ""));
     dialog.addEventListener("close", () => {
       dialog.remove();
       resolve(answer);

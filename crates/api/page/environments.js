@@ -1,7 +1,7 @@
 // A project's environments side by side, and promotion from one to another.
 
-import { get, may, send } from "./api.js";
-import { ask, commit, h, notice, table, tag } from "./dom.js";
+import { get, may } from "./api.js";
+import { ask, commit, h, table, tag } from "./dom.js";
 import { link } from "./overview.js";
 
 export async function environments({ signal }) {
@@ -36,14 +36,10 @@ function cell(project, service, environment, main, others) {
     to.value = "";
     to.blur();
     if (!target) return;
-    const reason = await ask(`Promote ${service} to ${target}?`, `The image that runs in ${environment.name}, ${main.image_tag ?? commit(main.source_commit)}, is deployed to ${target} by its digest.`, { verb: "Promote" });
-    if (reason === null) return;
-    try {
-      const done = await send("POST", "promote", { project, service, from: environment.name, to: target, ...(reason ? { reason } : {}) });
-      location.hash = `#/deployments/${done.id}`;
-    } catch (error) {
-      notice(error.message, true);
-    }
+    const done = await ask(`Promote ${service} to ${target}?`, `The image that runs in ${environment.name}, ${main.image_tag ?? commit(main.source_commit)}, is deployed to ${target} by its digest.`, {
+      verb: "Promote", submit: (reason, order) => order("POST", "promote", { project, service, from: environment.name, to: target, ...reason }),
+    });
+    if (done) location.hash = `#/deployments/${done.id}`;
   });
   return [h("div", { class: "row" }, link(main.id, main.source_commit ? commit(main.source_commit) : (main.image_tag ?? main.version)), tag(main.lifecycle ?? main.status)),
     targets.length && may("deploy", project) ? h("p", {}, to) : null];

@@ -1,6 +1,6 @@
 // Where each address leads, and the switch.
 
-import { get, may, send } from "./api.js";
+import { get, may } from "./api.js";
 import { ask, h, moment, notice, onlyLooks, short, table, tag } from "./dom.js";
 import { link } from "./overview.js";
 
@@ -31,20 +31,13 @@ async function parts(signal) {
 /** The main deployment of a service, those that could take its traffic, and the way back. */
 function traffic(instance) {
   const others = (instance.others ?? []).filter((o) => (o.lifecycle ?? o.status) === "started");
-  const run = async (title, text, request) => {
-    const reason = await ask(title, text, { verb: "Switch" });
-    if (reason === null) return;
-    try {
-      await request(reason ? { reason } : {});
-      notice("switched");
-    } catch (error) {
-      notice(error.message, true);
-    }
+  const run = async (title, text, submit) => {
+    if (await ask(title, text, { verb: "Switch", submit })) notice("switched");
   };
   return h("article", { class: "card" },
     h("header", {}, h("h3", {}, `${instance.service} `, h("span", { class: "quiet" }, instance.environment)), instance.rolled_back ? tag("rolled back") : null),
     h("p", {}, "Main: ", link(instance.main.id), ` ${instance.main.version}`),
     may("deploy", instance.project) ? h("div", { class: "row" },
-      others.map((o) => h("button", { type: "button", id: `switch-${o.id}`, onclick: () => run(`Switch to ${short(o.id)}?`, `Every address of ${instance.service} in ${instance.environment} leads to it from then on. The one before runs on for a while.`, (body) => send("POST", `deployments/${o.id}/mark-main`, body)) }, `Switch to ${short(o.id)} (${o.version})`)),
-      h("button", { type: "button", id: `back-${instance.id}`, class: "danger", onclick: () => run("Roll back?", "The traffic goes to the deployment that had it before, and pushes do not take it until somebody marks a deployment as main.", (body) => send("POST", "rollback", { instance_id: instance.id, ...body })) }, "Roll back")) : null);
+      others.map((o) => h("button", { type: "button", id: `switch-${o.id}`, onclick: () => run(`Switch to ${short(o.id)}?`, `Every address of ${instance.service} in ${instance.environment} leads to it from then on. The one before runs on for a while.`, (reason, order) => order("POST", `deployments/${o.id}/mark-main`, reason)) }, `Switch to ${short(o.id)} (${o.version})`)),
+      h("button", { type: "button", id: `back-${instance.id}`, class: "danger", onclick: () => run("Roll back?", "The traffic goes to the deployment that had it before, and pushes do not take it until somebody marks a deployment as main.", (reason, order) => order("POST", "rollback", { instance_id: instance.id, ...reason })) }, "Roll back")) : null);
 }

@@ -111,7 +111,7 @@ async function createOne(projects, chosen) {
   const after = h("label", {}, "Events after this position: 0 for all; from now on, if empty", h("input", { name: "after", type: "number", min: "0" }));
   const made = await fillIn("New webhook", [of, ...fields(), after], {
     verb: "Create",
-    submit: (given) => send("POST", "webhooks", { project: given.project, ...defined(given), ...(given.after ? { after: Number(given.after) } : {}) }),
+    submit: (given, order) => order("POST", "webhooks", { project: given.project, ...defined(given), ...(given.after ? { after: Number(given.after) } : {}) }),
   });
   if (!made) return;
   await showSecret(made.secret, "Deliveries are signed with this secret.");
@@ -165,28 +165,30 @@ async function one(id, signal) {
   const rotate = async () => {
     const hours = h("label", {}, "For how many hours deliveries are signed with the old one, too (0: it ends now)", h("input", { name: "hours", type: "number", min: "0", max: "168", step: "any", value: "24", required: true }));
     const made = await fillIn("Another secret?", [h("p", {}, "Until the time is over each delivery has both signatures; then the old secret is erased. If it leaked, let it end now."), hours], {
-      verb: "Make another", submit: ({ hours: h }) => send("POST", `${path}/rotate`, { overlap_seconds: Math.round(Number(h) * 3600) }),
+      verb: "Make another", submit: ({ hours: h }, order) => order("POST", `${path}/rotate`, { overlap_seconds: Math.round(Number(h) * 3600) }),
     });
     if (!made) return;
     await showSecret(made.secret, "Deliveries are signed with this secret from now on.");
     await draw();
   };
   const change = async () => {
-    const done = await fillIn("Change the webhook", [h("p", {}, "What was sent already is not sent again."), ...fields(webhook)], { verb: "Change", submit: (given) => send("PUT", path, defined(given)) });
+    const done = await fillIn("Change the webhook", [h("p", {}, "What was sent already is not sent again."), ...fields(webhook)], { verb: "Change", submit: (given, order) => order("PUT", path, defined(given)) });
     if (done) await draw();
   };
   const remove = async () => {
-    if (await ask("Delete this webhook?", `Nothing is sent to ${webhook.url} any more, and its secrets are erased. The ledger keeps its history.`, { danger: true, verb: "Delete", why: false }) === null) return;
-    wrong.replaceChildren();
-    deleted = true;
-    try {
-      await send("DELETE", path);
-      notice("deleted");
-      location.hash = "#/webhooks";
-    } catch (error) {
-      deleted = false;
-      wrong.replaceChildren(refused(error));
-    }
+    const done = await ask("Delete this webhook?", `Nothing is sent to ${webhook.url} any more, and its secrets are erased. The ledger keeps its history.`, {
+      danger: true, verb: "Delete", why: false,
+      submit: (_, order) => {
+        deleted = true;
+        return order("DELETE", path).catch((error) => {
+          deleted = false;
+          throw error;
+        });
+      },
+    });
+    if (!done) return;
+    notice("deleted");
+    location.hash = "#/webhooks";
   };
   const top = (w) => [
     h("h1", {}, h("span", { class: "mono" }, w.url), " ", states(w)),
@@ -220,7 +222,12 @@ async function one(id, signal) {
     const replay = (positions) => act("replay", letters(positions), positions ? `event ${positions[0]} is being sent again` : "all are being sent again");
     const discard = async (positions) => {
       const what = positions ? `Event ${positions[0]} is` : `${w.dead_letters.length} events are`;
-      if (await ask("Discard?", `${what} never sent. The ledger keeps what was set aside, and who discarded it.`, { danger: true, verb: "Discard", why: false }) !== null) await act("discard", letters(positions), "discarded");
+      const done = await ask("Discard?", `${what} never sent. The ledger keeps what was set aside, and who discarded it.`, {
+        danger: true, verb: "Discard", why: false, submit: (_, order) => order("POST", `${path}/discard`, letters(positions)),
+      });
+      if (!done) return;
+      notice("discarded");
+      await draw();
     };
     return [h("h2", {}, "Set aside undelivered"),
       allowed ? h("div", { class: "row actions" }, button("replay-all", "Send all again", () => replay()), button("discard-all", "Discard all…", () => discard(), true)) : null,
