@@ -41,6 +41,14 @@ export function may(verb, project) {
   return where === "all" || (project ? where.named.includes(project) : where.named.length > 0);
 }
 
+/** A controller that ends with a signal at the latest, also if that has ended already. */
+export function within(signal) {
+  const own = new AbortController();
+  if (signal?.aborted) own.abort();
+  signal?.addEventListener("abort", () => own.abort(), { once: true, signal: own.signal });
+  return own;
+}
+
 /** Fetches with the token, if there is one. */
 export function request(url, { headers = {}, ...more } = {}) {
   const token = session.token;

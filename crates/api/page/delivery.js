@@ -1,7 +1,7 @@
 // The four measures of DORA, with the days that they were counted on.
 
 import { get } from "./api.js";
-import { duration, facts, h, svg } from "./dom.js";
+import { duration, facts, h, projectChoices, svg } from "./dom.js";
 
 const DAY = 86_400_000;
 
@@ -25,7 +25,7 @@ export async function delivery({ query, signal }) {
   await draw();
   const node = h("div", {}, h("h1", {}, "How delivery goes"),
     h("form", { class: "filters", onsubmit: (e) => e.preventDefault() },
-      select("project", [["", "all"], ...projects.map((p) => [p.name, p.name])]),
+      select("project", [["", "all"], ...projectChoices(projects, chosen.project)]),
       select("days", [[7, "the last 7"], [30, "the last 30"], [90, "the last 90"]])),
     cards,
     h("p", { class: "quiet" }, "Counted from the ledger alone: ", h("code", {}, "daybook audit report dora"), " counts the same from an export."));

@@ -178,6 +178,13 @@ export function fillIn(title, fields, { verb, submit, danger = false, over = fal
   });
 }
 
+/** The projects to choose from, by name: with the one that a link names though it is not among them. What
+ *  is asked for is never replaced by something else. */
+export function projectChoices(projects, wanted) {
+  const names = projects.map((p) => p.name);
+  return [...names, ...(wanted && !names.includes(wanted) ? [wanted] : [])].map((name) => [name, name]);
+}
+
 /** Replaces what an element holds; whoever was at a button of it is at the same one afterwards. */
 export function replace(element, ...children) {
   const at = element.contains(document.activeElement) ? document.activeElement.id : "";

@@ -1,7 +1,7 @@
 // What was deployed, and what two deployments differ in.
 
 import { get } from "./api.js";
-import { commit, h, moment, table, tag } from "./dom.js";
+import { commit, h, moment, projectChoices, table, tag } from "./dom.js";
 import { link } from "./overview.js";
 
 export async function history({ query, signal }) {
@@ -49,7 +49,7 @@ export async function history({ query, signal }) {
     input.addEventListener("change", () => { filters[name] = input.value.trim(); more(true); });
     return h("label", {}, name, input);
   };
-  const project = h("select", { name: "project" }, h("option", { value: "" }, "all"), projects.map((p) => h("option", { value: p.name, selected: p.name === filters.project }, p.name)));
+  const project = h("select", { name: "project" }, h("option", { value: "" }, "all"), projectChoices(projects, filters.project).map(([value, text]) => h("option", { value, selected: value === filters.project }, text)));
   project.addEventListener("change", () => { filters.project = project.value; more(true); });
   await more(true);
   node.append(h("h1", {}, "History"),

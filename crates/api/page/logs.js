@@ -1,7 +1,7 @@
 // Lines of output, looked for in all deployments of a project.
 
-import { get, save } from "./api.js";
-import { h, marked, moment, refused, short } from "./dom.js";
+import { get, save, within } from "./api.js";
+import { h, marked, moment, projectChoices, refused, short } from "./dom.js";
 import { KIND_CHOICES, LEVEL_CHOICES, grade, origin, select } from "./output.js";
 
 /** Lines of one page. */
@@ -23,12 +23,16 @@ export async function logs({ query, signal }) {
     return { title: "Logs", node: h("div", {}, h("h1", {}, "Logs"), h("p", { class: "quiet" }, "There is no project yet.")) };
   }
   const field = (name, text, more = {}) => h("label", {}, text, h("input", { name, value: query[name] ?? "", autocomplete: "off", spellcheck: "false", ...more }));
-  const project = select("project", projects.map((p) => [p.name, p.name]), query.project ?? projects[0].name);
+  const project = select("project", projectChoices(projects, query.project), query.project || projects[0].name);
   const known = h("datalist", { id: "known-services" });
   const environments = h("datalist", { id: "known-environments" });
   const learn = async () => {
-    known.replaceChildren(...(projects.find((p) => p.name === project.value)?.services ?? []).map((s) => h("option", { value: s })));
-    const there = await get(`projects/${project.value}/environments`, {}, signal).catch(() => ({ environments: [] }));
+    const of = projects.find((p) => p.name === project.value);
+    known.replaceChildren(...(of?.services ?? []).map((s) => h("option", { value: s })));
+    environments.replaceChildren();
+    if (!of) return;
+    const there = await get(`projects/${of.name}/environments`, {}, signal).catch(() => ({ environments: [] }));
+    if (signal.aborted || project.value !== of.name) return;
     environments.replaceChildren(...there.environments.map((e) => h("option", { value: e.name })));
   };
   project.addEventListener("change", learn);
@@ -54,6 +58,8 @@ export async function logs({ query, signal }) {
   };
 
   let running = null;
+  // What was looked for, and where that goes on: a cursor is of its own search, whatever was filled in since.
+  let sought = null;
   let next = null;
   let total = { lines: 0, searched: 0 };
   let shown = null;
@@ -71,9 +77,10 @@ export async function logs({ query, signal }) {
   };
   const search = async (anew) => {
     running?.abort();
-    const mine = (running = new AbortController());
-    signal.addEventListener("abort", () => mine.abort());
-    const { project: of, query: wanted } = asked();
+    if (signal.aborted) return;
+    const mine = (running = within(signal));
+    if (anew) sought = asked();
+    const { project: of, query: wanted } = sought;
     if (anew) {
       next = null;
       total = { lines: 0, searched: 0 };
@@ -85,11 +92,18 @@ export async function logs({ query, signal }) {
     }
     wrong.replaceChildren();
     older.hidden = true;
+    if (!projects.some((p) => p.name === of)) {
+      status.textContent = "";
+      wrong.replaceChildren(refused({ problem: { code: "no_such_project", message: `There is no project ${of} that you may look at`, remedy: "Choose another one." } }));
+      found.removeAttribute("aria-busy");
+      return;
+    }
     found.setAttribute("aria-busy", "true");
     try {
       for (let empty = 0; empty < EMPTY; empty += 1) {
         status.textContent = total.searched ? `Looking… ${total.searched.toLocaleString()} lines looked at` : "Looking…";
         const page = await get(`projects/${of}/logs`, { ...wanted, limit: PAGE, cursor: next }, mine.signal);
+        if (mine.signal.aborted) return;
         for (const line of page.lines) draw(line, wanted.q);
         next = page.next;
         total = { lines: total.lines + page.lines.length, searched: total.searched + page.searched };
@@ -99,7 +113,7 @@ export async function logs({ query, signal }) {
       status.textContent = `${total.lines === 0 ? "Nothing was found" : `${total.lines.toLocaleString()} found`}: ${looked}${next ? " so far" : ""}.`;
       older.hidden = !next;
     } catch (error) {
-      if (error.name === "AbortError") return;
+      if (mine.signal.aborted) return;
       status.textContent = "";
       wrong.replaceChildren(refused(error));
     } finally {
@@ -119,8 +133,9 @@ export async function logs({ query, signal }) {
       field("environment", "Environment", { list: "known-environments" }), field("service", "Service", { list: "known-services" })),
     narrow, known, environments,
     h("div", { class: "row" }, h("button", {}, "Search"), h("button", { type: "button", onclick: keep }, "Keep all that fit as a file")));
-  await learn();
-  await search(true);
+  learn();
+  // The view is there before what is found: a rare text is looked for in many lines.
+  search(true);
   return {
     title: "Logs",
     node: h("div", {}, h("h1", {}, "Logs"), form, newer, wrong, status, found, h("p", {}, older)),

@@ -1,7 +1,7 @@
 // Webhooks: whom events of a project are sent to, what was sent, and what came of it.
 
 import { follow, get, may, send } from "./api.js";
-import { ask, duration, facts, fillIn, h, moment, notice, onlyLooks, problem, refused, replace, row, short, table, tag } from "./dom.js";
+import { ask, duration, facts, fillIn, h, moment, notice, onlyLooks, problem, projectChoices, refused, replace, row, short, table, tag } from "./dom.js";
 import { link } from "./overview.js";
 
 /** Deliveries of one page. */
@@ -44,12 +44,15 @@ const untilNext = (all) => {
 };
 
 async function list(query, signal) {
-  const [{ projects }] = await Promise.all([get("projects", {}, signal)]);
+  const { projects } = await get("projects", {}, signal);
   const own = projects.map((p) => p.name).filter((name) => may("configure", name));
   const cards = h("div");
-  const chosen = h("select", { name: "project" }, [["", "all"], ...projects.map((p) => [p.name, p.name])].map(([value, text]) => h("option", { value, selected: value === (query.project ?? "") }, text)));
+  const chosen = h("select", { name: "project" }, [["", "all"], ...projectChoices(projects, query.project)].map(([value, text]) => h("option", { value, selected: value === (query.project ?? "") }, text)));
   const draw = async () => {
-    const { webhooks: all } = await get("webhooks", { project: chosen.value }, signal);
+    const of = chosen.value;
+    if (of && !projects.some((p) => p.name === of)) return replace(cards, h("p", { class: "problem" }, `There is no project ${of} that you may look at.`));
+    const { webhooks: all } = await get("webhooks", { project: of }, signal);
+    if (signal.aborted || of !== chosen.value) return;
     replace(cards, all.length
       ? h("div", { class: "cards" }, all.map(card))
       : h("p", { class: "quiet" }, "Nothing is sent anywhere yet."));
