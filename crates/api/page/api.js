@@ -22,7 +22,7 @@ export const session = {
 export async function whoHas(token) {
   // Nothing else can stand in a header.
   if (!/^[\x21-\x7e]+$/.test(token)) throw new Refused({ detail: "This is no token: it has characters that no token has", remedy: "Paste the token alone." });
-  return answer(await fetch("/api/v1/whoami", { headers: { authorization: `Bearer ${token}` } }));
+  return asked("/api/v1/whoami", { headers: { authorization: `Bearer ${token}` } }, answer);
 }
 
 /** What whoever looks at this page may do, and where: a verb, and all projects or those named. */
@@ -50,13 +50,41 @@ export function within(signal) {
 }
 
 /** Fetches with the token, if there is one. */
-export function request(url, { headers = {}, ...more } = {}) {
-  const token = session.token;
+function request(url, { headers = {}, ...more } = {}) {
+  const token = headers.authorization ? "" : session.token;
   return fetch(url, { ...more, headers: token ? { ...headers, authorization: `Bearer ${token}` } : headers });
 }
 
+/** Longer than this nobody waits for an answer; the server itself gives up after 30 s. */
+const PATIENCE = 40_000;
+const NO_ANSWER = "The server did not answer. A browser has only so many connections to it: close other tabs of this page, if there are many";
+
+/** Asks, and reads the answer with `read`, within a time. */
+async function asked(url, { signal, ...options }, read) {
+  const mine = within(signal);
+  let late = false;
+  const timer = setTimeout(() => {
+    late = true;
+    mine.abort();
+  }, PATIENCE);
+  try {
+    return await read(await request(url, { ...options, signal: mine.signal }));
+  } catch (error) {
+    throw late ? new Error(NO_ANSWER) : error;
+  } finally {
+    clearTimeout(timer);
+    mine.abort();
+  }
+}
+
 async function answer(response) {
-  const body = await response.json().catch(() => ({}));
+  const text = await response.text();
+  let body = {};
+  try {
+    body = JSON.parse(text);
+  } catch {
+    // Something between here and the server may answer in its own words.
+  }
   if (response.ok) return body;
   throw new Refused({ detail: `the server answered ${response.status}`, ...body, status: response.status });
 }
@@ -65,14 +93,12 @@ async function answer(response) {
 export async function get(path, parameters = {}, signal) {
   const query = new URLSearchParams(Object.entries(parameters).filter(([, v]) => v !== undefined && v !== null && v !== ""));
   const url = query.size ? `/api/v1/${path}?${query}` : `/api/v1/${path}`;
-  return answer(await request(url, { headers: { accept: "application/json" }, signal }));
+  return asked(url, { headers: { accept: "application/json" }, signal }, answer);
 }
 
 /** Reads what is stored, byte for byte. */
-export async function getBytes(path, signal) {
-  const response = await request(`/api/v1/${path}`, { signal });
-  if (!response.ok) return answer(response);
-  return new Uint8Array(await response.arrayBuffer());
+export function getBytes(url, signal) {
+  return asked(url, { signal }, async (response) => (response.ok ? new Uint8Array(await response.arrayBuffer()) : answer(response)));
 }
 
 /** Keeps an answer as a file. Without a token the browser fetches it by itself; a token stands in no
@@ -105,7 +131,7 @@ export async function send(method, path, body, key = crypto.randomUUID()) {
   if (actor.name) headers["daybook-actor"] = actor.name;
   const options = { method, headers };
   if (body !== undefined) options.body = JSON.stringify(body);
-  return answer(await request(`/api/v1/${path}`, options));
+  return asked(`/api/v1/${path}`, options, answer);
 }
 
 /** What one dialog sends. Where no answer came, the same is sent again under the same key: it is carried
@@ -131,18 +157,46 @@ export function errand() {
   };
 }
 
+/** Until somebody looks at this tab, or the signal. */
+function lookedAt(signal) {
+  return new Promise((resolve) => {
+    const over = within(signal);
+    over.signal.addEventListener("abort", resolve);
+    const look = () => { if (!document.hidden) over.abort(); };
+    document.addEventListener("visibilitychange", look, { signal: over.signal });
+    look();
+    if (over.signal.aborted) resolve();
+  });
+}
+
 /**
  * Follows a stream of server-sent events until `signal`, for ever: a connection that ends is made
- * again after the last event, so nothing is missed. It ends where the server wants to know who asks,
- * and, if somebody wants to know of it, where it refuses.
+ * again after the last event, so nothing is missed. While nobody looks at the tab there is none: a
+ * browser has few connections to a server, for all tabs together. It ends where the server wants to
+ * know who asks, and, if somebody wants to know of it, where it refuses.
  */
 export async function follow(url, onEvent, { last, signal, onState = () => {}, onSignIn = () => {}, onRefused }) {
   let pause = 500;
-  while (!signal.aborted) {
+  for (;;) {
+    await lookedAt(signal);
+    if (signal.aborted) return;
+    const mine = within(signal);
+    let left = false;
+    let why;
+    document.addEventListener("visibilitychange", () => {
+      left = document.hidden;
+      if (left) mine.abort();
+    }, { signal: mine.signal });
+    // It answers at once, or there is no connection to be had.
+    const timer = setTimeout(() => {
+      why = NO_ANSWER;
+      mine.abort();
+    }, PATIENCE);
     try {
       const headers = { accept: "text/event-stream" };
       if (last !== undefined) headers["last-event-id"] = String(last);
-      const response = await request(url, { headers, signal });
+      const response = await request(url, { headers, signal: mine.signal });
+      clearTimeout(timer);
       if (response.status === 401) {
         onState(false, "not signed in");
         return onSignIn(new Refused(await response.json().catch(() => ({ detail: "The server asks who you are" }))));
@@ -177,8 +231,12 @@ export async function follow(url, onEvent, { last, signal, onState = () => {}, o
       }
     } catch (error) {
       if (signal.aborted) return;
+    } finally {
+      clearTimeout(timer);
+      mine.abort();
     }
-    onState(false);
+    if (left) continue;
+    onState(false, why);
     await new Promise((resolve) => setTimeout(resolve, pause));
     pause = Math.min(pause * 2, 15_000);
   }

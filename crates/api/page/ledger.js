@@ -1,14 +1,10 @@
 // The ledger itself: what was written, and proof that it was.
 
-import { get, getBytes, request } from "./api.js";
+import { get, getBytes } from "./api.js";
 import { h, moment, table, tag } from "./dom.js";
 import { hex, leafHash, prove, same } from "./merkle.js";
 
-const bytes = async (path) => {
-  const response = await request(`/tlog/${path}`);
-  if (!response.ok) throw new Error(`/tlog/${path}: status ${response.status}`);
-  return new Uint8Array(await response.arrayBuffer());
-};
+const bytes = (path) => getBytes(`/tlog/${path}`);
 const text = async (path) => new TextDecoder().decode(await bytes(path));
 
 export async function ledger({ rest: [position], signal }) {
@@ -44,7 +40,7 @@ function reading(stored) {
 }
 
 async function one(position, signal) {
-  const told = await getBytes(`events/${position}`, signal);
+  const told = await getBytes(`/api/v1/events/${position}`, signal);
   const result = h("div", { role: "status" }, h("p", { class: "quiet" }, "Proving…"));
   const { kind, shown } = reading(told);
   prove(position, bytes, text).then(async (proof) => {
