@@ -185,6 +185,16 @@ export function projectChoices(projects, wanted) {
   return [...names, ...(wanted && !names.includes(wanted) ? [wanted] : [])].map((name) => [name, name]);
 }
 
+/** A line that says that a stream is broken off, while it is. */
+export function connection() {
+  const node = h("p", { class: "quiet", role: "status", hidden: true });
+  const onState = (there, why = "Not connected; trying again.") => {
+    node.hidden = there;
+    node.textContent = there ? "" : why;
+  };
+  return { node, onState };
+}
+
 /** Replaces what an element holds; whoever was at a button of it is at the same one afterwards. */
 export function replace(element, ...children) {
   const at = element.contains(document.activeElement) ? document.activeElement.id : "";

@@ -1,11 +1,15 @@
 // Webhooks: whom events of a project are sent to, what was sent, and what came of it.
 
-import { follow, get, may, send } from "./api.js";
-import { ask, duration, facts, fillIn, h, moment, notice, onlyLooks, problem, projectChoices, refused, replace, row, short, table, tag } from "./dom.js";
+import { follow, get, may, send, within } from "./api.js";
+import { ask, connection, duration, facts, fillIn, h, moment, notice, onlyLooks, problem, projectChoices, refused, replace, row, short, table, tag } from "./dom.js";
 import { link } from "./overview.js";
 
 /** Deliveries of one page. */
 const PAGE = 50;
+/** At most so many are kept in the page. */
+const ROWS = 1000;
+/** A page that has none is followed by the next one, so often at most. */
+const EMPTY = 15;
 
 export function webhooks({ rest: [id], query, signal }) {
   return id ? one(id, signal) : list(query, signal);
@@ -266,49 +270,84 @@ function deliveries(path, signal, onTry) {
   const empty = h("p", { class: "quiet" }, "Nothing was sent yet.");
   const shown = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Deliveries" },
     h("table", { class: "stack", "aria-label": "Deliveries" }, h("thead", {}, h("tr", {}, COLUMNS.map((c) => h("th", { scope: "col" }, c)))), body));
-  const older = h("button", { type: "button", hidden: true, onclick: () => page() }, "Show older ones");
+  const older = h("button", { type: "button", hidden: true, onclick: () => page(following) }, "Show older ones");
+  const full = h("p", { class: "quiet", hidden: true }, `More than ${ROWS.toLocaleString()} are not shown.`);
+  const broken = connection();
   const wrong = h("div");
   const outcome = h("select", { name: "outcome" }, [["", "all"], ["delivered", "delivered"], ["failed", "failed"], ["dead_lettered", "set aside"], ["gone", "gone"], ["discarded", "discarded"]].map(([value, text]) => h("option", { value }, text)));
   let next;
   let following;
-  const line = (d) => row(COLUMNS, [
+  const cells = (d) => row(COLUMNS, [
     moment(d.time), h("td", {}, h("a", { href: `#/ledger/${d.position}` }, `event ${d.position}`), h("div", { class: "quiet" }, d.kind), d.deployment ? link(d.deployment) : null),
     String(d.number), tag(d.outcome === "dead_lettered" ? "set_aside" : d.outcome), d.status ? String(d.status) : "none", h("td", { class: "nowrap" }, duration(d.millis)),
     h("td", { class: "wide" }, d.message ?? d.code ?? "", d.next_at ? h("div", { class: "quiet" }, "again ", moment(d.next_at)) : null)]);
   const tell = () => {
-    empty.hidden = body.children.length > 0;
-    shown.hidden = !empty.hidden;
-    older.hidden = !next;
+    const rows = body.children.length;
+    empty.hidden = rows > 0;
+    empty.textContent = next ? "None was found among those looked at; there are older ones." : outcome.value ? "None has this outcome." : "Nothing was sent yet.";
+    shown.hidden = rows === 0;
+    full.hidden = rows < ROWS || !next;
+    older.hidden = rows >= ROWS || !next;
   };
-  const page = async () => {
+  /** Keeps at most so many rows; those that go are older ones again. */
+  const shorten = () => {
+    while (body.children.length > ROWS) body.lastChild.remove();
+    next = Number(body.lastChild.dataset.seq);
+  };
+  const line = (d) => {
+    const made = cells(d);
+    made.dataset.seq = d.seq;
+    return made;
+  };
+  /** The next page, of the list that `mine` is of. With a filter, or where lines were removed, a page may
+   *  have none: then the one after it is asked for. */
+  const page = async (mine) => {
     wrong.replaceChildren();
+    older.disabled = true;
+    let first;
     try {
-      const found = await get(`${path}/deliveries`, { outcome: outcome.value, limit: PAGE, before: next }, signal);
-      body.append(...found.deliveries.map(line));
-      next = found.next;
+      for (let none = 0; none < EMPTY; none += 1) {
+        const before = next;
+        const found = await get(`${path}/deliveries`, { outcome: outcome.value, limit: PAGE, before }, mine.signal);
+        if (mine.signal.aborted) return;
+        first ??= found;
+        // Rows that came meanwhile moved the end.
+        if (next !== before) break;
+        body.append(...found.deliveries.map(line));
+        next = found.next;
+        if (body.children.length > ROWS) shorten();
+        if (found.deliveries.length || !next) break;
+      }
       tell();
-      return found;
     } catch (error) {
-      if (error.name === "AbortError" || error.signIn) throw error;
+      if (mine.signal.aborted) return;
+      tell();
+      empty.hidden = true;
       wrong.replaceChildren(refused(error));
     }
+    older.disabled = false;
+    return first;
   };
   const begin = async () => {
     following?.abort();
-    const mine = (following = new AbortController());
-    signal.addEventListener("abort", () => mine.abort());
+    const mine = (following = within(signal));
     body.replaceChildren();
     next = undefined;
-    const found = await page();
-    if (!found || mine.signal.aborted) return;
+    for (const element of [shown, older, full]) element.hidden = true;
+    empty.hidden = false;
+    empty.textContent = "Looking…";
+    broken.onState(true);
     const query = outcome.value ? `?outcome=${outcome.value}` : "";
+    const first = await page(mine);
+    if (!first || mine.signal.aborted) return;
     follow(`/api/v1/${path}/deliveries${query}`, (event) => {
       const tried = JSON.parse(event.data);
       body.prepend(line(tried));
+      if (body.children.length > ROWS) shorten();
       tell();
       onTry(tried);
-    }, { last: found.newest, signal: mine.signal, onRefused: (error) => wrong.replaceChildren(refused(error)) });
+    }, { last: first.newest, signal: mine.signal, onState: broken.onState, onRefused: (error) => wrong.replaceChildren(refused(error)) });
   };
   outcome.addEventListener("change", begin);
-  return { begin, end: () => following?.abort(), node: h("div", {}, h("h2", {}, "Deliveries"), h("form", { class: "filters", onsubmit: (e) => e.preventDefault() }, h("label", {}, "Outcome", outcome)), wrong, empty, shown, h("p", {}, older)) };
+  return { begin, end: () => following?.abort(), node: h("div", {}, h("h2", {}, "Deliveries"), h("form", { class: "filters", onsubmit: (e) => e.preventDefault() }, h("label", {}, "Outcome", outcome)), wrong, broken.node, empty, shown, full, h("p", {}, older)) };
 }
