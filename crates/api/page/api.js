@@ -25,17 +25,21 @@ export async function whoHas(token) {
   return asked("/api/v1/whoami", { headers: { authorization: `Bearer ${token}` } }, answer);
 }
 
-/** What whoever looks at this page may do, and where: a verb, and all projects or those named. */
-let granted = {};
+/** What whoever looks at this page may do, and where: a verb, and all projects or those named. Nothing,
+ *  while it is not known. */
+let granted;
 
-/** Asks the server what may be done here. Before that, and where it does not say, nothing may. */
+/** Asks the server what may be done here. Says whether it is something else than was known. */
 export async function learnWhatMayBeDone() {
+  const before = JSON.stringify(granted);
   granted = (await get("whoami")).may ?? {};
+  return JSON.stringify(granted) !== before;
 }
 
 /** Whether something may be done in a project; in any one, if none is given. The server decides: this
- *  only keeps buttons away that it would refuse. */
+ *  only keeps buttons away that it would refuse, and where it is not known it keeps none away. */
 export function may(verb, project) {
+  if (!granted) return true;
   const where = granted[verb];
   if (!where) return false;
   return where === "all" || (project ? where.named.includes(project) : where.named.length > 0);
@@ -125,13 +129,21 @@ export const actor = {
   set name(name) { localStorage.setItem("daybook-actor", name); },
 };
 
+/** Told where the server refuses for want of a role: what is known of roles may be old. */
+export const denials = new EventTarget();
+
 /** Asks for a change. With the same key it is carried out once, however often it is sent. */
 export async function send(method, path, body, key = crypto.randomUUID()) {
   const headers = { "content-type": "application/json", accept: "application/json", "idempotency-key": key };
   if (actor.name) headers["daybook-actor"] = actor.name;
   const options = { method, headers };
   if (body !== undefined) options.body = JSON.stringify(body);
-  return asked(`/api/v1/${path}`, options, answer);
+  try {
+    return await asked(`/api/v1/${path}`, options, answer);
+  } catch (error) {
+    if (error.status === 403) denials.dispatchEvent(new Event("denied"));
+    throw error;
+  }
 }
 
 /** What one dialog sends. Where no answer came, the same is sent again under the same key: it is carried
@@ -183,6 +195,7 @@ export async function follow(url, onEvent, { last, signal, onState = () => {}, o
     const mine = within(signal);
     let left = false;
     let why;
+    let wait = 0;
     document.addEventListener("visibilitychange", () => {
       left = document.hidden;
       if (left) mine.abort();
@@ -203,6 +216,10 @@ export async function follow(url, onEvent, { last, signal, onState = () => {}, o
       }
       if (onRefused && response.status >= 400 && response.status < 500 && response.status !== 429) {
         return onRefused(await answer(response).catch((refused) => refused));
+      }
+      if (response.status === 429) {
+        wait = Math.min(60, Number(response.headers.get("retry-after")) || 0) * 1000;
+        why = (await answer(response).catch((refused) => refused)).message;
       }
       if (!response.ok) throw new Error(`status ${response.status}`);
       onState(true);
@@ -237,7 +254,7 @@ export async function follow(url, onEvent, { last, signal, onState = () => {}, o
     }
     if (left) continue;
     onState(false, why);
-    await new Promise((resolve) => setTimeout(resolve, pause));
+    await new Promise((resolve) => setTimeout(resolve, Math.max(pause, wait)));
     pause = Math.min(pause * 2, 15_000);
   }
 }

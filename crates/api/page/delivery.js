@@ -29,7 +29,7 @@ export async function delivery({ query, signal }) {
       select("days", [[7, "the last 7"], [30, "the last 30"], [90, "the last 90"]])),
     cards,
     h("p", { class: "quiet" }, "Counted from the ledger alone: ", h("code", {}, "daybook audit report dora"), " counts the same from an export."));
-  return { title: "Delivery", node, refresh: (events) => (events.some((e) => e.type.includes(".routing.") || e.type.includes(".deployment.")) ? draw() : null) };
+  return { title: "Delivery", node, refresh: (events) => (events?.some((e) => e.type.includes(".routing.") || e.type.includes(".deployment.")) ? draw() : null) };
 }
 
 const percent = (share) => (share === null || share === undefined ? null : `${Math.round(100 * share)} %`);

@@ -39,7 +39,7 @@ export async function deployment({ rest: [id], query, signal }) {
   return {
     title: `${detail.instance_id} ${short(detail.id)}`, node,
     // Events of others do not concern it, but for switches.
-    refresh: (events) => events.some((e) => e.correlationid === detail.id || e.subject.includes(detail.id) || e.type.includes(".routing.")) ? refresh() : null,
+    refresh: (events) => !events || events.some((e) => e.correlationid === detail.id || e.subject.includes(detail.id) || e.type.includes(".routing.")) ? refresh() : null,
   };
 }
 

@@ -195,6 +195,20 @@ export function connection() {
   return { node, onState };
 }
 
+/** Runs something once it was not asked for a while; for ever so often asked, at the latest after `most`. */
+export function settled(work, most) {
+  let due;
+  let since;
+  return (ms) => {
+    clearTimeout(due);
+    since ??= Date.now();
+    due = setTimeout(() => {
+      since = undefined;
+      work();
+    }, Math.max(0, Math.min(ms, since + most - Date.now())));
+  };
+}
+
 /** Replaces what an element holds; whoever was at a button of it is at the same one afterwards. */
 export function replace(element, ...children) {
   const at = element.contains(document.activeElement) ? document.activeElement.id : "";

@@ -55,7 +55,7 @@ export async function history({ query, signal }) {
   node.append(h("h1", {}, "History"),
     h("form", { class: "filters", onsubmit: (e) => e.preventDefault() }, h("label", {}, "project", project), field("environment"), field("service")),
     h("p", { class: "quiet" }, "Choose two to see what they differ in."), list, difference);
-  return { title: "History", node, refresh: (events) => (events.some((e) => e.type.includes(".deployment.")) && entries.length <= 50 ? more(true) : null) };
+  return { title: "History", node, refresh: (events) => (events?.some((e) => e.type.includes(".deployment.")) && entries.length <= 50 ? more(true) : null) };
 }
 
 /** The leaves of a value, by path. */

@@ -141,7 +141,7 @@ export async function logs({ query, signal }) {
     node: h("div", {}, h("h1", {}, "Logs"), form, newer, wrong, status, found, h("p", {}, older)),
     // What is being read stays where it is.
     refresh: (events) => {
-      if (events.some((e) => e.type.includes(".deployment.") && e.subject?.startsWith(`${project.value}/`))) newer.hidden = false;
+      if (events?.some((e) => e.type.includes(".deployment.") && e.subject?.startsWith(`${project.value}/`))) newer.hidden = false;
     },
   };
 }

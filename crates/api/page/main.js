@@ -1,7 +1,7 @@
 // Which view is shown, and keeping it true while events arrive.
 
-import { follow, get, learnWhatMayBeDone, session, whoHas } from "./api.js";
-import { h, notice } from "./dom.js";
+import { denials, follow, get, learnWhatMayBeDone, session, whoHas } from "./api.js";
+import { h, notice, settled } from "./dom.js";
 import { overview } from "./overview.js";
 import { deployment } from "./deployment.js";
 import { history } from "./history.js";
@@ -56,6 +56,7 @@ async function show() {
     const made = await view.show({ ...at, signal: current.ended.signal });
     if (shown !== current) return;
     current.refresh = made.refresh;
+    if (current.roles) due(0);
     document.title = `${made.title} · Daybook`;
     content.replaceChildren(made.node);
     // Who follows a link goes on at the top of what it leads to; who opens the page is left alone.
@@ -107,24 +108,32 @@ async function account() {
 }
 
 // Many events of one moment make one refresh, and nothing is taken from under somebody's hands.
-let due;
+const due = settled(refresh, 1000);
+let putOff;
 function changed(event) {
   const at = shown;
-  if (at?.refresh && !at.pending) at.pending = [];
-  at?.pending?.push(event);
-  clearTimeout(due);
-  due = setTimeout(refresh, 120);
+  if (!at?.refresh) return;
+  // Of many events about the same one is as good as all.
+  const { type, subject, correlationid } = event;
+  at.pending ??= new Map();
+  at.pending.set(`${type} ${subject} ${correlationid}`, event);
+  due(120);
 }
 
 async function refresh() {
   const at = shown;
-  if (!at?.refresh || !at.pending) return;
-  if (content.querySelector("input:focus, select:focus, textarea:focus") || document.querySelector("dialog[open]")) {
-    due = setTimeout(refresh, 1000);
+  if (!at?.refresh || !(at.pending || at.roles)) return;
+  // Nor is it drawn again before it was drawn.
+  if (at.busy || content.querySelector("input:focus, select:focus, textarea:focus") || document.querySelector("dialog[open]")) {
+    clearTimeout(putOff);
+    putOff = setTimeout(() => due(0), at.busy ? 200 : 1000);
     return;
   }
-  const events = at.pending;
+  // With other roles other things are offered, whatever happened.
+  const events = at.roles ? null : [...at.pending.values()];
   at.pending = null;
+  at.roles = false;
+  at.busy = true;
   const focused = content.contains(document.activeElement) ? document.activeElement.id : "";
   try {
     await at.refresh(events);
@@ -132,8 +141,32 @@ async function refresh() {
   } catch (error) {
     if (error.signIn) askWho(error);
     else if (error.name !== "AbortError") notice(error.message, true);
+  } finally {
+    at.busy = false;
   }
 }
+
+// What may be done: asked until it is answered, and again where it may be something else by now.
+let again;
+let pause = 5000;
+async function learn() {
+  clearTimeout(again);
+  try {
+    const other = await learnWhatMayBeDone();
+    pause = 5000;
+    if (!other || !shown) return;
+    shown.roles = true;
+    due(0);
+  } catch (error) {
+    if (error.signIn) return;
+    clearTimeout(again);
+    again = setTimeout(learn, pause);
+    pause = Math.min(60_000, 2 * pause);
+  }
+}
+const relearn = settled(learn, 2000);
+denials.addEventListener("denied", () => relearn(0));
+document.addEventListener("visibilitychange", () => { if (!document.hidden) relearn(300); });
 
 // What was lost, and was recorded as lost, stands in the stream as a line that is no event.
 function parsed(text) {
@@ -169,20 +202,20 @@ async function watchLedger() {
     }
   }
   await tell(true);
-  let telling;
+  const telling = settled(() => tell(true), 5000);
   const never = new AbortController();
   follow("/api/v1/events?follow=true", (event) => {
     const written = parsed(event.data);
     if (written) changed(written);
-    clearTimeout(telling);
+    if (written?.type?.includes(".access.")) relearn(300);
     // The signature follows within a second.
-    telling = setTimeout(() => tell(true), 1300);
+    telling(1300);
   }, { last: report.position, signal: never.signal, onState: tell, onSignIn: askWho });
 }
 
 addEventListener("hashchange", show);
 account();
 watchLedger();
-// Where this fails the view says why.
-await learnWhatMayBeDone().catch(() => {});
+// Where it is not known in time, all is offered, and the server decides.
+await Promise.race([learn(), new Promise((resolve) => setTimeout(resolve, 2000))]);
 await show();

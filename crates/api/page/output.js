@@ -2,7 +2,7 @@
 // search among the lines.
 
 import { follow, save } from "./api.js";
-import { h, marked, refused } from "./dom.js";
+import { connection, h, marked, refused } from "./dom.js";
 
 /** At most so many lines are kept in the page. */
 const LINES = 5000;
@@ -38,6 +38,7 @@ export function output(id, at, signal) {
   const count = h("span", { class: "quiet", role: "status" });
   const newest = h("button", { type: "button", hidden: true, onclick: () => toEnd() }, "To the newest");
   const wrong = h("div");
+  const broken = connection();
   const kept = () => save(path, { q: search.value, type: kinds.value, level: levels.value }, `${id}.log`).catch((error) => wrong.replaceChildren(refused(error)));
 
   // Each line with its element, once it is drawn; null if it does not fit what is looked for.
@@ -127,7 +128,7 @@ export function output(id, at, signal) {
     open = true;
     const query = place ? "" : "?follow=true&running=true";
     await follow(`/api/v1/${path}${query}`, take, {
-      last, signal: ends.signal, onRefused: (error) => {
+      last, signal: ends.signal, onState: broken.onState, onRefused: (error) => {
         wrong.replaceChildren(refused(error));
         ends.abort();
       },
@@ -143,6 +144,6 @@ export function output(id, at, signal) {
     node: h("div", { class: "output" },
       place ? h("p", {}, "Around the line that you were sent to; ", all, ".") : null,
       h("div", { class: "row" }, search, kinds, levels, h("button", { type: "button", onclick: kept }, "Keep as a file"), newest, count),
-      wrong, pre),
+      wrong, broken.node, pre),
   };
 }

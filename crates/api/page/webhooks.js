@@ -1,7 +1,7 @@
 // Webhooks: whom events of a project are sent to, what was sent, and what came of it.
 
 import { follow, get, may, send, within } from "./api.js";
-import { ask, connection, duration, facts, fillIn, h, moment, notice, onlyLooks, problem, projectChoices, refused, replace, row, short, table, tag } from "./dom.js";
+import { ask, connection, duration, facts, fillIn, h, moment, notice, onlyLooks, problem, projectChoices, refused, replace, row, settled, short, table, tag } from "./dom.js";
 import { link } from "./overview.js";
 
 /** Deliveries of one page. */
@@ -32,12 +32,16 @@ function sends(w) {
     w.deployment ? [" of the run of ", link(w.deployment)] : "", w.format === "cdevents" ? ", as CDEvents" : "", w.proof ? ", each with its proof" : ""];
 }
 
-/** Runs something soon, once, however often it is asked for; never after the view has gone. */
+/** Runs something soon, once, however often it is asked for; never after the view has gone. What is to
+ *  be done later does not put off what is to be done soon. */
 function soon(work, signal) {
-  let due;
+  const run = () => { if (!signal.aborted) work().catch(() => {}); };
+  const near = settled(run, 2000);
+  let far;
   return (ms) => {
-    clearTimeout(due);
-    due = setTimeout(() => { if (!signal.aborted) work().catch(() => {}); }, Math.max(100, ms));
+    if (ms <= 2000) return near(ms);
+    clearTimeout(far);
+    far = setTimeout(run, ms);
   };
 }
 
@@ -49,12 +53,16 @@ const untilNext = (all) => {
 
 async function list(query, signal) {
   const { projects } = await get("projects", {}, signal);
-  const own = projects.map((p) => p.name).filter((name) => may("configure", name));
   const cards = h("div");
+  const offer = h("span");
+  const looks = h("div");
   const chosen = h("select", { name: "project" }, [["", "all"], ...projectChoices(projects, query.project)].map(([value, text]) => h("option", { value, selected: value === (query.project ?? "") }, text)));
   const draw = async () => {
     const of = chosen.value;
     if (of && !projects.some((p) => p.name === of)) return replace(cards, h("p", { class: "problem" }, `There is no project ${of} that you may look at.`));
+    const own = projects.map((p) => p.name).filter((name) => may("configure", name));
+    replace(offer, own.length ? h("button", { type: "button", id: "new-webhook", onclick: () => createOne(own, chosen.value) }, "New webhook") : null);
+    replace(looks, own.length ? null : onlyLooks("configure"));
     const { webhooks: all } = await get("webhooks", { project: of }, signal);
     if (signal.aborted || of !== chosen.value) return;
     replace(cards, all.length
@@ -64,16 +72,13 @@ async function list(query, signal) {
     if (next !== null) again(next);
   };
   const again = soon(draw, signal);
-  chosen.addEventListener("change", draw);
+  chosen.addEventListener("change", () => draw().catch((error) => { if (!signal.aborted) replace(cards, refused(error)); }));
   await draw();
-  const create = own.length
-    ? h("button", { type: "button", id: "new-webhook", onclick: () => createOne(own, chosen.value) }, "New webhook")
-    : onlyLooks("configure");
   return {
     title: "Webhooks",
     node: h("div", {}, h("h1", {}, "Webhooks"),
       h("p", { class: "quiet" }, "Events of a project are sent to a URL as they are recorded: signed, at least once, in order within each deployment."),
-      h("form", { class: "filters", onsubmit: (e) => e.preventDefault() }, h("label", {}, "Project", chosen), own.length ? create : null), own.length ? null : create, cards),
+      h("form", { class: "filters", onsubmit: (e) => e.preventDefault() }, h("label", {}, "Project", chosen), offer), looks, cards),
     // What came of sending an event is known a moment after it.
     refresh: async () => { await draw(); again(1500); },
   };
@@ -250,6 +255,7 @@ async function one(id, signal) {
     title: `Webhook ${short(id)}`,
     node: h("div", {}, head, wrong, put, sent.node),
     refresh: (events) => {
+      if (!events) return draw();
       const own = events.filter((e) => e.type.includes(".subscription.") && e.subject.includes(webhook.id));
       if (!deleted && own.some((e) => e.type.endsWith(".subscription.deleted.v1"))) {
         deleted = true;
