@@ -16,7 +16,7 @@ use crate::differences::differences;
 use crate::error::refusal;
 use crate::names::{ADDRESS, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
 use crate::objects::{Kind, Object};
-use crate::routes::leads_as;
+use crate::routes::otherwise;
 
 /// The annotation with the digest of what an object was applied as, without this annotation.
 ///
@@ -254,6 +254,59 @@ fn is_so(object: &Object, found: &DynamicObject) -> bool {
     // The items of a list do not say what they are.
     live["apiVersion"] = json!(object.kind.api_version);
     live["kind"] = json!(object.kind.kind);
-    let leads_elsewhere = object.kind == Kind::HTTP_ROUTE && !leads_as(&object.body, &live);
+    // What somebody has set beside what a route is to be may lead elsewhere. Applying it says whose
+    // that is.
+    let leads_elsewhere = object.kind == Kind::HTTP_ROUTE
+        && !otherwise(&object.body["spec"], &live["spec"]).is_empty();
     !leads_elsewhere && differences(&object.body, &live).is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_that_somebody_has_added_to_is_not_as_it_is_to_be() {
+        let body = json!({
+            "apiVersion": Kind::HTTP_ROUTE.api_version,
+            "kind": Kind::HTTP_ROUTE.kind,
+            "metadata": { "name": "web-1", "namespace": "shop--production" },
+            "spec": {
+                "hostnames": ["web.example.com"],
+                "rules": [{
+                    "matches": [{ "path": { "type": "PathPrefix", "value": "/" } }],
+                    "backendRefs": [{
+                        "group": "", "kind": "Service", "name": "web-1", "port": 80, "weight": 1,
+                    }],
+                }],
+            },
+        });
+        let object = Object {
+            kind: Kind::HTTP_ROUTE,
+            name: "web-1".to_owned(),
+            body,
+        };
+        let is_so = |change: &dyn Fn(&mut Value)| {
+            let mut live = marked(&object.body);
+            live["metadata"]["uid"] = json!("1");
+            live["status"] = json!({ "parents": [] });
+            change(&mut live);
+            super::is_so(&object, &serde_json::from_value(live).unwrap())
+        };
+        assert!(is_so(&|_| {}));
+        assert!(is_so(
+            &|live| live["metadata"]["labels"]["theirs"] = json!("x")
+        ));
+        assert!(!is_so(
+            &|live| live["spec"]["hostnames"] = json!(["theirs.example.com"])
+        ));
+        let redirect = json!([{ "type": "RequestRedirect", "requestRedirect": { "port": 1 } }]);
+        assert!(!is_so(
+            &|live| live["spec"]["rules"][0]["filters"] = redirect.clone()
+        ));
+        let header = json!([{ "name": "x-beta", "value": "1" }]);
+        assert!(!is_so(&|live| {
+            live["spec"]["rules"][0]["matches"][0]["headers"] = header.clone();
+        }));
+    }
 }

@@ -46,6 +46,54 @@ fn compare(wanted: &Value, live: Option<&Value>, path: &mut String, found: &mut 
     }
 }
 
+/// The fields that are there in what is asked for, and that nobody has asked for. A list with more
+/// or fewer items than it is to have is one such field.
+pub(crate) fn unasked(wanted: &Value, live: &Value) -> Vec<String> {
+    let mut found = Vec::new();
+    find_unasked(wanted, live, &mut String::new(), &mut found);
+    found
+}
+
+fn find_unasked(wanted: &Value, live: &Value, path: &mut String, found: &mut Vec<String>) {
+    let length = path.len();
+    match (wanted, live) {
+        (Value::Object(wanted), Value::Object(live)) => {
+            for (key, value) in live {
+                path.push('.');
+                path.push_str(key);
+                match wanted.get(key) {
+                    Some(wanted) => find_unasked(wanted, value, path, found),
+                    None if is_empty(value) => {}
+                    None => found.push(path.clone()),
+                }
+                path.truncate(length);
+            }
+        }
+        (Value::Array(wanted), Value::Array(live)) if wanted.len() != live.len() => {
+            found.push(path.clone());
+        }
+        (Value::Array(wanted), Value::Array(live)) if has_names(wanted) => {
+            for item in wanted {
+                let name = name(item).unwrap_or_default();
+                let Some(same) = live.iter().find(|l| self::name(l) == Some(name)) else {
+                    continue;
+                };
+                path.push_str(&format!("[{name}]"));
+                find_unasked(item, same, path, found);
+                path.truncate(length);
+            }
+        }
+        (Value::Array(wanted), Value::Array(live)) => {
+            for (n, (item, live)) in wanted.iter().zip(live).enumerate() {
+                path.push_str(&format!("[{n}]"));
+                find_unasked(item, live, path, found);
+                path.truncate(length);
+            }
+        }
+        _ => {}
+    }
+}
+
 fn name(item: &Value) -> Option<&str> {
     item.get("name")?.as_str()
 }

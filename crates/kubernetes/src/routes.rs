@@ -21,7 +21,7 @@ pub(crate) use http_route::HttpRoute;
 use http_route::Verdict;
 
 use crate::apply::timely;
-use crate::differences::differences;
+use crate::differences::{differences, unasked};
 use crate::error::refusal;
 use crate::names::{self, ADDRESS, ENVIRONMENT, MANAGED_BY, MANAGER, PROJECT};
 use crate::objects::{self, GatewayRef};
@@ -327,18 +327,14 @@ impl Wanted {
         (self.namespace.clone(), self.name.clone())
     }
 
-    /// Whether an object is so already.
+    /// Whether an object leads it there already. What somebody has set beside that is drift, and is
+    /// in the way of the next switch of this hostname, but of no other one.
     fn is(&self, known: &HttpRoute) -> bool {
-        leads_as(&self.body, &json!({ "spec": known.spec }))
+        // The backends are told apart by name, and one too many would not be missed.
+        let count = |of: &Value| of["rules"][0]["backendRefs"].as_array().map(Vec::len);
+        let (wanted, live) = (&self.body["spec"], &known.spec);
+        differences(wanted, live).is_empty() && count(wanted) == count(live)
     }
-}
-
-/// Whether a route leads what it is to lead where it is to lead it, and nothing elsewhere.
-pub(crate) fn leads_as(wanted: &Value, live: &Value) -> bool {
-    // The backends are told apart by name, and one too many would not be missed.
-    let count = |of: &Value| of["rules"][0]["backendRefs"].as_array().map(Vec::len);
-    let (wanted, live) = (&wanted["spec"], &live["spec"]);
-    differences(wanted, live).is_empty() && count(wanted) == count(live)
 }
 
 /// How a hostname is led, held against how it is to be led.
@@ -365,33 +361,57 @@ pub(crate) fn seen(
     }
 }
 
-/// The fields of a route that are otherwise. Unlike with other objects, what nobody asked for counts
-/// as well: another rule, another backend or a filter leads somebody elsewhere.
-fn otherwise(wanted: &Value, live: &Value) -> Vec<String> {
-    let mut fields = differences(wanted, live);
-    for list in [
-        "/hostnames",
-        "/rules",
-        "/rules/0/backendRefs",
-        "/rules/0/matches",
-    ] {
-        let count = |of: &Value| of.pointer(list).and_then(Value::as_array).map(Vec::len);
-        if count(wanted) != count(live) {
-            fields.push(list.replace("/0/", "[0].").replace('/', "."));
-        }
-    }
-    for filters in ["/rules/0/filters", "/rules/0/backendRefs/0/filters"] {
-        if live
-            .pointer(filters)
-            .and_then(Value::as_array)
-            .is_some_and(|f| !f.is_empty())
-        {
-            fields.push(filters.replace("/0/", "[0].").replace('/', "."));
-        }
-    }
+/// The fields of a route's spec that are otherwise. Unlike with other objects, what nobody asked for
+/// counts as well: another rule, a match on a header, a filter or one more Gateway leads somebody
+/// elsewhere. Only what Gateway API takes for granted does not.
+pub(crate) fn otherwise(wanted: &Value, live: &Value) -> Vec<String> {
+    let live = with_defaults(live);
+    let mut fields = differences(wanted, &live);
+    fields.extend(unasked(wanted, &live));
     fields.sort();
     fields.dedup();
     fields
+}
+
+/// A route's spec with what Gateway API takes for granted where nothing is said. Routes that Daybook
+/// makes say all of it.
+fn with_defaults(spec: &Value) -> Value {
+    let mut spec = spec.clone();
+    for parent in items(&mut spec, "parentRefs") {
+        presume(parent, "group", json!("gateway.networking.k8s.io"));
+        presume(parent, "kind", json!("Gateway"));
+    }
+    for rule in items(&mut spec, "rules") {
+        presume(rule, "matches", json!([{}]));
+        for one in items(rule, "matches") {
+            presume(one, "path", json!({}));
+            if let Some(path) = one.get_mut("path") {
+                presume(path, "type", json!("PathPrefix"));
+                presume(path, "value", json!("/"));
+            }
+        }
+        for backend in items(rule, "backendRefs") {
+            presume(backend, "group", json!(""));
+            presume(backend, "kind", json!("Service"));
+            presume(backend, "weight", json!(1));
+        }
+    }
+    spec
+}
+
+/// The items of a list in an object; none if there is no such list.
+fn items<'a>(of: &'a mut Value, list: &str) -> &'a mut [Value] {
+    match of.get_mut(list) {
+        Some(Value::Array(items)) => items.as_mut_slice(),
+        _ => &mut [],
+    }
+}
+
+/// Sets a field of an object that does not say it.
+fn presume(of: &mut Value, field: &str, default: Value) {
+    if let Value::Object(fields) = of {
+        fields.entry(field).or_insert(default);
+    }
 }
 
 /// Where a route leads which hostnames, in one line: `www.example.com: web-1a2b3c4d 90, web-… 10`.
@@ -409,4 +429,164 @@ fn way(spec: &Value) -> String {
     });
     let rules = rules.collect::<Vec<_>>().join("; ");
     format!("{}: {rules}", hostnames.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use daybook_events::DeploymentId;
+    use daybook_workers::host_routes::HostBackend;
+    use uuid::Uuid;
+
+    use super::*;
+
+    /// A route with two backends, as it is to be.
+    fn spec() -> Value {
+        let backend = |n, weight| HostBackend {
+            service: "web".parse().unwrap(),
+            deployment: DeploymentId(Uuid::from_u128(n)),
+            weight,
+        };
+        let host = HostRoute {
+            hostname: "shop.example.com".parse().unwrap(),
+            environment: "production".parse().unwrap(),
+            backends: vec![backend(1, 90), backend(2, 1)],
+        };
+        let gateway = GatewayRef {
+            name: "public".to_owned(),
+            namespace: Some("edge".to_owned()),
+            section_name: None,
+        };
+        let wanted = Wanted::new(&"shop".parse().unwrap(), &host, &gateway);
+        wanted.body["spec"].clone()
+    }
+
+    /// The name of the n-th backend.
+    fn backend(spec: &Value, n: usize) -> String {
+        let name = &spec["rules"][0]["backendRefs"][n]["name"];
+        name.as_str().unwrap().to_owned()
+    }
+
+    fn remove(of: &mut Value, field: &str) {
+        assert!(of.as_object_mut().unwrap().remove(field).is_some());
+    }
+
+    #[test]
+    fn what_gateway_api_takes_for_granted_is_no_change() {
+        let wanted = spec();
+        assert_eq!(otherwise(&wanted, &wanted), [""; 0]);
+        let mut live = wanted.clone();
+        for field in ["group", "kind"] {
+            remove(&mut live["parentRefs"][0], field);
+            remove(&mut live["rules"][0]["backendRefs"][0], field);
+        }
+        remove(&mut live["rules"][0]["backendRefs"][1], "weight");
+        remove(&mut live["rules"][0]["matches"][0]["path"], "type");
+        assert_eq!(otherwise(&wanted, &live), [""; 0]);
+        remove(&mut live["rules"][0]["matches"][0], "path");
+        assert_eq!(otherwise(&wanted, &live), [""; 0]);
+        remove(&mut live["rules"][0], "matches");
+        assert_eq!(otherwise(&wanted, &live), [""; 0]);
+        // Nor is what says nothing, nor the order of backends.
+        live["rules"][0]["filters"] = json!([]);
+        live["rules"][0]["timeouts"] = json!({});
+        live["rules"][0]["backendRefs"]
+            .as_array_mut()
+            .unwrap()
+            .reverse();
+        assert_eq!(otherwise(&wanted, &live), [""; 0]);
+    }
+
+    #[test]
+    fn whatever_else_is_said_of_a_route_leads_somebody_elsewhere() {
+        let wanted = spec();
+        let second = backend(&wanted, 1);
+        let filter = json!([{
+            "type": "RequestRedirect",
+            "requestRedirect": { "hostname": "theirs.example.com", "statusCode": 302 },
+        }]);
+        let header = json!([{ "type": "Exact", "name": "x-beta", "value": "1" }]);
+        for (place, value, field) in [
+            (
+                "/rules/0/matches/0/headers",
+                header.clone(),
+                ".rules[0].matches[0].headers".to_owned(),
+            ),
+            (
+                "/rules/0/matches/0/queryParams",
+                header,
+                ".rules[0].matches[0].queryParams".to_owned(),
+            ),
+            (
+                "/rules/0/matches/0/method",
+                json!("GET"),
+                ".rules[0].matches[0].method".to_owned(),
+            ),
+            (
+                "/rules/0/matches/0/path/value",
+                json!("/theirs"),
+                ".rules[0].matches[0].path.value".to_owned(),
+            ),
+            (
+                "/rules/0/filters",
+                filter.clone(),
+                ".rules[0].filters".to_owned(),
+            ),
+            (
+                "/rules/0/timeouts",
+                json!({ "request": "1ms" }),
+                ".rules[0].timeouts".to_owned(),
+            ),
+            (
+                "/rules/0/retry",
+                json!({ "attempts": 9 }),
+                ".rules[0].retry".to_owned(),
+            ),
+            (
+                "/rules/0/sessionPersistence",
+                json!({ "type": "Cookie" }),
+                ".rules[0].sessionPersistence".to_owned(),
+            ),
+            (
+                "/rules/0/backendRefs/1/filters",
+                filter,
+                format!(".rules[0].backendRefs[{second}].filters"),
+            ),
+            (
+                "/rules/0/backendRefs/1/namespace",
+                json!("theirs"),
+                format!(".rules[0].backendRefs[{second}].namespace"),
+            ),
+            (
+                "/parentRefs/0/port",
+                json!(8080),
+                ".parentRefs[public].port".to_owned(),
+            ),
+        ] {
+            let mut live = wanted.clone();
+            let (of, key) = place.rsplit_once('/').unwrap();
+            live.pointer_mut(of).unwrap()[key] = value;
+            assert_eq!(otherwise(&wanted, &live), [field], "{live}");
+        }
+    }
+
+    #[test]
+    fn one_more_of_anything_is_a_change() {
+        let wanted = spec();
+        for (list, field) in [
+            ("/parentRefs", ".parentRefs"),
+            ("/hostnames", ".hostnames"),
+            ("/rules", ".rules"),
+            ("/rules/0/matches", ".rules[0].matches"),
+            ("/rules/0/backendRefs", ".rules[0].backendRefs"),
+        ] {
+            let mut live = wanted.clone();
+            let items = live.pointer_mut(list).unwrap().as_array_mut().unwrap();
+            let mut more = items[0].clone();
+            if let Some(name) = more.get_mut("name") {
+                *name = json!("theirs");
+            }
+            items.push(more);
+            assert_eq!(otherwise(&wanted, &live), [field], "{live}");
+        }
+    }
 }
