@@ -359,6 +359,21 @@ async fn a_route_that_somebody_has_changed_is_seen_with_where_it_should_lead() {
         seen("as before", &is_right).await;
     }
 
+    // The next switch takes back what somebody still has, and what somebody has put back.
+    patched(&filtered).await;
+    seen("a filter", &is_changed).await;
+    edge.route(vec![host()]).await.unwrap();
+    seen("that it is taken back", &is_right).await;
+    patched(&other).await;
+    patched(&spec).await;
+    let switched = edge.host(name, &[(2, 1)]);
+    edge.route(vec![switched]).await.unwrap();
+    let found = api.get(name).await.unwrap();
+    let led = &found.data["spec"]["rules"][0]["backendRefs"];
+    assert_eq!(led[0]["name"], json!(backend(2)), "{led}");
+    edge.route(vec![host()]).await.unwrap();
+    seen("as it is to be again", &is_right).await;
+
     api.delete(name, &Default::default()).await.unwrap();
     let missing = RouteSeen::Missing {
         expected: way(90, 10),

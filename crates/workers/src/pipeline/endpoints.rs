@@ -471,6 +471,7 @@ impl Watch {
         for cluster in &row.state.request.clusters {
             let at = routing.applied.get(cluster.as_str());
             if at.is_none_or(|at| *at < route.table) {
+                all_seen = false;
                 continue;
             }
             let wanted = cluster_gateway::host_route(&self.bench, cluster, hostname, route)?;
