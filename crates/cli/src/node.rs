@@ -295,11 +295,6 @@ impl Node {
                 "name another one with --data DIR",
             )
         })?;
-        // Where it lies in a folder that is deployed, keys and secrets are not uploaded with it.
-        let ignore = options.data.join(".gitignore");
-        if !ignore.exists() {
-            let _ = std::fs::write(ignore, "*\n");
-        }
         let data = std::path::absolute(&options.data)?;
         let remotes = options
             .gitops_remotes
@@ -329,6 +324,12 @@ impl Node {
         } else {
             None
         };
+
+        // Where it lies in a folder that is deployed, keys and secrets are not uploaded with it.
+        let ignore = options.data.join(".gitignore");
+        if !ignore.exists() {
+            let _ = std::fs::write(ignore, "*\n");
+        }
 
         let roles: Vec<_> = options.roles.iter().map(|r| r.name()).collect();
         let telemetry = options.collector.as_ref();
