@@ -26,7 +26,7 @@ use uuid::Uuid;
 use crate::support::*;
 
 /// What takes a key as every POST does, and needs none.
-const OTHERWISE: [(&str, &str); 5] = [
+const OTHERWISE: [(&str, &str); 8] = [
     (
         "/api/v1/tokens",
         "its secret is shown once: access.rs sends it twice",
@@ -43,7 +43,19 @@ const OTHERWISE: [(&str, &str); 5] = [
         "/api/v1/projects/{project}/secrets/{name}/verify",
         "it compares, and records nothing",
     ),
+    (
+        "/api/v1/projects/{project}/services/{service}/uploads",
+        "the same content counts once: tests/uploads.rs sends it twice",
+    ),
+    (
+        "/api/v1/projects/{project}/services/{service}/uploads/missing",
+        "it asks what is not there yet, and records nothing",
+    ),
     ("/git/{repository}/git-upload-pack", "it is how git reads"),
+    (
+        "/uploads/{project}/{repository}/git-upload-pack",
+        "it is how git reads",
+    ),
 ];
 
 /// Sends each command twice.

@@ -134,6 +134,9 @@ async fn a_right_that_is_missing_is_named() {
             { "apiGroups": ["apps"], "resources": ["deployments", "replicasets"],
               "verbs": ["get", "list", "watch", "create", "delete"] },
             { "apiGroups": [""], "resources": ["pods", "events"], "verbs": ["list", "watch"] },
+            // Asked for if another test has installed them here.
+            { "apiGroups": ["gateway.networking.k8s.io"], "resources": ["httproutes"],
+              "verbs": ["list", "create", "patch", "delete"] },
         ],
     });
     let binding = json!({
