@@ -119,6 +119,14 @@ struct Plan {
     origin: Option<Origin>,
 }
 
+/// How an aggregate went on behind a snapshot.
+struct Stretch {
+    /// Positions of its events until the next snapshot, or until now.
+    events: Vec<Position>,
+    /// Position of the next snapshot, if there is one.
+    until: Option<Position>,
+}
+
 impl Plan {
     /// Plans how to get the state of an aggregate at a position. None for an aggregate of a newer
     /// version. To be called while no rows are written.
@@ -127,11 +135,23 @@ impl Plan {
         subject: Subject,
         at: Position,
     ) -> Result<Option<Self>, TableError> {
-        let table = &projections.inner.table;
-        let (Some(empty), Some(prefix)) = (Kept::empty(&subject), keys::snapshots(&subject)) else {
+        let Some(now) = Kept::load(&projections.inner.table, &subject)? else {
             return Ok(None);
         };
-        let Some(mut now) = Kept::load(table, &subject)? else {
+        let found = Self::from_now(projections, subject, now, at)?;
+        Ok(found.map(|(plan, _)| plan))
+    }
+
+    /// As [`Plan::new`], with how the aggregate is now; and with how it went on from the snapshot that
+    /// the plan is based on, unless that is how it is now.
+    fn from_now(
+        projections: &Projections,
+        subject: Subject,
+        mut now: Kept,
+        at: Position,
+    ) -> Result<Option<(Self, Option<Stretch>)>, TableError> {
+        let table = &projections.inner.table;
+        let (Some(empty), Some(prefix)) = (Kept::empty(&subject), keys::snapshots(&subject)) else {
             return Ok(None);
         };
         let origin = match &mut now.state {
@@ -146,36 +166,52 @@ impl Plan {
         };
         if now.state.position() <= at {
             plan.base = now;
-            return Ok(Some(plan));
+            return Ok(Some((plan, None)));
         }
-        let near = |way: Way, from: Position| {
-            let key = [prefix.as_slice(), &from.0.to_be_bytes()].concat();
-            table.scan(&prefix, Some(&key), way, |_, row| {
-                ControlFlow::Break(row.clone())
-            })
+        let decoded = |row: &[u8]| Kept::decode(&plan.subject, row);
+        let lost = || TableError::Row(format!("no snapshot at {}", now.snapshot));
+        let key = |position: Position| [prefix.as_slice(), &position.0.to_be_bytes()].concat();
+        let stretch = if now.snapshot <= at {
+            // It has no snapshot, or the newest is the one.
+            if now.snapshot > Position::ZERO {
+                let row = table.get(&key(now.snapshot))?;
+                if let Some(kept) = decoded(&row.ok_or_else(lost)?)? {
+                    plan.base = kept;
+                }
+            }
+            Stretch {
+                events: now.trail,
+                until: None,
+            }
+        } else {
+            if let Some((_, row)) = table.nearest(&prefix, &key(at.next()), Way::Down)?
+                && let Some(kept) = decoded(&row)?
+            {
+                plan.base = kept;
+            }
+            let (key, row) = table
+                .nearest(&prefix, &key(at), Way::Up)?
+                .ok_or_else(lost)?;
+            Stretch {
+                events: decoded(&row)?.map(|kept| kept.trail).unwrap_or_default(),
+                until: keys::position_of(&key),
+            }
         };
-        if let Some(row) = near(Way::Down, at.next())?
-            && let Some(kept) = Kept::decode(&plan.subject, &row)?
-        {
-            plan.base = kept;
-        }
-        let after = match near(Way::Up, at)? {
-            Some(row) => Kept::decode(&plan.subject, &row)?.map(|kept| kept.trail),
-            None => Some(now.trail),
-        };
-        plan.events = after.unwrap_or_default();
-        plan.events.retain(|p| *p <= at);
-        Ok(Some(plan))
+        let before = stretch.events.iter().copied();
+        plan.events = before.take_while(|p| *p <= at).collect();
+        Ok(Some((plan, Some(stretch))))
     }
 
     /// The state, once the events are read.
     fn carry_out(self, events: &Events) -> Result<Past, PastError> {
         let mut state = self.base.state;
         events.replay(&mut state, &self.events)?;
+        let is_kept = self.events.is_empty();
         Ok(Past {
             subject: self.subject,
             state,
             origin: self.origin,
+            element: self.base.element.filter(|_| is_kept),
         })
     }
 }
@@ -185,6 +221,8 @@ struct Past {
     subject: Subject,
     state: State,
     origin: Option<Origin>,
+    /// What it contributed to the sum of states, where a row says it.
+    element: Option<Element>,
 }
 
 impl Past {
@@ -192,6 +230,9 @@ impl Past {
     fn element(&self) -> Result<Option<Element>, TableError> {
         if self.state.position() == Position::ZERO {
             return Ok(None);
+        }
+        if self.element.is_some() {
+            return Ok(self.element);
         }
         self.state.element(&self.subject).map(Some)
     }
@@ -225,18 +266,25 @@ impl Change {
         earlier: Position,
         later: Position,
     ) -> Result<Option<Self>, TableError> {
-        let earlier = Plan::new(projections, subject.clone(), earlier)?;
-        let later = Plan::new(projections, subject, later)?;
-        Ok(earlier.zip(later).map(|(earlier, mut later)| {
-            let later = match earlier.base.state.position() == later.base.state.position() {
-                true => {
-                    let same = earlier.events.len().min(later.events.len());
-                    Later::Further(later.events.split_off(same))
-                }
-                false => Later::Anew(Box::new(later)),
-            };
-            Self { earlier, later }
-        }))
+        let Some(now) = Kept::load(&projections.inner.table, &subject)? else {
+            return Ok(None);
+        };
+        let before = now.clone();
+        let plan = Plan::from_now(projections, subject.clone(), before, earlier)?;
+        let Some((earlier, stretch)) = plan else {
+            return Ok(None);
+        };
+        let later = match stretch {
+            Some(stretch) if stretch.until.is_none_or(|until| later < until) => {
+                let further = stretch.events.into_iter().skip(earlier.events.len());
+                Later::Further(further.take_while(|p| *p <= later).collect())
+            }
+            _ => match Plan::from_now(projections, subject, now, later)? {
+                Some((plan, _)) => Later::Anew(Box::new(plan)),
+                None => return Ok(None),
+            },
+        };
+        Ok(Some(Self { earlier, later }))
     }
 
     /// The events that are needed.
@@ -253,7 +301,10 @@ impl Change {
         let mut past = self.earlier.carry_out(events)?;
         let earlier = past.element()?;
         match self.later {
-            Later::Further(further) => events.replay(&mut past.state, &further)?,
+            Later::Further(further) => {
+                events.replay(&mut past.state, &further)?;
+                past.element = past.element.filter(|_| further.is_empty());
+            }
             Later::Anew(plan) => past = plan.carry_out(events)?,
         }
         Ok([earlier, past.element()?])

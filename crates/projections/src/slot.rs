@@ -69,7 +69,7 @@ pub(crate) fn is_active(status: Status) -> bool {
     )
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(crate) struct DeploymentSlot {
     pub(crate) folded: Arc<Folded<Deployment>>,
     pub(crate) origin: Option<Origin>,
@@ -78,7 +78,7 @@ pub(crate) struct DeploymentSlot {
 }
 
 /// A folded aggregate. Readers share it: it is copied before it changes while somebody has it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum State {
     Project(Arc<Folded<Project>>),
     Environment(Arc<Folded<Environment>>),
@@ -124,11 +124,13 @@ pub(crate) struct Slot {
 }
 
 /// An aggregate as its row holds it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Kept {
     pub(crate) state: State,
     /// Positions of its events since its newest snapshot.
     pub(crate) trail: Vec<Position>,
+    /// Position of that snapshot; 0 if there is none. In a snapshot's row, of the one before it.
+    pub(crate) snapshot: Position,
     /// What it contributes to the sum of states; none before its first event.
     pub(crate) element: Option<Element>,
 }
@@ -234,9 +236,11 @@ impl Slots {
             if let State::Deployment(_) = kept.state {
                 append(scratch, &None::<Origin>)?;
             }
-            append(scratch, &steps(&kept.trail))
+            append(scratch, &steps(&kept.trail))?;
+            append(scratch, &kept.snapshot)
         })?;
         kept.trail.clear();
+        kept.snapshot = position;
         Ok(Some((key, row)))
     }
 
@@ -329,7 +333,8 @@ impl Slot {
             if let State::Deployment(d) = &kept.state {
                 append(scratch, &d.origin)?;
             }
-            append(scratch, &steps(&kept.trail))
+            append(scratch, &steps(&kept.trail))?;
+            append(scratch, &kept.snapshot)
         })
     }
 }
@@ -379,6 +384,7 @@ impl Kept {
         Some(Self {
             state,
             trail: Vec::new(),
+            snapshot: Position::ZERO,
             element: None,
         })
     }
@@ -412,6 +418,7 @@ impl Kept {
         Ok(Some(Self {
             state,
             trail: positions(decode_part(&mut rest)?),
+            snapshot: decode_part(&mut rest)?,
             element: Some(Element::of(subject, folded)),
         }))
     }

@@ -609,13 +609,7 @@ impl Table {
         way: Way,
         mut visit: impl FnMut(&[u8], &IVec) -> ControlFlow<B>,
     ) -> Result<Option<B>, TableError> {
-        let mut low = Bound::Included(prefix.to_vec());
-        let mut high = after(prefix).map_or(Bound::Unbounded, Bound::Excluded);
-        match (way, from) {
-            (Way::Up, Some(from)) => low = Bound::Excluded(from.to_vec()),
-            (Way::Down, Some(from)) => high = Bound::Excluded(from.to_vec()),
-            (_, None) => {}
-        }
+        let (mut low, mut high) = bounds(prefix, from, way);
         let mut rows = 16;
         loop {
             let found = self.read_some(&low, &high, way, rows)?;
@@ -633,6 +627,17 @@ impl Table {
             }
             rows = (rows * 4).min(SCAN_ROWS);
         }
+    }
+
+    /// The row that is nearest to a key, which is left out itself, among those with a prefix.
+    pub(crate) fn nearest(
+        &self,
+        prefix: &[u8],
+        from: &[u8],
+        way: Way,
+    ) -> Result<Option<(IVec, IVec)>, TableError> {
+        let (low, high) = bounds(prefix, Some(from), way);
+        Ok(self.read_some(&low, &high, way, 1)?.pop())
     }
 
     /// The next rows of a range: none only if there are none.
@@ -845,6 +850,18 @@ pub(crate) fn encode_json<T: serde::Serialize>(value: &T) -> Result<IVec, TableE
     through_scratch(|scratch| {
         serde_json::to_writer(scratch, value).map_err(|e| TableError::Row(e.to_string()))
     })
+}
+
+/// The keys with a prefix; with `from`, those that come after it that way.
+fn bounds(prefix: &[u8], from: Option<&[u8]>, way: Way) -> (Bound<Vec<u8>>, Bound<Vec<u8>>) {
+    let mut low = Bound::Included(prefix.to_vec());
+    let mut high = after(prefix).map_or(Bound::Unbounded, Bound::Excluded);
+    match (way, from) {
+        (Way::Up, Some(from)) => low = Bound::Excluded(from.to_vec()),
+        (Way::Down, Some(from)) => high = Bound::Excluded(from.to_vec()),
+        (_, None) => {}
+    }
+    (low, high)
 }
 
 /// The value at the start of a row.
