@@ -202,6 +202,12 @@ async fn go_on<S: AsyncRead + AsyncWrite + Unpin>(
             let mut head = Vec::new();
             while !head.ends_with(b"\r\n\r\n") && head.len() < 8192 {
                 head.push(stream.read_u8().await?);
+                // What begins a TLS handshake is no request, as web servers say at once.
+                if !head[0].is_ascii_alphabetic() {
+                    let refusal = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n";
+                    stream.write_all(refusal).await?;
+                    return stream.shutdown().await;
+                }
             }
             let by = by.map(|id| format!("X-Daybook-Deployment: {id}\r\n"));
             let by = by.unwrap_or_default();
