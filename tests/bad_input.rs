@@ -161,6 +161,21 @@ fn addresses_and_folders_that_are_taken_are_named_before_anything_is_touched() {
 }
 
 #[test]
+fn git_does_not_see_a_data_folder_and_goes_on_seeing_what_somebody_has() {
+    let server = Server::start(Settings::default());
+    let ignore = server.folder().data().join(".gitignore");
+    assert_eq!(std::fs::read_to_string(ignore).unwrap(), "*\n");
+    // A work tree that was named as data folder, as with `--data .`
+    let folder = crate::support::Folder::new();
+    std::fs::create_dir_all(folder.data()).unwrap();
+    std::fs::write(folder.data().join("main.go"), "package main\n").unwrap();
+    let free = "127.0.0.1:0";
+    let args = ["up", "--listen", free, "--gateway", free];
+    let _running = Process::start(&folder, &args, &[]);
+    assert!(!folder.data().join(".gitignore").exists());
+}
+
+#[test]
 fn a_registry_that_is_down_is_waited_for() {
     let Some(mut registry) = Registry::start(RegistryConfig::default()) else {
         return;

@@ -325,10 +325,11 @@ impl Node {
             None
         };
 
-        // Where it lies in a folder that is deployed, keys and secrets are not uploaded with it.
-        let ignore = options.data.join(".gitignore");
-        if !ignore.exists() {
-            let _ = std::fs::write(ignore, "*\n");
+        // Where it lies in a folder that is deployed, keys and secrets are not uploaded with it. A folder
+        // that holds something already may be a work tree of somebody, whose files git is to see.
+        let is_new = std::fs::read_dir(&options.data).is_ok_and(|mut held| held.next().is_none());
+        if is_new {
+            let _ = std::fs::write(options.data.join(".gitignore"), "*\n");
         }
 
         let roles: Vec<_> = options.roles.iter().map(|r| r.name()).collect();
