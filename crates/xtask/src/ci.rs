@@ -37,6 +37,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
         return Err(format!("unknown arguments {arguments:?}; see --help").into());
     }
     let start = Instant::now();
+    warn_of_little_room();
     let mut results = Vec::new();
     for (name, step) in STEPS {
         eprintln!("\n=== {name}");
@@ -70,6 +71,26 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
     eprintln!("{:<8} {:>7}", "total", seconds(start.elapsed()));
     let failed = results.iter().any(|(_, _, result)| result.is_err());
     Ok(ExitCode::from(u8::from(failed)))
+}
+
+/// What a clean clone needs on disk: what clippy, tests and fuzzing compile, measured, and a reserve.
+const NEEDED_GIB: u64 = 25;
+
+/// A disk that fills up fails tests and compilers in ways that name anything but the disk.
+fn warn_of_little_room() {
+    let Some(free) = free_gib() else { return };
+    eprintln!("{free} GiB are free here; a clean clone takes up to {NEEDED_GIB} GiB");
+    if free < NEEDED_GIB && !crate::command::root().join("target/debug").exists() {
+        eprintln!("warning: this may not be enough; other checkouts' target folders can be deleted");
+    }
+}
+
+/// Free GiB on the disk of the checkout, as the POSIX form of `df` says; none where it does not.
+fn free_gib() -> Option<u64> {
+    let root = crate::command::root();
+    let text = output(Command::new("df").arg("-Pk").arg(root)).ok()?;
+    let kib: u64 = text.lines().nth(1)?.split_whitespace().nth(3)?.parse().ok()?;
+    Some(kib / (1024 * 1024))
 }
 
 fn seconds(took: Duration) -> String {
