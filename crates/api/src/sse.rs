@@ -15,6 +15,9 @@ use futures_util::stream::{self, Stream, StreamExt};
 /// The media type of server-sent events.
 pub(crate) const MEDIA_TYPE: &str = "text/event-stream";
 
+/// What a stream ends with that has come to its end. Without it a browser would connect again for ever.
+pub(crate) const END: &[u8] = b"event: end\ndata: {}\n\n";
+
 /// Frames that are written together at most.
 const BATCH: usize = 64;
 

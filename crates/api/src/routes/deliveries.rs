@@ -1,16 +1,22 @@
 //! What was sent to webhooks, and what came of it: the delivery log, as pages and as a stream.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
+
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use daybook_events::lines::{Line, LineSource};
+use daybook_events::lines::{Line, LineLog, LineSource};
+use daybook_events::log::ReadError;
 use daybook_events::subscription::delivery::{Entry, Outcome, Try, retrying as tried_again};
 use daybook_events::{EventId, Position, SubscriptionId};
-use futures_util::StreamExt;
+use daybook_projections::{Projections, QueryError};
+use futures_util::stream::{self, BoxStream, StreamExt};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use utoipa::IntoParams;
 
 use crate::access::Principal;
@@ -20,7 +26,7 @@ use crate::problem::Problem;
 use crate::routes::events::{accepts, stream_response};
 use crate::routes::history::page;
 use crate::routes::logs::LAST_EVENT_ID;
-use crate::sse;
+use crate::sse::{self, END};
 use crate::state::AppState;
 
 /// Lines of the delivery log that are read at once.
@@ -29,6 +35,8 @@ const READ: u64 = 256;
 const LOOK: u64 = 10_000;
 /// Most lines at the end that are looked at for what is tried again.
 const NEWEST: u64 = 2_000;
+/// So many of them are read first: the newest says whether more are needed.
+const TAIL: u64 = 64;
 
 /// What was sent.
 #[derive(Debug, Serialize, JsonSchema)]
@@ -120,7 +128,7 @@ impl DeliveryQuery {
 
 /// What was sent to a webhook, and what came of it: the tries, the newest first, for as long as
 /// output is kept. With `Accept: text/event-stream` they come as they are made; the id of each is its
-/// number.
+/// number. Once the webhook is deleted, the stream ends with an event `end`.
 #[utoipa::path(get, path = "/api/v1/webhooks/{webhook}/deliveries", tag = "webhooks",
     params(("webhook" = String, Path, description = "The webhook."), DeliveryQuery,
         ("Last-Event-ID" = Option<u64>, Header,
@@ -145,7 +153,7 @@ pub(crate) async fn list_deliveries(
         });
         let last = last.transpose()?.map_or(newest, |p| p.0);
         // Lines that were all removed begin with 1 again.
-        return follow(&state, &principal, source, last.min(newest), query).await;
+        return follow(&state, &principal, id, last.min(newest), query).await;
     }
     let list = list(&state, source, &query, limit, newest).await?;
     Ok(Answer::ok(list).into_response())
@@ -187,22 +195,101 @@ async fn list(
 async fn follow(
     state: &AppState,
     principal: &Principal,
-    source: LineSource,
+    id: SubscriptionId,
     after: u64,
     query: DeliveryQuery,
 ) -> Result<Response, Problem> {
-    let lines = state.lines.follow(source, after).await?;
-    let frames = lines
-        .map(move |line| match line {
-            Ok(line) => Some(DeliveryTry::of(line).filter(|d| query.wants(&d.attempt))),
+    let source = LineSource::Subscription(id);
+    let follower = Follower {
+        live: state.lines.follow(source, after).await?,
+        lines: state.lines.clone(),
+        changes: state.projections().changes(),
+        projections: state.projections().clone(),
+        id,
+        read: after,
+        rest: None,
+    };
+    let frames = stream::unfold(Some(follower), |open| async move {
+        let mut follower = open?;
+        match follower.next().await {
+            Ok(Some(line)) => Some((Ok(line), Some(follower))),
+            Ok(None) => Some((Err(Bytes::from_static(END)), None)),
             Err(e) => {
-                tracing::error!(%source, error = %e, "a stream of deliveries broke off");
+                tracing::error!(webhook.id = %follower.id, error = %e, "a stream of deliveries broke off");
                 None
             }
+        }
+    })
+    .filter_map(move |next| {
+        std::future::ready(match next {
+            Ok(line) => DeliveryTry::of(line)
+                .filter(|d| query.wants(&d.attempt))
+                .map(|d| frame(&d)),
+            Err(end) => Some(end),
         })
-        .take_while(|read| std::future::ready(read.is_some()))
-        .filter_map(|read| std::future::ready(read.flatten().map(|d| frame(&d))));
+    });
     Ok(stream_response(state, principal, frames))
+}
+
+/// The delivery log of a webhook as it grows, until the webhook is deleted and all is said.
+struct Follower {
+    lines: Arc<dyn LineLog>,
+    live: BoxStream<'static, Result<Line, ReadError>>,
+    projections: Projections,
+    changes: watch::Receiver<Position>,
+    id: SubscriptionId,
+    /// The last line that was read.
+    read: u64,
+    /// What is left of the delivery log, once the webhook is deleted.
+    rest: Option<VecDeque<Line>>,
+}
+
+/// Why a delivery log could not be followed.
+#[derive(Debug, thiserror::Error)]
+enum FollowError {
+    #[error(transparent)]
+    Lines(#[from] ReadError),
+    #[error(transparent)]
+    State(#[from] QueryError),
+    #[error("nobody says any more what comes")]
+    Closed,
+}
+
+impl Follower {
+    /// The next line; none at the end.
+    async fn next(&mut self) -> Result<Option<Line>, FollowError> {
+        while self.rest.is_none() {
+            // Changes from here on are noticed in the wait below.
+            self.changes.borrow_and_update();
+            let found = self.projections.subscription(self.id)?;
+            if found.is_none_or(|(_, webhook)| webhook.deleted) {
+                self.rest = Some(VecDeque::new());
+                break;
+            }
+            tokio::select! {
+                line = self.live.next() => {
+                    let line = line.ok_or(FollowError::Closed)??;
+                    self.read = line.seq;
+                    return Ok(Some(line));
+                }
+                changed = self.changes.changed() => changed.map_err(|_| FollowError::Closed)?,
+            }
+        }
+        self.rest().await
+    }
+
+    /// The next line of those that are there.
+    async fn rest(&mut self) -> Result<Option<Line>, FollowError> {
+        let rest = self.rest.get_or_insert_default();
+        if rest.is_empty() {
+            let wanted = usize::try_from(READ).unwrap_or(0);
+            let source = LineSource::Subscription(self.id);
+            rest.extend(self.lines.read(source, self.read, wanted).await?);
+        }
+        let line = rest.pop_front();
+        self.read = line.as_ref().map_or(self.read, |l| l.seq);
+        Ok(line)
+    }
 }
 
 fn frame(sent: &DeliveryTry) -> Bytes {
@@ -212,23 +299,52 @@ fn frame(sent: &DeliveryTry) -> Bytes {
 }
 
 /// What the receiver of a webhook did not take, and is tried again, by position.
+///
+/// The newest line says how far back what is open begins, so that one read is enough where nothing is. A
+/// line that its writer took for lost, and that nothing came after yet, is found with the next try.
 pub(crate) async fn retrying(
     state: &AppState,
     id: SubscriptionId,
 ) -> Result<Vec<RetryView>, Problem> {
     let source = LineSource::Subscription(id);
     let newest = state.lines.last(source).await?;
-    let mut after = newest.saturating_sub(NEWEST);
-    let mut entries = Vec::new();
-    while after < newest {
-        let wanted = usize::try_from(READ.min(newest - after)).unwrap_or(0);
-        let lines = state.lines.read(source, after, wanted).await?;
-        let Some(last) = lines.last() else { break };
-        after = last.seq;
-        entries.extend(lines.iter().filter_map(|l| Entry::from_text(&l.line.text)));
+    if newest == 0 {
+        return Ok(Vec::new());
     }
-    Ok(tried_again(entries)
+    let oldest = newest.saturating_sub(NEWEST);
+    let end = newest.saturating_sub(TAIL).max(oldest);
+    let tail = entries(state, source, end, newest).await?;
+    let last = tail.last();
+    let begin = last.map_or(oldest, |(seq, entry)| match entry.since {
+        0 => seq - 1,
+        since => since.saturating_sub(1).max(oldest),
+    });
+    let mut found = Vec::new();
+    let mut after = begin;
+    while after < end {
+        let until = end.min(after + READ);
+        found.extend(entries(state, source, after, until).await?);
+        after = until;
+    }
+    found.extend(tail.into_iter().filter(|(seq, _)| *seq > begin));
+    let found = found.into_iter().map(|(_, entry)| entry);
+    Ok(tried_again(found)
         .into_iter()
         .map(RetryView::from)
         .collect())
+}
+
+/// The lines of a delivery log after one up to another that can be read, with their numbers.
+async fn entries(
+    state: &AppState,
+    source: LineSource,
+    after: u64,
+    until: u64,
+) -> Result<Vec<(u64, Entry)>, Problem> {
+    let wanted = usize::try_from(until.saturating_sub(after)).unwrap_or(0);
+    let lines = state.lines.read(source, after, wanted).await?;
+    // Where lines were removed, those that are read begin later.
+    let lines = lines.into_iter().filter(|l| l.seq <= until);
+    let read = lines.filter_map(|l| Some((l.seq, Entry::from_text(&l.line.text)?)));
+    Ok(read.collect())
 }

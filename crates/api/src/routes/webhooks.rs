@@ -9,6 +9,7 @@ use daybook_events::subscription::{
 use daybook_events::{
     DeploymentId, EnvironmentName, EventId, Position, ProjectName, ServiceName, SubscriptionId,
 };
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,9 @@ use crate::problem::Problem;
 use crate::routes::deliveries::{RetryView, retrying};
 use crate::routes::secrets::Nothing;
 use crate::state::AppState;
+
+/// How many webhooks' delivery logs one answer looks at, at once.
+const AT_ONCE: usize = 8;
 
 type Handled<T> = Result<Answer<T>, Problem>;
 
@@ -308,11 +312,13 @@ pub(crate) async fn list_webhooks(
     let all = all.into_iter().filter(|(p, s)| !s.deleted && seen(p));
     let mut all: Vec<_> = all.collect();
     all.sort_by_key(|(_, s)| (s.created_at, s.id));
-    let mut webhooks = Vec::new();
-    for (project, subscription) in all {
-        webhooks.push(status(&state, project, subscription).await?);
-    }
-    Ok(Answer::ok(WebhookList { webhooks }))
+    let looked_at = all
+        .into_iter()
+        .map(|(project, subscription)| status(&state, project, subscription));
+    let webhooks = stream::iter(looked_at).buffered(AT_ONCE).try_collect();
+    Ok(Answer::ok(WebhookList {
+        webhooks: webhooks.await?,
+    }))
 }
 
 /// Sends events of a project to a URL from here on, or from a position. The answer has the secret

@@ -19,3 +19,4 @@ mod shutdown;
 mod sockets;
 mod streams;
 mod support;
+mod webhooks;

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use daybook_api::{AppState, Parts, Settings};
 use daybook_events::deployment::{self, *};
-use daybook_events::lines::{LineKind, LineLog, LineSource, NewLine};
-use daybook_events::log::{Append, Expected};
+use daybook_events::lines::{Line, LineKind, LineLog, LineSource, NewLine};
+use daybook_events::log::{Append, Expected, ReadError};
 use daybook_events::memory::MemoryLog;
 use daybook_events::routing::{self, Command, Hostnames, Target};
 use daybook_events::spec::PinnedImage;
@@ -15,6 +16,7 @@ use daybook_events::*;
 use daybook_projections::{Executed, Ledger, Projections, runner};
 use daybook_secrets::SecretFolder;
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLines, EmbeddedLog, LineRetention};
+use futures_util::stream::BoxStream;
 use jiff::Timestamp;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -33,6 +35,7 @@ pub struct Server {
     pub log: Arc<dyn EventLog>,
     pub ledger: Ledger,
     pub lines: Arc<dyn LineLog>,
+    pub watched: Arc<WatchedLines>,
     pub parts: Parts,
     pub cancel: CancellationToken,
     pub folding: CancellationToken,
@@ -45,6 +48,59 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.cancel.cancel();
         self.folding.cancel();
+    }
+}
+
+/// The lines as a server reads them.
+#[derive(Debug)]
+pub struct WatchedLines {
+    lines: Arc<dyn LineLog>,
+    /// How often lines were read.
+    pub reads: AtomicUsize,
+    /// How many lines were read.
+    pub read: AtomicUsize,
+    /// Whether there are more of them each time.
+    pub grows: AtomicBool,
+}
+
+#[async_trait::async_trait]
+impl LineLog for WatchedLines {
+    async fn append(&self, source: LineSource, lines: Vec<NewLine>) -> Result<u64, ReadError> {
+        self.lines.append(source, lines).await
+    }
+
+    async fn read(
+        &self,
+        source: LineSource,
+        after: u64,
+        limit: usize,
+    ) -> Result<Vec<Line>, ReadError> {
+        if self.grows.load(Ordering::Relaxed) {
+            let more = NewLine {
+                time: Timestamp::from_second(1_700_000_100).unwrap(),
+                kind: LineKind::Container,
+                cluster: None,
+                instance: None,
+                text: "and another one".to_owned(),
+            };
+            self.lines.append(source, vec![more]).await?;
+        }
+        let lines = self.lines.read(source, after, limit).await?;
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        self.read.fetch_add(lines.len(), Ordering::Relaxed);
+        Ok(lines)
+    }
+
+    async fn follow(
+        &self,
+        source: LineSource,
+        after: u64,
+    ) -> Result<BoxStream<'static, Result<Line, ReadError>>, ReadError> {
+        self.lines.follow(source, after).await
+    }
+
+    async fn last(&self, source: LineSource) -> Result<u64, ReadError> {
+        self.lines.last(source).await
     }
 }
 
@@ -142,7 +198,13 @@ async fn server_on(
     adjust(&mut settings, dir.path());
     let parts = Parts::default();
     let secrets = SecretFolder::new(dir.path().join("secrets"), None);
-    let state = AppState::new(ledger.clone(), lines.clone(), settings, parts.clone())
+    let watched = Arc::new(WatchedLines {
+        lines: lines.clone(),
+        reads: AtomicUsize::new(0),
+        read: AtomicUsize::new(0),
+        grows: AtomicBool::new(false),
+    });
+    let state = AppState::new(ledger.clone(), watched.clone(), settings, parts.clone())
         .with_secrets(Arc::new(secrets));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}", listener.local_addr().unwrap());
@@ -157,6 +219,7 @@ async fn server_on(
         log,
         ledger,
         lines,
+        watched,
         parts,
         cancel,
         folding,
