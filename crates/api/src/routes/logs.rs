@@ -55,7 +55,8 @@ pub(crate) struct LogQuery {
     until: Option<String>,
     /// With this text in it, as it stands; letters of ASCII may be large or small.
     q: Option<String>,
-    /// The answer says that it is a file to be kept.
+    /// The answer says that it is a file to be kept. Without `follow` it ends, as any answer, with the
+    /// last line that was there when it was asked for.
     #[serde(default)]
     download: bool,
     /// Goes on as lines come, until the deployment has settled. With `type=container`, as long as
@@ -279,9 +280,7 @@ pub(crate) async fn deployment_logs(
     });
     let mut response = match format {
         Format::Events => {
-            // Without it a browser would connect again for ever.
-            let end = Bytes::from_static(b"event: end\ndata: {}\n\n");
-            let end = stream::once(async move { end });
+            let end = stream::once(async { Bytes::from_static(sse::END) });
             stream_response(&state, &principal, frames.chain(end))
         }
         Format::Json => plain_response(&state, &principal, NDJSON, query.download, frames),
@@ -303,7 +302,7 @@ pub(crate) async fn deployment_logs(
 /// How long lines are followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Until {
-    /// What there is, and nothing more.
+    /// What there is when it is asked for, and nothing more.
     Now,
     /// Until the deployment has settled.
     Settled,
@@ -320,7 +319,15 @@ pub(crate) async fn lines(
     cursor: GivenCursor,
 ) -> Result<impl Stream<Item = Vec<LogLine>> + Send + use<>, Problem> {
     let row = state.commands.deployment(id)?;
-    reached(state, &row, &filter, cursor).await?;
+    let whole = cursor == GivenCursor::default();
+    let (mut build, mut deployment) = (u64::MAX, u64::MAX);
+    if until == Until::Now || !whole {
+        let last = last_lines(state, &row, &filter).await?;
+        reached(last, &filter, cursor)?;
+        if until == Until::Now {
+            (build, deployment) = last;
+        }
+    }
     let cursor = cursor.cursor();
     let projections = state.projections().clone();
     let reader = LogReader {
@@ -332,8 +339,8 @@ pub(crate) async fn lines(
         until,
         last_round: false,
         cursor,
-        build: Source::new(cursor.build),
-        deployment: Source::new(cursor.deployment),
+        build: Source::new(cursor.build, build),
+        deployment: Source::new(cursor.deployment, deployment),
     };
     Ok(stream::unfold(reader, move |mut reader| async move {
         match reader.next().await {
@@ -347,17 +354,13 @@ pub(crate) async fn lines(
     }))
 }
 
-/// Refuses a cursor of lines that there are not: whoever has it would miss what is printed until its
-/// number comes.
-async fn reached(
+/// The last lines that there are of the build and of the deployment, as far as they are wanted; 0 where
+/// there are none.
+async fn last_lines(
     state: &AppState,
     row: &DeploymentRow,
     filter: &LineFilter,
-    cursor: GivenCursor,
-) -> Result<(), Problem> {
-    if cursor == GivenCursor::default() {
-        return Ok(());
-    }
+) -> Result<(u64, u64), Problem> {
     let (of_build, of_deployment) = filter.sources();
     let build = match row.state.build.filter(|_| of_build) {
         Some(build) => state.lines.last(LineSource::Build(build)).await?,
@@ -367,6 +370,17 @@ async fn reached(
         true => state.lines.last(LineSource::Deployment(row.id)).await?,
         false => 0,
     };
+    Ok((build, deployment))
+}
+
+/// Refuses a cursor of lines that there are not: whoever has it would miss what is printed until its
+/// number comes.
+fn reached(
+    (build, deployment): (u64, u64),
+    filter: &LineFilter,
+    cursor: GivenCursor,
+) -> Result<(), Problem> {
+    let (of_build, of_deployment) = filter.sources();
     let wanted = |wanted: bool, last: u64| wanted.then_some(last);
     if cursor.is_ahead(wanted(of_build, build), wanted(of_deployment, deployment)) {
         return Err(Problem::new(
@@ -427,21 +441,24 @@ fn write_line(line: &LogLine, format: Format) -> Bytes {
 struct Source {
     /// The last line that was read.
     read: u64,
+    /// The last line that is wanted.
+    end: u64,
     waiting: VecDeque<Line>,
     live: Option<BoxStream<'static, Result<Line, ReadError>>>,
 }
 
 impl Source {
-    fn new(read: u64) -> Self {
+    fn new(read: u64, end: u64) -> Self {
         Self {
             read,
+            end,
             waiting: VecDeque::new(),
             live: None,
         }
     }
 
     async fn refill(&mut self, lines: &dyn LineLog, source: LineSource) -> Result<(), ReadError> {
-        if self.waiting.is_empty() {
+        if self.waiting.is_empty() && self.read < self.end {
             for line in lines.read(source, self.read, READ).await? {
                 self.take(line);
             }
@@ -449,11 +466,13 @@ impl Source {
         Ok(())
     }
 
-    /// Takes a line unless it was read already.
+    /// Takes a line unless it was read already, or came too late.
     fn take(&mut self, line: Line) {
         if line.seq > self.read {
             self.read = line.seq;
-            self.waiting.push_back(line);
+            if line.seq <= self.end {
+                self.waiting.push_back(line);
+            }
         }
     }
 
@@ -476,6 +495,15 @@ impl Source {
         }
         Ok(())
     }
+}
+
+/// Whether a deployment of this status has more to say. Whatever still has instances can print.
+pub(crate) fn can_print(status: Status) -> bool {
+    let runs = matches!(
+        status,
+        Status::Started | Status::PartiallyStarted | Status::StopError | Status::TerminateError
+    );
+    runs || !status.is_settled()
 }
 
 /// Why lines could not be read.
@@ -549,12 +577,10 @@ impl LogReader {
     }
 
     fn is_settled(&self, status: Status) -> bool {
-        // Whatever still has instances can print.
-        let runs = matches!(
-            status,
-            Status::Started | Status::PartiallyStarted | Status::StopError | Status::TerminateError
-        );
-        status.is_settled() && !(runs && self.until == Until::Ended)
+        match self.until {
+            Until::Ended => !can_print(status),
+            Until::Now | Until::Settled => status.is_settled(),
+        }
     }
 
     /// Takes waiting lines in the order of time, as long as it is known which comes next: once

@@ -1,6 +1,7 @@
 //! Looking for lines of output in all deployments of a project.
 
 use std::collections::HashSet;
+use std::collections::hash_map::{Entry, HashMap};
 use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use utoipa::IntoParams;
 
 use super::events::accepts;
 use super::history::page;
-use super::logs::{LogLine, NDJSON, plain_response};
+use super::logs::{LogLine, NDJSON, can_print, plain_response};
 use crate::access::Principal;
 use crate::answer::Answer;
 use crate::extract::{Named, Params};
@@ -66,8 +67,9 @@ pub(crate) struct SearchQuery {
     limit: Option<u32>,
     /// Where the search goes on: `next` of the page before.
     cursor: Option<String>,
-    /// The answer is a file with all lines that fit, however many and however long that takes: as
-    /// text, or as JSON with a line each (`Accept: application/x-ndjson`).
+    /// The answer is a file with all lines that fit and were there when it was asked for, however many
+    /// and however long that takes: as text, or as JSON with a line each
+    /// (`Accept: application/x-ndjson`).
     #[serde(default)]
     download: bool,
 }
@@ -185,6 +187,7 @@ pub(crate) async fn search_logs(
         filter,
         builds: HashSet::new(),
         added: None,
+        ends: None,
     };
     if let Some(place) = place {
         search.pass_over(place.created)?;
@@ -200,6 +203,13 @@ pub(crate) async fn search_logs(
     } else {
         "text/plain; charset=utf-8"
     };
+    // What is requested from here on is not in it.
+    let place = place.unwrap_or(Place {
+        created: state.projections().position(),
+        of_build: true,
+        after: 0,
+    });
+    search.ends = Some(search.what_can_grow(place).await?);
     let lines = file(search, place, json);
     let mut response = plain_response(&state, &principal, media_type, true, lines);
     let named = HeaderValue::from_str(&format!("attachment; filename=\"{project}.log\""));
@@ -213,10 +223,10 @@ pub(crate) async fn search_logs(
 /// All lines that are found, from a place on. What breaks off says so in its last line.
 fn file(
     search: Search,
-    place: Option<Place>,
+    place: Place,
     json: bool,
 ) -> impl stream::Stream<Item = Bytes> + Send + 'static {
-    let begin = Some((search, place));
+    let begin = Some((search, Some(place)));
     stream::unfold(begin, move |at| async move {
         let (mut search, place) = at?;
         match search.page(place, BATCH).await {
@@ -283,6 +293,9 @@ struct Search {
     builds: HashSet<BuildId>,
     /// The one of them that the deployment has that was looked at last, and no newer one.
     added: Option<BuildId>,
+    /// Where a file ends: the last line of what could grow when it was asked for, and of what is being
+    /// looked at. A page has its own end.
+    ends: Option<HashMap<LineSource, u64>>,
 }
 
 /// What was found at once.
@@ -355,6 +368,41 @@ impl Search {
         }
     }
 
+    /// The last lines of the deployments that can print more, and of their builds, from a place on.
+    async fn what_can_grow(&self, place: Place) -> Result<HashMap<LineSource, u64>, Problem> {
+        let (of_build, of_deployment) = self.filter.sources();
+        let mut ends = HashMap::new();
+        let mut page = Page::largest().beginning(place.created);
+        loop {
+            let listed = self.listed(page)?;
+            for row in listed.items.iter().filter(|r| can_print(r.state.status)) {
+                let build = row.state.build.map(LineSource::Build);
+                let own = of_deployment.then_some(LineSource::Deployment(row.id));
+                for source in build.filter(|_| of_build).into_iter().chain(own) {
+                    let last = self.state.lines.last(source).await?;
+                    ends.entry(source).or_insert(last);
+                }
+            }
+            match listed.next {
+                Some(cursor) => page = page.starting(cursor),
+                None => return Ok(ends),
+            }
+        }
+    }
+
+    /// The last line of a source that is wanted; none if that is whatever is the last one.
+    async fn end(&mut self, source: LineSource) -> Result<Option<u64>, Problem> {
+        let Some(ends) = &mut self.ends else {
+            return Ok(None);
+        };
+        let end = match ends.entry(source) {
+            Entry::Occupied(known) => *known.get(),
+            // It had printed all, or was thought to have: then it is not followed either.
+            Entry::Vacant(new) => *new.insert(self.state.lines.last(source).await?),
+        };
+        Ok(Some(end))
+    }
+
     fn listed(&self, page: Page) -> Result<PageOf<DeploymentRow>, Problem> {
         let projections = self.state.projections();
         Ok(projections.deployments(&self.deployments, page)?)
@@ -403,7 +451,7 @@ impl Search {
 
     /// Looks at the lines of one deployment. Returns where the search goes on if the page is done.
     async fn look(
-        &self,
+        &mut self,
         row: &DeploymentRow,
         (build, own): Sources,
         from: Place,
@@ -417,8 +465,10 @@ impl Search {
             } else {
                 0
             };
-            loop {
-                let lines = self.state.lines.read(source, after, READ).await?;
+            let end = self.end(source).await?;
+            while end.is_none_or(|end| after < end) {
+                let mut lines = self.state.lines.read(source, after, READ).await?;
+                lines.retain(|line| end.is_none_or(|end| line.seq <= end));
                 if lines.is_empty() {
                     break;
                 }
@@ -437,6 +487,9 @@ impl Search {
                         }));
                     }
                 }
+            }
+            if let Some(ends) = &mut self.ends {
+                ends.remove(&source);
             }
         }
         Ok(None)

@@ -372,3 +372,36 @@ async fn the_lines_of_a_build_that_is_shared_are_found_once() {
         [of(newer, "Collecting flask"), of(newer, "WARNING: old pip")]
     );
 }
+
+#[tokio::test]
+async fn an_answer_ends_with_what_was_there_however_fast_more_is_printed() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    server.make_live(id).await;
+    printed(&server, id).await;
+    server
+        .watched
+        .grows
+        .store(true, std::sync::atomic::Ordering::Relaxed);
+    for path in [
+        format!("/api/v1/deployments/{id}/logs"),
+        format!("/api/v1/deployments/{id}/logs?download=true"),
+        "/api/v1/projects/shop/logs?download=true".to_owned(),
+    ] {
+        for accept in ["text/plain", "application/x-ndjson"] {
+            let before = lines_there(&server, id).await;
+            let request = server.request(Method::GET, &path).header("Accept", accept);
+            let reply = tokio::time::timeout(PATIENCE, server.send(request)).await;
+            let text = reply.expect("it never ends").text;
+            assert_eq!(text.lines().count() as u64, before, "{path}\n{text}");
+        }
+    }
+}
+
+/// How many lines a deployment and its build have.
+async fn lines_there(server: &Server, id: DeploymentId) -> u64 {
+    let build = LineSource::Build(build_of(id));
+    let own = LineSource::Deployment(id);
+    server.lines.last(build).await.unwrap() + server.lines.last(own).await.unwrap()
+}
