@@ -133,8 +133,8 @@ export const actor = {
 export const denials = new EventTarget();
 
 /** Asks for a change. With the same key it is carried out once, however often it is sent. */
-export async function send(method, path, body, key = crypto.randomUUID()) {
-  const headers = { "content-type": "application/json", accept: "application/json", "idempotency-key": key };
+export async function send(method, path, body, key = crypto.randomUUID(), more = {}) {
+  const headers = { "content-type": "application/json", accept: "application/json", "idempotency-key": key, ...more };
   if (actor.name) headers["daybook-actor"] = actor.name;
   const options = { method, headers };
   if (body !== undefined) options.body = JSON.stringify(body);
@@ -152,11 +152,11 @@ export async function send(method, path, body, key = crypto.randomUUID()) {
 export function errand() {
   let key;
   let before;
-  return async (method, path, body) => {
-    const what = JSON.stringify([method, path, body ?? null]);
+  return async (method, path, body, headers) => {
+    const what = JSON.stringify([method, path, body ?? null, headers ?? null]);
     if (what !== before) [key, before] = [crypto.randomUUID(), what];
     try {
-      return await send(method, path, body, key);
+      return await send(method, path, body, key, headers);
     } catch (error) {
       if (error.status >= 400 && error.status < 500 && error.status !== 408) before = undefined;
       else if (!error.code || ["timeout", "outcome_unknown"].includes(error.code)) {

@@ -184,7 +184,9 @@ async function one(id, signal) {
     await draw();
   };
   const change = async () => {
-    const done = await fillIn("Change the webhook", [h("p", {}, "What was sent already is not sent again."), ...fields(webhook)], { verb: "Change", submit: (given, order) => order("PUT", path, defined(given)) });
+    // What is filled in stands on what was read now, whatever comes while the dialog is open.
+    const { etag } = webhook;
+    const done = await fillIn("Change the webhook", [h("p", {}, "What was sent already is not sent again."), ...fields(webhook)], { verb: "Change", submit: (given, order) => order("PUT", path, defined(given), etag ? { "if-match": etag } : {}) });
     if (done) await draw();
   };
   const remove = async () => {

@@ -31,6 +31,7 @@ pub(crate) struct Answer<T> {
     state_hash: Option<StateHash>,
     replayed: bool,
     location: Option<String>,
+    tag: Option<String>,
 }
 
 impl<T> Answer<T> {
@@ -43,6 +44,7 @@ impl<T> Answer<T> {
             state_hash: None,
             replayed: false,
             location: None,
+            tag: None,
         }
     }
 
@@ -64,6 +66,12 @@ impl<T> Answer<T> {
     pub(crate) fn at(mut self, position: Position, state_hash: Option<StateHash>) -> Self {
         self.position = Some(position);
         self.state_hash = state_hash;
+        self
+    }
+
+    /// The same with the entity tag of what it says, which a change can be made to depend on.
+    pub(crate) fn tagged(mut self, tag: String) -> Self {
+        self.tag = Some(tag);
         self
     }
 
@@ -105,6 +113,9 @@ impl<T: Serialize> IntoResponse for Answer<T> {
         }
         if let Some(location) = self.location.and_then(|l| l.try_into().ok()) {
             headers.insert(header::LOCATION, location);
+        }
+        if let Some(tag) = self.tag.and_then(|t| t.try_into().ok()) {
+            headers.insert(header::ETAG, tag);
         }
         response
     }

@@ -85,6 +85,74 @@ impl Segment for Position {
     }
 }
 
+/// What the thing that a request changes must be as, by its entity tags (`If-Match`, RFC 9110).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct IfMatch(Option<Vec<String>>);
+
+impl IfMatch {
+    /// The strong entity tags of which one must be the thing's, as they stand in `ETag`; none if it may
+    /// be whatever it is.
+    pub(crate) fn tags(self) -> Option<Vec<String>> {
+        self.0
+    }
+
+    /// Reads a list of entity tags, of which the weak ones never match (RFC 9110, 13.1.1), or that any
+    /// will do; none if it is no such list.
+    fn parse(mut text: &str) -> Option<Self> {
+        if text.trim() == "*" {
+            return Some(Self(None));
+        }
+        let mut tags = Vec::new();
+        let mut any = false;
+        loop {
+            // Empty members of a list say nothing (RFC 9110, 5.6.1).
+            text = text.trim_start_matches([' ', '\t', ',']);
+            if text.is_empty() {
+                return any.then_some(Self(Some(tags)));
+            }
+            let weak = text.starts_with("W/");
+            let opaque = text.strip_prefix("W/").unwrap_or(text);
+            let (opaque, rest) = opaque.strip_prefix('"')?.split_once('"')?;
+            if !opaque
+                .bytes()
+                .all(|b| b == 0x21 || (0x23..=0x7e).contains(&b))
+            {
+                return None;
+            }
+            text = rest.trim_start_matches([' ', '\t']);
+            if !text.is_empty() && !text.starts_with(',') {
+                return None;
+            }
+            any = true;
+            if !weak {
+                tags.push(format!("\"{opaque}\""));
+            }
+        }
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let values = parts.headers.get_all(header::IF_MATCH).iter();
+        let values: Option<Vec<_>> = values.map(|v| v.to_str().ok()).collect();
+        let read = values.and_then(|values| match values.is_empty() {
+            true => Some(Self(None)),
+            false => Self::parse(&values.join(",")),
+        });
+        read.ok_or_else(|| {
+            Problem::new(
+                StatusCode::BAD_REQUEST,
+                "invalid_if_match",
+                "the header If-Match is neither `*` nor a list of entity tags",
+                "give the ETag of the answer that was read, as it is with its quotation marks, or \
+                 leave the header out",
+            )
+        })
+    }
+}
+
 /// Reads a deployment's id.
 pub(crate) fn deployment_id(text: &str) -> Result<DeploymentId, Problem> {
     text.parse().map_err(|_| {
@@ -482,6 +550,32 @@ pub(crate) fn canonical(value: &serde_json::Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn entity_tags_are_read_as_rfc_9110_writes_them() {
+        let strong = |tags: &[&str]| {
+            Some(IfMatch(Some(
+                tags.iter().map(|t| (*t).to_owned()).collect(),
+            )))
+        };
+        assert_eq!(IfMatch::parse(" * "), Some(IfMatch(None)));
+        assert_eq!(IfMatch::parse("\"a\""), strong(&["\"a\""]));
+        let several = "\"a,b\" ,, \"\",W/\"c\"";
+        assert_eq!(IfMatch::parse(several), strong(&["\"a,b\"", "\"\""]));
+        assert_eq!(IfMatch::parse("W/\"c\""), strong(&[]));
+        for bad in [
+            "",
+            ",",
+            "a",
+            "\"a",
+            "\"a\" \"b\"",
+            "w/\"a\"",
+            "*, \"a\"",
+            "\"a b\"",
+        ] {
+            assert_eq!(IfMatch::parse(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn canonical_json_does_not_depend_on_order_or_space() {

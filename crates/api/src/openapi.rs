@@ -135,10 +135,13 @@ fn parameter(name: &str) -> Option<Value> {
         "chain" => json!({ "type": "string", "pattern": "^[0-9a-f]{64}$" }),
         "outcome" => reference("Outcome"),
         "q" => json!({ "type": "string", "minLength": 1 }),
+        "If-Match" => json!({ "type": "string", "pattern": ENTITY_TAGS }),
         _ => return None,
     })
 }
 
+/// `*`, or one entity tag or several.
+const ENTITY_TAGS: &str = r#"^(\*|(W/)?"[!#-~]*"( ?, ?(W/)?"[!#-~]*")*)$"#;
 /// A position, in figures.
 const POSITION: &str = "^[0-9]{1,15}$";
 /// The cursor of a line, or of a build's lines and a deployment's.
@@ -263,6 +266,11 @@ fn common(path: &str, method: &str, operation: &mut Map<String, Value>) {
             if method != "get" {
                 headers["Idempotency-Replayed"] =
                     json!({ "$ref": "#/components/headers/IdempotencyReplayed" });
+            }
+            // Beside what the route itself says.
+            let own = response["headers"].take();
+            if let (Value::Object(own), Some(all)) = (own, headers.as_object_mut()) {
+                all.extend(own);
             }
             response["headers"] = headers;
         }

@@ -237,6 +237,8 @@ fn status_of(code: &str) -> StatusCode {
         | "token_revoked"
         | "too_many_tokens"
         | "stale_attempt" => StatusCode::CONFLICT,
+        // What was read is not so any more.
+        "webhook_changed" => StatusCode::PRECONDITION_FAILED,
         c if c.ends_with("_exists") => StatusCode::CONFLICT,
         c if c.ends_with("_not_found") => StatusCode::NOT_FOUND,
         _ => StatusCode::UNPROCESSABLE_ENTITY,

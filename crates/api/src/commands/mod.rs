@@ -55,6 +55,7 @@ pub use secrets::Verified;
 pub use templates::DeployTemplate;
 pub use traffic::Switched;
 pub use way_back::First;
+pub(crate) use webhooks::definition_tag;
 pub use webhooks::{OVERLAP, WithSecret};
 
 /// How long a command waits for its own event to be folded, so that whoever asks next sees it.

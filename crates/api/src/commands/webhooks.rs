@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use daybook_events::secret::SecretRef;
 use daybook_events::subscription::{self, Command, Created, Endpoint, PauseReason, Subscription};
-use daybook_events::{Position, ProjectName, Refusal, Subject, SubscriptionId};
+use daybook_events::{Decision, Digest, Position, ProjectName, Refusal, Subject, SubscriptionId};
 use daybook_secrets::SecretValue;
 use jiff::{SignedDuration, Timestamp};
 
@@ -16,6 +16,15 @@ use crate::access::{Over, Verb, authorise};
 pub const OVERLAP: Duration = Duration::from_hours(24);
 /// The longest that it may be used.
 const OVERLAP_MAX: Duration = Duration::from_hours(24 * 7);
+
+/// The entity tag of a webhook's definition: another one for another definition, and for none of what
+/// else happens to the webhook.
+pub(crate) fn definition_tag(endpoint: &Endpoint) -> String {
+    // Texts, numbers and lists can always be written.
+    let written = serde_json::to_vec(endpoint).unwrap_or_default();
+    let digest = Digest::of(&written);
+    format!("\"{}\"", &digest.hex()[..32])
+}
 
 /// A webhook whose secret was just made.
 pub struct WithSecret {
@@ -86,16 +95,35 @@ impl Commands {
         self.with_secret(&project, id, done).await
     }
 
-    /// Defines a webhook anew.
+    /// Defines a webhook anew. If tags are `expected`, one of them must be the [`definition_tag`] of
+    /// what it is: else somebody has defined it meanwhile. What is so already is not refused, as the
+    /// request may be repeated.
     pub async fn change_webhook(
         &self,
         caller: &Caller,
         id: SubscriptionId,
         endpoint: Endpoint,
+        expected: Option<Vec<String>>,
     ) -> Result<Done, CommandError> {
         self.allowed(&endpoint)?;
-        self.webhook_command(caller, id, Command::Change(endpoint))
-            .await
+        let (project, _) = self.webhook(id)?;
+        Self::admit_to_webhook(caller, &project)?;
+        let subject = Subject::Subscription(project, id);
+        self.run::<Subscription>(caller, &subject, None, |state| {
+            let decision = subscription::decide(state, Command::Change(endpoint.clone()))?;
+            if let (Decision::Append(_), Some(expected), Some(now)) = (&decision, &expected, state)
+                && !expected.contains(&definition_tag(&now.endpoint))
+            {
+                return Err(Refusal::new(
+                    "webhook_changed",
+                    "the webhook is not defined any more as it was when it was read",
+                    "read it again, and change what it is now, with its new ETag in If-Match; \
+                     without If-Match it is replaced whatever it is",
+                ));
+            }
+            Ok(decision)
+        })
+        .await
     }
 
     /// Gives a webhook another secret. For a time, deliveries are signed with both.

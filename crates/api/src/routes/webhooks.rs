@@ -17,8 +17,8 @@ use utoipa::IntoParams;
 
 use crate::access::Principal;
 use crate::answer::Answer;
-use crate::commands::{Done, OVERLAP, WithSecret};
-use crate::extract::{Command, CommandBody, Named, NoParams, Params, deployment_id};
+use crate::commands::{Done, OVERLAP, WithSecret, definition_tag};
+use crate::extract::{Command, CommandBody, IfMatch, Named, NoParams, Params, deployment_id};
 use crate::problem::Problem;
 use crate::routes::deliveries::{RetryView, retrying};
 use crate::routes::secrets::Nothing;
@@ -171,6 +171,9 @@ pub(crate) struct WebhookView {
     created_at: Timestamp,
     /// What was set aside undelivered, by position.
     dead_letters: Vec<DeadLetterView>,
+    /// The entity tag of what is sent where: a change with it as `If-Match` is refused if that was
+    /// defined anew meanwhile.
+    etag: String,
 }
 
 /// What is sent where.
@@ -248,6 +251,7 @@ pub(crate) struct WebhookQuery {
 fn view(project: ProjectName, state: Subscription) -> WebhookView {
     let overlap_until = state.previous.map(|p| p.until);
     WebhookView {
+        etag: definition_tag(&state.endpoint),
         id: state.id,
         project,
         endpoint: state.endpoint.into(),
@@ -345,30 +349,44 @@ pub(crate) async fn create_webhook(
 /// A webhook, with what is tried again and what was set aside undelivered.
 #[utoipa::path(get, path = "/api/v1/webhooks/{webhook}", tag = "webhooks",
     params(("webhook" = String, Path, description = "The webhook.")),
-    responses((status = 200, description = "The webhook.", body = WebhookStatus)))]
+    responses((status = 200, description = "The webhook.", body = WebhookStatus,
+        headers(("ETag" = String, description = "What is sent where, as one opaque text.")))))]
 pub(crate) async fn get_webhook(
     State(state): State<AppState>,
     Named(id): Named<SubscriptionId>,
     Params(NoParams {}): Params<NoParams>,
 ) -> Handled<WebhookStatus> {
     let (project, webhook) = state.commands.webhook(id)?;
-    Ok(Answer::ok(status(&state, project, webhook).await?))
+    let shown = status(&state, project, webhook).await?;
+    let tag = shown.webhook.etag.clone();
+    Ok(Answer::ok(shown).tagged(tag))
 }
 
-/// Defines a webhook anew. What was sent already is not sent again.
+/// Defines a webhook anew. What was sent already is not sent again. With `If-Match`, a definition that
+/// somebody else made meanwhile is not replaced: the answer is 412 with the code `webhook_changed`.
 #[utoipa::path(put, path = "/api/v1/webhooks/{webhook}", tag = "webhooks",
-    params(("webhook" = String, Path, description = "The webhook.")),
+    params(("webhook" = String, Path, description = "The webhook."),
+        ("If-Match" = Option<String>, Header,
+            description = "The `ETag` of the webhook as it was read.")),
     request_body = ChangeWebhook,
-    responses((status = 200, description = "It is defined anew.", body = WebhookView)))]
+    responses((status = 200, description = "It is defined anew.", body = WebhookView,
+        headers(("ETag" = String, description = "What is sent where, as one opaque text.")))))]
 pub(crate) async fn change_webhook(
     State(state): State<AppState>,
     Named(id): Named<SubscriptionId>,
     Params(NoParams {}): Params<NoParams>,
+    if_match: IfMatch,
     Command { caller, body }: Command<ChangeWebhook>,
 ) -> Handled<WebhookView> {
     let endpoint = body.endpoint.parse()?;
-    let done = state.commands.change_webhook(&caller, id, endpoint).await?;
-    accepted(&state, id, &done)
+    let commands = &state.commands;
+    let done = commands
+        .change_webhook(&caller, id, endpoint, if_match.tags())
+        .await?;
+    let (project, webhook) = commands.webhook(id)?;
+    let shown = view(project, webhook);
+    let tag = shown.etag.clone();
+    Ok(Answer::done(&done, shown).tagged(tag))
 }
 
 /// Deletes a webhook, and erases its secrets.

@@ -191,3 +191,75 @@ async fn a_stream_of_deliveries_ends_with_its_webhook() {
     recorded(&server, kept, vec![more]).await;
     assert_eq!(next(&mut other).await.id, "1");
 }
+
+#[tokio::test]
+async fn a_definition_is_replaced_only_as_it_was_read() {
+    let server = server().await;
+    server.shop().await;
+    let id = webhook(&server, "first").await;
+    let path = format!("/api/v1/webhooks/{id}");
+    let read = async || {
+        let reply = server.get(&path).await;
+        let tag = reply.header("etag").unwrap().to_owned();
+        assert_eq!(reply.json()["etag"], tag.as_str());
+        tag
+    };
+    let put = async |tag: Option<&str>, body: &Value| {
+        let mut request = server.request(Method::PUT, &path).json(body);
+        if let Some(tag) = tag {
+            request = request.header("If-Match", tag);
+        }
+        server.send(request).await
+    };
+    let to = |name: &str| json!({ "url": format!("https://receiver.example/{name}") });
+    let first = read().await;
+    // What happens to it without another definition is no other definition.
+    server.post(&format!("{path}/pause"), json!({})).await.ok();
+    server.post(&format!("{path}/rotate"), json!({})).await.ok();
+    assert_eq!(read().await, first);
+    let listed = server.get("/api/v1/webhooks").await.ok();
+    assert_eq!(listed["webhooks"][0]["etag"], first.as_str());
+    let changed = put(Some(&first), &to("second")).await;
+    let second = changed.header("etag").unwrap().to_owned();
+    assert_eq!(changed.ok()["etag"], second.as_str());
+    assert_ne!(first, second);
+    assert_eq!(read().await, second);
+
+    // Whoever read the first one overwrites nothing.
+    let refused = put(Some(&first), &to("third")).await;
+    let refused = refused.refused(412, "webhook_changed");
+    assert_eq!(refused["retryable"], false);
+    assert_eq!(read().await, second);
+    // A tag that is weak matches nothing, and what is no tag is said to be none.
+    for tag in [format!("W/{second}"), "\"other\"".to_owned()] {
+        let refused = put(Some(&tag), &to("third")).await;
+        refused.refused(412, "webhook_changed");
+    }
+    for tag in ["second", "", "\"a"] {
+        let refused = put(Some(tag), &to("third")).await;
+        refused.refused(400, "invalid_if_match");
+    }
+    // Whose answer was lost asks again, and finds it as it was to be.
+    put(Some(&first), &to("second")).await.ok();
+    let several = format!("\"other\", {second}");
+    put(Some(&several), &to("third")).await.ok();
+    put(Some("*"), &to("fourth")).await.ok();
+    put(None, &to("fifth")).await.ok();
+
+    // Of those who change the same one at once, one does.
+    let tag = read().await;
+    let names: Vec<_> = (0..8).map(|n| to(&format!("racer-{n}"))).collect();
+    let racers = names.iter().map(|body| put(Some(&tag), body));
+    let replies = futures_util::future::join_all(racers).await;
+    let won = replies.iter().filter(|r| r.status.is_success()).count();
+    let refused = replies.iter().filter(|r| r.status == 412).count();
+    assert_eq!((won, refused), (1, 7), "{replies:?}");
+
+    server
+        .send(server.request(Method::DELETE, &path))
+        .await
+        .ok();
+    put(Some("*"), &to("sixth"))
+        .await
+        .refused(404, "webhook_not_found");
+}
