@@ -404,3 +404,49 @@ sent! {
     routes::traffic::RoutesAreSet, routes::domains::ClaimDomain, routes::domains::DomainList,
     routes::domains::DomainView, routes::domains::DomainGivenUp,
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use schemars::schema_for;
+
+    use super::*;
+
+    /// The crate of the events writes the AsyncAPI document, and does not know these types.
+    #[test]
+    fn what_streams_send_is_in_the_asyncapi_document_as_it_is_sent() {
+        let document = daybook_events::asyncapi::asyncapi("1.2.3");
+        let members = |schema: &Value| -> BTreeSet<String> {
+            let all = schema["properties"].as_object();
+            all.into_iter().flat_map(|o| o.keys().cloned()).collect()
+        };
+        let required = |schema: &Value| -> BTreeSet<String> {
+            let all = schema["required"].as_array().into_iter().flatten();
+            all.filter_map(|name| Some(name.as_str()?.to_owned()))
+                .collect()
+        };
+        for (name, sent, more) in [
+            ("stream.line", schema_for!(routes::logs::LogLine), None),
+            (
+                "stream.try",
+                schema_for!(routes::deliveries::DeliveryTry),
+                None,
+            ),
+            (
+                "stream.event",
+                schema_for!(routes::events::StoredEvent),
+                Some("chain"),
+            ),
+        ] {
+            let sent = sent.to_value();
+            let described = &document["components"]["schemas"][name];
+            let with = |mut names: BTreeSet<String>| {
+                names.extend(more.map(str::to_owned));
+                names
+            };
+            assert_eq!(members(described), with(members(&sent)), "{name}");
+            assert_eq!(required(described), with(required(&sent)), "{name}");
+        }
+    }
+}

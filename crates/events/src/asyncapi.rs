@@ -6,7 +6,9 @@ use serde_json::{Map, Value, json};
 use crate::AggregateKind;
 use crate::catalog::event_schema;
 use crate::envelope::MEDIA_TYPE;
+use crate::lines::Line;
 use crate::subject::PREFIX;
+use crate::subscription::delivery::Try;
 
 /// Where the definitions of all schemas are.
 const DEFINITIONS: &str = "#/components/schemas/";
@@ -67,6 +69,7 @@ pub fn asyncapi(version: &str) -> Value {
         document.cdevent(kind, summary);
     }
     document.streams();
+    document.connections();
     json!({
         "asyncapi": "3.1.0",
         "id": "urn:dev.daybook:events",
@@ -92,6 +95,12 @@ pub fn asyncapi(version: &str) -> Value {
                 "protocol": "http",
                 "description": "The HTTP interface of a Daybook server. One on loopback may ask \
                     nobody for a token.",
+                "security": schemes(&["token"])
+            },
+            "websocket": {
+                "host": "127.0.0.1:7070",
+                "protocol": "ws",
+                "description": "The same server, for WebSockets.",
                 "security": schemes(&["token"])
             }
         },
@@ -212,7 +221,14 @@ struct Document {
 
 impl Document {
     fn message(&mut self, kind: &str, payload: Schema) {
-        let mut schema = event_schema(kind, payload);
+        self.adopt(kind, event_schema(kind, payload));
+        for over in Over::ALL {
+            self.message_over(over, kind, kind, MEDIA_TYPE, None);
+        }
+    }
+
+    /// Puts a schema among the others, with its own definitions beside it.
+    fn adopt(&mut self, kind: &str, mut schema: Value) {
         let definitions = schema.as_object_mut().and_then(|o| {
             o.remove("$schema");
             o.remove("$defs")
@@ -237,9 +253,6 @@ impl Document {
             self.written.entry(name).or_insert(definition);
         }
         self.schemas.insert(kind.to_owned(), schema);
-        for over in Over::ALL {
-            self.message_over(over, kind, kind, MEDIA_TYPE, None);
-        }
     }
 
     /// What an event is told as in the words of CDEvents.
@@ -424,6 +437,116 @@ impl Document {
             "cdevents-webhook",
             "Daybook sends CDEvents to those who asked for them.",
         );
+    }
+
+    /// The channels of one connection each, whose messages are no events by themselves.
+    fn connections(&mut self) {
+        let kinds = crate::catalog::payload_schemas();
+        let kinds = kinds
+            .iter()
+            .map(|(kind, _)| json!({ "$ref": format!("{DEFINITIONS}{kind}") }));
+        let position = json!({ "type": "integer", "minimum": 0 });
+        let sent = json!({
+            "type": "object",
+            "required": ["position", "subject", "stored_at", "chain"],
+            "properties": {
+                "position": position,
+                "subject": { "type": "string", "description": "Its subject on the log." },
+                "stored_at": { "type": "string", "format": "date-time" },
+                "event": {
+                    "description": "The stored CloudEvent.",
+                    "anyOf": kinds.collect::<Vec<_>>()
+                },
+                "bytes": {
+                    "type": "string",
+                    "contentEncoding": "base64",
+                    "description": "The stored bytes, if they are not JSON."
+                },
+                "chain": {
+                    "type": "string",
+                    "description": "The hash chain over all that was sent, with which a client goes \
+                        on after an interruption, and which GET /api/v1/events/chain works out too."
+                }
+            }
+        });
+        self.schemas.insert("stream.event".into(), sent);
+        let mut tried = schemars::schema_for!(Try).to_value();
+        if let Some(required) = tried["required"].as_array_mut() {
+            required.extend(["seq".into(), "time".into()]);
+        }
+        tried["properties"]["seq"] = json!({ "type": "integer", "minimum": 1,
+            "description": "Its number in the delivery log, which is the id of the event." });
+        tried["properties"]["time"] = json!({ "type": "string", "format": "date-time" });
+        self.adopt("stream.try", tried);
+        let mut line = schemars::schema_for!(Line).to_value();
+        if let Some(required) = line["required"].as_array_mut() {
+            required.extend(["cursor".into(), "level".into()]);
+        }
+        line["properties"]["cursor"] = json!({ "type": "string",
+            "description": "Lines after this one are asked for with it; it is the id of the event." });
+        line["properties"]["level"] = json!({ "enum": ["DEBUG", "INFO", "WARN", "ERROR"],
+            "description": "As far as the text says so; `INFO` otherwise." });
+        self.adopt("stream.line", line);
+        let end = json!({ "type": "object", "additionalProperties": false });
+        self.schemas.insert("stream.end".into(), end);
+        for (message, summary) in [
+            (
+                "stream.event",
+                "An event, its position, and the chain up to it.",
+            ),
+            (
+                "stream.try",
+                "A try to deliver an event, and what came of it.",
+            ),
+            ("stream.line", "A line of output."),
+            (
+                "stream.end",
+                "Nothing more comes: connecting again is of no use.",
+            ),
+        ] {
+            self.message_over(
+                Over::Http,
+                message,
+                message,
+                "application/json",
+                Some(summary),
+            );
+        }
+        let socket = json!({
+            "address": "/api/v1/events",
+            "title": "All events, over a WebSocket",
+            "description": "The upgrade of RFC 6455. Each message is a text. The query parameters \
+                filter, `after` and `chain` resume. A client that sends anything is cut off.",
+            "servers": [{ "$ref": "#/servers/websocket" }],
+            "messages": references(&["stream.event"], Over::Http)
+        });
+        self.channels.insert("events-socket".into(), socket);
+        self.sends("events-socket", "Daybook streams its ledger over a socket.");
+        let http = [json!({ "$ref": "#/servers/http" })];
+        let deliveries = json!({
+            "address": "/api/v1/webhooks/{webhook}/deliveries",
+            "title": "What is sent to a webhook, as server-sent events",
+            "description": "With `Accept: text/event-stream`. The id of each is its number, from \
+                which `Last-Event-ID` resumes; the query parameters filter. It ends with an event \
+                `end` when the webhook is deleted.",
+            "servers": http,
+            "parameters": { "webhook": { "description": "The id of the webhook." } },
+            "messages": references(&["stream.try", "stream.end"], Over::Http)
+        });
+        self.channels.insert("deliveries".into(), deliveries);
+        self.sends("deliveries", "Daybook tells each try to deliver an event.");
+        let lines = json!({
+            "address": "/api/v1/deployments/{id}/logs",
+            "title": "The output of a deployment, as server-sent events",
+            "description": "With `Accept: text/event-stream`. The id of each is its cursor, from \
+                which `Last-Event-ID` resumes; the query parameters filter, and `follow` goes on as \
+                lines come. It ends with an event `end`.",
+            "servers": http,
+            "parameters": { "id": { "description": "The id of the deployment." } },
+            "messages": references(&["stream.line", "stream.end"], Over::Http)
+        });
+        self.channels.insert("lines".into(), lines);
+        self.sends("lines", "Daybook streams what a deployment prints.");
     }
 
     fn sends(&mut self, channel: &str, summary: &str) {

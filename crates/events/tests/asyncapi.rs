@@ -98,9 +98,9 @@ fn rules() -> Value {
     )
 }
 
-/// The published schema, for whoever wants to check against it as it is:
-/// `schemas/3.1.0.json` of <https://github.com/asyncapi/spec-json-schemas>. Without it, what it asks
-/// for is taken from [`rules`].
+/// Where the published schema is: `schemas/3.1.0.json` of
+/// <https://github.com/asyncapi/spec-json-schemas>. `cargo xtask test` finds it in a package. What it
+/// asks for is checked by [`rules`] in any case.
 const PUBLISHED: &str = "DAYBOOK_ASYNCAPI_SCHEMA";
 
 #[test]
@@ -110,11 +110,16 @@ fn it_is_what_the_specification_asks_for() {
         reason = "a test's choice of judge, no decision of the events"
     )]
     let published = std::env::var_os(PUBLISHED);
-    let schema = match published {
-        Some(file) => serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap(),
-        None => rules(),
-    };
-    let validator = jsonschema::validator_for(&schema).unwrap();
+    let published =
+        published.map(|file| serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap());
+    for schema in [Some(rules()), published].into_iter().flatten() {
+        accepts_it(&schema);
+    }
+}
+
+/// A schema accepts the document, and finds what is wrong with others.
+fn accepts_it(schema: &Value) {
+    let validator = jsonschema::validator_for(schema).unwrap();
     let document = asyncapi("1.2.3");
     if let Err(e) = validator.validate(&document) {
         panic!("{e} at {}", e.instance_path());
@@ -185,6 +190,15 @@ fn each_message_says_its_headers_and_each_server_who_may_read() {
         assert!(headers(channel, kind).contains(&"webhook-signature".to_owned()));
     }
     assert!(headers("events", kind).is_empty());
+    for (channel, message) in [
+        ("events-socket", "stream.event"),
+        ("deliveries", "stream.try"),
+        ("deliveries", "stream.end"),
+        ("lines", "stream.line"),
+        ("lines", "stream.end"),
+    ] {
+        assert!(headers(channel, message).is_empty());
+    }
     for (name, server) in document["servers"].as_object().unwrap() {
         assert!(server["security"][0]["$ref"].is_string(), "{name}");
     }
@@ -221,5 +235,39 @@ fn the_messages_describe_the_frozen_events() {
         if let Err(e) = validator.validate(&event) {
             panic!("{kind}: {e} at {}", e.instance_path());
         }
+    }
+}
+
+#[test]
+fn what_connections_send_is_described() {
+    let document = asyncapi("1.2.3");
+    let validator = |name: &str| {
+        let mut schema = document["components"]["schemas"][name].clone();
+        schema["components"] = json!({ "schemas": document["components"]["schemas"] });
+        jsonschema::validator_for(&schema).unwrap()
+    };
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let event = std::fs::read(golden.join("environment.created.v1.json")).unwrap();
+    let event: Value = serde_json::from_slice(&event).unwrap();
+    let sent = json!({ "position": 7, "subject": "daybook.ev.shop.production.environment.production",
+        "stored_at": "2026-03-01T12:00:00Z", "chain": "00", "event": event });
+    let tried = json!({ "seq": 3, "time": "2026-03-01T12:00:00Z", "position": 7, "due_by": 7,
+        "event": "0190c0de-0000-7000-8000-000000000000", "kind": "environment.created.v1",
+        "number": 1, "outcome": "delivered", "status": 204, "millis": 9 });
+    let line = json!({ "cursor": "0-1", "seq": 1, "time": "2026-03-01T12:00:00Z",
+        "kind": "container", "level": "WARN", "text": "WARNING: old pip" });
+    for (name, good, bad) in [
+        ("stream.event", sent, ("event", json!({}))),
+        ("stream.try", tried, ("outcome", "lost".into())),
+        ("stream.line", line, ("level", "LOUD".into())),
+        ("stream.end", json!({}), ("why", "it is over".into())),
+    ] {
+        let validator = validator(name);
+        if let Err(e) = validator.validate(&good) {
+            panic!("{name}: {e} at {}", e.instance_path());
+        }
+        let mut wrong = good.clone();
+        wrong[bad.0] = bad.1;
+        assert!(!validator.is_valid(&wrong), "{name}");
     }
 }
