@@ -1,5 +1,8 @@
 //! The ledger in words of others: attestations and CDEvents of a real deployment.
 
+#[path = "../crates/projections/tests/cdevents/sdk.rs"]
+mod sdk;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -76,6 +79,9 @@ fn a_deployment_that_succeeded_is_attested_and_told_in_cdevents() {
             .trim_end_matches(".0.3.0")
             .to_owned()
     };
+    for cdevent in told {
+        sdk::takes(cdevent).unwrap();
+    }
     let kinds: Vec<_> = told.iter().map(kind).collect();
     assert_eq!(kinds.first().unwrap(), "pipelinerun.queued");
     let found: BTreeSet<_> = kinds.iter().map(String::as_str).collect();
@@ -152,6 +158,9 @@ fn cdevents_are_published_on_nats_once_and_in_order() {
     let page = server.read("/api/v1/cdevents?limit=500");
     let all = page["cdevents"].as_array().unwrap();
     let published: Vec<_> = told.iter().map(|m| &m["data"]).collect();
+    for cdevent in &published {
+        sdk::takes(cdevent).unwrap();
+    }
     assert_eq!(published, all.iter().take(told.len()).collect::<Vec<_>>());
 }
 

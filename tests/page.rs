@@ -366,6 +366,22 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
         "one"
     );
 
+    // What somebody else has defined meanwhile is not overwritten.
+    page.click("button", "Change…");
+    page.fill("dialog input[name=tries]", "5");
+    server.ok(&["webhook", "change", &id, "--service", "web"]);
+    page.shows("about the service web");
+    page.click("dialog button", "Change");
+    page.shows("webhook_changed");
+    page.picture("webhook-changed");
+    let shown = server.read(&format!("/api/v1/webhooks/{id}"));
+    assert_eq!(shown["service"], "web");
+    assert_eq!(shown["tries"], 1);
+    page.click("dialog button", "Leave it");
+    page.holds("!document.querySelector('dialog')");
+    server.ok(&["webhook", "change", &id, "--service", ""]);
+    page.holds("!document.body.innerText.includes('about the service web')");
+
     // What is asked for again later is shown as that.
     page.click("button", "Change…");
     page.fill("dialog input[name=tries]", "5");
@@ -420,7 +436,7 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     page.shows("This webhook was deleted.");
     assert_eq!(page.evaluate("window.kept"), true);
     // What was refused is an answer that a browser complains of.
-    assert_eq!(page.complaints().len(), 1, "{:?}", page.complaints());
+    assert_eq!(page.complaints().len(), 2, "{:?}", page.complaints());
 }
 
 #[test]

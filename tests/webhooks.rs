@@ -290,6 +290,38 @@ fn a_receiver_that_is_gone_is_not_asked_again_until_somebody_wants_it() {
 }
 
 #[test]
+fn a_webhook_is_changed_in_what_is_given_and_stays_as_it_is_in_the_rest() {
+    let server = start();
+    let receiver = Receiver::willing();
+    let flags = ["--kind", "environment", "--env", "first", "--tries", "3"];
+    let (id, _) = webhook(&server, &receiver.url(), &flags);
+    let changed = server.json(&["webhook", "change", &id, "--env", "", "--tries", "4"]);
+    let now = show(&server, &id);
+    assert_eq!(changed["etag"], now["etag"]);
+    assert_eq!(now["environment"], Value::Null);
+    assert_eq!(now["tries"], 4);
+    assert_eq!(now["kinds"], json!(["environment"]));
+    event(&server, "second");
+    until("it is sent", || {
+        let taken = receiver.taken();
+        let names: Vec<_> = taken
+            .iter()
+            .map(|r| r.json()["data"]["name"].clone())
+            .collect();
+        (names == ["second"]).then_some(())
+    });
+    let nothing = server.cli(&["webhook", "change", &id]);
+    assert!(nothing.stderr.contains("--url"), "{nothing:?}");
+    let all = [
+        "webhook", "change", &id, "--kind", "", "--format", "cdevents",
+    ];
+    server.ok(&all);
+    let now = show(&server, &id);
+    assert_eq!(now["kinds"], json!([]));
+    assert_eq!(now["format"], "cdevents");
+}
+
+#[test]
 fn redirects_are_not_followed() {
     let server = start();
     let other = Receiver::willing();

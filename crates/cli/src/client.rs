@@ -262,19 +262,44 @@ impl Client {
         body: &(impl Serialize + Sync),
         key: Option<&str>,
     ) -> Result<T, Failure> {
+        self.command_on(method, path, body, key, None).await
+    }
+
+    /// PUT of what is to stand in the place of something that was read before. If that had an `ETag`, and
+    /// has another one by now, the server refuses.
+    pub async fn replace(
+        &self,
+        path: &str,
+        body: &Value,
+        etag: Option<&str>,
+    ) -> Result<Value, Failure> {
+        self.command_on(Method::PUT, path, body, None, etag).await
+    }
+
+    async fn command_on<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &(impl Serialize + Sync),
+        key: Option<&str>,
+        etag: Option<&str>,
+    ) -> Result<T, Failure> {
         let key = key.map_or_else(|| uuid::Uuid::now_v7().to_string(), str::to_owned);
         let mut last = None;
         for attempt in 0..3_u32 {
             if attempt > 0 {
                 tokio::time::sleep(Duration::from_millis(200 << attempt)).await;
             }
-            let request = self
+            let mut request = self
                 .http
                 .request(method.clone(), format!("{}{path}", self.base))
                 .header("Idempotency-Key", &key)
                 .header("Daybook-Min-Position", self.position())
                 .timeout(Duration::from_secs(30))
                 .json(body);
+            if let Some(etag) = etag {
+                request = request.header(reqwest::header::IF_MATCH, etag);
+            }
             match self.send(request).await {
                 Ok(answer) => return read(answer).await,
                 // Only when the connection was made and broke is it unknown what became of it.
@@ -371,7 +396,7 @@ async fn problem(answer: Response) -> Failure {
     let text = |key: &str| body.get(key).and_then(Value::as_str).map(str::to_owned);
     let code = match status {
         StatusCode::NOT_FOUND => Code::NotFound,
-        StatusCode::CONFLICT => Code::Refused,
+        StatusCode::CONFLICT | StatusCode::PRECONDITION_FAILED => Code::Refused,
         StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => Code::Usage,
         _ => Code::Failure,
     };

@@ -34,6 +34,10 @@ pub enum WebhookCommand {
     },
     /// Show a webhook, with what was set aside undelivered.
     Show(WebhookArgs),
+    /// Define a webhook anew: what is not given stays as it is. What was sent already is not sent again.
+    ///
+    /// It is refused if somebody else defines it anew at the same moment.
+    Change(Box<ChangeArgs>),
     /// What was sent, and what came of it, the newest first.
     Deliveries(DeliveriesArgs),
     /// Send again what was set aside: the events at these positions, or all.
@@ -88,6 +92,16 @@ pub enum Format {
     Cdevents,
 }
 
+impl Format {
+    /// As the server calls it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Cloudevents => "cloudevents",
+            Self::Cdevents => "cdevents",
+        }
+    }
+}
+
 /// A new webhook.
 #[derive(Debug, Args)]
 pub struct CreateArgs {
@@ -125,6 +139,74 @@ pub struct CreateArgs {
     after: Option<u64>,
 }
 
+/// What is to be otherwise.
+#[derive(Debug, Args)]
+pub struct ChangeArgs {
+    #[command(flatten)]
+    webhook: WebhookArgs,
+    #[command(flatten)]
+    changes: Changes,
+}
+
+/// At least one of them.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub struct Changes {
+    /// Where events are sent: an https URL without user, query and fragment. It is kept in the
+    /// ledger for ever: put no secret into it.
+    #[arg(long)]
+    url: Option<String>,
+    /// The form.
+    #[arg(long, value_enum)]
+    format: Option<Format>,
+    /// Only events of this environment; of all if it is empty.
+    #[arg(long, value_name = "ENVIRONMENT")]
+    env: Option<String>,
+    /// Only events about this service; about all if it is empty.
+    #[arg(long)]
+    service: Option<String>,
+    /// Only events of this type (`deployment.succeeded.v1`) or aggregate (`deployment`); may be
+    /// given several times, instead of those before. Of all if it is empty.
+    #[arg(long = "kind", value_name = "TYPE")]
+    kinds: Option<Vec<String>>,
+    /// Only events of this deployment and of the run that it began; of all if it is empty.
+    #[arg(long, value_name = "ID")]
+    deployment: Option<String>,
+    /// Whether each event carries the proof that it is in the signed ledger.
+    #[arg(long, value_name = "true|false")]
+    proof: Option<bool>,
+    /// How often each event is tried before it is set aside.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=20))]
+    tries: Option<u32>,
+}
+
+impl Changes {
+    /// What a webhook is to be, that is so now.
+    fn of(self, webhook: &Value) -> Value {
+        let named = |name: &str, given: Option<String>| match given {
+            None => webhook[name].clone(),
+            Some(given) if given.is_empty() => Value::Null,
+            Some(given) => given.into(),
+        };
+        let given =
+            |name: &str, given: Option<Value>| given.unwrap_or_else(|| webhook[name].clone());
+        let kinds = self.kinds.map(|kinds| {
+            let kinds = kinds.into_iter().filter(|k| !k.is_empty());
+            kinds.map(Value::from).collect()
+        });
+        json!({
+            "url": given("url", self.url.map(Value::from)),
+            "format": given("format", self.format.map(|f| f.name().into())),
+            "environment": named("environment", self.env),
+            "service": named("service", self.service),
+            "kinds": given("kinds", kinds),
+            "deployment": named("deployment", self.deployment),
+            "proof": given("proof", self.proof.map(Value::from)),
+            "tries": given("tries", self.tries.map(Value::from)),
+        })
+    }
+}
+
 /// Which webhook.
 #[derive(Debug, Args)]
 pub struct WebhookArgs {
@@ -156,6 +238,7 @@ pub async fn run(command: WebhookCommand) -> Outcome {
             let webhook: Value = client.get(&path, &[]).await?;
             shown(&webhook, print)
         }
+        WebhookCommand::Change(args) => define(*args).await,
         WebhookCommand::Deliveries(args) => deliveries(args).await,
         WebhookCommand::Replay { webhook, positions } => replay(webhook, positions).await,
         WebhookCommand::Discard {
@@ -213,14 +296,10 @@ async fn find(args: &WebhookArgs) -> Result<(Client, String), Failure> {
 
 async fn create(args: CreateArgs) -> Outcome {
     let client = Client::new(&args.server)?;
-    let format = match args.format {
-        Format::Cloudevents => "cloudevents",
-        Format::Cdevents => "cdevents",
-    };
     let mut body = json!({
         "project": args.project,
         "url": args.url,
-        "format": format,
+        "format": args.format.name(),
         "kinds": args.kinds,
         "proof": args.proof,
     });
@@ -333,6 +412,18 @@ fn sends(webhook: &Value) -> String {
         words += ", with proof";
     }
     words
+}
+
+async fn define(args: ChangeArgs) -> Outcome {
+    let (client, path) = find(&args.webhook).await?;
+    let before: Value = client.get(&path, &[]).await?;
+    let wanted = args.changes.of(&before);
+    let etag = before["etag"].as_str();
+    let webhook = client.replace(&path, &wanted, etag).await?;
+    shown(&webhook, |webhook| {
+        output::line(output::style().good("changed").as_str());
+        print(webhook);
+    })
 }
 
 async fn list_all(server: ServerArgs, project: Option<String>) -> Outcome {
