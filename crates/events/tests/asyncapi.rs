@@ -98,9 +98,9 @@ fn rules() -> Value {
     )
 }
 
-/// Where the published schema is, for whoever wants to check against it as it is: `schemas/3.1.0.json`
-/// of <https://github.com/asyncapi/spec-json-schemas>. What it asks for is checked by [`rules`] in any
-/// case.
+/// Where the published schema is: `schemas/3.1.0.json` of
+/// <https://github.com/asyncapi/spec-json-schemas>. `cargo xtask test` finds it in a package. What it
+/// asks for is checked by [`rules`] in any case.
 const PUBLISHED: &str = "DAYBOOK_ASYNCAPI_SCHEMA";
 
 #[test]

@@ -32,11 +32,25 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
     let what = "the judges in Python (schemathesis, clients, SDKs)";
     found.extend(entered(left_out, "DAYBOOK_JUDGES_PYTHON", what, python)?);
     let node = locate("DAYBOOK_JUDGES_NODE", packages::node);
+    let schema = locate("DAYBOOK_ASYNCAPI_SCHEMA", || asyncapi_schema(&node));
     let what = "the judges of Node.js (axe-core, clients, graphql)";
     found.extend(entered(left_out, "DAYBOOK_JUDGES_NODE", what, node)?);
+    let what = "the published schema of AsyncAPI";
+    found.extend(entered(left_out, "DAYBOOK_ASYNCAPI_SCHEMA", what, schema)?);
     let what = "tlog-judge, which checks transparency logs";
     found.extend(entered(left_out, "DAYBOOK_TLOG_JUDGE", what, judge)?);
     Ok(found)
+}
+
+/// The schema of AsyncAPI documents, as those who write the specification publish it, among the packages
+/// of Node.js.
+fn asyncapi_schema(node: &Result<OsString, Failure>) -> Result<PathBuf, Failure> {
+    let folder = node.as_ref().map_err(ToString::to_string)?;
+    let file = Path::new(folder).join("node_modules/@asyncapi/specs/schemas/3.1.0.json");
+    if file.is_file() {
+        return Ok(file);
+    }
+    Err(format!("there is no {}", file.display()).into())
 }
 
 /// An sshd. It needs a user of its own, so it cannot be taken out of its package; and installing

@@ -23,8 +23,8 @@ and the last lines say so. With DAYBOOK_REQUIRE=all or CI=true that is a failure
 
 Environment: DAYBOOK_NATS_SERVER, DAYBOOK_NATS_SERVER_NEW, DAYBOOK_REGISTRY, DAYBOOK_SSHD,
 DAYBOOK_BUILDAH and DAYBOOK_TLOG_JUDGE name the programs to use, DAYBOOK_JUDGES_PYTHON an
-interpreter and DAYBOOK_JUDGES_NODE a folder with what judges interfaces, DAYBOOK_TOOLS the cache,
-DAYBOOK_LEFT_OUT the file for what is left out.
+interpreter and DAYBOOK_JUDGES_NODE a folder with what judges interfaces, DAYBOOK_ASYNCAPI_SCHEMA a
+file, DAYBOOK_TOOLS the cache, DAYBOOK_LEFT_OUT the file for what is left out.
 ";
 
 /// Most lines of what one failed test said that are told again.
