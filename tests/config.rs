@@ -200,3 +200,65 @@ fn what_people_write_into_a_values_file_survives_every_commit() {
     check("terminate");
     server.check_replay();
 }
+
+#[test]
+fn a_deployment_keeps_its_amounts_of_cpu_and_memory_and_so_does_a_way_back_to_it() {
+    let server = Server::start(Settings::default());
+    let source = application("--text one");
+    let amounts = ["--cpu", "0.25", "--memory", "256Mi"];
+    let limits = ["--cpu-limit", "1", "--memory-limit", "0.5Gi"];
+    server.define("shop", "web", &source, &[amounts, limits].concat());
+    let first = server.deploy(INSTANCE, &[]);
+    let asked = |id: &str| server.deployment(id)["snapshot"]["run"]["resources"].clone();
+    let whole = serde_json::json!({
+        "requests": { "cpu": "250m", "memory": "256Mi" },
+        "limits": { "cpu": "1", "memory": "512Mi" },
+    });
+    assert_eq!(asked(&first), whole);
+    let shown = server.ok(&["status", &first]);
+    let line = "cpu 250m to 1, memory 256Mi to 512Mi";
+    assert!(shown.stdout.contains(line), "{shown:?}");
+    assert!(
+        values(&server).contains("memory: 512Mi"),
+        "{}",
+        values(&server)
+    );
+
+    // The service gets others, and one deployment of it others again.
+    server.service("shop", "web", &source, &["--cpu", "2"]);
+    assert_eq!(asked(&first), whole, "what was deployed stays so");
+    source.commit("Another", &[("another", "file")]);
+    let second = server.deploy(INSTANCE, &["--memory-limit", "1Gi"]);
+    let other = serde_json::json!({
+        "requests": { "cpu": "2" },
+        "limits": { "memory": "1Gi" },
+    });
+    assert_eq!(asked(&second), other);
+    source.commit("A third", &[("third", "file")]);
+    let third = server.deploy(INSTANCE, &[]);
+    let of_service = serde_json::json!({ "requests": { "cpu": "2" } });
+    assert_eq!(asked(&third), of_service);
+    let back = ["rollback", INSTANCE, "--redeploy", "--to", &first];
+    server.ok(&back);
+    let now = server.json(&["config", "list", INSTANCE]);
+    assert_eq!(asked(now["deployment"].as_str().unwrap()), whole);
+
+    let deploy = ["deploy", INSTANCE, "--output", "json"];
+    let create = ["service", "create", "shop", "other", "--output", "json"];
+    for (command, flags, code) in [
+        (&deploy[..], &["--cpu", "much"][..], "invalid_quantity"),
+        (&deploy, &["--memory", "512"], "invalid_quantity"),
+        (&deploy, &["--cpu-limit", "1500m"], "request_above_limit"),
+        (&create, &["--cpu", "512Mi"], "invalid_quantity"),
+        (
+            &create,
+            &["--memory", "2G", "--memory-limit", "1Gi"],
+            "request_above_limit",
+        ),
+    ] {
+        let refused = server.cli(&[command, flags].concat());
+        assert_ne!(refused.code, 0, "{refused:?}");
+        assert_eq!(refused.error()["code"], code, "{refused:?}");
+    }
+    server.check_replay();
+}

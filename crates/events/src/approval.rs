@@ -191,6 +191,9 @@ fn values(state: &Deployment) -> BTreeMap<String, String> {
         let place = format!("{} in {}", volume.path, volume.variable(name));
         set(format!("volume.{name}"), place);
     }
+    for (name, amount) in run.resources.named() {
+        set(format!("run.resources.{name}"), amount.to_string());
+    }
     for (key, secret) in &request.secrets {
         set(
             format!("secret.{key}"),

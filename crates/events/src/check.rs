@@ -27,6 +27,7 @@ use crate::names::{
     VolumeName,
 };
 use crate::outline::Step;
+use crate::resources::{Amounts, Quantity, Resources};
 use crate::routing::{self, RoutingEvent};
 use crate::secret::SecretRef;
 use crate::spec::{
@@ -403,24 +404,74 @@ impl<K: Canonical + Ord, V: Canonical> Canonical for BTreeMap<K, V> {
     }
 }
 
+impl Canonical for Quantity {
+    fn check(text: &mut Text<'_>) -> Option<()> {
+        text.string().map(drop)
+    }
+    fn read(text: &mut Text<'_>) -> Option<Self> {
+        text.string().map(Self::new)
+    }
+}
+
+/// Fields between braces, in their order, of which each may be left out.
+fn sparse<T: Canonical>(text: &mut Text<'_>, names: [&str; 2]) -> Option<[Option<T>; 2]> {
+    text.literal("{")?;
+    let mut found = [None, None];
+    let mut separator = "";
+    for (name, found) in names.into_iter().zip(&mut found) {
+        let mut ahead = Text(text.0);
+        let is_next = ahead.literal(separator).and_then(|()| ahead.literal(name));
+        if is_next.is_some() {
+            *found = Some(T::read(&mut ahead)?);
+            *text = ahead;
+            separator = ",";
+        }
+    }
+    text.literal("}")?;
+    Some(found)
+}
+
+impl Canonical for Amounts {
+    fn check(text: &mut Text<'_>) -> Option<()> {
+        Self::read(text).map(drop)
+    }
+    fn read(text: &mut Text<'_>) -> Option<Self> {
+        let [cpu, memory] = sparse(text, ["\"cpu\":", "\"memory\":"])?;
+        Some(Self { cpu, memory })
+    }
+}
+
+impl Canonical for Resources {
+    fn check(text: &mut Text<'_>) -> Option<()> {
+        Self::read(text).map(drop)
+    }
+    fn read(text: &mut Text<'_>) -> Option<Self> {
+        let [requests, limits] = sparse(text, ["\"requests\":", "\"limits\":"])?;
+        Some(Self {
+            requests: requests.unwrap_or_default(),
+            limits: limits.unwrap_or_default(),
+        })
+    }
+}
+
 /// Checks or reads a field behind another one. One that is `sparse` is left out where it has its
 /// type's default; where one that is `rare` is not left out, the parser is asked.
 macro_rules! field {
     ($do:ident $text:ident, $field:ident: $type:ty) => {{
         $text.literal(concat!(",\"", stringify!($field), "\":"))?;
-        <$type>::$do($text)?
+        <$type as Canonical>::$do($text)?
     }};
     (check $text:ident, $field:ident sparse: $type:ty) => {
         if $text
             .literal(concat!(",\"", stringify!($field), "\":"))
             .is_some()
         {
-            <$type>::check($text)?;
+            <$type as Canonical>::check($text)?;
         }
     };
     (read $text:ident, $field:ident sparse: $type:ty) => {
         match $text.literal(concat!(",\"", stringify!($field), "\":")) {
-            Some(()) => <$type>::read($text)?,
+            Some(()) => <$type as Canonical>::read($text)?,
             None => <$type>::default(),
         }
     };
@@ -476,7 +527,8 @@ structs! {
     HealthSpec { path: String, deadline_seconds: u32 }
     RunSpec {
         port: u16, command: Vec<String>, env: BTreeMap<EnvKey, String>, replicas: u32,
-        health: HealthSpec, volumes rare: BTreeMap<VolumeName, VolumeSpec>
+        health: HealthSpec, volumes rare: BTreeMap<VolumeName, VolumeSpec>,
+        resources sparse: Resources
     }
 
     deployment::SourceCommit {

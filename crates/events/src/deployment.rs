@@ -1864,6 +1864,7 @@ fn check_request(r: &Requested) -> Result<(), Refusal> {
         ));
     }
     check_replicas(r.run.replicas)?;
+    r.run.resources.check()?;
     if r.run.port == 0 {
         return Err(Refusal::new(
             "invalid_port",

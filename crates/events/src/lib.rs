@@ -36,6 +36,7 @@ pub mod names;
 pub mod outline;
 pub mod preview;
 pub mod project;
+pub mod resources;
 pub mod routing;
 pub mod secret;
 #[cfg(any(test, feature = "testing"))]

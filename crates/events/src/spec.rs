@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::names::{
     Digest, EnvKey, GitRef, ImageRepository, ImageTag, InvalidName, RepositoryUrl, VolumeName,
 };
+use crate::resources::Resources;
 
 /// Where the source of a service is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -141,14 +142,21 @@ pub struct RunSpec {
     /// What is kept from one deployment to the next.
     #[serde(default)]
     pub volumes: BTreeMap<VolumeName, VolumeSpec>,
+    /// What each instance is given of cpu and memory. Local clusters, whose instances are
+    /// processes of one machine, do not see to it.
+    #[serde(default)]
+    pub resources: Resources,
 }
 
-/// As derived, but that JSON leaves out `volumes` where there are none, as it was before there were
-/// any. Rows of projections, which are not self-describing, always have them.
+/// As derived, but that JSON leaves out what is not given of the newer fields, as it was before
+/// there were any. Rows of projections, which are not self-describing, always have them.
 impl Serialize for RunSpec {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let volumes = !(serializer.is_human_readable() && self.volumes.is_empty());
-        let mut out = serializer.serialize_struct("RunSpec", 5 + usize::from(volumes))?;
+        let all = !serializer.is_human_readable();
+        let volumes = all || !self.volumes.is_empty();
+        let resources = all || !self.resources.is_empty();
+        let newer = usize::from(volumes) + usize::from(resources);
+        let mut out = serializer.serialize_struct("RunSpec", 5 + newer)?;
         out.serialize_field("port", &self.port)?;
         out.serialize_field("command", &self.command)?;
         out.serialize_field("env", &self.env)?;
@@ -156,6 +164,9 @@ impl Serialize for RunSpec {
         out.serialize_field("health", &self.health)?;
         if volumes {
             out.serialize_field("volumes", &self.volumes)?;
+        }
+        if resources {
+            out.serialize_field("resources", &self.resources)?;
         }
         out.end()
     }
@@ -177,6 +188,7 @@ impl Default for RunSpec {
             replicas: default_replicas(),
             health: HealthSpec::default(),
             volumes: BTreeMap::new(),
+            resources: Resources::default(),
         }
     }
 }

@@ -16,6 +16,7 @@ use crate::names::{
     Digest, EnvKey, ImageRepository, ParameterName, ServiceName, TemplateName, TemplateVersion,
     VolumeName,
 };
+use crate::resources::Resources;
 use crate::spec::{BuildSpec, HealthSpec, ImageReference, RunSpec, ServiceSpec, VolumeSpec};
 
 /// The most characters that a parameter's value has.
@@ -117,6 +118,9 @@ pub struct RunTemplate {
     pub health: HealthSpec,
     /// What is kept from one deployment to the next.
     pub volumes: BTreeMap<VolumeName, VolumeSpec>,
+    /// What each instance is given of cpu and memory.
+    #[serde(skip_serializing_if = "Resources::is_empty")]
+    pub resources: Resources,
 }
 
 impl Default for RunTemplate {
@@ -128,6 +132,7 @@ impl Default for RunTemplate {
             replicas,
             health,
             volumes,
+            resources,
         } = RunSpec::default();
         Self {
             port,
@@ -136,6 +141,7 @@ impl Default for RunTemplate {
             replicas,
             health,
             volumes,
+            resources,
         }
     }
 }

@@ -104,7 +104,10 @@ fn add<P: Payload>(all: &mut BTreeMap<&'static str, String>, subject: Subject, e
 }
 
 /// Kinds whose events have more than one form, with the further frozen ones.
-const OTHER_FORMS: &[(&str, &str)] = &[("deployment.requested.v1", "helm")];
+const OTHER_FORMS: &[(&str, &str)] = &[
+    ("deployment.requested.v1", "helm"),
+    ("deployment.requested.v1", "resources"),
+];
 
 /// The frozen event of a kind.
 fn frozen(kind: &str) -> String {

@@ -247,6 +247,9 @@ impl Release<'_> {
             let words = run.command.iter().map(|word| word.replace('$', "$$"));
             container["command"] = words.collect();
         }
+        if !run.resources.is_empty() {
+            container["resources"] = json!(run.resources);
+        }
         if !run.env.is_empty() {
             container["envFrom"] = json!([{ "configMapRef": { "name": self.name() } }]);
         }

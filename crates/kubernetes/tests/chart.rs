@@ -54,6 +54,11 @@ fn values() -> EnvironmentValues {
     }
     run.command = vec!["serve".to_owned(), "--name=it's $5 $(PORT): #1".to_owned()];
     run.health.path = "/ready?x=1&y=\"2\"".to_owned();
+    run.resources = serde_json::from_value(serde_json::json!({
+        "requests": { "cpu": "0.25", "memory": "1024Mi" },
+        "limits": { "memory": "1.5Gi" },
+    }))
+    .unwrap();
     let (id, mut whole) = release(1, run);
     let reference = SecretRef {
         secret: "DATABASE_URL".parse().unwrap(),

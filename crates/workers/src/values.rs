@@ -234,6 +234,7 @@ impl Serialize for Sorted<'_> {
 
 #[cfg(test)]
 mod tests {
+    use daybook_events::resources::{Amounts, Quantity, Resources};
     use daybook_events::secret::{Commitment, SecretScope};
     use daybook_events::spec::HealthSpec;
     use daybook_events::{Digest, ImageRepository, ImageTag};
@@ -302,6 +303,15 @@ mod tests {
         ]
     }
 
+    fn resources() -> impl Strategy<Value = Resources> {
+        let quantity = prop_oneof![nasty(), "[0-9]{1,4}(\\.[0-9])?(m|Mi|Gi|M)?"];
+        let quantity = prop::option::of(quantity.prop_map(|text| Quantity::new(&text)));
+        let amounts = || {
+            (quantity.clone(), quantity.clone()).prop_map(|(cpu, memory)| Amounts { cpu, memory })
+        };
+        (amounts(), amounts()).prop_map(|(requests, limits)| Resources { requests, limits })
+    }
+
     fn run() -> impl Strategy<Value = RunSpec> {
         let env = prop::collection::btree_map(
             "[A-Z_][A-Z0-9_]{0,8}|y|n|no|null|true".prop_map(|k| EnvKey::parse(k).unwrap()),
@@ -316,9 +326,10 @@ mod tests {
             any::<u32>(),
             nasty(),
             any::<u32>(),
+            resources(),
         )
             .prop_map(
-                |(port, command, env, replicas, path, deadline_seconds)| RunSpec {
+                |(port, command, env, replicas, path, deadline_seconds, resources)| RunSpec {
                     port,
                     command,
                     env,
@@ -328,6 +339,7 @@ mod tests {
                         deadline_seconds,
                     },
                     volumes: BTreeMap::new(),
+                    resources,
                 },
             )
     }

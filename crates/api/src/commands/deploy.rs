@@ -8,6 +8,7 @@ use daybook_events::deployment::{
     self, Deployment, DeploymentEvent, PromotedFrom, Requested, Status, SwitchMode, Version,
 };
 use daybook_events::environment::Environment;
+use daybook_events::resources::Resources;
 use daybook_events::secret::{self, SecretRef};
 use daybook_events::spec::{HealthSpec, ImageReference, RunSpec, ServiceSpec};
 use daybook_events::{
@@ -56,6 +57,9 @@ pub struct RunOverrides {
     pub replicas: Option<u32>,
     /// Another way to ask for readiness.
     pub health: Option<HealthSpec>,
+    /// Amounts of cpu and memory beside or instead of the service's.
+    #[serde(default)]
+    pub resources: Resources,
 }
 
 /// A wish to deploy.
@@ -272,6 +276,7 @@ impl Commands {
             env,
             replicas,
             health,
+            resources,
         } = wish.run;
         let secrets = self.applicable_secrets(&wish.instance).await?;
         if let Some(name) = env.keys().find(|name| secrets.contains_key(name)) {
@@ -293,6 +298,7 @@ impl Commands {
         run.env.extend(env);
         run.replicas = replicas.unwrap_or(run.replicas);
         run.health = health.unwrap_or(run.health);
+        run.resources.set(resources);
         check::run(&run)?;
         let request = Requested {
             instance: wish.instance,

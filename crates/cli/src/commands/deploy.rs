@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use super::manage::ResourceArgs;
 use super::{Outcome, ServerArgs, deploy_folder};
 use crate::client::Client;
 use crate::exit::{Code, Failure};
@@ -58,6 +59,8 @@ pub struct DeployArgs {
     /// How many instances of it run in each cluster, if not as many as of the main deployment.
     #[arg(long, value_name = "NUMBER")]
     replicas: Option<u32>,
+    #[command(flatten)]
+    resources: ResourceArgs,
     /// Run it beside the main deployment; traffic follows with `daybook mark-main`.
     #[arg(long)]
     no_switch: bool,
@@ -225,8 +228,15 @@ pub async fn run(args: DeployArgs) -> Outcome {
     if !args.clusters.is_empty() {
         set("clusters", Some(args.clusters.clone().into()));
     }
+    let mut run = json!({});
     if let Some(replicas) = args.replicas {
-        set("run", Some(json!({ "replicas": replicas })));
+        run["replicas"] = replicas.into();
+    }
+    for ([kind, what], amount) in args.resources.given() {
+        run["resources"][kind][what] = amount.into();
+    }
+    if run != json!({}) {
+        set("run", Some(run));
     }
     if args.no_switch {
         set("switch", Some("manual".into()));

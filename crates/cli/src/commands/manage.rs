@@ -103,6 +103,8 @@ pub struct ServiceArgs {
     /// Instances in each cluster.
     #[arg(long)]
     replicas: Option<u32>,
+    #[command(flatten)]
+    resources: ResourceArgs,
     /// The HTTP path that answers when an instance is ready; empty for a TCP connection.
     #[arg(long, value_name = "PATH")]
     health_path: Option<String>,
@@ -115,6 +117,37 @@ pub struct ServiceArgs {
     /// The command, if not the image's own.
     #[arg(last = true)]
     command: Vec<String>,
+}
+
+/// What each instance is given of cpu and memory. Kubernetes sees to it; local clusters do not.
+#[derive(Debug, Default, Args)]
+pub struct ResourceArgs {
+    /// The cpu that a node keeps for each instance, in cores: 250m is a quarter of one.
+    #[arg(long, value_name = "CORES")]
+    cpu: Option<String>,
+    /// The most cpu that an instance gets.
+    #[arg(long, value_name = "CORES")]
+    cpu_limit: Option<String>,
+    /// The memory that a node keeps for each instance: 256Mi.
+    #[arg(long, value_name = "BYTES")]
+    memory: Option<String>,
+    /// The most memory that an instance gets; one that takes more is ended and started again.
+    #[arg(long, value_name = "BYTES")]
+    memory_limit: Option<String>,
+}
+
+impl ResourceArgs {
+    /// What is given, by its place in `run.resources`.
+    pub fn given(self) -> impl Iterator<Item = ([&'static str; 2], String)> {
+        [
+            (["requests", "cpu"], self.cpu),
+            (["limits", "cpu"], self.cpu_limit),
+            (["requests", "memory"], self.memory),
+            (["limits", "memory"], self.memory_limit),
+        ]
+        .into_iter()
+        .filter_map(|(place, amount)| Some((place, amount?)))
+    }
 }
 
 /// Create and list the environments of a project.
@@ -396,6 +429,9 @@ async fn define(args: ServiceArgs) -> Outcome {
     set(&["build", "dockerfile"], args.dockerfile.map(Value::from));
     set(&["run", "port"], args.port.map(Value::from));
     set(&["run", "replicas"], args.replicas.map(Value::from));
+    for ([kind, what], amount) in args.resources.given() {
+        set(&["run", "resources", kind, what], Some(amount.into()));
+    }
     set(
         &["run", "health", "path"],
         args.health_path.map(Value::from),

@@ -372,6 +372,21 @@ fn seen_by_users(endpoint: &Value) -> impl Iterator<Item = String> {
     std::iter::once(first).chain(more)
 }
 
+/// What each instance asks for, whatever its clusters make of it: `cpu 250m to 1, memory 256Mi`.
+fn resources(asked: &Value) -> Option<String> {
+    let of = |what: &str| {
+        let amount = |kind: &str| asked[kind][what].as_str();
+        match (amount("requests"), amount("limits")) {
+            (Some(least), Some(most)) if least != most => Some(format!("{what} {least} to {most}")),
+            (Some(amount), _) => Some(format!("{what} {amount}")),
+            (None, Some(most)) => Some(format!("{what} up to {most}")),
+            (None, None) => None,
+        }
+    };
+    let all: Vec<_> = ["cpu", "memory"].into_iter().filter_map(of).collect();
+    (!all.is_empty()).then(|| all.join(", "))
+}
+
 /// Prints what the server knows of one deployment.
 pub fn print_detail(detail: &Value) {
     let style = output::style();
@@ -451,6 +466,9 @@ pub fn print_detail(detail: &Value) {
         .collect();
     if !overtaken.is_empty() {
         fields.push(("overtaken", format!("by {}", overtaken.join(", "))));
+    }
+    if let Some(asked) = resources(&detail["snapshot"]["run"]["resources"]) {
+        fields.push(("asks for", asked));
     }
     let clusters = detail.get("cluster_status").and_then(Value::as_array);
     for cluster in clusters.into_iter().flatten() {

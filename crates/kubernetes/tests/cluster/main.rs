@@ -8,6 +8,7 @@ mod faults;
 mod install;
 mod limits;
 mod logs;
+mod resources;
 mod traffic;
 
 use std::collections::BTreeMap;
