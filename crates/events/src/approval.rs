@@ -194,6 +194,13 @@ fn values(state: &Deployment) -> BTreeMap<String, String> {
     for (name, amount) in run.resources.named() {
         set(format!("run.resources.{name}"), amount.to_string());
     }
+    if let Some(autoscaling) = &run.autoscaling {
+        set("run.autoscaling.max".into(), autoscaling.max.to_string());
+        set(
+            "run.autoscaling.cpu_percent".into(),
+            autoscaling.cpu_percent.to_string(),
+        );
+    }
     for (key, secret) in &request.secrets {
         set(
             format!("secret.{key}"),

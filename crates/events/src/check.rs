@@ -31,7 +31,8 @@ use crate::resources::{Amounts, Quantity, Resources};
 use crate::routing::{self, RoutingEvent};
 use crate::secret::SecretRef;
 use crate::spec::{
-    BuildSpec, BuilderKind, HealthSpec, ImageReference, PinnedImage, RunSpec, VolumeSpec,
+    Autoscaling, BuildSpec, BuilderKind, HealthSpec, ImageReference, PinnedImage, RunSpec,
+    VolumeSpec,
 };
 use crate::subject::AggregateKind;
 use crate::timer::{KeepCause, KeepFor, StopCause};
@@ -525,10 +526,11 @@ structs! {
         command: Vec<String>
     }
     HealthSpec { path: String, deadline_seconds: u32 }
+    Autoscaling { max: u32, cpu_percent: u32 }
     RunSpec {
         port: u16, command: Vec<String>, env: BTreeMap<EnvKey, String>, replicas: u32,
         health: HealthSpec, volumes rare: BTreeMap<VolumeName, VolumeSpec>,
-        resources sparse: Resources
+        resources sparse: Resources, autoscaling sparse: Option<Autoscaling>
     }
 
     deployment::SourceCommit {

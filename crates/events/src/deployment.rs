@@ -1792,6 +1792,11 @@ pub fn decide(
     };
     if let DeploymentEvent::ScaleRequested(e) = &event {
         check_replicas(e.replicas)?;
+        let run = RunSpec {
+            replicas: e.replicas,
+            ..state.request.run.clone()
+        };
+        run.check_capacity()?;
     }
     let row = transition(kind).ok_or_else(|| {
         Refusal::new(
@@ -1864,7 +1869,7 @@ fn check_request(r: &Requested) -> Result<(), Refusal> {
         ));
     }
     check_replicas(r.run.replicas)?;
-    r.run.resources.check()?;
+    r.run.check_capacity()?;
     if r.run.port == 0 {
         return Err(Refusal::new(
             "invalid_port",

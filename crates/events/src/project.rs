@@ -214,7 +214,7 @@ fn check_spec(spec: &ServiceSpec) -> Result<(), Refusal> {
     if let Some(dockerfile) = &spec.build.dockerfile {
         crate::deployment::check_folder(dockerfile)?;
     }
-    spec.run.resources.check()?;
+    spec.run.check_capacity()?;
     let wrong = |path: &str| {
         !path.starts_with('/')
             || path.len() > 200

@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::ser::SerializeStruct as _;
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::aggregate::Refusal;
 use crate::names::{
     Digest, EnvKey, GitRef, ImageRepository, ImageTag, InvalidName, RepositoryUrl, VolumeName,
 };
@@ -119,6 +120,21 @@ impl VolumeSpec {
     }
 }
 
+/// How instances come and go by themselves. There are never fewer than `replicas`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Autoscaling {
+    /// How many there are at most in each cluster: up to 100.
+    pub max: u32,
+    /// The use of cpu that is aimed for, in percent of what instances request: 1 to 1000.
+    #[serde(default = "default_cpu_percent")]
+    pub cpu_percent: u32,
+}
+
+fn default_cpu_percent() -> u32 {
+    80
+}
+
 /// How a service runs.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -133,7 +149,7 @@ pub struct RunSpec {
     /// Environment variables.
     #[serde(default)]
     pub env: BTreeMap<EnvKey, String>,
-    /// How many instances run in each cluster.
+    /// How many instances run in each cluster; with `autoscaling` at least.
     #[serde(default = "default_replicas")]
     pub replicas: u32,
     /// How readiness is asked.
@@ -146,6 +162,9 @@ pub struct RunSpec {
     /// processes of one machine, do not see to it.
     #[serde(default)]
     pub resources: Resources,
+    /// How instances come and go by themselves. Local clusters always run `replicas`.
+    #[serde(default)]
+    pub autoscaling: Option<Autoscaling>,
 }
 
 /// As derived, but that JSON leaves out what is not given of the newer fields, as it was before
@@ -155,7 +174,9 @@ impl Serialize for RunSpec {
         let all = !serializer.is_human_readable();
         let volumes = all || !self.volumes.is_empty();
         let resources = all || !self.resources.is_empty();
-        let newer = usize::from(volumes) + usize::from(resources);
+        let autoscaling = all || self.autoscaling.is_some();
+        let newer = [volumes, resources, autoscaling];
+        let newer = newer.into_iter().filter(|written| *written).count();
         let mut out = serializer.serialize_struct("RunSpec", 5 + newer)?;
         out.serialize_field("port", &self.port)?;
         out.serialize_field("command", &self.command)?;
@@ -167,6 +188,9 @@ impl Serialize for RunSpec {
         }
         if resources {
             out.serialize_field("resources", &self.resources)?;
+        }
+        if autoscaling {
+            out.serialize_field("autoscaling", &self.autoscaling)?;
         }
         out.end()
     }
@@ -189,9 +213,51 @@ impl Default for RunSpec {
             health: HealthSpec::default(),
             volumes: BTreeMap::new(),
             resources: Resources::default(),
+            autoscaling: None,
         }
     }
 }
+
+impl RunSpec {
+    /// Refuses amounts and numbers that no cluster could give.
+    pub fn check_capacity(&self) -> Result<(), Refusal> {
+        self.resources.check()?;
+        let Some(autoscaling) = &self.autoscaling else {
+            return Ok(());
+        };
+        let (least, most) = (self.replicas, autoscaling.max);
+        if most > REPLICAS_MAX || most < least {
+            return Err(Refusal::new(
+                "invalid_autoscaling",
+                format!("there cannot be {least} instances at least and {most} at most"),
+                format!(
+                    "give as many as `replicas` at least and {REPLICAS_MAX} at most, or leave \
+                     `autoscaling` out"
+                ),
+            ));
+        }
+        if !(1..=1000).contains(&autoscaling.cpu_percent) {
+            return Err(Refusal::new(
+                "invalid_autoscaling",
+                format!("{} % is no use of cpu to aim for", autoscaling.cpu_percent),
+                "give 1 to 1000 percent of what an instance requests",
+            ));
+        }
+        // What has a limit only requests that.
+        let Resources { requests, limits } = &self.resources;
+        if requests.cpu.is_none() && limits.cpu.is_none() {
+            return Err(Refusal::new(
+                "autoscaling_without_cpu",
+                "instances are to be added by their use of cpu, and request none of it",
+                "say what an instance requests: `resources.requests.cpu`, or `--cpu`",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The most instances in a cluster.
+const REPLICAS_MAX: u32 = 100;
 
 /// A service of a project.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

@@ -17,7 +17,9 @@ use crate::names::{
     VolumeName,
 };
 use crate::resources::Resources;
-use crate::spec::{BuildSpec, HealthSpec, ImageReference, RunSpec, ServiceSpec, VolumeSpec};
+use crate::spec::{
+    Autoscaling, BuildSpec, HealthSpec, ImageReference, RunSpec, ServiceSpec, VolumeSpec,
+};
 
 /// The most characters that a parameter's value has.
 const VALUE_MAX: usize = 1000;
@@ -121,6 +123,9 @@ pub struct RunTemplate {
     /// What each instance is given of cpu and memory.
     #[serde(skip_serializing_if = "Resources::is_empty")]
     pub resources: Resources,
+    /// How instances come and go by themselves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub autoscaling: Option<Autoscaling>,
 }
 
 impl Default for RunTemplate {
@@ -133,6 +138,7 @@ impl Default for RunTemplate {
             health,
             volumes,
             resources,
+            autoscaling,
         } = RunSpec::default();
         Self {
             port,
@@ -142,6 +148,7 @@ impl Default for RunTemplate {
             health,
             volumes,
             resources,
+            autoscaling,
         }
     }
 }

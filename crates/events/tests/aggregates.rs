@@ -11,6 +11,7 @@ use daybook_events::routing::{
     self, Applied, Command, Rejected, Routing, RoutingEvent, SwitchReason, Switched, Target,
 };
 use daybook_events::secret::{Secret, SecretId, SecretScope, SecretSet, applicable};
+use daybook_events::spec::Autoscaling;
 use daybook_events::testing::{Given, given, samples};
 use daybook_events::{DeploymentId, Hostname, InstanceRef, Position, RepositoryUrl};
 
@@ -601,6 +602,24 @@ fn projects_and_services_are_made_once() {
         let mut bad = bad.clone();
         let names = ["one", "two"].map(|name| name.parse().unwrap());
         bad.spec.run.volumes = names.into_iter().zip(volumes).collect();
+        given::<Project>([created.clone()])
+            .when(|s| project::decide(s, ProjectEvent::ServiceDefined(bad)))
+            .then_refused(code);
+    }
+    let asks = serde_json::json!({ "requests": { "cpu": "250m" } });
+    let nothing = serde_json::json!({ "requests": { "memory": "256Mi" } });
+    for (autoscaling, resources, code) in [
+        ((1, 80), &asks, "invalid_autoscaling"),
+        ((101, 80), &asks, "invalid_autoscaling"),
+        ((5, 0), &asks, "invalid_autoscaling"),
+        ((5, 1001), &asks, "invalid_autoscaling"),
+        ((5, 80), &nothing, "autoscaling_without_cpu"),
+    ] {
+        let mut bad = bad.clone();
+        let (max, cpu_percent) = autoscaling;
+        bad.spec.run.replicas = 2;
+        bad.spec.run.autoscaling = Some(Autoscaling { max, cpu_percent });
+        bad.spec.run.resources = serde_json::from_value(resources.clone()).unwrap();
         given::<Project>([created.clone()])
             .when(|s| project::decide(s, ProjectEvent::ServiceDefined(bad)))
             .then_refused(code);

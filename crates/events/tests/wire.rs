@@ -107,6 +107,7 @@ fn add<P: Payload>(all: &mut BTreeMap<&'static str, String>, subject: Subject, e
 const OTHER_FORMS: &[(&str, &str)] = &[
     ("deployment.requested.v1", "helm"),
     ("deployment.requested.v1", "resources"),
+    ("deployment.requested.v1", "autoscaling"),
 ];
 
 /// The frozen event of a kind.

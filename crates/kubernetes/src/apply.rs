@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::differences::differences;
-use crate::error::refusal;
+use crate::error::{conflicts_in, refusal};
 use crate::names::{ADDRESS, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
 use crate::objects::{Kind, Object};
 use crate::routes::otherwise;
@@ -23,6 +23,9 @@ use crate::routes::otherwise;
 /// Looking at an object shows what is otherwise than it is to be, and not what is there without
 /// being asked for any more: what was asked for last does.
 const APPLIED: &str = "daybook.dev/applied";
+
+/// The field that an autoscaler sets.
+const REPLICAS: &str = ".spec.replicas";
 
 /// An API server that takes longer for an answer is taken for one that does not answer.
 pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(30);
@@ -49,10 +52,14 @@ pub(crate) struct Space<'a> {
     pub(crate) ephemeral: bool,
 }
 
+/// The field manager of the number of instances that an autoscaler begins with.
+const BEGINS: &str = "daybook-begins";
+
 /// An object as the API server has it now.
 pub(crate) struct Applied {
     pub(crate) uid: String,
     pub(crate) generation: i64,
+    replicas: u64,
 }
 
 impl Applied {
@@ -60,6 +67,7 @@ impl Applied {
         Self {
             uid: object.uid().unwrap_or_default(),
             generation: object.metadata.generation.unwrap_or_default(),
+            replicas: object.data["spec"]["replicas"].as_u64().unwrap_or(1),
         }
     }
 }
@@ -109,7 +117,13 @@ impl Space<'_> {
     }
 
     /// What of these kinds Daybook has here, as the API server has it now.
-    pub(crate) async fn found(&self, kinds: &[Kind]) -> Result<Found, TargetError> {
+    pub(crate) async fn found(
+        &self,
+        kinds: &[Kind],
+        wanted: &[Object],
+    ) -> Result<Found, TargetError> {
+        let is_spare =
+            |kind: Kind| kind.is_spare() && wanted.iter().all(|object| object.kind != kind);
         let ours = format!(
             "{MANAGED_BY}={MANAGER},{PROJECT}={},{ENVIRONMENT}={},!{ADDRESS}",
             self.app.project, self.app.environment
@@ -121,6 +135,7 @@ impl Space<'_> {
             let found = match timely(&what, self.objects(*kind).list(&list)).await? {
                 // A cluster that does not know the kind has none of it.
                 Err(kube::Error::Api(status)) if status.code == 404 => continue,
+                Err(kube::Error::Api(status)) if status.code == 403 && is_spare(*kind) => continue,
                 found => found.map_err(|e| refusal(&what, &e))?,
             };
             all.extend(found.into_iter().map(|o| ((*kind, o.name_any()), o)));
@@ -146,9 +161,39 @@ impl Space<'_> {
             Kind::SECRET => object.body.clone(),
             _ => marked(&object.body),
         });
-        let applied = timely(&what, api.patch(&object.name, &params, &patch)).await?;
+        let mut applied = timely(&what, api.patch(&object.name, &params, &patch)).await?;
+        let was_autoscaled = object.kind == Kind::DEPLOYMENT
+            && found.contains_key(&(Kind::AUTOSCALER, object.name.clone()));
+        if was_autoscaled && applied.as_ref().is_err_and(|e| conflicts_in(e, REPLICAS)) {
+            // The autoscaler's number, which is not its to set any more.
+            let params = params.force();
+            applied = timely(&what, api.patch(&object.name, &params, &patch)).await?;
+        }
         let applied = applied.map_err(|e| refusal(&what, &e))?;
         Ok(Applied::of(&applied))
+    }
+
+    /// Has a workload begin with the least number of instances that its autoscaler is to keep,
+    /// rather than with one until the autoscaler looks at it for the first time.
+    pub(crate) async fn at_least(
+        &self,
+        object: &Object,
+        applied: Applied,
+        least: u32,
+    ) -> Result<Applied, TargetError> {
+        if applied.replicas >= least.into() {
+            return Ok(applied);
+        }
+        let what = format!("{} {}", object.kind.kind, object.name);
+        let params = PatchParams {
+            field_manager: Some(BEGINS.to_owned()),
+            ..PatchParams::default()
+        };
+        let patch = Patch::Merge(json!({ "spec": { "replicas": least } }));
+        let api = self.objects(object.kind);
+        let begun = timely(&what, api.patch(&object.name, &params, &patch)).await?;
+        let begun = begun.map_err(|e| refusal(&what, &e))?;
+        Ok(Applied::of(&begun))
     }
 
     /// Removes what was found here and is not in `wanted`, by kind and name, in the order of `kinds`.

@@ -96,17 +96,22 @@ impl KubernetesCluster {
             Kind::HTTP_ROUTE,
             Kind::SERVICE,
             Kind::DEPLOYMENT,
+            Kind::AUTOSCALER,
+            Kind::DISRUPTION_BUDGET,
             Kind::CONFIG_MAP,
             Kind::SECRET,
         ];
         let kinds = match argocd {
-            Some(_) => &all[4..],
+            Some(_) => &[Kind::SECRET],
             None => &all[..],
         };
-        let found = space.found(kinds).await?;
+        let found = space.found(kinds, &wanted).await?;
         for object in &wanted {
-            let applied = space.apply(object, &found).await?;
+            let mut applied = space.apply(object, &found).await?;
             if object.kind == Kind::DEPLOYMENT {
+                if let Some(least) = least(desired, &object.name) {
+                    applied = space.at_least(object, applied, least).await?;
+                }
                 let body = object.body.clone();
                 asked.applied(&object.name, applied.uid, applied.generation, body);
             }
@@ -218,6 +223,16 @@ fn workloads<'a>(
         let workload = objects.find(|o| o.kind == Kind::DEPLOYMENT && o.name == name)?;
         Some((id, release.clone(), workload.body.clone()))
     })
+}
+
+/// How many instances an autoscaler keeps of a release at least, if it has one.
+fn least(desired: &EnvironmentValues, name: &str) -> Option<u32> {
+    let releases = desired.services.iter().flat_map(|(service, values)| {
+        let of_service = values.releases.iter();
+        of_service.map(move |(id, release)| (names::release(service, *id), &release.run))
+    });
+    let run = releases.into_iter().find(|(of, _)| of == name)?.1;
+    run.autoscaling.as_ref().map(|_| run.replicas)
 }
 
 /// An image that only Daybook's own machine has.

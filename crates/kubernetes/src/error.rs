@@ -56,6 +56,17 @@ fn refused(what: &str, status: &Status) -> TargetError {
     }
 }
 
+/// Whether somebody else has set this field, and no other that is to be set.
+pub(crate) fn conflicts_in(error: &kube::Error, field: &str) -> bool {
+    let kube::Error::Api(status) = error else {
+        return false;
+    };
+    let causes = || status.details.iter().flat_map(|details| &details.causes);
+    status.code == 409
+        && has_cause(status, "FieldManagerConflict")
+        && causes().all(|cause| cause.field == field)
+}
+
 fn has_cause(status: &Status, reason: &str) -> bool {
     let details = status.details.iter();
     let mut causes = details.flat_map(|d| &d.causes);

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use daybook_events::spec::Autoscaling;
 use daybook_events::{ClusterName, DeploymentId, ServiceName};
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
 use k8s_openapi::ByteString;
@@ -30,8 +31,23 @@ impl Kind {
         }
     }
 
+    /// Whether a release runs without its object of this kind as well. The right to such objects is
+    /// asked for only where some are wanted.
+    pub(crate) fn is_spare(self) -> bool {
+        [Self::AUTOSCALER, Self::DISRUPTION_BUDGET].contains(&self)
+    }
+
     /// Workloads.
     pub const DEPLOYMENT: Self = Self::new("apps/v1", "Deployment", "deployments");
+    /// What adds instances to workloads and takes them away.
+    pub const AUTOSCALER: Self = Self::new(
+        "autoscaling/v2",
+        "HorizontalPodAutoscaler",
+        "horizontalpodautoscalers",
+    );
+    /// How many pods of a workload may be taken away at once.
+    pub const DISRUPTION_BUDGET: Self =
+        Self::new("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets");
     /// Plain variables.
     pub const CONFIG_MAP: Self = Self::new("v1", "ConfigMap", "configmaps");
     /// Secret variables.
@@ -150,7 +166,21 @@ impl Release<'_> {
             let body = json!({ "data": self.release.run.env });
             objects.push(self.object(Kind::CONFIG_MAP, body));
         }
+        // Before the workload, whose number of instances is its own to set from then on.
+        if let Some(autoscaling) = self.autoscaling() {
+            let spec = self.autoscaler(autoscaling);
+            objects.push(self.object(Kind::AUTOSCALER, json!({ "spec": spec })));
+        }
         objects.push(self.object(Kind::DEPLOYMENT, json!({ "spec": self.workload() })));
+        if self.release.run.replicas > 1 || self.autoscaling().is_some() {
+            let spec = json!({
+                "maxUnavailable": 1,
+                // What is broken is in nobody's way.
+                "unhealthyPodEvictionPolicy": "AlwaysAllow",
+                "selector": { "matchLabels": self.selector() },
+            });
+            objects.push(self.object(Kind::DISRUPTION_BUDGET, json!({ "spec": spec })));
+        }
         objects.push(self.object(Kind::SERVICE, json!({ "spec": self.address() })));
         if let Some((gateway, domain)) = self.place.gateway {
             let spec = self.route(gateway, domain);
@@ -201,10 +231,33 @@ impl Release<'_> {
         json!({ DEPLOYMENT: self.deployment.to_string() })
     }
 
+    /// How instances come and go by themselves, while any are to run.
+    fn autoscaling(&self) -> Option<&Autoscaling> {
+        let run = &self.release.run;
+        run.autoscaling.as_ref().filter(|_| run.replicas > 0)
+    }
+
+    fn autoscaler(&self, autoscaling: &Autoscaling) -> Value {
+        let target =
+            json!({ "type": "Utilization", "averageUtilization": autoscaling.cpu_percent });
+        json!({
+            "scaleTargetRef": {
+                "apiVersion": Kind::DEPLOYMENT.api_version,
+                "kind": Kind::DEPLOYMENT.kind,
+                "name": self.name(),
+            },
+            "minReplicas": self.release.run.replicas,
+            "maxReplicas": autoscaling.max,
+            "metrics": [{
+                "type": "Resource",
+                "resource": { "name": "cpu", "target": target },
+            }],
+        })
+    }
+
     fn workload(&self) -> Value {
         let run = &self.release.run;
-        json!({
-            "replicas": run.replicas,
+        let mut workload = json!({
             "revisionHistoryLimit": 1,
             "progressDeadlineSeconds": run.health.deadline_seconds,
             "selector": { "matchLabels": self.selector() },
@@ -220,7 +273,11 @@ impl Release<'_> {
                     "containers": [self.container()],
                 },
             },
-        })
+        });
+        if self.autoscaling().is_none() {
+            workload["replicas"] = json!(run.replicas);
+        }
+        workload
     }
 
     fn container(&self) -> Value {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::process::Command;
 
 use daybook_events::secret::{Commitment, SecretRef};
-use daybook_events::spec::{PinnedImage, RunSpec};
+use daybook_events::spec::{Autoscaling, PinnedImage, RunSpec};
 use daybook_events::{DeploymentId, Digest};
 use daybook_kubernetes::objects::{GatewayRef, Place, objects};
 use daybook_testkit::kubernetes::argocd::helm_program;
@@ -75,6 +75,22 @@ fn values() -> EnvironmentValues {
     let (id, mut plain) = release(2, run);
     plain.run.replicas = 0;
     web.releases.insert(id, plain);
+    // What is stopped is not scaled, and what runs is.
+    let autoscaling = || {
+        Some(Autoscaling {
+            max: 8,
+            cpu_percent: 70,
+        })
+    };
+    for (n, replicas) in [(4, 0), (5, 1)] {
+        let run = RunSpec {
+            replicas,
+            autoscaling: autoscaling(),
+            ..RunSpec::default()
+        };
+        let (id, release) = release(n, run);
+        web.releases.insert(id, release);
+    }
     let (id, mut elsewhere) = release(3, RunSpec::default());
     elsewhere.clusters = vec!["bergen".parse().unwrap()];
     let other = values
@@ -158,7 +174,19 @@ fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
     let (ours, theirs) = (by_name(ours), by_name(rendered));
     let names = |of: &BTreeMap<String, Value>| of.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&ours), names(&theirs));
-    assert_eq!(ours.len(), 7, "two releases, one of them with variables");
+    let of = |kind: &str| {
+        let kind = format!("\"{kind}\"");
+        ours.keys().filter(|name| name.starts_with(&kind)).count()
+    };
+    assert_eq!([of("Deployment"), of("Service"), of("HTTPRoute")], [4; 3]);
+    assert_eq!([of("ConfigMap"), of("HorizontalPodAutoscaler")], [1; 2]);
+    assert_eq!(
+        of("PodDisruptionBudget"),
+        2,
+        "with three, and with up to eight"
+    );
+    let all = 4 * 3 + 2 + 2;
+    assert_eq!(ours.len(), all);
     for (name, object) in &ours {
         assert_eq!(object, &theirs[name], "{name}");
     }

@@ -236,7 +236,7 @@ impl Serialize for Sorted<'_> {
 mod tests {
     use daybook_events::resources::{Amounts, Quantity, Resources};
     use daybook_events::secret::{Commitment, SecretScope};
-    use daybook_events::spec::HealthSpec;
+    use daybook_events::spec::{Autoscaling, HealthSpec};
     use daybook_events::{Digest, ImageRepository, ImageTag};
     use proptest::prelude::*;
 
@@ -319,6 +319,9 @@ mod tests {
             0..6,
         );
         let command = prop::collection::vec(nasty(), 0..4);
+        let autoscaling = (any::<u32>(), any::<u32>());
+        let autoscaling =
+            autoscaling.prop_map(|(max, cpu_percent)| Autoscaling { max, cpu_percent });
         (
             any::<u16>(),
             command,
@@ -327,19 +330,23 @@ mod tests {
             nasty(),
             any::<u32>(),
             resources(),
+            prop::option::of(autoscaling),
         )
             .prop_map(
-                |(port, command, env, replicas, path, deadline_seconds, resources)| RunSpec {
-                    port,
-                    command,
-                    env,
-                    replicas,
-                    health: HealthSpec {
-                        path,
-                        deadline_seconds,
-                    },
-                    volumes: BTreeMap::new(),
-                    resources,
+                |(port, command, env, replicas, path, deadline_seconds, resources, autoscaling)| {
+                    RunSpec {
+                        port,
+                        command,
+                        env,
+                        replicas,
+                        health: HealthSpec {
+                            path,
+                            deadline_seconds,
+                        },
+                        volumes: BTreeMap::new(),
+                        resources,
+                        autoscaling,
+                    }
                 },
             )
     }

@@ -218,7 +218,7 @@ pub(super) fn run(run: &RunSpec) -> Result<(), Refusal> {
         ));
     }
     arguments("command", &run.command)?;
-    run.resources.check()?;
+    run.check_capacity()?;
     match run.env.iter().find(|(_, v)| v.contains('\0')) {
         Some((key, _)) => Err(Refusal::new(
             "invalid_env_value",

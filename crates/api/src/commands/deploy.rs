@@ -10,7 +10,7 @@ use daybook_events::deployment::{
 use daybook_events::environment::Environment;
 use daybook_events::resources::Resources;
 use daybook_events::secret::{self, SecretRef};
-use daybook_events::spec::{HealthSpec, ImageReference, RunSpec, ServiceSpec};
+use daybook_events::spec::{Autoscaling, HealthSpec, ImageReference, RunSpec, ServiceSpec};
 use daybook_events::{
     ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, GitRef, ImageRepository,
     ImageTag, InstanceRef, Refusal, RepositoryUrl, Subject,
@@ -60,6 +60,8 @@ pub struct RunOverrides {
     /// Amounts of cpu and memory beside or instead of the service's.
     #[serde(default)]
     pub resources: Resources,
+    /// Another way in which instances come and go by themselves.
+    pub autoscaling: Option<Autoscaling>,
 }
 
 /// A wish to deploy.
@@ -277,6 +279,7 @@ impl Commands {
             replicas,
             health,
             resources,
+            autoscaling,
         } = wish.run;
         let secrets = self.applicable_secrets(&wish.instance).await?;
         if let Some(name) = env.keys().find(|name| secrets.contains_key(name)) {
@@ -299,6 +302,7 @@ impl Commands {
         run.replicas = replicas.unwrap_or(run.replicas);
         run.health = health.unwrap_or(run.health);
         run.resources.set(resources);
+        run.autoscaling = autoscaling.or(run.autoscaling);
         check::run(&run)?;
         let request = Requested {
             instance: wish.instance,

@@ -100,9 +100,16 @@ pub struct ServiceArgs {
     /// An environment variable; may be given several times.
     #[arg(long = "env", value_name = "KEY=VALUE")]
     variables: Vec<String>,
-    /// Instances in each cluster.
+    /// Instances in each cluster; with `--max-replicas` at least.
     #[arg(long)]
     replicas: Option<u32>,
+    /// The most instances in each cluster: they come and go by their use of cpu. Kubernetes sees to
+    /// it; local clusters do not.
+    #[arg(long, value_name = "NUMBER")]
+    max_replicas: Option<u32>,
+    /// The use of cpu that is aimed for, in percent of what instances request.
+    #[arg(long, value_name = "PERCENT")]
+    cpu_target: Option<u32>,
     #[command(flatten)]
     resources: ResourceArgs,
     /// The HTTP path that answers when an instance is ready; empty for a TCP connection.
@@ -429,6 +436,14 @@ async fn define(args: ServiceArgs) -> Outcome {
     set(&["build", "dockerfile"], args.dockerfile.map(Value::from));
     set(&["run", "port"], args.port.map(Value::from));
     set(&["run", "replicas"], args.replicas.map(Value::from));
+    set(
+        &["run", "autoscaling", "max"],
+        args.max_replicas.map(Value::from),
+    );
+    set(
+        &["run", "autoscaling", "cpu_percent"],
+        args.cpu_target.map(Value::from),
+    );
     for ([kind, what], amount) in args.resources.given() {
         set(&["run", "resources", kind, what], Some(amount.into()));
     }

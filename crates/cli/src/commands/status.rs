@@ -467,8 +467,16 @@ pub fn print_detail(detail: &Value) {
     if !overtaken.is_empty() {
         fields.push(("overtaken", format!("by {}", overtaken.join(", "))));
     }
-    if let Some(asked) = resources(&detail["snapshot"]["run"]["resources"]) {
+    let run = &detail["snapshot"]["run"];
+    if let Some(asked) = resources(&run["resources"]) {
         fields.push(("asks for", asked));
+    }
+    if let Some(most) = run["autoscaling"]["max"].as_u64() {
+        let (least, cpu) = (text("/replicas"), &run["autoscaling"]["cpu_percent"]);
+        fields.push((
+            "scales",
+            format!("from {least} to {most} at {cpu} % of cpu"),
+        ));
     }
     let clusters = detail.get("cluster_status").and_then(Value::as_array);
     for cluster in clusters.into_iter().flatten() {

@@ -78,8 +78,9 @@ async fn an_environment_that_is_as_it_is_to_be_is_not_written_to() {
     let first = service.releases.get_mut(&deployment(1)).unwrap();
     first.secret_env.insert(id.name.clone(), reference);
     stage.apply(1, &values).await.unwrap();
-    // The namespace, and of each release its variables, its workload and its address; a secret.
-    assert_eq!(writes(&proxy).len(), 8);
+    // The namespace, and of each release its variables, its workload and its address; a secret, and
+    // how many of two may be taken away at once.
+    assert_eq!(writes(&proxy).len(), 9);
     let is_ready = |s: &AppStatus| ready(s, 1) == 1 && ready(s, 2) == 2;
     stage.until("both are ready", is_ready).await;
 

@@ -497,6 +497,10 @@ fn describe(o: &WorkloadObserved) -> String {
     match &o.problem {
         Some(p) => format!("{}: {}", p.reason, p.message),
         None if o.wanted == 0 && o.instances.is_empty() => "stopped".to_owned(),
+        // An autoscaler has added some.
+        None if o.ready() > o.wanted => {
+            format!("{} instances ready, of at least {}", o.ready(), o.wanted)
+        }
         None => format!("{} of {} instances ready", o.ready(), o.wanted),
     }
 }

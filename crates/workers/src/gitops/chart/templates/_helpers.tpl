@@ -24,6 +24,11 @@ metadata:
     {{- include "daybook-app.labels" . | nindent 4 }}
 {{- end }}
 
+{{/* Not empty if instances come and go by themselves. One that is stopped has none. */}}
+{{- define "daybook-app.autoscaled" -}}
+{{- if and (or .release.autoscaling .kubernetes.autoscaling) (gt (int .release.replicas) 0) }}true{{ end }}
+{{- end }}
+
 {{/* The releases of this cluster, as a list of such dicts. */}}
 {{- define "daybook-app.each" -}}
 {{- $root := .root -}}
