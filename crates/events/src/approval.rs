@@ -188,7 +188,16 @@ fn values(state: &Deployment) -> BTreeMap<String, String> {
         set(format!("env.{key}"), value.clone());
     }
     for (name, volume) in &run.volumes {
-        let place = format!("{} in {}", volume.path, volume.variable(name));
+        let mut place = format!("{} in {}", volume.path, volume.variable(name));
+        if let Some(size) = &volume.size {
+            place.push_str(&format!(", {size}"));
+        }
+        if let Some(class) = &volume.storage_class {
+            place.push_str(&format!(" of {class}"));
+        }
+        if volume.many_nodes {
+            place.push_str(", for many nodes");
+        }
         set(format!("volume.{name}"), place);
     }
     for (name, amount) in run.resources.named() {

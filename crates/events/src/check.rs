@@ -264,7 +264,7 @@ macro_rules! names {
 
 names! {
     ChartReference, ChartVersion, ClusterName, CommitId, Digest, EnvKey, EnvironmentName, GitRef, Hostname, ImageRepository,
-    ImageTag, ProjectName, RepositoryUrl, ServiceName,
+    ImageTag, ProjectName, RepositoryUrl, ServiceName, VolumeName,
 }
 
 /// Values that cost nothing to make.
@@ -527,9 +527,13 @@ structs! {
     }
     HealthSpec { path: String, deadline_seconds: u32 }
     Autoscaling { max: u32, cpu_percent: u32 }
+    VolumeSpec {
+        path: String, env: Option<EnvKey>, size sparse: Option<Quantity>,
+        storage_class sparse: Option<String>, many_nodes sparse: bool
+    }
     RunSpec {
         port: u16, command: Vec<String>, env: BTreeMap<EnvKey, String>, replicas: u32,
-        health: HealthSpec, volumes rare: BTreeMap<VolumeName, VolumeSpec>,
+        health: HealthSpec, volumes sparse: BTreeMap<VolumeName, VolumeSpec>,
         resources sparse: Resources, autoscaling sparse: Option<Autoscaling>
     }
 

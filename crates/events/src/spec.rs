@@ -13,7 +13,7 @@ use crate::aggregate::Refusal;
 use crate::names::{
     Digest, EnvKey, GitRef, ImageRepository, ImageTag, InvalidName, RepositoryUrl, VolumeName,
 };
-use crate::resources::Resources;
+use crate::resources::{Quantity, Resources};
 
 /// Where the source of a service is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -96,7 +96,7 @@ impl Default for HealthSpec {
 }
 
 /// A folder that is kept from one deployment of a service instance to the next.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VolumeSpec {
     /// Where a container finds it: an absolute path.
@@ -105,9 +105,52 @@ pub struct VolumeSpec {
     /// volume's name if not given.
     #[serde(default)]
     pub env: Option<EnvKey>,
+    /// How large a cluster makes it, in bytes; `1Gi` if not given. It may grow, and never shrinks.
+    /// Local clusters do not see to it.
+    #[serde(default)]
+    pub size: Option<Quantity>,
+    /// The StorageClass that it is made of; the cluster's own choice if not given. It counts when the
+    /// volume is made.
+    #[serde(default)]
+    pub storage_class: Option<String>,
+    /// Whether instances on several nodes use it at once, for which it has to be made of storage
+    /// that can do so (`ReadWriteMany`). If not, all instances that use it run on one node. It counts
+    /// when the volume is made.
+    #[serde(default)]
+    pub many_nodes: bool,
+}
+
+/// As derived, but that JSON leaves out what is not given of the newer fields.
+impl Serialize for VolumeSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let all = !serializer.is_human_readable();
+        let size = all || self.size.is_some();
+        let storage_class = all || self.storage_class.is_some();
+        let many_nodes = all || self.many_nodes;
+        let newer = [size, storage_class, many_nodes];
+        let newer = newer.into_iter().filter(|written| *written).count();
+        let mut out = serializer.serialize_struct("VolumeSpec", 2 + newer)?;
+        out.serialize_field("path", &self.path)?;
+        out.serialize_field("env", &self.env)?;
+        if size {
+            out.serialize_field("size", &self.size)?;
+        }
+        if storage_class {
+            out.serialize_field("storage_class", &self.storage_class)?;
+        }
+        if many_nodes {
+            out.serialize_field("many_nodes", &self.many_nodes)?;
+        }
+        out.end()
+    }
 }
 
 impl VolumeSpec {
+    /// How large a cluster makes it.
+    pub fn size(&self) -> Quantity {
+        self.size.clone().unwrap_or_else(|| Quantity::new("1Gi"))
+    }
+
     /// The variable that says where the volume of this name is.
     pub fn variable(&self, name: &VolumeName) -> String {
         match &self.env {

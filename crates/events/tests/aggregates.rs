@@ -581,6 +581,12 @@ fn projects_and_services_are_made_once() {
     let volume = |path: &str, env: Option<&str>| daybook_events::spec::VolumeSpec {
         path: path.to_owned(),
         env: env.map(|key| key.parse().unwrap()),
+        ..Default::default()
+    };
+    let of = |size: &str, class: &str| daybook_events::spec::VolumeSpec {
+        size: Some(daybook_events::resources::Quantity::new(size)),
+        storage_class: Some(class.to_owned()),
+        ..volume("/data", None)
     };
     let set = "GREETING";
     let env = &mut bad.spec.run.env;
@@ -588,6 +594,16 @@ fn projects_and_services_are_made_once() {
     for (volumes, code) in [
         (vec![volume("data", None)], "invalid_volume_path"),
         (vec![volume("/a/../b", None)], "invalid_volume_path"),
+        (vec![volume("/", None)], "invalid_volume_path"),
+        (vec![volume("/a:b", None)], "invalid_volume_path"),
+        (
+            vec![volume("/a", None), volume("/a/", None)],
+            "invalid_volume_path",
+        ),
+        (vec![of("10", "fast")], "invalid_quantity"),
+        (vec![of("ten", "fast")], "invalid_quantity"),
+        (vec![of("10Gi", "Fast one")], "invalid_storage_class"),
+        (vec![of("10Gi", "")], "invalid_storage_class"),
         (vec![volume("/data", Some("PORT"))], "volume_variable_taken"),
         (
             vec![volume("/data", Some("DAYBOOK_PROJECT"))],

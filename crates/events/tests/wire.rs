@@ -108,6 +108,7 @@ const OTHER_FORMS: &[(&str, &str)] = &[
     ("deployment.requested.v1", "helm"),
     ("deployment.requested.v1", "resources"),
     ("deployment.requested.v1", "autoscaling"),
+    ("deployment.requested.v1", "volumes"),
 ];
 
 /// The frozen event of a kind.

@@ -242,8 +242,14 @@ impl ArgoCd {
                         "parameters": parameters.collect::<Vec<_>>(),
                     },
                 },
+                // What is kept is made larger by Daybook, and cannot be changed otherwise.
+                "ignoreDifferences": [{
+                    "kind": "PersistentVolumeClaim",
+                    "jsonPointers": ["/spec"],
+                }],
                 "syncPolicy": {
                     "automated": { "prune": true, "selfHeal": true },
+                    "syncOptions": ["RespectIgnoreDifferences=true"],
                     "retry": {
                         "limit": 2,
                         "backoff": { "duration": "5s", "factor": 2, "maxDuration": "1m" },

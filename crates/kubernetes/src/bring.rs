@@ -47,12 +47,16 @@ impl KubernetesCluster {
             None => Asked::new(revision.clone()),
         };
         let mut untouched = Vec::new();
-        let mut wanted = objects::objects(desired, &place);
+        let all = objects::objects(desired, &place);
+        let (claims, mut wanted): (Vec<_>, Vec<_>) = all
+            .into_iter()
+            .partition(|object| object.kind == Kind::CLAIM);
         if wanted.is_empty() {
             if let Some(argocd) = argocd {
                 argocd.remove(&options.client, app).await?;
             }
-            if desired.ephemeral {
+            // What is kept goes with the environment, and not with its last release.
+            if desired.ephemeral && !space.has_claims().await? {
                 space.remove().await?;
                 return Ok(asked);
             }
@@ -60,10 +64,17 @@ impl KubernetesCluster {
         if !wanted.is_empty() {
             space.ensure().await?;
         }
+        let mut sizes = space.claim(&claims, argocd.is_none()).await?;
         for (service, values) in &desired.services {
             for (deployment, release) in &values.releases {
                 if !release.clusters.contains(&options.name) {
                     continue;
+                }
+                for (volume, given) in &release.run.volumes {
+                    let claim = names::claim(service, volume);
+                    if let Some(problem) = space.enlarge(&claim, given, &mut sizes).await? {
+                        asked.holds(*deployment, problem);
+                    }
                 }
                 asked.wants(*deployment, service.clone(), release.run.replicas);
                 if let Some(problem) = not_pullable(release) {

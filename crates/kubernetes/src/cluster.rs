@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use crate::apply::ANSWER_WITHIN;
+use crate::apply::{ANSWER_WITHIN, Space};
 use crate::argocd::{self, Application, ArgoCd};
 use crate::asked::Asked;
 use crate::diagnosis::Warning;
@@ -459,6 +459,19 @@ impl Target for KubernetesCluster {
                 "Deployment {workload} still shows that it has failed"
             ))),
         }
+    }
+
+    async fn remove_volumes(&self, app: &AppRef) -> Result<(), TargetError> {
+        let namespace = names::namespace(&app.project, &app.environment);
+        let turn = self.shared.turn(&namespace);
+        let _turn = turn.lock().await;
+        let space = Space {
+            client: &self.options().client,
+            app,
+            namespace: &namespace,
+            ephemeral: false,
+        };
+        space.remove_claims().await
     }
 
     fn has_gateway(&self) -> bool {

@@ -16,6 +16,7 @@ mod argocd;
 mod asked;
 mod bring;
 pub mod builds;
+mod claims;
 mod cluster;
 mod connect;
 pub mod diagnosis;

@@ -1,6 +1,6 @@
 //! What Daybook's things are called on a cluster.
 
-use daybook_events::{DeploymentId, EnvironmentName, ProjectName, ServiceName};
+use daybook_events::{DeploymentId, EnvironmentName, ProjectName, ServiceName, VolumeName};
 use sha2::{Digest as _, Sha256};
 
 /// The field manager of everything that Daybook applies.
@@ -17,6 +17,10 @@ pub const EPHEMERAL: &str = "daybook.dev/ephemeral";
 pub const SERVICE: &str = "daybook.dev/service";
 /// The deployment that an object is of.
 pub const DEPLOYMENT: &str = "daybook.dev/deployment";
+/// On the claim of a volume, which it names: such claims outlive the releases that use them.
+pub const VOLUME: &str = "daybook.dev/volume";
+/// On the pods of a release whose volumes only one node can use at a time.
+pub const VOLUMES: &str = "daybook.dev/volumes";
 /// On the HTTPRoute of a hostname that moves from one release to another, so that it is told from
 /// those that belong to a release.
 pub const ADDRESS: &str = "daybook.dev/address";
@@ -42,6 +46,11 @@ pub fn namespace(project: &ProjectName, environment: &EnvironmentName) -> String
 /// The name of what is made of one release: `<service>-<end of the deployment's id>`.
 pub fn release(service: &ServiceName, deployment: DeploymentId) -> String {
     format!("{service}-{}", deployment.short())
+}
+
+/// The name of the claim of a service's volume: `<service>.<volume>`. Neither of them has a dot.
+pub fn claim(service: &ServiceName, volume: &VolumeName) -> String {
+    format!("{service}.{volume}")
 }
 
 #[cfg(test)]

@@ -3,13 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use daybook_events::spec::Autoscaling;
+use daybook_events::spec::{Autoscaling, VolumeSpec};
 use daybook_events::{ClusterName, DeploymentId, ServiceName};
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
 use k8s_openapi::ByteString;
 use serde_json::{Map, Value, json};
 
-use crate::names::{self, DEPLOYMENT, MANAGED_BY, MANAGER, SERVICE};
+use crate::names::{self, DEPLOYMENT, MANAGED_BY, MANAGER, SERVICE, VOLUME, VOLUMES};
 
 /// A kind of object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -48,6 +48,8 @@ impl Kind {
     /// How many pods of a workload may be taken away at once.
     pub const DISRUPTION_BUDGET: Self =
         Self::new("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets");
+    /// Volumes, which outlive the releases that use them.
+    pub const CLAIM: Self = Self::new("v1", "PersistentVolumeClaim", "persistentvolumeclaims");
     /// Plain variables.
     pub const CONFIG_MAP: Self = Self::new("v1", "ConfigMap", "configmaps");
     /// Secret variables.
@@ -94,7 +96,7 @@ pub struct Place<'a> {
 
 /// All objects of an environment.
 pub fn objects(values: &EnvironmentValues, place: &Place<'_>) -> Vec<Object> {
-    let mut objects = Vec::new();
+    let mut objects = claims(values, place);
     for (service, of_service) in &values.services {
         for (deployment, release) in &of_service.releases {
             if release.clusters.contains(place.cluster) {
@@ -110,6 +112,71 @@ pub fn objects(values: &EnvironmentValues, place: &Place<'_>) -> Vec<Object> {
         }
     }
     objects
+}
+
+/// The claims of the volumes of all services, as they are made where they are not there yet.
+fn claims(values: &EnvironmentValues, place: &Place<'_>) -> Vec<Object> {
+    let mut claims: Vec<Object> = Vec::new();
+    for (service, of_service) in &values.services {
+        let releases = of_service.releases.values();
+        let here = releases.filter(|release| release.clusters.contains(place.cluster));
+        for (volume, given) in here.flat_map(|release| &release.run.volumes) {
+            let name = names::claim(service, volume);
+            if claims.iter().all(|claim| claim.name != name) {
+                let mut labels = values.labels();
+                for (key, value) in [
+                    (MANAGED_BY, MANAGER),
+                    ("app.kubernetes.io/name", service.as_str()),
+                    (SERVICE, service.as_str()),
+                    (VOLUME, volume.as_str()),
+                ] {
+                    labels.insert(key.to_owned(), value.to_owned());
+                }
+                claims.push(claim(name, place.namespace, &labels, given));
+            }
+        }
+    }
+    claims
+}
+
+fn claim(
+    name: String,
+    namespace: &str,
+    labels: &BTreeMap<String, String>,
+    given: &VolumeSpec,
+) -> Object {
+    let mode = match given.many_nodes {
+        true => "ReadWriteMany",
+        false => "ReadWriteOnce",
+    };
+    let mut spec = json!({
+        "accessModes": [mode],
+        "resources": { "requests": { "storage": given.size() } },
+    });
+    if let Some(class) = &given.storage_class {
+        spec["storageClassName"] = json!(class);
+    }
+    let body = json!({
+        "apiVersion": Kind::CLAIM.api_version,
+        "kind": Kind::CLAIM.kind,
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "labels": labels,
+            // For whoever applies the chart: it stays when its releases go.
+            "annotations": {
+                "argocd.argoproj.io/compare-options": "IgnoreExtraneous",
+                "argocd.argoproj.io/sync-options": "Prune=false,Delete=false",
+                "helm.sh/resource-policy": "keep",
+            },
+        },
+        "spec": spec,
+    });
+    Object {
+        kind: Kind::CLAIM,
+        name,
+        body,
+    }
 }
 
 /// The object with the values of a release's secrets, in Base64. They are in no repository, so it
@@ -255,6 +322,37 @@ impl Release<'_> {
         })
     }
 
+    /// Whether a volume is one that only a single node can use at a time.
+    fn on_one_node(&self) -> bool {
+        let mut volumes = self.release.run.volumes.values();
+        volumes.any(|volume| !volume.many_nodes)
+    }
+
+    /// What pods have of volumes, beside what they have without.
+    fn use_volumes(&self, template: &mut Value) {
+        let volumes = &self.release.run.volumes;
+        if volumes.is_empty() {
+            return;
+        }
+        let spec = &mut template["spec"];
+        // So that an image can write there whoever it runs as.
+        spec["securityContext"]["fsGroup"] = json!(1000);
+        spec["securityContext"]["fsGroupChangePolicy"] = json!("OnRootMismatch");
+        let of_claim = |name| {
+            let claim = names::claim(self.service, name);
+            json!({ "name": name, "persistentVolumeClaim": { "claimName": claim } })
+        };
+        spec["volumes"] = volumes.keys().map(of_claim).collect();
+        if self.on_one_node() {
+            let labels = json!({ SERVICE: self.service, VOLUMES: "one-node" });
+            spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] = json!([{
+                "labelSelector": { "matchLabels": labels },
+                "topologyKey": "kubernetes.io/hostname",
+            }]);
+            template["metadata"]["labels"][VOLUMES] = json!("one-node");
+        }
+    }
+
     fn workload(&self) -> Value {
         let run = &self.release.run;
         let mut workload = json!({
@@ -274,6 +372,7 @@ impl Release<'_> {
                 },
             },
         });
+        self.use_volumes(&mut workload["template"]);
         if self.autoscaling().is_none() {
             workload["replicas"] = json!(run.replicas);
         }
@@ -283,6 +382,9 @@ impl Release<'_> {
     fn container(&self) -> Value {
         let run = &self.release.run;
         let mut env = vec![json!({ "name": "PORT", "value": run.port.to_string() })];
+        for (name, volume) in &run.volumes {
+            env.push(json!({ "name": volume.variable(name), "value": volume.path }));
+        }
         for key in self.release.secret_env.keys() {
             let reference = json!({ "name": self.name(), "key": key });
             env.push(json!({ "name": key, "valueFrom": { "secretKeyRef": reference } }));
@@ -303,6 +405,12 @@ impl Release<'_> {
             // `$` begins a reference to a variable there, and is nothing special here.
             let words = run.command.iter().map(|word| word.replace('$', "$$"));
             container["command"] = words.collect();
+        }
+        if !run.volumes.is_empty() {
+            let mounts = run.volumes.iter();
+            let mounts =
+                mounts.map(|(name, volume)| json!({ "name": name, "mountPath": volume.path }));
+            container["volumeMounts"] = mounts.collect();
         }
         if !run.resources.is_empty() {
             container["resources"] = json!(run.resources);

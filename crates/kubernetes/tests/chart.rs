@@ -5,8 +5,9 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
+use daybook_events::resources::Quantity;
 use daybook_events::secret::{Commitment, SecretRef};
-use daybook_events::spec::{Autoscaling, PinnedImage, RunSpec};
+use daybook_events::spec::{Autoscaling, PinnedImage, RunSpec, VolumeSpec};
 use daybook_events::{DeploymentId, Digest};
 use daybook_kubernetes::objects::{GatewayRef, Place, objects};
 use daybook_testkit::kubernetes::argocd::helm_program;
@@ -59,6 +60,14 @@ fn values() -> EnvironmentValues {
         "limits": { "memory": "1.5Gi" },
     }))
     .unwrap();
+    run.volumes = serde_json::from_value(serde_json::json!({
+        "data": { "path": "/data" },
+        "shared-files": {
+            "path": "/srv/files", "env": "FILES", "size": "1024Mi", "storage_class": "fast.nfs",
+            "many_nodes": true,
+        },
+    }))
+    .unwrap();
     let (id, mut whole) = release(1, run);
     let reference = SecretRef {
         secret: "DATABASE_URL".parse().unwrap(),
@@ -82,10 +91,18 @@ fn values() -> EnvironmentValues {
             cpu_percent: 70,
         })
     };
+    // It shares a volume with the others, which say otherwise how large it is.
+    let small = VolumeSpec {
+        path: "/else/where".to_owned(),
+        many_nodes: true,
+        size: Some(Quantity::new("10Mi")),
+        ..VolumeSpec::default()
+    };
     for (n, replicas) in [(4, 0), (5, 1)] {
         let run = RunSpec {
             replicas,
             autoscaling: autoscaling(),
+            volumes: [("data".parse().unwrap(), small.clone())].into(),
             ..RunSpec::default()
         };
         let (id, release) = release(n, run);
@@ -185,7 +202,8 @@ fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
         2,
         "with three, and with up to eight"
     );
-    let all = 4 * 3 + 2 + 2;
+    assert_eq!(of("PersistentVolumeClaim"), 2, "one a volume of a service");
+    let all = 4 * 3 + 2 + 2 + 2;
     assert_eq!(ours.len(), all);
     for (name, object) in &ours {
         assert_eq!(object, &theirs[name], "{name}");

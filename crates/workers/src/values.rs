@@ -236,8 +236,8 @@ impl Serialize for Sorted<'_> {
 mod tests {
     use daybook_events::resources::{Amounts, Quantity, Resources};
     use daybook_events::secret::{Commitment, SecretScope};
-    use daybook_events::spec::{Autoscaling, HealthSpec};
-    use daybook_events::{Digest, ImageRepository, ImageTag};
+    use daybook_events::spec::{Autoscaling, HealthSpec, VolumeSpec};
+    use daybook_events::{Digest, ImageRepository, ImageTag, VolumeName};
     use proptest::prelude::*;
 
     use super::*;
@@ -319,6 +319,19 @@ mod tests {
             0..6,
         );
         let command = prop::collection::vec(nasty(), 0..4);
+        let volume = (nasty(), prop::option::of(nasty()), any::<bool>());
+        let volume = volume.prop_map(|(path, text, many_nodes)| VolumeSpec {
+            path,
+            env: None,
+            size: text.as_deref().map(Quantity::new),
+            storage_class: text,
+            many_nodes,
+        });
+        let volumes = prop::collection::btree_map(
+            "[a-z]([a-z-]{0,4}[a-z])?|no|on".prop_map(|n| VolumeName::parse(n).unwrap()),
+            volume,
+            0..3,
+        );
         let autoscaling = (any::<u32>(), any::<u32>());
         let autoscaling =
             autoscaling.prop_map(|(max, cpu_percent)| Autoscaling { max, cpu_percent });
@@ -329,11 +342,11 @@ mod tests {
             any::<u32>(),
             nasty(),
             any::<u32>(),
-            resources(),
-            prop::option::of(autoscaling),
+            (resources(), prop::option::of(autoscaling), volumes),
         )
             .prop_map(
-                |(port, command, env, replicas, path, deadline_seconds, resources, autoscaling)| {
+                |(port, command, env, replicas, path, deadline_seconds, capacity)| {
+                    let (resources, autoscaling, volumes) = capacity;
                     RunSpec {
                         port,
                         command,
@@ -343,7 +356,7 @@ mod tests {
                             path,
                             deadline_seconds,
                         },
-                        volumes: BTreeMap::new(),
+                        volumes,
                         resources,
                         autoscaling,
                     }

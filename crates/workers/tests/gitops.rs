@@ -572,6 +572,41 @@ fn by_hand(path: &Path, message: &str, change: impl Fn(&Path)) -> String {
 }
 
 #[tokio::test]
+async fn an_earlier_chart_is_renewed_and_one_that_somebody_changed_is_not() {
+    let (_folder, repository) = repository().await;
+    let path = repository.path();
+    let first = commit(&repository, deploy("production", 1, "a1b2c3d"));
+    first.await.unwrap();
+    let chart = "base/charts/daybook-app";
+    let tree = || git(path, &["rev-parse", &format!("main:{chart}")]);
+    let present = tree();
+    let earlier = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/charts/0.1.0");
+    by_hand(path, "as it was", |clone| {
+        for (file, _) in daybook_workers::gitops::chart_files() {
+            fs::copy(earlier.join(file), clone.join(chart).join(file)).unwrap();
+        }
+    });
+    assert_ne!(tree(), present);
+    let second = commit(&repository, deploy("production", 2, "b1b2c3d"));
+    let second = second.await.unwrap();
+    assert_eq!(tree(), present);
+    assert_eq!(second.title, "deploy(production): api b1b2c3d");
+    assert!(second.files.keys().any(|file| file.starts_with(chart)));
+
+    by_hand(path, "as it was, and a value", |clone| {
+        for (file, _) in daybook_workers::gitops::chart_files() {
+            fs::copy(earlier.join(file), clone.join(chart).join(file)).unwrap();
+        }
+        fs::write(clone.join(chart).join("values.yaml"), "domain: mine\n").unwrap();
+    });
+    let theirs = tree();
+    let third = commit(&repository, deploy("production", 3, "c1b2c3d"));
+    third.await.unwrap();
+    assert_eq!(tree(), theirs);
+    check(path);
+}
+
+#[tokio::test]
 async fn commits_by_hand_stay_and_are_told_apart() {
     let (_folder, repository) = repository().await;
     let file = "environments/development/values.yaml";

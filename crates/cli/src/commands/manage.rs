@@ -100,6 +100,10 @@ pub struct ServiceArgs {
     /// An environment variable; may be given several times.
     #[arg(long = "env", value_name = "KEY=VALUE")]
     variables: Vec<String>,
+    /// A folder that is kept from one deployment to the next, and how large a cluster makes it:
+    /// `data=/data`, `data=/data:5Gi`; may be given several times.
+    #[arg(long = "volume", value_name = "NAME=PATH[:SIZE]")]
+    volumes: Vec<String>,
     /// Instances in each cluster; with `--max-replicas` at least.
     #[arg(long)]
     replicas: Option<u32>,
@@ -467,6 +471,21 @@ async fn define(args: ServiceArgs) -> Outcome {
             ));
         };
         set(&["run", "env", key], Some(value.into()));
+    }
+    for volume in &args.volumes {
+        let Some((name, place)) = volume.split_once('=') else {
+            return Err(Failure::new(
+                Code::Usage,
+                "invalid_volume",
+                format!("{volume:?} is not NAME=PATH or NAME=PATH:SIZE"),
+            ));
+        };
+        let (path, size) = match place.split_once(':') {
+            Some((path, size)) => (path, Some(size)),
+            None => (place, None),
+        };
+        set(&["run", "volumes", name, "path"], Some(path.into()));
+        set(&["run", "volumes", name, "size"], size.map(Value::from));
     }
     let path = format!(
         "/api/v1/projects/{}/services/{}",

@@ -494,3 +494,47 @@ async fn a_cluster_without_argocd_says_how_to_install_it() {
     let trouble = trouble.await.unwrap();
     assert!(trouble.contains("manifests/install.yaml"), "{trouble}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_argocd_made_grows_and_stays() {
+    let Some(argo) = Argo::new("kept-data").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let _controller = argo.controller();
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    let mut next = |n: u8, size: &str| {
+        release(&mut values, n.into(), 1);
+        let service = values.services.get_mut(&web()).unwrap();
+        let release = service.releases.get_mut(&deployment(n.into())).unwrap();
+        let volume = json!({ "path": "/data", "size": size, "storage_class": "argo-grows" });
+        let volume = serde_json::from_value(volume).unwrap();
+        release.run.volumes.insert("data".parse().unwrap(), volume);
+        values.clone()
+    };
+    argo.apply(1, &next(1, "1Gi")).await.unwrap();
+    let whole = |n: u8| move |s: &AppStatus| s.revision == Some(commit(n)) && s.is_whole;
+    stage.until("it is synced", whole(1)).await;
+    let claims = volumes::claims(stage);
+    let made = claims.get(volumes::DATA).await.unwrap();
+    volumes::bind(stage, "argo-grows", volumes::DATA).await;
+    argo.apply(2, &next(2, "2Gi")).await.unwrap();
+    stage.until("it is synced again", whole(2)).await;
+    let grown = claims.get(volumes::DATA).await.unwrap();
+    assert_eq!(volumes::size(&grown), "2Gi");
+    // The first release still says how large it was, and nobody makes it smaller.
+    argo.apply(3, &next(3, "1Gi")).await.unwrap();
+    stage.until("it is synced once more", whole(3)).await;
+    let nothing = stage.values();
+    argo.apply(4, &nothing).await.unwrap();
+    stage.until("nothing runs", |s| s.releases.is_empty()).await;
+    let kept = claims.get(volumes::DATA).await.unwrap();
+    assert_eq!(kept.metadata.uid, made.metadata.uid);
+    assert_eq!(kept.metadata.deletion_timestamp, None);
+    assert_eq!(volumes::size(&kept), "2Gi");
+    stage.target.remove_volumes(&stage.app).await.unwrap();
+    volumes::goes(stage, volumes::DATA).await;
+}

@@ -3,6 +3,7 @@
 
 use std::process::Command;
 
+use daybook_events::spec::Autoscaling;
 use daybook_kubernetes::builds::{BuildOptions, Tool};
 use daybook_testkit::kubernetes::argocd::helm_program;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
@@ -199,6 +200,14 @@ async fn an_api_server_takes_the_chart_and_its_rights_are_enough() {
     });
     let mut values = stage.values();
     release(&mut values, 1, 1);
+    let service = values.services.get_mut(&web()).unwrap();
+    let first = service.releases.get_mut(&deployment(1)).unwrap();
+    first.run.autoscaling = Some(Autoscaling {
+        max: 2,
+        cpu_percent: 80,
+    });
+    let volume = serde_json::from_value(json!({ "path": "/data" })).unwrap();
+    first.run.volumes.insert("data".parse().unwrap(), volume);
     stage.apply(1, &values).await.unwrap();
     let warned = |s: &AppStatus| of(s, 1).is_some_and(|r| r.problem.is_some());
     stage.until("it is seen not to be ready", warned).await;
@@ -210,5 +219,7 @@ async fn an_api_server_takes_the_chart_and_its_rights_are_enough() {
     stage.until("it is ready", |s| ready(s, 1) == 1).await;
     stage.apply(2, &stage.values()).await.unwrap();
     stage.until("it is gone", |s| s.releases.is_empty()).await;
+    stage.target.remove_volumes(&stage.app).await.unwrap();
+    volumes::goes(&stage, volumes::DATA).await;
     assert_eq!(stage.target.trouble(), None);
 }

@@ -10,6 +10,7 @@ mod limits;
 mod logs;
 mod resources;
 mod traffic;
+mod volumes;
 
 use std::collections::BTreeMap;
 use std::path::Path;

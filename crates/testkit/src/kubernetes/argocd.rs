@@ -142,7 +142,7 @@ impl Controller {
         self.write(&name, json!({ "status": running })).await?;
         let mut results = Vec::new();
         for object in &objects {
-            results.push(self.apply(&name, object).await);
+            results.push(self.apply(&name, &data["spec"], object).await);
         }
         self.prune(&name, namespace, &objects).await?;
         let failed = results.iter().any(|r| r["status"] == "SyncFailed");
@@ -163,7 +163,7 @@ impl Controller {
     }
 
     /// Applies an object, and says what came of it.
-    async fn apply(&self, application: &str, object: &Value) -> Value {
+    async fn apply(&self, application: &str, spec: &Value, object: &Value) -> Value {
         let kind = object["kind"].as_str().unwrap_or_default();
         let name = object["metadata"]["name"].as_str().unwrap_or_default();
         let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default();
@@ -174,6 +174,16 @@ impl Controller {
         let resource = resource(api_version, kind);
         let api: Api<DynamicObject> =
             Api::namespaced_with(self.client.clone(), namespace, &resource);
+        let ignored = spec["ignoreDifferences"].as_array().into_iter().flatten();
+        let mut ignored = ignored.filter(|of| of["kind"] == kind);
+        let options = spec["syncPolicy"]["syncOptions"].as_array();
+        let respects = options.is_some_and(|o| o.contains(&json!("RespectIgnoreDifferences=true")));
+        if respects
+            && ignored.any(|of| of["jsonPointers"] == json!(["/spec"]))
+            && let Ok(Some(live)) = api.get_opt(name).await
+        {
+            tracked["spec"] = live.data["spec"].clone();
+        }
         let params = PatchParams::apply("argocd-controller").force();
         let (status, message) = match api.patch(name, &params, &Patch::Apply(tracked)).await {
             Ok(_) => ("Synced", format!("{kind}/{name} configured")),
@@ -198,6 +208,9 @@ impl Controller {
             ("apps/v1", "Deployment"),
             ("v1", "Service"),
             ("v1", "ConfigMap"),
+            ("v1", "PersistentVolumeClaim"),
+            ("autoscaling/v2", "HorizontalPodAutoscaler"),
+            ("policy/v1", "PodDisruptionBudget"),
         ] {
             let resource = resource(api_version, kind);
             let api: Api<DynamicObject> =
@@ -210,8 +223,11 @@ impl Controller {
                     .iter()
                     .any(|k| k["kind"] == kind && k["metadata"]["name"] == name.as_str());
                 let options = object.annotations().get(SYNC_OPTIONS);
-                let stays = options.is_some_and(|o| o.split(',').any(|o| o == "Prune=false"));
-                let stays = stays && !kept.is_empty();
+                let never = match kept.is_empty() {
+                    true => "Delete=false",
+                    false => "Prune=false",
+                };
+                let stays = options.is_some_and(|o| o.split(',').any(|o| o == never));
                 if ours && !is_kept && !stays {
                     api.delete(&name, &DeleteParams::background()).await?;
                 }

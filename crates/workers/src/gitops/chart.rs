@@ -1,6 +1,13 @@
 //! The chart that every project's chart depends on, in `base/charts/daybook-app` of its
 //! repository.
 
+/// The trees, as git names them, of what it was before. Where a repository has one of them, nobody has
+/// changed it, and it is renewed.
+pub(super) const EARLIER: [&str; 2] = [
+    "999160e2143876527d6b1444546ba9416bb4d8e2",
+    "631ce2910e243ad620f0b8f8ea4e3289843a1a89",
+];
+
 /// Its files, by their path within it.
 pub fn chart_files() -> [(&'static str, &'static str); 10] {
     macro_rules! files {

@@ -14,9 +14,9 @@ use super::message::{self, ALLOWED_SIGNERS, Author, CHECKPOINT};
 use super::repository::{CommitRequest, Committed, RevertRequest, Witness, digest_of, find};
 use super::signing::{SigningKey, allowed_signers};
 use super::staged::{Edits, Lately, Staged, ValuesFile};
-use super::{GitopsError, survey, template};
+use super::{GitopsError, chart, survey, template};
 use crate::git_transport::printable;
-use crate::values::EnvironmentValues;
+use crate::values::{CHART, EnvironmentValues};
 
 /// How many commits are looked through for the image that a service had before.
 const IMAGE_MEMORY: usize = 500;
@@ -203,6 +203,7 @@ impl<'a> Making<'a> {
             }
         }
         self.furnish(base.tree, &mut edits)?;
+        self.renew(base.tree, &mut edits)?;
         self.witness(base.tree, &request.witness, &mut edits)?;
         let tree = self.staged.edit(base.tree, &edits)?;
         let body = request.body.clone().or(message::body(&request.change, tag));
@@ -335,6 +336,21 @@ impl<'a> Making<'a> {
             if self.staged.at(tree, &path)?.is_none() {
                 self.put(edits, &path, content.as_bytes())?;
             }
+        }
+        Ok(())
+    }
+
+    /// Puts in the chart as it is now, where Daybook has put in an earlier one and nobody has changed
+    /// it since.
+    fn renew(&mut self, tree: Oid, edits: &mut Edits) -> Result<(), GitopsError> {
+        let folder = format!("base/charts/{CHART}");
+        let there = self.staged.at(tree, &folder)?;
+        let there = there.map(|there| there.id.to_string());
+        if !there.is_some_and(|there| chart::EARLIER.contains(&there.as_str())) {
+            return Ok(());
+        }
+        for (path, content) in chart::chart_files() {
+            self.put(edits, &format!("{folder}/{path}"), content.as_bytes())?;
         }
         Ok(())
     }

@@ -29,6 +29,11 @@ metadata:
 {{- if and (or .release.autoscaling .kubernetes.autoscaling) (gt (int .release.replicas) 0) }}true{{ end }}
 {{- end }}
 
+{{/* Not empty if a volume is one that only a single node can use at a time. */}}
+{{- define "daybook-app.onOneNode" -}}
+{{- range .release.volumes }}{{ if not .many_nodes }}true{{ end }}{{ end }}
+{{- end }}
+
 {{/* The releases of this cluster, as a list of such dicts. */}}
 {{- define "daybook-app.each" -}}
 {{- $root := .root -}}

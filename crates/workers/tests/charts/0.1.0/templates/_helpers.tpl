@@ -1,0 +1,38 @@
+{{/*
+What is made of one release is named <service>-<end of the deployment's id>. All of these take a
+dict of root, service, deployment and release.
+*/}}
+{{- define "daybook-app.name" -}}
+{{ printf "%s-%s" .service (trunc -8 .deployment) }}
+{{- end }}
+
+{{- define "daybook-app.labels" -}}
+{{- with .root.Values.labels }}{{ toYaml . }}
+{{ end -}}
+app.kubernetes.io/instance: {{ include "daybook-app.name" . }}
+app.kubernetes.io/managed-by: daybook
+app.kubernetes.io/name: {{ .service }}
+daybook.dev/deployment: {{ .deployment | quote }}
+daybook.dev/service: {{ .service }}
+{{- end }}
+
+{{- define "daybook-app.metadata" -}}
+metadata:
+  name: {{ include "daybook-app.name" . }}
+  namespace: {{ .root.Release.Namespace }}
+  labels:
+    {{- include "daybook-app.labels" . | nindent 4 }}
+{{- end }}
+
+{{/* The releases of this cluster, as a list of such dicts. */}}
+{{- define "daybook-app.each" -}}
+{{- $root := .root -}}
+{{- $template := .template -}}
+{{- range $service, $values := $root.Values.services }}
+{{- range $deployment, $release := $values.releases }}
+{{- if or (not $root.Values.cluster) (has $root.Values.cluster $release.clusters) }}
+{{- include $template (dict "root" $root "service" $service "deployment" $deployment "release" $release "kubernetes" (default dict $release.kubernetes)) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
