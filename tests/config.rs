@@ -243,22 +243,24 @@ fn a_deployment_keeps_its_amounts_of_cpu_and_memory_and_so_does_a_way_back_to_it
     let now = server.json(&["config", "list", INSTANCE]);
     assert_eq!(asked(now["deployment"].as_str().unwrap()), whole);
 
-    let deploy = ["deploy", INSTANCE, "--output", "json"];
-    let create = ["service", "create", "shop", "other", "--output", "json"];
-    for (command, flags, code) in [
-        (&deploy[..], &["--cpu", "much"][..], "invalid_quantity"),
-        (&deploy, &["--memory", "512"], "invalid_quantity"),
-        (&deploy, &["--cpu-limit", "1500m"], "request_above_limit"),
-        (&create, &["--cpu", "512Mi"], "invalid_quantity"),
-        (
-            &create,
-            &["--memory", "2G", "--memory-limit", "1Gi"],
-            "request_above_limit",
-        ),
-    ] {
-        let refused = server.cli(&[command, flags].concat());
+    let deploy = ["deploy", INSTANCE];
+    let create = ["service", "create", "shop", "other"];
+    let refused = |command: &[&str], flags: &[&str], code: &str| {
+        let json = ["--output", "json"];
+        let refused = server.cli(&[command, flags, &json].concat());
         assert_ne!(refused.code, 0, "{refused:?}");
         assert_eq!(refused.error()["code"], code, "{refused:?}");
-    }
+    };
+    refused(&deploy, &["--cpu", "much"], "invalid_quantity");
+    refused(&deploy, &["--memory", "512"], "invalid_quantity");
+    let above = "request_above_limit";
+    refused(&deploy, &["--cpu-limit", "1500m"], above);
+    refused(&create, &["--cpu", "512Mi"], "invalid_quantity");
+    let amounts = ["--memory", "2G", "--memory-limit", "1Gi"];
+    refused(&create, &amounts, above);
+    let scaled = ["--max-replicas", "5"];
+    refused(&create, &scaled, "autoscaling_without_cpu");
+    let fewer = ["--cpu", "1", "--replicas", "6", "--max-replicas", "5"];
+    refused(&create, &fewer, "invalid_autoscaling");
     server.check_replay();
 }
