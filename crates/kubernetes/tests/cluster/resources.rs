@@ -72,8 +72,8 @@ async fn each_release_has_the_amounts_of_its_own_definition() {
 /// The number of instances that a workload is to have now, and whose it is to set.
 async fn replicas(stage: &Stage, n: u128) -> (Option<i32>, Vec<String>) {
     let workloads: Api<Deployment> = Api::namespaced(stage.client.clone(), &stage.namespace());
-    let found = workloads.get(&names::release(&web(), deployment(n)));
-    let found = found.await.unwrap();
+    let name = names::release(&web(), deployment(n));
+    let found = workloads.get(&name).await.unwrap();
     let managers = found.metadata.managed_fields.into_iter().flatten();
     let sets = |fields: &serde_json::Value| fields["f:spec"].get("f:replicas").is_some();
     let managers = managers.filter(|m| m.fields_v1.as_ref().is_some_and(|f| sets(&f.0)));

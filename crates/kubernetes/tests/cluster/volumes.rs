@@ -6,7 +6,7 @@ use k8s_openapi::api::storage::v1::StorageClass;
 
 use super::*;
 
-pub const DATA: &str = "web.data";
+pub(super) const DATA: &str = "web.data";
 
 fn keeps(values: &mut EnvironmentValues, n: u128, volume: serde_json::Value) {
     let service = values.services.get_mut(&web()).unwrap();
@@ -15,17 +15,17 @@ fn keeps(values: &mut EnvironmentValues, n: u128, volume: serde_json::Value) {
     release.run.volumes.insert("data".parse().unwrap(), volume);
 }
 
-pub fn claims(stage: &Stage) -> Api<PersistentVolumeClaim> {
+pub(super) fn claims(stage: &Stage) -> Api<PersistentVolumeClaim> {
     Api::namespaced(stage.client.clone(), &stage.namespace())
 }
 
-pub fn size(claim: &PersistentVolumeClaim) -> String {
+pub(super) fn size(claim: &PersistentVolumeClaim) -> String {
     let resources = claim.spec.as_ref().unwrap().resources.as_ref().unwrap();
     resources.requests.as_ref().unwrap()["storage"].0.clone()
 }
 
 /// Waits until a claim is gone, or is on its way out: what keeps it from that is not played.
-pub async fn goes(stage: &Stage, name: &str) {
+pub(super) async fn goes(stage: &Stage, name: &str) {
     let claims = claims(stage);
     super::builds::until("the claim goes", || async {
         let found = claims.get_opt(name).await.ok()?;
@@ -36,7 +36,7 @@ pub async fn goes(stage: &Stage, name: &str) {
 }
 
 /// As a provisioner does it whose storage can grow.
-pub async fn bind(stage: &Stage, class: &str, name: &str) {
+pub(super) async fn bind(stage: &Stage, class: &str, name: &str) {
     let classes: Api<StorageClass> = Api::all(stage.client.clone());
     let body = json!({
         "metadata": { "name": class },

@@ -127,7 +127,7 @@ impl Watch {
         let mut more = false;
         let projects: Vec<_> = self.projects.keys().cloned().collect();
         for project in projects {
-            let looked = self.look_over(&project).await;
+            let looked = Box::pin(self.look_over(&project)).await;
             let Some(watched) = self.projects.get_mut(&project) else {
                 continue;
             };
