@@ -473,10 +473,8 @@ pub fn print_detail(detail: &Value) {
     }
     if let Some(most) = run["autoscaling"]["max"].as_u64() {
         let (least, cpu) = (text("/replicas"), &run["autoscaling"]["cpu_percent"]);
-        fields.push((
-            "scales",
-            format!("from {least} to {most} at {cpu} % of cpu"),
-        ));
+        let asked = format!("{least} to {most} instances, at {cpu} % of cpu");
+        fields.push(("asks for", asked));
     }
     let clusters = detail.get("cluster_status").and_then(Value::as_array);
     for cluster in clusters.into_iter().flatten() {
