@@ -1,5 +1,6 @@
 //! A Kubernetes cluster as the target: a real API server, and a kubelet that is played.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use daybook_testkit::TestApp;
@@ -17,18 +18,22 @@ use crate::support::request;
 use crate::support::{Server, Settings, application, until};
 
 /// What the kubelet does next, and the runtime that it is played in.
-struct Cluster {
-    plane: &'static ControlPlane,
-    fate: Arc<Mutex<Fate>>,
-    runtime: tokio::runtime::Runtime,
+pub(crate) struct Cluster {
+    pub(crate) plane: &'static ControlPlane,
+    pub(crate) fate: Arc<Mutex<Fate>>,
+    pub(crate) runtime: tokio::runtime::Runtime,
     _kubelet: Kubelet,
 }
 
 impl Cluster {
     /// One for all tests; the kubelet is played for one project only.
     fn start(project: &str) -> Option<Self> {
+        Some(Self::on(ControlPlane::shared()?, project))
+    }
+
+    /// The same with a control plane of its own.
+    pub(crate) fn on(plane: &'static ControlPlane, project: &str) -> Self {
         let namespace = format!("{project}--production");
-        let plane = ControlPlane::shared()?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -44,12 +49,12 @@ impl Cluster {
                 next.lock().unwrap().clone()
             })
         });
-        Some(Self {
+        Self {
             plane,
             fate,
             runtime,
             _kubelet: kubelet,
-        })
+        }
     }
 
     /// How many objects of a kind a namespace has.
@@ -365,7 +370,7 @@ fn a_cluster_that_has_failed_is_tried_again_alone() {
     server.check_replay();
 }
 
-async fn make_namespace(client: &kube::Client, name: &str) {
+pub(crate) async fn make_namespace(client: &kube::Client, name: &str) {
     let spaces: kube::Api<k8s_openapi::api::core::v1::Namespace> = kube::Api::all(client.clone());
     let space = serde_json::json!({ "metadata": { "name": name } });
     let space = serde_json::from_value(space).unwrap();
@@ -373,14 +378,14 @@ async fn make_namespace(client: &kube::Client, name: &str) {
 }
 
 /// A cluster with a registry, and an application that is what its pods answer.
-struct Stage {
-    cluster: Cluster,
+pub(crate) struct Stage {
+    pub(crate) cluster: Cluster,
     registry: Registry,
-    app: TestApp,
+    pub(crate) app: TestApp,
 }
 
 impl Stage {
-    fn start(project: &str) -> Option<Self> {
+    pub(crate) fn start(project: &str) -> Option<Self> {
         Some(Self {
             cluster: Cluster::start(project)?,
             registry: Registry::start(RegistryConfig::default())?,
@@ -389,11 +394,16 @@ impl Stage {
     }
 
     fn settings(&self) -> Settings {
+        self.settings_with(&self.cluster.plane.kubeconfig())
+    }
+
+    /// The same with a kubeconfig that has other clusters, too.
+    pub(crate) fn settings_with(&self, kubeconfig: &Path) -> Settings {
         Settings::default()
             .arg("--image-prefix")
             .arg(format!("{}/team", self.registry.host()))
             .arg("--kubeconfig")
-            .arg(self.cluster.plane.kubeconfig().display().to_string())
+            .arg(kubeconfig.display().to_string())
             .arg("--kubernetes")
             .arg("oslo=test")
     }

@@ -38,6 +38,7 @@ mod page;
 mod partial;
 mod previews;
 mod queue;
+mod records;
 mod routes;
 mod secrets;
 mod subscribers;

@@ -1,6 +1,7 @@
 //! The OpenAPI document: routes from their handlers, schemas from the types that are sent.
 
 use daybook_events::lines::Line;
+use daybook_events::routing::records::TTL_MAX;
 use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
 use utoipa::openapi::schema::{Object, Schema};
@@ -133,6 +134,9 @@ fn parameter(name: &str) -> Option<Value> {
         ] }),
         "correlation" => json!({ "type": "string", "format": "uuid" }),
         "chain" => json!({ "type": "string", "pattern": "^[0-9a-f]{64}$" }),
+        "ttl" => json!({ "type": "integer", "minimum": 1, "maximum": TTL_MAX }),
+        "provider" => reference("DnsProvider"),
+        "regions" | "health_checks" => json!({ "type": "string", "pattern": PAIRS }),
         "outcome" => reference("Outcome"),
         "q" => json!({ "type": "string", "minLength": 1 }),
         "If-Match" => json!({ "type": "string", "pattern": ENTITY_TAGS }),
@@ -150,6 +154,8 @@ const CURSOR_OF_LINES: &str = "^((all|[0-9]{1,15})-)?[0-9]{1,15}$";
 const CURSOR_OF_SEARCH: &str = "^[0-9]{1,15}-[bd][0-9]{1,15}$";
 /// `project.environment.service`, each a DNS label of at most 30 characters.
 const INSTANCE: &str = r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?(\.[a-z]([a-z0-9-]{0,28}[a-z0-9])?){2}$";
+/// Clusters with what is given for each, between commas.
+const PAIRS: &str = r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?=[A-Za-z0-9-]{1,64}(,[a-z]([a-z0-9-]{0,28}[a-z0-9])?=[A-Za-z0-9-]{1,64})*$";
 /// A project's GitOps repository.
 const REPOSITORY: &str = r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?\.git$";
 
@@ -401,7 +407,7 @@ sent! {
     routes::tokens::CreateToken, routes::tokens::RotateToken, routes::tokens::TokenMade,
     routes::tokens::TokenList, routes::tokens::TokenGone, routes::tokens::WhoAmI,
     routes::traffic::RouteList, routes::traffic::SetRoutes, routes::traffic::SetClusterPolicy,
-    routes::traffic::RoutesAreSet, routes::domains::ClaimDomain, routes::domains::DomainList,
+    routes::traffic::RoutesAreSet, routes::records::RecordList, routes::domains::ClaimDomain, routes::domains::DomainList,
     routes::domains::DomainView, routes::domains::DomainGivenUp,
 }
 

@@ -631,7 +631,10 @@ structs! {
         was_rolled_back: bool, undoes: Option<u32>, note: Option<String>,
         policy rare: Option<routing::PolicyChange>, domain rare: Option<routing::DomainChange>
     }
-    routing::Applied { gateway: String, table: u32, hostnames: Vec<Hostname> }
+    routing::Applied {
+        gateway: String, table: u32, hostnames: Vec<Hostname>,
+        addresses rare: Option<Vec<routing::GatewayAddress>>
+    }
 }
 
 impl Canonical for deployment::Queued {
@@ -780,6 +783,7 @@ mod tests {
                 "gitops.reverted.v1",
                 "gitops.rewrite_accepted.v1",
                 "gitops.signer_added.v1",
+                "routing.applied.v1",
                 "routing.rejected.v1",
             ]
         );

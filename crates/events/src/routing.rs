@@ -5,11 +5,13 @@
 //! appliers only ever move to a newer one. A switch that cannot be applied is undone by another
 //! switch, a *compensation*, that restores what it replaced.
 
+mod address;
 mod branch;
 mod compensation;
 mod domain;
 mod internal;
 mod policy;
+pub mod records;
 mod split;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,6 +22,7 @@ use schemars::JsonSchema;
 use serde::ser::SerializeStruct as _;
 use serde::{Deserialize, Serialize, Serializer};
 
+pub use address::{ADDRESSES_MAX, GatewayAddress};
 pub use branch::branch_label;
 pub use domain::{DOMAINS_MAX, DomainChange, DomainRoute, SetDomain};
 pub use internal::internal_address;
@@ -178,6 +181,10 @@ pub struct Applied {
     /// The hostnames that it now serves differently; none where there are too many of them, or
     /// where the table before is too old to tell.
     pub hostnames: Vec<Hostname>,
+    /// Where it is reached, as it says itself; none where that is not known, or as it was said
+    /// before. With it, the table may be one that is known to be served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addresses: Option<Vec<GatewayAddress>>,
 }
 
 impl Applied {
@@ -289,6 +296,8 @@ pub struct Routing {
     hostnames: RedBlackTreeMapSync<DeploymentId, BTreeSet<Hostname>>,
     /// The newest table that each gateway has applied.
     pub applied: BTreeMap<String, u32>,
+    /// Where each gateway that says so is reached; empty for one that says it is nowhere.
+    pub addresses: BTreeMap<String, Vec<GatewayAddress>>,
     /// The newest switches, newest last, at most sixteen: what a compensation needs.
     pub recent: Vec<Switched>,
     /// The newest refusal of each gateway.
@@ -396,7 +405,14 @@ impl Routing {
             gateway: gateway.to_owned(),
             table,
             hostnames: named.cloned().collect(),
+            addresses: None,
         }
+    }
+
+    /// Whether a report of a gateway says where it is reached, and that is not known yet.
+    fn moves(&self, report: &Applied) -> bool {
+        let known = self.addresses.get(&report.gateway);
+        report.addresses.is_some() && known != report.addresses.as_ref()
     }
 
     /// Leads a hostname somewhere else, or nowhere.
@@ -522,11 +538,15 @@ impl Aggregate for Routing {
             }
             RoutingEvent::Applied(e) => {
                 let newest = self.applied.get(&e.gateway).copied().unwrap_or_default();
-                if e.table <= newest || e.table > self.table {
+                let is_new = e.table > newest || (e.table == newest && self.moves(&e));
+                if !is_new || e.table == 0 || e.table > self.table {
                     return Err(Illegal::new(
                         "routing.applied.v1",
                         format!("table {newest} applied"),
                     ));
+                }
+                if let Some(addresses) = e.addresses {
+                    self.addresses.insert(e.gateway.clone(), addresses);
                 }
                 self.applied.insert(e.gateway, e.table);
             }
@@ -762,9 +782,12 @@ pub fn decide(
             Ok(take_out(state, deployment, instance, heir, reason))
         }
         Command::Compensate { table, note } => compensation::decide(state, table, note),
-        Command::ReportApplied(e) => {
+        Command::ReportApplied(mut e) => {
             let newest = state.applied.get(&e.gateway).copied().unwrap_or_default();
-            if e.table <= newest {
+            if !state.moves(&e) {
+                e.addresses = None;
+            }
+            if e.table < newest || (e.table == newest && e.addresses.is_none()) {
                 Ok(Decision::Nothing)
             } else {
                 known(state, e.table)?;

@@ -1115,6 +1115,7 @@ fn gateways_report_tables_that_exist_and_only_newer_ones() {
         gateway: "berlin".into(),
         table,
         hostnames: Vec::new(),
+        addresses: None,
     };
     let rejected = |table| Rejected {
         gateway: "berlin".into(),
@@ -1149,4 +1150,67 @@ fn gateways_report_tables_that_exist_and_only_newer_ones() {
     let mut stale = given.clone();
     assert!(stale.try_apply(RoutingEvent::Applied(applied(1))).is_err());
     assert_eq!(stale.state, given.state);
+}
+
+#[test]
+fn where_a_gateway_is_reached_is_reported_when_it_changes() {
+    let at = |table, addresses: Option<&[&str]>| Applied {
+        gateway: "berlin".into(),
+        table,
+        hostnames: Vec::new(),
+        addresses: addresses.map(|all| {
+            let all = all
+                .iter()
+                .map(|a| routing::GatewayAddress::Ip(a.parse().unwrap()));
+            all.collect()
+        }),
+    };
+    let report = |e: Applied| {
+        move |s: Option<&Routing>| routing::decide(s, Command::ReportApplied(e.clone()))
+    };
+    let (one, two) = (["203.0.113.1"], ["203.0.113.1", "2001:db8::1"]);
+    let (_, given) = switched([assign(1, true), assign(2, true)]);
+    let given = given
+        .when(report(at(1, None)))
+        .then(RoutingEvent::Applied(at(1, None)))
+        // It comes later than the table.
+        .when(report(at(1, Some(&one))))
+        .then(RoutingEvent::Applied(at(1, Some(&one))))
+        .when(report(at(1, Some(&one))))
+        .then_nothing()
+        // What is known is not said again.
+        .when(report(at(2, Some(&one))))
+        .then(RoutingEvent::Applied(at(2, None)))
+        .when(report(at(1, Some(&two))))
+        .then_nothing()
+        .when(report(at(2, Some(&two))))
+        .then(RoutingEvent::Applied(at(2, Some(&two))))
+        .when(report(at(2, None)))
+        .then_nothing()
+        // And back, and to nowhere.
+        .when(report(at(2, Some(&one))))
+        .then(RoutingEvent::Applied(at(2, Some(&one))))
+        .when(report(at(2, Some(&[]))))
+        .then(RoutingEvent::Applied(at(2, Some(&[]))));
+    let state = given.state.as_ref().unwrap();
+    assert_eq!(state.addresses["berlin"], []);
+    assert_eq!(state.applied["berlin"], 2);
+    for illegal in [
+        at(2, Some(&[])),
+        at(1, Some(&one)),
+        at(0, Some(&one)),
+        at(2, None),
+    ] {
+        let mut stale = given.clone();
+        assert!(stale.try_apply(RoutingEvent::Applied(illegal)).is_err());
+        assert_eq!(stale.state, given.state);
+    }
+    // It is written as before there were any where there are none.
+    let json = serde_json::to_value(at(1, None)).unwrap();
+    assert!(json.get("addresses").is_none(), "{json}");
+    let json = serde_json::to_value(at(1, Some(&one))).unwrap();
+    assert_eq!(
+        json["addresses"],
+        serde_json::json!([{ "ip": "203.0.113.1" }])
+    );
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use daybook_events::lines::LineLog;
+use daybook_events::routing::GatewayAddress;
 use daybook_events::{ClusterName, CommitId, DeploymentId, ProjectName};
 use daybook_secrets::SecretStore;
 use daybook_workers::host_routes::{HostRoute, HostRoutes, RouteError, RouteSeen};
@@ -27,7 +28,7 @@ use crate::names;
 use crate::objects::GatewayRef;
 use crate::output::Output;
 use crate::retry;
-use crate::routes::{self, HttpRoute};
+use crate::routes::{self, GatewayObject, HttpRoute};
 use crate::status::Seen;
 use crate::watches::{self, Change, Watched};
 
@@ -75,6 +76,8 @@ struct Shared {
     world: Mutex<World>,
     /// The routes of its Gateway; none before they were listed.
     routes: watch::Sender<Option<routes::Known>>,
+    /// Where its Gateway is reached.
+    addresses: routes::Addresses,
     /// One change of a namespace at a time.
     turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -124,6 +127,7 @@ impl KubernetesCluster {
             options,
             world: Mutex::new(world),
             routes: watch::Sender::default(),
+            addresses: watch::Sender::default(),
             turns: Mutex::default(),
         });
         let tasks = TaskTracker::new();
@@ -145,6 +149,7 @@ impl KubernetesCluster {
                 routes::take(&known, change);
             });
         }
+        shared.follow_gateway(&tasks, &cancel);
         if let Some(argocd) = &shared.options.argocd {
             let api = argocd.api(&shared.options.client);
             shared.follow(&tasks, &cancel, APPLICATIONS, api, World::take_applications);
@@ -255,6 +260,23 @@ impl Shared {
             }
         };
         tasks.spawn(watches::objects(api, changed, troubled, cancel.clone()));
+    }
+
+    /// Follows where the Gateway is reached, which comes after it, and may change. In the
+    /// namespaces of the routes there may be several of that name.
+    fn follow_gateway(self: &Arc<Self>, tasks: &TaskTracker, cancel: &CancellationToken) {
+        let Some((gateway, _)) = &self.options.gateway else {
+            return;
+        };
+        let Some(namespace) = &gateway.namespace else {
+            return;
+        };
+        let api: Api<GatewayObject> = Api::namespaced(self.options.client.clone(), namespace);
+        let (name, known, cancel) = (gateway.name.clone(), self.addresses.clone(), cancel.clone());
+        tasks.spawn(async move {
+            let changed = |change| routes::take_addresses(&known, change);
+            watches::named(api, &name, changed, cancel).await;
+        });
     }
 
     fn warned(&self, namespace: &str, pod: &str, warning: Warning) {
@@ -486,8 +508,15 @@ impl Target for KubernetesCluster {
             client: &self.options().client,
             gateway,
             known: self.shared.routes.subscribe(),
+            addresses: &self.shared.addresses,
         };
         gateway.lead(routes).await
+    }
+
+    fn gateway_addresses(&self) -> Option<watch::Receiver<Option<Vec<GatewayAddress>>>> {
+        let (gateway, _) = self.options().gateway.as_ref()?;
+        let one = gateway.namespace.is_some();
+        one.then(|| self.shared.addresses.subscribe())
     }
 
     fn route_seen(&self, project: &ProjectName, host: &HostRoute) -> RouteSeen {

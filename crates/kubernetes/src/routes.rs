@@ -9,6 +9,7 @@ mod http_route;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
+use daybook_events::routing::GatewayAddress;
 use daybook_events::{Hostname, ProjectName};
 use daybook_workers::host_routes::{HostRoute, HostRoutes, RouteError, RouteSeen};
 use daybook_workers::target::TargetError;
@@ -17,8 +18,8 @@ use kube::{Api, Client, Resource as _, ResourceExt};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-pub(crate) use http_route::HttpRoute;
 use http_route::Verdict;
+pub(crate) use http_route::{GatewayObject, HttpRoute};
 
 use crate::apply::timely;
 use crate::differences::{differences, unasked};
@@ -57,11 +58,33 @@ pub(crate) fn take(known: &watch::Sender<Option<Known>>, change: Change<HttpRout
     });
 }
 
+/// Where a Gateway is reached; nothing before it was seen.
+pub(crate) type Addresses = watch::Sender<Option<Vec<GatewayAddress>>>;
+
+/// Keeps where the Gateway of a cluster is reached. One that is gone is reached nowhere.
+pub(crate) fn take_addresses(known: &Addresses, change: Change<GatewayObject>) {
+    match change {
+        Change::All(all) => tell(known, all.first()),
+        Change::Applied(gateway) => tell(known, Some(&*gateway)),
+        Change::Deleted(_) => tell(known, None),
+    }
+}
+
+fn tell(known: &Addresses, gateway: Option<&GatewayObject>) {
+    let now = Some(gateway.map_or_else(Vec::new, GatewayObject::addresses));
+    known.send_if_modified(|known| {
+        let differs = *known != now;
+        *known = now;
+        differs
+    });
+}
+
 /// The Gateway of a cluster.
 pub(crate) struct Gateway<'a> {
     pub(crate) client: &'a Client,
     pub(crate) gateway: &'a GatewayRef,
     pub(crate) known: watch::Receiver<Option<Known>>,
+    pub(crate) addresses: &'a Addresses,
 }
 
 impl Gateway<'_> {
@@ -231,10 +254,12 @@ impl Gateway<'_> {
             return Ok(());
         };
         let what = format!("Gateway {}", self.gateway.name);
-        let api: Api<http_route::GatewayObject> = Api::namespaced(self.client.clone(), namespace);
+        let api: Api<GatewayObject> = Api::namespaced(self.client.clone(), namespace);
         let found = timely(&what, api.get(&self.gateway.name)).await;
         let found = found.and_then(|found| found.map_err(|e| refusal(&what, &e)));
-        match found.map_err(later)?.unprogrammed() {
+        let found = found.map_err(later)?;
+        tell(self.addresses, Some(&found));
+        match found.unprogrammed() {
             Some(why) => Err(RouteError::Unavailable(format!(
                 "{what} is not programmed: {why}"
             ))),

@@ -881,10 +881,31 @@ fn routing<'a>(out: &mut String, event: &'a RoutingEvent) -> Said<'a> {
                 )
             }
         }
-        RoutingEvent::Applied(e) => plain(
-            out,
-            format_args!("Gateway {} serves table {}.", e.gateway, e.table),
-        ),
+        RoutingEvent::Applied(e) => match e.addresses.as_deref() {
+            None => plain(
+                out,
+                format_args!("Gateway {} serves table {}.", e.gateway, e.table),
+            ),
+            Some([]) => plain(
+                out,
+                format_args!(
+                    "Gateway {} serves table {}, and has no address.",
+                    e.gateway, e.table
+                ),
+            ),
+            Some(addresses) => {
+                let at: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+                plain(
+                    out,
+                    format_args!(
+                        "Gateway {} serves table {}, and is reached at {}.",
+                        e.gateway,
+                        e.table,
+                        at.join(", ")
+                    ),
+                )
+            }
+        },
         RoutingEvent::Rejected(e) => because(
             out,
             format_args!("Gateway {} could not apply table {}.", e.gateway, e.table),

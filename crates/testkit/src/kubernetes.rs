@@ -25,7 +25,7 @@ use crate::nats::tools_folder;
 
 pub mod argocd;
 mod crds;
-mod gateway;
+pub mod gateway;
 mod kubelet;
 mod node;
 pub mod proxy;

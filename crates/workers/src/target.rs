@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use daybook_events::routing::GatewayAddress;
 use daybook_events::{
     ClusterName, CommitId, DeploymentId, EnvironmentName, ProjectName, ServiceName,
 };
@@ -166,6 +167,12 @@ pub trait Target: Send + Sync + std::fmt::Debug {
         Err(RouteError::Unavailable(
             "this kind of cluster has no Gateway".into(),
         ))
+    }
+
+    /// Where its Gateway is reached, as that says itself, now and at each change: in order, each
+    /// once, not more than are kept of one. Nothing as long as that is not known.
+    fn gateway_addresses(&self) -> Option<watch::Receiver<Option<Vec<GatewayAddress>>>> {
+        None
     }
 
     /// How a hostname of a project is led there, held against how it is to be led. Asks for nothing:

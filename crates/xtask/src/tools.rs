@@ -24,8 +24,8 @@ Without a name all of them are built:
   kubernetes   kube-apiserver, kube-controller-manager and etcd, as tools/kubernetes/go.mod and
                tools/etcd/go.mod pin them (needs Go and about 15 minutes of one core), or those in
                $KUBEBUILDER_ASSETS; with them comes what `crds` is
-  crds         the custom resource definitions of Argo CD and Gateway API that tests install, as
-               tools/crds/go.mod pins them (needs Go)
+  crds         the custom resource definitions of Argo CD, Gateway API and external-dns that tests
+               install, as tools/crds/go.mod pins them (needs Go)
   helm         helm, as tools/helm/go.mod pins it (needs Go)
   python       the programs in Python that judge the interfaces, as
                tools/judges-python/requirements.txt pins them (needs Python with venv)

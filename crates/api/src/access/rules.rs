@@ -245,6 +245,11 @@ const RULES: &[(&str, &str, Rule)] = &[
         Asks(Deploy, Project),
     ),
     (
+        "GET",
+        "/api/v1/projects/{project}/records",
+        Asks(Read, Project),
+    ),
+    (
         "POST",
         "/api/v1/projects/{project}/routes/policy",
         Asks(Deploy, Project),

@@ -16,6 +16,7 @@ pub(crate) mod hooks;
 pub(crate) mod logs;
 pub(crate) mod operations;
 pub(crate) mod projects;
+pub(crate) mod records;
 pub(crate) mod search;
 pub(crate) mod secrets;
 pub(crate) mod templates;
@@ -120,6 +121,7 @@ pub(crate) fn described() -> (Router<AppState>, OpenApi) {
         .routes(routes!(deployments::promote))
         .routes(routes!(traffic::list_routes, traffic::set_routes))
         .routes(routes!(traffic::set_policy))
+        .routes(routes!(records::list_records))
         .routes(routes!(config::scale))
         .routes(routes!(config::change_config))
         .routes(routes!(domains::list_domains, domains::claim_domain))

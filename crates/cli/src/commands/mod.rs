@@ -21,6 +21,7 @@ mod lifecycle;
 mod login;
 mod logs;
 mod manage;
+mod records;
 mod repair;
 mod replay;
 mod routes;

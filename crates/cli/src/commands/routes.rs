@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::lifecycle::find;
 use super::manage::segment;
+use super::records::{self, RecordsArgs};
 use super::{Outcome, ServerArgs};
 use crate::client::Client;
 use crate::exit::{Code, Failure};
@@ -23,6 +24,12 @@ pub enum RoutesCommand {
     Set(SetArgs),
     /// Say how traffic is spread over the clusters that a service runs in.
     Policy(PolicyArgs),
+    /// The DNS records that lead users to the Gateways of the clusters that serve each hostname.
+    ///
+    /// They follow from where hostnames lead, from the policy of the service, and from where the
+    /// Gateways say that they are reached. Daybook writes none: they are for external-dns, or for
+    /// whoever keeps your zone. What is not known is left out, and so is said.
+    Records(RecordsArgs),
 }
 
 /// Which routes.
@@ -109,6 +116,7 @@ pub async fn run(command: RoutesCommand) -> Outcome {
         RoutesCommand::List(args) => list(args).await,
         RoutesCommand::Set(args) => set(args).await,
         RoutesCommand::Policy(args) => policy(args).await,
+        RoutesCommand::Records(args) => records::run(args).await,
     }
 }
 

@@ -441,6 +441,12 @@ impl Shop {
                 gateway: "berlin".to_owned(),
                 table,
                 hostnames: Vec::new(),
+                addresses: match choose(3) {
+                    0 => None,
+                    n => Some(vec![routing::GatewayAddress::Ip(
+                        [203, 0, 113, n as u8].into(),
+                    )]),
+                },
             }),
         };
         let subject = Subject::Routing(self.name.clone());

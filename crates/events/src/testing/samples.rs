@@ -832,6 +832,7 @@ pub fn routing_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<R
             gateway: "berlin".to_owned(),
             table: 1,
             hostnames: vec![names.preview],
+            addresses: None,
         }),
         RoutingEvent::Rejected(routing::Rejected {
             gateway: "oslo".to_owned(),

@@ -1,7 +1,10 @@
 //! HTTPRoutes and Gateways, as far as they are read here.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 
+use daybook_events::Hostname;
+use daybook_events::routing::{ADDRESSES_MAX, GatewayAddress};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
@@ -108,7 +111,7 @@ pub(super) fn silent() -> Verdict {
 
 /// `gateways.gateway.networking.k8s.io`.
 #[derive(Debug, Clone, Default, Deserialize)]
-pub(super) struct GatewayObject {
+pub(crate) struct GatewayObject {
     #[serde(default)]
     metadata: ObjectMeta,
     #[serde(default)]
@@ -119,6 +122,31 @@ pub(super) struct GatewayObject {
 #[serde(default)]
 struct GatewayStatus {
     conditions: Vec<Condition>,
+    addresses: Vec<StatusAddress>,
+}
+
+/// Where a Gateway is reached, as Gateway API has it.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct StatusAddress {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    value: String,
+}
+
+impl StatusAddress {
+    /// What a name server can be told of it. Controllers have types of their own, which say
+    /// nothing to anybody else.
+    fn known(&self) -> Option<GatewayAddress> {
+        match self.kind.as_deref().unwrap_or("IPAddress") {
+            "IPAddress" => self.value.parse().ok().map(GatewayAddress::Ip),
+            "Hostname" => {
+                let name = self.value.trim_end_matches('.').to_ascii_lowercase();
+                Hostname::parse(name).ok().map(GatewayAddress::Hostname)
+            }
+            _ => None,
+        }
+    }
 }
 
 impl GatewayObject {
@@ -127,6 +155,13 @@ impl GatewayObject {
         let mut conditions = self.status.conditions.iter();
         let found = conditions.find(|c| c.kind == "Programmed" && c.status == "False")?;
         Some(found.text())
+    }
+
+    /// Where it says that it is reached: in order, each once, and not more than are kept.
+    pub(super) fn addresses(&self) -> Vec<GatewayAddress> {
+        let said = self.status.addresses.iter();
+        let known: BTreeSet<_> = said.filter_map(StatusAddress::known).collect();
+        known.into_iter().take(ADDRESSES_MAX).collect()
     }
 }
 
@@ -196,6 +231,27 @@ mod tests {
             "controllerName": "example.com/gateway",
             "conditions": [condition("Accepted", accepted), condition("ResolvedRefs", resolved)],
         })
+    }
+
+    #[test]
+    fn a_gateway_is_reached_where_its_status_says_and_nowhere_else() {
+        let gateway = |addresses: Value| -> GatewayObject {
+            let status = json!({ "addresses": addresses });
+            serde_json::from_value(json!({ "status": status })).unwrap()
+        };
+        let said = gateway(json!([
+            { "type": "Hostname", "value": "LB-1.example.net." },
+            { "value": "2001:db8::7" },
+            { "type": "IPAddress", "value": "203.0.113.7" },
+            { "type": "IPAddress", "value": "203.0.113.7" },
+            { "type": "IPAddress", "value": "the usual one" },
+            { "type": "Hostname", "value": "no name" },
+            { "type": "example.com/pool", "value": "blue" },
+        ]));
+        let said: Vec<_> = said.addresses().iter().map(ToString::to_string).collect();
+        assert_eq!(said, ["203.0.113.7", "2001:db8::7", "lb-1.example.net"]);
+        let none: GatewayObject = serde_json::from_value(json!({})).unwrap();
+        assert!(none.addresses().is_empty());
     }
 
     #[test]

@@ -252,6 +252,7 @@ async fn applications_and_routes_take_one_watch_each_as_well() {
         "applications",
         "deployments",
         "events",
+        "gateways",
         "httproutes",
         "pods",
         "replicasets",

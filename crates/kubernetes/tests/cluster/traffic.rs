@@ -1,8 +1,9 @@
 //! Hostnames of a project on the Gateway of a cluster, whose controller is played.
 
+use daybook_events::routing::GatewayAddress;
 use daybook_kubernetes::objects::GatewayRef;
 use daybook_testkit::kubernetes::proxy::{FaultProxy, refusal};
-use daybook_testkit::kubernetes::{Crd, Gateway};
+use daybook_testkit::kubernetes::{Crd, Gateway, gateway};
 use daybook_workers::host_routes::{HostBackend, HostRoute, HostRoutes, RouteError, RouteSeen};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use serde_json::Value;
@@ -379,4 +380,77 @@ async fn a_route_that_somebody_has_changed_is_seen_with_where_it_should_lead() {
         expected: way(90, 10),
     };
     seen("that it is gone", &|seen| *seen == missing).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_is_reached_where_its_status_says_from_the_first_switch_on() {
+    let Some(edge) = Edge::new("reached").await else {
+        return;
+    };
+    let mut seen = edge.stage.target.gateway_addresses().unwrap();
+    let until = async |seen: &mut tokio::sync::watch::Receiver<_>, expected: &[&str]| {
+        let is_so = |now: &Option<Vec<GatewayAddress>>| {
+            let now = now.as_ref().map(|all| all.iter().map(ToString::to_string));
+            now.is_some_and(|now| now.eq(expected.iter().copied()))
+        };
+        let waited = tokio::time::timeout(PATIENCE, seen.wait_for(is_so))
+            .await
+            .is_ok();
+        assert!(waited, "{expected:?}: {:?}", *seen.borrow());
+    };
+    let _controller = edge.controller(|_| None).await;
+    let client = edge.stage.client.clone();
+    let reach = async |addresses: &[(&str, &str)]| {
+        gateway::reach(client.clone(), &edge.namespace, "public", addresses).await;
+    };
+    reach(&[("IPAddress", "203.0.113.7"), ("IPAddress", "2001:db8::7")]).await;
+    edge.route(vec![edge.host("shop.example.com", &[(1, 1)])])
+        .await
+        .unwrap();
+    until(&mut seen, &["203.0.113.7", "2001:db8::7"]).await;
+    // It moves without any switch, as what its addresses come from does.
+    reach(&[("Hostname", "LB-7.example.net")]).await;
+    until(&mut seen, &["lb-7.example.net"]).await;
+    reach(&[("example.com/pool", "blue")]).await;
+    until(&mut seen, &[]).await;
+    reach(&[("IPAddress", "203.0.113.8")]).await;
+    until(&mut seen, &["203.0.113.8"]).await;
+    let kind = GroupVersionKind::gvk("gateway.networking.k8s.io", "v1", "Gateway");
+    let resource = ApiResource::from_gvk(&kind);
+    let gateways: Api<DynamicObject> = Api::namespaced_with(client, &edge.namespace, &resource);
+    gateways
+        .delete("public", &Default::default())
+        .await
+        .unwrap();
+    until(&mut seen, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_may_not_be_watched_is_asked_at_each_switch() {
+    let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+    let Some(plane) = plane.await.unwrap() else {
+        return;
+    };
+    let proxy = FaultProxy::start(plane).await;
+    proxy.answer(|method, address| {
+        let lists = method == "GET" && address.contains("/gateways?");
+        lists.then(|| refusal(403, "Forbidden"))
+    });
+    let client = proxy.client();
+    let edge = Edge::of("asked", |options| options.client = client).await;
+    let Some(edge) = edge else {
+        return;
+    };
+    let _controller = edge.controller(|_| None).await;
+    let seen = edge.stage.target.gateway_addresses().unwrap();
+    for (n, address) in [(1, "203.0.113.7"), (2, "203.0.113.8")] {
+        let client = edge.stage.client.clone();
+        gateway::reach(client, &edge.namespace, "public", &[("IPAddress", address)]).await;
+        edge.route(vec![edge.host("shop.example.com", &[(n, 1)])])
+            .await
+            .unwrap();
+        let now = seen.borrow().clone().unwrap();
+        assert_eq!(now, [GatewayAddress::Ip(address.parse().unwrap())]);
+    }
+    assert_eq!(edge.stage.target.trouble(), None);
 }

@@ -15,6 +15,8 @@ use crate::nats::tools_folder;
 pub enum Crd {
     /// Argo CD's `Application`.
     Application,
+    /// The `DNSEndpoint` of external-dns.
+    DnsEndpoint,
     /// Gateway API's `Gateway`.
     Gateway,
     /// Gateway API's `HTTPRoute`.
@@ -30,6 +32,7 @@ impl Crd {
     pub async fn install(self, client: &Client) -> bool {
         let (file, name) = match self {
             Self::Application => ("application.yaml", "applications.argoproj.io"),
+            Self::DnsEndpoint => ("dnsendpoint.yaml", "dnsendpoints.externaldns.k8s.io"),
             Self::Gateway => ("gateway.yaml", "gateways.gateway.networking.k8s.io"),
             Self::HttpRoute => ("httproute.yaml", "httproutes.gateway.networking.k8s.io"),
         };

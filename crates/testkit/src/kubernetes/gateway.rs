@@ -94,6 +94,22 @@ impl Gateway {
     }
 }
 
+/// Has a Gateway say in its status where it is reached: `(type, value)` each.
+///
+/// # Panics
+/// If the API server does not take the status.
+pub async fn reach(client: Client, namespace: &str, name: &str, addresses: &[(&str, &str)]) {
+    let kind = GroupVersionKind::gvk("gateway.networking.k8s.io", "v1", "Gateway");
+    let resource = ApiResource::from_gvk(&kind);
+    let api: Api<DynamicObject> = Api::namespaced_with(client, namespace, &resource);
+    let addresses = addresses.iter();
+    let addresses = addresses.map(|(kind, value)| json!({ "type": kind, "value": value }));
+    let status = json!({ "status": { "addresses": addresses.collect::<Vec<_>>() } });
+    let (params, patch) = (PatchParams::default(), Patch::Merge(status));
+    let patched = api.patch_status(name, &params, &patch).await;
+    patched.expect("its addresses are taken");
+}
+
 /// The status of a route of this Gateway, unless it has it already.
 fn status(
     route: &DynamicObject,

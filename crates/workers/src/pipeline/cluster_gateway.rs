@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_events::deployment::Deployment;
-use daybook_events::routing::{self, Rejected, Routing, Stickiness};
+use daybook_events::routing::{self, GatewayAddress, Rejected, Routing, Stickiness};
 use daybook_events::{ClusterName, Hostname, ProjectName, Subject};
 use daybook_projections::{Change, QueryError};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::gateway::Report;
 use super::traced::About;
 use super::trouble::Trouble;
 use super::{Bench, Stop, gateway};
@@ -87,6 +89,31 @@ fn projects(bench: &Bench, change: &Change) -> Result<Vec<ProjectName>, QueryErr
     })
 }
 
+/// What is known from one application of a table to the next.
+struct Known {
+    /// Whether this process has led any hostname there.
+    has_led: bool,
+    /// Where the Gateway is reached.
+    addresses: Option<watch::Receiver<Option<Vec<GatewayAddress>>>>,
+}
+
+impl Known {
+    /// Waits until the Gateway is reached elsewhere.
+    async fn moved(&mut self) {
+        if let Some(addresses) = &mut self.addresses
+            && addresses.changed().await.is_ok()
+        {
+            return;
+        }
+        std::future::pending().await
+    }
+
+    fn addresses(&mut self) -> Option<Vec<GatewayAddress>> {
+        let addresses = self.addresses.as_mut()?;
+        addresses.borrow_and_update().clone()
+    }
+}
+
 /// Applies the tables of one project.
 struct Applier {
     bench: Bench,
@@ -98,9 +125,12 @@ impl Applier {
     async fn run(self) {
         let mut feed = self.bench.ledger.projections().feed();
         let mut trouble = Trouble::default();
-        let mut has_led = false;
+        let mut known = Known {
+            has_led: false,
+            addresses: self.target.gateway_addresses(),
+        };
         loop {
-            let applied = self.apply_in_trace(&mut has_led).await;
+            let applied = self.apply_in_trace(&mut known).await;
             let (cluster, project) = (self.target.cluster(), &self.project);
             let failed = match applied {
                 Ok(()) | Err(Stop::Moved(_)) => {
@@ -123,6 +153,7 @@ impl Applier {
             loop {
                 let change = tokio::select! {
                     change = feed.next() => change,
+                    () = known.moved() => break,
                     () = tokio::time::sleep(trouble.pause()), if failed => break,
                 };
                 match change {
@@ -142,7 +173,7 @@ impl Applier {
     }
 
     /// Brings the cluster to the newest table, in the trace of the switch that made it.
-    async fn apply_in_trace(&self, has_led: &mut bool) -> Result<(), Stop> {
+    async fn apply_in_trace(&self, known: &mut Known) -> Result<(), Stop> {
         let subject = Subject::Routing(self.project.clone());
         let projections = self.bench.ledger.projections();
         let folded = projections.shared::<Routing>(&subject)?;
@@ -150,15 +181,15 @@ impl Applier {
         // The fold need not copy the table for the sake of this reader.
         drop(folded);
         let Some((id, instance, trace)) = about else {
-            return self.apply(has_led).await;
+            return self.apply(known).await;
         };
         let about = About::of_instance(id, &instance, trace).in_cluster(self.target.cluster());
-        self.bench.work(ROLE, about, self.apply(has_led)).await
+        self.bench.work(ROLE, about, self.apply(known)).await
     }
 
-    /// Brings the cluster to the newest table, and reports that it is there. `has_led` says whether
-    /// this process has led any hostname there before.
-    async fn apply(&self, has_led: &mut bool) -> Result<(), Stop> {
+    /// Brings the cluster to the newest table, and reports that it is there, and where its Gateway
+    /// is reached.
+    async fn apply(&self, known: &mut Known) -> Result<(), Stop> {
         let subject = Subject::Routing(self.project.clone());
         let projections = self.bench.ledger.projections();
         let folded = projections.shared::<Routing>(&subject)?;
@@ -172,15 +203,19 @@ impl Applier {
         }
         let routes = self.routes(routing)?;
         // A project that never had anything here is none of this cluster's.
-        let is_known =
-            *has_led || routing.applied.contains_key(&name) || routing.rejected.contains_key(&name);
+        let is_known = known.has_led
+            || routing.applied.contains_key(&name)
+            || routing.rejected.contains_key(&name);
         if routes.hosts.is_empty() && !is_known {
             return Ok(());
         }
-        *has_led = true;
+        known.has_led = true;
         drop(folded);
         match self.target.route(&routes).await {
-            Ok(()) => gateway::report(&self.bench, &self.project, &name, table, None).await,
+            Ok(()) => {
+                let applied = Report::Applied(known.addresses());
+                gateway::report(&self.bench, &self.project, &name, table, applied).await
+            }
             Err(RouteError::Unavailable(why)) => Err(Stop::Retry(why)),
             Err(error @ RouteError::Refused(_)) => {
                 let why = error.to_string();
@@ -213,7 +248,7 @@ impl Applier {
                 code: "route_refused".into(),
                 message,
             };
-            let rejected = Some(rejected);
+            let rejected = Report::Rejected(rejected);
             gateway::report(&self.bench, &self.project, &name, table, rejected).await?;
         }
         Ok(())

@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use daybook_events::aggregate::Decision;
 use daybook_events::deployment::Deployment;
-use daybook_events::routing::{self, Command, Rejected, Routing, Stickiness};
+use daybook_events::routing::{
+    self, Applied, Command, GatewayAddress, Rejected, Routing, Stickiness,
+};
 use daybook_events::{
     DeploymentId, EventId, Folded, Hostname, InstanceRef, ProjectName, Subject, TraceParent,
 };
@@ -197,7 +199,8 @@ impl Applier {
         };
         // The fold need not copy the table for the sake of this reader.
         drop(folded);
-        report(&self.bench, project, &self.name, table, rejected).await
+        let outcome = rejected.map_or(Report::Applied(None), Report::Rejected);
+        report(&self.bench, project, &self.name, table, outcome).await
     }
 
     /// Whether a project's newest table leads a host name nowhere.
@@ -362,20 +365,34 @@ pub(super) fn newest_switch(
     Some((newest.deployment, newest.instance.clone(), routing.trace))
 }
 
-/// Reports that a gateway has applied a table, or why it has not, unless that is known.
+/// What became of a table at a gateway.
+pub(super) enum Report {
+    /// It serves it, and is reached at these addresses, where that is known.
+    Applied(Option<Vec<GatewayAddress>>),
+    /// It does not.
+    Rejected(Rejected),
+}
+
+/// Reports that a gateway has applied a table and where it is reached, or why it has not, unless
+/// that is known.
 pub(super) async fn report(
     bench: &Bench,
     project: &ProjectName,
     name: &str,
     table: u32,
-    rejected: Option<Rejected>,
+    outcome: Report,
 ) -> Result<(), Stop> {
     let subject = Subject::Routing(project.clone());
     let folded = bench.ledger.projections().shared::<Routing>(&subject)?;
     let Some(routing) = &folded.state else {
         return Ok(());
     };
-    if table == 0 || routing.applied.get(name) == Some(&table) {
+    let is_known = routing.applied.get(name) == Some(&table);
+    let moved = match &outcome {
+        Report::Applied(Some(now)) => routing.addresses.get(name) != Some(now),
+        _ => false,
+    };
+    if table == 0 || (is_known && !moved) {
         return Ok(());
     }
     let cause = folded.last_id.unwrap_or(EventId(Uuid::nil()));
@@ -385,15 +402,29 @@ pub(super) async fn report(
         .map_or(Uuid::nil(), |s| s.deployment.0);
     let step = format!("table-{table}-{name}");
     let mut context = bench.follow_up(ROLE, cause, about, &step);
-    context.id = EventId::derived(about, &format!("{project}/{step}/{}", rejected.is_none()));
     drop(folded);
-    let rejected = rejected.map(|rejected| bench.masked(&subject, rejected));
+    let is_applied = matches!(outcome, Report::Applied(_));
+    context.id = EventId::derived(about, &format!("{project}/{step}/{is_applied}"));
+    let outcome = match outcome {
+        // A gateway may come back to where it was: what it says is told apart by what was before.
+        Report::Applied(Some(now)) if is_known => {
+            let text: Vec<_> = now.iter().map(ToString::to_string).collect();
+            let text = format!("{project}/{name}/addresses/{}", text.join(","));
+            context.id = EventId::derived(cause.0, &text);
+            Report::Applied(Some(now))
+        }
+        Report::Applied(addresses) => Report::Applied(addresses),
+        Report::Rejected(rejected) => Report::Rejected(bench.masked(&subject, rejected)),
+    };
     bench
         .append::<Routing>(&subject, &context, |state| {
-            let command = match (&rejected, state) {
-                (Some(rejected), _) => Command::ReportRejected(rejected.clone()),
-                (None, Some(state)) => Command::ReportApplied(state.report(name, table)),
-                (None, None) => return Ok(Decision::Nothing),
+            let command = match (&outcome, state) {
+                (Report::Rejected(rejected), _) => Command::ReportRejected(rejected.clone()),
+                (Report::Applied(addresses), Some(state)) => Command::ReportApplied(Applied {
+                    addresses: addresses.clone(),
+                    ..state.report(name, table)
+                }),
+                (Report::Applied(_), None) => return Ok(Decision::Nothing),
             };
             routing::decide(state, command)
         })

@@ -7,6 +7,7 @@ use daybook_events::gitops::{
     self, ForeignCommitFound, ForeignStatus, Gitops, GitopsEvent, UndoneDeployment,
 };
 use daybook_events::lines::LineSource;
+use daybook_events::routing::GatewayAddress;
 use daybook_workers::host_routes::{HostRoutes, RouteError};
 use daybook_workers::target::{AppStatus, TargetError};
 use tokio::sync::watch;
@@ -20,6 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Edge {
     cluster: IdleTarget,
     gateway: watch::Sender<Told>,
+    addresses: watch::Sender<Option<Vec<GatewayAddress>>>,
 }
 
 #[derive(Debug, Default)]
@@ -36,6 +38,7 @@ impl Edge {
         let edge = Arc::new(Self {
             cluster: IdleTarget::new(cluster()),
             gateway: watch::Sender::default(),
+            addresses: watch::Sender::default(),
         });
         let ports = Ports {
             target: edge.clone(),
@@ -70,6 +73,9 @@ impl Target for Edge {
     }
     fn has_gateway(&self) -> bool {
         true
+    }
+    fn gateway_addresses(&self) -> Option<watch::Receiver<Option<Vec<GatewayAddress>>>> {
+        Some(self.addresses.subscribe())
     }
     async fn route(&self, routes: &HostRoutes) -> Result<(), RouteError> {
         let (silent, refused) = {
@@ -315,5 +321,43 @@ async fn a_git_revert_whose_switch_is_refused_stops_nothing() {
     let status = gitops.unwrap().foreign_commit(&commit).unwrap().status;
     assert_eq!(status, ForeignStatus::Found);
     world.reach(second, Status::Started).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_a_gateway_is_reached_is_in_the_ledger_once_for_each_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, edge) = Edge::ports();
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let first = world.request("one", SwitchMode::Automatic).await;
+    world.reach(first, Status::Started).await;
+    let routing = world.routes("it is served everywhere", served).await;
+    assert!(routing.addresses.is_empty());
+
+    // It is given its address late, another one then, none, and the first again.
+    let name = cluster();
+    let at = |n: u8| vec![GatewayAddress::Ip([203, 0, 113, n].into())];
+    for now in [at(1), at(2), Vec::new(), at(1)] {
+        edge.addresses.send_replace(Some(now.clone()));
+        let is_there = |r: &Routing| r.addresses.get(name.as_str()) == Some(&now);
+        let routing = world.routes("where it is reached is known", is_there).await;
+        assert!(served(&routing));
+    }
+    // A switch does not say it again.
+    let second = world.request("two", SwitchMode::Automatic).await;
+    world.reach(second, Status::Started).await;
+    world
+        .routes("the second is served everywhere", served)
+        .await;
+    let subject = Subject::Routing(instance().project);
+    let events = world.ledger.log().read_aggregate(&subject).await.unwrap();
+    let said = events
+        .iter()
+        .filter_map(|r| match r.event().ok()?.payload() {
+            Ok(routing::RoutingEvent::Applied(a)) => a.addresses,
+            _ => None,
+        });
+    assert_eq!(said.collect::<Vec<_>>(), [at(1), at(2), Vec::new(), at(1)]);
     world.stop().await;
 }

@@ -10,11 +10,16 @@ use crate::Failure;
 use crate::command::{on_path, output, root};
 
 /// The files, each with its module, its path there, and what it is called in the cache.
-const FILES: [(&str, &str, &str); 3] = [
+const FILES: [(&str, &str, &str); 4] = [
     (
         "github.com/argoproj/argo-cd/v3",
         "manifests/crds/application-crd.yaml",
         "application.yaml",
+    ),
+    (
+        "sigs.k8s.io/external-dns",
+        "config/crd/standard/dnsendpoints.externaldns.k8s.io.yaml",
+        "dnsendpoint.yaml",
     ),
     (
         "sigs.k8s.io/gateway-api",

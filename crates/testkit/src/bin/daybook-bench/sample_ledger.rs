@@ -380,6 +380,7 @@ impl SampleProject {
             gateway: "west".into(),
             table: self.table,
             hostnames: vec![hostname],
+            addresses: None,
         };
         let routing = Subject::Routing(self.project.clone());
         self.record(&routing, run, RoutingEvent::Switched(Box::new(switched)))?;
