@@ -135,6 +135,18 @@ fn a_life_on_a_kubernetes_cluster_and_what_keeps_the_next_from_it_is_said() {
         }
         make_namespace(&client, edge).await;
         let gateway = Gateway::start(client.clone(), edge, "public", |_| None).await;
+        // Somebody has an Ingress for what is to be led there.
+        let theirs = serde_json::json!({
+            "metadata": { "name": "theirs" },
+            "spec": {
+                "defaultBackend": { "service": { "name": "old", "port": { "name": "http" } } },
+                "rules": [{ "host": "web.kube.localhost" }],
+            },
+        });
+        let theirs = serde_json::from_value(theirs).unwrap();
+        let api: kube::Api<k8s_openapi::api::networking::v1::Ingress> =
+            kube::Api::namespaced(client.clone(), edge);
+        api.create(&Default::default(), &theirs).await.unwrap();
         Some((client, gateway))
     }) else {
         return;
@@ -170,6 +182,11 @@ fn a_life_on_a_kubernetes_cluster_and_what_keeps_the_next_from_it_is_said() {
                     && e["event"]["data"]["gateway"] == "oslo"
             };
             events.any(|e| said(&e)).then_some(())
+        });
+        until("the Ingress is said", || {
+            let list = server.ok(&["routes", "list", "kube"]).stdout;
+            let note = format!("Ingress {edge}/theirs of oslo serves web.kube.localhost as well");
+            (list.contains(&note) && list.contains("old:http")).then_some(())
         });
     });
 }

@@ -633,7 +633,8 @@ structs! {
     }
     routing::Applied {
         gateway: String, table: u32, hostnames: Vec<Hostname>,
-        addresses rare: Option<Vec<routing::GatewayAddress>>
+        addresses rare: Option<Vec<routing::GatewayAddress>>,
+        ingresses rare: Option<routing::Ingresses>
     }
 }
 

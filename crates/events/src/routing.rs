@@ -9,6 +9,7 @@ mod address;
 mod branch;
 mod compensation;
 mod domain;
+mod ingress;
 mod internal;
 mod policy;
 pub mod records;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize, Serializer};
 pub use address::{ADDRESSES_MAX, GatewayAddress};
 pub use branch::branch_label;
 pub use domain::{DOMAINS_MAX, DomainChange, DomainRoute, SetDomain};
+pub use ingress::{INGRESSES_MAX, IngressSeen, Ingresses};
 pub use internal::internal_address;
 pub use policy::{ClusterPolicy, PolicyChange, SetPolicy};
 pub use split::{SHARES_MAX, Share, Split};
@@ -185,6 +187,10 @@ pub struct Applied {
     /// before. With it, the table may be one that is known to be served.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub addresses: Option<Vec<GatewayAddress>>,
+    /// The Ingresses of others that serve hostnames of the table on its cluster; none where that is
+    /// not known, or as it was said before. With it, too, the table may be one that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ingresses: Option<Ingresses>,
 }
 
 impl Applied {
@@ -298,6 +304,8 @@ pub struct Routing {
     pub applied: BTreeMap<String, u32>,
     /// Where each gateway that says so is reached; empty for one that says it is nowhere.
     pub addresses: BTreeMap<String, Vec<GatewayAddress>>,
+    /// What each gateway has said of the Ingresses of its cluster, when it said so last.
+    pub ingresses: BTreeMap<String, Ingresses>,
     /// The newest switches, newest last, at most sixteen: what a compensation needs.
     pub recent: Vec<Switched>,
     /// The newest refusal of each gateway.
@@ -406,6 +414,7 @@ impl Routing {
             table,
             hostnames: named.cloned().collect(),
             addresses: None,
+            ingresses: None,
         }
     }
 
@@ -413,6 +422,33 @@ impl Routing {
     fn moves(&self, report: &Applied) -> bool {
         let known = self.addresses.get(&report.gateway);
         report.addresses.is_some() && known != report.addresses.as_ref()
+    }
+
+    /// Whether a report of a gateway says what Ingresses there are, and that is not known yet.
+    fn meets(&self, report: &Applied) -> bool {
+        let none = Ingresses::default();
+        let known = self.ingresses.get(&report.gateway).unwrap_or(&none);
+        report.ingresses.as_ref().is_some_and(|now| now != known)
+    }
+
+    /// Whether a report of a gateway says anything that is not known yet, but for its table.
+    pub fn is_news(&self, report: &Applied) -> bool {
+        self.moves(report) || self.meets(report)
+    }
+
+    /// The Ingresses of others that serve a hostname as well, with the gateways of their clusters.
+    pub fn also_served<'a>(
+        &'a self,
+        hostname: &'a Hostname,
+    ) -> impl Iterator<Item = (&'a str, &'a IngressSeen)> {
+        self.ingresses.iter().flat_map(move |(gateway, ingresses)| {
+            let seen = match ingresses {
+                Ingresses::Seen(seen) => seen.as_slice(),
+                Ingresses::Unread(_) => &[],
+            };
+            let of_it = seen.iter().filter(move |i| i.hostname == *hostname);
+            of_it.map(move |ingress| (gateway.as_str(), ingress))
+        })
     }
 
     /// Leads a hostname somewhere else, or nowhere.
@@ -538,7 +574,7 @@ impl Aggregate for Routing {
             }
             RoutingEvent::Applied(e) => {
                 let newest = self.applied.get(&e.gateway).copied().unwrap_or_default();
-                let is_new = e.table > newest || (e.table == newest && self.moves(&e));
+                let is_new = e.table > newest || (e.table == newest && self.is_news(&e));
                 if !is_new || e.table == 0 || e.table > self.table {
                     return Err(Illegal::new(
                         "routing.applied.v1",
@@ -547,6 +583,9 @@ impl Aggregate for Routing {
                 }
                 if let Some(addresses) = e.addresses {
                     self.addresses.insert(e.gateway.clone(), addresses);
+                }
+                if let Some(ingresses) = e.ingresses {
+                    self.ingresses.insert(e.gateway.clone(), ingresses);
                 }
                 self.applied.insert(e.gateway, e.table);
             }
@@ -787,7 +826,10 @@ pub fn decide(
             if !state.moves(&e) {
                 e.addresses = None;
             }
-            if e.table < newest || (e.table == newest && e.addresses.is_none()) {
+            if !state.meets(&e) {
+                e.ingresses = None;
+            }
+            if e.table < newest || (e.table == newest && !state.is_news(&e)) {
                 Ok(Decision::Nothing)
             } else {
                 known(state, e.table)?;

@@ -8,7 +8,8 @@ use daybook_events::environment::{self, Environment};
 use daybook_events::gitops::{self, Change, Gitops, GitopsEvent};
 use daybook_events::project::{self, Project, ProjectEvent};
 use daybook_events::routing::{
-    self, Applied, Command, Rejected, Routing, RoutingEvent, SwitchReason, Switched, Target,
+    self, Applied, Command, IngressSeen, Ingresses, Rejected, Routing, RoutingEvent, SwitchReason,
+    Switched, Target,
 };
 use daybook_events::secret::{Secret, SecretId, SecretScope, SecretSet, applicable};
 use daybook_events::spec::Autoscaling;
@@ -1116,6 +1117,7 @@ fn gateways_report_tables_that_exist_and_only_newer_ones() {
         table,
         hostnames: Vec::new(),
         addresses: None,
+        ingresses: None,
     };
     let rejected = |table| Rejected {
         gateway: "berlin".into(),
@@ -1164,6 +1166,7 @@ fn where_a_gateway_is_reached_is_reported_when_it_changes() {
                 .map(|a| routing::GatewayAddress::Ip(a.parse().unwrap()));
             all.collect()
         }),
+        ingresses: None,
     };
     let report = |e: Applied| {
         move |s: Option<&Routing>| routing::decide(s, Command::ReportApplied(e.clone()))
@@ -1213,4 +1216,54 @@ fn where_a_gateway_is_reached_is_reported_when_it_changes() {
         json["addresses"],
         serde_json::json!([{ "ip": "203.0.113.1" }])
     );
+}
+
+#[test]
+fn ingresses_are_reported_when_there_are_others() {
+    let at = |table, ingresses: Option<Ingresses>| Applied {
+        gateway: "berlin".into(),
+        table,
+        hostnames: Vec::new(),
+        addresses: None,
+        ingresses,
+    };
+    let report = |e: Applied| {
+        move |s: Option<&Routing>| routing::decide(s, Command::ReportApplied(e.clone()))
+    };
+    let hostname = names(1, &samples::shop()).environment;
+    let seen = Ingresses::Seen(vec![IngressSeen {
+        hostname: hostname.clone(),
+        namespace: "legacy".into(),
+        name: "shop".into(),
+        backends: vec!["web:80".into()],
+    }]);
+    let unread = Ingresses::Unread("not allowed".into());
+    let (_, given) = switched([assign(1, true)]);
+    // That there are none goes without saying.
+    let none = Some(Ingresses::default());
+    let given = given
+        .when(report(at(1, none.clone())))
+        .then(RoutingEvent::Applied(at(1, None)))
+        .when(report(at(1, none.clone())))
+        .then_nothing();
+    let given = given
+        .when(report(at(1, Some(unread.clone()))))
+        .then(RoutingEvent::Applied(at(1, Some(unread.clone()))))
+        .when(report(at(1, Some(unread))))
+        .then_nothing()
+        .when(report(at(1, Some(seen.clone()))))
+        .then(RoutingEvent::Applied(at(1, Some(seen.clone()))));
+    let state = given.state.as_ref().unwrap();
+    let also: Vec<_> = state.also_served(&hostname).collect();
+    assert_eq!(also.len(), 1);
+    assert_eq!((also[0].0, also[0].1.name.as_str()), ("berlin", "shop"));
+    let other = names(2, &samples::shop()).preview;
+    assert_eq!(state.also_served(&other).count(), 0);
+    let given = given
+        .when(report(at(1, none.clone())))
+        .then(RoutingEvent::Applied(at(1, none)));
+    let state = given.state.as_ref().unwrap();
+    assert_eq!(state.also_served(&hostname).count(), 0);
+    let json = serde_json::to_value(at(1, Some(seen))).unwrap();
+    assert_eq!(json["ingresses"]["seen"][0]["backends"][0], "web:80");
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use daybook_events::lines::LineLog;
-use daybook_events::routing::GatewayAddress;
+use daybook_events::routing::{GatewayAddress, Ingresses};
 use daybook_events::{ClusterName, CommitId, DeploymentId, ProjectName};
 use daybook_secrets::SecretStore;
 use daybook_workers::host_routes::{HostRoute, HostRoutes, RouteError, RouteSeen};
@@ -77,7 +77,7 @@ struct Shared {
     /// The routes of its Gateway; none before they were listed.
     routes: watch::Sender<Option<routes::Known>>,
     /// Where its Gateway is reached.
-    addresses: routes::Addresses,
+    addresses: Arc<routes::Addresses>,
     /// One change of a namespace at a time.
     turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -127,7 +127,7 @@ impl KubernetesCluster {
             options,
             world: Mutex::new(world),
             routes: watch::Sender::default(),
-            addresses: watch::Sender::default(),
+            addresses: Arc::default(),
             turns: Mutex::default(),
         });
         let tasks = TaskTracker::new();
@@ -274,7 +274,7 @@ impl Shared {
         let api: Api<GatewayObject> = Api::namespaced(self.options.client.clone(), namespace);
         let (name, known, cancel) = (gateway.name.clone(), self.addresses.clone(), cancel.clone());
         tasks.spawn(async move {
-            let changed = |change| routes::take_addresses(&known, change);
+            let changed = |change| known.take(change);
             watches::named(api, &name, changed, cancel).await;
         });
     }
@@ -516,7 +516,11 @@ impl Target for KubernetesCluster {
     fn gateway_addresses(&self) -> Option<watch::Receiver<Option<Vec<GatewayAddress>>>> {
         let (gateway, _) = self.options().gateway.as_ref()?;
         let one = gateway.namespace.is_some();
-        one.then(|| self.shared.addresses.subscribe())
+        one.then(|| self.shared.addresses.known.subscribe())
+    }
+
+    async fn ingresses(&self, routes: &HostRoutes) -> Option<Ingresses> {
+        routes::ingresses(&self.options().client, routes).await
     }
 
     fn route_seen(&self, project: &ProjectName, host: &HostRoute) -> RouteSeen {

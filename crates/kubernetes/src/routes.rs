@@ -5,8 +5,10 @@
 //! attach to the same Gateway, for the same hostnames or other ones, is theirs.
 
 mod http_route;
+mod ingress;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use daybook_events::routing::GatewayAddress;
@@ -20,6 +22,7 @@ use tokio::sync::watch;
 
 use http_route::Verdict;
 pub(crate) use http_route::{GatewayObject, HttpRoute};
+pub(crate) use ingress::seen as ingresses;
 
 use crate::apply::timely;
 use crate::differences::{differences, unasked};
@@ -58,25 +61,41 @@ pub(crate) fn take(known: &watch::Sender<Option<Known>>, change: Change<HttpRout
     });
 }
 
-/// Where a Gateway is reached; nothing before it was seen.
-pub(crate) type Addresses = watch::Sender<Option<Vec<GatewayAddress>>>;
-
-/// Keeps where the Gateway of a cluster is reached. One that is gone is reached nowhere.
-pub(crate) fn take_addresses(known: &Addresses, change: Change<GatewayObject>) {
-    match change {
-        Change::All(all) => tell(known, all.first()),
-        Change::Applied(gateway) => tell(known, Some(&*gateway)),
-        Change::Deleted(_) => tell(known, None),
-    }
+/// Where the Gateway of a cluster is reached.
+#[derive(Default)]
+pub(crate) struct Addresses {
+    /// Nothing before it was seen.
+    pub(crate) known: watch::Sender<Option<Vec<GatewayAddress>>>,
+    is_watched: AtomicBool,
 }
 
-fn tell(known: &Addresses, gateway: Option<&GatewayObject>) {
-    let now = Some(gateway.map_or_else(Vec::new, GatewayObject::addresses));
-    known.send_if_modified(|known| {
-        let differs = *known != now;
-        *known = now;
-        differs
-    });
+impl Addresses {
+    /// Takes what a watch says. A Gateway that is gone is reached nowhere.
+    pub(crate) fn take(&self, change: Change<GatewayObject>) {
+        self.is_watched.store(true, Ordering::Relaxed);
+        match change {
+            Change::All(all) => self.tell(all.first()),
+            Change::Applied(gateway) => self.tell(Some(&*gateway)),
+            Change::Deleted(_) => self.tell(None),
+        }
+    }
+
+    /// Takes what it said when it was asked, which counts where it may not be watched: a watch is
+    /// behind, and would take it back for a moment.
+    fn asked(&self, gateway: &GatewayObject) {
+        if !self.is_watched.load(Ordering::Relaxed) {
+            self.tell(Some(gateway));
+        }
+    }
+
+    fn tell(&self, gateway: Option<&GatewayObject>) {
+        let now = Some(gateway.map_or_else(Vec::new, GatewayObject::addresses));
+        self.known.send_if_modified(|known| {
+            let differs = *known != now;
+            *known = now;
+            differs
+        });
+    }
 }
 
 /// The Gateway of a cluster.
@@ -258,7 +277,7 @@ impl Gateway<'_> {
         let found = timely(&what, api.get(&self.gateway.name)).await;
         let found = found.and_then(|found| found.map_err(|e| refusal(&what, &e)));
         let found = found.map_err(later)?;
-        tell(self.addresses, Some(&found));
+        self.addresses.asked(&found);
         match found.unprogrammed() {
             Some(why) => Err(RouteError::Unavailable(format!(
                 "{what} is not programmed: {why}"

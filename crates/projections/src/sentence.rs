@@ -12,7 +12,7 @@ use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::ledger::LedgerEvent;
 use daybook_events::preview::PullRequest;
 use daybook_events::project::ProjectEvent;
-use daybook_events::routing::{RoutingEvent, SwitchReason};
+use daybook_events::routing::{Applied, Ingresses, RoutingEvent, SwitchReason};
 use daybook_events::subscription::{PauseReason, SubscriptionEvent};
 use daybook_events::timer::KeepCause;
 use daybook_events::{
@@ -881,35 +881,50 @@ fn routing<'a>(out: &mut String, event: &'a RoutingEvent) -> Said<'a> {
                 )
             }
         }
-        RoutingEvent::Applied(e) => match e.addresses.as_deref() {
-            None => plain(
-                out,
-                format_args!("Gateway {} serves table {}.", e.gateway, e.table),
+        RoutingEvent::Applied(e) => plain(
+            out,
+            format_args!(
+                "Gateway {} serves table {}{}.",
+                e.gateway,
+                e.table,
+                besides(e)
             ),
-            Some([]) => plain(
-                out,
-                format_args!(
-                    "Gateway {} serves table {}, and has no address.",
-                    e.gateway, e.table
-                ),
-            ),
-            Some(addresses) => {
-                let at: Vec<_> = addresses.iter().map(ToString::to_string).collect();
-                plain(
-                    out,
-                    format_args!(
-                        "Gateway {} serves table {}, and is reached at {}.",
-                        e.gateway,
-                        e.table,
-                        at.join(", ")
-                    ),
-                )
-            }
-        },
+        ),
         RoutingEvent::Rejected(e) => because(
             out,
             format_args!("Gateway {} could not apply table {}.", e.gateway, e.table),
             Some(&e.message),
         ),
     }
+}
+
+/// What a gateway says besides the table that it serves.
+fn besides(report: &Applied) -> String {
+    let mut said = String::new();
+    let at = report.addresses.as_ref().map(|all| {
+        let all: Vec<_> = all.iter().map(ToString::to_string).collect();
+        all.join(", ")
+    });
+    match at.as_deref() {
+        None => {}
+        Some("") => said.push_str(", and has no address"),
+        Some(at) => said.push_str(&format!(", and is reached at {at}")),
+    }
+    match &report.ingresses {
+        None => {}
+        Some(Ingresses::Seen(seen)) if seen.is_empty() => {
+            said.push_str("; no Ingress serves its hostnames as well");
+        }
+        Some(Ingresses::Seen(seen)) => {
+            let all: Vec<_> = seen
+                .iter()
+                .map(|i| format!("{} ({}/{})", i.hostname, i.namespace, i.name))
+                .collect();
+            said.push_str(&format!("; Ingresses serve as well: {}", all.join(", ")));
+        }
+        Some(Ingresses::Unread(why)) => {
+            said.push_str(&format!("; its Ingresses are not read: {why}"));
+        }
+    }
+    said
 }

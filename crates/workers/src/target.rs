@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use daybook_events::routing::GatewayAddress;
+use daybook_events::routing::{GatewayAddress, Ingresses};
 use daybook_events::{
     ClusterName, CommitId, DeploymentId, EnvironmentName, ProjectName, ServiceName,
 };
@@ -172,6 +172,14 @@ pub trait Target: Send + Sync + std::fmt::Debug {
     /// Where its Gateway is reached, as that says itself, now and at each change: in order, each
     /// once, not more than are kept of one. Nothing as long as that is not known.
     fn gateway_addresses(&self) -> Option<watch::Receiver<Option<Vec<GatewayAddress>>>> {
+        None
+    }
+
+    /// The Ingresses of others that serve hostnames of a project there as well, as they are now:
+    /// ordered, and not more than are reported. Nothing where that is not known. They are read, and
+    /// never written.
+    async fn ingresses(&self, routes: &HostRoutes) -> Option<Ingresses> {
+        let _ = routes;
         None
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use axum::extract::State;
 use daybook_events::deployment::Status;
 use daybook_events::routing::{
-    self, ClusterPolicy, PolicyChange, RouteChange, Routing, Stickiness, SwitchReason,
+    self, ClusterPolicy, Ingresses, PolicyChange, RouteChange, Routing, Stickiness, SwitchReason,
 };
 use daybook_events::{ClusterName, DeploymentId, EventId, Hostname, InstanceRef, ProjectName};
 use daybook_projections::{Projections, QueryError};
@@ -44,6 +44,8 @@ pub(crate) struct RouteList {
     pub(crate) switches: Vec<SwitchView>,
     /// The newest table that each gateway has applied.
     pub(crate) gateways: BTreeMap<String, u32>,
+    /// Why it is not known of some clusters whether an Ingress serves a hostname as well.
+    pub(crate) ingresses_unread: BTreeMap<String, String>,
 }
 
 /// Where a hostname leads.
@@ -71,6 +73,22 @@ pub(crate) struct RouteView {
     pub(crate) switched_by: EventId,
     /// Where it led before; empty for a new hostname.
     pub(crate) previous: Vec<routing::Backend>,
+    /// The Ingresses of others that serve it as well on clusters with a Gateway, as of the newest
+    /// table that each has applied.
+    pub(crate) also_served: Vec<AlsoServed>,
+}
+
+/// An Ingress of somebody else that serves a hostname as well.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct AlsoServed {
+    /// The cluster.
+    pub(crate) cluster: String,
+    /// Its namespace.
+    pub(crate) namespace: String,
+    /// Its name.
+    pub(crate) name: String,
+    /// Where it leads: `web:80` is a port of a Service.
+    pub(crate) backends: Vec<String>,
 }
 
 /// A deployment's part of a route.
@@ -211,6 +229,11 @@ pub(crate) async fn list_routes(
         let url = state.settings.gateway.url(h);
         routes.push(view(state.projections(), &routing, h, route, url)?);
     }
+    let unread = routing.ingresses.iter();
+    let unread = unread.filter_map(|(cluster, ingresses)| match ingresses {
+        Ingresses::Unread(why) => Some((cluster.clone(), why.clone())),
+        Ingresses::Seen(_) => None,
+    });
     let switches = routing.recent.iter().rev();
     let switches = switches.filter(|s| instance.as_ref().is_none_or(|i| *i == s.instance));
     Ok(Answer::ok(RouteList {
@@ -218,6 +241,7 @@ pub(crate) async fn list_routes(
         routes,
         switches: switches.map(SwitchView::from).collect(),
         gateways: routing.applied.clone(),
+        ingresses_unread: unread.collect(),
     }))
 }
 
@@ -246,6 +270,13 @@ fn view(
             status: state.as_ref().map(|s| s.status),
         });
     }
+    let also_served = routing.also_served(hostname);
+    let also_served = also_served.map(|(cluster, ingress)| AlsoServed {
+        cluster: cluster.to_owned(),
+        namespace: ingress.namespace.clone(),
+        name: ingress.name.clone(),
+        backends: ingress.backends.clone(),
+    });
     Ok(RouteView {
         hostname: hostname.clone(),
         url,
@@ -258,6 +289,7 @@ fn view(
         reason: route.reason,
         switched_by: route.by,
         previous: route.previous.clone(),
+        also_served: also_served.collect(),
     })
 }
 

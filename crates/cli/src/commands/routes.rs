@@ -181,6 +181,24 @@ async fn list(args: ListArgs) -> Outcome {
         if gateways.is_empty() { "" } else { "; " },
         gateways.join(", ")
     ));
+    for route in list_of(&found, "routes") {
+        for ingress in list_of(route, "also_served") {
+            let backends = list_of(ingress, "backends").filter_map(Value::as_str);
+            output::line(&format!(
+                "note: Ingress {}/{} of {} serves {} as well, to {}",
+                text(ingress, "namespace"),
+                text(ingress, "name"),
+                text(ingress, "cluster"),
+                text(route, "hostname"),
+                backends.collect::<Vec<_>>().join(", "),
+            ));
+        }
+    }
+    let unread = found["ingresses_unread"].as_object().into_iter().flatten();
+    for (cluster, why) in unread {
+        let why = why.as_str().unwrap_or_default();
+        output::line(&format!("note: Ingresses of {cluster} are not read: {why}"));
+    }
     if args.switches {
         for switch in list_of(&found, "switches") {
             print_switch(switch);

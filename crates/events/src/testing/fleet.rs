@@ -447,6 +447,8 @@ impl Shop {
                         [203, 0, 113, n as u8].into(),
                     )]),
                 },
+                ingresses: (choose(4) == 0)
+                    .then(|| routing::Ingresses::Unread(format!("said {}", choose(2)))),
             }),
         };
         let subject = Subject::Routing(self.name.clone());

@@ -833,6 +833,7 @@ pub fn routing_events(instance: &InstanceRef, deployment: DeploymentId) -> Vec<R
             table: 1,
             hostnames: vec![names.preview],
             addresses: None,
+            ingresses: None,
         }),
         RoutingEvent::Rejected(routing::Rejected {
             gateway: "oslo".to_owned(),

@@ -1,10 +1,11 @@
 //! Hostnames of a project on the Gateway of a cluster, whose controller is played.
 
-use daybook_events::routing::GatewayAddress;
+use daybook_events::routing::{GatewayAddress, IngressSeen, Ingresses};
 use daybook_kubernetes::objects::GatewayRef;
 use daybook_testkit::kubernetes::proxy::{FaultProxy, refusal};
 use daybook_testkit::kubernetes::{Crd, Gateway, gateway};
 use daybook_workers::host_routes::{HostBackend, HostRoute, HostRoutes, RouteError, RouteSeen};
+use k8s_openapi::api::networking::v1::Ingress;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use serde_json::Value;
 
@@ -453,4 +454,94 @@ async fn a_gateway_that_may_not_be_watched_is_asked_at_each_switch() {
         assert_eq!(now, [GatewayAddress::Ip(address.parse().unwrap())]);
     }
     assert_eq!(edge.stage.target.trouble(), None);
+}
+
+/// An Ingress of somebody else for hostnames, each with where it leads.
+async fn ingress(client: &Client, namespace: &str, name: &str, hosts: &[(&str, &str)]) {
+    let rules = hosts.iter().map(|(host, service)| {
+        let backend = json!({ "service": { "name": service, "port": { "number": 80 } } });
+        let paths = json!([{ "path": "/", "pathType": "Prefix", "backend": backend }]);
+        json!({ "host": host, "http": { "paths": paths } })
+    });
+    let ingress = json!({
+        "metadata": { "name": name },
+        "spec": { "rules": rules.collect::<Vec<_>>() },
+    });
+    let ingress: Ingress = serde_json::from_value(ingress).unwrap();
+    let api: Api<Ingress> = Api::namespaced(client.clone(), namespace);
+    let created = api.create(&PostParams::default(), &ingress).await;
+    created.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ingress_for_the_same_hostname_is_read_and_never_written() {
+    let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+    let Some(plane) = plane.await.unwrap() else {
+        return;
+    };
+    let proxy = FaultProxy::start(plane).await;
+    let client = proxy.client();
+    let edge = Edge::of("ingresses", |options| options.client = client).await;
+    let Some(edge) = edge else {
+        return;
+    };
+    let _controller = edge.controller(|_| None).await;
+    let host = |name: &str| edge.host(name, &[(1, 1)]);
+    let project = edge.stage.app.project.clone();
+    let routes = |hosts: &[&str]| HostRoutes {
+        project: project.clone(),
+        hosts: hosts.iter().map(|name| host(name)).collect(),
+    };
+    let (target, client) = (&edge.stage.target, &edge.stage.client);
+    let none = Some(Ingresses::default());
+    let both = routes(&["shop.met.example.com", "deep.below.met.example.com"]);
+    assert_eq!(target.ingresses(&both).await, none);
+
+    let theirs = &edge.namespace;
+    let exact = [
+        ("shop.met.example.com", "old-shop"),
+        ("other.met.example.com", "other"),
+    ];
+    ingress(client, theirs, "legacy", &exact).await;
+    ingress(
+        client,
+        theirs,
+        "wide",
+        &[("*.met.example.com", "catch-all")],
+    )
+    .await;
+    let before = {
+        let api: Api<Ingress> = Api::namespaced(client.clone(), theirs);
+        api.get("legacy").await.unwrap()
+    };
+    edge.route(both.hosts.clone()).await.unwrap();
+    let seen = |name: &str, service: &str| IngressSeen {
+        hostname: "shop.met.example.com".parse().unwrap(),
+        namespace: theirs.clone(),
+        name: name.to_owned(),
+        backends: vec![format!("{service}:80")],
+    };
+    let all = vec![seen("legacy", "old-shop"), seen("wide", "catch-all")];
+    assert_eq!(target.ingresses(&both).await, Some(Ingresses::Seen(all)));
+    assert_eq!(target.ingresses(&routes(&[])).await, none);
+    let elsewhere = routes(&["shop.elsewhere.example.com"]);
+    assert_eq!(target.ingresses(&elsewhere).await, none);
+    let api: Api<Ingress> = Api::namespaced(client.clone(), theirs);
+    assert_eq!(api.get("legacy").await.unwrap(), before);
+
+    // A right that is missing is named; what passes says nothing. Routes are led all the same.
+    for (code, reason, expected) in [(403, "Forbidden", true), (503, "ServiceUnavailable", false)] {
+        proxy.answer(move |method, address| {
+            let lists = method == "GET" && address.contains("/ingresses?");
+            lists.then(|| refusal(code, reason))
+        });
+        edge.route(both.hosts.clone()).await.unwrap();
+        match target.ingresses(&both).await {
+            Some(Ingresses::Unread(why)) if expected => {
+                assert!(why.contains("this right"), "{why}");
+            }
+            None if !expected => {}
+            other => panic!("{code}: {other:?}"),
+        }
+    }
 }

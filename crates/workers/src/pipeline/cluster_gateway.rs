@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::gateway::Report;
+use super::gateway::{Report, Said};
 use super::traced::About;
 use super::trouble::Trouble;
 use super::{Bench, Stop, gateway};
@@ -24,6 +24,9 @@ const ROLE: &str = "gateway";
 
 /// When the projects are listed again if that was not possible.
 const AGAIN: Duration = Duration::from_millis(500);
+
+/// How long a look at what others have on a cluster may take. The next switch waits for it.
+const MET_WITHIN: Duration = Duration::from_secs(5);
 
 /// Keeps the Gateway of a cluster up to date until `cancel`, if it has one. Projects do not wait
 /// for each other.
@@ -93,6 +96,8 @@ fn projects(bench: &Bench, change: &Change) -> Result<Vec<ProjectName>, QueryErr
 struct Known {
     /// Whether this process has led any hostname there.
     has_led: bool,
+    /// The table with which Ingresses were looked at.
+    looked: u32,
     /// Where the Gateway is reached.
     addresses: Option<watch::Receiver<Option<Vec<GatewayAddress>>>>,
 }
@@ -127,6 +132,7 @@ impl Applier {
         let mut trouble = Trouble::default();
         let mut known = Known {
             has_led: false,
+            looked: 0,
             addresses: self.target.gateway_addresses(),
         };
         loop {
@@ -213,8 +219,12 @@ impl Applier {
         drop(folded);
         match self.target.route(&routes).await {
             Ok(()) => {
-                let applied = Report::Applied(known.addresses());
-                gateway::report(&self.bench, &self.project, &name, table, applied).await
+                let said = Said {
+                    addresses: known.addresses(),
+                    ingresses: None,
+                };
+                self.says(table, said).await?;
+                self.meet(table, &routes, known).await
             }
             Err(RouteError::Unavailable(why)) => Err(Stop::Retry(why)),
             Err(error @ RouteError::Refused(_)) => {
@@ -225,6 +235,32 @@ impl Applier {
                 Err(Stop::Retry(why))
             }
         }
+    }
+
+    /// Reports what others have on the cluster for the hostnames of a table that it serves: nobody
+    /// who waits for the table waits for that.
+    async fn meet(&self, table: u32, routes: &HostRoutes, known: &mut Known) -> Result<(), Stop> {
+        if known.looked == table {
+            return Ok(());
+        }
+        let looked = tokio::time::timeout(MET_WITHIN, self.target.ingresses(routes)).await;
+        let Ok(Some(ingresses)) = looked else {
+            return Ok(());
+        };
+        let said = Said {
+            addresses: None,
+            ingresses: Some(ingresses),
+        };
+        self.says(table, said).await?;
+        known.looked = table;
+        Ok(())
+    }
+
+    /// Reports that the cluster serves a table, with what its Gateway says besides.
+    async fn says(&self, table: u32, said: Said) -> Result<(), Stop> {
+        let name = self.target.cluster().as_str();
+        let report = Report::Applied(said);
+        gateway::report(&self.bench, &self.project, name, table, report).await
     }
 
     /// Reports the switches that have led hostnames to where this cluster refuses to lead them. A

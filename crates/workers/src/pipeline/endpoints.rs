@@ -444,7 +444,7 @@ impl Watch {
                 Some(claim.map(|claim| claim.instance))
             }
         };
-        let mut of_route = applied(routing, route, row);
+        let mut of_route = applied(routing, hostname, route, row);
         if of_route.state == PlaneState::Ok {
             let seen = self.of_the_clusters(hostname, project, routing, route, row)?;
             of_route = seen.unwrap_or(of_route);
@@ -568,7 +568,12 @@ fn metadata(routing: &Routing, route: &Route, owner: Option<Option<InstanceRef>>
 
 /// Whether a gateway has applied where an address leads: Daybook's own, or that of one of the
 /// clusters.
-fn applied(routing: &Routing, route: &Route, row: &DeploymentRow) -> PlaneSeen {
+fn applied(
+    routing: &Routing,
+    hostname: &Hostname,
+    route: &Route,
+    row: &DeploymentRow,
+) -> PlaneSeen {
     let serves = |gateway: &str| {
         let clusters = &row.state.request.clusters;
         gateway == "local" || clusters.iter().any(|c| c.as_str() == gateway)
@@ -601,11 +606,26 @@ fn applied(routing: &Routing, route: &Route, row: &DeploymentRow) -> PlaneSeen {
         all.join(", ")
     };
     match (there.is_empty(), behind.is_empty()) {
-        (false, _) => PlaneSeen {
-            expected: led.clone(),
-            actual: led,
-            ..PlaneSeen::new(Plane::Route, PlaneState::Ok, "Applied")
-        },
+        (false, _) => {
+            let also = routing.also_served(hostname).find(|(name, _)| serves(name));
+            let also = also.map(|(cluster, ingress)| {
+                let (namespace, name) = (&ingress.namespace, &ingress.name);
+                let to = ingress.backends.join(", ");
+                cut(&format!(
+                    "Ingress {namespace}/{name} of cluster {cluster} serves it as well, to {to}"
+                ))
+            });
+            let reason = match also {
+                Some(_) => "AlsoIngress",
+                None => "Applied",
+            };
+            PlaneSeen {
+                expected: led.clone(),
+                actual: led,
+                message: also,
+                ..PlaneSeen::new(Plane::Route, PlaneState::Ok, reason)
+            }
+        }
         (true, false) => PlaneSeen {
             expected,
             actual: Some(named(&behind)),

@@ -12,7 +12,7 @@ use std::time::Duration;
 use daybook_events::aggregate::Decision;
 use daybook_events::deployment::Deployment;
 use daybook_events::routing::{
-    self, Applied, Command, GatewayAddress, Rejected, Routing, Stickiness,
+    self, Applied, Command, GatewayAddress, Ingresses, Rejected, Routing, Stickiness,
 };
 use daybook_events::{
     DeploymentId, EventId, Folded, Hostname, InstanceRef, ProjectName, Subject, TraceParent,
@@ -199,7 +199,7 @@ impl Applier {
         };
         // The fold need not copy the table for the sake of this reader.
         drop(folded);
-        let outcome = rejected.map_or(Report::Applied(None), Report::Rejected);
+        let outcome = rejected.map_or(Report::Applied(Said::default()), Report::Rejected);
         report(&self.bench, project, &self.name, table, outcome).await
     }
 
@@ -365,22 +365,31 @@ pub(super) fn newest_switch(
     Some((newest.deployment, newest.instance.clone(), routing.trace))
 }
 
+/// What a gateway that serves a table says besides, as far as that is known.
+#[derive(Default)]
+pub(super) struct Said {
+    /// Where it is reached.
+    pub(super) addresses: Option<Vec<GatewayAddress>>,
+    /// The Ingresses of others that serve hostnames of the table on its cluster.
+    pub(super) ingresses: Option<Ingresses>,
+}
+
 /// What became of a table at a gateway.
 pub(super) enum Report {
-    /// It serves it, and is reached at these addresses, where that is known.
-    Applied(Option<Vec<GatewayAddress>>),
+    /// It serves it.
+    Applied(Said),
     /// It does not.
     Rejected(Rejected),
 }
 
-/// Reports that a gateway has applied a table and where it is reached, or why it has not, unless
+/// Reports that a gateway has applied a table and what it says besides, or why it has not, unless
 /// that is known.
 pub(super) async fn report(
     bench: &Bench,
     project: &ProjectName,
     name: &str,
     table: u32,
-    outcome: Report,
+    report: Report,
 ) -> Result<(), Stop> {
     let subject = Subject::Routing(project.clone());
     let folded = bench.ledger.projections().shared::<Routing>(&subject)?;
@@ -388,11 +397,21 @@ pub(super) async fn report(
         return Ok(());
     };
     let is_known = routing.applied.get(name) == Some(&table);
-    let moved = match &outcome {
-        Report::Applied(Some(now)) => routing.addresses.get(name) != Some(now),
-        _ => false,
+    let report = match report {
+        Report::Rejected(rejected) => Command::ReportRejected(bench.masked(&subject, rejected)),
+        Report::Applied(said) => Command::ReportApplied(bench.masked(
+            &subject,
+            Applied {
+                gateway: name.to_owned(),
+                table,
+                hostnames: Vec::new(),
+                addresses: said.addresses,
+                ingresses: said.ingresses,
+            },
+        )),
     };
-    if table == 0 || (is_known && !moved) {
+    let is_news = matches!(&report, Command::ReportApplied(now) if routing.is_news(now));
+    if table == 0 || (is_known && !is_news) {
         return Ok(());
     }
     let cause = folded.last_id.unwrap_or(EventId(Uuid::nil()));
@@ -402,29 +421,27 @@ pub(super) async fn report(
         .map_or(Uuid::nil(), |s| s.deployment.0);
     let step = format!("table-{table}-{name}");
     let mut context = bench.follow_up(ROLE, cause, about, &step);
-    drop(folded);
-    let is_applied = matches!(outcome, Report::Applied(_));
-    context.id = EventId::derived(about, &format!("{project}/{step}/{is_applied}"));
-    let outcome = match outcome {
-        // A gateway may come back to where it was: what it says is told apart by what was before.
-        Report::Applied(Some(now)) if is_known => {
-            let text: Vec<_> = now.iter().map(ToString::to_string).collect();
-            let text = format!("{project}/{name}/addresses/{}", text.join(","));
-            context.id = EventId::derived(cause.0, &text);
-            Report::Applied(Some(now))
+    context.id = match &report {
+        // It may come back to what it said once: that is told apart by what was before.
+        Command::ReportApplied(now) if is_known => {
+            let said = format!("{:?} {:?}", now.addresses, now.ingresses);
+            EventId::derived(cause.0, &format!("{project}/{name}/{said}"))
         }
-        Report::Applied(addresses) => Report::Applied(addresses),
-        Report::Rejected(rejected) => Report::Rejected(bench.masked(&subject, rejected)),
+        _ => {
+            let is_applied = matches!(report, Command::ReportApplied(_));
+            EventId::derived(about, &format!("{project}/{step}/{is_applied}"))
+        }
     };
+    drop(folded);
     bench
         .append::<Routing>(&subject, &context, |state| {
-            let command = match (&outcome, state) {
-                (Report::Rejected(rejected), _) => Command::ReportRejected(rejected.clone()),
-                (Report::Applied(addresses), Some(state)) => Command::ReportApplied(Applied {
-                    addresses: addresses.clone(),
-                    ..state.report(name, table)
+            let command = match (&report, state) {
+                (Command::ReportApplied(_), None) => return Ok(Decision::Nothing),
+                (Command::ReportApplied(now), Some(state)) => Command::ReportApplied(Applied {
+                    hostnames: state.report(name, table).hostnames,
+                    ..now.clone()
                 }),
-                (Report::Applied(_), None) => return Ok(Decision::Nothing),
+                (report, _) => report.clone(),
             };
             routing::decide(state, command)
         })

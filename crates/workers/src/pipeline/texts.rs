@@ -5,7 +5,7 @@ use daybook_events::approval::Plan;
 use daybook_events::build::BuildEvent;
 use daybook_events::deployment::{DeploymentEvent, SourceCommit};
 use daybook_events::gitops::GitopsEvent;
-use daybook_events::routing::Rejected;
+use daybook_events::routing::{Applied, Ingresses, Rejected};
 
 /// An event with texts from outside.
 pub(crate) trait Texts {
@@ -158,6 +158,22 @@ impl Texts for SourceCommit {
         see(&mut self.author_name);
         see(&mut self.author_email);
         see(&mut self.url);
+    }
+}
+
+impl Texts for Applied {
+    fn texts(&mut self, see: &mut dyn FnMut(&mut String)) {
+        match &mut self.ingresses {
+            None => {}
+            Some(Ingresses::Unread(why)) => see(why),
+            Some(Ingresses::Seen(seen)) => {
+                for ingress in seen {
+                    see(&mut ingress.namespace);
+                    see(&mut ingress.name);
+                    ingress.backends.iter_mut().for_each(&mut *see);
+                }
+            }
+        }
     }
 }
 

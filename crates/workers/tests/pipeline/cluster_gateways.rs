@@ -7,7 +7,7 @@ use daybook_events::gitops::{
     self, ForeignCommitFound, ForeignStatus, Gitops, GitopsEvent, UndoneDeployment,
 };
 use daybook_events::lines::LineSource;
-use daybook_events::routing::GatewayAddress;
+use daybook_events::routing::{GatewayAddress, IngressSeen, Ingresses};
 use daybook_workers::host_routes::{HostRoutes, RouteError};
 use daybook_workers::target::{AppStatus, TargetError};
 use tokio::sync::watch;
@@ -29,6 +29,8 @@ struct Told {
     refuses: BTreeSet<Hostname>,
     /// Says nothing.
     silent: bool,
+    /// What else is on the cluster.
+    ingresses: Option<Ingresses>,
     /// What it was asked for, the newest last.
     asked: Vec<HostRoutes>,
 }
@@ -76,6 +78,9 @@ impl Target for Edge {
     }
     fn gateway_addresses(&self) -> Option<watch::Receiver<Option<Vec<GatewayAddress>>>> {
         Some(self.addresses.subscribe())
+    }
+    async fn ingresses(&self, _: &HostRoutes) -> Option<Ingresses> {
+        self.gateway.borrow().ingresses.clone()
     }
     async fn route(&self, routes: &HostRoutes) -> Result<(), RouteError> {
         let (silent, refused) = {
@@ -359,5 +364,40 @@ async fn where_a_gateway_is_reached_is_in_the_ledger_once_for_each_change() {
             _ => None,
         });
     assert_eq!(said.collect::<Vec<_>>(), [at(1), at(2), Vec::new(), at(1)]);
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ingresses_that_serve_a_hostname_as_well_are_seen_at_each_switch() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, edge) = Edge::ports();
+    let seen = Ingresses::Seen(vec![IngressSeen {
+        hostname: address(&instance()),
+        namespace: "legacy".to_owned(),
+        name: "shop".to_owned(),
+        backends: vec!["web:80".to_owned()],
+    }]);
+    edge.tell(|told| told.ingresses = Some(seen.clone()));
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let first = world.request("one", SwitchMode::Automatic).await;
+    world.reach(first, Status::Started).await;
+    let name = cluster();
+    let is_said = |r: &Routing| r.ingresses.get(name.as_str()) == Some(&seen);
+    let routing = world.routes("it is said", is_said).await;
+    assert!(served(&routing));
+    assert_eq!(routing.also_served(&address(&instance())).count(), 1);
+
+    // What cannot be read for a moment says nothing; that there is none any more is said.
+    edge.tell(|told| told.ingresses = None);
+    let second = world.request("two", SwitchMode::Automatic).await;
+    world.reach(second, Status::Started).await;
+    let routing = world.routes("it is served everywhere", served).await;
+    assert!(is_said(&routing));
+    edge.tell(|told| told.ingresses = Some(Ingresses::default()));
+    let third = world.request("three", SwitchMode::Automatic).await;
+    world.reach(third, Status::Started).await;
+    let is_gone = |r: &Routing| r.also_served(&address(&instance())).count() == 0;
+    world.routes("it is gone", is_gone).await;
     world.stop().await;
 }

@@ -381,6 +381,7 @@ impl SampleProject {
             table: self.table,
             hostnames: vec![hostname],
             addresses: None,
+            ingresses: None,
         };
         let routing = Subject::Routing(self.project.clone());
         self.record(&routing, run, RoutingEvent::Switched(Box::new(switched)))?;
