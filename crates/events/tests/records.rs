@@ -1,4 +1,5 @@
 //! What a name server is to say of a hostname that several clusters serve.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 

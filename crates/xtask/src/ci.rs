@@ -81,7 +81,9 @@ fn warn_of_little_room() {
     let Some(free) = free_gib() else { return };
     eprintln!("{free} GiB are free here; a clean clone takes up to {NEEDED_GIB} GiB");
     if free < NEEDED_GIB && !crate::command::root().join("target/debug").exists() {
-        eprintln!("warning: this may not be enough; other checkouts' target folders can be deleted");
+        eprintln!(
+            "warning: this may not be enough; other checkouts' target folders can be deleted"
+        );
     }
 }
 
@@ -89,7 +91,13 @@ fn warn_of_little_room() {
 fn free_gib() -> Option<u64> {
     let root = crate::command::root();
     let text = output(Command::new("df").arg("-Pk").arg(root)).ok()?;
-    let kib: u64 = text.lines().nth(1)?.split_whitespace().nth(3)?.parse().ok()?;
+    let kib: u64 = text
+        .lines()
+        .nth(1)?
+        .split_whitespace()
+        .nth(3)?
+        .parse()
+        .ok()?;
     Some(kib / (1024 * 1024))
 }
 

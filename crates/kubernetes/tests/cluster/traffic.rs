@@ -410,7 +410,7 @@ async fn a_gateway_is_reached_where_its_status_says_from_the_first_switch_on() {
         .unwrap();
     until(&mut seen, &["203.0.113.7", "2001:db8::7"]).await;
     // It moves without any switch, as what its addresses come from does.
-    reach(&[("Hostname", "LB-7.example.net")]).await;
+    reach(&[("Hostname", "lb-7.example.net")]).await;
     until(&mut seen, &["lb-7.example.net"]).await;
     reach(&[("example.com/pool", "blue")]).await;
     until(&mut seen, &[]).await;
