@@ -322,7 +322,8 @@ fn a_work_tree_is_taken_as_it_is_and_its_repository_is_left_alone() {
 #[test]
 fn what_is_too_large_or_no_source_is_refused_with_a_way_out() {
     let source = Source::new("--text one");
-    let server = server(Settings::default().arg("--upload-max-mib").arg("1"));
+    let bounds = ["--upload-max-mib", "1", "--uploads-project-max-mib", "1"];
+    let server = server(bounds.into_iter().fold(Settings::default(), Settings::arg));
     // It does not compress.
     let mut noise = vec![0; 3 << 20];
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
@@ -410,6 +411,20 @@ fn what_is_too_large_or_no_source_is_refused_with_a_way_out() {
     let (status, answer) = send(pack, &older);
     assert_eq!((status, answer["commit"].as_str()), (201, Some(&*first)));
     assert_eq!(uploads(&server).len(), 1);
+    // All that a project has uploaded has a bound as well.
+    for (expected, code) in [(201, None), (507, Some("uploads_full"))] {
+        let (pack, commit) = made(
+            "b=$(head -c 700000 /dev/urandom | git hash-object -w --stdin); \
+             t=$(printf '100644 blob %s\\tf\\n' $b | git mktree); git commit-tree -m Noise $t",
+        );
+        let (status, answer) = send(pack, &commit);
+        assert_eq!(
+            (status, answer["code"].as_str()),
+            (expected, code),
+            "{answer}"
+        );
+    }
+    assert_eq!(uploads(&server).len(), 2);
     let incoming = server.folder().data().join("uploads/.incoming");
     assert_eq!(fs::read_dir(incoming).unwrap().count(), 0);
 

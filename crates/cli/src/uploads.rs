@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use daybook_api::uploads::{UPLOAD_MAX, UploadSettings};
+use daybook_api::uploads::UploadSettings;
 use daybook_events::with_causes;
 use daybook_workers::git_transport::HostCredential;
 use daybook_workers::source::UploadedSources;
@@ -19,6 +19,9 @@ pub struct UploadArgs {
     /// The most that one upload of a source may have, compressed, in MiB: 100 if not given.
     #[arg(long, env = "DAYBOOK_UPLOAD_MAX_MIB", value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=4096))]
     pub upload_max_mib: Option<u64>,
+    /// The most that all uploads of one project may take on disk, in MiB: 10240 if not given.
+    #[arg(long, env = "DAYBOOK_UPLOADS_PROJECT_MAX_MIB", value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=16_777_216))]
+    pub uploads_project_max_mib: Option<u64>,
     /// Where sources that were uploaded are fetched by builds in clusters, and by workers that do not
     /// share the data folder: the HTTP interface of this Daybook as they reach it, such as
     /// https://daybook.example.com.
@@ -39,7 +42,12 @@ impl UploadArgs {
     /// How a server keeps them.
     pub fn kept(&self, data: &Path) -> UploadSettings {
         let mut settings = UploadSettings::new(data.join(FOLDER));
-        settings.max_bytes = self.upload_max_mib.map_or(UPLOAD_MAX, |mib| mib << 20);
+        if let Some(mib) = self.upload_max_mib {
+            settings.max_bytes = mib << 20;
+        }
+        if let Some(mib) = self.uploads_project_max_mib {
+            settings.project_max_bytes = mib << 20;
+        }
         settings
     }
 

@@ -9,7 +9,7 @@ use utoipa::IntoParams;
 
 use crate::access::Principal;
 use crate::answer::Answer;
-use crate::commands::{Caller, RequestKey};
+use crate::commands::{Caller, CommandError, RequestKey};
 use crate::extract::{Command, CommandBody, Named, NoParams, Params, actor, trace_here};
 use crate::problem::Problem;
 use crate::state::AppState;
@@ -246,10 +246,13 @@ pub(crate) async fn create_upload(
         tree: received.tree.clone(),
         bytes: received.bytes,
     };
-    let done = state
-        .commands
-        .record_upload(&caller, &project, event)
-        .await?;
+    let recorded = state.commands.record_upload(&caller, &project, event);
+    let done = recorded.await.inspect_err(|error| {
+        // What is refused gets no ref; where the outcome is not known, it may have got its record.
+        if matches!(error, CommandError::Refused(_) | CommandError::Denied(_)) {
+            Uploads::give_up(&keeps);
+        }
+    })?;
     uploads.publish(&received, &keeps).await?;
     let location = location(&project, &service, &received.tree);
     let body = view(&project, service, named, received.tree.clone());

@@ -10,6 +10,7 @@
 //!
 //! Nothing is removed: a deployment may be repeated years later.
 
+mod places;
 mod scan;
 
 use std::fs;
@@ -31,12 +32,15 @@ use uuid::Uuid;
 
 use crate::git::git;
 use crate::problem::Problem;
+use places::{Place, Places};
 use scan::{Limits, Scanned, Unfit};
 
 /// The media type of a pack.
 pub(crate) const PACK: &str = "application/x-git-packed-objects";
 /// Most bytes of an upload where nothing else is said: 100 MiB.
 pub const UPLOAD_MAX: u64 = 100 << 20;
+/// Most bytes that all uploads of a project may take on disk where nothing else is said: 10 GiB.
+pub const UPLOADS_OF_PROJECT_MAX: u64 = 10 << 30;
 /// How long an upload may take, as slow as the line may be.
 pub(crate) const RECEIVE_WITHIN: Duration = Duration::from_secs(15 * 60);
 /// How long git may take for what was received.
@@ -49,8 +53,12 @@ const UNPACKED: u64 = 8;
 const UNPACKED_MIN: u64 = (1 << 30) + (128 << 20);
 /// What is aside for so long is nobody's any more: its process was killed.
 const ABANDONED: Duration = Duration::from_secs(3600);
-/// How many uploads are received at once.
-const AT_ONCE: usize = 4;
+/// How many uploads are received at once, and how many of them for one project: whoever sends slowly
+/// keeps nobody else waiting. One that is received takes a connection, a buffer and some disk.
+const RECEIVED_AT_ONCE: usize = 16;
+const RECEIVED_OF_PROJECT: usize = 4;
+/// How many are unpacked and checked at once, which takes a core each.
+const CHECKED_AT_ONCE: usize = 4;
 /// From this many packs on they are joined.
 const PACKS_MAX: usize = 50;
 /// How deep folders may lie in one another. libgit2 and git go down by recursion.
@@ -63,7 +71,10 @@ const CONFIG: &str =
 const SLOWEST: u64 = 16 * 1024;
 const SLOW_AFTER: Duration = Duration::from_secs(60);
 
-static PLACES: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(AT_ONCE)));
+static PLACES: LazyLock<Arc<Places>> =
+    LazyLock::new(|| Places::new(RECEIVED_AT_ONCE, RECEIVED_OF_PROJECT));
+static CHECKS: LazyLock<Arc<Semaphore>> =
+    LazyLock::new(|| Arc::new(Semaphore::new(CHECKED_AT_ONCE)));
 
 /// Where uploads are kept, and how large one may be.
 #[derive(Debug, Clone)]
@@ -73,6 +84,8 @@ pub struct UploadSettings {
     pub root: PathBuf,
     /// Most bytes that are received for one upload.
     pub max_bytes: u64,
+    /// From this many bytes on disk on, a project's uploads are refused.
+    pub project_max_bytes: u64,
 }
 
 impl UploadSettings {
@@ -81,6 +94,7 @@ impl UploadSettings {
         Self {
             root: root.into(),
             max_bytes: UPLOAD_MAX,
+            project_max_bytes: UPLOADS_OF_PROJECT_MAX,
         }
     }
 
@@ -88,6 +102,7 @@ impl UploadSettings {
     pub(crate) fn of(&self, project: &ProjectName, service: &ServiceName) -> Uploads {
         Uploads {
             settings: self.clone(),
+            project: project.clone(),
             // Names are no paths.
             folder: self
                 .root
@@ -101,6 +116,7 @@ impl UploadSettings {
 #[derive(Debug, Clone)]
 pub(crate) struct Uploads {
     settings: UploadSettings,
+    project: ProjectName,
     folder: PathBuf,
 }
 
@@ -114,7 +130,8 @@ pub(crate) struct Received {
     pub(crate) tree: CommitId,
     /// How many bytes were received.
     pub(crate) bytes: u64,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
+    _check: OwnedSemaphorePermit,
 }
 
 /// A folder of an upload that is being received. Removed with all in it.
@@ -160,6 +177,31 @@ fn too_large(why: String) -> Problem {
         "put what is not source into .gitignore, or have the server started with a larger \
          --upload-max-mib",
     )
+}
+
+fn too_full(project: &ProjectName, taken: u64, max: u64) -> Problem {
+    let (taken, max) = (taken >> 20, max >> 20);
+    Problem::new(
+        StatusCode::INSUFFICIENT_STORAGE,
+        "uploads_full",
+        format!("the uploads of {project} take {taken} MiB, and may take {max} MiB"),
+        "deploy from a git repository, have the folders in uploads/ of services that need not be \
+         built again deleted while Daybook is stopped, or have the server started with a larger \
+         --uploads-project-max-mib",
+    )
+}
+
+/// How many bytes the files below a folder have. What is gone meanwhile counts nothing.
+fn size_of(folder: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return 0;
+    };
+    let sizes = entries.flatten().map(|entry| match entry.metadata() {
+        Ok(about) if about.is_dir() => size_of(&entry.path()),
+        Ok(about) => about.len(),
+        Err(_) => 0,
+    });
+    sizes.sum()
 }
 
 fn too_slow() -> Problem {
@@ -255,7 +297,8 @@ impl Uploads {
         if announced.is_some_and(|n| n > max) {
             return Err(too_many_bytes(max));
         }
-        let place = PLACES.clone().try_acquire_owned().map_err(|_| {
+        self.room(announced.unwrap_or_default()).await?;
+        let place = PLACES.take(&self.project).ok_or_else(|| {
             Problem::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "too_many_uploads",
@@ -268,6 +311,9 @@ impl Uploads {
         fs::create_dir_all(aside.0.join("objects/pack")).map_err(disk)?;
         let file = aside.0.join("pack");
         let bytes = keep(body, &file, max).await?;
+        self.room(bytes).await?;
+        let check = CHECKS.clone().acquire_owned().await;
+        let check = check.map_err(|e| Problem::internal(&e))?;
         let limits = Limits {
             objects: OBJECTS_MAX,
             bytes: max.saturating_mul(UNPACKED).max(UNPACKED_MIN),
@@ -293,7 +339,21 @@ impl Uploads {
             bytes,
             aside,
             _place: place,
+            _check: check,
         })
+    }
+
+    /// Whether the project may have so many bytes more. Several at once may go beyond it by what they
+    /// have.
+    async fn room(&self, more: u64) -> Result<(), Problem> {
+        let (root, project) = (self.settings.root.clone(), self.project.clone());
+        let taken = tokio::task::spawn_blocking(move || size_of(&root.join(project.as_str())));
+        let taken = taken.await.map_err(|e| Problem::internal(&e))?;
+        let max = self.settings.project_max_bytes;
+        if taken.saturating_add(more) > max {
+            return Err(too_full(&self.project, taken, max));
+        }
+        Ok(())
     }
 
     /// A name for a folder aside, beside those of others. What was abandoned goes.
@@ -391,11 +451,16 @@ impl Uploads {
         ended(command)
             .await?
             .map_err(|e| failed("update-ref", &e))?;
+        Self::give_up(keeps);
+        Ok(())
+    }
+
+    /// Lets packs be joined with others from now on.
+    pub(crate) fn give_up(keeps: &[PathBuf]) {
         for keep in keeps {
             // One that stays is not joined, and does no other harm.
             let _ = fs::remove_file(keep);
         }
-        Ok(())
     }
 
     /// Joins packs once there are many. One process at a time does.
