@@ -116,6 +116,10 @@ impl<T: Serialize> IntoResponse for Answer<T> {
         }
         if let Some(tag) = self.tag.and_then(|t| t.try_into().ok()) {
             headers.insert(header::ETAG, tag);
+            // It says which change may be made, and not whether what was kept is still good; and whoever
+            // compresses it on the way would make it weak.
+            let kept = HeaderValue::from_static("no-store, no-transform");
+            headers.insert(header::CACHE_CONTROL, kept);
         }
         response
     }

@@ -26,6 +26,34 @@ pub(crate) fn definition_tag(endpoint: &Endpoint) -> String {
     format!("\"{}\"", &digest.hex()[..32])
 }
 
+/// A decision about a webhook, unless it would change something and the webhook is not defined as
+/// one of the expected tags says. What is so already is not refused, as the request may be repeated.
+fn as_read<E>(
+    decision: Decision<E>,
+    expected: Option<&[String]>,
+    now: Option<&Subscription>,
+) -> Result<Decision<E>, Refusal> {
+    let (Decision::Append(_), Some(expected), Some(now)) = (&decision, expected, now) else {
+        return Ok(decision);
+    };
+    if expected.contains(&definition_tag(&now.endpoint)) {
+        return Ok(decision);
+    }
+    Err(match expected.is_empty() {
+        true => Refusal::new(
+            "webhook_changed",
+            "weak entity tags never match: something between you and the server made the webhook's weak",
+            "send the member `etag` of the webhook in If-Match, as it is",
+        ),
+        false => Refusal::new(
+            "webhook_changed",
+            "the webhook is not defined any more as it was when it was read",
+            "read it again, and change what it is now, with its new ETag in If-Match; without \
+             If-Match it is changed whatever it is",
+        ),
+    })
+}
+
 /// A webhook whose secret was just made.
 pub struct WithSecret {
     /// How it was recorded.
@@ -111,17 +139,7 @@ impl Commands {
         let subject = Subject::Subscription(project, id);
         self.run::<Subscription>(caller, &subject, None, |state| {
             let decision = subscription::decide(state, Command::Change(endpoint.clone()))?;
-            if let (Decision::Append(_), Some(expected), Some(now)) = (&decision, &expected, state)
-                && !expected.contains(&definition_tag(&now.endpoint))
-            {
-                return Err(Refusal::new(
-                    "webhook_changed",
-                    "the webhook is not defined any more as it was when it was read",
-                    "read it again, and change what it is now, with its new ETag in If-Match; \
-                     without If-Match it is replaced whatever it is",
-                ));
-            }
-            Ok(decision)
+            as_read(decision, expected.as_deref(), state)
         })
         .await
     }
@@ -237,11 +255,13 @@ impl Commands {
             .await
     }
 
-    /// Deletes a webhook, and erases its secrets.
+    /// Deletes a webhook, and erases its secrets. If tags are expected, only while its definition has
+    /// one of them.
     pub async fn delete_webhook(
         &self,
         caller: &Caller,
         id: SubscriptionId,
+        expected: Option<Vec<String>>,
     ) -> Result<Done, CommandError> {
         let found = self.ledger.projections().subscription(id)?;
         let (project, _) = found.ok_or_else(subscription::not_found)?;
@@ -249,7 +269,8 @@ impl Commands {
         let subject = Subject::Subscription(project.clone(), id);
         let done = self
             .run::<Subscription>(caller, &subject, None, |state| {
-                subscription::decide(state, Command::Delete)
+                let decision = subscription::decide(state, Command::Delete)?;
+                as_read(decision, expected.as_deref(), state)
             })
             .await?;
         // Only now: a rotation may have come between.

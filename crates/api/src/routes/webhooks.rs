@@ -366,7 +366,7 @@ pub(crate) async fn get_webhook(
 /// somebody else made meanwhile is not replaced: the answer is 412 with the code `webhook_changed`.
 #[utoipa::path(put, path = "/api/v1/webhooks/{webhook}", tag = "webhooks",
     params(("webhook" = String, Path, description = "The webhook."),
-        ("If-Match" = Option<String>, Header,
+        ("If-Match" = Option<String>, Header, pattern = r#"^(\*|(W/)?"[!#-~]*"(, *(W/)?"[!#-~]*")*)$"#,
             description = "The `ETag` of the webhook as it was read.")),
     request_body = ChangeWebhook,
     responses((status = 200, description = "It is defined anew.", body = WebhookView,
@@ -379,27 +379,40 @@ pub(crate) async fn change_webhook(
     Command { caller, body }: Command<ChangeWebhook>,
 ) -> Handled<WebhookView> {
     let endpoint = body.endpoint.parse()?;
+    let sent = definition_tag(&endpoint);
     let commands = &state.commands;
     let done = commands
         .change_webhook(&caller, id, endpoint, if_match.tags())
         .await?;
     let (project, webhook) = commands.webhook(id)?;
     let shown = view(project, webhook);
-    let tag = shown.etag.clone();
-    Ok(Answer::done(&done, shown).tagged(tag))
+    let is_so = shown.etag == sent;
+    let answer = Answer::done(&done, shown);
+    // Whoever has what somebody else made of it meanwhile has not read it (RFC 9110, 9.3.4).
+    Ok(match is_so {
+        true => answer.tagged(sent),
+        false => answer,
+    })
 }
 
-/// Deletes a webhook, and erases its secrets.
+/// Deletes a webhook, and erases its secrets. With `If-Match`, one that somebody else has defined anew
+/// meanwhile is kept: the answer is 412 with the code `webhook_changed`.
 #[utoipa::path(delete, path = "/api/v1/webhooks/{webhook}", tag = "webhooks",
-    params(("webhook" = String, Path, description = "The webhook.")),
+    params(("webhook" = String, Path, description = "The webhook."),
+        ("If-Match" = Option<String>, Header, pattern = r#"^(\*|(W/)?"[!#-~]*"(, *(W/)?"[!#-~]*")*)$"#,
+            description = "The `ETag` of the webhook as it was read.")),
     responses((status = 200, description = "It is deleted.", body = WebhookGone)))]
 pub(crate) async fn delete_webhook(
     State(state): State<AppState>,
     Named(id): Named<SubscriptionId>,
     Params(NoParams {}): Params<NoParams>,
+    if_match: IfMatch,
     Command { caller, .. }: Command<Nothing>,
 ) -> Handled<WebhookGone> {
-    let done = state.commands.delete_webhook(&caller, id).await?;
+    let commands = &state.commands;
+    let done = commands
+        .delete_webhook(&caller, id, if_match.tags())
+        .await?;
     Ok(Answer::done(&done, WebhookGone { id }))
 }
 

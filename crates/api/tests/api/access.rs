@@ -1804,7 +1804,7 @@ async fn use_cases_ask_by_themselves_whatever_surface_calls_them() {
                 .rotate_webhook(&asks, id, Duration::ZERO)
                 .await
                 .map(drop),
-            commands.delete_webhook(&asks, id).await.map(drop),
+            commands.delete_webhook(&asks, id, None).await.map(drop),
         ];
         for refused in done {
             assert_eq!(code(refused), of_webhook);

@@ -233,7 +233,9 @@ async fn a_definition_is_replaced_only_as_it_was_read() {
     // A tag that is weak matches nothing, and what is no tag is said to be none.
     for tag in [format!("W/{second}"), "\"other\"".to_owned()] {
         let refused = put(Some(&tag), &to("third")).await;
-        refused.refused(412, "webhook_changed");
+        let problem = refused.refused(412, "webhook_changed");
+        let is_weak = problem.to_string().contains("weak");
+        assert_eq!(is_weak, tag.starts_with("W/"), "{problem}");
     }
     for tag in ["second", "", "\"a"] {
         let refused = put(Some(tag), &to("third")).await;
@@ -255,10 +257,24 @@ async fn a_definition_is_replaced_only_as_it_was_read() {
     let refused = replies.iter().filter(|r| r.status == 412).count();
     assert_eq!((won, refused), (1, 7), "{replies:?}");
 
-    server
-        .send(server.request(Method::DELETE, &path))
-        .await
-        .ok();
+    // Whose answer was lost has not read what somebody else has made of it meanwhile.
+    let lost = async || {
+        let request = server.request(Method::PUT, &path).json(&to("mine"));
+        server.send(request.header("Idempotency-Key", "lost")).await
+    };
+    let mine = lost().await;
+    assert_eq!(mine.header("etag"), Some(read().await.as_str()));
+    put(None, &to("theirs")).await.ok();
+    let again = lost().await;
+    assert_eq!(again.header("etag"), None);
+    assert_eq!(again.ok()["url"], "https://receiver.example/theirs");
+
+    let delete = async |tag: &str| {
+        let request = server.request(Method::DELETE, &path);
+        server.send(request.header("If-Match", tag)).await
+    };
+    delete(&tag).await.refused(412, "webhook_changed");
+    delete(&read().await).await.ok();
     put(Some("*"), &to("sixth"))
         .await
         .refused(404, "webhook_not_found");
