@@ -10,7 +10,8 @@ use bytes::Bytes;
 use daybook_events::lines::{Line, LineLog, LineSource};
 use daybook_events::log::ReadError;
 use daybook_events::subscription::delivery::{Entry, Outcome, Try, retrying as tried_again};
-use daybook_events::{EventId, Position, SubscriptionId};
+use daybook_events::subscription::{self, Subscription};
+use daybook_events::{EventId, Position, Subject, SubscriptionId};
 use daybook_projections::{Projections, QueryError};
 use futures_util::stream::{self, BoxStream, StreamExt};
 use jiff::Timestamp;
@@ -199,6 +200,8 @@ async fn follow(
     after: u64,
     query: DeliveryQuery,
 ) -> Result<Response, Problem> {
+    let project = state.projections().project_of(id)?;
+    let project = project.ok_or_else(subscription::not_found)?;
     let source = LineSource::Subscription(id);
     let follower = Follower {
         live: state.lines.follow(source, after).await?,
@@ -206,6 +209,7 @@ async fn follow(
         changes: state.projections().changes(),
         projections: state.projections().clone(),
         id,
+        subject: Subject::Subscription(project, id),
         read: after,
         rest: None,
     };
@@ -238,6 +242,7 @@ struct Follower {
     projections: Projections,
     changes: watch::Receiver<Position>,
     id: SubscriptionId,
+    subject: Subject,
     /// The last line that was read.
     read: u64,
     /// What is left of the delivery log, once the webhook is deleted.
@@ -261,8 +266,7 @@ impl Follower {
         while self.rest.is_none() {
             // Changes from here on are noticed in the wait below.
             self.changes.borrow_and_update();
-            let found = self.projections.subscription(self.id)?;
-            if found.is_none_or(|(_, webhook)| webhook.deleted) {
+            if self.is_deleted()? {
                 self.rest = Some(VecDeque::new());
                 break;
             }
@@ -276,6 +280,11 @@ impl Follower {
             }
         }
         self.rest().await
+    }
+
+    fn is_deleted(&self) -> Result<bool, QueryError> {
+        let found = self.projections.shared::<Subscription>(&self.subject)?;
+        Ok(found.state.as_ref().is_none_or(|webhook| webhook.deleted))
     }
 
     /// The next line of those that are there.

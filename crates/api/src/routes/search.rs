@@ -16,7 +16,7 @@ use daybook_events::{
     BuildId, DeploymentId, EnvironmentName, Position, ProjectName, ServiceName, Subject,
 };
 use daybook_projections::{DeploymentFilter, DeploymentRow, Page, PageOf};
-use futures_util::stream::{self, StreamExt};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
@@ -37,6 +37,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const READ: usize = 500;
 /// Lines of a file that are looked for at once.
 const BATCH: usize = 500;
+/// Sources whose last line is asked for at once.
+const ASKED_AT_ONCE: usize = 8;
 
 /// What is looked for.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -209,7 +211,6 @@ pub(crate) async fn search_logs(
         of_build: true,
         after: 0,
     });
-    search.ends = Some(search.what_can_grow(place).await?);
     let lines = file(search, place, json);
     let mut response = plain_response(&state, &principal, media_type, true, lines);
     let named = HeaderValue::from_str(&format!("attachment; filename=\"{project}.log\""));
@@ -229,7 +230,12 @@ fn file(
     let begin = Some((search, Some(place)));
     stream::unfold(begin, move |at| async move {
         let (mut search, place) = at?;
-        match search.page(place, BATCH).await {
+        let page = match search.ends {
+            Some(_) => search.page(place, BATCH).await,
+            // The answer has begun, however long it takes to find out where it ends.
+            None => search.first_page(place, BATCH).await,
+        };
+        match page {
             Ok(page) => {
                 let lines = page.found.lines.iter();
                 let lines: Vec<u8> = lines.flat_map(|l| l.written(json)).collect();
@@ -308,6 +314,20 @@ struct FoundPage {
 }
 
 impl Search {
+    /// The first lines of a file, which ends with what is there now.
+    async fn first_page(
+        &mut self,
+        place: Option<Place>,
+        limit: usize,
+    ) -> Result<FoundPage, Problem> {
+        let ends = match place {
+            Some(place) => self.what_can_grow(place).await?,
+            None => HashMap::new(),
+        };
+        self.ends = Some(ends);
+        self.page(place, limit).await
+    }
+
     /// Lines from a place on, as many as are wanted at most, and as are found in time.
     async fn page(&mut self, place: Option<Place>, limit: usize) -> Result<FoundPage, Problem> {
         let mut page = FoundPage {
@@ -375,14 +395,21 @@ impl Search {
         let mut page = Page::largest().beginning(place.created);
         loop {
             let listed = self.listed(page)?;
-            for row in listed.items.iter().filter(|r| can_print(r.state.status)) {
-                let build = row.state.build.map(LineSource::Build);
-                let own = of_deployment.then_some(LineSource::Deployment(row.id));
-                for source in build.filter(|_| of_build).into_iter().chain(own) {
-                    let last = self.state.lines.last(source).await?;
-                    ends.entry(source).or_insert(last);
-                }
-            }
+            let growing = listed.items.iter().filter(|r| can_print(r.state.status));
+            let sources: HashSet<LineSource> = growing
+                .flat_map(|row| {
+                    let build = row.state.build.map(LineSource::Build);
+                    let own = of_deployment.then_some(LineSource::Deployment(row.id));
+                    build.filter(|_| of_build).into_iter().chain(own)
+                })
+                .filter(|source| !ends.contains_key(source))
+                .collect();
+            let lines = &self.state.lines;
+            let found = stream::iter(sources)
+                .map(async |source| lines.last(source).await.map(|last| (source, last)))
+                .buffer_unordered(ASKED_AT_ONCE);
+            ends.extend(found.try_collect::<Vec<_>>().await?);
+            tokio::task::yield_now().await;
             match listed.next {
                 Some(cursor) => page = page.starting(cursor),
                 None => return Ok(ends),

@@ -380,10 +380,8 @@ async fn an_answer_ends_with_what_was_there_however_fast_more_is_printed() {
     let id = server.deploy("shop.production.api", "v1").await;
     server.make_live(id).await;
     printed(&server, id).await;
-    server
-        .watched
-        .grows
-        .store(true, std::sync::atomic::Ordering::Relaxed);
+    let growing = [LineSource::Build(build_of(id)), LineSource::Deployment(id)];
+    *server.watched.growing.lock().unwrap() = growing.to_vec();
     for path in [
         format!("/api/v1/deployments/{id}/logs"),
         format!("/api/v1/deployments/{id}/logs?download=true"),

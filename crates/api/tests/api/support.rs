@@ -1,8 +1,8 @@
 //! A server under test, with everything that it stands on.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use daybook_api::{AppState, Parts, Settings};
@@ -59,8 +59,8 @@ pub struct WatchedLines {
     pub reads: AtomicUsize,
     /// How many lines were read.
     pub read: AtomicUsize,
-    /// Whether there are more of them each time.
-    pub grows: AtomicBool,
+    /// Which sources have one more of them each time that any are read.
+    pub growing: Mutex<Vec<LineSource>>,
 }
 
 #[async_trait::async_trait]
@@ -75,7 +75,8 @@ impl LineLog for WatchedLines {
         after: u64,
         limit: usize,
     ) -> Result<Vec<Line>, ReadError> {
-        if self.grows.load(Ordering::Relaxed) {
+        let growing = self.growing.lock().unwrap().clone();
+        for source in growing {
             let more = NewLine {
                 time: Timestamp::from_second(1_700_000_100).unwrap(),
                 kind: LineKind::Container,
@@ -202,7 +203,7 @@ async fn server_on(
         lines: lines.clone(),
         reads: AtomicUsize::new(0),
         read: AtomicUsize::new(0),
-        grows: AtomicBool::new(false),
+        growing: Mutex::default(),
     });
     let state = AppState::new(ledger.clone(), watched.clone(), settings, parts.clone())
         .with_secrets(Arc::new(secrets));
