@@ -22,7 +22,7 @@ use daybook_events::deployment::{
 };
 use daybook_events::routing::{Route, Routing, Stickiness, SwitchReason};
 use daybook_events::{
-    Actor, Context, DeploymentId, EventId, Hostname, InstanceRef, ProjectName, Subject,
+    Actor, ClusterName, Context, DeploymentId, EventId, Hostname, InstanceRef, ProjectName, Subject,
 };
 use daybook_projections::{Change, DeploymentRow, QueryError};
 use futures_util::future::BoxFuture;
@@ -467,11 +467,11 @@ impl Watch {
         let known = row.state.planes.get(hostname);
         let known = known.and_then(|k| k.get(Plane::Route)).map(|k| &k.seen);
         let known = known.filter(|k| [ROUTE_CHANGED, ROUTE_MISSING].contains(&k.reason.as_str()));
-        let mut all_seen = true;
+        let (mut unseen, mut found) = (Vec::new(), None);
         for cluster in &row.state.request.clusters {
             let at = routing.applied.get(cluster.as_str());
             if at.is_none_or(|at| *at < route.table) {
-                all_seen = false;
+                unseen.push(cluster);
                 continue;
             }
             let wanted = cluster_gateway::host_route(&self.bench, cluster, hostname, route)?;
@@ -481,7 +481,7 @@ impl Watch {
             let (reason, expected, actual, message) = match seen {
                 Some(RouteSeen::AsAsked) => continue,
                 Some(RouteSeen::Unseen) | None => {
-                    all_seen = false;
+                    unseen.push(cluster);
                     continue;
                 }
                 Some(RouteSeen::Missing { expected }) => (
@@ -500,16 +500,35 @@ impl Watch {
                     (ROUTE_CHANGED, expected, actual, message)
                 }
             };
-            return Ok(Some(PlaneSeen {
+            found.get_or_insert(PlaneSeen {
                 expected: Some(cut(&expected)),
                 actual: Some(cut(&actual)),
                 message: Some(cut(&message)),
                 ..PlaneSeen::new(Plane::Route, PlaneState::Drifted, reason)
-            }));
+            });
         }
-        // Whoever does not see a cluster takes nothing back that somebody has seen there.
-        Ok(known.filter(|_| !all_seen).cloned())
+        Ok(with_others(known, &unseen, found))
     }
+}
+
+/// What there is to say of a route on all clusters, given what is known, which clusters were not seen,
+/// and what was found on the others.
+///
+/// Whoever does not see a cluster neither takes back what somebody has seen there, nor puts something
+/// else in its place: two who see one cluster each would take turns for ever.
+fn with_others(
+    known: Option<&PlaneSeen>,
+    unseen: &[&ClusterName],
+    found: Option<PlaneSeen>,
+) -> Option<PlaneSeen> {
+    let of_others = known.filter(|known| unseen.iter().any(|cluster| is_about(known, cluster)));
+    of_others.cloned().or(found)
+}
+
+/// Whether what was seen of a route was seen on this cluster.
+fn is_about(seen: &PlaneSeen, cluster: &ClusterName) -> bool {
+    let message = seen.message.as_deref().unwrap_or_default();
+    message.contains(&format!("cluster {cluster} "))
 }
 
 fn runs(row: &DeploymentRow) -> bool {
@@ -637,5 +656,31 @@ fn applied(
             message: Some("no gateway that serves it has reported".to_owned()),
             ..PlaneSeen::new(Plane::Route, PlaneState::Unknown, "NoGateway")
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_have_seen_is_left_to_them() {
+        let [oslo, bergen] = ["oslo", "bergen"].map(|name| ClusterName::parse(name).unwrap());
+        let on = |cluster: &ClusterName| PlaneSeen {
+            message: Some(format!("its route on cluster {cluster} was changed: rules")),
+            ..PlaneSeen::new(Plane::Route, PlaneState::Drifted, ROUTE_CHANGED)
+        };
+        let known = on(&oslo);
+        let seen = |unseen: &[&ClusterName], found| with_others(Some(&known), unseen, found);
+        assert_eq!(seen(&[&oslo], None).as_ref(), Some(&known));
+        assert_eq!(seen(&[&oslo], Some(on(&bergen))).as_ref(), Some(&known));
+        // Whoever sees that cluster says what is so there now.
+        assert_eq!(seen(&[&bergen], None), None);
+        assert_eq!(seen(&[], Some(on(&bergen))), Some(on(&bergen)));
+        assert_eq!(
+            with_others(None, &[&oslo], Some(on(&bergen))),
+            Some(on(&bergen))
+        );
+        assert!(!is_about(&known, &ClusterName::parse("slo").unwrap()));
     }
 }
