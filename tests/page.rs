@@ -56,7 +56,25 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
     page.shows("It is live.");
     page.shows("cloning");
     page.click("button", "Stop");
+    // The answer is lost, and whoever clicks once more asks for nothing new.
+    page.evaluate(
+        "window.honest = window.fetch;
+         window.keys = [];
+         window.fetch = async (url, options) => {
+             const answered = await honest(url, options);
+             if (options?.method !== 'POST') return answered;
+             if (keys.push(options.headers['idempotency-key']) === 1) throw new TypeError('lost');
+             return answered;
+         }",
+    );
     page.click("dialog button", "Stop");
+    page.shows("It may have been done");
+    page.click("dialog button", "Stop");
+    until("the same was sent again", || {
+        (page.evaluate("keys.length") == 2).then_some(())
+    });
+    assert_eq!(page.evaluate("new Set(keys).size"), 1);
+    page.evaluate("window.fetch = honest");
     server.wait_for(&second, "stopped");
     page.shows("stopped");
     page.click("button", "Terminate");
@@ -106,6 +124,26 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
     page.evaluate("location.hash = '#/ledger'");
     page.shows("The ledger");
     assert_eq!(page.evaluate("window.kept"), true);
+
+    // A browser has few connections to a server: while nobody looks at the tab there are none.
+    let streams = || {
+        let metrics = format!("{}/metrics", server.url());
+        let figures = request(reqwest::Method::GET, &metrics, &[], None)
+            .unwrap()
+            .body;
+        let mut lines = figures.lines();
+        let streams = lines.find_map(|line| line.strip_prefix("daybook_http_streams "));
+        streams.unwrap().parse::<u32>().unwrap()
+    };
+    assert!(streams() > 0);
+    page.evaluate(
+        "Object.defineProperty(document, 'hidden', { get: () => window.away });
+         window.away = true;
+         document.dispatchEvent(new Event('visibilitychange'))",
+    );
+    until("no stream is open", || (streams() == 0).then_some(()));
+    page.evaluate("window.away = false; document.dispatchEvent(new Event('visibilitychange'))");
+    until("it follows again", || (streams() > 0).then_some(()));
     server.check_replay();
 }
 
@@ -370,7 +408,6 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     page.click("button", "Change…");
     page.fill("dialog input[name=tries]", "5");
     server.ok(&["webhook", "change", &id, "--service", "web"]);
-    page.shows("about the service web");
     page.click("dialog button", "Change");
     page.shows("webhook_changed");
     page.picture("webhook-changed");
@@ -379,6 +416,7 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     assert_eq!(shown["tries"], 1);
     page.click("dialog button", "Leave it");
     page.holds("!document.querySelector('dialog')");
+    page.shows("about the service web");
     server.ok(&["webhook", "change", &id, "--service", ""]);
     page.holds("!document.body.innerText.includes('about the service web')");
 
