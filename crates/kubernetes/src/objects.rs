@@ -239,7 +239,7 @@ impl Release<'_> {
             objects.push(self.object(Kind::AUTOSCALER, json!({ "spec": spec })));
         }
         objects.push(self.object(Kind::DEPLOYMENT, json!({ "spec": self.workload() })));
-        if self.release.run.replicas > 1 || self.autoscaling().is_some() {
+        if self.moves_one_by_one() {
             let spec = json!({
                 "maxUnavailable": 1,
                 // What is broken is in nobody's way.
@@ -320,6 +320,13 @@ impl Release<'_> {
                 "resource": { "name": "cpu", "target": target },
             }],
         })
+    }
+
+    /// Whether there are several instances, and one that goes from a node can come back on another
+    /// before the next one goes. Where a volume keeps them all on one node, none can, and a budget
+    /// would keep that node from ever being drained.
+    fn moves_one_by_one(&self) -> bool {
+        (self.release.run.replicas > 1 || self.autoscaling().is_some()) && !self.on_one_node()
     }
 
     /// Whether a volume is one that only a single node can use at a time.

@@ -181,7 +181,18 @@ async fn where_several_run_one_at_a_time_may_be_taken_away() {
     assert_eq!(all().await, std::slice::from_ref(&name));
     let spec = budgets.get(&name).await.unwrap().spec.unwrap();
     assert_eq!(spec.max_unavailable, Some(IntOrString::Int(1)));
-    release(&mut values, 2, 1);
+    // What one node has to run can only go from it all at once.
+    super::volumes::keeps(&mut values, 2, json!({ "path": "/data" }));
     stage.apply(2, &values).await.unwrap();
+    assert!(all().await.is_empty());
+    super::volumes::keeps(
+        &mut values,
+        2,
+        json!({ "path": "/data", "many_nodes": true }),
+    );
+    stage.apply(3, &values).await.unwrap();
+    assert_eq!(all().await, [name]);
+    release(&mut values, 2, 1);
+    stage.apply(4, &values).await.unwrap();
     assert!(all().await.is_empty());
 }

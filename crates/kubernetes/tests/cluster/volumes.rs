@@ -8,7 +8,7 @@ use super::*;
 
 pub(super) const DATA: &str = "web.data";
 
-fn keeps(values: &mut EnvironmentValues, n: u128, volume: serde_json::Value) {
+pub(super) fn keeps(values: &mut EnvironmentValues, n: u128, volume: serde_json::Value) {
     let service = values.services.get_mut(&web()).unwrap();
     let release = service.releases.get_mut(&deployment(n)).unwrap();
     let volume: VolumeSpec = serde_json::from_value(volume).unwrap();
