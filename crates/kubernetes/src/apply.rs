@@ -143,11 +143,13 @@ impl Space<'_> {
         Ok(all)
     }
 
-    /// Applies an object server-side, unless what was found shows that it is so already.
+    /// Applies an object server-side, unless what was found shows that it is so already. Where an
+    /// autoscaler belongs to a workload, its number of instances may be taken back from it.
     pub(crate) async fn apply(
         &self,
         object: &Object,
         found: &Found,
+        is_autoscaled: bool,
     ) -> Result<Applied, TargetError> {
         let key = (object.kind, object.name.clone());
         if let Some(found) = found.get(&key).filter(|found| is_so(object, found)) {
@@ -162,8 +164,9 @@ impl Space<'_> {
             _ => marked(&object.body),
         });
         let mut applied = timely(&what, api.patch(&object.name, &params, &patch)).await?;
+        // Also where somebody has taken the autoscaler away, and its number is still there.
         let was_autoscaled = object.kind == Kind::DEPLOYMENT
-            && found.contains_key(&(Kind::AUTOSCALER, object.name.clone()));
+            && (is_autoscaled || found.contains_key(&(Kind::AUTOSCALER, object.name.clone())));
         if was_autoscaled && applied.as_ref().is_err_and(|e| conflicts_in(e, REPLICAS)) {
             // The autoscaler's number, which is not its to set any more.
             let params = params.force();

@@ -118,9 +118,10 @@ impl KubernetesCluster {
         };
         let found = space.found(kinds, &wanted).await?;
         for object in &wanted {
-            let mut applied = space.apply(object, &found).await?;
+            let least = least(desired, &object.name);
+            let mut applied = space.apply(object, &found, least.is_some()).await?;
             if object.kind == Kind::DEPLOYMENT {
-                if let Some(least) = least(desired, &object.name) {
+                if let Some(least) = least {
                     applied = space.at_least(object, applied, least).await?;
                 }
                 let body = object.body.clone();

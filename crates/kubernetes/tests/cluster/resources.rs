@@ -145,6 +145,17 @@ async fn an_autoscaler_sets_the_number_of_instances_until_the_release_is_stopped
     stage.until("three are ready", |s| ready(s, 1) == 3).await;
     assert_eq!(autoscalers(&stage).await.len(), 1);
 
+    // Also when somebody has taken the autoscaler away, and its number stays behind.
+    workloads.patch_scale(&name, &params, &more).await.unwrap();
+    stage.until("five are ready", |s| ready(s, 1) == 5).await;
+    let api: Api<HorizontalPodAutoscaler> =
+        Api::namespaced(stage.client.clone(), &stage.namespace());
+    api.delete(&name, &Default::default()).await.unwrap();
+    stage.apply(5, &scaled(0)).await.unwrap();
+    stage.until("it is stopped again", gone).await;
+    stage.apply(6, &scaled(3)).await.unwrap();
+    stage.until("three are ready", |s| ready(s, 1) == 3).await;
+
     // What somebody else sets beside that is theirs, as ever.
     let deadline = Patch::Merge(json!({ "spec": { "progressDeadlineSeconds": 999 } }));
     let params = PatchParams {
@@ -152,7 +163,7 @@ async fn an_autoscaler_sets_the_number_of_instances_until_the_release_is_stopped
         ..PatchParams::default()
     };
     workloads.patch(&name, &params, &deadline).await.unwrap();
-    let refused = stage.apply(5, &scaled(0)).await;
+    let refused = stage.apply(7, &scaled(0)).await;
     let Err(TargetError::Refused(why)) = refused else {
         panic!("{refused:?}");
     };
