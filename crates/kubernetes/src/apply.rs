@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::differences::differences;
-use crate::error::{conflicts_in, refusal};
+use crate::error::{conflicts_in, is_denied, refusal};
 use crate::names::{ADDRESS, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
 use crate::objects::{Kind, Object};
 use crate::routes::otherwise;
@@ -122,8 +122,10 @@ impl Space<'_> {
         kinds: &[Kind],
         wanted: &[Object],
     ) -> Result<Found, TargetError> {
-        let is_spare =
-            |kind: Kind| kind.is_spare() && wanted.iter().all(|object| object.kind != kind);
+        let is_spare = |kind: Kind| {
+            let is_wanted = || wanted.iter().any(|object| object.kind == kind);
+            kind.is_optional() || kind.is_spare() && !is_wanted()
+        };
         let ours = format!(
             "{MANAGED_BY}={MANAGER},{PROJECT}={},{ENVIRONMENT}={},!{ADDRESS}",
             self.app.project, self.app.environment
@@ -144,16 +146,17 @@ impl Space<'_> {
     }
 
     /// Applies an object server-side, unless what was found shows that it is so already. Where an
-    /// autoscaler belongs to a workload, its number of instances may be taken back from it.
+    /// autoscaler belongs to a workload, its number of instances may be taken back from it. None if
+    /// the release goes without the object.
     pub(crate) async fn apply(
         &self,
         object: &Object,
         found: &Found,
         is_autoscaled: bool,
-    ) -> Result<Applied, TargetError> {
+    ) -> Result<Option<Applied>, TargetError> {
         let key = (object.kind, object.name.clone());
         if let Some(found) = found.get(&key).filter(|found| is_so(object, found)) {
-            return Ok(Applied::of(found));
+            return Ok(Some(Applied::of(found)));
         }
         let what = format!("{} {}", object.kind.kind, object.name);
         let params = PatchParams::apply(MANAGER);
@@ -172,8 +175,14 @@ impl Space<'_> {
             let params = params.force();
             applied = timely(&what, api.patch(&object.name, &params, &patch)).await?;
         }
-        let applied = applied.map_err(|e| refusal(&what, &e))?;
-        Ok(Applied::of(&applied))
+        match applied {
+            Ok(applied) => Ok(Some(Applied::of(&applied))),
+            Err(e) if object.kind.is_optional() && is_denied(&e) => {
+                tracing::warn!(namespace = self.namespace, "{what} is not made: {e}");
+                Ok(None)
+            }
+            Err(e) => Err(refusal(&what, &e)),
+        }
     }
 
     /// Has a workload begin with the least number of instances that its autoscaler is to keep,

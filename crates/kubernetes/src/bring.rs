@@ -119,7 +119,10 @@ impl KubernetesCluster {
         let found = space.found(kinds, &wanted).await?;
         for object in &wanted {
             let least = least(desired, &object.name);
-            let mut applied = space.apply(object, &found, least.is_some()).await?;
+            let applied = space.apply(object, &found, least.is_some()).await?;
+            let Some(mut applied) = applied else {
+                continue;
+            };
             if object.kind == Kind::DEPLOYMENT {
                 if let Some(least) = least {
                     applied = space.at_least(object, applied, least).await?;

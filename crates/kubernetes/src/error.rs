@@ -56,6 +56,18 @@ fn refused(what: &str, status: &Status) -> TargetError {
     }
 }
 
+/// Whether the account has no right to that, or the cluster does not know this kind of object.
+pub(crate) fn is_denied(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else {
+        return false;
+    };
+    match status.code {
+        403 => !has_cause(status, "NamespaceTerminating"),
+        404 => has_no_name(status),
+        _ => false,
+    }
+}
+
 /// Whether somebody else has set this field, and no other that is to be set.
 pub(crate) fn conflicts_in(error: &kube::Error, field: &str) -> bool {
     let kube::Error::Api(status) = error else {

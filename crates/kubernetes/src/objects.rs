@@ -37,6 +37,12 @@ impl Kind {
         [Self::AUTOSCALER, Self::DISRUPTION_BUDGET].contains(&self)
     }
 
+    /// Whether objects of this kind are made without anybody asking for them. Where an account has no
+    /// right to them, or a cluster does not know them, releases go without.
+    pub(crate) fn is_optional(self) -> bool {
+        self == Self::DISRUPTION_BUDGET
+    }
+
     /// Workloads.
     pub const DEPLOYMENT: Self = Self::new("apps/v1", "Deployment", "deployments");
     /// What adds instances to workloads and takes them away.

@@ -125,6 +125,48 @@ async fn bursts_of_refusals_are_no_reason_to_give_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn without_the_right_to_disruption_budgets_there_are_none_and_releases_run() {
+    let Some((stage, proxy)) = through_proxy("no-budgets").await else {
+        return;
+    };
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    release(&mut values, 1, 2);
+    // An account of before; one that may list them, and no more; a cluster that knows none.
+    for (n, code, reason, of_lists) in [
+        (1, 403, "Forbidden", true),
+        (2, 403, "Forbidden", false),
+        (3, 404, "NotFound", true),
+    ] {
+        proxy.answer(move |method, address| {
+            let is_one = address.contains("/poddisruptionbudgets");
+            (is_one && (of_lists || method != "GET")).then(|| refusal(code, reason))
+        });
+        stage.apply(n, &values).await.unwrap();
+        let told = |s: &AppStatus| s.revision == Some(commit(n)) && ready(s, 1) == 2;
+        stage.until("both are ready", told).await;
+    }
+    // What was asked for is not left out without a word.
+    let service = values.services.get_mut(&web()).unwrap();
+    let scaled = service.releases.get_mut(&deployment(1)).unwrap();
+    scaled.run.autoscaling = Some(daybook_events::spec::Autoscaling {
+        max: 6,
+        cpu_percent: 70,
+    });
+    proxy.answer(|_, address| {
+        let is_one = address.contains("/horizontalpodautoscalers");
+        is_one.then(|| refusal(403, "Forbidden"))
+    });
+    let refused = stage.apply(4, &values).await;
+    let Err(TargetError::Refused(why)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(why.contains("horizontalpodautoscalers"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_right_that_is_missing_is_named() {
     let plane = tokio::task::spawn_blocking(ControlPlane::shared);
     let Some(plane) = plane.await.unwrap() else {
