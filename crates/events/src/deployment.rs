@@ -1870,6 +1870,16 @@ fn check_request(r: &Requested) -> Result<(), Refusal> {
     }
     check_replicas(r.run.replicas)?;
     r.run.check_capacity()?;
+    r.run.check_volumes()?;
+    let mut secrets = r.secrets.keys();
+    let taken = secrets.find_map(|key| Some((key, r.run.volume_of(key.as_str())?)));
+    if let Some((key, volume)) = taken {
+        return Err(Refusal::new(
+            "volume_variable_taken",
+            format!("{key} is a secret, and says where the volume {volume} is"),
+            "name another variable in the volume's `env`, or the secret otherwise",
+        ));
+    }
     if r.run.port == 0 {
         return Err(Refusal::new(
             "invalid_port",

@@ -215,68 +215,7 @@ fn check_spec(spec: &ServiceSpec) -> Result<(), Refusal> {
         crate::deployment::check_folder(dockerfile)?;
     }
     spec.run.check_capacity()?;
-    let wrong = |path: &str| {
-        !path.starts_with('/')
-            || path.len() > 200
-            || path.chars().any(|c| c.is_control() || c == ':')
-            || path.trim_matches('/').is_empty()
-            || path.split('/').any(|part| part == "..")
-    };
-    let mut paths = BTreeSet::new();
-    let mut variables = BTreeSet::new();
-    for (name, volume) in &spec.run.volumes {
-        if wrong(&volume.path) {
-            return Err(Refusal::new(
-                "invalid_volume_path",
-                format!("{:?} is no place for a volume", volume.path),
-                "use an absolute path without `..` and colons, such as /data",
-            ));
-        }
-        if !paths.insert(volume.path.trim_end_matches('/')) {
-            return Err(Refusal::new(
-                "invalid_volume_path",
-                format!("another volume than {name} is at {:?}", volume.path),
-                "give each volume a place of its own",
-            ));
-        }
-        if let Some(size) = volume.size.as_ref().filter(|size| size.bytes().is_none()) {
-            return Err(Refusal::new(
-                "invalid_quantity",
-                format!("{:?} is no size for the volume {name}", size.shown()),
-                "give whole bytes with a unit, from 1M to 64Ti, such as 512Mi or 2Gi",
-            ));
-        }
-        if let Some(class) = volume.storage_class.as_ref().filter(|c| !is_subdomain(c)) {
-            let shown: String = class.chars().take(80).collect();
-            return Err(Refusal::new(
-                "invalid_storage_class",
-                format!("{shown:?} is not the name of a StorageClass"),
-                "use one that `kubectl get storageclasses` lists, or leave it out",
-            ));
-        }
-        let variable = volume.variable(name);
-        let own = ["HOST", "PORT"].contains(&variable.as_str()) || variable.starts_with("DAYBOOK_");
-        let set = spec.run.env.keys().any(|key| key.as_str() == variable);
-        if own || set || !variables.insert(variable.clone()) {
-            return Err(Refusal::new(
-                "volume_variable_taken",
-                format!("{variable} has another meaning than where the volume {name} is"),
-                "name another variable in the volume's `env`",
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Whether a text is the name of an object of a cluster: lower-case letters, digits, `-` and `.`.
-fn is_subdomain(name: &str) -> bool {
-    let label = |label: &str| {
-        let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-        let ends = [label.bytes().next(), label.bytes().last()];
-        ends.into_iter().all(|b| b.is_some_and(inner))
-            && label.bytes().all(|b| inner(b) || b == b'-')
-    };
-    name.len() <= 253 && name.split('.').all(label)
+    spec.run.check_volumes()
 }
 
 /// Decides whether `event` may be appended. Creating what exists already is refused; defining a

@@ -10,8 +10,9 @@ use daybook_events::deployment::{
     Phase, Plane, PlaneChange, PlaneSeen, PlaneState, ReadinessState, Status, TRANSITIONS, Version,
     decide,
 };
+use daybook_events::secret::{Commitment, SecretRef, SecretScope};
 use daybook_events::testing::{Given, given, samples};
-use daybook_events::{DeploymentId, Payload};
+use daybook_events::{DeploymentId, Payload, VolumeName};
 
 /// What may follow on each state, written down once more by hand: events that leave the state as
 /// it is are in the second list.
@@ -330,6 +331,15 @@ fn nobody_is_overtaken_more_often_than_the_bound_says() {
         .then_nothing();
 }
 
+fn secret_ref(name: &str) -> SecretRef {
+    SecretRef {
+        secret: name.parse().unwrap(),
+        scope: SecretScope::default(),
+        version: 1,
+        commitment: Commitment::from_hmac(&[7; 32]),
+    }
+}
+
 #[test]
 fn a_bad_request_is_refused() {
     let refused = |code: &str, change: &dyn Fn(&mut daybook_events::deployment::Requested)| {
@@ -350,6 +360,25 @@ fn a_bad_request_is_refused() {
     refused("invalid_replicas", &|r| r.run.replicas = 0);
     refused("invalid_replicas", &|r| r.run.replicas = 101);
     refused("invalid_port", &|r| r.run.port = 0);
+    // Also of a service that was defined before that was looked at.
+    let volume = |path: &str| daybook_events::spec::VolumeSpec {
+        path: path.to_owned(),
+        ..Default::default()
+    };
+    let volumes = |paths: &[&str]| -> std::collections::BTreeMap<VolumeName, _> {
+        let names = ["one", "two"].map(|name| name.parse().unwrap());
+        let volumes = paths.iter().map(|path| volume(path));
+        names.into_iter().zip(volumes).collect()
+    };
+    refused("invalid_volume_path", &|r| r.run.volumes = volumes(&["/"]));
+    refused("invalid_volume_path", &|r| {
+        r.run.volumes = volumes(&["/data", "/data/"]);
+    });
+    refused("volume_variable_taken", &|r| {
+        r.run.volumes = volumes(&["/data"]);
+        let secret = secret_ref("VOLUME_ONE");
+        r.secrets.insert(secret.secret.clone(), secret);
+    });
     for bad in [
         "../etc",
         "/etc",
