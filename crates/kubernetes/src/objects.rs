@@ -1,10 +1,10 @@
 //! The objects that one environment is on a cluster: the same that `helm template` makes of the
 //! chart `daybook-app` in its GitOps repository, which a test compares.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use daybook_events::spec::{Autoscaling, VolumeSpec};
-use daybook_events::{ClusterName, DeploymentId, ServiceName};
+use daybook_events::spec::{Autoscaling, RunSpec, VolumeSpec};
+use daybook_events::{ClusterName, DeploymentId, ServiceName, VolumeName};
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
 use k8s_openapi::ByteString;
 use serde_json::{Map, Value, json};
@@ -126,7 +126,7 @@ fn claims(values: &EnvironmentValues, place: &Place<'_>) -> Vec<Object> {
     for (service, of_service) in &values.services {
         let releases = of_service.releases.values();
         let here = releases.filter(|release| release.clusters.contains(place.cluster));
-        for (volume, given) in here.flat_map(|release| &release.run.volumes) {
+        for (volume, given) in here.flat_map(|release| mounted(&release.run)) {
             let name = names::claim(service, volume);
             if claims.iter().all(|claim| claim.name != name) {
                 let mut labels = values.labels();
@@ -143,6 +143,15 @@ fn claims(values: &EnvironmentValues, place: &Place<'_>) -> Vec<Object> {
         }
     }
     claims
+}
+
+/// The volumes of a release. Of two at one path only the first is mounted: a workload with both would
+/// be refused, and with it all of the environment. Requests are looked at, and there are some of before
+/// that was so.
+fn mounted(run: &RunSpec) -> impl Iterator<Item = (&VolumeName, &VolumeSpec)> {
+    let mut paths = BTreeSet::new();
+    let volumes = run.volumes.iter();
+    volumes.filter(move |(_, volume)| paths.insert(volume.path.trim_end_matches('/')))
 }
 
 fn claim(
@@ -337,25 +346,23 @@ impl Release<'_> {
 
     /// Whether a volume is one that only a single node can use at a time.
     fn on_one_node(&self) -> bool {
-        let mut volumes = self.release.run.volumes.values();
-        volumes.any(|volume| !volume.many_nodes)
+        mounted(&self.release.run).any(|(_, volume)| !volume.many_nodes)
     }
 
     /// What pods have of volumes, beside what they have without.
     fn use_volumes(&self, template: &mut Value) {
-        let volumes = &self.release.run.volumes;
-        if volumes.is_empty() {
+        if self.release.run.volumes.is_empty() {
             return;
         }
         let spec = &mut template["spec"];
         // So that an image can write there whoever it runs as.
         spec["securityContext"]["fsGroup"] = json!(1000);
         spec["securityContext"]["fsGroupChangePolicy"] = json!("OnRootMismatch");
-        let of_claim = |name| {
+        let of_claim = |(name, _)| {
             let claim = names::claim(self.service, name);
             json!({ "name": name, "persistentVolumeClaim": { "claimName": claim } })
         };
-        spec["volumes"] = volumes.keys().map(of_claim).collect();
+        spec["volumes"] = mounted(&self.release.run).map(of_claim).collect();
         if self.on_one_node() {
             let labels = json!({ SERVICE: self.service, VOLUMES: "one-node" });
             spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] = json!([{
@@ -395,10 +402,16 @@ impl Release<'_> {
     fn container(&self) -> Value {
         let run = &self.release.run;
         let mut env = vec![json!({ "name": "PORT", "value": run.port.to_string() })];
-        for (name, volume) in &run.volumes {
-            env.push(json!({ "name": volume.variable(name), "value": volume.path }));
+        // As for paths: one that is there twice would be refused.
+        let mut named = BTreeSet::from(["PORT".to_owned()]);
+        for (name, volume) in mounted(run) {
+            let variable = volume.variable(name);
+            if named.insert(variable.clone()) {
+                env.push(json!({ "name": variable, "value": volume.path }));
+            }
         }
-        for key in self.release.secret_env.keys() {
+        let secrets = self.release.secret_env.keys();
+        for key in secrets.filter(|key| !named.contains(key.as_str())) {
             let reference = json!({ "name": self.name(), "key": key });
             env.push(json!({ "name": key, "valueFrom": { "secretKeyRef": reference } }));
         }
@@ -420,7 +433,7 @@ impl Release<'_> {
             container["command"] = words.collect();
         }
         if !run.volumes.is_empty() {
-            let mounts = run.volumes.iter();
+            let mounts = mounted(run);
             let mounts =
                 mounts.map(|(name, volume)| json!({ "name": name, "mountPath": volume.path }));
             container["volumeMounts"] = mounts.collect();

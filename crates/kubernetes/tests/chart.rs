@@ -62,6 +62,8 @@ fn values() -> EnvironmentValues {
     .unwrap();
     run.volumes = serde_json::from_value(serde_json::json!({
         "data": { "path": "/data" },
+        // As a service may be that was defined before that was looked at.
+        "twin": { "path": "/data/" },
         "shared-files": {
             "path": "/srv/files", "env": "FILES", "size": "1024Mi", "storage_class": "fast.nfs",
             "many_nodes": true,
@@ -75,9 +77,10 @@ fn values() -> EnvironmentValues {
         version: 2,
         commitment: Commitment::from_hmac(&[7; 32]),
     };
-    whole
-        .secret_env
-        .insert("DATABASE_URL".parse().unwrap(), reference);
+    for name in ["DATABASE_URL", "VOLUME_DATA"] {
+        let name = name.parse().unwrap();
+        whole.secret_env.insert(name, reference.clone());
+    }
     web.releases.insert(id, whole);
     let mut run = RunSpec::default();
     run.health.path = String::new();
@@ -118,12 +121,9 @@ fn values() -> EnvironmentValues {
     values
 }
 
-#[test]
-fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
-    let Some(helm) = helm_program() else {
-        return;
-    };
-    let values = values();
+/// What `helm template` makes of the chart with a values file; none without helm.
+fn rendered(values: &str) -> Option<Vec<Value>> {
+    let helm = helm_program()?;
     let dir = tempfile::tempdir().unwrap();
     for (path, content) in chart_files() {
         let file = dir.path().join("base/charts/daybook-app").join(path);
@@ -138,7 +138,7 @@ fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
     )
     .unwrap();
     let file = dir.path().join("values.yaml");
-    std::fs::write(&file, values.to_yaml().unwrap()).unwrap();
+    std::fs::write(&file, values).unwrap();
     let output = Command::new(helm)
         .args(["template", "shop", "--namespace", "shop--production"])
         .args(["--set", "daybook-app.cluster=oslo"])
@@ -159,14 +159,22 @@ fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
         String::from_utf8_lossy(&output.stderr)
     );
     let text = String::from_utf8(output.stdout).unwrap();
-    let rendered: Vec<Value> = text
+    let rendered = text
         .split("\n---\n")
         .filter(|part| {
             part.lines()
                 .any(|l| !l.starts_with('#') && !l.trim().is_empty() && l != "---")
         })
-        .map(|part| serde_saphyr::from_str(part).unwrap_or_else(|e| panic!("{e}:\n{part}")))
-        .collect();
+        .map(|part| serde_saphyr::from_str(part).unwrap_or_else(|e| panic!("{e}:\n{part}")));
+    Some(rendered.collect())
+}
+
+#[test]
+fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
+    let values = values();
+    let Some(rendered) = rendered(&values.to_yaml().unwrap()) else {
+        return;
+    };
     let gateway = GatewayRef {
         name: "public".to_owned(),
         namespace: Some("edge".to_owned()),
@@ -208,4 +216,40 @@ fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
     for (name, object) in &ours {
         assert_eq!(object, &theirs[name], "{name}");
     }
+}
+
+#[test]
+fn a_volume_that_is_written_by_hand_counts_instead_of_that_of_the_definition() {
+    let mut values = values();
+    for service in values.services.values_mut() {
+        service.releases.retain(|_, r| r.run.volumes.len() > 1);
+    }
+    let text = values.to_yaml().unwrap();
+    let mut lines = text.lines();
+    let line = lines.find(|l| l.trim_start().starts_with("replicas:"));
+    let line = line.unwrap();
+    let indent = " ".repeat(line.len() - line.trim_start().len());
+    let by_hand = serde_json::json!({ "volumes": [
+        { "name": "data", "path": "/theirs", "size": "5Gi" },
+        { "name": "theirs", "path": "/srv/files/", "size": "5Gi" },
+    ]});
+    let text = text.replacen(line, &format!("{line}\n{indent}kubernetes: {by_hand}"), 1);
+    let Some(rendered) = rendered(&text) else {
+        return;
+    };
+    let named = |kind: &'static str| rendered.iter().filter(move |o| o["kind"] == kind);
+    let claims = named("PersistentVolumeClaim");
+    let mut claims: Vec<_> = claims.map(|o| o["metadata"]["name"].as_str()).collect();
+    claims.sort_unstable();
+    let expected = ["web-data", "web-theirs", "web.twin"].map(Some);
+    assert_eq!(claims, expected);
+    let workload = named("Deployment").next().unwrap();
+    let container = &workload["spec"]["template"]["spec"]["containers"][0];
+    // The second one at a path is mounted where the first one is not.
+    let mounts = serde_json::json!([
+        { "name": "twin", "mountPath": "/data/" },
+        { "name": "data", "mountPath": "/theirs" },
+        { "name": "theirs", "mountPath": "/srv/files/" },
+    ]);
+    assert_eq!(container["volumeMounts"], mounts);
 }

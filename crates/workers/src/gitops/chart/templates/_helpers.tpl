@@ -29,9 +29,31 @@ metadata:
 {{- if and (or .release.autoscaling .kubernetes.autoscaling) (gt (int .release.replicas) 0) }}true{{ end }}
 {{- end }}
 
+{{/*
+The volumes of the definition that are mounted, as JSON: not those that have the name or the path of one
+that is written by hand, nor the second of two at one path.
+*/}}
+{{- define "daybook-app.volumes" -}}
+{{- $names := dict }}
+{{- $paths := dict }}
+{{- range .kubernetes.volumes }}
+{{- $_ := set $names .name true }}
+{{- $_ := set $paths (regexReplaceAll "/+$" .path "") true }}
+{{- end }}
+{{- $mounted := dict }}
+{{- range $name, $volume := .release.volumes }}
+{{- $path := regexReplaceAll "/+$" $volume.path "" }}
+{{- if not (or (hasKey $names $name) (hasKey $paths $path)) }}
+{{- $_ := set $paths $path true }}
+{{- $_ := set $mounted $name $volume }}
+{{- end }}
+{{- end }}
+{{- toJson $mounted }}
+{{- end }}
+
 {{/* Not empty if a volume is one that only a single node can use at a time. */}}
 {{- define "daybook-app.onOneNode" -}}
-{{- range .release.volumes }}{{ if not .many_nodes }}true{{ end }}{{ end }}
+{{- range include "daybook-app.volumes" . | fromJson }}{{ if not .many_nodes }}true{{ end }}{{ end }}
 {{- end }}
 
 {{/* The releases of this cluster, as a list of such dicts. */}}
