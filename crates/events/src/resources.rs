@@ -62,6 +62,12 @@ impl Quantity {
         self.thousandths().filter(fits)
     }
 
+    /// Whether both can be read, and this is the larger one, whatever they are amounts of.
+    pub fn exceeds(&self, other: &Self) -> bool {
+        let both = self.thousandths().zip(other.thousandths());
+        both.is_some_and(|(this, other)| this > other)
+    }
+
     /// Cut, where it may be anything.
     pub(crate) fn shown(&self) -> String {
         self.0.chars().take(LENGTH_MAX).collect()
@@ -338,6 +344,20 @@ mod tests {
         let long = "9".repeat(400);
         assert_eq!(Quantity::new(&long).thousandths(), None);
         assert_eq!(Quantity::new(&long).shown().len(), LENGTH_MAX);
+    }
+
+    #[test]
+    fn only_what_can_be_read_exceeds_anything() {
+        let exceeds = |this, other| Quantity::new(this).exceeds(&Quantity::new(other));
+        assert!(exceeds("1536Mi", "1Gi"));
+        assert!(exceeds("1Gi", "1G"));
+        assert!(!exceeds("1Gi", "1024Mi"));
+        // More than anybody could ask for here.
+        assert!(!exceeds("1Gi", "100Ti"));
+        // As API servers may keep it, and nothing at all.
+        for unread in ["5e9", ""] {
+            assert!(!exceeds("1Gi", unread) && !exceeds(unread, "1Gi"), "{unread}");
+        }
     }
 
     fn resources(json: &str) -> Resources {

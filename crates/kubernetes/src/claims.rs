@@ -89,7 +89,8 @@ impl Space<'_> {
         let Some(there) = sizes.get_mut(name) else {
             return Ok(None);
         };
-        if wanted.bytes() <= there.bytes() {
+        // One that says its size in a way that is not read is left as it is.
+        if !wanted.exceeds(there) {
             return Ok(None);
         }
         let what = format!("PersistentVolumeClaim {name}");

@@ -176,6 +176,40 @@ async fn a_volume_grows_where_its_storage_can_and_is_said_not_to_where_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_is_larger_than_could_be_asked_for_is_left_as_it_is() {
+    for (environment, there) in [("huge", "100Ti"), ("exponent", "5e9")] {
+        let Some(stage) = Stage::new(environment).await else {
+            return;
+        };
+        let mut values = stage.values();
+        release(&mut values, 1, 1);
+        stage.apply(1, &values).await.unwrap();
+        let ours = json!({
+            "metadata": { "name": DATA, "labels": {
+                names::MANAGED_BY: names::MANAGER,
+                names::PROJECT: stage.app.project,
+                names::ENVIRONMENT: stage.app.environment,
+                names::VOLUME: "data",
+            }},
+            "spec": {
+                "accessModes": ["ReadWriteOnce"],
+                "resources": { "requests": { "storage": there } },
+            },
+        });
+        let ours: PersistentVolumeClaim = serde_json::from_value(ours).unwrap();
+        let params = PostParams::default();
+        claims(&stage).create(&params, &ours).await.unwrap();
+        keeps(&mut values, 1, json!({ "path": "/data", "size": "2Gi" }));
+        stage.apply(2, &values).await.unwrap();
+        assert_eq!(size(&claims(&stage).get(DATA).await.unwrap()), there);
+        let is = |s: &AppStatus| s.revision == Some(commit(2)) && of(s, 1).is_some();
+        let status = stage.until("it is told", is).await;
+        let problem = of(&status, 1).unwrap().problem.as_ref();
+        assert!(problem.is_none_or(|p| p.reason != "VolumeNotEnlarged"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_claim_of_somebody_else_is_not_taken() {
     let Some(stage) = Stage::new("foreign-claim").await else {
         return;
