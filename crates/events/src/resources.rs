@@ -356,7 +356,10 @@ mod tests {
         assert!(!exceeds("1Gi", "100Ti"));
         // As API servers may keep it, and nothing at all.
         for unread in ["5e9", ""] {
-            assert!(!exceeds("1Gi", unread) && !exceeds(unread, "1Gi"), "{unread}");
+            assert!(
+                !exceeds("1Gi", unread) && !exceeds(unread, "1Gi"),
+                "{unread}"
+            );
         }
     }
 

@@ -36,13 +36,12 @@ impl Space<'_> {
                     "PersistentVolumeClaim {name} is still being deleted"
                 )));
             }
-            let size = &found.data["spec"]["resources"]["requests"]["storage"];
-            sizes.insert(name, Quantity::new(size.as_str().unwrap_or_default()));
+            sizes.insert(name, size_asked(&found));
         }
-        for claim in wanted
-            .iter()
-            .filter(|claim| makes && !sizes.contains_key(&claim.name))
-        {
+        for claim in wanted.iter().filter(|_| makes) {
+            if sizes.contains_key(&claim.name) {
+                continue;
+            }
             let what = format!("PersistentVolumeClaim {}", claim.name);
             let body: DynamicObject = serde_json::from_value(claim.body.clone())
                 .map_err(|e| TargetError::Refused(format!("{what}: {e}")))?;
@@ -52,11 +51,14 @@ impl Space<'_> {
             };
             let api = self.objects(Kind::CLAIM);
             match timely(&what, api.create(&params, &body)).await? {
-                Ok(_) => {}
+                Ok(made) => {
+                    sizes.insert(claim.name.clone(), size_asked(&made));
+                }
                 Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {
                     // Another process of Daybook may have been first.
                     let now = self.claims().await?;
-                    if now.iter().any(|found| found.name_any() == claim.name) {
+                    if let Some(found) = now.iter().find(|found| found.name_any() == claim.name) {
+                        sizes.insert(claim.name.clone(), size_asked(found));
                         continue;
                     }
                     return Err(TargetError::Refused(format!(
@@ -185,4 +187,10 @@ impl Space<'_> {
         let found = timely(&what, self.objects(Kind::CLAIM).list(&list)).await?;
         Ok(found.map(|found| found.items))
     }
+}
+
+/// How large a claim is to be, as it was asked for.
+fn size_asked(claim: &DynamicObject) -> Quantity {
+    let size = &claim.data["spec"]["resources"]["requests"]["storage"];
+    Quantity::new(size.as_str().unwrap_or_default())
 }

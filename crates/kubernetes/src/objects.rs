@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use daybook_events::resources::Quantity;
 use daybook_events::spec::{Autoscaling, RunSpec, VolumeSpec};
 use daybook_events::{ClusterName, DeploymentId, ServiceName, VolumeName};
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
@@ -120,7 +121,8 @@ pub fn objects(values: &EnvironmentValues, place: &Place<'_>) -> Vec<Object> {
     objects
 }
 
-/// The claims of the volumes of all services, as they are made where they are not there yet.
+/// The claims of the volumes of all services, as they are made where they are not there yet: as the
+/// oldest release says, and as large as any of them asks for.
 fn claims(values: &EnvironmentValues, place: &Place<'_>) -> Vec<Object> {
     let mut claims: Vec<Object> = Vec::new();
     for (service, of_service) in &values.services {
@@ -128,7 +130,13 @@ fn claims(values: &EnvironmentValues, place: &Place<'_>) -> Vec<Object> {
         let here = releases.filter(|release| release.clusters.contains(place.cluster));
         for (volume, given) in here.flat_map(|release| mounted(&release.run)) {
             let name = names::claim(service, volume);
-            if claims.iter().all(|claim| claim.name != name) {
+            if let Some(claim) = claims.iter_mut().find(|claim| claim.name == name) {
+                let size = &mut claim.body["spec"]["resources"]["requests"]["storage"];
+                let there = Quantity::new(size.as_str().unwrap_or_default());
+                if given.size().exceeds(&there) {
+                    *size = json!(given.size());
+                }
+            } else {
                 let mut labels = values.labels();
                 for (key, value) in [
                     (MANAGED_BY, MANAGER),

@@ -94,18 +94,18 @@ fn values() -> EnvironmentValues {
             cpu_percent: 70,
         })
     };
-    // It shares a volume with the others, which say otherwise how large it is.
-    let small = VolumeSpec {
+    // It shares a volume with the others, which say otherwise how large it is: as much as any does.
+    let sized = |size: &str| VolumeSpec {
         path: "/else/where".to_owned(),
         many_nodes: true,
-        size: Some(Quantity::new("10Mi")),
+        size: Some(Quantity::new(size)),
         ..VolumeSpec::default()
     };
-    for (n, replicas) in [(4, 0), (5, 1)] {
+    for (n, replicas, size) in [(4, 0, "10Mi"), (5, 1, "1.5Gi")] {
         let run = RunSpec {
             replicas,
             autoscaling: autoscaling(),
-            volumes: [("data".parse().unwrap(), small.clone())].into(),
+            volumes: [("data".parse().unwrap(), sized(size))].into(),
             ..RunSpec::default()
         };
         let (id, release) = release(n, run);
@@ -211,6 +211,9 @@ fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
         "with up to eight, and not with three that a volume keeps on one node"
     );
     assert_eq!(of("PersistentVolumeClaim"), 2, "one a volume of a service");
+    let data = &ours["\"PersistentVolumeClaim\" \"web.data\""];
+    let size = &data["spec"]["resources"]["requests"]["storage"];
+    assert_eq!(size, "1536Mi", "as the largest asks for");
     let all = 4 * 3 + 2 + 1 + 2;
     assert_eq!(ours.len(), all);
     for (name, object) in &ours {

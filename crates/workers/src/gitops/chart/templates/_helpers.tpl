@@ -51,6 +51,13 @@ that is written by hand, nor the second of two at one path.
 {{- toJson $mounted }}
 {{- end }}
 
+{{/* How much a quantity is, such as 512Mi, for comparing it; 0 if it cannot be read. */}}
+{{- define "daybook-app.amount" -}}
+{{- $units := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "P" 1000000000000000 "E" 1000000000000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "Ei" 1152921504606846976 }}
+{{- $number := regexFind "^[0-9.]+" . }}
+{{- mulf (default "0" $number) (default 0 (get $units (trimPrefix $number .))) }}
+{{- end }}
+
 {{/* Not empty if a volume is one that only a single node can use at a time. */}}
 {{- define "daybook-app.onOneNode" -}}
 {{- range include "daybook-app.volumes" . | fromJson }}{{ if not .many_nodes }}true{{ end }}{{ end }}
