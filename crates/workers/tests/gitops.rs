@@ -20,7 +20,7 @@ use daybook_workers::git_transport::{
 };
 use daybook_workers::gitops::{
     Author, Change, CommitRequest, Committed, GitopsError, GitopsRepositories, GitopsRepository,
-    LedgerPoint, Remote, Witness,
+    LedgerPoint, Remote, RevertRequest, Witness,
 };
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
 use futures_util::future::join_all;
@@ -592,6 +592,20 @@ async fn an_earlier_chart_is_renewed_and_one_that_somebody_changed_is_not() {
     assert_eq!(tree(), present);
     assert_eq!(second.title, "deploy(production): api b1b2c3d");
     assert!(second.files.keys().any(|file| file.starts_with(chart)));
+    // Nor does it become what it was when that commit is undone.
+    let undo = RevertRequest {
+        commit: second.commit.clone(),
+        author: Author::new("Ada Example", "ada@example.com"),
+        at: Timestamp::from_second(1_700_000_000).unwrap(),
+        event: event(20),
+        reason: None,
+        witness: Witness::default(),
+    };
+    let undone = repository.revert(undo, &CancellationToken::new()).await;
+    let undone = undone.unwrap();
+    assert_eq!(tree(), present);
+    let changed: Vec<_> = undone.files.keys().collect();
+    assert_eq!(changed, ["environments/production/values.yaml"]);
 
     by_hand(path, "as it was, and a value", |clone| {
         for (file, _) in daybook_workers::gitops::chart_files() {

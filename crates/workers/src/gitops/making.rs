@@ -233,14 +233,18 @@ impl<'a> Making<'a> {
             return Err(GitopsError::RevertConflicts { commit, paths });
         }
         let reverted = repository.find_tree(index.write_tree_to(repository)?)?;
-        if reverted.id() == base.tree {
+        // A chart that was renewed is not taken back with what it was renewed with.
+        let mut edits = Edits::default();
+        self.renew(reverted.id(), &mut edits)?;
+        let renewed = self.staged.edit(reverted.id(), &edits)?;
+        if [reverted.id(), renewed].contains(&base.tree) {
             return Err(GitopsError::NothingToRevert { commit });
         }
         let difference = repository.diff_tree_to_tree(Some(&on.tree()?), Some(&reverted), None)?;
         let environments = survey::environments(difference.deltas());
         let mut edits = Edits::default();
         self.witness(base.tree, &request.witness, &mut edits)?;
-        let tree = self.staged.edit(reverted.id(), &edits)?;
+        let tree = self.staged.edit(renewed, &edits)?;
         let line = message::revert_line(&commit);
         let body = match request.reason.as_deref().map(str::trim) {
             None | Some("") => line,
