@@ -9,6 +9,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use serde_json::Value;
 
 use crate::differences::differences;
+use crate::names::VOLUMES;
 
 /// What was asked of an environment and applied, or handed to Argo CD to be applied.
 #[derive(Debug)]
@@ -140,7 +141,7 @@ impl Asked {
         held.next().map(|problem| problem.message.clone())
     }
 
-    /// Whether a workload is as it was asked for, as far as can be seen of it.
+    /// Whether a workload is the release that was asked for, as far as can be seen of it.
     pub(crate) fn covers(&self, deployment: DeploymentId, workload: &Deployment) -> bool {
         let metadata = &workload.metadata;
         match &self.by {
@@ -151,11 +152,13 @@ impl Asked {
                         && metadata.generation >= Some(applied.generation)
                 })
             }
-            // What has drifted since is still this release.
+            // What has drifted since is still this release, and so is what the chart does not make.
             By::ArgoCd { wanted, settled } => {
-                settled.contains(&deployment)
-                    || wanted.contains_key(&deployment)
-                        && self.drift(deployment, workload).is_empty()
+                let is_same = |(values, _): &(ReleaseValues, Value)| {
+                    let drift = self.drift(deployment, workload);
+                    drift.iter().all(|field| is_spare(field, values))
+                };
+                settled.contains(&deployment) || wanted.get(&deployment).is_some_and(is_same)
             }
         }
     }
@@ -204,4 +207,125 @@ fn is_autoscaled(field: &str, wanted: &Value, live: &Value) -> bool {
     let replicas = |of: &Value| of["spec"]["replicas"].as_u64();
     let (least, now) = (replicas(wanted), replicas(live));
     field == ".spec.replicas" && least > Some(0) && now > least
+}
+
+/// Whether a workload is the same release without this field, which charts do not make that are of
+/// before, or somebody's own: what it is given of a cluster, and what it keeps there.
+fn is_spare(field: &str, values: &ReleaseValues) -> bool {
+    let is_of = |field: &str, all: &[&str]| {
+        let mut rests = all.iter().filter_map(|of| field.strip_prefix(*of));
+        rests.any(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+    };
+    let Some(field) = field.strip_prefix(".spec.template.") else {
+        return false;
+    };
+    if let Some(container) = field.strip_prefix("spec.containers[") {
+        let Some((_, field)) = container.split_once("].") else {
+            return false;
+        };
+        let variable = field.strip_prefix("env[").and_then(|of| of.split_once(']'));
+        return match variable {
+            Some((variable, _)) => values.run.volume_of(variable).is_some(),
+            None => is_of(field, &["resources", "volumeMounts"]),
+        };
+    }
+    if field.strip_prefix("metadata.labels.") == Some(VOLUMES) {
+        return true;
+    }
+    let of_pod = [
+        "spec.affinity",
+        "spec.securityContext.fsGroup",
+        "spec.securityContext.fsGroupChangePolicy",
+        "spec.volumes",
+    ];
+    is_of(field, &of_pod)
+}
+
+#[cfg(test)]
+mod tests {
+    use daybook_events::spec::PinnedImage;
+    use daybook_events::{Digest, ImageRepository, ImageTag};
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_a_chart_does_not_make_is_drift_of_the_same_release() {
+        let run = json!({ "volumes": {
+            "data": { "path": "/data" },
+            "files": { "path": "/files", "env": "FILES" },
+        }});
+        let values = ReleaseValues {
+            image: PinnedImage {
+                repository: ImageRepository::parse("registry.example.com/shop/web").unwrap(),
+                tag: ImageTag::parse("a1b2c3d").unwrap(),
+                digest: Digest::of(b"web"),
+            },
+            clusters: Vec::new(),
+            secret_env: BTreeMap::new(),
+            run: serde_json::from_value(run).unwrap(),
+        };
+        let plain = json!({ "spec": {
+            "replicas": 1,
+            "selector": {},
+            "template": {
+                "metadata": { "labels": { "daybook.dev/service": "web" } },
+                "spec": {
+                    "securityContext": { "seccompProfile": { "type": "RuntimeDefault" } },
+                    "containers": [{
+                        "name": "web",
+                        "image": "a",
+                        "env": [{ "name": "PORT", "value": "8080" }],
+                    }],
+                },
+            },
+        }});
+        let mut whole = plain.clone();
+        let template = &mut whole["spec"]["template"];
+        template["metadata"]["labels"][VOLUMES] = json!("one-node");
+        let pod = &mut template["spec"];
+        pod["securityContext"]["fsGroup"] = json!(1000);
+        pod["securityContext"]["fsGroupChangePolicy"] = json!("OnRootMismatch");
+        pod["affinity"] = json!({ "podAffinity": {} });
+        pod["affinity"]["podAffinity"]["of"] = json!("x");
+        let claim = json!({ "claimName": "web.data" });
+        pod["volumes"] = json!([{ "name": "data", "persistentVolumeClaim": claim }]);
+        let container = &mut pod["containers"][0];
+        container["resources"] = json!({ "requests": { "cpu": "250m" } });
+        container["volumeMounts"] = json!([{ "name": "data", "mountPath": "/data" }]);
+        container["env"] = json!([
+            { "name": "PORT", "value": "8080" },
+            { "name": "VOLUME_DATA", "value": "/data" },
+            { "name": "FILES", "value": "/files" },
+        ]);
+        let deployment = DeploymentId(uuid::Uuid::from_u128(1));
+        let revision = CommitId::parse("01".repeat(20)).unwrap();
+        let mut asked = Asked::by_argocd(revision);
+        asked.handed_over(deployment, values, whole);
+        let seen = |change: &dyn Fn(&mut Value)| {
+            let mut live = plain.clone();
+            change(&mut live);
+            let live: Deployment = serde_json::from_value(live).unwrap();
+            let drift = asked.drift(deployment, &live);
+            (asked.covers(deployment, &live), drift.len())
+        };
+        assert_eq!(seen(&|_| {}), (true, 9));
+        let amount = json!({ "requests": { "cpu": "1" } });
+        let containers = "/spec/template/spec/containers/0";
+        let of_another = |live: &mut Value| {
+            live.pointer_mut(containers).unwrap()["resources"] = amount.clone();
+        };
+        assert_eq!(seen(&of_another), (true, 9));
+        // Another image, number or variable is another release.
+        let image = |live: &mut Value| {
+            live.pointer_mut(containers).unwrap()["image"] = json!("b");
+        };
+        assert_eq!(seen(&image), (false, 10));
+        let port = |live: &mut Value| {
+            let env = json!([{ "name": "PORT", "value": "9090" }]);
+            live.pointer_mut(containers).unwrap()["env"] = env;
+        };
+        assert_eq!(seen(&port), (false, 10));
+        assert!(!seen(&|live| live["spec"]["replicas"] = json!(0)).0);
+    }
 }

@@ -423,6 +423,40 @@ async fn a_workload_that_is_synced_and_otherwise_says_which_fields() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_release_runs_without_what_its_chart_does_not_make_and_that_is_drift() {
+    let Some(argo) = Argo::new("customised").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let repository = argo.repository.clone();
+    let without = move |application: &Value| {
+        let mut objects = repository.render(application)?;
+        let mut all = objects.iter_mut();
+        let workload = all.find(|o| o["kind"] == "Deployment").unwrap();
+        let container = &mut workload["spec"]["template"]["spec"]["containers"][0];
+        container.as_object_mut().unwrap().remove("resources");
+        Ok(objects)
+    };
+    let _controller = testkit::ArgoCd::start(stage.client.clone(), &argo.namespace, without);
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    let service = values.services.get_mut(&web()).unwrap();
+    let asks = service.releases.get_mut(&deployment(1)).unwrap();
+    let amounts = json!({ "requests": { "cpu": "250m" } });
+    asks.run.resources = serde_json::from_value(amounts).unwrap();
+    argo.apply(1, &values).await.unwrap();
+    let runs =
+        |s: &AppStatus| ready(s, 1) == 1 && problem(s, 1).is_some_and(|p| p.reason == "Drift");
+    let status = stage
+        .until("it runs, and what is missing is said", runs)
+        .await;
+    assert!(problem(&status, 1).unwrap().message.contains(".resources"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_application_of_somebody_else_is_not_taken() {
     let Some(argo) = Argo::new("theirs").await else {
         return;
