@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::differences::differences;
 use crate::error::{conflicts_in, is_denied, refusal};
-use crate::names::{ADDRESS, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
+use crate::names::{ADDRESS, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT, VOLUMES};
 use crate::objects::{Kind, Object};
 use crate::routes::otherwise;
 
@@ -23,6 +23,9 @@ use crate::routes::otherwise;
 /// Looking at an object shows what is otherwise than it is to be, and not what is there without
 /// being asked for any more: what was asked for last does.
 const APPLIED: &str = "daybook.dev/applied";
+
+/// What a namespace says of its volumes.
+const KEPT: &str = "kept";
 
 /// The field that an autoscaler sets.
 const REPLICAS: &str = ".spec.replicas";
@@ -76,8 +79,9 @@ impl Applied {
 pub(crate) type Found = HashMap<(Kind, String), DynamicObject>;
 
 impl Space<'_> {
-    /// The namespace, made if it is not there. One that belongs to somebody else is refused.
-    pub(crate) async fn ensure(&self) -> Result<(), TargetError> {
+    /// The namespace, made if it is not there. One that belongs to somebody else is refused. From when
+    /// it has volumes on, it says so for good.
+    pub(crate) async fn ensure(&self, has_volumes: bool) -> Result<(), TargetError> {
         let what = format!("namespace {}", self.namespace);
         let api: Api<Namespace> = Api::all(self.client.clone());
         let found = timely(&what, api.get_opt(self.namespace)).await?;
@@ -96,12 +100,15 @@ impl Space<'_> {
                 )));
             }
         }
-        let labels = json!({
+        let mut labels = json!({
             MANAGED_BY: MANAGER,
             PROJECT: self.app.project,
             ENVIRONMENT: self.app.environment,
             EPHEMERAL: self.ephemeral.to_string(),
         });
+        if has_volumes || found.as_ref().is_some_and(says_volumes) {
+            labels[VOLUMES] = json!(KEPT);
+        }
         if found.is_some_and(|found| differences(&labels, &json!(found.labels())).is_empty()) {
             return Ok(());
         }
@@ -276,6 +283,11 @@ impl Space<'_> {
         let resource = ApiResource::from_gvk_with_plural(&gvk, kind.plural);
         Api::namespaced_with(self.client.clone(), self.namespace, &resource)
     }
+}
+
+/// Whether a namespace says that it has or had volumes.
+pub(crate) fn says_volumes(found: &Namespace) -> bool {
+    found.labels().get(VOLUMES).is_some_and(|said| said == KEPT)
 }
 
 /// An object that is to be so, with the digest of that.

@@ -62,7 +62,7 @@ impl KubernetesCluster {
             }
         }
         if !wanted.is_empty() {
-            space.ensure().await?;
+            space.ensure(!claims.is_empty()).await?;
         }
         let mut sizes = space.claim(&claims, argocd.is_none()).await?;
         for (service, values) in &desired.services {

@@ -12,7 +12,7 @@ use kube::core::DynamicObject;
 use kube::{Api, ResourceExt};
 use serde_json::json;
 
-use crate::apply::{Space, timely};
+use crate::apply::{Space, says_volumes, timely};
 use crate::error::refusal;
 use crate::names::{ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT, VOLUME};
 use crate::objects::{Kind, Object};
@@ -157,19 +157,32 @@ impl Space<'_> {
         }
     }
 
-    /// The claims that are there. An account that may not list them has made none.
+    /// The claims that are there. An account that may not list them has made none, unless the namespace
+    /// says that it has: a right that was taken away since is no reason to let go of what is kept.
     async fn kept_claims(&self) -> Result<Vec<DynamicObject>, TargetError> {
-        match self.list_claims().await? {
-            Err(kube::Error::Api(status)) if status.code == 403 => {
-                tracing::warn!(
-                    namespace = self.namespace,
-                    "volumes are not looked for: {}",
-                    status.message
-                );
-                Ok(Vec::new())
-            }
-            found => found.map_err(|e| refusal("the volumes of the environment", &e)),
+        let found = self.list_claims().await?;
+        let denied = match &found {
+            Err(kube::Error::Api(status)) if status.code == 403 => Some(status.message.clone()),
+            _ => None,
+        };
+        if let Some(why) = denied
+            && !self.has_had_claims().await?
+        {
+            tracing::warn!(
+                namespace = self.namespace,
+                "volumes are not looked for: {why}"
+            );
+            return Ok(Vec::new());
         }
+        found.map_err(|e| refusal("the volumes of the environment", &e))
+    }
+
+    async fn has_had_claims(&self) -> Result<bool, TargetError> {
+        let what = format!("namespace {}", self.namespace);
+        let api: Api<Namespace> = Api::all(self.client.clone());
+        let found = timely(&what, api.get_opt(self.namespace)).await?;
+        let found = found.map_err(|e| refusal(&what, &e))?;
+        Ok(found.as_ref().is_some_and(says_volumes))
     }
 
     async fn claims(&self) -> Result<Vec<DynamicObject>, TargetError> {

@@ -19,7 +19,8 @@ pub const SERVICE: &str = "daybook.dev/service";
 pub const DEPLOYMENT: &str = "daybook.dev/deployment";
 /// On the claim of a volume, which it names: such claims outlive the releases that use them.
 pub const VOLUME: &str = "daybook.dev/volume";
-/// On the pods of a release whose volumes only one node can use at a time.
+/// On the pods of a release whose volumes only one node can use at a time, and on the namespace of an
+/// environment that has or had any volumes.
 pub const VOLUMES: &str = "daybook.dev/volumes";
 /// On the HTTPRoute of a hostname that moves from one release to another, so that it is told from
 /// those that belong to a release.

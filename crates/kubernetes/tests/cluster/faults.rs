@@ -167,6 +167,43 @@ async fn without_the_right_to_disruption_budgets_there_are_none_and_releases_run
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_right_to_volumes_that_was_taken_away_does_not_take_what_is_kept() {
+    for (environment, has_volume) in [("pr-8", true), ("pr-9", false)] {
+        let Some((stage, proxy)) = through_proxy(environment).await else {
+            return;
+        };
+        let mut values = stage.values();
+        values.ephemeral = true;
+        let nothing = values.clone();
+        release(&mut values, 1, 1);
+        if has_volume {
+            super::volumes::keeps(&mut values, 1, json!({ "path": "/data" }));
+        }
+        stage.apply(1, &values).await.unwrap();
+        proxy.answer(|_, address| {
+            let is_one = address.contains("/persistentvolumeclaims");
+            is_one.then(|| refusal(403, "Forbidden"))
+        });
+        let applied = stage.apply(2, &nothing).await;
+        let spaces: Api<Namespace> = Api::all(stage.client.clone());
+        let found = spaces.get_opt(&stage.namespace()).await.unwrap();
+        let stays = found.is_some_and(|s| s.metadata.deletion_timestamp.is_none());
+        assert_eq!(stays, has_volume);
+        match (has_volume, applied) {
+            (false, Ok(())) => {}
+            (true, Err(TargetError::Refused(why))) => {
+                assert!(why.contains("the volumes of the environment"), "{why}");
+            }
+            (_, other) => panic!("{other:?}"),
+        }
+        if has_volume {
+            let removed = stage.target.remove_volumes(&stage.app).await;
+            assert!(removed.is_err(), "{removed:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_right_that_is_missing_is_named() {
     let plane = tokio::task::spawn_blocking(ControlPlane::shared);
     let Some(plane) = plane.await.unwrap() else {
