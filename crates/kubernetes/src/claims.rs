@@ -21,8 +21,8 @@ use crate::objects::{Kind, Object};
 pub(crate) type Sizes = HashMap<String, Quantity>;
 
 impl Space<'_> {
-    /// Makes the claims that are not there yet, if it is not for Argo CD to do so. A right to
-    /// claims is asked for only where there are volumes.
+    /// Makes the claims that are not there yet, if it is not for Argo CD to do so, and refuses those that
+    /// are somebody else's. A right to claims is asked for only where there are volumes.
     pub(crate) async fn claim(&self, wanted: &[Object], makes: bool) -> Result<Sizes, TargetError> {
         if wanted.is_empty() {
             return Ok(Sizes::new());
@@ -38,9 +38,16 @@ impl Space<'_> {
             }
             sizes.insert(name, size_asked(&found));
         }
-        for claim in wanted.iter().filter(|_| makes) {
+        for claim in wanted {
             if sizes.contains_key(&claim.name) {
                 continue;
+            }
+            if !makes {
+                // Argo CD would take it over by its name, labels and all.
+                match self.is_theirs(&claim.name).await? {
+                    true => return Err(self.not_ours(&claim.name)),
+                    false => continue,
+                }
             }
             let what = format!("PersistentVolumeClaim {}", claim.name);
             let body: DynamicObject = serde_json::from_value(claim.body.clone())
@@ -61,22 +68,42 @@ impl Space<'_> {
                         sizes.insert(claim.name.clone(), size_asked(found));
                         continue;
                     }
-                    return Err(TargetError::Refused(format!(
-                        "{what} exists and is not Daybook's. Give the volume another name, or hand \
-                         the claim over, with its data: kubectl label persistentvolumeclaim {} \
-                         --namespace {} {MANAGED_BY}={MANAGER} {PROJECT}={} {ENVIRONMENT}={} \
-                         {VOLUME}={}",
-                        claim.name,
-                        self.namespace,
-                        self.app.project,
-                        self.app.environment,
-                        claim.name.split('.').next_back().unwrap_or_default()
-                    )));
+                    return Err(self.not_ours(&claim.name));
                 }
                 Err(e) => return Err(refusal(&what, &e)),
             }
         }
         Ok(sizes)
+    }
+
+    /// Whether a claim of this name is there that is somebody else's.
+    async fn is_theirs(&self, name: &str) -> Result<bool, TargetError> {
+        let list = ListParams::default().fields(&format!("metadata.name={name}"));
+        let what = format!("PersistentVolumeClaim {name}");
+        let found = timely(&what, self.objects(Kind::CLAIM).list_metadata(&list)).await?;
+        let found = found.map_err(|e| refusal(&what, &e))?;
+        let ours = [
+            (MANAGED_BY, MANAGER),
+            (PROJECT, self.app.project.as_str()),
+            (ENVIRONMENT, self.app.environment.as_str()),
+        ];
+        Ok(found.items.iter().any(|found| {
+            let labels = found.labels();
+            let says = |(key, value): (&str, &str)| labels.get(key).is_some_and(|l| l == value);
+            !labels.contains_key(VOLUME) || !ours.into_iter().all(says)
+        }))
+    }
+
+    fn not_ours(&self, name: &str) -> TargetError {
+        TargetError::Refused(format!(
+            "PersistentVolumeClaim {name} exists and is not Daybook's. Give the volume another name, \
+             or hand the claim over, with its data: kubectl label persistentvolumeclaim {name} \
+             --namespace {} {MANAGED_BY}={MANAGER} {PROJECT}={} {ENVIRONMENT}={} {VOLUME}={}",
+            self.namespace,
+            self.app.project,
+            self.app.environment,
+            name.split('.').next_back().unwrap_or_default()
+        ))
     }
 
     /// Makes a claim larger that is there and is to be larger. If its storage cannot grow, that is

@@ -572,3 +572,38 @@ async fn a_volume_that_argocd_made_grows_and_stays() {
     stage.target.remove_volumes(&stage.app).await.unwrap();
     volumes::goes(stage, volumes::DATA).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_of_somebody_else_is_not_handed_to_argocd() {
+    let Some(argo) = Argo::new("their-data").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let _controller = argo.controller();
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    argo.apply(1, &values).await.unwrap();
+    let claims = volumes::claims(stage);
+    let theirs = json!({
+        "metadata": { "name": volumes::DATA },
+        "spec": {
+            "accessModes": ["ReadWriteOnce"],
+            "resources": { "requests": { "storage": "1Gi" } },
+        },
+    });
+    let theirs = serde_json::from_value(theirs).unwrap();
+    claims
+        .create(&PostParams::default(), &theirs)
+        .await
+        .unwrap();
+    volumes::keeps(&mut values, 1, json!({ "path": "/data" }));
+    let refused = argo.apply(2, &values).await;
+    assert!(
+        matches!(&refused, Err(TargetError::Refused(why)) if why.contains("is not Daybook's")),
+        "{refused:?}"
+    );
+    let spec = argo.application().await["spec"].take();
+    assert_eq!(spec["source"]["targetRevision"], json!(commit(1)));
+    let kept = claims.get(volumes::DATA).await.unwrap();
+    assert!(!kept.labels().contains_key(names::VOLUME));
+}
