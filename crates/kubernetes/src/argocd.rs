@@ -27,7 +27,7 @@ use crate::apply::{is_marked, marked, timely};
 use crate::differences::differences;
 use crate::error::{is_missing, refusal};
 use crate::names::{self, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
-use crate::objects::GatewayRef;
+use crate::objects::{GatewayRef, Object};
 
 /// Asks Argo CD to look at an Application now. It removes the annotation when it does.
 const REFRESH: &str = "argocd.argoproj.io/refresh";
@@ -65,6 +65,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) cluster: &'a ClusterName,
     pub(crate) gateway: Option<(&'a GatewayRef, &'a str)>,
     pub(crate) ephemeral: bool,
+    /// The claims of volumes, which are left as they are once they are made.
+    pub(crate) claims: &'a [Object],
 }
 
 impl ArgoCd {
@@ -222,7 +224,7 @@ impl ArgoCd {
             },
             "finalizers": [FINALIZER],
         });
-        json!({
+        let mut body = json!({
             "apiVersion": "argoproj.io/v1alpha1",
             "kind": "Application",
             "metadata": metadata,
@@ -242,11 +244,6 @@ impl ArgoCd {
                         "parameters": parameters.collect::<Vec<_>>(),
                     },
                 },
-                // What is kept is made larger by Daybook, and cannot be changed otherwise.
-                "ignoreDifferences": [{
-                    "kind": "PersistentVolumeClaim",
-                    "jsonPointers": ["/spec"],
-                }],
                 "syncPolicy": {
                     "automated": { "prune": true, "selfHeal": true },
                     "syncOptions": ["RespectIgnoreDifferences=true"],
@@ -256,7 +253,16 @@ impl ArgoCd {
                     },
                 },
             },
-        })
+        });
+        // What is kept is made larger by Daybook, and cannot be changed otherwise. Claims that are
+        // written by hand are made larger where they are written.
+        if !wanted.claims.is_empty() {
+            let ignored = wanted.claims.iter().map(|claim| {
+                json!({ "kind": claim.kind.kind, "name": claim.name, "jsonPointers": ["/spec"] })
+            });
+            body["spec"]["ignoreDifferences"] = ignored.collect();
+        }
+        body
     }
 
     /// As for any other object, but that a cluster without Argo CD is told apart.

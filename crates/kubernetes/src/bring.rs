@@ -11,7 +11,7 @@ use k8s_openapi::ByteString;
 use serde_json::Value;
 
 use crate::apply::Space;
-use crate::argocd::{self, ArgoCd, Wanted};
+use crate::argocd::{self, Wanted};
 use crate::asked::Asked;
 use crate::cluster::KubernetesCluster;
 use crate::names;
@@ -144,34 +144,21 @@ impl KubernetesCluster {
                 .into_iter()
                 .partition(|(_, name)| wanted.contains(name));
             argocd::let_go(&space, &gone).await?;
-            self.hand_over(argocd, app, revision, desired.ephemeral)
-                .await?;
+            let wanted = Wanted {
+                app,
+                revision,
+                cluster: &options.name,
+                gateway: place.gateway,
+                ephemeral: desired.ephemeral,
+                claims: &claims,
+            };
+            argocd.apply(&options.client, &wanted).await?;
             // Not before: at the commit before, what is listed again would be removed.
             again.retain(|(_, name)| !kept.contains(name));
             argocd::let_go(&space, &again).await?;
         }
         space.prune(kinds, &found, &keep).await?;
         Ok(asked)
-    }
-
-    /// Has Argo CD bring the environment to a commit.
-    async fn hand_over(
-        &self,
-        argocd: &ArgoCd,
-        app: &AppRef,
-        revision: &CommitId,
-        ephemeral: bool,
-    ) -> Result<(), TargetError> {
-        let options = self.options();
-        let gateway = options.gateway.as_ref();
-        let wanted = Wanted {
-            app,
-            revision,
-            cluster: &options.name,
-            gateway: gateway.map(|(gateway, domain)| (gateway, domain.as_str())),
-            ephemeral,
-        };
-        argocd.apply(&options.client, &wanted).await
     }
 
     /// The object with the values of a release's secrets. Values that are not to be had keep only

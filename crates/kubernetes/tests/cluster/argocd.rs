@@ -550,6 +550,12 @@ async fn a_volume_that_argocd_made_grows_and_stays() {
         values.clone()
     };
     argo.apply(1, &next(1, "1Gi")).await.unwrap();
+    // That one alone: what is written into the values file by hand is for Argo CD to make larger.
+    let ignored = json!([{
+        "kind": "PersistentVolumeClaim", "name": volumes::DATA, "jsonPointers": ["/spec"],
+    }]);
+    let application = argo.application().await;
+    assert_eq!(application["spec"]["ignoreDifferences"], ignored);
     let whole = |n: u8| move |s: &AppStatus| s.revision == Some(commit(n)) && s.is_whole;
     stage.until("it is synced", whole(1)).await;
     let claims = volumes::claims(stage);

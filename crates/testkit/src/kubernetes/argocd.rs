@@ -175,7 +175,8 @@ impl Controller {
         let api: Api<DynamicObject> =
             Api::namespaced_with(self.client.clone(), namespace, &resource);
         let ignored = spec["ignoreDifferences"].as_array().into_iter().flatten();
-        let mut ignored = ignored.filter(|of| of["kind"] == kind);
+        let is_of = |of: &&Value| of["name"].is_null() || of["name"] == name;
+        let mut ignored = ignored.filter(|of| of["kind"] == kind).filter(is_of);
         let options = spec["syncPolicy"]["syncOptions"].as_array();
         let respects = options.is_some_and(|o| o.contains(&json!("RespectIgnoreDifferences=true")));
         if respects
