@@ -20,13 +20,16 @@ use daybook_events::domain::{self, Domain};
 use daybook_events::environment::{Environment, EnvironmentEvent, EnvironmentSpec};
 use daybook_events::freeze::{Freeze, FreezeRule, FreezeSet, OneOff};
 use daybook_events::gitops::{Change, GitopsEvent};
+use daybook_events::log::{
+    Append, AppendError, Appended, Consumer, ConsumerConfig, EventStream, LogInfo, ReadError,
+};
 use daybook_events::project::{Project, ProjectEvent};
 use daybook_events::routing::{self, Hostnames, Routing, Stickiness, Target as RouteTarget};
 use daybook_events::spec::{BuildSpec, ImageReference, PinnedImage, RunSpec};
 use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition};
 use daybook_events::{
     Actor, AggregateKind, ClusterName, Context, DeploymentId, EnvironmentName, EventId, EventLog,
-    Folded, GitRef, Hostname, InstanceRef, Position, ProjectName, Subject, SubjectFilter,
+    Folded, GitRef, Hostname, InstanceRef, Position, ProjectName, Recorded, Subject, SubjectFilter,
     deployment, environment, project,
 };
 use daybook_projections::{Ledger, Projections};
@@ -45,6 +48,7 @@ use daybook_workers::ports::{
 };
 use daybook_workers::target::{AppRef, Target};
 use daybook_workers::values::EnvironmentValues;
+use futures_util::StreamExt as _;
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -67,6 +71,50 @@ struct Ports {
     repositories: Arc<dyn Repositories>,
     target: Arc<dyn Target>,
     tree: Arc<Breakable>,
+    /// How much later than it is appended each event is folded.
+    lag: Duration,
+}
+
+/// A log that the projections get late.
+#[derive(Debug)]
+struct Late(Arc<dyn EventLog>, Duration);
+
+#[async_trait]
+impl EventLog for Late {
+    async fn append(&self, append: Append) -> Result<Appended, AppendError> {
+        self.0.append(append).await
+    }
+    async fn head(&self) -> Result<Position, ReadError> {
+        self.0.head().await
+    }
+    async fn get(&self, position: Position) -> Result<Option<Recorded>, ReadError> {
+        self.0.get(position).await
+    }
+    async fn read_aggregate(&self, subject: &Subject) -> Result<Vec<Recorded>, ReadError> {
+        self.0.read_aggregate(subject).await
+    }
+    async fn read(
+        &self,
+        after: Position,
+        filter: &SubjectFilter,
+        limit: usize,
+    ) -> Result<Vec<Recorded>, ReadError> {
+        self.0.read(after, filter, limit).await
+    }
+    async fn tail(&self, after: Position, filter: SubjectFilter) -> Result<EventStream, ReadError> {
+        let (events, lag) = (self.0.tail(after, filter).await?, self.1);
+        let late = events.then(move |event| async move {
+            tokio::time::sleep(lag).await;
+            event
+        });
+        Ok(late.boxed())
+    }
+    async fn consumer(&self, config: ConsumerConfig) -> Result<Arc<dyn Consumer>, ReadError> {
+        self.0.consumer(config).await
+    }
+    async fn info(&self) -> Result<LogInfo, ReadError> {
+        self.0.info().await
+    }
 }
 
 /// A tree that says what it is told to say of the log.
@@ -106,6 +154,7 @@ impl Default for Ports {
             repositories: Arc::new(IdleRepositories::default()),
             target: Arc::new(IdleTarget::new(cluster())),
             tree: Arc::default(),
+            lag: Duration::ZERO,
         }
     }
 }
@@ -156,7 +205,11 @@ impl World {
         let cancel = CancellationToken::new();
         let projections = Projections::open(&dir.join("projections")).unwrap();
         let runner = {
-            let (projections, log, cancel) = (projections.clone(), log.clone(), cancel.clone());
+            let (projections, cancel) = (projections.clone(), cancel.clone());
+            let log: Arc<dyn EventLog> = match ports.lag.is_zero() {
+                true => log.clone(),
+                false => Arc::new(Late(log.clone(), ports.lag)),
+            };
             tokio::spawn(async move {
                 daybook_projections::runner::run(projections, log, cancel)
                     .await

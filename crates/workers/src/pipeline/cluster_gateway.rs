@@ -2,14 +2,15 @@
 //! there: under the cluster's name, as Daybook's own gateways do under theirs.
 
 use std::collections::{BTreeMap, HashSet};
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_events::deployment::Deployment;
 use daybook_events::routing::{self, GatewayAddress, Rejected, Routing, Stickiness};
 use daybook_events::{ClusterName, Hostname, ProjectName, Subject};
-use daybook_projections::{Change, QueryError};
-use tokio::sync::watch;
+use daybook_projections::{Change, Executed, QueryError};
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -25,7 +26,7 @@ const ROLE: &str = "gateway";
 /// When the projects are listed again if that was not possible.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// How long a look at what others have on a cluster may take. The next switch waits for it.
+/// How long a look at what others have on a cluster may take.
 const MET_WITHIN: Duration = Duration::from_secs(5);
 
 /// Keeps the Gateway of a cluster up to date until `cancel`, if it has one. Projects do not wait
@@ -35,6 +36,7 @@ pub async fn run(bench: Bench, target: Arc<dyn Target>, cancel: CancellationToke
         return;
     }
     let tasks = TaskTracker::new();
+    let looks = Arc::new(Semaphore::new(1));
     let mut known = HashSet::new();
     let mut feed = bench.ledger.projections().feed();
     let mut change = Some(Change::Any);
@@ -56,6 +58,7 @@ pub async fn run(bench: Bench, target: Arc<dyn Target>, cancel: CancellationToke
                     bench: bench.clone(),
                     target: target.clone(),
                     project,
+                    looks: looks.clone(),
                 };
                 let cancel = cancel.clone();
                 tasks.spawn(async move {
@@ -94,12 +97,16 @@ fn projects(bench: &Bench, change: &Change) -> Result<Vec<ProjectName>, QueryErr
 
 /// What is known from one application of a table to the next.
 struct Known {
-    /// Whether this process has led any hostname there.
+    /// Whether this process has tried to lead any hostname there.
     has_led: bool,
+    /// What this process has led there, and the table that it is of.
+    led: Option<(u32, HostRoutes)>,
     /// The table with which Ingresses were looked at.
     looked: u32,
     /// Where the Gateway is reached.
     addresses: Option<watch::Receiver<Option<Vec<GatewayAddress>>>>,
+    /// Where it was reached when this process said so last.
+    said: Option<Vec<GatewayAddress>>,
 }
 
 impl Known {
@@ -113,9 +120,22 @@ impl Known {
         std::future::pending().await
     }
 
-    fn addresses(&mut self) -> Option<Vec<GatewayAddress>> {
-        let addresses = self.addresses.as_mut()?;
-        addresses.borrow_and_update().clone()
+    /// Where the Gateway is reached, unless this process has said so. Another one may see it
+    /// elsewhere, and has said that: two that took each other's word back would never end.
+    fn unsaid(&mut self) -> Option<Vec<GatewayAddress>> {
+        let now = self.addresses.as_mut()?.borrow_and_update().clone()?;
+        (self.said.as_ref() != Some(&now)).then_some(now)
+    }
+
+    fn is_led(&self, table: u32, routes: &HostRoutes) -> bool {
+        let led = self.led.as_ref();
+        led.is_some_and(|(t, r)| *t == table && r == routes)
+    }
+
+    /// What is led there, if Ingresses were not looked at with it.
+    fn to_meet(&self) -> Option<(u32, HostRoutes)> {
+        let unmet = self.led.as_ref().filter(|(t, _)| *t != self.looked);
+        unmet.cloned()
     }
 }
 
@@ -124,6 +144,8 @@ struct Applier {
     bench: Bench,
     target: Arc<dyn Target>,
     project: ProjectName,
+    /// One look at a time at what others have on the cluster, for all projects.
+    looks: Arc<Semaphore>,
 }
 
 impl Applier {
@@ -132,11 +154,13 @@ impl Applier {
         let mut trouble = Trouble::default();
         let mut known = Known {
             has_led: false,
+            led: None,
             looked: 0,
             addresses: self.target.gateway_addresses(),
+            said: None,
         };
         loop {
-            let applied = self.apply_in_trace(&mut known).await;
+            let applied = self.in_trace(Box::pin(self.apply(&mut known))).await;
             let (cluster, project) = (self.target.cluster(), &self.project);
             let failed = match applied {
                 Ok(()) | Err(Stop::Moved(_)) => {
@@ -156,8 +180,19 @@ impl Applier {
                     true
                 }
             };
+            // Nobody who waits for a table waits for that, nor does the next one.
+            let to_meet = known.to_meet().filter(|_| !failed);
+            let mut meets = to_meet.is_some();
+            let mut meeting = Box::pin(self.meet(to_meet));
             loop {
                 let change = tokio::select! {
+                    // What it has reported comes by the feed as well, and is no reason to begin anew.
+                    biased;
+                    looked = &mut meeting, if meets => {
+                        meets = false;
+                        known.looked = looked.unwrap_or(known.looked);
+                        continue;
+                    }
                     change = feed.next() => change,
                     () = known.moved() => break,
                     () = tokio::time::sleep(trouble.pause()), if failed => break,
@@ -178,8 +213,8 @@ impl Applier {
         }
     }
 
-    /// Brings the cluster to the newest table, in the trace of the switch that made it.
-    async fn apply_in_trace(&self, known: &mut Known) -> Result<(), Stop> {
+    /// Does what a switch asks for, in the trace of the newest one.
+    async fn in_trace(&self, work: impl Future<Output = Result<(), Stop>>) -> Result<(), Stop> {
         let subject = Subject::Routing(self.project.clone());
         let projections = self.bench.ledger.projections();
         let folded = projections.shared::<Routing>(&subject)?;
@@ -187,14 +222,14 @@ impl Applier {
         // The fold need not copy the table for the sake of this reader.
         drop(folded);
         let Some((id, instance, trace)) = about else {
-            return self.apply(known).await;
+            return work.await;
         };
         let about = About::of_instance(id, &instance, trace).in_cluster(self.target.cluster());
-        self.bench.work(ROLE, about, self.apply(known)).await
+        self.bench.work(ROLE, about, work).await
     }
 
     /// Brings the cluster to the newest table, and reports that it is there, and where its Gateway
-    /// is reached.
+    /// is reached. What this process has led already is not looked at again before the next switch.
     async fn apply(&self, known: &mut Known) -> Result<(), Stop> {
         let subject = Subject::Routing(self.project.clone());
         let projections = self.bench.ledger.projections();
@@ -216,51 +251,96 @@ impl Applier {
             return Ok(());
         }
         known.has_led = true;
+        let is_served = routing.applied.get(&name) == Some(&table);
         drop(folded);
-        match self.target.route(&routes).await {
-            Ok(()) => {
-                let said = Said {
-                    addresses: known.addresses(),
-                    ingresses: None,
-                };
-                self.says(table, said).await?;
-                self.meet(table, &routes, known).await
-            }
-            Err(RouteError::Unavailable(why)) => Err(Stop::Retry(why)),
-            Err(error @ RouteError::Refused(_)) => {
-                let why = error.to_string();
-                if let RouteError::Refused(refused) = error {
-                    self.reject(table, refused).await?;
+        // A Gateway that is gone takes no routes, and where it is reached is said all the same.
+        let said = match is_served {
+            true => self.serves(table, known).await,
+            false => Ok(()),
+        };
+        if !known.is_led(table, &routes) {
+            known.led = None;
+            let done = self.target.route(&routes).await;
+            match done {
+                Ok(()) => known.led = Some((table, routes)),
+                Err(RouteError::Unavailable(why)) => return Err(Stop::Retry(why)),
+                Err(error @ RouteError::Refused(_)) => {
+                    let why = error.to_string();
+                    if let RouteError::Refused(refused) = error {
+                        self.reject(table, refused).await?;
+                    }
+                    return Err(Stop::Retry(why));
                 }
-                Err(Stop::Retry(why))
             }
+        }
+        match is_served {
+            true => said,
+            false => self.serves(table, known).await,
         }
     }
 
-    /// Reports what others have on the cluster for the hostnames of a table that it serves: nobody
-    /// who waits for the table waits for that.
-    async fn meet(&self, table: u32, routes: &HostRoutes, known: &mut Known) -> Result<(), Stop> {
-        if known.looked == table {
-            return Ok(());
-        }
-        let looked = tokio::time::timeout(MET_WITHIN, self.target.ingresses(routes)).await;
+    /// Reports what others have on the cluster for the hostnames that are led there, and says with
+    /// which table it has looked. What goes wrong with it concerns nothing else.
+    async fn meet(&self, led: Option<(u32, HostRoutes)>) -> Option<u32> {
+        let (table, routes) = led?;
+        let looked = {
+            let _turn = self.looks.acquire().await;
+            tokio::time::timeout(MET_WITHIN, self.target.ingresses(&routes)).await
+        };
         let Ok(Some(ingresses)) = looked else {
-            return Ok(());
+            return Some(table);
         };
         let said = Said {
             addresses: None,
             ingresses: Some(ingresses),
         };
+        match self.in_trace(Box::pin(self.says(table, said))).await {
+            Ok(()) => Some(table),
+            Err(stop) => {
+                let (cluster, project) = (self.target.cluster(), &self.project);
+                tracing::warn!(%cluster, %project, ?stop, "Ingresses of others were not reported");
+                None
+            }
+        }
+    }
+
+    /// Reports that the cluster serves a table, and where its Gateway is reached if this process has
+    /// not said so.
+    async fn serves(&self, table: u32, known: &mut Known) -> Result<(), Stop> {
+        let addresses = known.unsaid();
+        let said = Said {
+            addresses: addresses.clone(),
+            ingresses: None,
+        };
         self.says(table, said).await?;
-        known.looked = table;
+        let subject = Subject::Routing(self.project.clone());
+        let projections = self.bench.ledger.projections();
+        let folded = projections.shared::<Routing>(&subject)?;
+        let name = self.target.cluster().as_str();
+        let there = folded.state.as_ref().and_then(|r| r.addresses.get(name));
+        // A report of a table that others have left behind says nothing.
+        if addresses.is_some() && there == addresses.as_ref() {
+            known.said = addresses;
+        }
         Ok(())
     }
 
-    /// Reports that the cluster serves a table, with what its Gateway says besides.
+    /// Reports that the cluster serves a table, with what its Gateway says besides, and waits until
+    /// that is known here.
     async fn says(&self, table: u32, said: Said) -> Result<(), Stop> {
         let name = self.target.cluster().as_str();
-        let report = Report::Applied(said);
-        gateway::report(&self.bench, &self.project, name, table, report).await
+        for _ in 0..2 {
+            let report = Report::Applied(said.clone());
+            let done = gateway::report(&self.bench, &self.project, name, table, report).await?;
+            // The next report is told from this one by what is known.
+            if let Some(position) = done.position() {
+                self.bench.folded(position).await?;
+            }
+            if !matches!(done, Executed::Duplicate { .. }) {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Reports the switches that have led hostnames to where this cluster refuses to lead them. A

@@ -17,7 +17,7 @@ use daybook_events::routing::{
 use daybook_events::{
     DeploymentId, EventId, Folded, Hostname, InstanceRef, ProjectName, Subject, TraceParent,
 };
-use daybook_projections::Change;
+use daybook_projections::{Change, Executed};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -200,7 +200,8 @@ impl Applier {
         // The fold need not copy the table for the sake of this reader.
         drop(folded);
         let outcome = rejected.map_or(Report::Applied(Said::default()), Report::Rejected);
-        report(&self.bench, project, &self.name, table, outcome).await
+        let reported = report(&self.bench, project, &self.name, table, outcome).await;
+        reported.map(|_| ())
     }
 
     /// Whether a project's newest table leads a host name nowhere.
@@ -366,7 +367,7 @@ pub(super) fn newest_switch(
 }
 
 /// What a gateway that serves a table says besides, as far as that is known.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Said {
     /// Where it is reached.
     pub(super) addresses: Option<Vec<GatewayAddress>>,
@@ -383,18 +384,19 @@ pub(super) enum Report {
 }
 
 /// Reports that a gateway has applied a table and what it says besides, or why it has not, unless
-/// that is known.
+/// that is known. A duplicate may be a report of the same table that says less, which was not folded
+/// yet when this one was made.
 pub(super) async fn report(
     bench: &Bench,
     project: &ProjectName,
     name: &str,
     table: u32,
     report: Report,
-) -> Result<(), Stop> {
+) -> Result<Executed, Stop> {
     let subject = Subject::Routing(project.clone());
     let folded = bench.ledger.projections().shared::<Routing>(&subject)?;
     let Some(routing) = &folded.state else {
-        return Ok(());
+        return Ok(Executed::Nothing);
     };
     let is_known = routing.applied.get(name) == Some(&table);
     let report = match report {
@@ -412,7 +414,7 @@ pub(super) async fn report(
     };
     let is_news = matches!(&report, Command::ReportApplied(now) if routing.is_news(now));
     if table == 0 || (is_known && !is_news) {
-        return Ok(());
+        return Ok(Executed::Nothing);
     }
     let cause = folded.last_id.unwrap_or(EventId(Uuid::nil()));
     let about = routing
@@ -446,7 +448,6 @@ pub(super) async fn report(
             routing::decide(state, command)
         })
         .await
-        .map(|_| ())
 }
 
 /// What a visitor is told of a deployment that answers nowhere.

@@ -329,6 +329,34 @@ async fn a_git_revert_whose_switch_is_refused_stops_nothing() {
     world.stop().await;
 }
 
+/// An Ingress of somebody else for the address of the instance.
+fn theirs(backend: &str) -> Ingresses {
+    Ingresses::Seen(vec![IngressSeen {
+        hostname: address(&instance()),
+        namespace: "legacy".to_owned(),
+        name: "shop".to_owned(),
+        backends: vec![backend.to_owned()],
+    }])
+}
+
+/// Where a Gateway is reached.
+fn at(n: u8) -> Vec<GatewayAddress> {
+    vec![GatewayAddress::Ip([203, 0, 113, n].into())]
+}
+
+/// Where the Gateway of the cluster was said to be reached, the newest last.
+async fn addresses_said(world: &World) -> Vec<Vec<GatewayAddress>> {
+    let subject = Subject::Routing(instance().project);
+    let events = world.ledger.log().read_aggregate(&subject).await.unwrap();
+    let said = events
+        .iter()
+        .filter_map(|r| match r.event().ok()?.payload() {
+            Ok(routing::RoutingEvent::Applied(a)) => a.addresses,
+            _ => None,
+        });
+    said.collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn where_a_gateway_is_reached_is_in_the_ledger_once_for_each_change() {
     let dir = tempfile::tempdir().unwrap();
@@ -342,7 +370,6 @@ async fn where_a_gateway_is_reached_is_in_the_ledger_once_for_each_change() {
 
     // It is given its address late, another one then, none, and the first again.
     let name = cluster();
-    let at = |n: u8| vec![GatewayAddress::Ip([203, 0, 113, n].into())];
     for now in [at(1), at(2), Vec::new(), at(1)] {
         edge.addresses.send_replace(Some(now.clone()));
         let is_there = |r: &Routing| r.addresses.get(name.as_str()) == Some(&now);
@@ -355,15 +382,8 @@ async fn where_a_gateway_is_reached_is_in_the_ledger_once_for_each_change() {
     world
         .routes("the second is served everywhere", served)
         .await;
-    let subject = Subject::Routing(instance().project);
-    let events = world.ledger.log().read_aggregate(&subject).await.unwrap();
-    let said = events
-        .iter()
-        .filter_map(|r| match r.event().ok()?.payload() {
-            Ok(routing::RoutingEvent::Applied(a)) => a.addresses,
-            _ => None,
-        });
-    assert_eq!(said.collect::<Vec<_>>(), [at(1), at(2), Vec::new(), at(1)]);
+    let said = addresses_said(&world).await;
+    assert_eq!(said, [at(1), at(2), Vec::new(), at(1)]);
     world.stop().await;
 }
 
@@ -371,12 +391,7 @@ async fn where_a_gateway_is_reached_is_in_the_ledger_once_for_each_change() {
 async fn ingresses_that_serve_a_hostname_as_well_are_seen_at_each_switch() {
     let dir = tempfile::tempdir().unwrap();
     let (ports, edge) = Edge::ports();
-    let seen = Ingresses::Seen(vec![IngressSeen {
-        hostname: address(&instance()),
-        namespace: "legacy".to_owned(),
-        name: "shop".to_owned(),
-        backends: vec!["web:80".to_owned()],
-    }]);
+    let seen = theirs("web:80");
     edge.tell(|told| told.ingresses = Some(seen.clone()));
     let world = World::start(dir.path(), &ports).await;
     world.prepare().await;
@@ -384,8 +399,8 @@ async fn ingresses_that_serve_a_hostname_as_well_are_seen_at_each_switch() {
     world.reach(first, Status::Started).await;
     let name = cluster();
     let is_said = |r: &Routing| r.ingresses.get(name.as_str()) == Some(&seen);
-    let routing = world.routes("it is said", is_said).await;
-    assert!(served(&routing));
+    let is_served = |r: &Routing| is_said(r) && served(r);
+    let routing = world.routes("it is said", is_served).await;
     assert_eq!(routing.also_served(&address(&instance())).count(), 1);
 
     // What cannot be read for a moment says nothing; that there is none any more is said.
@@ -399,5 +414,129 @@ async fn ingresses_that_serve_a_hostname_as_well_are_seen_at_each_switch() {
     world.reach(third, Status::Started).await;
     let is_gone = |r: &Routing| r.also_served(&address(&instance())).count() == 0;
     world.routes("it is gone", is_gone).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_a_gateway_is_reached_is_said_while_it_takes_no_routes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, edge) = Edge::ports();
+    edge.addresses.send_replace(Some(at(1)));
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let first = world.request("one", SwitchMode::Automatic).await;
+    world.reach(first, Status::Started).await;
+    world.routes("it is served everywhere", served).await;
+
+    // Nobody has switched anything, so nothing is led anew, whatever is said.
+    let asked = edge.gateway.borrow().asked.len();
+    edge.tell(|told| told.silent = true);
+    let name = cluster();
+    for now in [Vec::new(), at(2), at(1)] {
+        edge.addresses.send_replace(Some(now.clone()));
+        let is_there = |r: &Routing| r.addresses.get(name.as_str()) == Some(&now);
+        world.routes("where it is reached is known", is_there).await;
+    }
+    assert_eq!(edge.gateway.borrow().asked.len(), asked);
+
+    // The next switch waits for it, and what is served is reached elsewhere meanwhile.
+    let second = world.request("two", SwitchMode::Automatic).await;
+    world.reach(second, Status::Started).await;
+    let waits = |told: &Told| told.asked.len() > asked + 1;
+    edge.until("it is asked again and again", waits).await;
+    edge.tell(|told| told.silent = false);
+    edge.addresses.send_replace(Some(at(3)));
+    let is_there = |r: &Routing| served(r) && r.addresses.get(name.as_str()) == Some(&at(3));
+    world
+        .routes("it is served, and reached there", is_there)
+        .await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_process_sees_of_a_gateway_is_not_taken_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, edge) = Edge::ports();
+    edge.addresses.send_replace(Some(at(1)));
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let first = world.request("one", SwitchMode::Automatic).await;
+    world.reach(first, Status::Started).await;
+    let name = cluster();
+    let reached = |n: u8| {
+        let name = name.clone();
+        move |r: &Routing| served(r) && r.addresses.get(name.as_str()) == Some(&at(n))
+    };
+    let routing = world.routes("it is reached there", reached(1)).await;
+
+    let report = routing::Applied {
+        gateway: name.to_string(),
+        table: routing.table,
+        hostnames: Vec::new(),
+        addresses: Some(at(9)),
+        ingresses: None,
+    };
+    let subject = Subject::Routing(instance().project);
+    let context = world.context();
+    let reported = world.ledger.execute::<Routing>(&subject, &context, |s| {
+        routing::decide(s, routing::Command::ReportApplied(report.clone()))
+    });
+    reported.await.unwrap();
+    world.routes("another one has said so", reached(9)).await;
+    let second = world.request("two", SwitchMode::Automatic).await;
+    world.reach(second, Status::Started).await;
+    world.routes("the second is served", served).await;
+    assert_eq!(addresses_said(&world).await, [at(1), at(9)]);
+
+    // What is news to this one is said.
+    edge.addresses.send_replace(Some(at(2)));
+    world.routes("it is reached elsewhere", reached(2)).await;
+    assert_eq!(addresses_said(&world).await, [at(1), at(9), at(2)]);
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_else_is_on_a_cluster_is_said_where_the_table_is_not_folded_yet() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut ports, edge) = Edge::ports();
+    ports.lag = Duration::from_millis(50);
+    let seen = theirs("web:80");
+    edge.tell(|told| told.ingresses = Some(seen.clone()));
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let first = world.request("one", SwitchMode::Automatic).await;
+    world.reach(first, Status::Started).await;
+    let name = cluster();
+    let is_said = |r: &Routing| r.ingresses.get(name.as_str()) == Some(&seen);
+    world.routes("it is said", is_said).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_said_of_others_has_nothing_led_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, edge) = Edge::ports();
+    // Larger than any event.
+    let large = theirs(&"x".repeat(100_000));
+    edge.tell(|told| told.ingresses = Some(large));
+    let world = World::start(dir.path(), &ports).await;
+    world.prepare().await;
+    let first = world.request("one", SwitchMode::Automatic).await;
+    world.reach(first, Status::Started).await;
+    world.routes("it is served everywhere", served).await;
+    let asked = edge.gateway.borrow().asked.len();
+    let name = cluster();
+    for n in 1..4 {
+        edge.addresses.send_replace(Some(at(n)));
+        let is_there = |r: &Routing| r.addresses.get(name.as_str()) == Some(&at(n));
+        world.routes("where it is reached is known", is_there).await;
+    }
+    assert_eq!(edge.gateway.borrow().asked.len(), asked);
+    // The next one is smaller.
+    edge.tell(|told| told.ingresses = Some(theirs("web:80")));
+    let second = world.request("two", SwitchMode::Automatic).await;
+    world.reach(second, Status::Started).await;
+    let is_said = |r: &Routing| r.ingresses.get(name.as_str()) == Some(&theirs("web:80"));
+    world.routes("it is said", is_said).await;
     world.stop().await;
 }
