@@ -275,7 +275,13 @@ impl Shared {
         let (name, known, cancel) = (gateway.name.clone(), self.addresses.clone(), cancel.clone());
         tasks.spawn(async move {
             let changed = |change| known.take(change);
-            watches::named(api, &name, changed, cancel).await;
+            // That it cannot be watched is for the log only: it is asked at each switch then.
+            let troubled = |why: Option<String>| {
+                if why.is_some() {
+                    known.cut();
+                }
+            };
+            watches::named(api, &name, changed, troubled, cancel).await;
         });
     }
 

@@ -80,7 +80,12 @@ impl Addresses {
         }
     }
 
-    /// Takes what it said when it was asked, which counts where it may not be watched: a watch is
+    /// Takes that it is not watched any more, for the time being or for good.
+    pub(crate) fn cut(&self) {
+        self.is_watched.store(false, Ordering::Relaxed);
+    }
+
+    /// Takes what it said when it was asked, which counts where it is not watched: a watch is
     /// behind, and would take it back for a moment.
     fn asked(&self, gateway: &GatewayObject) {
         if !self.is_watched.load(Ordering::Relaxed) {
@@ -480,6 +485,31 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+
+    #[test]
+    fn what_a_gateway_says_when_asked_counts_for_as_long_as_it_is_not_watched() {
+        let gateway = |address: &str| -> GatewayObject {
+            let addresses = json!([{ "type": "IPAddress", "value": address }]);
+            serde_json::from_value(json!({ "status": { "addresses": addresses } })).unwrap()
+        };
+        let addresses = Addresses::default();
+        let known = || {
+            let known = addresses.known.borrow().clone().unwrap();
+            known.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        addresses.asked(&gateway("203.0.113.1"));
+        assert_eq!(known(), ["203.0.113.1"]);
+        addresses.take(Change::All(vec![gateway("203.0.113.2")]));
+        addresses.asked(&gateway("203.0.113.3"));
+        assert_eq!(known(), ["203.0.113.2"]);
+        addresses.cut();
+        assert_eq!(known(), ["203.0.113.2"]);
+        addresses.asked(&gateway("203.0.113.3"));
+        assert_eq!(known(), ["203.0.113.3"]);
+        addresses.take(Change::All(Vec::new()));
+        addresses.asked(&gateway("203.0.113.4"));
+        assert_eq!(known(), [""; 0]);
+    }
 
     /// A route with two backends, as it is to be.
     fn spec() -> Value {

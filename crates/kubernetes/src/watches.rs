@@ -49,16 +49,16 @@ pub(crate) async fn objects<K: Watched>(
     run(api, config, changed, troubled, cancel).await;
 }
 
-/// Watches one object by its name, whosever it is, until `cancel`. That it cannot be watched is for
-/// the log only.
+/// Watches one object by its name, whosever it is, until `cancel`.
 pub(crate) async fn named<K: Watched>(
     api: Api<K>,
     name: &str,
     changed: impl Fn(Change<K>),
+    troubled: impl Fn(Option<String>),
     cancel: CancellationToken,
 ) {
     let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
-    run(api, config, changed, |_| {}, cancel).await;
+    run(api, config, changed, troubled, cancel).await;
 }
 
 /// Told of a warning about a pod: its namespace, its name, and what it says.

@@ -14,10 +14,13 @@ use crate::apply::timely;
 use crate::error::refusal;
 
 /// How many Ingresses are read at once, and how often at most.
-const PAGE: u32 = 500;
-const PAGES: usize = 20;
-/// The most places that one of them is said to lead to.
+const PAGE: u32 = 100;
+const PAGES: usize = 100;
+/// The most places that one of them is said to lead to, and the most characters of each.
 const BACKENDS_MAX: usize = 8;
+const BACKEND_MAX: usize = 150;
+/// The most bytes that Ingresses take in a report, which has others besides, and a bound itself.
+const BYTES_MAX: usize = 16 * 1024;
 
 /// The Ingresses that serve hostnames of a project as well. Nothing where the API server gives no
 /// answer that would be the same the next time.
@@ -45,13 +48,13 @@ pub(crate) async fn seen(client: &Client, routes: &HostRoutes) -> Option<Ingress
         };
         for ingress in &page.items {
             found.extend(wanted.served_by(ingress));
+            while found.len() > INGRESSES_MAX {
+                found.pop_last();
+            }
         }
         match page.metadata.continue_.filter(|next| !next.is_empty()) {
             Some(next) => list = list.continue_token(&next),
-            None => {
-                let found = found.into_iter().take(INGRESSES_MAX);
-                return Some(Ingresses::Seen(found.collect()));
-            }
+            None => return Some(Ingresses::Seen(first(found))),
         }
     }
     let many = PAGE as usize * PAGES;
@@ -60,6 +63,17 @@ pub(crate) async fn seen(client: &Client, routes: &HostRoutes) -> Option<Ingress
 
 /// The most characters of a reason that are reported.
 const WHY_MAX: usize = 500;
+
+/// As many of them as a report has place for, in order.
+fn first(found: BTreeSet<IngressSeen>) -> Vec<IngressSeen> {
+    let mut bytes = 0;
+    let fits = |seen: &IngressSeen| {
+        bytes += serde_json::to_vec(seen).map_or(BYTES_MAX, |json| json.len());
+        bytes <= BYTES_MAX
+    };
+    let first = found.into_iter().take(INGRESSES_MAX);
+    first.take_while(fits).collect()
+}
 
 /// The hostnames that are looked for, and those right below each name.
 struct Wanted<'a> {
@@ -114,8 +128,12 @@ fn backends(rule: &IngressRule, default: Option<&IngressBackend>) -> Vec<String>
     }
 }
 
-/// A backend in a word.
+/// A backend in a word. That of a Service has bounds; another kind's may be called anything.
 fn text(backend: &IngressBackend) -> String {
+    named(backend).chars().take(BACKEND_MAX).collect()
+}
+
+fn named(backend: &IngressBackend) -> String {
     if let Some(service) = &backend.service {
         let port = service.port.as_ref();
         let port = port.and_then(|p| p.name.clone().or_else(|| Some(p.number?.to_string())));
@@ -126,4 +144,52 @@ fn text(backend: &IngressBackend) -> String {
     }
     let resource = backend.resource.as_ref();
     resource.map_or_else(String::new, |r| format!("{}/{}", r.kind, r.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_is_said_of_ingresses_has_bounds_whatever_they_lead_to() {
+        // Written with six bytes each.
+        let long = "\u{1}".repeat(1_000);
+        let paths = (0..20).map(|n| {
+            let resource = json!({ "apiGroup": "example.com", "kind": format!("K{n:02}{long}"), "name": long });
+            json!({ "path": "/", "pathType": "Prefix", "backend": { "resource": resource } })
+        });
+        let paths: Vec<_> = paths.collect();
+        let ingress = |n: usize| -> Ingress {
+            let rule = json!({ "host": "shop.example.com", "http": { "paths": paths } });
+            let ingress = json!({
+                "metadata": { "name": format!("i{n:02}"), "namespace": "theirs" },
+                "spec": { "rules": [rule] },
+            });
+            serde_json::from_value(ingress).unwrap()
+        };
+        let hostname: Hostname = "shop.example.com".parse().unwrap();
+        let wanted = Wanted::new([&hostname].into_iter());
+        let all: BTreeSet<_> = (0..40)
+            .flat_map(|n| wanted.served_by(&ingress(n)))
+            .collect();
+        assert_eq!(all.len(), 40);
+        let one = all.first().unwrap();
+        assert_eq!(one.backends.len(), BACKENDS_MAX);
+        assert!(
+            one.backends
+                .iter()
+                .all(|b| b.chars().count() == BACKEND_MAX)
+        );
+        let said = first(all.clone());
+        assert_eq!(said.first(), all.first());
+        assert!(serde_json::to_vec(&said).unwrap().len() < 2 * BYTES_MAX);
+        // What is usual is said, all of it.
+        let usual = all.into_iter().map(|mut seen| {
+            seen.backends = vec!["web:80".to_owned()];
+            seen
+        });
+        assert_eq!(first(usual.collect()).len(), INGRESSES_MAX);
+    }
 }

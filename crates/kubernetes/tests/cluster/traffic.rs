@@ -456,6 +456,45 @@ async fn a_gateway_that_may_not_be_watched_is_asked_at_each_switch() {
     assert_eq!(edge.stage.target.trouble(), None);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_whose_watch_is_withdrawn_is_asked_from_then_on() {
+    let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+    let Some(plane) = plane.await.unwrap() else {
+        return;
+    };
+    let proxy = FaultProxy::start(plane).await;
+    let client = proxy.client();
+    let edge = Edge::of("withdrawn", |options| options.client = client).await;
+    let Some(edge) = edge else {
+        return;
+    };
+    let _controller = edge.controller(|_| None).await;
+    let mut seen = edge.stage.target.gateway_addresses().unwrap();
+    let reach = async |address: &str| {
+        let client = edge.stage.client.clone();
+        gateway::reach(client, &edge.namespace, "public", &[("IPAddress", address)]).await;
+        Some(vec![GatewayAddress::Ip(address.parse().unwrap())])
+    };
+    let first = reach("203.0.113.7").await;
+    let watched = tokio::time::timeout(PATIENCE, seen.wait_for(|now| *now == first));
+    watched.await.expect("it is watched").unwrap();
+
+    proxy.answer(|method, address| {
+        let lists = method == "GET" && address.contains("/gateways?");
+        lists.then(|| refusal(403, "Forbidden"))
+    });
+    proxy.cut();
+    let second = reach("203.0.113.8").await;
+    let asked = tokio::time::timeout(PATIENCE, async {
+        while *seen.borrow() != second {
+            // Connections that were cut are of no use at first.
+            let hosts = vec![edge.host("shop.example.com", &[(1, 1)])];
+            let _ = edge.route(hosts).await;
+        }
+    });
+    asked.await.expect("it is asked");
+}
+
 /// An Ingress of somebody else for hostnames, each with where it leads.
 async fn ingress(client: &Client, namespace: &str, name: &str, hosts: &[(&str, &str)]) {
     let rules = hosts.iter().map(|(host, service)| {
