@@ -127,9 +127,9 @@ fn what_nothing_tells_apart_is_one_set_of_addresses() {
     let expected = [
         "A 203.0.113.2 bergen aws/weight=1",
         "A 203.0.113.1 203.0.113.4 oslo aws/weight=1",
-        "AAAA 2001:db8::1 oslo aws/weight=1",
     ];
     assert_eq!(lines(&found), expected);
+    assert_eq!(said(&found), [(PolicyNotExpressed, "")]);
     // Of several load balancers a name is an alias of one only.
     let names = gateways(&[("bergen", "b.example.net"), ("oslo", "o.example.net")]);
     let found = of(&ClusterPolicy::Simple, &both, &names, &Wish::default());
@@ -319,11 +319,140 @@ fn a_name_and_an_address_at_once_are_no_records() {
     let policy = failover(&["oslo", "bergen"]);
     let found = of(&policy, &both, &mixed, &any_server());
     assert_eq!(lines(&found), ["A 203.0.113.1"]);
+    // That of the first is right where it is only stood in for.
+    let found = of(&policy, &both, &mixed, &checked(&["oslo"]));
+    assert_eq!(lines(&found), ["A 203.0.113.1"]);
+    assert_eq!(said(&found), [(MixedAddresses, "")]);
     // One Gateway that says both is reached at its addresses.
     let one = gateways(&[("oslo", "o.example.net 203.0.113.1")]);
     let alone = [on(100, &[("oslo", true)])];
     let found = of(&ClusterPolicy::Simple, &alone, &one, &any_server());
     assert_eq!(lines(&found), ["A 203.0.113.1"]);
+}
+
+#[test]
+fn records_of_a_set_are_of_the_types_that_all_have() {
+    let both = [on(100, &[("oslo", true), ("bergen", true)])];
+    let dual = gateways(&[
+        ("bergen", "203.0.113.2"),
+        ("oslo", "203.0.113.1 2001:db8::1"),
+    ]);
+    let regions = [("oslo", "eu-north-1"), ("bergen", "eu-west-1")];
+    let in_regions = Wish {
+        regions: regions.map(|(c, r)| (cluster(c), r.to_owned())).into(),
+        ..Wish::default()
+    };
+    // An IPv6 address here only would have all who ask for one led here.
+    let of_each = [
+        (weighted(&[("oslo", 10), ("bergen", 90)]), Wish::default()),
+        (failover(&["oslo", "bergen"]), checked(&["oslo"])),
+        (ClusterPolicy::Latency, in_regions.clone()),
+    ];
+    for (policy, wish) in of_each {
+        let found = of(&policy, &both, &dual, &wish);
+        let targets: Vec<_> = found.endpoints.iter().flat_map(|e| &e.targets).collect();
+        assert_eq!(targets.len(), 2, "{found:?}");
+        assert!(targets.iter().all(|t| t.starts_with("203.")), "{found:?}");
+        assert_eq!(said(&found), [(PolicyNotExpressed, "")]);
+    }
+    // Alone, it has what it has.
+    let alone = [on(100, &[("oslo", true)])];
+    let found = of(&ClusterPolicy::Simple, &alone, &dual, &Wish::default());
+    assert_eq!(lines(&found), ["A 203.0.113.1", "AAAA 2001:db8::1"]);
+    assert_eq!(said(&found), []);
+
+    let apart = gateways(&[("bergen", "203.0.113.2"), ("oslo", "2001:db8::1")]);
+    for (policy, wish) in [
+        (weighted(&[("oslo", 10), ("bergen", 90)]), Wish::default()),
+        (ClusterPolicy::Latency, in_regions),
+    ] {
+        let found = of(&policy, &both, &apart, &wish);
+        assert_eq!(lines(&found), [""; 0]);
+        assert_eq!(said(&found), [(MixedAddresses, "")]);
+    }
+    let policy = failover(&["oslo", "bergen"]);
+    let found = of(&policy, &both, &apart, &checked(&["oslo"]));
+    assert_eq!(lines(&found), ["AAAA 2001:db8::1"]);
+    assert_eq!(said(&found), [(MixedAddresses, "")]);
+}
+
+#[test]
+fn load_balancers_of_aws_are_known_by_their_names() {
+    let policy = failover(&["oslo", "bergen"]);
+    let both = [on(100, &[("oslo", true), ("bergen", true)])];
+    for (name, is_one) in [
+        ("o-1.eu-north-1.elb.amazonaws.com", true),
+        ("o-1.elb.eu-north-1.amazonaws.com", true),
+        ("o-1.elb.cn-north-1.amazonaws.com.cn", true),
+        ("elb.amazonaws.com", false),
+        ("s3.eu-north-1.amazonaws.com", false),
+        ("o-1.elb.example.com", false),
+        ("o-1.eu-north-1.elb.amazonaws.com.example.com", false),
+    ] {
+        // Only one of those needs no health check.
+        let known = gateways(&[("bergen", name), ("oslo", name)]);
+        let found = of(&policy, &both, &known, &Wish::default());
+        assert_eq!(found.endpoints.len(), if is_one { 2 } else { 1 }, "{name}");
+        // It is an alias, which nothing that is a CNAME can be beside.
+        let known = gateways(&[("bergen", "lb.example.net"), ("oslo", name)]);
+        let found = of(&ClusterPolicy::Simple, &both, &known, &Wish::default());
+        match is_one {
+            true => assert_eq!(said(&found), [(MixedAddresses, "")], "{name}"),
+            false => assert_eq!(found.endpoints.len(), 2, "{name}"),
+        }
+        let found = of(&ClusterPolicy::Simple, &both, &known, &any_server());
+        assert_eq!(lines(&found), ["CNAME lb.example.net"], "{name}");
+    }
+}
+
+#[test]
+fn a_region_has_one_record() {
+    let all = [("oslo", true), ("bergen", true), ("trondheim", true)];
+    let regions = [
+        ("oslo", "eu-north-1"),
+        ("bergen", "eu-west-1"),
+        ("trondheim", "eu-north-1"),
+    ];
+    let wish = Wish {
+        regions: regions.map(|(c, r)| (cluster(c), r.to_owned())).into(),
+        ..Wish::default()
+    };
+    let found = of(&ClusterPolicy::Latency, &[on(1, &all)], &three(), &wish);
+    assert_eq!(lines(&found), ["A 203.0.113.1 203.0.113.2 203.0.113.3"]);
+    assert_eq!(said(&found), [(PolicyNotExpressed, "")]);
+    let message = &found.notes[0].message;
+    assert!(message.contains("oslo and trondheim are both in eu-north-1"));
+}
+
+#[test]
+fn a_name_leads_neither_to_itself_nor_from_a_zone() {
+    let alone = [on(1, &[("oslo", true)])];
+    let itself = gateways(&[("oslo", "www.example.com")]);
+    let simple = ClusterPolicy::Simple;
+    let found = of(&simple, &alone, &itself, &any_server());
+    assert_eq!(lines(&found), [""; 0]);
+    assert_eq!(said(&found), [(AddressUnknown, "oslo")]);
+    let besides = gateways(&[("oslo", "www.example.com lb.example.net")]);
+    let found = of(&simple, &alone, &besides, &any_server());
+    assert_eq!(lines(&found), ["CNAME lb.example.net"]);
+    assert_eq!(said(&found), []);
+
+    let apex = Hostname::parse("example.com").unwrap();
+    let aws = "o-1.elb.eu-north-1.amazonaws.com";
+    for (address, wish, expected) in [
+        ("lb.example.net", any_server(), true),
+        ("lb.example.net", Wish::default(), true),
+        (aws, any_server(), true),
+        (aws, Wish::default(), false),
+        ("203.0.113.1", any_server(), false),
+    ] {
+        let known = gateways(&[("oslo", address)]);
+        let known = known[&cluster("oslo")].as_deref().unwrap();
+        let found = records(&apex, &simple, &alone, |_| Reach::At(known), &wish);
+        assert_eq!(found.endpoints.len(), 1);
+        let is_said = said(&found).contains(&(ZoneApex, ""));
+        assert_eq!(is_said, expected, "{address}");
+    }
 }
 
 #[test]
@@ -351,14 +480,17 @@ proptest! {
             (1u32..=10_000, prop::collection::btree_map(0usize..4, any::<bool>(), 0..4)),
             0..4,
         ),
-        reach in prop::collection::vec(0usize..5, 4),
+        reach in prop::collection::vec(0usize..7, 4),
         kind in 0usize..4,
         weights in prop::collection::vec(0u32..=10_000, 4),
         aws in any::<bool>(),
         checks in any::<bool>(),
     ) {
         let names = ["a", "b", "c", "d"];
-        let addresses = ["-", "", "203.0.113.9", "lb.example.net", "203.0.113.8 2001:db8::8"];
+        let addresses = [
+            "-", "", "203.0.113.9", "lb.example.net", "203.0.113.8 2001:db8::8", "2001:db8::9",
+            "lb.elb.eu-north-1.amazonaws.com",
+        ];
         let known: Vec<_> = names.iter().zip(&reach).map(|(n, r)| (*n, addresses[*r])).collect();
         let known = gateways(&known);
         let serving: Vec<_> = parts.iter().map(|(weight, clusters)| {
@@ -387,6 +519,14 @@ proptest! {
                 found.endpoints.iter().any(|e| e.set_identifier.is_some()),
                 endpoint.set_identifier.is_some()
             );
+            // What a name server chooses from has a record of each of them.
+            let of_set = |kind| {
+                let of_set = found.endpoints.iter().filter(move |e| e.record_type == kind);
+                of_set.count()
+            };
+            let set = found.endpoints.iter().filter_map(|e| e.set_identifier.as_ref());
+            let set = set.collect::<std::collections::BTreeSet<_>>();
+            prop_assert!(set.is_empty() || of_set(endpoint.record_type) == set.len());
             for property in &endpoint.provider_specific {
                 prop_assert!(aws);
                 if property.name == "aws/weight" {

@@ -157,6 +157,8 @@ pub enum RecordNoteReason {
     StandsIn,
     /// Some clusters are reached by address and others by name, which one hostname cannot have.
     MixedAddresses,
+    /// It would be an alias and is probably the name of a zone itself, which cannot be one.
+    ZoneApex,
     /// The records say less than the policy.
     PolicyNotExpressed,
     /// A cluster's Gateway has not applied yet where the hostname leads now.
@@ -222,12 +224,14 @@ enum Targets {
 }
 
 impl Targets {
-    fn of(addresses: &[GatewayAddress]) -> Option<Self> {
+    /// Those that a hostname can lead to: any but itself.
+    fn of(addresses: &[GatewayAddress], hostname: &Hostname) -> Option<Self> {
         let (mut v4, mut v6, mut name) = (BTreeSet::new(), BTreeSet::new(), None);
         for address in addresses {
             match address {
                 GatewayAddress::Ip(ip) if ip.is_ipv4() => drop(v4.insert(ip.to_string())),
                 GatewayAddress::Ip(ip) => drop(v6.insert(ip.to_string())),
+                GatewayAddress::Hostname(found) if found == hostname => {}
                 GatewayAddress::Hostname(found) => {
                     name.get_or_insert_with(|| found.to_string());
                 }
@@ -259,7 +263,47 @@ impl Targets {
 
     /// Whether Route 53 knows by itself whether it answers: external-dns makes an alias of it.
     fn is_watched_by_aws(&self) -> bool {
-        matches!(self, Self::Name(name) if name.ends_with(".elb.amazonaws.com"))
+        matches!(self, Self::Name(name) if is_load_balancer_of_aws(name))
+    }
+
+    /// What it is among others of one hostname.
+    fn kind(&self, provider: DnsProvider) -> Kind {
+        match self {
+            Self::Addresses { .. } => Kind::Addresses,
+            Self::Name(_) if provider == DnsProvider::Aws && self.is_watched_by_aws() => {
+                Kind::LoadBalancer
+            }
+            Self::Name(_) => Kind::Name,
+        }
+    }
+}
+
+/// Whether a name is that of a load balancer of AWS: of an application by its region and `elb`, of a
+/// network by `elb` and its region.
+fn is_load_balancer_of_aws(name: &str) -> bool {
+    let of_aws = name.strip_suffix(".amazonaws.com");
+    let of_aws = of_aws.or_else(|| name.strip_suffix(".amazonaws.com.cn"));
+    let mut labels = of_aws.unwrap_or_default().rsplit('.');
+    let (last, before, own) = (labels.next(), labels.next(), labels.next());
+    own.is_some() && (last == Some("elb") || before == Some("elb"))
+}
+
+/// What clusters of one hostname have to be alike in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Addresses,
+    /// What external-dns makes an alias of: to Route 53, records of addresses.
+    LoadBalancer,
+    Name,
+}
+
+impl Kind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Addresses => "by address",
+            Self::LoadBalancer => "by the name of a load balancer of AWS",
+            Self::Name => "by name",
+        }
     }
 }
 
@@ -283,12 +327,15 @@ pub fn records<'a>(
     let mut targets = BTreeMap::new();
     for cluster in sharing.clusters() {
         let unknown = match reach(cluster) {
-            Reach::At(addresses) => match Targets::of(addresses) {
+            Reach::At(addresses) => match Targets::of(addresses, hostname) {
                 Some(found) => {
                     targets.insert(cluster.clone(), found);
                     continue;
                 }
-                None => format!("the Gateway of {cluster} says that it has no address"),
+                None if addresses.is_empty() => {
+                    format!("the Gateway of {cluster} says that it has no address")
+                }
+                None => format!("the Gateway of {cluster} is reached by this very name, it says"),
             },
             Reach::Unsaid => format!("the Gateway of {cluster} has not said where it is reached"),
             Reach::NoGateway => format!(
@@ -307,6 +354,19 @@ pub fn records<'a>(
     match wish.provider {
         DnsProvider::Aws => write.for_aws(sharing, &mut records),
         DnsProvider::Any => write.for_any(sharing, &mut records),
+    }
+    // Route 53 has aliases of its own for load balancers, and external-dns makes those.
+    let is_alias = |e: &DnsEndpoint| {
+        let by_aws = wish.provider == DnsProvider::Aws;
+        let is_own = |target: &String| by_aws && is_load_balancer_of_aws(target);
+        e.record_type == RecordType::Cname && !e.targets.iter().all(is_own)
+    };
+    if name.matches('.').count() < 2 && records.endpoints.iter().any(is_alias) {
+        let message = format!(
+            "{name} is the name of a zone, it seems, and that cannot be a CNAME: use what your \
+             provider has instead (ALIAS, ANAME), or an address"
+        );
+        records.note(RecordNoteReason::ZoneApex, None, message);
     }
     records
 }
@@ -398,6 +458,9 @@ fn sharing(policy: &ClusterPolicy, serving: &[Serving], records: &mut Records) -
     Sharing::Shares(some.collect())
 }
 
+/// What is left to do where there can be no records.
+const BY_YOURSELF: &str = "Give it one record yourself";
+
 /// Writes the records of one hostname.
 struct Write<'a> {
     hostname: &'a Hostname,
@@ -456,25 +519,70 @@ impl Write<'_> {
         endpoints.collect()
     }
 
-    /// Whether these are reached by address here and by name there, after saying so.
-    fn are_mixed(&self, clusters: &[&ClusterName], records: &mut Records) -> bool {
-        let by_name = |c: &&&ClusterName| self.targets.get(**c).is_some_and(Targets::is_name);
-        let (names, addresses): (Vec<_>, Vec<_>) = clusters.iter().partition(by_name);
-        if names.is_empty() || addresses.is_empty() {
+    /// Whether these are reached by address here and by name there, after saying so, and what comes
+    /// of it.
+    fn are_mixed(&self, clusters: &[&ClusterName], so: &str, records: &mut Records) -> bool {
+        let mut kinds: BTreeMap<Kind, Vec<&str>> = BTreeMap::new();
+        for cluster in clusters {
+            if let Some(targets) = self.targets.get(*cluster) {
+                let alike = kinds.entry(targets.kind(self.wish.provider));
+                alike.or_default().push(cluster.as_str());
+            }
+        }
+        if kinds.len() < 2 {
             return false;
         }
-        let list = |clusters: Vec<&&ClusterName>| {
-            let clusters: Vec<_> = clusters.iter().map(|c| c.as_str()).collect();
-            clusters.join(", ")
-        };
-        let message = format!(
-            "{} is reached by name and {} by address: one hostname cannot have both. Give it one \
-             record yourself",
-            list(names),
-            list(addresses)
-        );
+        let each = kinds.iter().map(|(kind, clusters)| {
+            format!("{} is reached {}", clusters.join(", "), kind.as_str())
+        });
+        let each = Vec::from_iter(each).join(" and ");
+        let message = format!("{each}: one hostname cannot have both. {so}");
         records.note(RecordNoteReason::MixedAddresses, None, message);
         true
+    }
+
+    /// Records of clusters that are told from each other by what `name` is for each of them; none if
+    /// there can be none. Route 53 chooses among those of one type, so that each cluster has to have
+    /// all types.
+    fn set(
+        &self,
+        name: &str,
+        members: &[(&ClusterName, String)],
+        so: &str,
+        records: &mut Records,
+    ) -> Option<Vec<DnsEndpoint>> {
+        let mut having: BTreeMap<RecordType, Vec<&str>> = BTreeMap::new();
+        for (cluster, _) in members {
+            let targets = self.targets.get(*cluster).into_iter();
+            for (kind, _) in targets.flat_map(Targets::by_type) {
+                having.entry(kind).or_default().push(cluster.as_str());
+            }
+        }
+        let (all, some): (Vec<_>, Vec<_>) = having
+            .into_iter()
+            .partition(|(_, having)| having.len() == members.len());
+        let of_some = some.iter().map(|(kind, having)| {
+            format!("only {} has {} records", having.join(", "), kind.as_str())
+        });
+        let of_some = Vec::from_iter(of_some).join(" and ");
+        if all.is_empty() {
+            let message = format!("{of_some}: they have nothing in common. {so}");
+            records.note(RecordNoteReason::MixedAddresses, None, message);
+            return None;
+        }
+        if !some.is_empty() {
+            let message = format!(
+                "{of_some}, which would lead all who ask for those there: they are left out"
+            );
+            records.note(RecordNoteReason::PolicyNotExpressed, None, message);
+        }
+        let mut endpoints = Vec::new();
+        for (cluster, value) in members {
+            let its = self.in_set(cluster, name, value);
+            let of_all = |e: &DnsEndpoint| all.iter().any(|(kind, _)| *kind == e.record_type);
+            endpoints.extend(its.into_iter().filter(of_all));
+        }
+        Some(endpoints)
     }
 
     fn for_aws(&self, sharing: Sharing, records: &mut Records) {
@@ -482,16 +590,9 @@ impl Write<'_> {
             Sharing::Shares(shares) => self.shared_on_aws(&shares, records),
             Sharing::InOrder(clusters) => self.in_order_on_aws(&clusters, records),
             Sharing::Fastest(clusters) => {
-                let unsaid = clusters
-                    .iter()
-                    .find(|c| !self.wish.regions.contains_key(*c));
-                let (Some(unsaid), [_, _, ..]) = (unsaid, clusters.as_slice()) else {
+                let Some(message) = self.not_by_region(&clusters) else {
                     return self.by_region(&clusters, records);
                 };
-                let message = format!(
-                    "the region of AWS that {unsaid} is in is not given, from which latency is \
-                     measured: all are alike"
-                );
                 records.note(RecordNoteReason::PolicyNotExpressed, None, message);
                 let alike: Vec<_> = clusters.into_iter().map(|c| (c, 1.0)).collect();
                 self.shared_on_aws(&alike, records);
@@ -499,9 +600,32 @@ impl Write<'_> {
         }
     }
 
+    /// Why several clusters cannot be told apart by their regions, if they cannot.
+    fn not_by_region(&self, clusters: &[ClusterName]) -> Option<String> {
+        if clusters.len() < 2 {
+            return None;
+        }
+        let mut places: BTreeMap<&str, &ClusterName> = BTreeMap::new();
+        for cluster in clusters {
+            let Some(region) = self.wish.regions.get(cluster) else {
+                return Some(format!(
+                    "the region of AWS that {cluster} is in is not given, from which latency is \
+                     measured: all are alike"
+                ));
+            };
+            if let Some(other) = places.insert(region, cluster) {
+                return Some(format!(
+                    "{other} and {cluster} are both in {region}, and Route 53 has one record for a \
+                     region: all are alike"
+                ));
+            }
+        }
+        None
+    }
+
     fn by_region(&self, clusters: &[ClusterName], records: &mut Records) {
         let all: Vec<_> = clusters.iter().collect();
-        if self.are_mixed(&all, records) {
+        if self.are_mixed(&all, BY_YOURSELF, records) {
             return;
         }
         if let [only] = clusters {
@@ -510,14 +634,16 @@ impl Write<'_> {
         }
         let regions = clusters.iter().filter_map(|cluster| {
             let region = self.wish.regions.get(cluster)?;
-            Some(self.in_set(cluster, "aws/region", region))
+            Some((cluster, region.clone()))
         });
-        records.endpoints = regions.flatten().collect();
+        let regions = Vec::from_iter(regions);
+        let found = self.set("aws/region", &regions, BY_YOURSELF, records);
+        records.endpoints = found.unwrap_or_default();
     }
 
     fn shared_on_aws(&self, shares: &[(ClusterName, f64)], records: &mut Records) {
         let clusters: Vec<_> = shares.iter().map(|(cluster, _)| cluster).collect();
-        if self.are_mixed(&clusters, records) {
+        if self.are_mixed(&clusters, BY_YOURSELF, records) {
             return;
         }
         // Where nothing tells clusters apart, records without weights say the same.
@@ -547,9 +673,11 @@ impl Write<'_> {
         let scale = (WEIGHT_MAX / most).min(1.0);
         let weighted = shares.iter().map(|(cluster, share)| {
             let weight = (share * scale).round().max(1.0);
-            self.in_set(cluster, "aws/weight", &format!("{weight:.0}"))
+            (cluster, format!("{weight:.0}"))
         });
-        records.endpoints = weighted.flatten().collect();
+        let weighted = Vec::from_iter(weighted);
+        let found = self.set("aws/weight", &weighted, BY_YOURSELF, records);
+        records.endpoints = found.unwrap_or_default();
     }
 
     fn in_order_on_aws(&self, clusters: &[ClusterName], records: &mut Records) {
@@ -571,12 +699,18 @@ impl Write<'_> {
             records.endpoints = self.plain(first);
             return;
         }
-        if self.are_mixed(&[first, second], records) {
+        let so = format!("It leads to {first}, for as long as that has a ready instance");
+        let places = [("PRIMARY", first), ("SECONDARY", second)];
+        let places = places.map(|(place, cluster)| (cluster, place.to_owned()));
+        let found = match self.are_mixed(&[first, second], &so, records) {
+            true => None,
+            false => self.set("aws/failover", &places, &so, records),
+        };
+        let Some(found) = found else {
+            records.endpoints = self.plain(first);
             return;
-        }
-        let mut endpoints = self.in_set(first, "aws/failover", "PRIMARY");
-        endpoints.extend(self.in_set(second, "aws/failover", "SECONDARY"));
-        records.endpoints = endpoints;
+        };
+        records.endpoints = found;
         for later in others {
             let message = format!(
                 "Route 53 fails over once: {later} comes when one of those before is not ready"
@@ -622,7 +756,7 @@ impl Write<'_> {
             }
         };
         let all: Vec<_> = clusters.iter().collect();
-        if self.are_mixed(&all, records) {
+        if self.are_mixed(&all, BY_YOURSELF, records) {
             return;
         }
         let by_name = |c: &ClusterName| self.targets.get(c).is_some_and(Targets::is_name);
