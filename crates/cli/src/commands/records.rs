@@ -4,9 +4,11 @@
 use std::fmt::Write as _;
 
 use clap::{Args, ValueEnum};
-use daybook_events::routing::records::{DnsEndpoint, TTL_MAX};
+use daybook_events::EventId;
+use daybook_events::routing::records::{DnsEndpoint, RecordType, TTL_MAX};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use super::manage::segment;
 use super::routes::instance;
@@ -90,6 +92,10 @@ struct Note {
 /// The most endpoints of one object: what is applied is kept in an annotation, which has its bounds.
 const ENDPOINTS_MAX: usize = 500;
 
+/// The longest value of a label of Kubernetes, and how much of it a digest takes.
+const LABEL_MAX: usize = 63;
+const DIGEST: usize = 12;
+
 pub async fn run(args: RecordsArgs) -> Outcome {
     if args.format == RecordFormat::Zone && args.provider == Some(ProviderWord::Aws) {
         return Err(Failure::new(
@@ -138,10 +144,16 @@ pub async fn run(args: RecordsArgs) -> Outcome {
     match args.format {
         RecordFormat::Table => print_table(&found),
         RecordFormat::Dnsendpoint => {
-            let what = args.hostname.as_deref().unwrap_or(&args.project);
-            print_objects(&found, what)?;
+            // As the server writes it, whatever it was asked for.
+            let of = found.hostnames.first().filter(|_| args.hostname.is_some());
+            let scope = match (of, args.project.contains('.')) {
+                (Some(of), _) => scope("hostname", &of.hostname),
+                (None, true) => scope("instance", &args.project),
+                (None, false) => scope("project", &args.project),
+            };
+            print_objects(&found, &scope)?;
         }
-        RecordFormat::Zone => print_zone(&found, &args.project),
+        RecordFormat::Zone => output::line(zone(&found, &args.project).trim_end()),
     }
     Ok(Code::Success)
 }
@@ -200,27 +212,27 @@ fn print_table(found: &Found) {
     output::line(&format!("table {}", found.table));
 }
 
+/// What objects are of, as a label can say it: `project.shop`. What is too long for one ends in a
+/// digest of it.
+fn scope(kind: &str, of: &str) -> String {
+    let scope = format!("{kind}.{of}");
+    if scope.len() <= LABEL_MAX {
+        return scope;
+    }
+    let digest = EventId::derived(Uuid::nil(), &scope).0.simple().to_string();
+    let digest = digest.get(..DIGEST).unwrap_or_default();
+    let start = scope.get(..LABEL_MAX - 1 - DIGEST).unwrap_or(kind);
+    let start = start.trim_end_matches(['.', '-']);
+    format!("{start}-{digest}")
+}
+
 /// Prints objects for external-dns. Where there is no record there is no object: an empty one would
 /// have records removed.
-fn print_objects(found: &Found, what: &str) -> Result<(), Failure> {
+fn print_objects(found: &Found, scope: &str) -> Result<(), Failure> {
     for note in found.notes() {
         output::line(&format!("# {note}"));
     }
-    let endpoints: Vec<_> = found.endpoints().collect();
-    for (n, endpoints) in endpoints.chunks(ENDPOINTS_MAX).enumerate() {
-        let name = match n {
-            0 => format!("daybook-{what}"),
-            n => format!("daybook-{what}-{}", n + 1),
-        };
-        let object = json!({
-            "apiVersion": "externaldns.k8s.io/v1alpha1",
-            "kind": "DNSEndpoint",
-            "metadata": {
-                "name": name,
-                "annotations": { "daybook.dev/table": found.table.to_string() },
-            },
-            "spec": { "endpoints": endpoints },
-        });
+    for object in objects(found, scope) {
         let text = serde_saphyr::to_string(&object).map_err(|error| {
             let message = format!("the records cannot be printed: {error}");
             Failure::new(Code::Failure, "unprintable", message)
@@ -231,18 +243,122 @@ fn print_objects(found: &Found, what: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-fn print_zone(found: &Found, what: &str) {
+/// Objects with the records. Their names end in a number that belongs to nothing else, and their
+/// label finds those of which there is no other any more.
+fn objects(found: &Found, scope: &str) -> Vec<Value> {
+    let endpoints: Vec<_> = found.endpoints().collect();
+    let chunks = endpoints.chunks(ENDPOINTS_MAX).zip(1..);
+    let objects = chunks.map(|(endpoints, n)| {
+        json!({
+            "apiVersion": "externaldns.k8s.io/v1alpha1",
+            "kind": "DNSEndpoint",
+            "metadata": {
+                "name": format!("daybook.{scope}.{n}"),
+                "labels": { "daybook.dev/records": scope },
+                "annotations": { "daybook.dev/table": found.table.to_string() },
+            },
+            "spec": { "endpoints": endpoints },
+        })
+    });
+    objects.collect()
+}
+
+/// Lines of a zone file. What cannot be in one is there as a comment, below the note that says why.
+fn zone(found: &Found, what: &str) -> String {
     let mut text = format!("; {what}, table {}\n", found.table);
     for note in found.notes() {
         let _ = writeln!(text, "; {note}");
     }
-    for endpoint in found.endpoints() {
-        let (name, ttl) = (&endpoint.dns_name, endpoint.record_ttl);
-        let kind = endpoint.record_type.as_str();
-        let dot = if kind == "CNAME" { "." } else { "" };
-        for target in &endpoint.targets {
-            let _ = writeln!(text, "{name}. {ttl} IN {kind} {target}{dot}");
+    for of in &found.hostnames {
+        let is_apex = of.notes.iter().any(|note| note.reason == "ZoneApex");
+        for endpoint in &of.endpoints {
+            let (name, ttl) = (&endpoint.dns_name, endpoint.record_ttl);
+            let kind = endpoint.record_type.as_str();
+            let is_alias = endpoint.record_type == RecordType::Cname;
+            let start = if is_alias && is_apex { "; " } else { "" };
+            let dot = if is_alias { "." } else { "" };
+            for target in &endpoint.targets {
+                let _ = writeln!(text, "{start}{name}. {ttl} IN {kind} {target}{dot}");
+            }
         }
     }
-    output::line(text.trim_end());
+    text
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// So many hostnames that are aliases of a load balancer.
+    fn found(hostnames: usize) -> Found {
+        let hostnames = (0..hostnames).map(|n| {
+            let hostname = format!("h{n}.example.com");
+            let endpoint = json!({
+                "dnsName": hostname,
+                "recordType": "CNAME",
+                "recordTTL": 60,
+                "targets": ["lb.example.net"],
+            });
+            json!({ "hostname": hostname, "endpoints": [endpoint], "notes": [] })
+        });
+        let hostnames: Vec<_> = hostnames.collect();
+        serde_json::from_value(json!({ "table": 7, "hostnames": hostnames })).unwrap()
+    }
+
+    fn names(found: &Found, scope: &str) -> Vec<String> {
+        let objects = objects(found, scope);
+        let names = objects.iter().map(|o| {
+            assert_eq!(o["metadata"]["labels"]["daybook.dev/records"], scope);
+            o["metadata"]["name"].as_str().unwrap().to_owned()
+        });
+        names.collect()
+    }
+
+    #[test]
+    fn objects_have_names_that_nothing_else_has() {
+        let (two, one) = (found(ENDPOINTS_MAX + 1), found(1));
+        let shop = names(&two, &scope("project", "shop"));
+        assert_eq!(shop, ["daybook.project.shop.1", "daybook.project.shop.2"]);
+        let second = names(&one, &scope("project", "shop-2"));
+        assert_eq!(second, ["daybook.project.shop-2.1"]);
+        // A hostname may read as an instance does.
+        let instance = names(&one, &scope("instance", "shop.production.web"));
+        assert_ne!(
+            instance,
+            names(&one, &scope("hostname", "shop.production.web"))
+        );
+        assert!(names(&found(0), "project.shop").is_empty());
+    }
+
+    #[test]
+    fn what_is_long_is_still_a_label_and_a_name() {
+        let label = "a".repeat(53);
+        let first = scope("hostname", &format!("{label}.example.com"));
+        let other = scope("hostname", &format!("{label}.example.org"));
+        assert_ne!(first, other);
+        for scope in [first, other, scope("hostname", &"ab.".repeat(80))] {
+            assert!(scope.len() <= LABEL_MAX, "{scope}");
+            assert!(!scope.contains(".-"), "{scope}");
+            assert!(scope.starts_with("hostname.a"), "{scope}");
+        }
+    }
+
+    #[test]
+    fn an_alias_of_a_zone_itself_is_a_comment_in_a_zone_file() {
+        let mut found = found(2);
+        found.hostnames[0].notes.push(Note {
+            reason: "ZoneApex".to_owned(),
+            cluster: None,
+            message: "it is the name of a zone".to_owned(),
+        });
+        let zone = zone(&found, "shop");
+        let expected = [
+            "; shop, table 7",
+            "; h0.example.com: it is the name of a zone",
+            "; h0.example.com. 60 IN CNAME lb.example.net.",
+            "h1.example.com. 60 IN CNAME lb.example.net.",
+        ];
+        assert_eq!(zone.lines().collect::<Vec<_>>(), expected);
+    }
 }
