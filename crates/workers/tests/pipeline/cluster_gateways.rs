@@ -33,6 +33,20 @@ struct Told {
     ingresses: Option<Ingresses>,
     /// What it was asked for, the newest last.
     asked: Vec<HostRoutes>,
+    /// The projects for which it is looked at what else there is, and for which it was.
+    looking: BTreeSet<ProjectName>,
+    looked: BTreeSet<ProjectName>,
+    /// Whether it was looked for two of them at once.
+    crowded: bool,
+}
+
+/// A look at what else there is, which may be given up.
+struct Look<'a>(&'a Edge, ProjectName);
+
+impl Drop for Look<'_> {
+    fn drop(&mut self) {
+        self.0.tell(|told| _ = told.looking.remove(&self.1));
+    }
 }
 
 impl Edge {
@@ -79,7 +93,16 @@ impl Target for Edge {
     fn gateway_addresses(&self) -> Option<watch::Receiver<Option<Vec<GatewayAddress>>>> {
         Some(self.addresses.subscribe())
     }
-    async fn ingresses(&self, _: &HostRoutes) -> Option<Ingresses> {
+    async fn ingresses(&self, routes: &HostRoutes) -> Option<Ingresses> {
+        self.tell(|told| {
+            told.looking.insert(routes.project.clone());
+            told.crowded |= told.looking.len() > 1;
+        });
+        let look = Look(self, routes.project.clone());
+        // Nobody is done at once.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        drop(look);
+        self.tell(|told| _ = told.looked.insert(routes.project.clone()));
         self.gateway.borrow().ingresses.clone()
     }
     async fn route(&self, routes: &HostRoutes) -> Result<(), RouteError> {
@@ -538,5 +561,29 @@ async fn what_cannot_be_said_of_others_has_nothing_led_anew() {
     world.reach(second, Status::Started).await;
     let is_said = |r: &Routing| r.ingresses.get(name.as_str()) == Some(&theirs("web:80"));
     world.routes("it is said", is_said).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_is_looked_at_what_else_there_is_for_one_project_after_the_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, edge) = Edge::ports();
+    let world = World::start(dir.path(), &ports).await;
+    let instances = ["one", "two", "three", "four"].map(|project| {
+        let instance = format!("{project}.production.web");
+        instance.parse::<InstanceRef>().unwrap()
+    });
+    for instance in &instances {
+        world.prepare_for(instance).await;
+    }
+    for instance in &instances {
+        let (instance, version) = (instance.clone(), of_git("main"));
+        world
+            .request_of(instance, version, SwitchMode::Automatic)
+            .await;
+    }
+    let all = |told: &Told| told.looked.len() == instances.len();
+    edge.until("it was looked for all of them", all).await;
+    assert!(!edge.gateway.borrow().crowded);
     world.stop().await;
 }
