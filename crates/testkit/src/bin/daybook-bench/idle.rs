@@ -160,7 +160,9 @@ pub(crate) async fn start_up(
                 took = Some(begun.elapsed());
             }
             if let (Some(took), Some((_, address))) = (took, line.split_once("http://")) {
-                return Ok((took, address.trim().to_owned()));
+                // More may be said behind it.
+                let address = address.split_whitespace().next().unwrap_or_default();
+                return Ok((took, address.trim_end_matches([',', '/']).to_owned()));
             }
         }
         Err::<_, Failure>("the server ended before it was up".into())

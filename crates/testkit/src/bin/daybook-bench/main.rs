@@ -87,6 +87,8 @@ enum Benchmark {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    // Of the two that the libraries have, as in Daybook; an error says that there is one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     match run(Arguments::parse()).await {
         Ok(code) => code,
         Err(failure) => {
