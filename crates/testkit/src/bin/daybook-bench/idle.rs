@@ -141,10 +141,19 @@ pub(crate) async fn start_up(
     program: &Path,
     folder: &Path,
 ) -> Result<(Child, Duration, String), Failure> {
+    start(program, folder, &["up", "--gateway", "127.0.0.1:0"]).await
+}
+
+/// Starts the program with an HTTP interface, and waits until it says where that is.
+pub(crate) async fn start(
+    program: &Path,
+    folder: &Path,
+    arguments: &[&str],
+) -> Result<(Child, Duration, String), Failure> {
     let begun = Instant::now();
     let mut child = Command::new(program)
-        .arg("up")
-        .args(["--listen", "127.0.0.1:0", "--gateway", "127.0.0.1:0"])
+        .args(arguments)
+        .args(["--listen", "127.0.0.1:0"])
         .arg("--data")
         .arg(folder.join("data"))
         .stdin(Stdio::null())

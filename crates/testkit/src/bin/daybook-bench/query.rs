@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use axum::http::header;
 use bytes::Bytes;
+use daybook_testkit::nats::{NatsBinary, NatsServer};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};
@@ -66,11 +67,16 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
     let program = idle::program(options.daybook.as_deref())?;
     let folder = temporary_folder(options.folder.as_deref())?;
     eprint!("writing {} events ", options.events);
-    let log = logs::embedded(&folder.path().join("data/log")).await?;
+    let nats = NatsBinary::newest().or_else(|| NatsBinary::installed().into_iter().next());
+    let nats = nats.ok_or("there is no nats-server")?;
+    let broker = NatsServer::start(&nats).await;
+    let log = logs::jetstream(&broker.url()).await?;
     past::write(&log, options.events).await?;
     drop(log);
     eprint!("and starting on them ");
-    let (mut server, took, address) = idle::start_up(&program, folder.path()).await?;
+    // Nothing but the interface: workers would take up what the ledger says is under way.
+    let arguments = ["serve", "--role", "api", "--nats", &broker.url()];
+    let (mut server, took, address) = idle::start(&program, folder.path(), &arguments).await?;
     eprintln!("in {:.1} s", took.as_secs_f64());
     let projects = ask(&mut connect(&address).await?, &address, "/api/v1/projects").await?;
     let projects: serde_json::Value = serde_json::from_slice(&projects)?;
