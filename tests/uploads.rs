@@ -446,7 +446,7 @@ fn what_is_too_large_or_no_source_is_refused_with_a_way_out() {
     server.ok(&[&["service", "create", "shop", "web"][..], &image].concat());
     let refused = deploy_in(&server, source.path(), &["--output", "json"]);
     assert_eq!(refused.error()["code"], "version_required", "{refused:?}");
-    assert_eq!(uploads(&server).len(), 1);
+    assert_eq!(uploads(&server).len(), 2);
 }
 
 /// A build worker that shares neither folder nor token with anybody.

@@ -42,8 +42,9 @@ fn as_read<E>(
     Err(match expected.is_empty() {
         true => Refusal::new(
             "webhook_changed",
-            "weak entity tags never match: something between you and the server made the webhook's weak",
-            "send the member `etag` of the webhook in If-Match, as it is",
+            "no entity tag was given that could match: weak ones never do",
+            "send the member `etag` of the webhook in If-Match, as it is; what stands between you and \
+             the server may have made the ETag weak",
         ),
         false => Refusal::new(
             "webhook_changed",
