@@ -228,6 +228,15 @@ async fn try_to_open(
                     CreateStreamErrorKind::JetStream(e) if e.error_code().0 == 10058 => {
                         Setback::Passing(e.to_string())
                     }
+                    // "Subjects overlap with an existing stream", which may be the very stream that
+                    // is asked for: a server that makes it for another process at that moment has
+                    // looked for the name before, and for the subjects after.
+                    CreateStreamErrorKind::JetStream(e) if e.error_code().0 == 10065 => {
+                        match in_the_way(connection, setup).await {
+                            Some(other) => not_created(name, format!("{e}, {other}")),
+                            None => Setback::Passing(e.to_string()),
+                        }
+                    }
                     CreateStreamErrorKind::JetStream(e) if e.code() == 503 => {
                         Setback::Passing(e.to_string())
                     }
@@ -276,6 +285,19 @@ async fn try_to_open(
         replicated,
         notes,
     })
+}
+
+/// The stream of another name that has subjects of this one.
+async fn in_the_way(connection: &Connection, setup: &StreamSetup) -> Option<String> {
+    for subject in &setup.config.subjects {
+        // An answer that does not come says nothing about who is in the way.
+        if let Ok(holder) = connection.context().stream_by_subject(subject).await
+            && holder != setup.config.name
+        {
+            return Some(holder);
+        }
+    }
+    None
 }
 
 fn not_created(stream: &str, reason: impl ToString) -> Setback {
