@@ -180,8 +180,12 @@ impl Asked {
         };
         let live = serde_json::to_value(workload).unwrap_or_default();
         let mut found = differences(wanted, &live);
-        // The chart may have an autoscaler made.
-        found.retain(|field| !(by_argocd && is_autoscaled(field, wanted, &live)));
+        // The chart may have an autoscaler made. One that is older says nothing of where the last
+        // words of a program come from, which is nothing that the commit asks for.
+        let is_of_chart = |field: &str| {
+            is_autoscaled(field, wanted, &live) || field.ends_with("].terminationMessagePolicy")
+        };
+        found.retain(|field| !(by_argocd && is_of_chart(field)));
         found
     }
 
@@ -276,6 +280,8 @@ mod tests {
                         "name": "web",
                         "image": "a",
                         "env": [{ "name": "PORT", "value": "8080" }],
+                        // As the API server defaults it.
+                        "terminationMessagePolicy": "File",
                     }],
                 },
             },
@@ -293,6 +299,7 @@ mod tests {
         let container = &mut pod["containers"][0];
         container["resources"] = json!({ "requests": { "cpu": "250m" } });
         container["volumeMounts"] = json!([{ "name": "data", "mountPath": "/data" }]);
+        container["terminationMessagePolicy"] = json!("FallbackToLogsOnError");
         container["env"] = json!([
             { "name": "PORT", "value": "8080" },
             { "name": "VOLUME_DATA", "value": "/data" },

@@ -115,6 +115,21 @@ fn quoted(text: Option<&str>) -> String {
     short
 }
 
+/// The end of what a program said, on one line: why it ended is in its last lines. Begun with a
+/// whole word where there is one, so that masking finds what is to be masked.
+fn last_words(text: Option<&str>) -> String {
+    let lines = text.unwrap_or_default().lines().map(str::trim);
+    let lines: Vec<_> = lines.filter(|line| !line.is_empty()).collect();
+    let said = lines.join(" / ").replace(char::is_control, " ");
+    let over = said.chars().count().saturating_sub(QUOTED);
+    if over == 0 {
+        return said;
+    }
+    let end: String = said.chars().skip(over).collect();
+    let whole = end.split_once(' ').map_or(&*end, |(_, whole)| whole);
+    format!("…{}", whole.trim_start_matches("/ "))
+}
+
 fn deadline() -> Found {
     found(
         0,
@@ -315,7 +330,7 @@ fn ended_badly(pod: &str, container: &ContainerStatus, state: &ContainerState) -
     let Some(ended) = &state.terminated else {
         return crash(pod, container.restart_count, "it ended", "");
     };
-    let said = quoted(ended.message.as_deref());
+    let said = last_words(ended.message.as_deref());
     if ended.reason.as_deref() == Some("OOMKilled") {
         return found(
             85,
@@ -359,4 +374,25 @@ fn crash(pod: &str, count: i32, how: &str, said: &str) -> Found {
         ),
         "Read the log, correct the application or its variables, and deploy again.",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_what_a_program_said_the_end_is_quoted_from_a_whole_word_on() {
+        assert_eq!(last_words(None), "");
+        assert_eq!(last_words(Some(" a\n\n\tb\u{1b}[0m \n")), "a / b [0m");
+        let printed = format!("token=\u{fc}{}\nthe end", "x y".repeat(QUOTED));
+        let said = last_words(Some(&printed));
+        assert!(
+            said.starts_with("\u{2026}y") || said.starts_with("\u{2026}yx"),
+            "{said}"
+        );
+        assert!(said.ends_with("x y / the end"), "{said}");
+        assert!(said.chars().count() <= QUOTED + 1);
+        let word = "z".repeat(QUOTED + 1);
+        assert_eq!(last_words(Some(&word)).chars().count(), QUOTED + 1);
+    }
 }

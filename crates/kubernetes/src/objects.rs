@@ -434,6 +434,8 @@ impl Release<'_> {
                 "allowPrivilegeEscalation": false,
                 "capabilities": { "drop": ["ALL"] },
             },
+            // What it printed last is why it ended, where it writes nothing to /dev/termination-log.
+            "terminationMessagePolicy": "FallbackToLogsOnError",
         });
         if !run.command.is_empty() {
             // `$` begins a reference to a variable there, and is nothing special here.

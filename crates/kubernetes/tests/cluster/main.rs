@@ -322,6 +322,30 @@ async fn what_keeps_a_release_from_being_ready_is_said_while_it_does() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_a_program_that_ends_again_and_again_what_it_printed_last_is_said() {
+    let Some(stage) = Stage::new("last-words").await else {
+        return;
+    };
+    let printed = format!("{}panicked:\n  no database\n", "starting\n".repeat(200));
+    let _kubelet = stage.kubelet(Fate::Crashes(101, printed));
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    stage.apply(1, &values).await.unwrap();
+    let is = |s: &AppStatus| of(s, 1).is_some_and(|r| r.problem.is_some());
+    let status = stage.until("it crashes", is).await;
+    let problem = of(&status, 1).unwrap().problem.clone().unwrap();
+    assert_eq!(problem.reason, "CrashLoopBackOff");
+    assert!(
+        problem.message.contains("; its last words: …starting / "),
+        "{problem:?}"
+    );
+    assert!(
+        problem.message.ends_with("/ panicked: / no database"),
+        "{problem:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_rollout_past_its_deadline_has_failed_with_its_cause() {
     let Some(stage) = Stage::new("deadline").await else {
         return;

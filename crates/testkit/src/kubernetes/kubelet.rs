@@ -30,7 +30,8 @@ pub enum Fate {
     Unready(String),
     /// Its image cannot be pulled.
     NoImage(String),
-    /// It ends again and again with this exit code and these last words.
+    /// It ends again and again with this exit code, and prints this. What of it the status says is
+    /// for the policy of its container to say.
     Crashes(i32, String),
     /// It uses too much memory.
     OutOfMemory,
@@ -163,6 +164,18 @@ fn whole_seconds(time: &str) -> String {
     format!("{seconds}Z")
 }
 
+/// What a kubelet takes of an output where nothing is in `/dev/termination-log`: the last 80 lines,
+/// and of these the last 2048 bytes.
+fn last_of(printed: &str) -> &str {
+    let mut ends = printed.trim_end().rmatch_indices('\n').skip(79);
+    let from = ends.next().map_or(0, |(at, _)| at + 1);
+    let mut from = from.max(printed.len().saturating_sub(2048));
+    while !printed.is_char_boundary(from) {
+        from += 1;
+    }
+    &printed[from..]
+}
+
 fn condition(kind: &str, yes: bool, reason: &str, message: &str) -> Value {
     json!({
         "type": kind,
@@ -175,6 +188,8 @@ fn condition(kind: &str, yes: bool, reason: &str, message: &str) -> Value {
 
 fn status(pod: &Pod, fate: &Fate) -> Option<Value> {
     let container = pod.spec.as_ref()?.containers.first()?;
+    let policy = container.termination_message_policy.as_deref();
+    let falls_back = policy == Some("FallbackToLogsOnError");
     let now = whole_seconds(&Timestamp::now().to_string());
     let image = container.image.clone().unwrap_or_default();
     let container = |ready: bool, restarts: u32, state: Value, last: Value| {
@@ -222,7 +237,8 @@ fn status(pod: &Pod, fate: &Fate) -> Option<Value> {
             ),
             false,
         ),
-        Fate::Crashes(code, said) => {
+        Fate::Crashes(code, printed) => {
+            let said = if falls_back { last_of(printed) } else { "" };
             let back_off = "back-off 40s restarting failed container";
             let state = waiting("CrashLoopBackOff", back_off);
             let last = terminated(*code, "Error", said);
