@@ -386,10 +386,7 @@ mod tests {
         assert_eq!(last_words(Some(" a\n\n\tb\u{1b}[0m \n")), "a / b [0m");
         let printed = format!("token=\u{fc}{}\nthe end", "x y".repeat(QUOTED));
         let said = last_words(Some(&printed));
-        assert!(
-            said.starts_with("\u{2026}y") || said.starts_with("\u{2026}yx"),
-            "{said}"
-        );
+        assert!(said.starts_with("\u{2026}yx"), "{said}");
         assert!(said.ends_with("x y / the end"), "{said}");
         assert!(said.chars().count() <= QUOTED + 1);
         let word = "z".repeat(QUOTED + 1);

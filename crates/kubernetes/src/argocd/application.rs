@@ -9,6 +9,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::state::short;
+
 /// `applications.argoproj.io`.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub(crate) struct Application {
@@ -28,6 +30,8 @@ pub(crate) struct ApplicationStatus {
     pub(crate) operation_state: Option<OperationState>,
     pub(crate) conditions: Vec<Condition>,
     pub(crate) resources: Vec<Resource>,
+    /// The worst of all its objects.
+    pub(crate) health: Option<Health>,
 }
 
 /// How the cluster compares to the repository.
@@ -119,6 +123,8 @@ pub(crate) struct Condition {
 pub(crate) struct Resource {
     pub(crate) kind: String,
     pub(crate) name: String,
+    /// None where Argo CD keeps it to itself, as it does by default from version 3.0 on
+    /// (`controller.resource.health.persist`).
     pub(crate) health: Option<Health>,
 }
 
@@ -131,19 +137,36 @@ pub(crate) struct Health {
 }
 
 impl Application {
-    /// What Argo CD finds wrong with a workload.
+    /// What Argo CD finds wrong with a workload or, where it does not keep what is wrong with each
+    /// object, with all of them together.
     pub(crate) fn unhealthy(&self, workload: &Deployment) -> Option<Problem> {
-        let mut resources = self.status.resources.iter();
-        let found = resources
-            .find(|r| r.kind == "Deployment" && Some(&r.name) == workload.metadata.name.as_ref())?;
-        let health = found.health.as_ref().filter(|h| h.status == "Degraded")?;
+        let resources = &self.status.resources;
+        let is_degraded = |health: &&Health| health.status == "Degraded";
+        let (message, remedy) = if resources.iter().any(|r| r.health.is_some()) {
+            let mut resources = resources.iter();
+            let found = resources.find(|r| {
+                r.kind == "Deployment" && Some(&r.name) == workload.metadata.name.as_ref()
+            })?;
+            let health = found.health.as_ref().filter(is_degraded)?;
+            let message = format!(
+                "Argo CD says of Deployment {}: {}",
+                found.name,
+                short(&health.message)
+            );
+            (message, "Look at the Application in Argo CD.")
+        } else {
+            self.status.health.as_ref().filter(is_degraded)?;
+            let name = self.metadata.name.as_deref().unwrap_or_default();
+            (
+                format!("Argo CD says that an object of Application {name} is degraded"),
+                "Look at the Application in Argo CD: it shows which object that is, which it keeps \
+                 only with controller.resource.health.persist=true in argocd-cmd-params-cm.",
+            )
+        };
         Some(Problem {
             reason: "Degraded".to_owned(),
-            message: format!(
-                "Argo CD says of Deployment {}: {}",
-                found.name, health.message
-            ),
-            remedy: "Look at the Application in Argo CD.".to_owned(),
+            message,
+            remedy: remedy.to_owned(),
             transient: true,
         })
     }

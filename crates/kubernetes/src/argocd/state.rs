@@ -113,7 +113,8 @@ fn failed(commit: &CommitId, last: &OperationState) -> State {
     }
 }
 
-fn short(text: &str) -> String {
+/// The beginning of a message, as much of it as is quoted.
+pub(super) fn short(text: &str) -> String {
     const MOST: usize = 400;
     let text = text.trim();
     let mut short: String = text.chars().take(MOST).collect();

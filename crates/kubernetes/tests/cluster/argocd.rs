@@ -282,6 +282,68 @@ async fn a_sync_that_fails_keeps_only_what_it_could_not_apply_and_is_tried_again
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_argocd_finds_degraded_is_said_where_the_pods_say_nothing() {
+    let Some(argo) = Argo::new("degraded").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let _controller = argo.controller();
+    let _kubelet = stage.kubelet(Fate::Creating);
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    argo.apply(1, &values).await.unwrap();
+    let well = |s: &AppStatus| {
+        let has_pod = of(s, 1).is_some_and(|r| r.instances.iter().any(|i| !i.outdated));
+        s.is_whole && has_pod && problem(s, 1).is_none()
+    };
+    stage.until("its pod is being made", well).await;
+    let status = argo.application().await["status"].take();
+    assert_eq!(status["resourceHealthSource"], "appTree");
+    let resources = status["resources"].as_array().unwrap();
+    assert!(resources.iter().all(|r| r["health"].is_null()));
+
+    // By default only the health of all together is kept.
+    let (api, name) = (argo.applications(), stage.namespace());
+    let says = |status: Value| {
+        let (api, name) = (api.clone(), name.clone());
+        async move {
+            let patch = Patch::Merge(json!({ "status": status }));
+            let params = PatchParams::default();
+            api.patch(&name, &params, &patch).await.unwrap();
+        }
+    };
+    says(json!({ "health": { "status": "Degraded" } })).await;
+    let degraded = |said: String| {
+        move |s: &AppStatus| {
+            problem(s, 1)
+                .is_some_and(|p| p.reason == "Degraded" && p.transient && p.message.contains(&said))
+        }
+    };
+    stage
+        .until("all of it", degraded(format!("Application {name} ")))
+        .await;
+
+    // Where that of each is kept, another's is no concern of this one.
+    let workload = names::release(&web(), deployment(1));
+    let of_each = |workload_is: &str, other_is: &str| {
+        let of = |kind: &str, name: &str, status: &str| {
+            let message = format!("{name} is not well");
+            let health = json!({ "status": status, "message": message });
+            json!({ "kind": kind, "version": "v1", "name": name, "health": health })
+        };
+        json!({ "resources": [
+            of("Deployment", &workload, workload_is),
+            of("PersistentVolumeClaim", "other", other_is),
+        ]})
+    };
+    says(of_each("Progressing", "Degraded")).await;
+    stage.until("nothing of this one", well).await;
+    says(of_each("Degraded", "Healthy")).await;
+    let said = format!("Deployment {workload}: {workload} is not well");
+    stage.until("in its own words", degraded(said)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_the_commit_does_not_list_and_is_kept_stays_until_it_is_let_go() {
     let Some(argo) = Argo::new("kept").await else {
         return;

@@ -1,8 +1,9 @@
 //! What Argo CD's application controller does with Applications, without Argo CD.
 //!
 //! The shapes are those that Argo CD 3.5 writes: the status with `sync`, `operationState`,
-//! `conditions` and `resources`, the tracking annotation on what it applies, the refresh
-//! annotation and the operation that it takes away, the finalizer.
+//! `conditions`, `resources` (without the health of each, as by default) and the `health` of all,
+//! the tracking annotation on what it applies, the refresh annotation and the operation that it
+//! takes away, the finalizer. The health stays what it is right after a sync.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -146,7 +147,21 @@ impl Controller {
         }
         self.prune(&name, namespace, &objects).await?;
         let failed = results.iter().any(|r| r["status"] == "SyncFailed");
-        let status = if failed {
+        let resources = objects.iter().zip(&results).map(|(object, result)| {
+            let api_version = object["apiVersion"].as_str().unwrap_or_default();
+            let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+            let synced = result["status"] == "Synced";
+            json!({
+                "group": group,
+                "version": version,
+                "kind": object["kind"],
+                "namespace": object["metadata"]["namespace"].as_str().unwrap_or(namespace),
+                "name": object["metadata"]["name"],
+                "status": if synced { "Synced" } else { "OutOfSync" },
+            })
+        });
+        let resources: Vec<Value> = resources.collect();
+        let mut status = if failed {
             let message = "one or more objects failed to apply";
             json!({
                 "sync": sync("OutOfSync"),
@@ -156,9 +171,11 @@ impl Controller {
             json!({
                 "sync": sync("Synced"),
                 "operationState": operation("Succeeded", "successfully synced", &results),
-                "health": { "status": "Progressing" },
+                "health": { "status": "Progressing", "lastTransitionTime": now() },
             })
         };
+        status["resources"] = json!(resources);
+        status["resourceHealthSource"] = json!("appTree");
         self.write(&name, json!({ "status": status })).await
     }
 
