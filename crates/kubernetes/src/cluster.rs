@@ -1,6 +1,6 @@
 //! The target itself.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -94,7 +94,13 @@ struct World {
     needed: usize,
     /// Watches that are cut, with the reason.
     troubles: BTreeMap<&'static str, String>,
+    /// Warnings that come before anything of their namespace is seen, with the namespace and the
+    /// pod: of other people's pods, or of what was not listed yet.
+    early: VecDeque<(String, String, Warning)>,
 }
+
+/// So many of them are kept.
+const EARLY: usize = 256;
 
 #[derive(Default)]
 struct Known {
@@ -287,9 +293,11 @@ impl Shared {
 
     fn warned(&self, namespace: &str, pod: &str, warning: Warning) {
         let mut world = self.world();
-        // Other pods have theirs.
-        if let Some(known) = world.spaces.get_mut(namespace) {
-            known.seen.warn(pod, warning);
+        let warned = (namespace.to_owned(), pod.to_owned(), warning);
+        world.early.push_back(warned);
+        world.recall();
+        if world.early.len() > EARLY {
+            world.early.pop_front();
         }
         world.publish(namespace);
     }
@@ -311,6 +319,7 @@ impl World {
                     let known = self.spaces.entry(space_of(&object)).or_default();
                     of(&mut known.seen).insert(object.name_any(), object);
                 }
+                self.recall();
                 self.listed.insert(kind);
                 let all: Vec<String> = self.spaces.keys().cloned().collect();
                 for namespace in all {
@@ -319,8 +328,12 @@ impl World {
             }
             Change::Applied(object) => {
                 let namespace = space_of(&*object);
+                let is_new = !self.spaces.contains_key(&namespace);
                 let known = self.spaces.entry(namespace.clone()).or_default();
                 of(&mut known.seen).insert(object.name_any(), *object);
+                if is_new {
+                    self.recall();
+                }
                 self.publish(&namespace);
             }
             Change::Deleted(object) => {
@@ -336,6 +349,16 @@ impl World {
                 if self.spaces.get(&namespace).is_some_and(Known::is_of_no_use) {
                     self.spaces.remove(&namespace);
                 }
+            }
+        }
+    }
+
+    /// Keeps the warnings whose namespaces are known by now, in the order in which they came.
+    fn recall(&mut self) {
+        for (namespace, pod, warning) in std::mem::take(&mut self.early) {
+            match self.spaces.get_mut(&namespace) {
+                Some(known) => known.seen.warn(&pod, warning),
+                None => self.early.push_back((namespace, pod, warning)),
             }
         }
     }

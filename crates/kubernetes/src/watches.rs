@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Event as Occurrence;
 use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt as _, watcher as watch};
@@ -64,7 +65,30 @@ pub(crate) async fn named<K: Watched>(
 /// Told of a warning about a pod: its namespace, its name, and what it says.
 pub(crate) type Warned = Arc<dyn Fn(&str, &str, Warning) + Send + Sync>;
 
-/// Watches what kubelets and controllers warn of about pods.
+/// When something was said, and which of two things of the same second was written later.
+pub(crate) type SaidAt = (Option<Timestamp>, u64);
+
+/// When an event was seen to happen for the last time: those of API servers are in no order, and one
+/// that happens again is the older object with a later time.
+pub(crate) fn said_at(event: &Occurrence) -> SaidAt {
+    let metadata = &event.metadata;
+    let series = event.series.as_ref();
+    let times = [
+        series.and_then(|s| s.last_observed_time.as_ref().map(|t| t.0)),
+        event.last_timestamp.as_ref().map(|t| t.0),
+        event.event_time.as_ref().map(|t| t.0),
+        event.first_timestamp.as_ref().map(|t| t.0),
+        metadata.creation_timestamp.as_ref().map(|t| t.0),
+    ];
+    let version = metadata.resource_version.as_deref();
+    let version = version.and_then(|version| version.parse().ok());
+    (
+        times.into_iter().flatten().max(),
+        version.unwrap_or_default(),
+    )
+}
+
+/// Watches what kubelets and controllers warn of about pods, of which the newest is told last.
 pub(crate) async fn warnings(client: Client, warned: Warned, cancel: CancellationToken) {
     let config = watcher::Config::default().fields("involvedObject.kind=Pod,type=Warning");
     let tell = |event: &Occurrence| {
@@ -78,7 +102,10 @@ pub(crate) async fn warnings(client: Client, warned: Warned, cancel: Cancellatio
         }
     };
     let changed = |change: Change<Occurrence>| match change {
-        Change::All(all) => all.iter().for_each(tell),
+        Change::All(mut all) => {
+            all.sort_by_cached_key(said_at);
+            all.iter().for_each(tell);
+        }
         Change::Applied(event) => tell(&event),
         Change::Deleted(_) => {}
     };
@@ -136,3 +163,49 @@ async fn run<K: Watched>(
 /// How long it is waited before a watch that was cut is begun again: at first, and at most.
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(15);
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn what_happens_again_is_newer_than_what_was_first_seen_after_it() {
+        let event = |version: &str, body: Value| -> Occurrence {
+            let mut event = json!({
+                "metadata": {
+                    "resourceVersion": version,
+                    "creationTimestamp": "2026-01-01T00:00:00Z",
+                },
+                "involvedObject": {},
+            });
+            for (key, value) in body.as_object().unwrap() {
+                event[key] = value.clone();
+            }
+            serde_json::from_value(event).unwrap()
+        };
+        let in_order = [
+            event("9", json!({})),
+            event("10", json!({})),
+            event("4", json!({ "lastTimestamp": "2026-01-01T00:00:01Z" })),
+            event("3", json!({ "eventTime": "2026-01-01T00:00:02.000000Z" })),
+            event(
+                "2",
+                json!({
+                    "eventTime": "2026-01-01T00:00:00.000000Z",
+                    "series": { "count": 2, "lastObservedTime": "2026-01-01T00:00:03.000000Z" },
+                }),
+            ),
+            event(
+                "1",
+                json!({
+                    "firstTimestamp": "2026-01-01T00:00:00Z",
+                    "lastTimestamp": "2026-01-01T00:00:04Z",
+                }),
+            ),
+        ];
+        let times: Vec<_> = in_order.iter().map(said_at).collect();
+        assert!(times.is_sorted(), "{times:?}");
+    }
+}

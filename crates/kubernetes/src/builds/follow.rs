@@ -21,6 +21,7 @@ use super::printer::{Printer, View};
 use super::{ClusterBuilds, Made, job, refused, say};
 use crate::apply::timely;
 use crate::diagnosis::{self, Warning};
+use crate::watches::{SaidAt, said_at};
 
 /// What a pod whose Job has ended may still have to say is waited for so long.
 const LAST_WORDS: Duration = Duration::from_secs(30);
@@ -56,7 +57,7 @@ struct World {
     listed: bool,
     pods: HashMap<String, Pod>,
     /// The newest about each object, by name.
-    warnings: HashMap<String, Warning>,
+    warnings: HashMap<String, (SaidAt, Warning)>,
 }
 
 struct AbortOnDrop(JoinHandle<()>);
@@ -246,13 +247,16 @@ impl World {
                 self.pods.remove(&pod.name_any());
             }
             Sight::Warning(Event::InitApply(warning) | Event::Apply(warning)) => {
+                let said_at = said_at(&warning);
                 let about = warning.involved_object.name.unwrap_or_default();
-                if about.starts_with(&self.name) {
+                let before = self.warnings.get(&about);
+                let is_newer = before.is_none_or(|(before, _)| *before <= said_at);
+                if is_newer && about.starts_with(&self.name) {
                     let warning = Warning {
                         reason: warning.reason.unwrap_or_default(),
                         message: warning.message.unwrap_or_default(),
                     };
-                    self.warnings.insert(about, warning);
+                    self.warnings.insert(about, (said_at, warning));
                 }
             }
             Sight::Pod(Event::InitDone) | Sight::Warning(_) => {}
@@ -265,7 +269,7 @@ impl World {
 
     /// What keeps it from beginning, if anything.
     fn problem(&self) -> Option<Problem> {
-        let warning = |name: &str| self.warnings.get(name);
+        let warning = |name: &str| self.warnings.get(name).map(|(_, warning)| warning);
         match self.pod() {
             Some(pod) => diagnosis::not_begun(pod, warning(&pod.name_any())),
             None => {

@@ -291,6 +291,9 @@ async fn what_argocd_finds_degraded_is_said_where_the_pods_say_nothing() {
     let _kubelet = stage.kubelet(Fate::Creating);
     let mut values = stage.values();
     release(&mut values, 1, 1);
+    let service = values.services.get_mut(&web()).unwrap();
+    let first = service.releases.get_mut(&deployment(1)).unwrap();
+    first.run.health.deadline_seconds = 3600;
     argo.apply(1, &values).await.unwrap();
     let well = |s: &AppStatus| {
         let has_pod = of(s, 1).is_some_and(|r| r.instances.iter().any(|i| !i.outdated));

@@ -89,6 +89,120 @@ async fn a_watch_that_is_cut_or_too_old_is_begun_anew() {
     well.await.unwrap();
 }
 
+/// A warning about a pod as kubelets write it, which happened last so many seconds from now.
+async fn warn(client: &Client, pod: &Pod, message: &str, seconds: i64, is_series: bool) {
+    use k8s_openapi::jiff::{SignedDuration, Timestamp};
+    let at = Timestamp::now() + SignedDuration::from_secs(seconds);
+    let namespace = pod.namespace().unwrap();
+    let mut event = json!({
+        "metadata": { "generateName": format!("{}.", pod.name_any()), "namespace": namespace },
+        "involvedObject": {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "name": pod.name_any(),
+            "namespace": namespace,
+            "uid": pod.uid(),
+        },
+        "type": "Warning",
+        "reason": "Unhealthy",
+        "message": message,
+    });
+    let more = match is_series {
+        true => json!({
+            "action": "Probe",
+            "reportingComponent": "kubelet",
+            "reportingInstance": "node-1",
+            "eventTime": "2026-01-01T00:00:00.000000Z",
+            "series": { "count": 7, "lastObservedTime": format!("{at:.6}") },
+        }),
+        false => json!({
+            "source": { "component": "kubelet", "host": "node-1" },
+            "firstTimestamp": "2026-01-01T00:00:00Z",
+            "lastTimestamp": format!("{at:.0}"),
+            "count": 7,
+        }),
+    };
+    for (key, value) in more.as_object().unwrap() {
+        event[key] = value.clone();
+    }
+    let event: k8s_openapi::api::core::v1::Event = serde_json::from_value(event).unwrap();
+    let api = Api::namespaced(client.clone(), &namespace);
+    api.create(&PostParams::default(), &event).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_cut_and_after_a_restart_the_newest_warning_is_the_one_that_counts() {
+    let Some((stage, proxy)) = through_proxy("warned").await else {
+        return;
+    };
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    let service = values.services.get_mut(&web()).unwrap();
+    let first = service.releases.get_mut(&deployment(1)).unwrap();
+    first.run.health.deadline_seconds = 3600;
+    stage.apply(1, &values).await.unwrap();
+    let kubelet = stage.kubelet(Fate::Unready("at first".to_owned()));
+    let says = |said: &'static str| {
+        move |s: &AppStatus| {
+            let problem = of(s, 1).and_then(|r| r.problem.as_ref());
+            problem.is_some_and(|p| p.message.contains(said))
+        }
+    };
+    stage.until("why it is not ready", says("at first")).await;
+    drop(kubelet);
+
+    // What happens while nothing gets through, in another order than it is written down in.
+    proxy.answer(|_, _| Some(refusal(503, "ServiceUnavailable")));
+    proxy.cut();
+    let pods: Api<Pod> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let found = pods.list(&ListParams::default()).await.unwrap();
+    let pod = &found.items[0];
+    for (message, seconds, is_series) in [
+        ("the third", 30, false),
+        ("the seventh", 70, true),
+        ("the first", 10, false),
+        ("the newest", 80, true),
+        ("the second", 20, true),
+        ("the sixth", 60, false),
+        ("the fourth", 40, false),
+        ("the fifth", 50, true),
+    ] {
+        warn(&stage.client, pod, message, seconds, is_series).await;
+    }
+    proxy.behave();
+    stage.until("the newest", says("the newest")).await;
+    // It is watched again once all that were listed have been told.
+    let watched = tokio::time::timeout(PATIENCE, async {
+        while !proxy.open_watches().contains_key("events") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    watched.await.unwrap();
+    let now = stage.target.watch(&stage.app).borrow().clone();
+    assert!(says("the newest")(&now), "{now:#?}");
+
+    // Whatever is listed first: it is not forgotten before its namespace is seen.
+    proxy.take_asked();
+    let other = KubernetesCluster::open(options(proxy.client()))
+        .await
+        .unwrap();
+    let listed = tokio::time::timeout(PATIENCE, async {
+        loop {
+            let asked = proxy.take_asked();
+            let mut watches = asked.iter().filter(|a| a.is_watch());
+            if watches.any(|a| a.path().ends_with("/events")) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    listed.await.unwrap();
+    other.apply(&stage.app, &commit(1), &values).await.unwrap();
+    let mut watch = other.watch(&stage.app);
+    let seen = wait(&mut watch, says("the newest")).await;
+    assert!(seen.is_some(), "{:#?}", watch.borrow());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bursts_of_refusals_are_no_reason_to_give_up() {
     let Some((stage, proxy)) = through_proxy("bursts").await else {
