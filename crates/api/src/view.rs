@@ -576,6 +576,12 @@ pub(crate) struct FailureView {
     pub(crate) message: String,
     /// What helps.
     pub(crate) remedy: String,
+    /// What it usually comes of, the most likely first; left out where that is not known.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) likely_causes: Vec<String>,
+    /// All that may help, beginning with `remedy`; left out where there is nothing else.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) remedies: Vec<String>,
 }
 
 /// Why a deployment was cancelled.
@@ -858,6 +864,8 @@ impl<'a> Shown<'a> {
                 code: f.code.clone(),
                 message: f.message.clone(),
                 remedy: f.remedy.clone(),
+                likely_causes: Vec::new(),
+                remedies: Vec::new(),
             }),
             cancelled: state.cancelled.as_ref().map(CancelledView::from),
             queue: queue::of(self.projections, row)?,
@@ -977,6 +985,8 @@ fn cluster_status(state: &Deployment) -> Vec<ClusterStatus> {
                     code: p.code.clone(),
                     message: p.message.clone(),
                     remedy: p.remedy.clone(),
+                    likely_causes: p.likely_causes.clone(),
+                    remedies: p.remedies.clone(),
                 }),
         }
     });

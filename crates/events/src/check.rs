@@ -542,7 +542,10 @@ structs! {
         committed_at: Timestamp, url: String
     }
     deployment::Instance { name: String, address: String, ready: bool, restarts: u32 }
-    deployment::Problem { reason: String, message: String, remedy: String, transient: bool }
+    deployment::Problem {
+        reason: String, message: String, remedy: String, transient: bool,
+        likely_causes sparse: Vec<String>, remedies sparse: Vec<String>
+    }
     deployment::Requested {
         instance: InstanceRef, version: deployment::Version, clusters: Vec<ClusterName>,
         build: BuildSpec, image_repository: Option<ImageRepository>, run: RunSpec,
@@ -733,6 +736,33 @@ mod tests {
             "gitops" => AnyPayload::Gitops(GitopsEvent::decode_text(kind, data)),
             "routing" => AnyPayload::Routing(RoutingEvent::decode_text(kind, data)),
             _ => AnyPayload::Other,
+        }
+    }
+
+    #[test]
+    fn what_a_problem_comes_of_is_left_out_where_it_is_not_known_but_in_rows() {
+        let observed = crate::testing::samples::observed("east", 1, 1, false);
+        let DeploymentEvent::WorkloadObserved(mut observed) = observed else {
+            panic!("{observed:?}");
+        };
+        let plain = serde_json::to_string(&observed).unwrap();
+        assert!(!plain.contains("likely_causes") && !plain.contains("remedies"));
+        let problem = observed.problem.as_mut().unwrap();
+        problem.likely_causes = vec!["it leaks".to_owned()];
+        problem.remedies = vec!["more memory".to_owned(), "less".to_owned()];
+        let whole = serde_json::to_string(&observed).unwrap();
+        let kind = "deployment.workload_observed.v1";
+        for text in [&plain, &whole] {
+            assert!(check(kind, text).is_some(), "{text}");
+            let payload = read(AggregateKind::Deployment, kind, text).unwrap();
+            assert_eq!(shown(&payload), shown(&parse(kind, text)));
+            let observed: deployment::WorkloadObserved = serde_json::from_str(text).unwrap();
+            assert_eq!(serde_json::to_string(&observed).unwrap(), *text);
+            let coding = bincode::config::standard();
+            let row = bincode::serde::encode_to_vec(&observed, coding).unwrap();
+            let (back, _): (deployment::WorkloadObserved, usize) =
+                bincode::serde::decode_from_slice(&row, coding).unwrap();
+            assert_eq!(back, observed);
         }
     }
 

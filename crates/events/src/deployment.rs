@@ -832,7 +832,7 @@ pub struct Instance {
 }
 
 /// A cause with a remedy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 pub struct Problem {
     /// In the field's words: `CrashLoopBackOff`, `ImagePullBackOff`.
     pub reason: String,
@@ -842,6 +842,35 @@ pub struct Problem {
     pub remedy: String,
     /// Whether waiting may still mend it.
     pub transient: bool,
+    /// What it usually comes of, the most likely first.
+    #[serde(default)]
+    pub likely_causes: Vec<String>,
+    /// All that may help, beginning with `remedy`.
+    #[serde(default)]
+    pub remedies: Vec<String>,
+}
+
+/// As derived, but that JSON leaves out the lists where they are empty, as it was before there were
+/// any. Rows of projections, which are not self-describing, always have them.
+impl Serialize for Problem {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let all = !serializer.is_human_readable();
+        let likely_causes = all || !self.likely_causes.is_empty();
+        let remedies = all || !self.remedies.is_empty();
+        let newer = usize::from(likely_causes) + usize::from(remedies);
+        let mut out = serializer.serialize_struct("Problem", 4 + newer)?;
+        out.serialize_field("reason", &self.reason)?;
+        out.serialize_field("message", &self.message)?;
+        out.serialize_field("remedy", &self.remedy)?;
+        out.serialize_field("transient", &self.transient)?;
+        if likely_causes {
+            out.serialize_field("likely_causes", &self.likely_causes)?;
+        }
+        if remedies {
+            out.serialize_field("remedies", &self.remedies)?;
+        }
+        out.end()
+    }
 }
 
 /// What was seen of the workload in one cluster. An observation, not an intent.

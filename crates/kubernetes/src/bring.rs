@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use daybook_events::{CommitId, DeploymentId};
 use daybook_workers::image::LOCAL_HOST;
-use daybook_workers::target::{AppRef, Problem, TargetError};
+use daybook_workers::target::{AppRef, Cause, Problem, TargetError};
 use daybook_workers::values::{EnvironmentValues, ReleaseValues};
 use k8s_openapi::ByteString;
 use serde_json::Value;
@@ -179,11 +179,9 @@ impl KubernetesCluster {
             .secrets
             .resolve(&app.project, &release.secret_env)
             .await
-            .map_err(|e| Problem {
-                reason: "SecretMissing".to_owned(),
-                message: e.to_line(),
-                remedy: e.remedy().to_owned(),
-                transient: e.is_retryable(),
+            .map_err(|e| {
+                let (message, remedy) = (e.to_line(), e.remedy());
+                Problem::new(Cause::SecretMissing, message, remedy, e.is_retryable())
             })?;
         let data = values
             .iter()
@@ -241,12 +239,13 @@ fn least(desired: &EnvironmentValues, name: &str) -> Option<u32> {
 fn not_pullable(release: &ReleaseValues) -> Option<Problem> {
     let image = release.image.to_string();
     let local = image.split('/').next() == Some(LOCAL_HOST);
-    (local && release.run.replicas > 0).then(|| Problem {
-        reason: "ImagePullBackOff".to_owned(),
-        message: format!("the image {image} is in no registry, so that no cluster can pull it"),
-        remedy: "Start Daybook with --image-prefix HOST/PATH, a registry that the cluster \
-                 reaches, and deploy again."
-            .to_owned(),
-        transient: false,
+    (local && release.run.replicas > 0).then(|| {
+        Problem::new(
+            Cause::ImagePullBackOff,
+            format!("the image {image} is in no registry, so that no cluster can pull it"),
+            "Start Daybook with --image-prefix HOST/PATH, a registry that the cluster reaches, and \
+             deploy again.",
+            false,
+        )
     })
 }

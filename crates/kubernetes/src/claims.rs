@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use daybook_events::resources::Quantity;
 use daybook_events::spec::VolumeSpec;
-use daybook_workers::target::{Problem, TargetError};
+use daybook_workers::target::{Cause, Problem, TargetError};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::core::DynamicObject;
@@ -139,14 +139,13 @@ impl Space<'_> {
             Err(e) => refusal(&what, &e),
         };
         match grown {
-            TargetError::Refused(why) => Ok(Some(Problem {
-                reason: "VolumeNotEnlarged".to_owned(),
-                message: format!("the volume has {there} and is to have {wanted}: {why}"),
-                remedy: "Ask for the size that it has, or use a StorageClass with \
-                         allowVolumeExpansion, and deploy again."
-                    .to_owned(),
-                transient: false,
-            })),
+            TargetError::Refused(why) => Ok(Some(Problem::new(
+                Cause::VolumeNotEnlarged,
+                format!("the volume has {there} and is to have {wanted}: {why}"),
+                "Ask for the size that it has, or use a StorageClass with allowVolumeExpansion, \
+                 and deploy again.",
+                false,
+            ))),
             unavailable => Err(unavailable),
         }
     }

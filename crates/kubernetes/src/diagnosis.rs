@@ -4,7 +4,7 @@
 //! `ContainerStateTerminated`, `DeploymentCondition`. Kubelets word their messages differently from
 //! version to version, so only reasons and exit codes decide; messages are quoted.
 
-use daybook_workers::target::Problem;
+use daybook_workers::target::{Cause, Problem};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodCondition};
 
@@ -93,16 +93,20 @@ struct Found {
     problem: Problem,
 }
 
-fn found(rank: u8, reason: &str, message: String, remedy: &str) -> Found {
+fn found(rank: u8, cause: Cause, message: String, remedy: &str) -> Found {
     Found {
         rank,
         hopeless: false,
-        problem: Problem {
-            reason: reason.to_owned(),
-            message,
-            remedy: remedy.to_owned(),
-            transient: true,
-        },
+        problem: Problem::new(cause, message, remedy, true),
+    }
+}
+
+/// What Kubernetes, or somebody's controller, says in words that are not known here.
+fn found_other(rank: u8, reason: &str, message: String, remedy: &str) -> Found {
+    Found {
+        rank,
+        hopeless: false,
+        problem: Problem::other(reason, message, remedy, true),
     }
 }
 
@@ -133,7 +137,7 @@ fn last_words(text: Option<&str>) -> String {
 fn deadline() -> Found {
     found(
         0,
-        "ProgressDeadlineExceeded",
+        Cause::ProgressDeadlineExceeded,
         "the rollout made no progress".to_owned(),
         "Look at the pods of the release: `daybook logs`, or kubectl describe.",
     )
@@ -141,31 +145,30 @@ fn deadline() -> Found {
 
 /// Somebody has set fields of a workload otherwise than they are to be.
 pub fn drift(workload: &str, fields: &[String]) -> Problem {
-    Problem {
-        reason: "Drift".to_owned(),
-        message: format!(
+    Problem::new(
+        Cause::Drift,
+        format!(
             "Deployment {workload} was changed by somebody else: {}",
             fields.join(", ")
         ),
-        remedy: "Undo that in the cluster, or change the service and deploy it.".to_owned(),
-        transient: true,
-    }
+        "Undo that in the cluster, or change the service and deploy it.",
+        true,
+    )
 }
 
 /// Argo CD says that a workload is synced, and it is not as the commit asks for.
 pub fn otherwise(workload: &str, fields: &[String]) -> Problem {
-    Problem {
-        reason: "Drift".to_owned(),
-        message: format!(
+    Problem::new(
+        Cause::Drift,
+        format!(
             "Argo CD has synced Deployment {workload}, and it is otherwise than the commit asks for: {}",
             fields.join(", ")
         ),
-        remedy: "Look for what changes Deployments as they are written (kubectl get \
-                 mutatingwebhookconfigurations), and for ignoreDifferences in Argo CD; exempt \
-                 this one, or have the service ask for the same."
-            .to_owned(),
-        transient: true,
-    }
+        "Look for what changes Deployments as they are written (kubectl get \
+         mutatingwebhookconfigurations), and for ignoreDifferences in Argo CD; exempt this one, or \
+         have the service ask for the same.",
+        true,
+    )
 }
 
 /// No pod could even be made: quota, admission, a missing service account.
@@ -180,12 +183,12 @@ fn not_created(workload: &Deployment) -> Option<Found> {
 fn uncreatable(message: String) -> Found {
     let (reason, remedy) = if message.contains("exceeded quota") {
         (
-            "QuotaExceeded",
+            Cause::QuotaExceeded,
             "Ask for less, end something else in the namespace, or have its ResourceQuota raised.",
         )
     } else {
         (
-            "FailedCreate",
+            Cause::FailedCreate,
             "Mend what the message names: an admission policy, a limit range or a service account.",
         )
     };
@@ -212,7 +215,7 @@ fn pod_problem(pod: &Pod, warning: Option<&Warning>) -> Option<Found> {
     if status.reason.as_deref() == Some("Evicted") {
         return Some(found(
             60,
-            "Evicted",
+            Cause::Evicted,
             format!(
                 "pod {name} was evicted: {}",
                 quoted(status.message.as_deref())
@@ -232,7 +235,7 @@ fn pod_problem(pod: &Pod, warning: Option<&Warning>) -> Option<Found> {
     Some(match warning.reason.as_str() {
         "Unhealthy" => found(
             40,
-            "ReadinessProbeFailed",
+            Cause::ReadinessProbeFailed,
             format!(
                 "pod {name} is not ready: {}",
                 quoted(Some(&warning.message))
@@ -240,7 +243,7 @@ fn pod_problem(pod: &Pod, warning: Option<&Warning>) -> Option<Found> {
             "Read its log; correct the application, the port or the health path, and deploy again.",
         ),
         "FailedMount" | "FailedAttachVolume" => unmounted(name, warning),
-        _ => found(
+        _ => found_other(
             20,
             &warning.reason,
             format!("pod {name}: {}", quoted(Some(&warning.message))),
@@ -250,9 +253,13 @@ fn pod_problem(pod: &Pod, warning: Option<&Warning>) -> Option<Found> {
 }
 
 fn unmounted(name: &str, warning: &Warning) -> Found {
+    let cause = match warning.reason.as_str() {
+        "FailedAttachVolume" => Cause::FailedAttachVolume,
+        _ => Cause::FailedMount,
+    };
     found(
         45,
-        &warning.reason,
+        cause,
         format!(
             "a volume of pod {name} cannot be mounted: {}",
             quoted(Some(&warning.message))
@@ -265,7 +272,7 @@ fn unschedulable(name: &str, condition: &PodCondition) -> Found {
     let why = quoted(condition.message.as_deref());
     found(
         50,
-        "Unschedulable",
+        Cause::Unschedulable,
         format!("no node takes pod {name}: {why}"),
         "Ask for less memory and CPU, add nodes, or correct the node selector and tolerations.",
     )
@@ -292,7 +299,7 @@ fn container_problem(pod: &str, container: &ContainerStatus) -> Option<Found> {
         | "RegistryUnavailable" => {
             let mut found = found(
                 80,
-                "ImagePullBackOff",
+                Cause::ImagePullBackOff,
                 format!("the image {image} of pod {pod} cannot be pulled: {message}"),
                 "Check that the image exists in the registry, and that the cluster may pull it \
                  (image pull secrets).",
@@ -302,13 +309,13 @@ fn container_problem(pod: &str, container: &ContainerStatus) -> Option<Found> {
         }
         "CreateContainerConfigError" => found(
             75,
-            "CreateContainerConfigError",
+            Cause::CreateContainerConfigError,
             format!("a part of the configuration of pod {pod} is missing: {message}"),
             "Make the secret or ConfigMap that the message names, or take the variable out.",
         ),
         "CreateContainerError" | "RunContainerError" | "StartError" => found(
             75,
-            "StartError",
+            Cause::StartError,
             format!("the container of pod {pod} cannot be started: {message}"),
             "Correct the command, or put the program into the image.",
         ),
@@ -316,7 +323,7 @@ fn container_problem(pod: &str, container: &ContainerStatus) -> Option<Found> {
             Some(last) => ended_badly(pod, container, last),
             None => crash(pod, container.restart_count, "it ended", &message),
         },
-        other => found(
+        other => found_other(
             30,
             other,
             format!("pod {pod} waits: {message}"),
@@ -334,7 +341,7 @@ fn ended_badly(pod: &str, container: &ContainerStatus, state: &ContainerState) -
     if ended.reason.as_deref() == Some("OOMKilled") {
         return found(
             85,
-            "OOMKilled",
+            Cause::OomKilled,
             format!(
                 "pod {pod} used more memory than it may and was killed, {} so far",
                 restarts(container.restart_count)
@@ -367,7 +374,7 @@ fn crash(pod: &str, count: i32, how: &str, said: &str) -> Found {
     };
     found(
         70,
-        "CrashLoopBackOff",
+        Cause::CrashLoopBackOff,
         format!(
             "pod {pod} does not keep running: {how}, {} so far{said}",
             restarts(count)

@@ -266,6 +266,12 @@ pub struct ProblemView {
     pub message: String,
     /// What helps.
     pub remedy: String,
+    /// What it usually comes of, the most likely first; left out where that is not known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub likely_causes: Vec<String>,
+    /// All that may help, beginning with `remedy`; left out where there is nothing else.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remedies: Vec<String>,
 }
 
 impl DeploymentView {
@@ -291,6 +297,8 @@ impl DeploymentView {
                         code: p.code.clone(),
                         message: p.message.clone(),
                         remedy: p.remedy.clone(),
+                        likely_causes: p.likely_causes.clone(),
+                        remedies: p.remedies.clone(),
                     }),
             }
         });
@@ -319,6 +327,8 @@ impl DeploymentView {
                 code: f.code.clone(),
                 message: f.message.clone(),
                 remedy: f.remedy.clone(),
+                likely_causes: Vec::new(),
+                remedies: Vec::new(),
             }),
             stops: StopView::of(state),
             approval: ApprovalView::of(state),

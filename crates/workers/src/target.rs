@@ -16,6 +16,10 @@ use tokio::sync::watch;
 use crate::host_routes::{HostRoute, HostRoutes, RouteError, RouteSeen};
 use crate::values::EnvironmentValues;
 
+mod cause;
+
+pub use cause::Cause;
+
 /// One Application: a project's environment on one cluster.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct AppRef {
@@ -86,8 +90,7 @@ pub struct InstanceStatus {
 /// A typed cause, with what helps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// In the field's words: `CrashLoopBackOff`, `ImagePullBackOff`, `ReadinessProbeFailed`,
-    /// `PortInUse`, `StartError`.
+    /// In the field's words: that of a [`Cause`], or what the cluster says where it is none of these.
     pub reason: String,
     /// One sentence that says what happened.
     pub message: String,
@@ -95,6 +98,46 @@ pub struct Problem {
     pub remedy: String,
     /// Whether waiting may still mend it. When false the rollout has failed.
     pub transient: bool,
+    /// What it usually comes of, the most likely first; empty where that is not known.
+    #[serde(default)]
+    pub likely_causes: Vec<String>,
+    /// All that may help, beginning with `remedy`.
+    #[serde(default)]
+    pub remedies: Vec<String>,
+}
+
+impl Problem {
+    /// One whose cause is known, with what that usually comes of.
+    pub fn new(
+        cause: Cause,
+        message: impl Into<String>,
+        remedy: impl Into<String>,
+        transient: bool,
+    ) -> Self {
+        let mut problem = Self::other(cause.as_str(), message, remedy, transient);
+        let owned = |all: &[&str]| all.iter().map(|one| (*one).to_owned()).collect::<Vec<_>>();
+        problem.likely_causes = owned(cause.likely_causes());
+        problem.remedies.extend(owned(cause.remedies()));
+        problem
+    }
+
+    /// One that is none of the causes that are known.
+    pub fn other(
+        reason: &str,
+        message: impl Into<String>,
+        remedy: impl Into<String>,
+        transient: bool,
+    ) -> Self {
+        let remedy = remedy.into();
+        Self {
+            reason: reason.to_owned(),
+            message: message.into(),
+            remedies: vec![remedy.clone()],
+            remedy,
+            transient,
+            likely_causes: Vec::new(),
+        }
+    }
 }
 
 /// What is seen of an Application.

@@ -71,6 +71,10 @@ pub struct ClusterCause {
     pub message: String,
     /// What helps.
     pub remedy: String,
+    /// What it usually comes of, the most likely first.
+    pub likely_causes: Vec<String>,
+    /// All that may help, beginning with `remedy`; none where there is nothing else.
+    pub remedies: Vec<String>,
 }
 
 impl From<&Problem> for ClusterCause {
@@ -79,6 +83,8 @@ impl From<&Problem> for ClusterCause {
             code: problem.reason.clone(),
             message: problem.message.clone(),
             remedy: problem.remedy.clone(),
+            likely_causes: problem.likely_causes.clone(),
+            remedies: problem.remedies.clone(),
         }
     }
 }
@@ -103,6 +109,8 @@ impl ClusterFailed {
             code: self.code.clone(),
             message: self.message.clone(),
             remedy: self.remedy.clone(),
+            likely_causes: Vec::new(),
+            remedies: Vec::new(),
         }
     }
 }
@@ -239,8 +247,13 @@ impl ClusterProgress {
         if self.asked_again {
             return (C::Pending, None);
         }
-        if self.failure.is_some() {
-            return (C::Failed, self.failure.clone());
+        if let Some(mut cause) = self.failure.clone() {
+            // It was given up for what is seen there.
+            if let Some(problem) = seen.and_then(|o| o.problem.as_ref()) {
+                cause.likely_causes.clone_from(&problem.likely_causes);
+                cause.remedies.clone_from(&problem.remedies);
+            }
+            return (C::Failed, Some(cause));
         }
         let Some(seen) = seen else {
             let state = match status {
@@ -326,6 +339,8 @@ impl Deployment {
                     code: f.code.clone(),
                     message: f.message.clone(),
                     remedy: f.remedy.clone(),
+                    likely_causes: Vec::new(),
+                    remedies: Vec::new(),
                 })
             }
             _ => None,

@@ -646,6 +646,8 @@ pub fn observed(name: &str, number: u64, wanted: u32, ready: bool) -> Deployment
             message: "the process ended with exit code 1".to_owned(),
             remedy: "look at its output with `daybook logs`".to_owned(),
             transient: true,
+            likely_causes: Vec::new(),
+            remedies: Vec::new(),
         }),
     })
 }

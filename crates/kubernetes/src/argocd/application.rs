@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use daybook_workers::target::Problem;
+use daybook_workers::target::{Cause, Problem};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -163,12 +163,7 @@ impl Application {
                  only with controller.resource.health.persist=true in argocd-cmd-params-cm.",
             )
         };
-        Some(Problem {
-            reason: "Degraded".to_owned(),
-            message,
-            remedy: remedy.to_owned(),
-            transient: true,
-        })
+        Some(Problem::new(Cause::Degraded, message, remedy, true))
     }
 }
 

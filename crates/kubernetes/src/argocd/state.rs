@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use daybook_events::CommitId;
-use daybook_workers::target::Problem;
+use daybook_workers::target::{Cause, Problem};
 
 use super::Application;
 use super::application::OperationState;
@@ -77,17 +77,16 @@ impl State {
 }
 
 fn waiting(commit: &CommitId, why: &str) -> State {
-    State::Waiting(Problem {
-        reason: "SyncPending".to_owned(),
-        message: format!(
+    State::Waiting(Problem::new(
+        Cause::SyncPending,
+        format!(
             "Argo CD has not synced commit {} yet: {why}",
             commit.short()
         ),
-        remedy: "If this lasts: check that Argo CD's application controller and repo server run, \
-                 and that they reach the GitOps repository."
-            .to_owned(),
-        transient: true,
-    })
+        "If this lasts: check that Argo CD's application controller and repo server run, and that \
+         they reach the GitOps repository.",
+        true,
+    ))
 }
 
 fn failed(commit: &CommitId, last: &OperationState) -> State {
@@ -100,13 +99,12 @@ fn failed(commit: &CommitId, last: &OperationState) -> State {
     } else {
         said.collect::<Vec<_>>().join("; ")
     };
-    let problem = Problem {
-        reason: "SyncFailed".to_owned(),
-        message: format!("Argo CD could not sync commit {}: {why}", commit.short()),
-        remedy: "Mend what it names and ask again with `daybook retry`, or deploy again."
-            .to_owned(),
-        transient: false,
-    };
+    let problem = Problem::new(
+        Cause::SyncFailed,
+        format!("Argo CD could not sync commit {}: {why}", commit.short()),
+        "Mend what it names and ask again with `daybook retry`, or deploy again.",
+        false,
+    );
     State::Failed {
         problem,
         refused: refused.iter().map(|r| r.name.clone()).collect(),

@@ -318,6 +318,9 @@ async fn what_keeps_a_release_from_being_ready_is_said_while_it_does() {
         assert_eq!(problem.reason, reason);
         assert!(problem.message.contains(said), "{problem:?}");
         assert!(problem.transient && !problem.remedy.is_empty());
+        assert!(!problem.likely_causes.is_empty(), "{problem:?}");
+        assert_eq!(problem.remedies[0], problem.remedy);
+        assert!(problem.remedies.len() > 1, "{problem:?}");
     }
 }
 

@@ -269,12 +269,7 @@ mod tests {
         let id = DeploymentId(uuid::Uuid::new_v4());
         board.take_over(&commit("a"), BTreeMap::from([(id, wanted("one"))]));
         for (name, transient) in [("web-1", true), ("web-2", false)] {
-            let problem = Problem {
-                reason: name.into(),
-                message: String::new(),
-                remedy: String::new(),
-                transient,
-            };
+            let problem = Problem::other(name, "", "", transient);
             let report = Report {
                 problem: Some(problem),
                 ..report("one")

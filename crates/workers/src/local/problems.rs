@@ -12,22 +12,17 @@ use super::command::NoCommand;
 use super::probe::NotReady;
 use super::process::Exit;
 use crate::image::ImageError;
-use crate::target::Problem;
+use crate::target::{Cause, Problem};
 
-fn problem(reason: &str, message: String, remedy: impl Into<String>, transient: bool) -> Problem {
-    Problem {
-        reason: reason.into(),
-        message,
-        remedy: remedy.into(),
-        transient,
-    }
+fn problem(cause: Cause, message: String, remedy: impl Into<String>, transient: bool) -> Problem {
+    Problem::new(cause, message, remedy, transient)
 }
 
 pub(super) fn image(image: &PinnedImage, error: &ImageError, hopeless: bool) -> Problem {
     let why = daybook_events::with_causes(error);
     let message = format!("the image {image} cannot be prepared: {why}");
     let transient = error.is_retryable() && !hopeless;
-    problem("ImagePullBackOff", message, error.remedy(), transient)
+    problem(Cause::ImagePullBackOff, message, error.remedy(), transient)
 }
 
 pub(super) fn secrets(error: &SecretError, hopeless: bool) -> Problem {
@@ -35,8 +30,8 @@ pub(super) fn secrets(error: &SecretError, hopeless: bool) -> Problem {
     let mut remedy = error.remedy().to_owned();
     remedy[..1].make_ascii_uppercase();
     let reason = match error {
-        SecretError::Missing { .. } => "SecretMissing",
-        _ => "SecretsUnusable",
+        SecretError::Missing { .. } => Cause::SecretMissing,
+        _ => Cause::SecretsUnusable,
     };
     problem(reason, error.to_line(), format!("{remedy}."), transient)
 }
@@ -51,7 +46,7 @@ pub(super) fn start(error: &NoCommand) -> Problem {
         NoCommand::NotExecutable(_) => "Make the file executable and build the image again.",
         NoCommand::Folder { .. } => "Correct the working folder of the image.",
     };
-    problem("StartError", error.to_string(), remedy, false)
+    problem(Cause::StartError, error.to_string(), remedy, false)
 }
 
 pub(super) fn spawn(program: &Path, error: &io::Error) -> Problem {
@@ -65,12 +60,12 @@ pub(super) fn spawn(program: &Path, error: &io::Error) -> Problem {
         _ => ("", "Check that it is a program for this machine."),
     };
     let message = format!("{program} cannot be started: {error}{hint}");
-    problem("StartError", message, remedy, false)
+    problem(Cause::StartError, message, remedy, false)
 }
 
 pub(super) fn folder(dir: &Path, error: &io::Error) -> Problem {
     problem(
-        "StartError",
+        Cause::StartError,
         format!("{} cannot be written: {error}", dir.display()),
         "Check free space and permissions of the folder.",
         true,
@@ -79,7 +74,7 @@ pub(super) fn folder(dir: &Path, error: &io::Error) -> Problem {
 
 pub(super) fn no_port() -> Problem {
     problem(
-        "PortInUse",
+        Cause::PortInUse,
         "there is no free port left for an instance".into(),
         "Stop something that listens on ports 20000 to 29999.",
         true,
@@ -88,7 +83,7 @@ pub(super) fn no_port() -> Problem {
 
 pub(super) fn no_port_number(value: &str) -> Problem {
     problem(
-        "StartError",
+        Cause::StartError,
         format!("PORT is set to {value:?}, which is no port"),
         "Remove PORT from the service's variables, or set it to a number from 1 to 65535.",
         false,
@@ -97,7 +92,7 @@ pub(super) fn no_port_number(value: &str) -> Problem {
 
 pub(super) fn port_in_use(port: u16, hopeless: bool) -> Problem {
     problem(
-        "PortInUse",
+        Cause::PortInUse,
         format!("the service insists on port {port}, which another process has"),
         "Remove PORT from the service's variables so that each instance gets a port of its own, \
          or stop the other process.",
@@ -107,7 +102,7 @@ pub(super) fn port_in_use(port: u16, hopeless: bool) -> Problem {
 
 pub(super) fn fixed_port_in_use(exit: Exit, last: &str, hopeless: bool) -> Problem {
     problem(
-        "PortInUse",
+        Cause::PortInUse,
         format!("the process {exit} because the port that it insists on is taken: {last}"),
         "Let the application listen on the port in its PORT variable: on a local cluster each \
          instance has one of its own.",
@@ -131,7 +126,7 @@ pub(super) fn crashed(exit: Exit, last: &str, pause: Duration, hopeless: bool) -
         _ => "Read the log, correct the application or its variables, and deploy again.",
     };
     problem(
-        "CrashLoopBackOff",
+        Cause::CrashLoopBackOff,
         format!("the process {exit}, next start in {seconds} s; {said}"),
         remedy,
         !hopeless,
@@ -140,7 +135,7 @@ pub(super) fn crashed(exit: Exit, last: &str, pause: Duration, hopeless: bool) -
 
 pub(super) fn no_longer_ready(why: &NotReady) -> Problem {
     problem(
-        "ReadinessProbeFailed",
+        Cause::ReadinessProbeFailed,
         format!("it was ready and no longer is: {why}"),
         "Read its log; it receives requests again as soon as it answers.",
         true,
@@ -163,5 +158,5 @@ pub(super) fn never_ready(
         message = format!("{message}; it listens on port {ports}, not on {port} as PORT says");
         remedy = "Let the application listen on the port in its PORT variable.";
     }
-    problem("ReadinessProbeFailed", message, remedy, false)
+    problem(Cause::ReadinessProbeFailed, message, remedy, false)
 }

@@ -438,6 +438,8 @@ fn observation(target: &dyn Target, release: &ReleaseStatus) -> WorkloadObserved
             message: p.message.clone(),
             remedy: p.remedy.clone(),
             transient: p.transient,
+            likely_causes: p.likely_causes.clone(),
+            remedies: p.remedies.clone(),
         }),
     }
 }

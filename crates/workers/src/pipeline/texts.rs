@@ -21,6 +21,7 @@ impl Texts for DeploymentEvent {
                 if let Some(problem) = &mut e.problem {
                     see(&mut problem.message);
                     see(&mut problem.remedy);
+                    problem.remedies.iter_mut().for_each(see);
                 }
             }
             Self::EndpointObserved(e) => e.message.iter_mut().for_each(see),
