@@ -447,6 +447,25 @@ impl Stage {
         assert_eq!(server.wait_for_failure(&third), "ImagePullBackOff");
         server.get_from(&host, "/", &running);
 
+        // One that ends again and again: with what it printed last, what that comes of, what helps.
+        next(Fate::Crashes(3, "starting\nno database\n".to_owned()));
+        source.commit("A fourth", &[("fourth", "file")]);
+        let fourth = server.begin(&format!("{project}.production.web"), &[]);
+        until("what it said, while it is tried", || {
+            let shown = server.ok(&["status", &fourth]).stdout;
+            let said = [
+                "(CrashLoopBackOff)",
+                "exit code 3",
+                "its last words: starting / no database",
+                "  likely     The application ends with an error while it starts",
+                "  remedy     Read the log, correct the application or its variables",
+                "  remedy     Go back to what ran before: `daybook rollback`.",
+            ];
+            said.iter().all(|said| shown.contains(said)).then_some(())
+        });
+        assert_eq!(server.wait_for_failure(&fourth), "CrashLoopBackOff");
+        server.get_from(&host, "/", &running);
+
         // What is stopped has no pods, and what is terminated leaves nothing.
         next(Fate::Ready {
             ip: "127.0.0.1".to_owned(),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_graphql::{Enum, ID, Object, SimpleObject};
 use daybook_events::deployment::{
-    self, ClusterState, Deployment, ReadinessState, Status, WorkloadObserved,
+    self, ClusterCause, ClusterState, Deployment, ReadinessState, Status, WorkloadObserved,
 };
 use daybook_events::{DeploymentId, Position};
 use daybook_projections::DeploymentRow;
@@ -87,6 +87,12 @@ pub(crate) struct ClusterRollout {
     ready: u32,
     /// What is wrong there, in the field's words and in a sentence.
     problem: Option<String>,
+    /// What helps against it.
+    remedy: Option<String>,
+    /// What it usually comes of, the most likely first; empty where that is not known.
+    likely_causes: Vec<String>,
+    /// All that may help, beginning with `remedy`; empty where there is nothing else.
+    remedies: Vec<String>,
 }
 
 impl From<DeploymentRow> for DeployRun {
@@ -149,14 +155,17 @@ impl DeployRun {
     }
 
     fn trouble_in(&self, cluster: &daybook_events::ClusterName) -> Option<String> {
-        let seen = self.state.observed.get(cluster);
-        let seen = seen.and_then(|o| o.problem.as_ref());
-        if let Some(problem) = seen {
-            return Some(format!("{}: {}", problem.reason, problem.message));
-        }
-        let progress = self.state.clusters.get(cluster)?;
-        let cause = progress.cause.as_ref()?;
+        let cause = self.wrong_in(cluster)?;
         Some(format!("{}: {}", cause.code, cause.message))
+    }
+
+    /// What is wrong in a cluster: what is seen there now, or why it was given up.
+    fn wrong_in(&self, cluster: &daybook_events::ClusterName) -> Option<ClusterCause> {
+        let seen = self.state.observed.get(cluster);
+        if let Some(problem) = seen.and_then(|o| o.problem.as_ref()) {
+            return Some(ClusterCause::from(problem));
+        }
+        self.state.clusters.get(cluster)?.cause.clone()
     }
 
     pub(super) fn message(&self) -> Option<String> {
@@ -283,13 +292,21 @@ impl DeployRun {
         let rollout = |cluster| {
             let progress = state.clusters.get(cluster);
             let seen = state.observed.get(cluster);
+            let problem = self.trouble_in(cluster);
+            let (remedy, likely_causes, remedies) = match self.wrong_in(cluster) {
+                Some(cause) => (Some(cause.remedy), cause.likely_causes, cause.remedies),
+                None => (None, Vec::new(), Vec::new()),
+            };
             ClusterRollout {
                 name: cluster.to_string(),
                 state: word(progress.map_or(ClusterState::Unknown, |p| p.state)),
                 since: progress.map_or(state.status_since, |p| p.since),
                 wanted: seen.map(|o| o.wanted),
                 ready: seen.map_or(0, WorkloadObserved::ready),
-                problem: self.trouble_in(cluster),
+                problem,
+                remedy,
+                likely_causes,
+                remedies,
             }
         };
         state.request.clusters.iter().map(rollout).collect()

@@ -1,4 +1,6 @@
-use daybook_events::deployment::{DeploymentEvent, Failed, ImagePulled, OpenapiFound, Status};
+use daybook_events::deployment::{
+    DeploymentEvent, Failed, ImagePulled, OpenapiFound, Problem, Status,
+};
 use serde_json::json;
 
 use crate::support::*;
@@ -52,6 +54,51 @@ async fn a_deployment_in_the_shapes_of_the_seed() {
         .await;
     assert_eq!(stopped.status, 200);
     assert_eq!(stopped.json()["status"], "stopping");
+}
+
+#[tokio::test]
+async fn what_keeps_it_from_being_ready_is_shown_with_what_it_comes_of_and_what_helps() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1.2.4").await;
+    server.make_live_to_building(id).await;
+    let problem = Problem {
+        reason: "OOMKilled".to_owned(),
+        message: "it used more memory than it may".to_owned(),
+        remedy: "Raise the limit.".to_owned(),
+        transient: true,
+        likely_causes: vec!["The limit is too low.".to_owned(), "It leaks.".to_owned()],
+        remedies: vec!["Raise the limit.".to_owned(), "Mend the leak.".to_owned()],
+    };
+    server.make_stuck(id, problem.clone()).await;
+    let shown = server.get(&format!("/api/v1/deployments/{id}")).await.ok();
+    let seen = &shown["cluster_status"][0]["problem"];
+    assert_eq!(seen["code"], "OOMKilled", "{shown}");
+    assert_eq!(seen["remedy"], json!(problem.remedy));
+    assert_eq!(seen["likely_causes"], json!(problem.likely_causes));
+    assert_eq!(seen["remedies"], json!(problem.remedies));
+    let state = server
+        .get("/api/v1/state?project=shop")
+        .await
+        .ok()
+        .to_string();
+    assert!(state.contains("Mend the leak."), "{state}");
+
+    let query = format!(
+        "{{ deployStatus(id: \"{id}\") {{ clusters {{ problem remedy likelyCauses remedies }} }} }}"
+    );
+    let asked = server.post("/graphql", json!({ "query": query })).await;
+    let answer = asked.json();
+    assert_eq!(
+        answer["data"]["deployStatus"]["clusters"][0],
+        json!({
+            "problem": "OOMKilled: it used more memory than it may",
+            "remedy": problem.remedy,
+            "likelyCauses": problem.likely_causes,
+            "remedies": problem.remedies,
+        }),
+        "{answer}"
+    );
 }
 
 #[tokio::test]

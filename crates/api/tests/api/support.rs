@@ -378,23 +378,7 @@ impl Server {
     /// The second half: from the image to traffic.
     pub async fn finish_live(&self, id: DeploymentId) {
         let row = self.ledger.projections().deployment(id).unwrap().unwrap();
-        let commit = CommitId::parse(COMMIT).unwrap();
-        let image = PinnedImage {
-            repository: "registry.local:5000/daybook/shop/api".parse().unwrap(),
-            tag: "0123456".parse().unwrap(),
-            digest: DIGEST.parse().unwrap(),
-        };
-        let pinned = ImagePinned {
-            image,
-            build: None,
-            shared: false,
-        };
-        self.happens(id, DeploymentEvent::ImagePinned(pinned)).await;
-        let deploying = DeployingStarted {
-            commit: commit.clone(),
-        };
-        self.happens(id, DeploymentEvent::DeployingStarted(deploying))
-            .await;
+        let commit = self.make_deploying(id).await;
         for cluster in &row.state.request.clusters {
             let seen = WorkloadObserved {
                 cluster: cluster.clone(),
@@ -418,6 +402,42 @@ impl Server {
         };
         self.happens(id, DeploymentEvent::Succeeded(succeeded))
             .await;
+    }
+
+    /// One that is built comes to its first cluster, where this keeps it from being ready.
+    pub async fn make_stuck(&self, id: DeploymentId, problem: deployment::Problem) {
+        let row = self.ledger.projections().deployment(id).unwrap().unwrap();
+        let seen = WorkloadObserved {
+            cluster: row.state.request.clusters[0].clone(),
+            revision: self.make_deploying(id).await,
+            wanted: 1,
+            instances: Vec::new(),
+            problem: Some(problem),
+        };
+        self.happens(id, DeploymentEvent::WorkloadObserved(seen))
+            .await;
+    }
+
+    /// From the image to the commit.
+    async fn make_deploying(&self, id: DeploymentId) -> CommitId {
+        let commit = CommitId::parse(COMMIT).unwrap();
+        let image = PinnedImage {
+            repository: "registry.local:5000/daybook/shop/api".parse().unwrap(),
+            tag: "0123456".parse().unwrap(),
+            digest: DIGEST.parse().unwrap(),
+        };
+        let pinned = ImagePinned {
+            image,
+            build: None,
+            shared: false,
+        };
+        self.happens(id, DeploymentEvent::ImagePinned(pinned)).await;
+        let deploying = DeployingStarted {
+            commit: commit.clone(),
+        };
+        self.happens(id, DeploymentEvent::DeployingStarted(deploying))
+            .await;
+        commit
     }
 
     /// What the route worker does once a deployment is ready.

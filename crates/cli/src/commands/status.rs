@@ -315,6 +315,24 @@ fn cluster_line(cluster: &Value) -> String {
     line
 }
 
+/// What a problem usually comes of, and what helps.
+fn advice(problem: &Value) -> impl Iterator<Item = (&'static str, String)> {
+    let all = |key: &str| {
+        let all = problem[key].as_array().into_iter().flatten();
+        let all = all.filter_map(Value::as_str).map(str::to_owned);
+        all.collect::<Vec<_>>()
+    };
+    let mut remedies = all("remedies");
+    if remedies.is_empty() {
+        // There may be no more than this one.
+        let remedy = problem["remedy"].as_str().filter(|r| !r.is_empty());
+        remedies.extend(remedy.map(str::to_owned));
+    }
+    let likely = all("likely_causes").into_iter();
+    let likely = likely.map(|cause| ("likely", cause));
+    likely.chain(remedies.into_iter().map(|remedy| ("remedy", remedy)))
+}
+
 /// What an address is like from where users are: all planes in a line, and what is the matter with
 /// any of them in one of its own.
 fn seen_by_users(endpoint: &Value) -> impl Iterator<Item = String> {
@@ -479,6 +497,7 @@ pub fn print_detail(detail: &Value) {
     let clusters = detail.get("cluster_status").and_then(Value::as_array);
     for cluster in clusters.into_iter().flatten() {
         fields.push(("cluster", cluster_line(cluster)));
+        fields.extend(advice(&cluster["problem"]));
     }
     for address in detail
         .get("hostnames")
@@ -592,5 +611,30 @@ pub fn print_detail(detail: &Value) {
             style.warn("cancelled "),
             text("/cancelled/message")
         ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_problem_is_shown_with_what_it_comes_of_and_all_that_helps() {
+        let shown = |problem: Value| advice(&problem).collect::<Vec<_>>();
+        assert!(shown(Value::Null).is_empty());
+        let one = json!({ "code": "rollout_timeout", "remedy": "Wait." });
+        assert_eq!(shown(one), [("remedy", "Wait.".to_owned())]);
+        let whole = json!({
+            "code": "OOMKilled",
+            "remedy": "More.",
+            "likely_causes": ["Too little."],
+            "remedies": ["More.", "Less."],
+        });
+        let lines = ["Too little.", "More.", "Less."].map(str::to_owned);
+        let labels = ["likely", "remedy", "remedy"];
+        let expected: Vec<_> = labels.into_iter().zip(lines).collect();
+        assert_eq!(shown(whole), expected);
     }
 }
