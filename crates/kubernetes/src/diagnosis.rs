@@ -2,11 +2,12 @@
 //!
 //! Conditions and reasons are those of the API reference: `PodStatus`, `ContainerStateWaiting`,
 //! `ContainerStateTerminated`, `DeploymentCondition`. Kubelets word their messages differently from
-//! version to version, so only reasons and exit codes decide; messages are quoted.
+//! version to version, so only reasons, exit codes and states decide, where these tell causes
+//! apart; messages are quoted.
 
 use daybook_workers::target::{Cause, Problem};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodCondition};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodCondition, PodStatus};
 
 /// How many characters of a message are quoted.
 const QUOTED: usize = 400;
@@ -233,15 +234,7 @@ fn pod_problem(pod: &Pod, warning: Option<&Warning>) -> Option<Found> {
     let not_ready = condition("Ready").is_some_and(|c| c.status == "False");
     let warning = warning.filter(|_| not_ready)?;
     Some(match warning.reason.as_str() {
-        "Unhealthy" => found(
-            40,
-            Cause::ReadinessProbeFailed,
-            format!(
-                "pod {name} is not ready: {}",
-                quoted(Some(&warning.message))
-            ),
-            "Read its log; correct the application, the port or the health path, and deploy again.",
-        ),
+        "Unhealthy" => unhealthy(name, status, warning),
         "FailedMount" | "FailedAttachVolume" => unmounted(name, warning),
         _ => found_other(
             20,
@@ -250,6 +243,38 @@ fn pod_problem(pod: &Pod, warning: Option<&Warning>) -> Option<Found> {
             "Look at the message; kubectl describe shows what happened before it.",
         ),
     })
+}
+
+/// Which probe fails. As long as its startup probe has not succeeded a container has not started,
+/// and no other probe is asked; the two others differ in nothing but the message.
+fn unhealthy(name: &str, status: &PodStatus, warning: &Warning) -> Found {
+    let mut containers = status.container_statuses.iter().flatten();
+    let is_starting = |c: &ContainerStatus| {
+        let is_running = c.state.as_ref().is_some_and(|s| s.running.is_some());
+        is_running && c.started == Some(false)
+    };
+    let (cause, what, remedy) = if containers.any(is_starting) {
+        (
+            Cause::StartupProbeFailed,
+            "has not started yet",
+            "Read its log; correct the application, the port or the health path, or raise the \
+             deadline, and deploy again.",
+        )
+    } else if warning.message.starts_with("Liveness probe") {
+        (
+            Cause::LivenessProbeFailed,
+            "is to be started again",
+            "Read its log; find out why it hangs, or give it more cpu, and deploy again.",
+        )
+    } else {
+        (
+            Cause::ReadinessProbeFailed,
+            "is not ready",
+            "Read its log; correct the application, the port or the health path, and deploy again.",
+        )
+    };
+    let said = quoted(Some(&warning.message));
+    found(40, cause, format!("pod {name} {what}: {said}"), remedy)
 }
 
 fn unmounted(name: &str, warning: &Warning) -> Found {
@@ -313,12 +338,7 @@ fn container_problem(pod: &str, container: &ContainerStatus) -> Option<Found> {
             format!("a part of the configuration of pod {pod} is missing: {message}"),
             "Make the secret or ConfigMap that the message names, or take the variable out.",
         ),
-        "CreateContainerError" | "RunContainerError" | "StartError" => found(
-            75,
-            Cause::StartError,
-            format!("the container of pod {pod} cannot be started: {message}"),
-            "Correct the command, or put the program into the image.",
-        ),
+        "CreateContainerError" | "RunContainerError" | "StartError" => unstartable(pod, &message),
         "CrashLoopBackOff" => match last.filter(|l| l.terminated.is_some()) {
             Some(last) => ended_badly(pod, container, last),
             None => crash(pod, container.restart_count, "it ended", &message),
@@ -332,12 +352,25 @@ fn container_problem(pod: &str, container: &ContainerStatus) -> Option<Found> {
     })
 }
 
+fn unstartable(pod: &str, why: &str) -> Found {
+    found(
+        75,
+        Cause::StartError,
+        format!("the container of pod {pod} cannot be started: {why}"),
+        "Correct the command, or put the program into the image.",
+    )
+}
+
 /// A container that ended: what with, and what it said last.
 fn ended_badly(pod: &str, container: &ContainerStatus, state: &ContainerState) -> Found {
     let Some(ended) = &state.terminated else {
         return crash(pod, container.restart_count, "it ended", "");
     };
     let said = last_words(ended.message.as_deref());
+    // What the container runtime says of a program that it could not begin.
+    if let Some("StartError" | "ContainerCannotRun") = ended.reason.as_deref() {
+        return unstartable(pod, &said);
+    }
     if ended.reason.as_deref() == Some("OOMKilled") {
         return found(
             85,
@@ -398,5 +431,42 @@ mod tests {
         assert!(said.chars().count() <= QUOTED + 1);
         let word = "z".repeat(QUOTED + 1);
         assert_eq!(last_words(Some(&word)).chars().count(), QUOTED + 1);
+    }
+
+    #[test]
+    fn each_probe_that_fails_is_a_cause_of_its_own() {
+        let cause = |started: bool, message: &str| {
+            let pod = serde_json::json!({
+                "metadata": { "name": "web-1" },
+                "status": {
+                    "conditions": [{ "type": "Ready", "status": "False" }],
+                    "containerStatuses": [{
+                        "name": "web",
+                        "image": "web",
+                        "imageID": "",
+                        "ready": false,
+                        "restartCount": 0,
+                        "started": started,
+                        "state": { "running": {} },
+                    }],
+                },
+            });
+            let pod: Pod = serde_json::from_value(pod).unwrap();
+            let warning = Warning {
+                reason: "Unhealthy".to_owned(),
+                message: message.to_owned(),
+            };
+            release(&Deployment::default(), [(&pod, Some(&warning))], false).unwrap()
+        };
+        let words = "probe failed: connection refused";
+        for (started, message, reason) in [
+            (false, format!("Startup {words}"), "StartupProbeFailed"),
+            (true, format!("Liveness {words}"), "LivenessProbeFailed"),
+            (true, format!("Readiness {words}"), "ReadinessProbeFailed"),
+        ] {
+            let problem = cause(started, &message);
+            assert_eq!(problem.reason, reason);
+            assert!(problem.message.ends_with(&message), "{problem:?}");
+        }
     }
 }

@@ -4,6 +4,7 @@
 
 mod argocd;
 mod builds;
+mod causes;
 mod faults;
 mod install;
 mod limits;
@@ -302,6 +303,24 @@ async fn what_keeps_a_release_from_being_ready_is_said_while_it_does() {
             Fate::NoConfig("secret \"db\" not found".to_owned()),
             "CreateContainerConfigError",
             "secret \"db\" not found",
+        ),
+        (
+            "unstarted",
+            Fate::Unstarted("dial tcp: connection refused".to_owned()),
+            "StartupProbeFailed",
+            "connection refused",
+        ),
+        (
+            "no-program",
+            Fate::Unstartable("exec: \"serve\": executable file not found in $PATH".to_owned()),
+            "StartError",
+            "\"serve\": executable file not found",
+        ),
+        (
+            "no-mount",
+            Fate::Unmounted("MountVolume.SetUp failed: secret \"key\" not found".to_owned()),
+            "FailedMount",
+            "secret \"key\" not found",
         ),
     ];
     for (environment, fate, reason, said) in cases {

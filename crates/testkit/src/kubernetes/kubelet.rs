@@ -28,6 +28,10 @@ pub enum Fate {
     Creating,
     /// It starts and never becomes ready; the probe says why.
     Unready(String),
+    /// It runs and does not start; the startup probe says why.
+    Unstarted(String),
+    /// The container runtime cannot begin its program, and says why.
+    Unstartable(String),
     /// Its image cannot be pulled.
     NoImage(String),
     /// It ends again and again with this exit code, and prints this. What of it the status says is
@@ -118,15 +122,12 @@ impl Kubelet {
         if let Fate::Unmounted(why) = fate {
             warn(client, pod, "FailedMount", why).await;
         }
-        if let Fate::Unready(why) = fate {
-            warn(
-                client,
-                pod,
-                "Unhealthy",
-                &format!("Readiness probe failed: {why}"),
-            )
-            .await;
-        }
+        let unhealthy = match fate {
+            Fate::Unready(why) => format!("Readiness probe failed: {why}"),
+            Fate::Unstarted(why) => format!("Startup probe failed: {why}"),
+            _ => return,
+        };
+        warn(client, pod, "Unhealthy", &unhealthy).await;
     }
 }
 
@@ -223,7 +224,19 @@ fn status(pod: &Pod, fate: &Fate) -> Option<Value> {
             container(false, 0, waiting("ContainerCreating", ""), json!({})),
             false,
         ),
-        Fate::Unready(_) => (container(false, 0, running, json!({})), false),
+        Fate::Unstarted(_) => (container(false, 0, running, json!({})), false),
+        Fate::Unready(_) => {
+            let mut unready = container(false, 0, running, json!({}));
+            // Other probes are asked once that for the start has succeeded.
+            unready["started"] = json!(true);
+            (unready, false)
+        }
+        Fate::Unstartable(why) => {
+            let back_off = "back-off 40s restarting failed container";
+            let state = waiting("CrashLoopBackOff", back_off);
+            let last = terminated(128, "StartError", why);
+            (container(false, 3, state, last), false)
+        }
         Fate::NoImage(why) => (
             container(false, 0, waiting("ImagePullBackOff", why), json!({})),
             false,
