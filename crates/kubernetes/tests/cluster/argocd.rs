@@ -281,6 +281,79 @@ async fn a_sync_that_fails_keeps_only_what_it_could_not_apply_and_is_tried_again
     stage.until("both are ready", both).await;
 }
 
+/// The same release as another one, of another service.
+fn release_of(values: &mut EnvironmentValues, service: &ServiceName, n: u128) {
+    release(values, n, 1);
+    let releases = &mut values.services.get_mut(&web()).unwrap().releases;
+    let mut moved = releases.remove(&deployment(n)).unwrap();
+    moved.run.health.deadline_seconds = 3600;
+    let service = values.services.entry(service.clone()).or_default();
+    service.releases.insert(deployment(n), moved);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_services_of_one_application_are_told_apart() {
+    let Some(argo) = Argo::new("two-services").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    // The name of one begins with that of the other.
+    let (first, second) = (web(), "web-worker".parse::<ServiceName>().unwrap());
+    let broken = Arc::new(Mutex::new(None));
+    let render = {
+        let (repository, broken) = (argo.repository.clone(), broken.clone());
+        move |application: &Value| {
+            let mut objects = repository.render(application)?;
+            let name: Option<String> = broken.lock().unwrap().clone();
+            for object in &mut objects {
+                let is_one = object["kind"] == "Service" && name.is_some();
+                if is_one && object["metadata"]["name"].as_str() == name.as_deref() {
+                    object["spec"]["type"] = json!("Bogus");
+                }
+            }
+            Ok(objects)
+        }
+    };
+    let _controller = testkit::ArgoCd::start(stage.client.clone(), &argo.namespace, render);
+    let second_runs = |pod: &Pod| match pod.labels()["daybook.dev/service"].as_str() {
+        "web" => Fate::NoImage("manifest unknown".to_owned()),
+        _ => Fate::Ready {
+            ip: "10.1.2.3".to_owned(),
+        },
+    };
+    let _kubelet = Kubelet::start(stage.client.clone(), Some(&stage.namespace()), second_runs);
+    let mut values = stage.values();
+    release_of(&mut values, &first, 1);
+    release_of(&mut values, &second, 2);
+    argo.apply(1, &values).await.unwrap();
+    let apart = |s: &AppStatus| {
+        let reason = problem(s, 1).map(|p| p.reason.as_str());
+        reason == Some("ImagePullBackOff") && ready(s, 2) == 1
+    };
+    let status = stage.until("one runs and the other does not", apart).await;
+    assert_eq!((ready(&status, 1), problem(&status, 2)), (0, None));
+    for (n, service) in [(1, &first), (2, &second)] {
+        let release = of(&status, n).unwrap();
+        assert_eq!(release.service, *service);
+        let begin = format!("{}-", names::release(service, deployment(n)));
+        let names: Vec<_> = release.instances.iter().map(|i| &i.name).collect();
+        assert!(
+            names.len() == 1 && names[0].starts_with(&begin),
+            "{names:?}"
+        );
+    }
+
+    // What cannot be applied of one is nothing of the other.
+    *broken.lock().unwrap() = Some(names::release(&second, deployment(3)));
+    release_of(&mut values, &second, 3);
+    argo.apply(2, &values).await.unwrap();
+    let failed = |s: &AppStatus| problem(s, 3).is_some_and(|p| !p.transient);
+    let status = stage.until("the third has failed", failed).await;
+    assert_eq!(problem(&status, 3).unwrap().reason, "SyncFailed");
+    assert_eq!(problem(&status, 1).unwrap().reason, "ImagePullBackOff");
+    assert_eq!((ready(&status, 2), problem(&status, 2)), (1, None));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_argocd_finds_degraded_is_said_where_the_pods_say_nothing() {
     let Some(argo) = Argo::new("degraded").await else {

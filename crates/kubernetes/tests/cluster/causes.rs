@@ -137,3 +137,62 @@ async fn a_pod_that_was_evicted_is_said_until_another_is_ready_in_its_place() {
     let well = |s: &AppStatus| ready(s, 1) == 1 && problem(s, 1).is_none();
     stage.until("it is ready", well).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_of_an_older_template_neither_count_nor_have_a_say() {
+    let Some(stage) = Stage::new("older").await else {
+        return;
+    };
+    let is_newer = |pod: &Pod| {
+        let spec = pod.spec.as_ref().unwrap();
+        spec.containers[0].command.is_some()
+    };
+    let running = || Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    };
+    let fate = move |pod: &Pod| match is_newer(pod) {
+        true => Fate::Creating,
+        false => running(),
+    };
+    let _kubelet = Kubelet::start(stage.client.clone(), Some(&stage.namespace()), fate);
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    patient(&mut values);
+    stage.apply(1, &values).await.unwrap();
+    stage.until("it is ready", |s| ready(s, 1) == 1).await;
+
+    let service = values.services.get_mut(&web()).unwrap();
+    let first = service.releases.get_mut(&deployment(1)).unwrap();
+    first.run.command = vec!["serve".to_owned()];
+    stage.apply(2, &values).await.unwrap();
+    let instances =
+        |s: &AppStatus, is: &dyn Fn(&daybook_workers::target::InstanceStatus) -> bool| {
+            let all = of(s, 1).into_iter().flat_map(|r| &r.instances);
+            all.filter(|i| is(i)).count()
+        };
+    let both = |s: &AppStatus| {
+        let older = instances(s, &|i| i.outdated && i.ready);
+        s.revision == Some(commit(2)) && older == 1 && instances(s, &|i| !i.outdated) == 1
+    };
+    let status = stage.until("the older one serves on", both).await;
+    // That it is ready is no success of what it is to be now.
+    assert_eq!((ready(&status, 1), problem(&status, 1)), (0, None));
+
+    let all = pods(&stage).list(&ListParams::default()).await.unwrap();
+    let (newer, older): (Vec<_>, Vec<_>) = all.items.into_iter().partition(is_newer);
+    Kubelet::play(&stage.client, &older[0], &Fate::OutOfMemory).await;
+    let none_is_ready =
+        |s: &AppStatus| instances(s, &|_| true) == 2 && instances(s, &|i| i.ready) == 0;
+    let status = stage.until("the older one has ended", none_is_ready).await;
+    assert_eq!(problem(&status, 1), None, "it is the older one's");
+
+    let no_image = Fate::NoImage("manifest unknown".to_owned());
+    Kubelet::play(&stage.client, &newer[0], &no_image).await;
+    let status = stage.until("why", |s| problem(s, 1).is_some()).await;
+    let why = problem(&status, 1).unwrap();
+    assert_eq!(why.reason, "ImagePullBackOff", "{why:?}");
+    assert!(why.message.contains(&newer[0].name_any()), "{why:?}");
+    Kubelet::play(&stage.client, &newer[0], &running()).await;
+    let well = |s: &AppStatus| ready(s, 1) == 1 && problem(s, 1).is_none();
+    stage.until("it is ready", well).await;
+}
