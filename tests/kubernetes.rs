@@ -456,7 +456,7 @@ impl Stage {
             let said = [
                 "(CrashLoopBackOff)",
                 "exit code 3",
-                "its last words: starting / no database",
+                "its last words: starting | no database",
                 "  likely     The application ends with an error while it starts",
                 "  remedy     Read the log, correct the application or its variables",
                 "  remedy     Go back to what ran before: `daybook rollback`.",

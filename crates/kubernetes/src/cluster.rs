@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 use crate::apply::{ANSWER_WITHIN, Space};
 use crate::argocd::{self, Application, ArgoCd};
 use crate::asked::Asked;
-use crate::diagnosis::Warning;
+use crate::diagnosis::{self, Warning};
 use crate::error::ConnectError;
 use crate::names;
 use crate::objects::GatewayRef;
@@ -142,7 +142,16 @@ impl KubernetesCluster {
         let output = shared.output(&tasks, &cancel);
         let pods: Api<Pod> = Api::all(shared.options.client.clone());
         let told = output.clone();
-        shared.follow(&tasks, &cancel, "pods", pods, move |world, change| {
+        let secrets = shared.options.secrets.clone();
+        shared.follow(&tasks, &cancel, "pods", pods, move |world, mut change| {
+            let pods: &mut [Pod] = match &mut change {
+                Change::All(pods) => pods.as_mut_slice(),
+                Change::Applied(pod) => std::slice::from_mut(&mut **pod),
+                Change::Deleted(_) => &mut [],
+            };
+            for pod in pods {
+                diagnosis::mask_last_words(pod, &secrets);
+            }
             if let Some(output) = &told {
                 output.pods(&change);
             }

@@ -5,12 +5,22 @@
 //! version to version, so only reasons, exit codes and states decide, where these tell causes
 //! apart; messages are quoted.
 
+use std::sync::Arc;
+
+use daybook_events::ProjectName;
+use daybook_secrets::SecretStore;
 use daybook_workers::target::{Cause, Problem};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodCondition, PodStatus};
 
+use crate::names::PROJECT;
+
 /// How many characters of a message are quoted.
 const QUOTED: usize = 400;
+/// What a container said last may begin in the middle of more where it has so many bytes, or lines:
+/// kubelets take the last 2048 bytes and 80 lines of an output.
+const CUT_BYTES: usize = 2000;
+const CUT_LINES: usize = 80;
 
 /// What the newest warning about a pod said, where its status does not say it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -120,19 +130,44 @@ fn quoted(text: Option<&str>) -> String {
     short
 }
 
-/// The end of what a program said, on one line: why it ended is in its last lines. Begun with a
-/// whole word where there is one, so that masking finds what is to be masked.
+/// Masks the secrets of a pod's project in what its containers said last. To be done before that is
+/// cut and its lines are joined: afterwards they would not be recognised.
+pub fn mask_last_words(pod: &mut Pod, secrets: &Arc<dyn SecretStore>) {
+    let labels = pod.metadata.labels.as_ref();
+    let project = labels.and_then(|l| l.get(PROJECT)?.parse::<ProjectName>().ok());
+    let Some(status) = &mut pod.status else {
+        return;
+    };
+    let first = status.init_container_statuses.iter_mut().flatten();
+    let all = first.chain(status.container_statuses.iter_mut().flatten());
+    let states = all.flat_map(|c| [&mut c.state, &mut c.last_state]);
+    let ended = states.flatten().filter_map(|s| s.terminated.as_mut());
+    let mut masker = None;
+    for said in ended.filter_map(|ended| ended.message.as_mut()) {
+        if said.is_empty() {
+            continue;
+        }
+        let masker = masker.get_or_insert_with(|| secrets.masker_or_withhold(project.as_ref()));
+        let masked = match said.len() >= CUT_BYTES || said.lines().count() >= CUT_LINES {
+            true => masker.mask_end(said),
+            false => masker.mask(said),
+        };
+        *said = masked.into_owned();
+    }
+}
+
+/// The end of what a program said, on one line: why it ended is in its last lines.
 fn last_words(text: Option<&str>) -> String {
     let lines = text.unwrap_or_default().lines().map(str::trim);
     let lines: Vec<_> = lines.filter(|line| !line.is_empty()).collect();
-    let said = lines.join(" / ").replace(char::is_control, " ");
+    let said = lines.join(" | ").replace(char::is_control, " ");
     let over = said.chars().count().saturating_sub(QUOTED);
     if over == 0 {
         return said;
     }
     let end: String = said.chars().skip(over).collect();
     let whole = end.split_once(' ').map_or(&*end, |(_, whole)| whole);
-    format!("…{}", whole.trim_start_matches("/ "))
+    format!("…{}", whole.trim_start_matches("| "))
 }
 
 fn deadline() -> Found {
@@ -423,11 +458,11 @@ mod tests {
     #[test]
     fn of_what_a_program_said_the_end_is_quoted_from_a_whole_word_on() {
         assert_eq!(last_words(None), "");
-        assert_eq!(last_words(Some(" a\n\n\tb\u{1b}[0m \n")), "a / b [0m");
+        assert_eq!(last_words(Some(" a\n\n\tb\u{1b}[0m \n")), "a | b [0m");
         let printed = format!("token=\u{fc}{}\nthe end", "x y".repeat(QUOTED));
         let said = last_words(Some(&printed));
         assert!(said.starts_with("\u{2026}yx"), "{said}");
-        assert!(said.ends_with("x y / the end"), "{said}");
+        assert!(said.ends_with("x y | the end"), "{said}");
         assert!(said.chars().count() <= QUOTED + 1);
         let word = "z".repeat(QUOTED + 1);
         assert_eq!(last_words(Some(&word)).chars().count(), QUOTED + 1);

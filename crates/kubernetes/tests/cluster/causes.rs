@@ -12,6 +12,33 @@ fn problem(status: &AppStatus, n: u128) -> Option<&Problem> {
     of(status, n)?.problem.as_ref()
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_program_printed_last_is_said_without_the_secrets_of_its_project() {
+    let folder = tempfile::tempdir().unwrap();
+    let secrets = SecretFolder::new(folder.path(), None);
+    let Some(stage) = Stage::with("discreet", Arc::new(secrets.clone())).await else {
+        return;
+    };
+    let id = SecretId {
+        name: "PASSPHRASE".parse().unwrap(),
+        scope: SecretScope::default(),
+    };
+    let key = "correct horse battery\nstaple of a key";
+    let value = SecretValue::new(key.to_owned().into()).unwrap();
+    secrets.put(&stage.app.project, &id, &value).await.unwrap();
+    // As much of it is quoted as begins within the secret.
+    let printed = format!("it cannot log in with {key} {}", "y".repeat(390));
+    let _kubelet = stage.kubelet(Fate::Crashes(3, printed));
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    stage.apply(1, &values).await.unwrap();
+    let status = stage.until("why", |s| problem(s, 1).is_some()).await;
+    let why = problem(&status, 1).unwrap();
+    assert_eq!(why.reason, "CrashLoopBackOff", "{why:?}");
+    assert!(why.message.contains("*** yyy"), "{why:?}");
+    assert!(!why.message.contains("key"), "{why:?}");
+}
+
 /// No rollout is over while a slow machine looks at it.
 fn patient(values: &mut EnvironmentValues) {
     for service in values.services.values_mut() {

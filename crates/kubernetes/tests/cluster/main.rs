@@ -358,11 +358,11 @@ async fn of_a_program_that_ends_again_and_again_what_it_printed_last_is_said() {
     let problem = of(&status, 1).unwrap().problem.clone().unwrap();
     assert_eq!(problem.reason, "CrashLoopBackOff");
     assert!(
-        problem.message.contains("; its last words: …starting / "),
+        problem.message.contains("; its last words: …starting | "),
         "{problem:?}"
     );
     assert!(
-        problem.message.ends_with("/ panicked: / no database"),
+        problem.message.ends_with("| panicked: | no database"),
         "{problem:?}"
     );
 }
