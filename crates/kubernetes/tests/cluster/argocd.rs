@@ -360,7 +360,7 @@ async fn what_argocd_finds_degraded_is_said_where_the_pods_say_nothing() {
         return;
     };
     let stage = &argo.stage;
-    let _controller = argo.controller();
+    let controller = argo.controller();
     let _kubelet = stage.kubelet(Fate::Creating);
     let mut values = stage.values();
     release(&mut values, 1, 1);
@@ -378,7 +378,8 @@ async fn what_argocd_finds_degraded_is_said_where_the_pods_say_nothing() {
     let resources = status["resources"].as_array().unwrap();
     assert!(resources.iter().all(|r| r["health"].is_null()));
 
-    // By default only the health of all together is kept.
+    // What it says from here on is said in its place. By default only the health of all is kept.
+    drop(controller);
     let (api, name) = (argo.applications(), stage.namespace());
     let says = |status: Value| {
         let (api, name) = (api.clone(), name.clone());
