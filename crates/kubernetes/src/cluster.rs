@@ -122,7 +122,7 @@ impl KubernetesCluster {
     pub async fn open(options: ClusterOptions) -> Result<Self, ConnectError> {
         let version = tokio::time::timeout(ANSWER_WITHIN, options.client.apiserver_version());
         let version = version.await.map_err(|_| ConnectError::Silent)?;
-        let version = version.map_err(ConnectError::Api)?;
+        let version = version.map_err(ConnectError::of)?;
         tracing::info!(cluster = %options.name, version = version.git_version, "connected");
         let cancel = options.cancel.child_token();
         let world = World {

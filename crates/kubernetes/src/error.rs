@@ -1,7 +1,11 @@
 //! What an API server refuses, in words that say what to do.
 
+use std::error::Error;
+
 use daybook_workers::target::TargetError;
+use kube::client::AuthError;
 use kube::core::Status;
+use kube::runtime::watcher;
 
 /// Why a cluster could not be reached at start.
 #[derive(Debug, thiserror::Error)]
@@ -12,13 +16,85 @@ pub enum ConnectError {
     /// The API server took the request and gave no answer.
     #[error("the API server gave no answer in time")]
     Silent,
+    /// The API server does not know who asks, or there is nothing to tell it who does.
+    #[error("{0}")]
+    Unauthenticated(String),
     /// The API server gave no answer, or not a fitting one.
     #[error("the API server does not answer")]
     Api(#[source] kube::Error),
 }
 
+impl ConnectError {
+    /// Why the first question was not answered.
+    pub(crate) fn of(error: kube::Error) -> Self {
+        match unauthenticated(&error) {
+            Some(why) => Self::Unauthenticated(why),
+            None => Self::Api(error),
+        }
+    }
+}
+
+/// What helps where the API server does not know who asks.
+const RENEW: &str = "Renew what the context of the kubeconfig names. A token file is read again within a \
+                     minute, and a credential plugin is run again when what it gave expires; a token or \
+                     a certificate in the kubeconfig itself counts when Daybook starts again";
+
+/// What is wrong with Daybook's credentials, and what helps; none if they are not what is the matter.
+fn unauthenticated(error: &kube::Error) -> Option<String> {
+    if let kube::Error::Api(status) = error {
+        return (status.code == 401).then(|| {
+            let message = &status.message;
+            format!(
+                "the API server does not take Daybook's credentials (401: {message}): they have \
+                 expired, were revoked, or are those of another cluster. {RENEW}"
+            )
+        });
+    }
+    let mut source: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = source {
+        if let Some(error) = error.downcast_ref::<AuthError>() {
+            let why = without_credentials(error);
+            return Some(format!(
+                "Daybook has no credentials for the API server: {why}. {RENEW}"
+            ));
+        }
+        source = error.source();
+    }
+    None
+}
+
+/// What is printed of a credential plugin that fails, in characters.
+const PLUGIN_SAYS: usize = 400;
+
+/// Why there are no credentials. The command of a plugin is not said: its variables may be secrets.
+fn without_credentials(error: &AuthError) -> String {
+    match error {
+        AuthError::AuthExecRun { out, .. } => {
+            let said = String::from_utf8_lossy(&out.stderr);
+            let said: String = said.trim().chars().take(PLUGIN_SAYS).collect();
+            format!("the credential plugin failed ({}): {said}", out.status)
+        }
+        other => daybook_events::with_causes(other),
+    }
+}
+
+/// Why a watch was cut.
+pub(crate) fn cut(error: &watcher::Error) -> String {
+    let of_request = match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => unauthenticated(error),
+        _ => None,
+    };
+    of_request.unwrap_or_else(|| daybook_events::with_causes(error))
+}
+
 /// What an error of the API server means for who applies `what`.
 pub(crate) fn refusal(what: &str, error: &kube::Error) -> TargetError {
+    // They may be renewed, and then it works.
+    if let Some(why) = unauthenticated(error) {
+        return TargetError::Unavailable(format!("{what}: {why}"));
+    }
     match error {
         kube::Error::Api(status) => refused(what, status),
         other => TargetError::Unavailable(format!(

@@ -149,7 +149,7 @@ async fn run<K: Watched>(
         };
         // Listed anew and not resumed: of a kind that is quiet, nothing else would show that it is
         // watched again.
-        let why = daybook_events::with_causes(&error);
+        let why = crate::error::cut(&error);
         tracing::warn!(kind = %K::kind(&()), why, "a watch was cut; it is begun again");
         troubled(Some(why));
         tokio::select! {

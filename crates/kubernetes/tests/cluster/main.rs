@@ -5,6 +5,7 @@
 mod argocd;
 mod builds;
 mod causes;
+mod credentials;
 mod faults;
 mod install;
 mod limits;
