@@ -3,7 +3,11 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use daybook_testkit::kubernetes::proxy::{FaultProxy, expired, refusal};
+use futures_util::TryStreamExt as _;
+use jiff::Timestamp;
+use jiff::fmt::rfc2822::DateTimePrinter;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use kube::api::{WatchEvent, WatchParams};
 
 use super::*;
 
@@ -415,4 +419,51 @@ async fn a_namespace_that_is_being_deleted_is_waited_for() {
         }
     });
     again.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_try_counts_from_the_time_of_the_cluster_whatever_the_clock_here_says() {
+    let Some((stage, proxy)) = through_proxy("skewed").await else {
+        return;
+    };
+    let _kubelet = stage.kubelet(Fate::NoImage("denied".to_owned()));
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    let service = values.services.get_mut(&web()).unwrap();
+    let first = service.releases.get_mut(&deployment(1)).unwrap();
+    first.run.health.deadline_seconds = 2;
+    stage.apply(1, &values).await.unwrap();
+    let over = |s: &AppStatus| {
+        let problem = of(s, 1).and_then(|r| r.problem.as_ref());
+        problem.is_some_and(|p| !p.transient)
+    };
+    stage.until("it has failed", over).await;
+
+    // There it is an hour later than here.
+    let there = Timestamp::now().as_second() + 3600;
+    let there = Timestamp::from_second(there).unwrap();
+    let printer = DateTimePrinter::new();
+    proxy.date(&printer.timestamp_to_rfc9110_string(&there).unwrap());
+    let workloads: Api<Deployment> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let name = names::release(&web(), deployment(1));
+    let before = workloads.get(&name).await.unwrap().resource_version();
+    stage.target.retry(&stage.app, deployment(1)).await.unwrap();
+    let params = WatchParams::default().fields(&format!("metadata.name={name}"));
+    let changes = workloads.watch(&params, &before.unwrap()).await.unwrap();
+    let mut changes = std::pin::pin!(changes);
+    let written = tokio::time::timeout(PATIENCE, async {
+        loop {
+            let change = changes.try_next().await.unwrap();
+            let WatchEvent::Modified(seen) = change.expect("the watch goes on") else {
+                continue;
+            };
+            let conditions = seen.status.and_then(|status| status.conditions);
+            let mut conditions = conditions.into_iter().flatten();
+            let again = conditions.find(|c| c.reason.as_deref() == Some("TriedAgain"));
+            if let Some(again) = again {
+                return again.last_update_time.unwrap().0;
+            }
+        }
+    });
+    assert_eq!(written.await.unwrap(), there);
 }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::header::{AUTHORIZATION, HOST, HeaderValue};
+use hyper::header::{AUTHORIZATION, DATE, HOST, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -38,6 +38,7 @@ struct Shared {
     upstream: u16,
     tls: TlsConnector,
     fault: Mutex<Option<Box<Fault>>>,
+    date: Mutex<Option<HeaderValue>>,
     asked: Mutex<Vec<Asked>>,
     watches: Mutex<BTreeMap<String, usize>>,
     connections: Mutex<JoinSet<()>>,
@@ -88,6 +89,7 @@ impl FaultProxy {
             upstream: plane.port,
             tls: connector(plane),
             fault: Mutex::new(None),
+            date: Mutex::new(None),
             asked: Mutex::default(),
             watches: Mutex::default(),
             connections: Mutex::new(JoinSet::new()),
@@ -157,9 +159,19 @@ impl FaultProxy {
         *self.shared.fault.lock().expect("no panic") = Some(Box::new(fault));
     }
 
+    /// From now on says that it is this time, as a `Date` says it, in what it passes on.
+    ///
+    /// # Panics
+    /// If it can be in no header.
+    pub fn date(&self, date: &str) {
+        let date = HeaderValue::from_str(date).expect("a date");
+        *self.shared.date.lock().expect("no panic") = Some(date);
+    }
+
     /// Behaves again.
     pub fn behave(&self) {
         *self.shared.fault.lock().expect("no panic") = None;
+        *self.shared.date.lock().expect("no panic") = None;
     }
 
     /// Cuts all connections.
@@ -257,7 +269,10 @@ impl Shared {
         request
             .headers_mut()
             .insert(HOST, HeaderValue::from_static("localhost"));
-        let answer = sender.send_request(request).await.ok()?;
+        let mut answer = sender.send_request(request).await.ok()?;
+        if let Some(date) = self.date.lock().expect("no panic").clone() {
+            answer.headers_mut().insert(DATE, date);
+        }
         let is_open = watch.filter(|_| answer.status().is_success());
         Some(answer.map(|body| {
             match is_open {
