@@ -208,6 +208,66 @@ async fn after_a_cut_and_after_a_restart_the_newest_warning_is_the_one_that_coun
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_rollout_goes_on_when_the_api_server_was_killed_in_the_middle_of_it() {
+    let plane = tokio::task::spawn_blocking(ControlPlane::start);
+    let Some(mut plane) = plane.await.unwrap() else {
+        return;
+    };
+    let proxy = FaultProxy::start(&plane).await;
+    let target = KubernetesCluster::open(options(proxy.client())).await;
+    let stage = Stage {
+        client: plane.client().await,
+        target: target.unwrap(),
+        app: app("restarted"),
+    };
+    let kubelet = stage.kubelet(Fate::Creating);
+    let mut values = stage.values();
+    release(&mut values, 1, 2);
+    stage.apply(1, &values).await.unwrap();
+    let two = |s: &AppStatus| of(s, 1).is_some_and(|r| r.instances.len() == 2);
+    stage.until("two are being made", two).await;
+
+    drop(kubelet);
+    tokio::task::block_in_place(|| plane.kill_api_server());
+    let troubled = tokio::time::timeout(PATIENCE, async {
+        while stage.target.trouble().is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    troubled.await.unwrap();
+    let mut more = values.clone();
+    release(&mut more, 2, 1);
+    let refused = stage.apply(2, &more).await;
+    assert!(
+        matches!(refused, Err(TargetError::Unavailable(_))),
+        "{refused:?}"
+    );
+    // What was seen last is neither gone nor failed.
+    let seen = stage.target.watch(&stage.app).borrow().clone();
+    assert!(
+        two(&seen) && of(&seen, 1).unwrap().problem.is_none(),
+        "{seen:?}"
+    );
+
+    proxy.take_asked();
+    tokio::task::block_in_place(|| plane.restart_api_server());
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    stage.until("both are ready", |s| ready(s, 1) == 2).await;
+    let well = tokio::time::timeout(PATIENCE, async {
+        while stage.target.trouble().is_some() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    well.await.unwrap();
+    stage.apply(1, &values).await.unwrap();
+    let mut written = proxy.take_asked();
+    written.retain(daybook_testkit::kubernetes::proxy::Asked::is_write);
+    assert!(written.is_empty(), "{written:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bursts_of_refusals_are_no_reason_to_give_up() {
     let Some((stage, proxy)) = through_proxy("bursts").await else {
         return;
