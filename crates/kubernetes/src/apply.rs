@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::differences::differences;
-use crate::error::{conflicts_in, is_denied, refusal};
+use crate::error::{conflicts_in, is_denied, refusal, refusal_of_gateway_api};
 use crate::names::{ADDRESS, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT, VOLUMES};
 use crate::objects::{Kind, Object};
 use crate::routes::otherwise;
@@ -188,6 +188,7 @@ impl Space<'_> {
                 tracing::warn!(namespace = self.namespace, "{what} is not made: {e}");
                 Ok(None)
             }
+            Err(e) if object.kind == Kind::HTTP_ROUTE => Err(refusal_of_gateway_api(&what, &e)),
             Err(e) => Err(refusal(&what, &e)),
         }
     }

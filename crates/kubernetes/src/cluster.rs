@@ -23,7 +23,7 @@ use crate::apply::{ANSWER_WITHIN, Space};
 use crate::argocd::{self, Application, ArgoCd};
 use crate::asked::Asked;
 use crate::diagnosis::{self, Warning};
-use crate::error::ConnectError;
+use crate::error::{ConnectError, no_gateway_api};
 use crate::names;
 use crate::objects::GatewayRef;
 use crate::output::Output;
@@ -205,6 +205,9 @@ impl KubernetesCluster {
                 &argocd.namespace,
                 &format!("{text}. If there is no Argo CD"),
             ),
+            None if *kind == ROUTES => {
+                no_gateway_api(&format!("{text}. If there is no Gateway API"))
+            }
             None => text,
         })
     }

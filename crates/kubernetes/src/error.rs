@@ -104,6 +104,26 @@ pub(crate) fn refusal(what: &str, error: &kube::Error) -> TargetError {
     }
 }
 
+/// The same about objects of Gateway API, which a cluster may be without.
+pub(crate) fn refusal_of_gateway_api(what: &str, error: &kube::Error) -> TargetError {
+    match error {
+        kube::Error::Api(status) if status.code == 404 && has_no_name(status) => {
+            let why = no_gateway_api(&format!("{what}: the cluster does not know Gateway API"));
+            TargetError::Refused(why)
+        }
+        other => refusal(what, other),
+    }
+}
+
+/// What helps where there is no Gateway API.
+pub(crate) fn no_gateway_api(what: &str) -> String {
+    format!(
+        "{what}. Install it (kubectl apply --server-side --filename \
+         https://github.com/kubernetes-sigs/gateway-api/releases/latest/download/standard-install.yaml) \
+         and a controller that serves its Gateways, or start Daybook without --kubernetes-gateway"
+    )
+}
+
 fn refused(what: &str, status: &Status) -> TargetError {
     let message = &status.message;
     match status.code {
@@ -121,7 +141,7 @@ fn refused(what: &str, status: &Status) -> TargetError {
         403 => TargetError::Refused(format!(
             "{what}: not allowed: {message}. Give the account that Daybook uses there this right"
         )),
-        404 if status.reason == "NotFound" && has_no_name(status) => TargetError::Refused(format!(
+        404 if has_no_name(status) => TargetError::Refused(format!(
             "{what}: the cluster does not know this kind of object. Install the custom resource \
              definitions that it belongs to"
         )),

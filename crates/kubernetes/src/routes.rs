@@ -26,7 +26,7 @@ pub(crate) use ingress::seen as ingresses;
 
 use crate::apply::timely;
 use crate::differences::{differences, unasked};
-use crate::error::refusal;
+use crate::error::refusal_of_gateway_api as refusal;
 use crate::names::{self, ADDRESS, ENVIRONMENT, MANAGED_BY, MANAGER, PROJECT};
 use crate::objects::{self, GatewayRef};
 use crate::watches::Change;

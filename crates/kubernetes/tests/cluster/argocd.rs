@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use daybook_kubernetes::ArgoCd;
 use daybook_kubernetes::objects::{Place, objects};
+use daybook_testkit::kubernetes::proxy::{FaultProxy, refusal};
 use daybook_testkit::kubernetes::{Crd, argocd as testkit};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use serde_json::Value;
@@ -46,6 +47,10 @@ struct Argo {
 
 impl Argo {
     async fn new(environment: &str) -> Option<Self> {
+        Self::of(environment, |_| {}).await
+    }
+
+    async fn of(environment: &str, set: impl FnOnce(&mut ClusterOptions)) -> Option<Self> {
         let namespace = format!("argocd-{environment}");
         let argocd = ArgoCd {
             namespace: namespace.clone(),
@@ -62,7 +67,11 @@ impl Argo {
         let space = json!({ "metadata": { "name": namespace } });
         let space: Namespace = serde_json::from_value(space).unwrap();
         spaces.create(&PostParams::default(), &space).await.unwrap();
-        let stage = Stage::of(environment, |options| options.argocd = Some(argocd)).await?;
+        let stage = Stage::of(environment, |options| {
+            options.argocd = Some(argocd);
+            set(options);
+        });
+        let stage = stage.await?;
         Some(Self {
             stage,
             repository: Repository::default(),
@@ -760,4 +769,37 @@ async fn a_claim_of_somebody_else_is_not_handed_to_argocd() {
     assert_eq!(spec["source"]["targetRevision"], json!(commit(1)));
     let kept = claims.get(volumes::DATA).await.unwrap();
     assert!(!kept.labels().contains_key(names::VOLUME));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bursts_of_refusals_of_an_application_are_no_reason_to_give_up() {
+    let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+    let Some(plane) = plane.await.unwrap() else {
+        return;
+    };
+    let proxy = FaultProxy::start(plane).await;
+    let client = proxy.client();
+    let argo = Argo::of("bursts-of-argocd", |options| options.client = client).await;
+    let Some(argo) = argo else {
+        return;
+    };
+    let mut values = argo.stage.values();
+    release(&mut values, 1, 1);
+    for (code, reason) in super::faults::BURSTS {
+        proxy.answer(move |method, address| {
+            let write = method == "PATCH" && address.contains("/applications/");
+            write.then(|| refusal(code, reason))
+        });
+        let refused = argo.apply(1, &values).await;
+        let Err(TargetError::Unavailable(why)) = refused else {
+            panic!("{code}: {refused:?}");
+        };
+        let name = argo.stage.namespace();
+        assert!(why.contains(&format!("Application {name}")), "{why}");
+        assert!(why.contains(&code.to_string()), "{why}");
+    }
+    proxy.behave();
+    argo.apply(1, &values).await.unwrap();
+    let source = argo.application().await["spec"]["source"].take();
+    assert_eq!(source["targetRevision"], json!(commit(1)));
 }

@@ -9,6 +9,7 @@ use daybook_events::{BuildId, ImageRepository, ImageTag, RepositoryUrl};
 use daybook_kubernetes::builds::{BUILD, BuildOptions, ClusterBuilds, REQUEST, Tool};
 use daybook_testkit::git::{GitHttpServer, SourceRepository};
 use daybook_testkit::kubernetes::Node;
+use daybook_testkit::kubernetes::proxy::{FaultProxy, refusal};
 use daybook_testkit::registry::{Registry, RegistryConfig};
 use daybook_workers::builder::archive::ArchiveBuilder;
 use daybook_workers::builder::{BuildContext, Builder as _};
@@ -514,6 +515,35 @@ async fn what_a_build_fails_of_is_said_and_what_may_pass_leaves_no_job() {
         assert!(error.message.contains(said) && error.retryable, "{error:?}");
         yard.empty().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bursts_of_refusals_of_a_job_are_tried_again_and_make_one_job() {
+    let Some(yard) = Yard::new("builds-bursts").await else {
+        return;
+    };
+    let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+    let proxy = FaultProxy::start(plane.await.unwrap().unwrap()).await;
+    let through = proxy.client();
+    let builds = yard.builds(|options| options.client = through);
+    for (code, reason) in super::faults::BURSTS {
+        proxy.answer(move |method, address| {
+            let write = method == "POST" && address.contains("/jobs");
+            write.then(|| refusal(code, reason))
+        });
+        let error = yard.start(&builds, yard.attempt(1));
+        let error = error.failed("build_cluster_unavailable").await;
+        let says = error.message.contains(&code.to_string());
+        assert!(error.retryable && says, "{error:?}");
+    }
+    proxy.behave();
+    let running = yard.start(&builds, yard.attempt(1));
+    yard.pod(1).await;
+    let made = yard.jobs().list(&ListParams::default()).await.unwrap();
+    assert_eq!(made.items.len(), 1);
+    running.cancel.cancel();
+    running.failed("cancelled").await;
+    yard.empty().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,6 +11,15 @@ use kube::api::{WatchEvent, WatchParams};
 
 use super::*;
 
+/// What passes by itself: the code, and the reason that goes with it.
+pub(super) const BURSTS: [(u16, &str); 5] = [
+    (409, "Conflict"),
+    (429, "TooManyRequests"),
+    (500, "InternalError"),
+    (503, "ServiceUnavailable"),
+    (504, "Timeout"),
+];
+
 /// A target that reaches the API server through the proxy; its tests reach it directly.
 async fn through_proxy(environment: &str) -> Option<(Stage, FaultProxy)> {
     let plane = tokio::task::spawn_blocking(ControlPlane::shared);
@@ -274,13 +283,7 @@ async fn bursts_of_refusals_are_no_reason_to_give_up() {
     };
     let mut values = stage.values();
     release(&mut values, 1, 1);
-    for (code, reason) in [
-        (409, "Conflict"),
-        (429, "TooManyRequests"),
-        (500, "InternalError"),
-        (503, "ServiceUnavailable"),
-        (504, "Timeout"),
-    ] {
+    for (code, reason) in BURSTS {
         proxy.answer(move |method, address| {
             let write = method == "PATCH" && address.contains("/deployments/");
             write.then(|| refusal(code, reason))

@@ -584,3 +584,101 @@ async fn an_ingress_for_the_same_hostname_is_read_and_never_written() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_without_gateway_api_is_said_to_be_that_with_how_to_install_it() {
+    // The one that is shared has it.
+    let plane = tokio::task::spawn_blocking(ControlPlane::start);
+    let Some(plane) = plane.await.unwrap() else {
+        return;
+    };
+    let client = plane.client().await;
+    let mut with_gateway = options(client.clone());
+    let gateway = GatewayRef {
+        name: "public".to_owned(),
+        namespace: Some("edge".to_owned()),
+        section_name: None,
+    };
+    with_gateway.gateway = Some((gateway, "example.com".to_owned()));
+    let target = KubernetesCluster::open(with_gateway).await.unwrap();
+    let stage = Stage {
+        client,
+        target,
+        app: app("bare"),
+    };
+    let is_helped = |why: &str| {
+        let said = [
+            "Gateway API",
+            "standard-install.yaml",
+            "without --kubernetes-gateway",
+        ];
+        said.iter().all(|said| why.contains(said))
+    };
+    let mut values = stage.values();
+    release(&mut values, 1, 1);
+    let refused = stage.apply(1, &values).await;
+    let Err(TargetError::Refused(why)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(is_helped(&why), "{why}");
+    let routes = HostRoutes {
+        project: stage.app.project.clone(),
+        hosts: Vec::new(),
+    };
+    let refused = stage.target.route(&routes).await;
+    let Err(RouteError::Unavailable(why)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(is_helped(&why), "{why}");
+    let troubled = tokio::time::timeout(PATIENCE, async {
+        while !stage.target.trouble().is_some_and(|why| is_helped(&why)) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    assert!(troubled.await.is_ok(), "{:?}", stage.target.trouble());
+
+    // Once it is there nothing has to be started again.
+    for crd in [Crd::Gateway, Crd::HttpRoute] {
+        if !crd.install(&stage.client).await {
+            return;
+        }
+    }
+    let applied = tokio::time::timeout(PATIENCE, async {
+        while stage.apply(1, &values).await.is_err() || stage.target.trouble().is_some() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    applied.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bursts_of_refusals_keep_a_hostname_from_being_led_only_for_so_long() {
+    let plane = tokio::task::spawn_blocking(ControlPlane::shared);
+    let Some(plane) = plane.await.unwrap() else {
+        return;
+    };
+    let proxy = FaultProxy::start(plane).await;
+    let client = proxy.client();
+    let edge = Edge::of("bursts-of-routes", |options| options.client = client).await;
+    let Some(edge) = edge else {
+        return;
+    };
+    let _controller = edge.controller(|_| None).await;
+    let hosts = || vec![edge.host("shop.example.com", &[(1, 1)])];
+    for (code, reason) in super::faults::BURSTS {
+        proxy.answer(move |method, address| {
+            let write = method == "PATCH" && address.contains("/httproutes/");
+            write.then(|| refusal(code, reason))
+        });
+        let refused = edge.route(hosts()).await;
+        let Err(RouteError::Unavailable(why)) = refused else {
+            panic!("{code}: {refused:?}");
+        };
+        assert!(why.contains("HTTPRoute shop.example.com"), "{why}");
+        assert!(why.contains(&code.to_string()), "{why}");
+    }
+    assert_eq!(edge.names().await, [""; 0]);
+    proxy.behave();
+    edge.route(hosts()).await.unwrap();
+    assert_eq!(edge.names().await, ["shop.example.com"]);
+}
