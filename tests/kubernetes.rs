@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use daybook_testkit::TestApp;
 use daybook_testkit::git::{GitHttpServer, SourceRepository};
 use daybook_testkit::kubernetes::argocd::{self, ArgoCd};
+use daybook_testkit::kubernetes::proxy::FaultProxy;
 use daybook_testkit::kubernetes::{ControlPlane, Crd, Fate, Gateway, Kubelet, Node};
 use daybook_testkit::nameserver::Nameserver;
 use daybook_testkit::registry::{Registry, RegistryConfig};
@@ -522,6 +523,68 @@ fn a_cluster_that_does_not_answer_shows_and_delays_no_other() {
         let ready = request(Method::GET, &url, &[], None).unwrap();
         ready.body.contains("cluster oslo").then_some(())
     });
+}
+
+#[test]
+fn a_cluster_that_takes_requests_and_never_answers_delays_only_itself() {
+    let Some(stage) = Stage::start("silent") else {
+        return;
+    };
+    let runtime = &stage.cluster.runtime;
+    let proxy = runtime.block_on(FaultProxy::start(stage.cluster.plane));
+    let folder = tempfile::tempdir().unwrap();
+    let kubeconfig = folder.path().join("kubeconfig");
+    proxy.write_kubeconfig(&kubeconfig);
+    let settings = stage.settings_with(&kubeconfig);
+    let server = Server::start(settings.arg("--local-cluster").arg("local-a"));
+    // It is looked after, and not only looked for.
+    until("the cluster is watched", || {
+        let watches = proxy.open_watches();
+        watches.contains_key("pods").then_some(())
+    });
+    let source = application("--text here");
+    server.ok(&["project", "create", "silent"]);
+    let clusters = ["--cluster", "oslo", "--cluster", "local-a"];
+    let env = ["env", "create", "silent", "production"];
+    server.ok(&[&env[..], &clusters].concat());
+    let port = stage.app.addr.port().to_string();
+    let flags = ["--port", &port, "--health-deadline", "600"];
+    server.service("silent", "web", &source, &flags);
+
+    proxy.hang();
+    proxy.cut();
+    proxy.take_asked();
+    let id = server.begin("silent.production.web", &[]);
+    let state = |detail: &Value, cluster: &str| {
+        let clusters = detail["cluster_status"].as_array().unwrap();
+        let found = clusters.iter().find(|c| c["cluster"] == cluster);
+        found.map(|c| c["state"].as_str().unwrap().to_owned())
+    };
+    until("it is asked for what it does not answer", || {
+        let asked = proxy.take_asked();
+        let namespace = |path: &str| path.ends_with("/silent--production");
+        asked.iter().any(|a| namespace(a.path())).then_some(())
+    });
+    let detail = until("it runs in the other", || {
+        let detail = server.deployment(&id);
+        (state(&detail, "local-a").as_deref() == Some("started")).then_some(detail)
+    });
+    assert_ne!(
+        state(&detail, "oslo").as_deref(),
+        Some("started"),
+        "{detail}"
+    );
+    assert_ne!(
+        state(&detail, "oslo").as_deref(),
+        Some("failed"),
+        "{detail}"
+    );
+    assert_eq!(detail["state"], "deploying", "{detail}");
+
+    proxy.behave();
+    proxy.cut();
+    server.wait_for(&id, "started");
+    server.check_replay();
 }
 
 #[test]

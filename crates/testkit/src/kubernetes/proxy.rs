@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -39,6 +40,7 @@ struct Shared {
     tls: TlsConnector,
     fault: Mutex<Option<Box<Fault>>>,
     date: Mutex<Option<HeaderValue>>,
+    hangs: AtomicBool,
     asked: Mutex<Vec<Asked>>,
     watches: Mutex<BTreeMap<String, usize>>,
     connections: Mutex<JoinSet<()>>,
@@ -90,6 +92,7 @@ impl FaultProxy {
             tls: connector(plane),
             fault: Mutex::new(None),
             date: Mutex::new(None),
+            hangs: AtomicBool::new(false),
             asked: Mutex::default(),
             watches: Mutex::default(),
             connections: Mutex::new(JoinSet::new()),
@@ -168,10 +171,17 @@ impl FaultProxy {
         *self.shared.date.lock().expect("no panic") = Some(date);
     }
 
+    /// From now on takes every request and answers none. Who waits for an answer waits until
+    /// [`FaultProxy::cut`], also once it behaves again.
+    pub fn hang(&self) {
+        self.shared.hangs.store(true, Ordering::SeqCst);
+    }
+
     /// Behaves again.
     pub fn behave(&self) {
         *self.shared.fault.lock().expect("no panic") = None;
         *self.shared.date.lock().expect("no panic") = None;
+        self.shared.hangs.store(false, Ordering::SeqCst);
     }
 
     /// Cuts all connections.
@@ -245,6 +255,9 @@ impl Shared {
         };
         let watch = asked.is_watch().then(|| OpenWatch::new(self, &asked));
         self.asked.lock().expect("no panic").push(asked);
+        if self.hangs.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         let fault = {
             let fault = self.fault.lock().expect("no panic");
             let address = request.uri().to_string();
