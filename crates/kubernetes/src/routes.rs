@@ -27,7 +27,7 @@ pub(crate) use ingress::seen as ingresses;
 use crate::apply::timely;
 use crate::differences::{differences, unasked};
 use crate::error::refusal_of_gateway_api as refusal;
-use crate::names::{self, ADDRESS, ENVIRONMENT, MANAGED_BY, MANAGER, PROJECT};
+use crate::names::{self, ADDRESS, ENVIRONMENT, EPHEMERAL, MANAGED_BY, MANAGER, PROJECT};
 use crate::objects::{self, GatewayRef};
 use crate::watches::Change;
 
@@ -355,6 +355,7 @@ impl Wanted {
                     MANAGED_BY: MANAGER,
                     PROJECT: project,
                     ENVIRONMENT: host.environment,
+                    EPHEMERAL: host.ephemeral.to_string(),
                 },
             },
             "spec": {
@@ -378,9 +379,11 @@ impl Wanted {
         (self.namespace.clone(), self.name.clone())
     }
 
-    /// Whether an object leads it there already, and nothing elsewhere.
+    /// Whether an object leads it there already, and nothing elsewhere, and says whose it is.
     fn is(&self, known: &HttpRoute) -> bool {
-        otherwise(&self.body["spec"], &known.spec).is_empty()
+        let labels = &self.body["metadata"]["labels"];
+        differences(labels, &json!(known.labels())).is_empty()
+            && otherwise(&self.body["spec"], &known.spec).is_empty()
     }
 }
 
@@ -521,6 +524,7 @@ mod tests {
         let host = HostRoute {
             hostname: "shop.example.com".parse().unwrap(),
             environment: "production".parse().unwrap(),
+            ephemeral: false,
             backends: vec![backend(1, 90), backend(2, 1)],
         };
         let gateway = GatewayRef {

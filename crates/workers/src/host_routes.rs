@@ -20,6 +20,8 @@ pub struct HostRoute {
     pub hostname: Hostname,
     /// The environment that the releases are in.
     pub environment: EnvironmentName,
+    /// Whether that goes away with its pull request.
+    pub ephemeral: bool,
     /// The releases that share its traffic.
     pub backends: Vec<HostBackend>,
 }

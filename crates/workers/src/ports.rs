@@ -87,6 +87,8 @@ pub struct BuildInput<'a> {
     pub build: BuildId,
     /// How often it was asked for. Attempts of the same request share what they start elsewhere.
     pub request: u32,
+    /// The project that pays for it.
+    pub project: &'a ProjectName,
     /// The service.
     pub service: &'a ServiceName,
     /// The root of a checkout of the commit.

@@ -8,7 +8,7 @@ use k8s_openapi::api::batch::v1::Job;
 use serde_json::{Value, json};
 
 use super::{BUILD, BuildOptions, REQUEST, Tool};
-use crate::names::{MANAGED_BY, MANAGER, SERVICE};
+use crate::names::{MANAGED_BY, MANAGER, PROJECT, SERVICE};
 
 /// Fetches the source.
 pub(super) const SOURCE: &str = "source";
@@ -60,12 +60,14 @@ pub(super) fn of(
         "app.kubernetes.io/component": "build",
         BUILD: build,
         REQUEST: input.request.to_string(),
+        PROJECT: input.project,
         SERVICE: input.service,
     });
     // Not the label that the watches of releases go by.
     let pod_labels = json!({
         "app.kubernetes.io/component": "build",
         BUILD: build,
+        PROJECT: input.project,
         SERVICE: input.service,
     });
     let mut prepare = vec![source(options, input, url)];

@@ -322,10 +322,12 @@ struct Attempt {
 impl Attempt {
     fn input<'a>(&'a self, handed_over: &'a CancellationToken) -> BuildInput<'a> {
         static SERVICE: std::sync::OnceLock<ServiceName> = std::sync::OnceLock::new();
+        static PROJECT: std::sync::OnceLock<ProjectName> = std::sync::OnceLock::new();
         static TAG: std::sync::OnceLock<ImageTag> = std::sync::OnceLock::new();
         BuildInput {
             build: build_id(),
             request: self.request,
+            project: PROJECT.get_or_init(|| "shop".parse().unwrap()),
             service: SERVICE.get_or_init(web),
             checkout: &self.checkout,
             path: &self.path,
@@ -395,6 +397,11 @@ async fn a_build_is_seen_from_its_first_line_to_the_image_in_the_registry() {
     let builds = yard.builds(|_| {});
     let running = yard.start(&builds, attempt.clone());
     let pod = yard.pod(1).await;
+    for labels in [yard.job(1).await.labels(), pod.labels()] {
+        let said =
+            ["project", "service"].map(|name| labels[&format!("daybook.dev/{name}")].clone());
+        assert_eq!(said, ["shop", "web"]);
+    }
     let why = "0/3 nodes are available: 3 Insufficient cpu.";
     yard.play(&pod, &Fate::Unschedulable(why.to_owned())).await;
     until("what it waits for", || async {

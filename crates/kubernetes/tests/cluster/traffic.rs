@@ -85,6 +85,7 @@ impl Edge {
         HostRoute {
             hostname: hostname.parse().unwrap(),
             environment: self.stage.app.environment.clone(),
+            ephemeral: false,
             backends: backends.collect(),
         }
     }
@@ -681,4 +682,36 @@ async fn bursts_of_refusals_keep_a_hostname_from_being_led_only_for_so_long() {
     proxy.behave();
     edge.route(hosts()).await.unwrap();
     assert_eq!(edge.names().await, ["shop.example.com"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_route_says_what_it_is_of_also_one_that_was_made_before_it_did() {
+    let Some(edge) = Edge::new("labelled").await else {
+        return;
+    };
+    let _controller = edge.controller(|_| None).await;
+    let hosts = || {
+        let mut host = edge.host("shop.example.com", &[(1, 1)]);
+        host.ephemeral = true;
+        vec![host]
+    };
+    let label = |found: &DynamicObject, name: &str| {
+        let name = format!("daybook.dev/{name}");
+        found.labels().get(&name).cloned().unwrap_or_default()
+    };
+    let api = edge.api();
+    edge.route(hosts()).await.unwrap();
+    let found = api.get("shop.example.com").await.unwrap();
+    let said = ["project", "environment", "ephemeral"].map(|name| label(&found, name));
+    assert_eq!(said, ["shop-labelled", "labelled", "true"]);
+
+    let before = json!({ "metadata": { "labels": { "daybook.dev/ephemeral": null } } });
+    let params = PatchParams::default();
+    let patch = Patch::Merge(before);
+    api.patch("shop.example.com", &params, &patch)
+        .await
+        .unwrap();
+    edge.route(hosts()).await.unwrap();
+    let found = api.get("shop.example.com").await.unwrap();
+    assert_eq!(label(&found, "ephemeral"), "true");
 }

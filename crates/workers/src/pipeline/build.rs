@@ -257,6 +257,7 @@ impl Builds {
         let input = BuildInput {
             build: attempt.id,
             request: build.requests,
+            project: &request.project,
             service: &request.service,
             checkout: &checkout,
             path: &request.path,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daybook_events::deployment::Deployment;
+use daybook_events::environment::Environment;
 use daybook_events::routing::{self, GatewayAddress, Rejected, Routing, Stickiness};
 use daybook_events::{ClusterName, Hostname, ProjectName, Subject};
 use daybook_projections::{Change, Executed, QueryError};
@@ -417,9 +418,16 @@ pub(super) fn host_route(
             });
         }
     }
-    Ok((!backends.is_empty()).then(|| HostRoute {
+    if backends.is_empty() {
+        return Ok(None);
+    }
+    let (project, environment) = (&instance.project, &instance.environment);
+    let subject = Subject::Environment(project.clone(), environment.clone());
+    let folded = bench.ledger.projections().shared::<Environment>(&subject)?;
+    Ok(Some(HostRoute {
         hostname: hostname.clone(),
-        environment: instance.environment.clone(),
+        environment: environment.clone(),
+        ephemeral: folded.state.as_ref().is_some_and(|e| e.spec.ephemeral),
         backends,
     }))
 }

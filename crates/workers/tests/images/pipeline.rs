@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use daybook_events::deployment::SourceCommit;
 use daybook_events::spec::BuildSpec;
-use daybook_events::{BuildId, CommitId, RepositoryUrl, ServiceName};
+use daybook_events::{BuildId, CommitId, ProjectName, RepositoryUrl, ServiceName};
 use daybook_workers::builder::AnyBuilder;
 use daybook_workers::builder::dockerfile::DockerfileBuilder;
 use daybook_workers::builder::port::BuiltImages;
@@ -23,6 +23,7 @@ struct Attempt {
     checkout: PathBuf,
     path: &'static str,
     scratch: PathBuf,
+    project: ProjectName,
     service: ServiceName,
     spec: BuildSpec,
     commit: SourceCommit,
@@ -36,6 +37,7 @@ impl Attempt {
             checkout: attempt.join("source"),
             path,
             scratch: attempt.join("work"),
+            project: ProjectName::parse("shop").unwrap(),
             service: ServiceName::parse("api").unwrap(),
             spec: BuildSpec::default(),
             commit: SourceCommit {
@@ -54,6 +56,7 @@ impl Attempt {
         let input = BuildInput {
             build: BuildId::derived(uuid::Uuid::nil(), "build"),
             request: 1,
+            project: &self.project,
             service: &self.service,
             checkout: &self.checkout,
             path: self.path,
