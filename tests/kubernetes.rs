@@ -105,6 +105,21 @@ fn a_life(
     source.commit("Another", &[("another", "file")]);
     let second = server.deploy(&instance, &[]);
     server.get_from(&host, "/", &second);
+
+    // Back to what still runs, forward again, and back to what was stopped and has to start first.
+    server.ok(&["rollback", &instance, "--reason", "too new"]);
+    server.get_from(&host, "/", &first);
+    server.ok(&["mark-main", &second]);
+    server.get_from(&host, "/", &second);
+    server.ok(&["stop", &first]);
+    server.wait_for(&first, "stopped");
+    server.ok(&["rollback", &instance, "--start", "--to", &first]);
+    server.wait_for(&first, "started");
+    server.get_from(&host, "/", &first);
+    assert_eq!(server.deployment(&first)["main"], true);
+
+    server.ok(&["mark-main", &second]);
+    server.get_from(&host, "/", &second);
     server.ok(&["stop", &first]);
     server.wait_for(&first, "stopped");
     server.ok(&["terminate", &first]);
@@ -221,9 +236,18 @@ fn a_life_on_a_cluster_that_argocd_brings_to_the_repository() {
     server.restart_with(&["--listen", &listen, "--gateway", "127.0.0.1:0"]);
     let _controller = {
         let _within = stage.cluster.runtime.enter();
-        ArgoCd::start(client, namespace, argocd::helm(helm))
+        ArgoCd::start_healing(client.clone(), namespace, argocd::helm(helm))
     };
-    stage.life(&server, "argo", |_| {});
+    stage.life(&server, "argo", |_| {
+        // It was rolled back, and goes on being synced and healed.
+        let kind = GroupVersionKind::gvk("argoproj.io", "v1alpha1", "Application");
+        let kind = ApiResource::from_gvk(&kind);
+        let api: kube::Api<DynamicObject> = kube::Api::namespaced_with(client, namespace, &kind);
+        let found = stage.cluster.runtime.block_on(api.get("argo--production"));
+        let policy = found.unwrap().data["spec"]["syncPolicy"]["automated"].take();
+        let both = serde_json::json!({ "prune": true, "selfHeal": true });
+        assert_eq!(policy, both);
+    });
 }
 
 /// The pod of the only build in a namespace, on a node that runs it.

@@ -772,6 +772,53 @@ async fn a_claim_of_somebody_else_is_not_handed_to_argocd() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn self_healing_sets_back_what_somebody_changes_and_not_what_a_commit_does() {
+    let Some(argo) = Argo::new("healed").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let repository = argo.repository.clone();
+    let render = move |application: &Value| repository.render(application);
+    let _controller = testkit::ArgoCd::start_healing(stage.client.clone(), &argo.namespace, render);
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    release(&mut values, 1, 2);
+    argo.apply(1, &values).await.unwrap();
+    let whole = |s: &AppStatus| s.is_whole && ready(s, 1) == 2 && problem(s, 1).is_none();
+    stage.until("two are ready", whole).await;
+
+    let workloads: Api<Deployment> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let name = names::release(&web(), deployment(1));
+    let replicas = |workload: &Deployment| workload.spec.as_ref().and_then(|spec| spec.replicas);
+    let patch = Patch::Merge(json!({ "spec": { "replicas": 5 } }));
+    let params = PatchParams::default();
+    workloads.patch(&name, &params, &patch).await.unwrap();
+    super::builds::until("it is set back", || async {
+        let now = workloads.get(&name).await.unwrap();
+        (replicas(&now) == Some(2)).then_some(())
+    })
+    .await;
+    stage.until("two are ready again", whole).await;
+
+    // What goes back or is stopped does so by a commit, which is what is healed to from then on.
+    release(&mut values, 1, 0);
+    argo.apply(2, &values).await.unwrap();
+    let stopped = |s: &AppStatus| {
+        let none = |r: &ReleaseStatus| r.wanted == 0 && r.instances.is_empty();
+        s.is_whole && s.revision == Some(commit(2)) && of(s, 1).is_some_and(none)
+    };
+    stage.until("it is stopped", stopped).await;
+    release(&mut values, 1, 2);
+    argo.apply(3, &values).await.unwrap();
+    let back = |s: &AppStatus| s.revision == Some(commit(3)) && whole(s);
+    stage.until("it runs again", back).await;
+    let policy = argo.application().await["spec"]["syncPolicy"]["automated"].take();
+    assert_eq!(policy, json!({ "prune": true, "selfHeal": true }));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bursts_of_refusals_of_an_application_are_no_reason_to_give_up() {
     let plane = tokio::task::spawn_blocking(ControlPlane::shared);
     let Some(plane) = plane.await.unwrap() else {

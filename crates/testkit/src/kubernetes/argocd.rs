@@ -5,9 +5,10 @@
 //! the tracking annotation on what it applies, the refresh annotation and the operation that it
 //! takes away, the finalizer. The health stays what it is right after a sync.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
@@ -46,6 +47,25 @@ impl ArgoCd {
         namespace: &str,
         render: impl Fn(&Value) -> Result<Vec<Value>, String> + Send + Sync + 'static,
     ) -> Self {
+        Self::with(client, namespace, render, false)
+    }
+
+    /// The same, which also sets back what others change of what it applied, where an Application
+    /// asks for that (`selfHeal`).
+    pub fn start_healing(
+        client: Client,
+        namespace: &str,
+        render: impl Fn(&Value) -> Result<Vec<Value>, String> + Send + Sync + 'static,
+    ) -> Self {
+        Self::with(client, namespace, render, true)
+    }
+
+    fn with(
+        client: Client,
+        namespace: &str,
+        render: impl Fn(&Value) -> Result<Vec<Value>, String> + Send + Sync + 'static,
+        heals: bool,
+    ) -> Self {
         let controller = Controller {
             applications: Api::namespaced_with(
                 client.clone(),
@@ -54,6 +74,8 @@ impl ArgoCd {
             ),
             client,
             render: Arc::new(render),
+            heals,
+            rendered: Mutex::default(),
         };
         Self(tokio::spawn(async move {
             loop {
@@ -72,6 +94,9 @@ struct Controller {
     client: Client,
     applications: Api<DynamicObject>,
     render: Arc<Render>,
+    heals: bool,
+    /// By the name of the Application: of which source, and what it made.
+    rendered: Mutex<HashMap<String, (Value, Vec<Value>)>>,
 }
 
 impl Controller {
@@ -90,7 +115,7 @@ impl Controller {
         let compared = &data["status"]["sync"]["comparedTo"]["source"];
         let asked = application.annotations().contains_key(REFRESH) || !data["operation"].is_null();
         if *compared == data["spec"]["source"] && !asked {
-            return Ok(());
+            return self.heal(&name, data).await;
         }
         self.write(
             &name,
@@ -141,6 +166,11 @@ impl Controller {
             "operationState": operation("Running", "", &[]),
         });
         self.write(&name, json!({ "status": running })).await?;
+        let made = (data["spec"]["source"].clone(), objects.clone());
+        self.rendered
+            .lock()
+            .expect("no panic")
+            .insert(name.clone(), made);
         let mut results = Vec::new();
         for object in &objects {
             results.push(self.apply(&name, &data["spec"], object).await);
@@ -177,6 +207,32 @@ impl Controller {
         status["resources"] = json!(resources);
         status["resourceHealthSource"] = json!("appTree");
         self.write(&name, json!({ "status": status })).await
+    }
+
+    /// Sets back what others have changed or taken away since an Application was synced.
+    async fn heal(&self, name: &str, data: &Value) -> kube::Result<()> {
+        let is_asked = data["spec"]["syncPolicy"]["automated"]["selfHeal"] == true;
+        if !self.heals || !is_asked || data["status"]["sync"]["status"] != "Synced" {
+            return Ok(());
+        }
+        let made = self.rendered.lock().expect("no panic").get(name).cloned();
+        let made = made.filter(|(source, _)| *source == data["spec"]["source"]);
+        for object in made.into_iter().flat_map(|(_, objects)| objects) {
+            let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+            let resource = resource(&text(&object["apiVersion"]), &text(&object["kind"]));
+            let namespace = text(&object["metadata"]["namespace"]);
+            let api: Api<DynamicObject> =
+                Api::namespaced_with(self.client.clone(), &namespace, &resource);
+            let live = api.get_opt(&text(&object["metadata"]["name"])).await?;
+            let is_so = live.is_some_and(|live| {
+                let mut fields = ["spec", "data"].into_iter();
+                fields.all(|field| is_in(&object[field], &live.data[field]))
+            });
+            if !is_so {
+                self.apply(name, &data["spec"], &object).await;
+            }
+        }
+        Ok(())
     }
 
     /// Applies an object, and says what came of it.
@@ -259,6 +315,18 @@ impl Controller {
         let patch = Patch::Merge(patch);
         let patched = self.applications.patch(name, &params, &patch).await;
         patched.map(|_| ())
+    }
+}
+
+/// Whether a value is as it is wanted, whatever else it has.
+fn is_in(wanted: &Value, live: &Value) -> bool {
+    match (wanted, live) {
+        (Value::Object(wanted), live) => wanted.iter().all(|(key, value)| is_in(value, &live[key])),
+        (Value::Array(wanted), Value::Array(live)) => {
+            let mut pairs = wanted.iter().zip(live);
+            wanted.len() == live.len() && pairs.all(|(wanted, live)| is_in(wanted, live))
+        }
+        (wanted, live) => wanted.is_null() || wanted == live,
     }
 }
 
