@@ -23,6 +23,7 @@ mod domains;
 mod dora;
 mod endpoints;
 mod environments;
+mod failover;
 mod freeze;
 mod gitops;
 mod gitops_remote;

@@ -32,7 +32,7 @@ fn edge(cluster: &Cluster) -> Option<(Client, Gateway)> {
 }
 
 /// One kubeconfig for both: the context `test` of the one, and `bergen` for the other's.
-fn both(oslo: &Cluster, bergen: &Cluster) -> Value {
+pub(crate) fn both(oslo: &Cluster, bergen: &Cluster) -> Value {
     let read = |cluster: &Cluster| -> Value {
         let text = std::fs::read_to_string(cluster.plane.kubeconfig()).unwrap();
         serde_saphyr::from_str(&text).unwrap()
