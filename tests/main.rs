@@ -19,6 +19,7 @@ mod concurrent;
 mod config;
 mod credentials;
 mod demo;
+mod descriptions;
 mod domains;
 mod dora;
 mod endpoints;

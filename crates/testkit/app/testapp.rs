@@ -14,6 +14,9 @@
 //! `--print N`         print N numbered lines at start, odd ones to stderr
 //! `--print-every MS`  print a numbered line every so often
 //! `--child`           start a child in a session of its own that outlives it
+//! `--describe T`      have an OpenAPI document with this title at `/openapi.json`
+//! `--describe-bytes N`  make that so long, with spaces behind it
+//! `--describe-at URL` redirect who asks for it
 //!
 //! Paths: `/`, `/pid`, `/headers`, `/env`, `/echo` (the body), `/stream?N` (N chunks, one each
 //! 20 ms), `/slow?MS`, `/hold` (begins an answer, and ends it after the next `/release`),
@@ -41,6 +44,8 @@ struct Options {
     print_every: Option<u64>,
     child: bool,
     described: Option<String>,
+    description_bytes: usize,
+    described_at: Option<String>,
 }
 
 fn main() {
@@ -67,6 +72,8 @@ fn main() {
             "--print-every" => options.print_every = Some(value().parse().expect("milliseconds")),
             "--child" => options.child = true,
             "--describe" => options.described = Some(value()),
+            "--describe-bytes" => options.description_bytes = value().parse().expect("a number"),
+            "--describe-at" => options.described_at = Some(value()),
             "--ignore-term" => {
                 // An ignored signal stays ignored over exec.
                 let rest = all.iter().filter(|a| *a != "--ignore-term");
@@ -194,6 +201,7 @@ fn serve(stream: TcpStream, options: &Options) -> std::io::Result<()> {
             body
         };
         let mut status = 200;
+        let mut more = String::new();
         let answer: Vec<u8> = match path {
             "/" | "/healthz" => {
                 if !HEALTHY.load(SeqCst) {
@@ -207,11 +215,23 @@ fn serve(stream: TcpStream, options: &Options) -> std::io::Result<()> {
                 .map(|(k, v)| format!("{k}={v}\n"))
                 .collect::<String>()
                 .into_bytes(),
+            "/openapi.json" if options.described_at.is_some() => {
+                println!("asked for a description");
+                status = 302;
+                let url = options.described_at.as_deref().unwrap_or_default();
+                more = format!("Location: {url}\r\n");
+                Vec::new()
+            }
             "/openapi.json" if options.described.is_some() => {
+                println!("asked for a description");
                 let title = options.described.clone().unwrap_or_default();
                 let title = title.replace('\\', "\\\\").replace('"', "\\\"");
                 let info = format!(r#"{{"title":"{title}","version":"1"}}"#);
-                format!(r#"{{"openapi":"3.1.0","info":{info},"paths":{{}}}}"#).into_bytes()
+                let mut document =
+                    format!(r#"{{"openapi":"3.1.0","info":{info},"paths":{{}}}}"#).into_bytes();
+                let bytes = document.len().max(options.description_bytes);
+                document.resize(bytes, b' ');
+                document
             }
             "/echo" => body,
             "/stream" => {
@@ -265,7 +285,7 @@ fn serve(stream: TcpStream, options: &Options) -> std::io::Result<()> {
         };
         write!(
             writer,
-            "HTTP/1.1 {status} X\r\nContent-Length: {}\r\nX-Text: {}\r\n\r\n",
+            "HTTP/1.1 {status} X\r\nContent-Length: {}\r\nX-Text: {}\r\n{more}\r\n",
             answer.len(),
             options.text
         )?;
