@@ -46,6 +46,7 @@ mod secrets;
 mod subscribers;
 mod support;
 mod templates;
+mod terminal;
 mod timers;
 mod traces;
 mod under_load;

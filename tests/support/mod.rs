@@ -15,6 +15,7 @@ mod receiver;
 mod search;
 mod server;
 mod source;
+mod terminal;
 mod watch;
 
 pub use browser::Browser;
@@ -26,4 +27,5 @@ pub use receiver::{Received, Receiver};
 pub use search::Search;
 pub use server::{PATIENCE, Server, Settings, until};
 pub use source::{application, replace_flags, site};
+pub use terminal::{Terminal, without_colours};
 pub use watch::Visitor;

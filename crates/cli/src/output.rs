@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use clap::ValueEnum;
+use comfy_table::{Attribute, Cell, Color};
 use daybook_secrets::SecretStore;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -252,26 +253,76 @@ impl Table {
     pub fn new<const N: usize>(headings: [&str; N]) -> Self {
         let mut table = comfy_table::Table::new();
         table.load_preset(comfy_table::presets::NOTHING);
+        table.style_text_only();
         let style = style();
-        table.set_header(headings.map(|h| style.dim(h)));
+        table.set_header(headings.map(|h| cell(&style.dim(h))));
+        if let Some(first) = table.column_mut(0) {
+            first.set_padding((0, 1));
+        }
         // Without a terminal nothing is wrapped: programs read whole lines.
-        if style.is_terminal() {
+        if let Some(width) = width() {
             table.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
+            table.set_width(width);
         }
         Self(table)
     }
 
     /// Adds a row.
     pub fn row(&mut self, row: Row) {
-        self.0.add_row(row.0);
+        self.0
+            .add_row(row.0.iter().map(|text| cell(text)).collect::<Vec<_>>());
     }
 
     /// Prints it.
     pub fn print(&self) {
         for text in self.0.lines() {
-            line(text.trim_end().strip_prefix(' ').unwrap_or(text.trim_end()));
+            line(text.trim_end());
         }
     }
+}
+
+/// Columns of the terminal that is printed to; none where there is no terminal.
+pub fn width() -> Option<u16> {
+    let stdout = io::stdout();
+    if !stdout.is_terminal() {
+        return None;
+    }
+    let size = rustix::termios::tcgetwinsize(&stdout).ok()?;
+    Some(size.ws_col).filter(|columns| *columns > 0)
+}
+
+/// A cell of a table. It has one colour, the first one in its text: the table puts it around each
+/// line that is left of the text once it is wrapped, and would count and break codes within it.
+fn cell(text: &str) -> Cell {
+    if !style().is_terminal() {
+        return Cell::new(text);
+    }
+    let (text, code) = without_codes(text);
+    let cell = Cell::new(text);
+    match code {
+        Some("32") => cell.fg(Color::DarkGreen),
+        Some("36") => cell.fg(Color::DarkCyan),
+        Some("33") => cell.fg(Color::DarkYellow),
+        Some("1;31") => cell.fg(Color::DarkRed).add_attribute(Attribute::Bold),
+        Some("2") => cell.add_attribute(Attribute::Dim),
+        Some("1") => cell.add_attribute(Attribute::Bold),
+        _ => cell,
+    }
+}
+
+/// Text without the codes of [`Style`], and the first of them.
+fn without_codes(text: &str) -> (String, Option<&str>) {
+    let mut parts = text.split("\x1b[");
+    let mut plain = parts.next().unwrap_or_default().to_owned();
+    let mut first = None;
+    for part in parts {
+        let (code, rest) = part.split_once('m').unwrap_or(("", part));
+        if first.is_none() {
+            first = Some(code);
+        }
+        plain.push_str(rest);
+    }
+    (plain, first)
 }
 
 /// A status in its colour.
@@ -331,6 +382,16 @@ pub fn version(version: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_cell_has_one_colour() {
+        use super::without_codes;
+
+        assert_eq!(without_codes("web *"), ("web *".to_owned(), None));
+        let text = "\x1b[33mnot ready\x1b[0m (Crash\x1b[2mLoop\x1b[0m)";
+        let expected = "not ready (CrashLoop)".to_owned();
+        assert_eq!(without_codes(text), (expected, Some("33")));
+    }
+
     #[test]
     fn images_are_short_in_tables() {
         let digest = "77b362ef137b1669ce9d39b265d4639f63dfbd09f33b940e726d0c88b5674f89";
