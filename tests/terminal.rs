@@ -43,3 +43,50 @@ fn tables_are_wrapped_to_the_terminal_and_stay_in_colour() {
         }
     }
 }
+
+#[test]
+fn what_is_watched_is_shown_again_when_an_event_has_changed_it() {
+    let mut server = Server::start(Settings::default());
+    server.define("shop", "web", &site("hello"), &[]);
+    let address = server.url().replace("http://", "");
+    let terminal = Terminal::start(server.command(&["status", "--watch"]), 400);
+    let file = server.folder().path().join("watched");
+    let mut watching = server
+        .command(&["status", "--watch", "--project", "shop"])
+        .stdout(std::fs::File::create(&file).unwrap())
+        .spawn()
+        .unwrap();
+    let screen = || {
+        let shown = terminal.shown();
+        shown.rsplit("\x1b[2J\x1b[H").next().unwrap().to_owned()
+    };
+    let lines = || std::fs::read_to_string(&file).unwrap();
+    until("an empty table", || {
+        screen().contains("nothing runs").then_some(())
+    });
+    let one = server.deploy("shop.production.web", &[]);
+    let one = &one[28..];
+    until("the first deployment", || {
+        let line = format!("shop.production.web * {one}: started; build ready");
+        let shown = screen();
+        let drawn = shown.contains(one) && shown.contains("started");
+        // In the place of what was there before.
+        let once = shown.matches("SERVICE").count() == 1;
+        (drawn && once && lines().contains(&line)).then_some(())
+    });
+    // No colours and nothing drawn over, where there is no terminal.
+    assert!(!lines().contains('\x1b'), "{}", lines());
+
+    // The server goes away and comes back; what happens then is seen.
+    server.stop();
+    server.restart_with(&["--listen", &address, "--gateway", "127.0.0.1:0"]);
+    let two = server.deploy("shop.production.web", &[]);
+    let two = &two[28..];
+    until("the second deployment", || {
+        (screen().contains(two) && lines().contains(two)).then_some(())
+    });
+    watching.kill().unwrap();
+    watching.wait().unwrap();
+    let done = server.cli(&["status", "--watch", "--at", "3"]);
+    assert_eq!(done.code, 2, "{done:?}");
+}

@@ -34,9 +34,7 @@ static FORMAT: OnceLock<(Format, bool)> = OnceLock::new();
 
 /// Remembers the form, and sets up the log of the program itself.
 pub fn init(global: &Global) {
-    let colour = std::io::stdout().is_terminal()
-        && std::env::var_os("NO_COLOR").is_none()
-        && std::env::var_os("TERM").is_none_or(|t| t != "dumb");
+    let colour = is_drawn_over() && std::env::var_os("NO_COLOR").is_none();
     let _ = FORMAT.set((global.output, colour));
     let default = match global.verbose {
         0 => "warn",
@@ -289,6 +287,18 @@ pub fn width() -> Option<u16> {
     }
     let size = rustix::termios::tcgetwinsize(&stdout).ok()?;
     Some(size.ws_col).filter(|columns| *columns > 0)
+}
+
+/// Whether the new can take the place of what is shown: on a terminal that knows how.
+pub fn is_drawn_over() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("TERM").is_none_or(|t| t != "dumb")
+}
+
+/// Empties a terminal that can be drawn over.
+pub fn clear() {
+    let mut out = io::stdout().lock();
+    // Whoever has gone away is noticed with the next line.
+    let _ = out.write_all(b"\x1b[2J\x1b[H");
 }
 
 /// A cell of a table. It has one colour, the first one in its text: the table puts it around each

@@ -79,7 +79,7 @@ const QUIET: Duration = Duration::from_secs(5);
 const COMPARE_AFTER: Duration = Duration::from_secs(10);
 /// When a connection that broke is made anew, and how long after another failure at most unless the
 /// server says when.
-const RECONNECT: Duration = Duration::from_millis(500);
+pub(super) const RECONNECT: Duration = Duration::from_millis(500);
 const RECONNECT_MAX: Duration = Duration::from_secs(5);
 /// How long a server may be gone.
 const GONE: Duration = Duration::from_secs(15 * 60);
@@ -267,7 +267,7 @@ async fn receive(
 
 /// A server that a subscriber cannot reach.
 #[derive(Debug, Default)]
-struct Lost {
+pub(super) struct Lost {
     /// It was reached before.
     known: bool,
     since: Option<Instant>,
@@ -275,7 +275,7 @@ struct Lost {
 }
 
 impl Lost {
-    fn is_over(&mut self) {
+    pub(super) fn is_over(&mut self) {
         *self = Self {
             known: true,
             ..Self::default()
@@ -284,7 +284,7 @@ impl Lost {
 
     /// How long to wait until the next try; the failure, if there is to be none: it is one that does
     /// not pass, the server was never there, or it has been gone for too long.
-    fn wait(&mut self, failure: Failure, now: Instant) -> Result<Duration, Failure> {
+    pub(super) fn wait(&mut self, failure: Failure, now: Instant) -> Result<Duration, Failure> {
         let Some(passes) = failure.passes.filter(|_| self.known) else {
             return Err(failure);
         };

@@ -32,6 +32,7 @@ mod status;
 mod template;
 mod token;
 mod up;
+mod watch;
 mod webhook;
 
 pub use events::print as print_event;

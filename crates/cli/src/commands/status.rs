@@ -1,11 +1,14 @@
 //! `daybook status`
 
+use std::collections::BTreeMap;
+
 use clap::Args;
 use daybook_events::deployment::ClusterState;
 use daybook_projections::Moment;
 use daybook_projections::views::{ApprovalView, DeploymentView, HoldView, InstanceView, Overview};
 use serde_json::Value;
 
+use super::watch::{Watched, watch};
 use super::{Outcome, ServerArgs};
 use crate::client::Client;
 use crate::exit::{Code, Failure};
@@ -28,6 +31,10 @@ pub struct StatusArgs {
     /// As it was then: a position of the ledger, or a time such as 2024-01-15T10:30:00Z.
     #[arg(long, value_name = "POSITION|TIME")]
     at: Option<Moment>,
+    /// Show it again whenever it changes, until interrupted: in the same place on a terminal, else a
+    /// line for each deployment that changed.
+    #[arg(long, conflicts_with = "at")]
+    watch: bool,
     /// Everything about one deployment, by its id or the end of it; or one service instance, as
     /// `project.environment.service`.
     deployment: Option<String>,
@@ -44,6 +51,9 @@ pub async fn run(args: StatusArgs) -> Outcome {
             ("service", part()),
             ("at", args.at.map(|at| at.to_string())),
         ];
+        if args.watch {
+            return watch(&client, &Watched::Overview(query.into())).await;
+        }
         overview(&client, &query).await?;
         return Ok(Code::Success);
     }
@@ -57,6 +67,9 @@ pub async fn run(args: StatusArgs) -> Outcome {
             .hint("leave the id out, or name an instance as project.environment.service"));
         }
         let id = super::lifecycle::find(&client, id).await?;
+        if args.watch {
+            return watch(&client, &Watched::Deployment(id)).await;
+        }
         let detail: Value = client
             .get(&format!("/api/v1/deployments/{id}"), &[])
             .await?;
@@ -73,6 +86,9 @@ pub async fn run(args: StatusArgs) -> Outcome {
         ("service", args.service),
         ("at", args.at.map(|at| at.to_string())),
     ];
+    if args.watch {
+        return watch(&client, &Watched::Overview(query.into())).await;
+    }
     overview(&client, &query).await?;
     Ok(Code::Success)
 }
@@ -80,6 +96,15 @@ pub async fn run(args: StatusArgs) -> Outcome {
 /// Asks for what runs where, and prints it.
 pub async fn overview(client: &Client, query: &[(&str, Option<String>)]) -> Result<(), Failure> {
     let state: Value = client.get("/api/v1/state", query).await?;
+    show(client, query, state).await
+}
+
+/// Prints what runs where.
+pub async fn show(
+    client: &Client,
+    query: &[(&str, Option<String>)],
+    state: Value,
+) -> Result<(), Failure> {
     if output::is_json() {
         output::json(&state);
         return Ok(());
@@ -193,6 +218,55 @@ fn print_overview(overview: &Overview) {
             output::line(&format!("  {} {}", style.dim("remedy:"), p.remedy));
         }
     }
+}
+
+/// The deployments in a line each, by instance and id.
+pub fn lines(overview: &Overview) -> BTreeMap<String, String> {
+    let mut lines = BTreeMap::new();
+    for instance in &overview.instances {
+        let main = instance.main.iter().map(|d| (d, " *"));
+        let others = instance.others.iter().map(|d| (d, ""));
+        for (d, mark) in main.chain(others) {
+            let line = format!(
+                "{}{mark} {}: {}; build {}, workload {}, endpoint {}",
+                instance.id,
+                d.id.short(),
+                output::status_word(&d.lifecycle),
+                output::readiness(&d.build),
+                output::readiness(&d.workload),
+                output::readiness(&d.endpoint),
+            );
+            lines.insert(format!("{} {}", instance.id, d.id), line);
+        }
+    }
+    lines
+}
+
+/// A deployment in one line, from what the server knows of it.
+pub fn detail_line(detail: &Value) -> String {
+    let text = |pointer: &str| {
+        let text = detail.pointer(pointer).and_then(Value::as_str);
+        text.unwrap_or_default().to_owned()
+    };
+    let readiness = ["build", "workload", "endpoint"].map(|what| {
+        let state = text(&format!("/readiness/{what}/state"));
+        let word = output::readiness_word(&state);
+        match state.as_str() {
+            "ready" => format!("{what} {word}"),
+            _ => format!(
+                "{what} {word} ({})",
+                text(&format!("/readiness/{what}/reason"))
+            ),
+        }
+    });
+    let id = text("/id");
+    format!(
+        "{} {}: {}; {}",
+        text("/instance_id"),
+        id.get(28..).unwrap_or(&id),
+        output::status_word(&text("/status")),
+        readiness.join(", ")
+    )
 }
 
 fn approval_line(d: &DeploymentView, approval: &ApprovalView) -> String {
