@@ -337,21 +337,34 @@ fn redirects_are_not_followed() {
 
 #[test]
 fn private_addresses_are_refused_unless_they_are_allowed() {
-    let server = Server::start(Settings::default());
+    let free = ["--listen", "127.0.0.1:0", "--gateway", "127.0.0.1:0"];
+    let mut server = Server::start(Settings::default());
     server.ok(&["project", "create", "shop"]);
     let receiver = Receiver::willing();
     let refused = server.cli(&["webhook", "create", "shop", &receiver.url()]);
     assert!(refused.stderr.contains("not an https URL"), "{refused:?}");
     let port = receiver.url().rsplit(':').next().unwrap().to_owned();
-    for host in [
+    let hosts = [
         "127.0.0.1",
         "localhost",
         "[::1]",
         "169.254.169.254",
         "10.0.0.1",
-    ] {
-        let url = format!("https://{host}:{port}");
-        let (id, _) = webhook(&server, &url, &["--tries", "1"]);
+    ];
+    let url = |host: &str| format!("https://{host}:{port}");
+    for host in hosts {
+        let made = server.cli(&["webhook", "create", "shop", &url(host), "-o", "json"]);
+        assert_eq!(made.error()["code"], "webhook_address_refused", "{made:?}");
+    }
+    // What was made while they were allowed is not called once they are not; nor is a name that
+    // stands for such an address.
+    server.stop();
+    let allowing = [free.as_slice(), &["--allow-private-webhooks"]].concat();
+    server.restart_with(&allowing);
+    let made = hosts.map(|host| webhook(&server, &url(host), &["--tries", "1"]).0);
+    server.stop();
+    server.restart_with(&free);
+    for (host, id) in hosts.iter().zip(made) {
         let test = server.cli(&["webhook", "test", &id]);
         assert_ne!(test.code, 0, "{test:?}");
         let told = deliveries(&server, &id);

@@ -100,7 +100,8 @@ pub struct Settings {
     pub heartbeat: Duration,
     /// The templates that services can be made from.
     pub catalogue: Arc<Catalogue>,
-    /// Whether webhooks may be called without TLS. Where they may be is checked when they are.
+    /// Whether webhooks may be called without TLS, and at addresses that are not public. What names
+    /// stand for is looked at when they are called.
     pub allow_private_webhooks: bool,
     /// How long open requests may go on once the server is to end.
     pub drain: Duration,

@@ -5,6 +5,7 @@
 //! depends on is passed in, so that the same log always folds to the same state.
 
 pub mod access;
+pub mod address;
 pub mod admission;
 pub mod aggregate;
 pub mod any;

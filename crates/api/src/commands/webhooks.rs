@@ -3,11 +3,15 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use daybook_events::address::is_public;
 use daybook_events::secret::SecretRef;
-use daybook_events::subscription::{self, Command, Created, Endpoint, PauseReason, Subscription};
+use daybook_events::subscription::{
+    self, Command, Created, Endpoint, EndpointUrl, PauseReason, Subscription,
+};
 use daybook_events::{Decision, Digest, Position, ProjectName, Refusal, Subject, SubscriptionId};
 use daybook_secrets::SecretValue;
 use jiff::{SignedDuration, Timestamp};
+use url::{Host, Url};
 
 use super::{Caller, CommandError, Commands, Done, denied_webhook};
 use crate::access::{Over, Verb, authorise};
@@ -357,15 +361,43 @@ impl Commands {
         Ok(WithSecret { done, id, secret })
     }
 
-    /// Refuses what could never be sent to. Addresses are checked when it is sent.
+    /// Refuses what could never be sent to. What a name stands for is looked at when it is sent.
     fn allowed(&self, endpoint: &Endpoint) -> Result<(), Refusal> {
-        if self.settings.allow_private_webhooks || endpoint.url.as_str().starts_with("https://") {
+        if self.settings.allow_private_webhooks {
+            return Ok(());
+        }
+        if !endpoint.url.as_str().starts_with("https://") {
+            return Err(Refusal::new(
+                "webhook_needs_tls",
+                format!("{} is not an https URL", endpoint.url),
+                "use https, or start the server with --allow-private-webhooks",
+            ));
+        }
+        if is_elsewhere(&endpoint.url) {
             return Ok(());
         }
         Err(Refusal::new(
-            "webhook_needs_tls",
-            format!("{} is not an https URL", endpoint.url),
-            "use https, or start the server with --allow-private-webhooks",
+            "webhook_address_refused",
+            format!("{} is at no public address", endpoint.url),
+            "name a receiver on the public internet, or start the server with \
+             --allow-private-webhooks",
         ))
+    }
+}
+
+/// Whether a receiver may be on the public internet, as far as its URL says it.
+fn is_elsewhere(url: &EndpointUrl) -> bool {
+    let Ok(url) = Url::parse(url.as_str()) else {
+        return false;
+    };
+    match url.host() {
+        Some(Host::Ipv4(address)) => is_public(address.into()),
+        Some(Host::Ipv6(address)) => is_public(address.into()),
+        Some(Host::Domain(name)) => {
+            // RFC 6761: this machine, whatever a resolver says.
+            let name = name.trim_end_matches('.');
+            name != "localhost" && !name.ends_with(".localhost")
+        }
+        None => false,
     }
 }

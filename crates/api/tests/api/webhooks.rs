@@ -279,3 +279,38 @@ async fn a_definition_is_replaced_only_as_it_was_read() {
         .await
         .refused(404, "webhook_not_found");
 }
+
+#[tokio::test]
+async fn a_webhook_to_an_address_that_is_not_public_is_refused_when_it_is_made() {
+    let server = server().await;
+    server.shop().await;
+    let id = webhook(&server, "there").await;
+    let path = format!("/api/v1/webhooks/{id}");
+    for host in [
+        "127.0.0.1",
+        "2130706433",
+        "localhost",
+        "LOCALHOST.:7070",
+        "web.shop.localhost",
+        "[::1]:443",
+        "[::ffff:10.0.0.1]",
+        "10.0.0.1",
+        "169.254.169.254",
+    ] {
+        let url = format!("https://{host}/hook");
+        let body = json!({ "project": "shop", "url": &url });
+        let made = server.post("/api/v1/webhooks", body).await;
+        made.refused(422, "webhook_address_refused");
+        let changed = server.request(Method::PUT, &path);
+        let changed = server.send(changed.json(&json!({ "url": &url }))).await;
+        changed.refused(422, "webhook_address_refused");
+    }
+    let listed = server.get("/api/v1/webhooks").await.ok();
+    assert_eq!(listed["webhooks"].as_array().unwrap().len(), 1);
+
+    // Whoever runs the server can allow it.
+    let server = server_with(|settings, _| settings.allow_private_webhooks = true).await;
+    server.shop().await;
+    let body = json!({ "project": "shop", "url": "http://127.0.0.1:7393/hook" });
+    server.post("/api/v1/webhooks", body).await.ok();
+}

@@ -33,8 +33,8 @@ mod policy;
 mod session;
 mod ssh;
 
-pub use address::is_public;
 pub use credentials_file::CredentialsFileError;
+pub use daybook_events::address::is_public;
 pub use error::TransportError;
 pub(crate) use http::{CheckedResolver, refusal_in};
 pub(crate) use policy::local_path;
