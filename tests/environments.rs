@@ -84,6 +84,17 @@ fn a_promotion_runs_the_same_image_and_names_where_it_comes_from() {
 
     let (before, after) = (server.deployment(&first), server.deployment(&promoted));
     assert_eq!(before["image"], after["image"]);
+    // The commit is that of the deployment that it was built for, wherever it is asked for.
+    assert!(before["source"]["commit"].is_string(), "{before}");
+    assert_eq!(before["source"], after["source"]);
+    let (first_row, row) = (server.history(&first), server.history(&promoted));
+    for field in ["source_commit", "source_commit_message", "source_url"] {
+        assert!(row[field].is_string(), "{row}");
+        assert_eq!(first_row[field], row[field]);
+    }
+    let state = server.read("/api/v1/state?project=shop&environment=production");
+    let main = &state["instances"][0]["main"];
+    assert_eq!(main["source_commit"], before["source"]["commit"]);
     assert_eq!(after["promoted_from"]["environment"], "staging");
     assert_eq!(after["promoted_from"]["deployment"], first.as_str());
     assert!(

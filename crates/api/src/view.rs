@@ -845,7 +845,7 @@ impl<'a> Shown<'a> {
             hold: views::HoldView::of(state),
             operations: state.operations(),
             possibilities: state.possibilities(),
-            source: state.source.as_ref().map(|s| SourceView {
+            source: row.source.as_ref().map(|s| SourceView {
                 commit: s.commit.clone(),
                 message: s.message.clone(),
                 author: s.author_name.clone(),

@@ -9,6 +9,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use daybook_events::aggregate::{At, Void};
+use daybook_events::deployment::Requested;
 use daybook_events::envelope::DecodeError;
 use daybook_events::gitops::{Change, GitopsEvent};
 use daybook_events::routing::RoutingEvent;
@@ -295,6 +296,7 @@ impl Fold {
                         created: position,
                         actor: event.actor(),
                         message: None,
+                        source: None,
                     });
                 }
                 if let (Some(origin), true) = (&d.origin, active(d) != before) {
@@ -362,6 +364,7 @@ impl Fold {
         }
         if let (Some(instance), Subject::Deployment(_, _, id)) = (&effects.created, subject) {
             self.list(table, instance, *id, position)?;
+            self.inherit(table, slot, instance)?;
         }
         if folded.is_ok() {
             self.follow(table, position, effects)?;
@@ -392,6 +395,36 @@ impl Fold {
             {
                 self.slots.change(slot);
             }
+        }
+        Ok(())
+    }
+
+    /// Notes what a new deployment was made from, if its image is that of another one.
+    fn inherit(
+        &mut self,
+        table: &Table,
+        slot: Option<usize>,
+        instance: &InstanceRef,
+    ) -> Result<(), TableError> {
+        let before = slot.and_then(|slot| match &self.slots.get(slot).kept.state {
+            State::Deployment(d) => image_of(&d.folded.state.as_ref()?.request, instance),
+            _ => None,
+        });
+        let (Some(slot), Some(before)) = (slot, before) else {
+            return Ok(());
+        };
+        let source = match self.slots.find(table, &before)? {
+            Some(found) => match &self.slots.get(found).kept.state {
+                State::Deployment(d) => d.source().cloned(),
+                _ => None,
+            },
+            None => None,
+        };
+        if source.is_some()
+            && let State::Deployment(d) = self.slots.change(slot)
+            && let Some(origin) = &mut d.origin
+        {
+            origin.source = source;
         }
         Ok(())
     }
@@ -595,6 +628,19 @@ fn listed_value(id: DeploymentId, instance: &InstanceRef) -> Vec<u8> {
 /// The subject of a deployment of an instance.
 pub(crate) fn deployment_of(instance: &InstanceRef, id: DeploymentId) -> Subject {
     Subject::Deployment(instance.project.clone(), instance.environment.clone(), id)
+}
+
+/// The deployment whose image a deployment of this instance has, where it was not built for it.
+fn image_of(request: &Requested, instance: &InstanceRef) -> Option<Subject> {
+    if let Some(before) = request.redeploy_of {
+        return Some(deployment_of(instance, before));
+    }
+    let from = request.promoted_from.as_ref()?;
+    let elsewhere = InstanceRef {
+        environment: from.environment.clone(),
+        ..instance.clone()
+    };
+    Some(deployment_of(&elsewhere, from.deployment))
 }
 
 fn introduced(subject: &Subject, event: Option<&GitopsEvent>) -> Option<(Subject, String)> {

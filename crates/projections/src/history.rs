@@ -14,6 +14,7 @@ pub(crate) fn row(
     active: bool,
 ) -> HistoryRow {
     let instance = &state.request.instance;
+    let source = state.source.as_ref().or(origin.source.as_ref());
     let (outcome, outcome_code) = match (&state.failure, &state.cancelled) {
         (Some(f), _) => (Some(f.message.clone()), Some(f.code.clone())),
         (None, Some(c)) => (Some(c.message.clone()), Some("cancelled".to_owned())),
@@ -32,9 +33,9 @@ pub(crate) fn row(
         revision: state.commit.clone(),
         message: origin.message.as_ref().map(|(_, m)| m.clone()),
         version: version_text(state),
-        source_commit: state.source.as_ref().map(|s| s.commit.clone()),
-        source_commit_message: state.source.as_ref().map(|s| s.message.clone()),
-        source_url: state.source.as_ref().map(|s| s.url.clone()),
+        source_commit: source.map(|s| s.commit.clone()),
+        source_commit_message: source.map(|s| s.message.clone()),
+        source_url: source.map(|s| s.url.clone()),
         status: state.status,
         status_since: state.status_since,
         phase: state.status.phase(),

@@ -584,6 +584,7 @@ impl Ledger {
                 state,
                 (revision, position, created),
                 table,
+                origin.source.clone(),
             );
             found.push(PastDeployment { row, origin });
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use daybook_events::access::Projects;
 use daybook_events::build::Build;
-use daybook_events::deployment::{Deployment, Status};
+use daybook_events::deployment::{Deployment, SourceCommit, Status};
 use daybook_events::domain::Domain;
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
@@ -51,18 +51,23 @@ pub struct DeploymentRow {
     pub main: bool,
     /// The hostnames that lead to it.
     pub hostnames: Vec<Hostname>,
+    /// The commit that it was made from: its own, or that of the deployment that it was promoted
+    /// from or repeats. None if that is not known, or not yet.
+    pub source: Option<SourceCommit>,
 }
 
 impl DeploymentRow {
-    /// A deployment with its revision, the positions of its last event and of its request, and what
-    /// its project's route table says of it.
+    /// A deployment with its revision, the positions of its last event and of its request, what
+    /// its project's route table says of it, and the commit of the deployment whose image it has.
     pub(crate) fn new(
         id: DeploymentId,
         subject: Subject,
         state: Deployment,
         (revision, position, created): (u32, Position, Position),
         routing: Option<&Routing>,
+        inherited: Option<SourceCommit>,
     ) -> Self {
+        let source = state.source.clone().or(inherited);
         let main = routing
             .and_then(|r| r.traffic(&state.request.instance))
             .is_some_and(|t| t.main == Some(id));
@@ -79,12 +84,16 @@ impl DeploymentRow {
             created,
             main,
             hostnames,
+            source,
         }
     }
 
     /// The row as it is sent.
     pub fn view(&self) -> DeploymentView {
-        DeploymentView::new(self.id, self.created, &self.state, self.hostnames.clone())
+        DeploymentView {
+            source_commit: self.source.as_ref().map(|s| s.commit.clone()),
+            ..DeploymentView::new(self.id, self.created, &self.state, self.hostnames.clone())
+        }
     }
 }
 
@@ -157,11 +166,12 @@ impl DeploymentFilter {
             })
     }
 
-    fn fits_state(&self, state: &Deployment) -> bool {
+    fn fits_deployment(&self, row: &DeploymentRow) -> bool {
+        let state = &row.state;
         let found = Versions {
             tag: state.image.as_ref().map(|i| i.tag.as_str()),
             digest: state.image.as_ref().map(|i| i.digest.as_str()),
-            commit: state.source.as_ref().map(|s| s.commit.as_str()),
+            commit: row.source.as_ref().map(|s| s.commit.as_str()),
         };
         self.fits(state.status, &version_text(state), found)
     }
@@ -245,8 +255,8 @@ impl Projections {
         routing: Option<&Routing>,
     ) -> Result<Option<DeploymentRow>, QueryError> {
         let subject = deployment_of(instance, id);
-        let (folded, created) = match self.live(&subject) {
-            Some(live) => (live.folded::<Deployment>(), live.created),
+        let (folded, created, source) = match self.live(&subject) {
+            Some(live) => (live.folded::<Deployment>(), live.created, live.source),
             None => {
                 let row = keys::state(&subject).map(|k| self.inner.table.get(&k));
                 let Some(row) = row.transpose()?.flatten() else {
@@ -255,7 +265,8 @@ impl Projections {
                 let mut rest = &row[..];
                 let folded: Arc<Folded<Deployment>> = decode_part(&mut rest)?;
                 let origin: Option<slot::Origin> = decode_part(&mut rest)?;
-                (Some(folded), origin.map(|o| o.created))
+                let created = origin.as_ref().map(|o| o.created);
+                (Some(folded), created, origin.and_then(|o| o.source))
             }
         };
         let (Some(folded), Some(created)) = (folded, created) else {
@@ -265,7 +276,8 @@ impl Projections {
             return Ok(None);
         };
         let place = (folded.revision, folded.position, created);
-        Ok(Some(DeploymentRow::new(id, subject, state, place, routing)))
+        let row = DeploymentRow::new(id, subject, state, place, routing, source);
+        Ok(Some(row))
     }
 
     fn routing_of(&self, project: &ProjectName) -> Result<Arc<Folded<Routing>>, QueryError> {
@@ -297,7 +309,7 @@ impl Projections {
         self.list(filter, page, |id, instance, _| {
             let routing = routing.of(self, &instance.project)?;
             let row = self.row(id, instance, routing)?;
-            Ok(row.filter(|r| filter.fits_state(&r.state)))
+            Ok(row.filter(|r| filter.fits_deployment(r)))
         })
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use daybook_events::access::Access;
 use daybook_events::aggregate::At;
 use daybook_events::build::Build;
-use daybook_events::deployment::{Deployment, Status};
+use daybook_events::deployment::{Deployment, SourceCommit, Status};
 use daybook_events::domain::Domain;
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
@@ -35,6 +35,9 @@ pub(crate) struct Origin {
     pub(crate) actor: Actor,
     /// Message of the GitOps commit that introduced it, with the position of that commit's event.
     pub(crate) message: Option<(Position, String)>,
+    /// The commit that its image was made from, if that was made for the deployment that it was
+    /// promoted from or repeats.
+    pub(crate) source: Option<SourceCommit>,
 }
 
 /// Which index rows a deployment's state calls for, beside those that every deployment has.
@@ -77,6 +80,14 @@ pub(crate) struct DeploymentSlot {
     pub(crate) written: Option<Marks>,
 }
 
+impl DeploymentSlot {
+    /// The commit that it was made from: its own, or that of the deployment whose image it has.
+    pub(crate) fn source(&self) -> Option<&SourceCommit> {
+        let own = self.folded.state.as_ref().and_then(|s| s.source.as_ref());
+        own.or_else(|| self.origin.as_ref()?.source.as_ref())
+    }
+}
+
 /// A folded aggregate. Readers share it: it is copied before it changes while somebody has it.
 #[derive(Debug, Clone)]
 pub(crate) enum State {
@@ -99,6 +110,8 @@ pub(crate) struct Shared {
     folded: Arc<dyn Any + Send + Sync>,
     /// For a deployment, the position of its request.
     pub(crate) created: Option<Position>,
+    /// And the commit that its image was made from, if that was made for another one.
+    pub(crate) source: Option<SourceCommit>,
 }
 
 impl Shared {
@@ -479,13 +492,14 @@ impl State {
 
     /// What readers get.
     pub(crate) fn share(&self) -> Shared {
-        let mut created = None;
+        let (mut created, mut source) = (None, None);
         let folded: Arc<dyn Any + Send + Sync> = match self {
             Self::Project(f) => f.clone(),
             Self::Environment(f) => f.clone(),
             Self::Build(f) => f.clone(),
             Self::Deployment(d) => {
                 created = d.origin.as_ref().map(|o| o.created);
+                source = d.origin.as_ref().and_then(|o| o.source.clone());
                 d.folded.clone()
             }
             Self::Gitops(f) => f.clone(),
@@ -495,7 +509,11 @@ impl State {
             Self::Ledger(f) => f.clone(),
             Self::Access(f) => f.clone(),
         };
-        Shared { folded, created }
+        Shared {
+            folded,
+            created,
+            source,
+        }
     }
 
     /// Position of the aggregate's last event.

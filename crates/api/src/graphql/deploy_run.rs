@@ -6,7 +6,7 @@ use async_graphql::{Enum, ID, Object, SimpleObject};
 use daybook_events::deployment::{
     self, ClusterCause, ClusterState, Deployment, ReadinessState, Status, WorkloadObserved,
 };
-use daybook_events::{DeploymentId, Position};
+use daybook_events::{CommitId, DeploymentId, Position};
 use daybook_projections::DeploymentRow;
 use jiff::Timestamp;
 
@@ -69,6 +69,8 @@ pub(crate) struct DeployRun {
     pub(super) state: Arc<Deployment>,
     /// Position of the last event that is taken into account.
     pub(super) position: Position,
+    /// The commit of the deployment whose image it has, where it was not built for this one.
+    pub(super) inherited: Option<CommitId>,
 }
 
 /// A deployment in one of its clusters.
@@ -101,6 +103,7 @@ impl From<DeploymentRow> for DeployRun {
             id: row.id,
             state: Arc::new(row.state),
             position: row.position,
+            inherited: row.source.map(|s| s.commit),
         }
     }
 }
@@ -112,10 +115,16 @@ impl DeployRun {
         deployed: &Deployed,
     ) -> Result<Self, CommandError> {
         let made: Deployment = state.commands.created(&deployed.done).await?;
+        let promoted = made.request.promoted_from.as_ref().map(|p| p.deployment);
+        let made_from = made.request.redeploy_of.or(promoted);
         Ok(Self {
             id: deployed.id,
             state: Arc::new(made),
             position: deployed.done.event.unwrap_or(deployed.done.position),
+            inherited: made_from
+                .and_then(|_| state.commands.deployment(deployed.id).ok())
+                .and_then(|row| row.source)
+                .map(|source| source.commit),
         })
     }
 
@@ -266,7 +275,9 @@ impl DeployRun {
 
     /// The commit of the source, once it is known.
     async fn source_commit(&self) -> Option<&str> {
-        self.state.source.as_ref().map(|s| s.commit.as_str())
+        let own = self.state.source.as_ref().map(|s| &s.commit);
+        own.or(self.inherited.as_ref())
+            .map(|commit| commit.as_str())
     }
 
     /// Tag of its image, once it is known.

@@ -7,7 +7,7 @@ use async_graphql::{Context, ID, Result, Subscription as Subscribe};
 use daybook_events::deployment::Deployment;
 use daybook_events::feed::FeedChain;
 use daybook_events::log::ReadError;
-use daybook_events::{DeploymentId, Folded, Position};
+use daybook_events::{CommitId, DeploymentId, Folded, Position};
 use daybook_projections::DeploymentRow;
 use futures_util::stream::{self, Stream, StreamExt};
 
@@ -181,6 +181,8 @@ struct Changes<E> {
     say_present: bool,
     /// The last event when this began.
     present: Position,
+    /// The commit that its image was made from, if that was made for another one.
+    inherited: Option<CommitId>,
     told: Option<Told>,
     waiting: VecDeque<DeployRun>,
     ended: bool,
@@ -201,6 +203,10 @@ fn changes(
         from: after.unwrap_or(row.position),
         say_present: after.is_none(),
         present: row.position,
+        inherited: match &row.state.source {
+            Some(_) => None,
+            None => row.source.map(|s| s.commit),
+        },
         told: None,
         waiting: VecDeque::new(),
         ended: after.is_some_and(|a| a >= row.position) && row.state.status.is_settled(),
@@ -243,6 +249,7 @@ impl<E: Stream<Item = Result<Arc<FeedEvent>, ReadError>> + Unpin> Changes<E> {
             id: self.id,
             state: Arc::new(state.clone()),
             position,
+            inherited: self.inherited.clone(),
         };
         let told = Told::of(&run);
         let changed = self.told.as_ref() != Some(&told);

@@ -349,6 +349,22 @@ async fn everything_else_can_be_asked_and_done_too() {
             .unwrap()
             .contains(DIGEST)
     );
+    // It was built for another one, whose commit it is made from.
+    let id = promoted["promote"]["id"].as_str().unwrap();
+    let detail = server.get(&format!("/api/v1/deployments/{id}")).await.ok();
+    assert_eq!(detail["source"]["commit"], COMMIT);
+    let listed = data(
+        &server,
+        r#"{ history(projectId: "shop", first: 1) { deployments { id sourceCommit
+            sourceCommitMessage sourceUrl } } }"#,
+    );
+    let row = listed.await["history"]["deployments"][0].clone();
+    assert_eq!(row["id"], id);
+    assert_eq!(row["sourceCommit"], COMMIT);
+    assert_eq!(row["sourceCommitMessage"], "Faster carts\n");
+    assert!(row["sourceUrl"].is_string(), "{row}");
+    let found = server.get(&format!("/api/v1/history?version={}", &COMMIT[..7]));
+    assert_eq!(found.await.ok()["history"][0]["deployment"], id);
     let stopped = data(
         &server,
         format!("mutation {{ stopDeployment(id: \"{one}\") {{ state }} }}"),
