@@ -94,6 +94,20 @@ fn a_promotion_runs_the_same_image_and_names_where_it_comes_from() {
     }
     let state = server.read("/api/v1/state?project=shop&environment=production");
     let main = &state["instances"][0]["main"];
+    // How long each step took is known of what was built, wherever it is asked for.
+    let took = until("all durations", || {
+        let took = server.deployment(&first)["durations"].clone();
+        took["endpoint_ms"].is_u64().then_some(took)
+    });
+    for step in [
+        "queue", "clone", "build", "push", "sync", "startup", "total",
+    ] {
+        assert!(took[format!("{step}_ms")].is_u64(), "no {step} in {took}");
+    }
+    let told = server.ok(&["status", &first]).stdout;
+    for step in ["clone", "push", "sync", "endpoint"] {
+        assert!(told.contains(&format!("{step} ")), "no {step} in {told}");
+    }
     assert_eq!(main["source_commit"], before["source"]["commit"]);
     assert_eq!(after["promoted_from"]["environment"], "staging");
     assert_eq!(after["promoted_from"]["deployment"], first.as_str());

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use async_graphql::SimpleObject;
 use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
     Cancelled, ClusterState, Deployment, OpenapiFound, Operation, Phase, PlaneSeen, Possibility,
@@ -20,7 +21,7 @@ use daybook_events::{
 use daybook_events::{FreezeName, RepositoryUrl};
 use daybook_projections::{AuditRow, views};
 use daybook_projections::{
-    Counters, DeploymentRow, HistoryRow, Projections, QueryError, StateHash,
+    Counters, DeploymentRow, HistoryRow, Projections, QueryError, Reached, StateHash,
 };
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -468,16 +469,25 @@ pub(crate) struct InstanceSeen {
 }
 
 /// How long the steps of a deployment took, in milliseconds; none for what has not ended.
-#[derive(Debug, Default, Serialize, JsonSchema)]
+#[derive(Debug, Default, Serialize, JsonSchema, SimpleObject)]
+#[graphql(name = "StepDurations")]
 pub(crate) struct Durations {
     /// From the request until a worker took it on.
     pub(crate) queue_ms: Option<i64>,
-    /// From then until its image was pinned.
+    /// For its source to be resolved and fetched; none for an image that exists.
+    pub(crate) clone_ms: Option<i64>,
+    /// For its image to be made, or waited for where another deployment's build makes it.
     pub(crate) build_ms: Option<i64>,
+    /// For its image to be pushed.
+    pub(crate) push_ms: Option<i64>,
     /// For its image to be fetched, in the cluster where that took longest; none if it was there.
     pub(crate) image_pull_ms: Option<u64>,
+    /// From its GitOps commit until it was seen in all of its clusters.
+    pub(crate) sync_ms: Option<i64>,
     /// From its GitOps commit until it was live.
     pub(crate) startup_ms: Option<i64>,
+    /// From when all that is asked for was ready until it answered at its address.
+    pub(crate) endpoint_ms: Option<i64>,
     /// From the request until it was live, failed or was cancelled.
     pub(crate) total_ms: Option<i64>,
 }
@@ -838,7 +848,7 @@ impl<'a> Shown<'a> {
             },
             endpoints: EndpointView::all(state),
             cluster_status: cluster_status(state),
-            durations: durations(state),
+            durations: Durations::of(state, row.reached),
             entered: state.milestones.entered.clone(),
             stops: views::StopView::of(state),
             approval: views::ApprovalView::of(state),
@@ -993,22 +1003,33 @@ fn cluster_status(state: &Deployment) -> Vec<ClusterStatus> {
     statuses.collect()
 }
 
-fn durations(state: &Deployment) -> Durations {
-    let entered = &state.milestones.entered;
-    let first = |states: &[Status]| states.iter().filter_map(|s| entered.get(s)).min().copied();
-    let between = |from: Option<Timestamp>, to: Option<Timestamp>| {
-        Some(to?.as_millisecond() - from?.as_millisecond()).map(|ms| ms.max(0))
-    };
-    let requested = first(&[Status::Requested]);
-    let taken_on = first(&[Status::Cloning, Status::Packaging]);
-    let pinned = first(&[Status::Packaging]);
-    let live = first(&[Status::Started, Status::PartiallyStarted]);
-    let ended = live.or_else(|| first(&[Status::Failed, Status::Cancelled]));
-    Durations {
-        queue_ms: between(requested, taken_on),
-        build_ms: between(first(&[Status::Cloning]), pinned),
-        image_pull_ms: state.image_pulls.values().max().copied(),
-        startup_ms: between(first(&[Status::Deploying]), live),
-        total_ms: between(requested, ended),
+impl Durations {
+    /// How long a deployment took, from the times of its states and of what it reached.
+    pub(crate) fn of(state: &Deployment, reached: Reached) -> Self {
+        let entered = &state.milestones.entered;
+        let first = |states: &[Status]| {
+            let times = states.iter().filter_map(|s| entered.get(s)).min();
+            times.map(|time| time.as_millisecond())
+        };
+        let between =
+            |from: Option<i64>, to: Option<i64>| Some(to? - from?).map(|ms: i64| ms.max(0));
+        let requested = first(&[Status::Requested]);
+        let building = first(&[Status::Building]);
+        let pushing = first(&[Status::Pushing]);
+        let pinned = first(&[Status::Packaging]);
+        let deploying = first(&[Status::Deploying]);
+        let live = first(&[Status::Started, Status::PartiallyStarted]);
+        let ended = live.or_else(|| first(&[Status::Failed, Status::Cancelled]));
+        Self {
+            queue_ms: between(requested, first(&[Status::Cloning, Status::Packaging])),
+            clone_ms: between(first(&[Status::Cloning]), building.or(pushing).or(pinned)),
+            build_ms: between(building, pushing.or(pinned)),
+            push_ms: between(pushing, pinned),
+            image_pull_ms: state.image_pulls.values().max().copied(),
+            sync_ms: between(deploying, reached.synced),
+            startup_ms: between(deploying, live),
+            endpoint_ms: between(reached.ready, reached.answered),
+            total_ms: between(requested, ended),
+        }
     }
 }

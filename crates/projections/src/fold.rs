@@ -24,6 +24,7 @@ use crate::chunk;
 use crate::history;
 use crate::keys::{self, BLOCK, CHUNK, LISTED, MARK, Scope};
 use crate::query::EventRef;
+use crate::reached::Reached;
 use crate::sentence::say;
 use crate::slot::{DeploymentSlot, Marks, Origin, Shared, Slots, State, is_active};
 use crate::state_hash::{StateHash, Sum};
@@ -297,7 +298,11 @@ impl Fold {
                         actor: event.actor(),
                         message: None,
                         source: None,
+                        reached: Reached::default(),
                     });
+                }
+                if let (Some(state), Some(origin)) = (&d.folded.state, &mut d.origin) {
+                    origin.reached.note(state, event.time);
                 }
                 if let (Some(origin), true) = (&d.origin, active(d) != before) {
                     effects.active = Some((origin.created, !before));

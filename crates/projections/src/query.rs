@@ -26,6 +26,7 @@ use crate::chunk;
 use crate::fold::deployment_of;
 use crate::keys::{self, Scope};
 use crate::page::{Cursor, Page, PageOf};
+use crate::reached::Reached;
 use crate::slot;
 use crate::store::{Projections, QueryError};
 use crate::table::{Way, decode, decode_part};
@@ -54,6 +55,8 @@ pub struct DeploymentRow {
     /// The commit that it was made from: its own, or that of the deployment that it was promoted
     /// from or repeats. None if that is not known, or not yet.
     pub source: Option<SourceCommit>,
+    /// When it was first seen to get somewhere; of a past state nothing is said.
+    pub reached: Reached,
 }
 
 impl DeploymentRow {
@@ -85,6 +88,7 @@ impl DeploymentRow {
             main,
             hostnames,
             source,
+            reached: Reached::default(),
         }
     }
 
@@ -255,8 +259,11 @@ impl Projections {
         routing: Option<&Routing>,
     ) -> Result<Option<DeploymentRow>, QueryError> {
         let subject = deployment_of(instance, id);
-        let (folded, created, source) = match self.live(&subject) {
-            Some(live) => (live.folded::<Deployment>(), live.created, live.source),
+        let (folded, created, source, reached) = match self.live(&subject) {
+            Some(live) => {
+                let folded = live.folded::<Deployment>();
+                (folded, live.created, live.source, live.reached)
+            }
             None => {
                 let row = keys::state(&subject).map(|k| self.inner.table.get(&k));
                 let Some(row) = row.transpose()?.flatten() else {
@@ -265,8 +272,10 @@ impl Projections {
                 let mut rest = &row[..];
                 let folded: Arc<Folded<Deployment>> = decode_part(&mut rest)?;
                 let origin: Option<slot::Origin> = decode_part(&mut rest)?;
-                let created = origin.as_ref().map(|o| o.created);
-                (Some(folded), created, origin.and_then(|o| o.source))
+                match origin {
+                    Some(o) => (Some(folded), Some(o.created), o.source, o.reached),
+                    None => (Some(folded), None, None, Reached::default()),
+                }
             }
         };
         let (Some(folded), Some(created)) = (folded, created) else {
@@ -276,7 +285,8 @@ impl Projections {
             return Ok(None);
         };
         let place = (folded.revision, folded.position, created);
-        let row = DeploymentRow::new(id, subject, state, place, routing, source);
+        let mut row = DeploymentRow::new(id, subject, state, place, routing, source);
+        row.reached = reached;
         Ok(Some(row))
     }
 

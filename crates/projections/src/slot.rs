@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use sled::IVec;
 
 use crate::keys;
+use crate::reached::Reached;
 use crate::state_hash::{Element, Sum};
 use crate::table::{Table, TableError, append, decode_part, through_scratch, through_scratch_to};
 
@@ -38,6 +39,8 @@ pub(crate) struct Origin {
     /// The commit that its image was made from, if that was made for the deployment that it was
     /// promoted from or repeats.
     pub(crate) source: Option<SourceCommit>,
+    /// When it was first seen to get somewhere.
+    pub(crate) reached: Reached,
 }
 
 /// Which index rows a deployment's state calls for, beside those that every deployment has.
@@ -112,6 +115,8 @@ pub(crate) struct Shared {
     pub(crate) created: Option<Position>,
     /// And the commit that its image was made from, if that was made for another one.
     pub(crate) source: Option<SourceCommit>,
+    /// And when it was first seen to get somewhere.
+    pub(crate) reached: Reached,
 }
 
 impl Shared {
@@ -492,14 +497,17 @@ impl State {
 
     /// What readers get.
     pub(crate) fn share(&self) -> Shared {
-        let (mut created, mut source) = (None, None);
+        let (mut created, mut source, mut reached) = (None, None, Reached::default());
         let folded: Arc<dyn Any + Send + Sync> = match self {
             Self::Project(f) => f.clone(),
             Self::Environment(f) => f.clone(),
             Self::Build(f) => f.clone(),
             Self::Deployment(d) => {
-                created = d.origin.as_ref().map(|o| o.created);
-                source = d.origin.as_ref().and_then(|o| o.source.clone());
+                if let Some(origin) = &d.origin {
+                    created = Some(origin.created);
+                    source = origin.source.clone();
+                    reached = origin.reached;
+                }
                 d.folded.clone()
             }
             Self::Gitops(f) => f.clone(),
@@ -513,6 +521,7 @@ impl State {
             folded,
             created,
             source,
+            reached,
         }
     }
 

@@ -7,12 +7,13 @@ use daybook_events::deployment::{
     self, ClusterCause, ClusterState, Deployment, ReadinessState, Status, WorkloadObserved,
 };
 use daybook_events::{CommitId, DeploymentId, Position};
-use daybook_projections::DeploymentRow;
+use daybook_projections::{DeploymentRow, Reached};
 use jiff::Timestamp;
 
 use super::objects::LogPosition;
 use crate::commands::{CommandError, Deployed};
 use crate::state::AppState;
+use crate::view::Durations;
 
 /// The phases of a deployment. An image that exists goes from QUEUED straight to DEPLOYING.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Enum)]
@@ -71,6 +72,8 @@ pub(crate) struct DeployRun {
     pub(super) position: Position,
     /// The commit of the deployment whose image it has, where it was not built for this one.
     pub(super) inherited: Option<CommitId>,
+    /// When it was first seen to get somewhere.
+    pub(super) reached: Reached,
 }
 
 /// A deployment in one of its clusters.
@@ -104,6 +107,7 @@ impl From<DeploymentRow> for DeployRun {
             state: Arc::new(row.state),
             position: row.position,
             inherited: row.source.map(|s| s.commit),
+            reached: row.reached,
         }
     }
 }
@@ -125,6 +129,7 @@ impl DeployRun {
                 .and_then(|_| state.commands.deployment(deployed.id).ok())
                 .and_then(|row| row.source)
                 .map(|source| source.commit),
+            reached: Reached::default(),
         })
     }
 
@@ -278,6 +283,11 @@ impl DeployRun {
         let own = self.state.source.as_ref().map(|s| &s.commit);
         own.or(self.inherited.as_ref())
             .map(|commit| commit.as_str())
+    }
+
+    /// How long its steps took.
+    async fn durations(&self) -> Durations {
+        Durations::of(&self.state, self.reached)
     }
 
     /// Tag of its image, once it is known.

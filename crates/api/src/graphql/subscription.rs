@@ -8,7 +8,7 @@ use daybook_events::deployment::Deployment;
 use daybook_events::feed::FeedChain;
 use daybook_events::log::ReadError;
 use daybook_events::{CommitId, DeploymentId, Folded, Position};
-use daybook_projections::DeploymentRow;
+use daybook_projections::{DeploymentRow, Reached};
 use futures_util::stream::{self, Stream, StreamExt};
 
 use super::asked::{Asked, asked};
@@ -183,6 +183,7 @@ struct Changes<E> {
     present: Position,
     /// The commit that its image was made from, if that was made for another one.
     inherited: Option<CommitId>,
+    reached: Reached,
     told: Option<Told>,
     waiting: VecDeque<DeployRun>,
     ended: bool,
@@ -207,6 +208,7 @@ fn changes(
             Some(_) => None,
             None => row.source.map(|s| s.commit),
         },
+        reached: Reached::default(),
         told: None,
         waiting: VecDeque::new(),
         ended: after.is_some_and(|a| a >= row.position) && row.state.status.is_settled(),
@@ -241,6 +243,9 @@ impl<E: Stream<Item = Result<Arc<FeedEvent>, ReadError>> + Unpin> Changes<E> {
         if let Some(event) = event.event() {
             // An event that is void changes nothing here either.
             let _ = self.folded.apply(position, event);
+            if let Some(state) = &self.folded.state {
+                self.reached.note(state, event.time);
+            }
         }
         let Some(state) = &self.folded.state else {
             return;
@@ -250,6 +255,7 @@ impl<E: Stream<Item = Result<Arc<FeedEvent>, ReadError>> + Unpin> Changes<E> {
             state: Arc::new(state.clone()),
             position,
             inherited: self.inherited.clone(),
+            reached: self.reached,
         };
         let told = Told::of(&run);
         let changed = self.told.as_ref() != Some(&told);

@@ -144,6 +144,17 @@ async fn the_documents_of_the_seed_are_answered_as_they_stand() {
     let status = data(&server, &status_of(id)).await;
     assert_eq!(status["deployStatus"]["phase"], "SUCCEEDED");
     assert_eq!(status["deployStatus"]["rolloutHealth"], "HEALTHY");
+    let took = data(
+        &server,
+        format!(
+            "{{ deployStatus(id: \"{id}\") {{ durations {{ cloneMs syncMs pushMs totalMs }} }} }}"
+        ),
+    );
+    let took = took.await["deployStatus"]["durations"].clone();
+    for step in ["cloneMs", "syncMs", "totalMs"] {
+        assert!(took[step].is_u64(), "no {step} in {took}");
+    }
+    assert!(took["pushMs"].is_null(), "{took}");
 
     let built = data(&server, DEPLOY_BUILD).await;
     let build: DeploymentId = built["deployBuild"].as_str().unwrap().parse().unwrap();

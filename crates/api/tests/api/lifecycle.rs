@@ -144,8 +144,19 @@ async fn everything_that_is_known_is_shown() {
     assert_eq!(shown["cluster_status"][1]["cluster"], "west");
     assert_eq!(shown["cluster_status"][1]["ready"], true);
     assert_eq!(shown["cluster_status"][0]["instances"][0]["name"], "east-0");
-    for duration in ["queue_ms", "build_ms", "startup_ms", "total_ms"] {
+    for duration in [
+        "queue_ms",
+        "clone_ms",
+        "build_ms",
+        "sync_ms",
+        "startup_ms",
+        "total_ms",
+    ] {
         assert!(shown["durations"][duration].is_i64(), "{duration}");
+    }
+    // Nobody has said that it was pushed, or that it answers.
+    for duration in ["push_ms", "endpoint_ms"] {
+        assert!(shown["durations"][duration].is_null(), "{duration}");
     }
     assert_eq!(shown["durations"]["image_pull_ms"], 1250);
     assert_eq!(shown["openapi"]["title"], "Shop");

@@ -352,9 +352,13 @@ fn took(detail: &Value) -> Option<String> {
     };
     let steps = [
         ("queue", "queue"),
+        ("clone", "clone"),
         ("build", "build"),
+        ("push", "push"),
+        ("sync", "sync"),
         ("image_pull", "image pull"),
         ("startup", "startup"),
+        ("endpoint", "endpoint"),
     ];
     let steps = steps.map(|(step, name)| of(step).map(|took| format!("{name} {took}")));
     let steps: Vec<_> = steps.into_iter().flatten().collect();
