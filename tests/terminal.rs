@@ -1,6 +1,6 @@
 //! What the command line shows on a terminal.
 
-use crate::support::{Server, Settings, Terminal, site, until, without_colours};
+use crate::support::{Server, Settings, Terminal, application, site, until, without_colours};
 
 /// What is to be read of a text, however it is wrapped.
 fn letters(text: &str) -> Vec<char> {
@@ -89,4 +89,25 @@ fn what_is_watched_is_shown_again_when_an_event_has_changed_it() {
     watching.wait().unwrap();
     let done = server.cli(&["status", "--watch", "--at", "3"]);
     assert_eq!(done.code, 2, "{done:?}");
+}
+
+#[test]
+fn a_deployment_is_followed_in_one_line() {
+    let server = Server::start(Settings::default());
+    server.define("shop", "web", &application("--text one"), &[]);
+    // What is left of the lines once all was drawn.
+    let left = |args: &[&str]| -> Vec<String> {
+        let shown = Terminal::start(server.command(args), 100).ended();
+        assert!(shown.contains("it is live"), "{shown}");
+        let lines = shown.lines();
+        let drawn = lines.map(|line| line.rsplit("\r\x1b[2K").next().unwrap().to_owned());
+        drawn.collect()
+    };
+    let has = |lines: &[String], text: &str| lines.iter().any(|line| line.contains(text));
+    let live = left(&["deploy", "shop.production.web"]);
+    assert!(!has(&live, "cloning started"), "{live:#?}");
+    assert!(has(&live, "shop.production.web"), "{live:#?}");
+    let all = left(&["deploy", "shop.production.web", "--verbose"]);
+    assert!(has(&all, "cloning started"), "{all:#?}");
+    assert!(all.len() > live.len() + 5, "{} {}", all.len(), live.len());
 }

@@ -32,10 +32,14 @@ pub enum Format {
 
 static FORMAT: OnceLock<(Format, bool)> = OnceLock::new();
 
+/// Whether more is to be said than what matters.
+static VERBOSE: AtomicBool = AtomicBool::new(false);
+
 /// Remembers the form, and sets up the log of the program itself.
 pub fn init(global: &Global) {
     let colour = is_drawn_over() && std::env::var_os("NO_COLOR").is_none();
     let _ = FORMAT.set((global.output, colour));
+    VERBOSE.store(global.verbose > 0, Ordering::Relaxed);
     let default = match global.verbose {
         0 => "warn",
         1 => "info,async_nats=warn",
@@ -301,6 +305,49 @@ pub fn clear() {
     let _ = out.write_all(b"\x1b[2J\x1b[H");
 }
 
+/// Whether what goes on is shown in one line that changes: on a terminal, unless all of it is wanted.
+pub fn is_live() -> bool {
+    let all = is_json() || VERBOSE.load(Ordering::Relaxed);
+    !all && is_drawn_over() && width().is_some()
+}
+
+/// Shows this in the line that changes, as much of it as there is room for.
+pub fn live(text: &str) {
+    let columns = width().map_or(80, usize::from).saturating_sub(1);
+    let text = cut(text, columns);
+    let mut out = io::stdout().lock();
+    // Whoever has gone away is noticed with the next whole line.
+    let _ = write!(out, "\r\x1b[2K{text}").and_then(|()| out.flush());
+}
+
+/// Takes the line that changes away.
+pub fn end_live() {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(b"\r\x1b[2K").and_then(|()| out.flush());
+}
+
+/// Others' text without what a terminal would act upon.
+pub fn plain(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).collect()
+}
+
+/// The beginning of a text, so many characters at most; its colours are whole and do not count.
+fn cut(text: &str, columns: usize) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let (mut count, mut in_code) = (0, false);
+    for c in text.chars() {
+        in_code |= c == '\x1b';
+        if in_code {
+            shown.push(c);
+            in_code = c != 'm';
+        } else if count < columns {
+            shown.push(c);
+            count += 1;
+        }
+    }
+    shown
+}
+
 /// A cell of a table. It has one colour, the first one in its text: the table puts it around each
 /// line that is left of the text once it is wrapped, and would count and break codes within it.
 fn cell(text: &str) -> Cell {
@@ -400,6 +447,15 @@ mod tests {
         let text = "\x1b[33mnot ready\x1b[0m (Crash\x1b[2mLoop\x1b[0m)";
         let expected = "not ready (CrashLoop)".to_owned();
         assert_eq!(without_codes(text), (expected, Some("33")));
+    }
+
+    #[test]
+    fn a_text_is_cut_and_its_colours_are_not() {
+        let text = "\x1b[2m  0.10s\x1b[0m building \x1b[36mstarted\x1b[0m";
+        let cut = "\x1b[2m  0.10s\x1b[0m bui\x1b[36m\x1b[0m";
+        assert_eq!(super::cut(text, 11), cut);
+        assert_eq!(super::cut(text, 80), text);
+        assert_eq!(super::plain("a\x1b[2Jb\tc\r"), "a[2Jbc");
     }
 
     #[test]

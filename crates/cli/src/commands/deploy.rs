@@ -1,5 +1,6 @@
 //! `daybook deploy`, and following a deployment.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::manage::ResourceArgs;
 use super::{Outcome, ServerArgs, deploy_folder};
-use crate::client::Client;
+use crate::client::{Client, LogLine};
 use crate::exit::{Code, Failure};
 use crate::output;
 
@@ -281,7 +282,7 @@ impl Follow {
 /// ended.
 pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
     let style = output::style();
-    let begun = Timestamp::now();
+    let mut progress = Progress::new();
     let logs = client.clone();
     let log_id = id.to_owned();
     let (sender, mut lines) = tokio::sync::mpsc::channel(256);
@@ -301,7 +302,7 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
         };
         let mut stream = std::pin::pin!(stream);
         while let Some(Ok(event)) = stream.next().await {
-            let Ok(line) = serde_json::from_str::<crate::client::LogLine>(&event.data) else {
+            let Ok(line) = serde_json::from_str::<LogLine>(&event.data) else {
                 continue;
             };
             if sender.send(line).await.is_err() {
@@ -327,7 +328,7 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
             let event = tokio::select! {
                 biased;
                 Some(line) = lines.recv() => {
-                    print_line(&line);
+                    progress.line(line);
                     continue;
                 }
                 event = stream.next() => event,
@@ -344,7 +345,7 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
                 continue;
             };
             let kind = event.event.trim_start_matches("dev.daybook.").to_owned();
-            print_event(&kind, &data, begun);
+            progress.event(&kind, &data);
             if matches!(what, Follow::Retry(_)) || ends(&kind) {
                 let detail: Value = client.get(&path, &[]).await?;
                 done = is_settled(&detail, what);
@@ -365,24 +366,18 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
         for entry in page["events"].as_array().into_iter().flatten() {
             let event = &entry["event"];
             let kind = event["type"].as_str().unwrap_or_default();
-            print_event(kind.trim_start_matches("dev.daybook."), event, begun);
+            progress.event(kind.trim_start_matches("dev.daybook."), event);
         }
     }
     // The server ends the output once it is complete.
     let _ = tokio::time::timeout(Duration::from_secs(2), async {
         while let Some(line) = lines.recv().await {
-            print_line(&line);
+            progress.line(line);
         }
     })
     .await;
     reader.abort();
     let detail: Value = client.get(&path, &[]).await?;
-    if output::is_json() {
-        output::json(&detail);
-    } else {
-        output::line("");
-        super::status::print_detail(&detail);
-    }
     let state = detail
         .get("state")
         .and_then(Value::as_str)
@@ -393,6 +388,13 @@ pub async fn follow(client: &Client, id: &str, what: Follow) -> Outcome {
         "partially_started" => Code::DeploymentPartial,
         _ => Code::Success,
     };
+    progress.end(code);
+    if output::is_json() {
+        output::json(&detail);
+    } else {
+        output::line("");
+        super::status::print_detail(&detail);
+    }
     if !output::is_json() && code == Code::Success && what == Follow::Deployment {
         output::line(&style.good("it is live"));
     }
@@ -442,12 +444,83 @@ fn is_settled(detail: &Value, what: Follow) -> bool {
     )
 }
 
-/// Prints an event as a step of the run.
-pub fn print_event(kind: &str, data: &Value, begun: Timestamp) {
-    if output::is_json() {
-        output::json(data);
-        return;
+/// Output that is shown after all, should it end badly: its last lines.
+const LAST_LINES: usize = 20;
+
+/// What is shown while something is followed: on a terminal one line, with the newest step and the
+/// newest output; elsewhere, and with `--verbose`, a line for each.
+struct Progress {
+    live: bool,
+    begun: Timestamp,
+    step: String,
+    last: VecDeque<LogLine>,
+}
+
+impl Progress {
+    fn new() -> Self {
+        Self {
+            live: output::is_live(),
+            begun: Timestamp::now(),
+            step: String::new(),
+            last: VecDeque::new(),
+        }
     }
+
+    fn event(&mut self, kind: &str, data: &Value) {
+        if self.live {
+            self.step = step(kind, data, self.begun);
+            self.draw();
+        } else if output::is_json() {
+            output::json(data);
+        } else {
+            output::line(&step(kind, data, self.begun));
+        }
+    }
+
+    fn line(&mut self, line: LogLine) {
+        if !self.live {
+            print_line(&line);
+            return;
+        }
+        if self.last.len() == LAST_LINES {
+            self.last.pop_front();
+        }
+        self.last.push_back(line);
+        self.draw();
+    }
+
+    fn draw(&self) {
+        let said = self.last.back().map(|line| line.line.line.text.trim());
+        let said = said.filter(|text| !text.is_empty());
+        let said = said.map(|text| output::style().dim(&format!("| {}", output::plain(text))));
+        output::live(&format!("{} {}", self.step, said.unwrap_or_default()));
+    }
+
+    /// Takes the one line away. If it ended badly, the last of its output is shown, and how far it
+    /// had come.
+    fn end(&mut self, code: Code) {
+        if !std::mem::take(&mut self.live) {
+            return;
+        }
+        output::end_live();
+        if code != Code::Success {
+            self.last.iter().for_each(print_line);
+            output::line(&self.step);
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        // Whatever went wrong is said in a line of its own.
+        if self.live {
+            output::end_live();
+        }
+    }
+}
+
+/// An event as a step of the run.
+fn step(kind: &str, data: &Value, begun: Timestamp) -> String {
     let style = output::style();
     let at = data
         .get("time")
@@ -556,11 +629,11 @@ pub fn print_event(kind: &str, data: &Value, begun: Timestamp) {
         _ => style.busy(&word),
     };
     let at = style.dim(&format!("{seconds:>7.2}s"));
-    output::line(format!("{at} {word} {detail}").trim_end());
+    format!("{at} {word} {detail}").trim_end().to_owned()
 }
 
 /// Prints a line of output.
-pub fn print_line(line: &crate::client::LogLine) {
+pub fn print_line(line: &LogLine) {
     use daybook_events::lines::LineKind;
     if output::is_json() {
         output::json(&line.line);
