@@ -200,3 +200,47 @@ fn the_same_request_twice_is_one_deployment() {
     assert_eq!(other.code, 2, "{other:?}");
     assert_eq!(other.error()["code"], "idempotency_key_reused");
 }
+
+#[test]
+fn a_deployment_is_named_by_its_id_or_by_its_instance() {
+    const WEB: &str = "shop.production.web";
+    let server = Server::start(Settings::default());
+    server.define("shop", "web", &site("one"), &[]);
+    server.ok(&["env", "create", "shop", "staging", "--cluster", "local-a"]);
+    let none = server.cli(&["logs", WEB, "--output", "json"]);
+    assert_eq!(none.code, 4, "{none:?}");
+    assert_eq!(none.error()["code"], "no_main_deployment");
+    let one = server.deploy(WEB, &[]);
+    until("its traffic", || {
+        (server.deployment(&one)["main"] == true).then_some(())
+    });
+    server.ok(&["logs", WEB]);
+    // What is the main deployment already is not offered to become it.
+    let offered = |id: &str| {
+        let detail = server.deployment(id);
+        let mut listed = detail["operations"].as_array().unwrap().iter();
+        let listed = listed.any(|o| *o == "mark_main");
+        let possible = detail["possibilities"].as_array().unwrap().iter();
+        let mut possible = possible.filter(|p| p["name"] == "mark_main");
+        assert_eq!(possible.next().unwrap()["possible"], listed, "{detail}");
+        listed
+    };
+    assert!(!offered(&one));
+    let two = server.deploy(WEB, &["--no-switch"]);
+    until("it is ready", || offered(&two).then_some(()));
+    // The name of an operation is a command as well.
+    server.ok(&["mark_main", &two]);
+    assert!(!offered(&two));
+    let refused = server.cli(&["rollback", &one, "--output", "json"]);
+    assert_eq!(refused.code, 2, "{refused:?}");
+    assert_eq!(refused.error()["code"], "not_the_main_deployment");
+    let back = server.json(&["rollback", &two[28..]]);
+    assert_eq!(back["id"], one.as_str());
+    // Rolled back, it is: new deployments take over again once somebody says so.
+    assert!(offered(&one));
+    server.ok(&["mark-main", WEB]);
+    assert!(!offered(&one));
+    let promoted = server.json(&["promote", &one[28..], "--to", "staging", "--detach"]);
+    let promoted = server.deployment(promoted["id"].as_str().unwrap());
+    assert_eq!(promoted["promoted_from"]["deployment"], one.as_str());
+}

@@ -853,8 +853,8 @@ impl<'a> Shown<'a> {
             stops: views::StopView::of(state),
             approval: views::ApprovalView::of(state),
             hold: views::HoldView::of(state),
-            operations: state.operations(),
-            possibilities: state.possibilities(),
+            operations: row.operations(),
+            possibilities: row.possibilities(),
             source: row.source.as_ref().map(|s| SourceView {
                 commit: s.commit.clone(),
                 message: s.message.clone(),

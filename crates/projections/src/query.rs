@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use daybook_events::access::Projects;
 use daybook_events::build::Build;
-use daybook_events::deployment::{Deployment, SourceCommit, Status};
+use daybook_events::deployment::{Deployment, Operation, Possibility, SourceCommit, Status};
 use daybook_events::domain::Domain;
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
 use daybook_events::project::Project;
-use daybook_events::routing::Routing;
+use daybook_events::routing::{Routing, Stickiness};
 use daybook_events::subscription::Subscription;
 use daybook_events::{
     Aggregate, AggregateKind, BuildId, DeploymentId, EnvironmentName, EventId, Folded, Hostname,
@@ -50,6 +50,8 @@ pub struct DeploymentRow {
     pub created: Position,
     /// Whether it is the main deployment of its instance.
     pub main: bool,
+    /// Whether it has all that making it the main deployment would give it.
+    pub wholly_main: bool,
     /// The hostnames that lead to it.
     pub hostnames: Vec<Hostname>,
     /// The commit that it was made from: its own, or that of the deployment that it was promoted
@@ -71,9 +73,15 @@ impl DeploymentRow {
         inherited: Option<SourceCommit>,
     ) -> Self {
         let source = state.source.clone().or(inherited);
-        let main = routing
-            .and_then(|r| r.traffic(&state.request.instance))
-            .is_some_and(|t| t.main == Some(id));
+        let traffic = routing.and_then(|r| r.traffic(&state.request.instance));
+        let main = traffic.is_some_and(|t| t.main == Some(id));
+        let shared = routing.is_some_and(|r| {
+            let leading_here = r.hostnames_of(id).into_iter();
+            leading_here
+                .filter(|(_, route)| route.stickiness >= Stickiness::Environment)
+                .any(|(_, route)| route.backends.len() > 1)
+        });
+        let wholly_main = main && !shared && !traffic.is_some_and(|t| t.rolled_back);
         let hostnames = routing.map_or_else(Vec::new, |r| {
             let found = r.hostnames_of(id).into_iter();
             found.map(|(hostname, _)| hostname.clone()).collect()
@@ -86,16 +94,38 @@ impl DeploymentRow {
             position,
             created,
             main,
+            wholly_main,
             hostnames,
             source,
             reached: Reached::default(),
         }
     }
 
+    /// What can be done to it now and would change something.
+    pub fn operations(&self) -> Vec<Operation> {
+        let mut all = self.state.operations();
+        all.retain(|operation| !(self.wholly_main && *operation == Operation::MarkMain));
+        all
+    }
+
+    /// Each operation, with whether it is possible now, and if not, why and what would make it so.
+    pub fn possibilities(&self) -> Vec<Possibility> {
+        let mut all = self.state.possibilities();
+        for p in &mut all {
+            if self.wholly_main && p.possible && p.name == Operation::MarkMain {
+                p.possible = false;
+                p.reason = Some("it is the main deployment already".to_owned());
+                p.remedy = Some("nothing is left to be done: the traffic goes to it".to_owned());
+            }
+        }
+        all
+    }
+
     /// The row as it is sent.
     pub fn view(&self) -> DeploymentView {
         DeploymentView {
             source_commit: self.source.as_ref().map(|s| s.commit.clone()),
+            operations: self.operations(),
             ..DeploymentView::new(self.id, self.created, &self.state, self.hostnames.clone())
         }
     }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use async_graphql::{Enum, ID, Object, SimpleObject};
 use daybook_events::deployment::{
-    self, ClusterCause, ClusterState, Deployment, ReadinessState, Status, WorkloadObserved,
+    self, ClusterCause, ClusterState, Deployment, Operation, ReadinessState, Status,
+    WorkloadObserved,
 };
 use daybook_events::{CommitId, DeploymentId, Position};
 use daybook_projections::{DeploymentRow, Reached};
@@ -74,6 +75,8 @@ pub(crate) struct DeployRun {
     pub(super) inherited: Option<CommitId>,
     /// When it was first seen to get somewhere.
     pub(super) reached: Reached,
+    /// Whether making it the main deployment would change nothing.
+    pub(super) wholly_main: bool,
 }
 
 /// A deployment in one of its clusters.
@@ -108,6 +111,7 @@ impl From<DeploymentRow> for DeployRun {
             position: row.position,
             inherited: row.source.map(|s| s.commit),
             reached: row.reached,
+            wholly_main: row.wholly_main,
         }
     }
 }
@@ -130,6 +134,7 @@ impl DeployRun {
                 .and_then(|row| row.source)
                 .map(|source| source.commit),
             reached: Reached::default(),
+            wholly_main: false,
         })
     }
 
@@ -335,7 +340,10 @@ impl DeployRun {
 
     /// What can be done to it now: `stop`, `start`, `cancel`, …
     async fn operations(&self) -> Vec<String> {
-        self.state.operations().into_iter().map(word).collect()
+        let all = self.state.operations().into_iter();
+        all.filter(|operation| !(self.wholly_main && *operation == Operation::MarkMain))
+            .map(word)
+            .collect()
     }
 
     /// Position of the last event that is taken into account: a subscription goes on after it.

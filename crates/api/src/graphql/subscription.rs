@@ -256,6 +256,8 @@ impl<E: Stream<Item = Result<Arc<FeedEvent>, ReadError>> + Unpin> Changes<E> {
             position,
             inherited: self.inherited.clone(),
             reached: self.reached,
+            // The routes are those of another aggregate.
+            wholly_main: false,
         };
         let told = Told::of(&run);
         let changed = self.told.as_ref() != Some(&told);

@@ -84,7 +84,8 @@ pub struct DeployArgs {
 pub struct PromoteArgs {
     #[command(flatten)]
     server: ServerArgs,
-    /// What has it, in one word: `project.environment.service`.
+    /// What has it, in one word: `project.environment.service`; or the deployment itself: its id, or
+    /// the end of it.
     #[arg(required_unless_present_all = ["project", "from", "service"])]
     instance: Option<String>,
     /// The project.
@@ -128,17 +129,31 @@ fn parts(instance: &str) -> Result<[&str; 3], Failure> {
                 daybook_events::without_credentials(instance)
             ),
         )
+        .hint("a deployment that is known by its id is repeated with `daybook redeploy`")
     })
 }
 
 pub async fn promote(args: PromoteArgs) -> Outcome {
     let client = Client::new(&args.server)?;
-    let (project, from, service) = match &args.instance {
-        Some(instance) => {
+    let named: Option<Value> = match &args.instance {
+        Some(name) if !name.contains('.') => {
+            let id = super::lifecycle::find(&client, name).await?;
+            let path = format!("/api/v1/deployments/{id}");
+            Some(client.get(&path, &[]).await?)
+        }
+        _ => None,
+    };
+    let (project, from, service) = match (&args.instance, &named) {
+        (_, Some(named)) => (
+            named["project"].as_str(),
+            named["environment"].as_str(),
+            named["service"].as_str(),
+        ),
+        (Some(instance), None) => {
             let [project, from, service] = parts(instance)?.map(Some);
             (project, from, service)
         }
-        None => (
+        (None, None) => (
             args.project.as_deref(),
             args.from.as_deref(),
             args.service.as_deref(),
@@ -148,6 +163,9 @@ pub async fn promote(args: PromoteArgs) -> Outcome {
         "project": project, "service": service, "from": from, "to": args.to,
         "reason": args.reason,
     });
+    if let Some(named) = &named {
+        body["deployment"] = named["id"].clone();
+    }
     if let Some(deployment) = &args.deployment {
         body["deployment"] = super::lifecycle::find(&client, deployment).await?.into();
     }

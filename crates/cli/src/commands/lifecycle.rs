@@ -18,7 +18,8 @@ use crate::output;
 pub struct OperationArgs {
     #[command(flatten)]
     server: ServerArgs,
-    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    /// The deployment: its id, or the end of it as `daybook status` shows it; or the main one of an
+    /// instance, `project.environment.service`.
     deployment: String,
     /// Why, for the ledger.
     #[arg(long)]
@@ -33,7 +34,8 @@ pub struct OperationArgs {
 pub struct KeepArgs {
     #[command(flatten)]
     server: ServerArgs,
-    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    /// The deployment: its id, or the end of it as `daybook status` shows it; or the main one of an
+    /// instance, `project.environment.service`.
     deployment: String,
     /// Why, for the ledger.
     #[arg(long)]
@@ -45,7 +47,8 @@ pub struct KeepArgs {
 pub struct RetryArgs {
     #[command(flatten)]
     server: ServerArgs,
-    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    /// The deployment: its id, or the end of it as `daybook status` shows it; or the main one of an
+    /// instance, `project.environment.service`.
     deployment: String,
     /// A cluster to try again in, if not in all where it has failed; may be given several times.
     #[arg(long = "cluster", value_name = "NAME")]
@@ -63,7 +66,8 @@ pub struct RetryArgs {
 pub struct MarkMainArgs {
     #[command(flatten)]
     server: ServerArgs,
-    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    /// The deployment: its id, or the end of it as `daybook status` shows it; or the main one of an
+    /// instance, `project.environment.service`.
     deployment: String,
     /// What you take for the main deployment now; refused if it is another one by then.
     #[arg(long, value_name = "ID")]
@@ -87,7 +91,8 @@ pub struct RollbackArgs {
     /// The service.
     #[arg(long, short)]
     service: Option<String>,
-    /// The service instance in one word: `project.environment.service`.
+    /// The service instance in one word: `project.environment.service`; or the id of its main
+    /// deployment, or the end of it.
     #[arg(conflicts_with_all = ["project", "env", "service"])]
     instance: Option<String>,
     /// The deployment to go back to; the main one before if not given.
@@ -109,7 +114,8 @@ pub struct RollbackArgs {
 pub struct RedeployArgs {
     #[command(flatten)]
     server: ServerArgs,
-    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    /// The deployment: its id, or the end of it as `daybook status` shows it; or the main one of an
+    /// instance, `project.environment.service`.
     deployment: String,
     /// Why, for the ledger.
     #[arg(long)]
@@ -133,8 +139,12 @@ pub fn check_part_of_id(name: &str) -> Result<(), Failure> {
     .hint("use the id that `daybook status` or `daybook history` shows, or at least the last four digits of it"))
 }
 
-/// The full id of a deployment that was named by its id, or by the beginning or the end of it.
+/// The full id of a deployment that was named by its id, or by the beginning or the end of it; or of
+/// the main one of an instance that was named.
 pub async fn find(client: &Client, name: &str) -> Result<String, Failure> {
+    if name.contains('.') {
+        return main_of(client, name).await;
+    }
     let name = name.to_ascii_lowercase();
     if name.parse::<daybook_events::DeploymentId>().is_ok() {
         return Ok(name);
@@ -181,6 +191,21 @@ pub async fn find(client: &Client, name: &str) -> Result<String, Failure> {
         )
         .hint("give more of its digits")),
     }
+}
+
+/// The main deployment of an instance.
+async fn main_of(client: &Client, instance: &str) -> Result<String, Failure> {
+    let path = format!("/api/v1/instances/{}", segment(instance)?);
+    let detail: Value = client.get(&path, &[]).await?;
+    let main = detail["main"].as_str().map(str::to_owned);
+    main.ok_or_else(|| {
+        Failure::new(
+            Code::NotFound,
+            "no_main_deployment",
+            format!("no deployment has the traffic of {instance}"),
+        )
+        .hint("name a deployment by its id; `daybook status` and `daybook history` list them")
+    })
 }
 
 /// Stops, starts, terminates or cancels, and waits until it is done.
@@ -292,6 +317,9 @@ pub async fn rollback(args: RollbackArgs) -> Outcome {
     let client = Client::new(&args.server)?;
     let mut body = json!({ "reason": args.reason });
     match (&args.instance, &args.project, &args.env, &args.service) {
+        (Some(id), ..) if !id.contains('.') => {
+            body["instance_id"] = instance_with_main(&client, id).await?.into();
+        }
         (Some(instance), ..) => body["instance_id"] = instance.clone().into(),
         (None, Some(project), Some(env), Some(service)) => {
             body["project"] = project.clone().into();
@@ -337,6 +365,27 @@ pub async fn rollback(args: RollbackArgs) -> Outcome {
         .unwrap_or_default()
         .to_owned();
     switched(&answer, &id)
+}
+
+/// The instance that a deployment is the main one of.
+async fn instance_with_main(client: &Client, name: &str) -> Result<String, Failure> {
+    let id = find(client, name).await?;
+    let detail: Value = client
+        .get(&format!("/api/v1/deployments/{id}"), &[])
+        .await?;
+    let instance = detail["instance_id"].as_str().unwrap_or_default();
+    if detail["main"] == true {
+        return Ok(instance.to_owned());
+    }
+    // It could as well be meant as what to go back to.
+    Err(Failure::new(
+        Code::Usage,
+        "not_the_main_deployment",
+        format!("{id} has not the traffic of {instance}, and cannot be rolled back"),
+    )
+    .hint(format!(
+        "`daybook rollback {instance} --to {name}` goes back to it"
+    )))
 }
 
 /// The main deployment before; none if there is none, which the server says better.

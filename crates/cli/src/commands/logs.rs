@@ -43,7 +43,8 @@ pub enum LogLevel {
 pub struct LogsArgs {
     #[command(flatten)]
     server: ServerArgs,
-    /// The deployment: its id, or the end of it as `daybook status` shows it.
+    /// The deployment: its id, or the end of it as `daybook status` shows it; or the main one of an
+    /// instance, `project.environment.service`.
     #[arg(required_unless_present = "project")]
     deployment: Option<String>,
     /// Look in all deployments of this project, newest first.

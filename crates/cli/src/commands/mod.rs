@@ -196,6 +196,7 @@ pub enum Command {
     /// The events of the ledger, as they are or as they come.
     Events(events::EventsArgs),
     /// Give a running deployment the traffic of its service.
+    #[command(alias = "mark_main")]
     MarkMain(lifecycle::MarkMainArgs),
     /// Go back to the main deployment before, or to another one.
     Rollback(lifecycle::RollbackArgs),
