@@ -355,8 +355,8 @@ impl From<PastError> for Problem {
     fn from(e: PastError) -> Self {
         match e {
             PastError::NotYet { .. } => Self::new(
-                StatusCode::NOT_FOUND,
-                "position_not_reached",
+                StatusCode::CONFLICT,
+                "position_ahead",
                 e.to_string(),
                 "ask for an earlier position, or wait for it with Daybook-Min-Position",
             ),

@@ -10,7 +10,7 @@ use daybook_projections::{
     AuditFilter, DeploymentFilter, HistoryRow, InvalidMoment, InvalidPage, Moment, Page, PageOf,
     StateHash,
 };
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use uuid::Uuid;
@@ -154,7 +154,10 @@ pub(crate) fn filter(
 /// milliseconds at a million events; only where the log hardly answers is there none.
 const HASH_WAIT: Duration = Duration::from_secs(2);
 
-/// The position that a moment of the past means.
+/// How far ahead the clock of whoever asks may be of this server's.
+const CLOCKS_DIFFER: SignedDuration = SignedDuration::from_secs(60);
+
+/// The position that a moment of the past means. One that has not come is refused.
 pub(crate) fn moment(state: &AppState, text: Option<String>) -> Result<Option<Position>, Problem> {
     let Some(text) = text else {
         return Ok(None);
@@ -167,6 +170,17 @@ pub(crate) fn moment(state: &AppState, text: Option<String>) -> Result<Option<Po
             "give a position, as Daybook-Position says it, or a time as 2024-01-15T10:30:00Z",
         )
     })?;
+    // What was at a time that has not come is not known: the answer would be another one by then.
+    if let Moment::Time(time) = moment
+        && time.duration_since(Timestamp::now()) > CLOCKS_DIFFER
+    {
+        return Err(Problem::new(
+            StatusCode::CONFLICT,
+            "position_ahead",
+            format!("the ledger has no position at {time} yet: that time has not come"),
+            "give a time that has passed, or none for what is now",
+        ));
+    }
     Ok(Some(state.commands.ledger().position_of(moment)?))
 }
 

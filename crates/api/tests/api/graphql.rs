@@ -245,10 +245,7 @@ async fn what_is_refused_has_the_codes_of_rest() {
             "deployment_not_found",
         ),
         (r#"{ history(at: "yesterday") { next } }"#, "invalid_at"),
-        (
-            r#"{ history(at: "9999") { next } }"#,
-            "position_not_reached",
-        ),
+        (r#"{ history(at: "9999") { next } }"#, "position_ahead"),
         (r#"{ history(first: 0) { next } }"#, "invalid_limit"),
         (r#"{ history(after: "x") { next } }"#, "invalid_cursor"),
         (r#"{ events(after: 9999) { head } }"#, "position_ahead"),

@@ -128,8 +128,19 @@ async fn bad_addresses_are_refused() {
         ("/api/v1/state?limit=0", 400, "invalid_limit"),
         ("/api/v1/state?at=yesterday", 400, "invalid_at"),
         ("/api/v1/history?at=-1", 400, "invalid_at"),
-        ("/api/v1/state?at=99999999", 404, "position_not_reached"),
-        ("/api/v1/history?at=99999999", 404, "position_not_reached"),
+        // What has not come is refused with one code, however it is named.
+        ("/api/v1/state?at=99999999", 409, "position_ahead"),
+        ("/api/v1/history?at=99999999", 409, "position_ahead"),
+        (
+            "/api/v1/state?at=2999-01-01T00:00:00Z",
+            409,
+            "position_ahead",
+        ),
+        (
+            "/api/v1/history?at=2999-01-01T00:00:00Z",
+            409,
+            "position_ahead",
+        ),
         ("/api/v1/events?after=-1", 400, "invalid_position"),
         (
             "/api/v1/events?after=18446744073709551616",
