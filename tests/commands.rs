@@ -240,6 +240,10 @@ fn a_deployment_is_named_by_its_id_or_by_its_instance() {
     assert!(offered(&one));
     server.ok(&["mark-main", WEB]);
     assert!(!offered(&one));
+    let again = server.json(&["redeploy", WEB, "--detach"]);
+    let again = server.deployment(again["id"].as_str().unwrap());
+    assert_eq!(again["redeploy_of"], one.as_str());
+    assert_eq!(again["source"], server.deployment(&one)["source"]);
     let promoted = server.json(&["promote", &one[28..], "--to", "staging", "--detach"]);
     let promoted = server.deployment(promoted["id"].as_str().unwrap());
     assert_eq!(promoted["promoted_from"]["deployment"], one.as_str());
