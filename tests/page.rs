@@ -147,6 +147,44 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
     server.check_replay();
 }
 
+/// What the browser has fetched for the page so far: all that came over the line, in bytes, with heads, and of which
+/// files of the page it was not less than what they hold.
+const FETCHED: &str = "(() => {
+    const all = [...performance.getEntriesByType('navigation'),
+        ...performance.getEntriesByType('resource')];
+    const plain = all.filter((e) => e.decodedBodySize > 1024
+        && e.encodedBodySize >= e.decodedBodySize);
+    return {
+        bytes: all.reduce((sum, e) => sum + e.transferSize, 0),
+        plain: plain.map((e) => e.name).filter((name) => name.includes('/page/')),
+        files: all.filter((e) => e.name.includes('/page/')).length,
+    };
+})()";
+
+#[test]
+fn all_of_the_page_together_takes_less_than_150_kilobytes() {
+    let server = Server::start(Settings::default());
+    server.define("shop", "web", &application("--text one"), &[]);
+    let deployed = server.deploy(INSTANCE, &[]);
+    let Some(mut page) = Browser::open(&server.url(), (1200, 900)) else {
+        return;
+    };
+    page.shows("web production");
+    for view in ["Routes", "History", "Ledger"] {
+        page.click("nav a", view);
+        page.holds(&format!("document.title.startsWith('{view}')"));
+    }
+    page.evaluate(&format!("location.hash = '#/deployments/{deployed}'"));
+    page.shows("It is live.");
+    let fetched = page.evaluate(FETCHED);
+    println!("the page: {fetched}");
+    assert!(fetched["files"].as_u64().unwrap() > 10, "{fetched}");
+    assert_eq!(fetched["plain"], json!([]), "{fetched}");
+    let bytes = fetched["bytes"].as_u64().unwrap();
+    assert!((1..150_000).contains(&bytes), "{fetched}");
+    assert_eq!(page.complaints(), Vec::<String>::new());
+}
+
 #[test]
 fn a_plan_is_shown_and_allowed_by_who_says_so() {
     let server = Server::start(Settings::default());

@@ -13,6 +13,7 @@ mod hooks;
 
 mod answer;
 pub mod catalogue;
+mod compress;
 mod consistency;
 mod eject;
 mod event_filter;

@@ -8,8 +8,11 @@ use std::sync::LazyLock;
 use axum::extract::Path;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use daybook_events::Digest;
+use flate2::Compression;
 
+use crate::compress;
 use crate::problem::Problem;
 
 /// What the browser may do with the page: run and show its own files, and talk to this server.
@@ -22,17 +25,34 @@ struct File {
     content: &'static str,
     /// Changes with the content.
     tag: HeaderValue,
+    /// The content in gzip with a tag of its own, where that is worth it.
+    compressed: Option<(Bytes, HeaderValue)>,
+}
+
+impl File {
+    fn new(name: &'static str, media_type: &'static str, content: &'static str) -> Self {
+        let hash = Digest::of(content.as_bytes());
+        let is_long = content.len() >= compress::LENGTH_MIN;
+        let compressed = is_long.then(|| compress::gzip(content.as_bytes(), Compression::best()));
+        Self {
+            name,
+            media_type,
+            content,
+            tag: tag(hash.hex()),
+            compressed: compressed
+                .and_then(Result::ok)
+                .map(|bytes| (bytes.into(), tag(&format!("{}-gzip", hash.hex())))),
+        }
+    }
 }
 
 macro_rules! files {
     ($($name:literal: $media_type:literal),+ $(,)?) => {
-        vec![$({
-            let content = include_str!(concat!("../page/", $name));
-            File { name: $name, media_type: $media_type, content, tag: tag(content) }
-        }),+]
+        vec![$(File::new($name, $media_type, include_str!(concat!("../page/", $name)))),+]
     };
 }
 
+/// Compressed once, when the first of them is asked for.
 static FILES: LazyLock<Vec<File>> = LazyLock::new(|| {
     files! {
         "index.html": "text/html; charset=utf-8",
@@ -56,8 +76,8 @@ static FILES: LazyLock<Vec<File>> = LazyLock::new(|| {
     }
 });
 
-fn tag(content: &str) -> HeaderValue {
-    let tag = format!("\"{}\"", Digest::of(content.as_bytes()).hex());
+fn tag(of: &str) -> HeaderValue {
+    let tag = format!("\"{of}\"");
     HeaderValue::from_str(&tag).unwrap_or_else(|_| HeaderValue::from_static("\"\""))
 }
 
@@ -81,31 +101,40 @@ fn serve(name: &str, headers: &HeaderMap) -> Response {
         )
         .into_response();
     };
+    let compressed = file.compressed.as_ref();
+    let compressed = compressed.filter(|_| compress::takes_gzip(headers));
+    let tag = compressed.map_or(&file.tag, |(_, tag)| tag);
     let known = headers.get_all(header::IF_NONE_MATCH).iter();
-    let status = match known.into_iter().any(|tag| *tag == file.tag) {
+    let status = match known.into_iter().any(|known| known == tag) {
         true => StatusCode::NOT_MODIFIED,
         false => StatusCode::OK,
     };
     let fixed = |value| HeaderValue::from_static(value);
-    let about: [(HeaderName, HeaderValue); 6] = [
+    let about: [(HeaderName, HeaderValue); 7] = [
         (header::CONTENT_TYPE, fixed(file.media_type)),
-        (header::ETAG, file.tag.clone()),
+        (header::ETAG, tag.clone()),
+        (header::VARY, fixed(compress::DECIDES)),
         // Asked for again each time, and sent only if it is another version's.
         (header::CACHE_CONTROL, fixed("no-cache")),
         (header::CONTENT_SECURITY_POLICY, fixed(POLICY)),
         (header::X_CONTENT_TYPE_OPTIONS, fixed("nosniff")),
         (header::REFERRER_POLICY, fixed("no-referrer")),
     ];
-    let content = match status {
-        StatusCode::OK => file.content,
-        _ => "",
-    };
-    (status, about, content).into_response()
+    if status == StatusCode::NOT_MODIFIED {
+        return (status, about).into_response();
+    }
+    match compressed {
+        Some((bytes, _)) => {
+            let coding = [(header::CONTENT_ENCODING, fixed(compress::GZIP))];
+            (status, about, coding, bytes.clone()).into_response()
+        }
+        None => (status, about, file.content).into_response(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::FILES;
+    use super::{FILES, File};
 
     /// What a text names in double quotes behind a word.
     fn named<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = &'a str> {
@@ -141,7 +170,9 @@ mod tests {
             }
         }
         assert!(seen > 20);
-        let all: usize = FILES.iter().map(|f| f.content.len()).sum();
-        assert!(all < 150_000, "{all} bytes");
+        let sent = |f: &File| f.compressed.as_ref().map_or(f.content.len(), |c| c.0.len());
+        let all: usize = FILES.iter().map(sent).sum();
+        // Of the 150 KB that a view may take, most is left to what the ledger answers.
+        assert!(all < 50_000, "{all} bytes");
     }
 }

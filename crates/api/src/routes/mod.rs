@@ -44,7 +44,7 @@ use crate::extract::not_found;
 use crate::problem::Problem;
 use crate::state::AppState;
 use crate::uploads::RECEIVE_WITHIN;
-use crate::{consistency, git, graphql, hosts, metrics, openapi, page, tlog, traced};
+use crate::{compress, consistency, git, graphql, hosts, metrics, openapi, page, tlog, traced};
 
 /// The routes with their description, which still lacks its schemas.
 pub(crate) fn described() -> (Router<AppState>, OpenApi) {
@@ -191,6 +191,7 @@ pub fn router(state: AppState) -> Router {
         .route("/tlog/tile/{*rest}", routing::get(tlog::tile))
         .fallback(async || not_found())
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn(compress::compress))
         .layer(middleware::from_fn_with_state(
             state.clone(),
             consistency::positions,

@@ -1,7 +1,9 @@
 use std::collections::BTreeSet;
+use std::io::Read as _;
 
+use daybook_events::lines::{LineKind, LineSource};
 use reqwest::Method;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::*;
 
@@ -106,4 +108,100 @@ async fn the_page_is_served_for_browsers_that_may_load_nothing_from_elsewhere() 
         .get("/page/nothing.js")
         .await
         .refused(404, "no_such_address");
+}
+
+/// What an address answers to whoever takes codings: the head, and the bytes as they were sent.
+async fn coded(
+    server: &Server,
+    path: &str,
+    codings: &str,
+) -> (reqwest::header::HeaderMap, Vec<u8>) {
+    let request = server.request(Method::GET, path);
+    let response = request
+        .header("Accept-Encoding", codings)
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(response.status().as_u16(), 200, "{path}");
+    let headers = response.headers().clone();
+    (headers, response.bytes().await.unwrap().to_vec())
+}
+
+fn unpacked(bytes: &[u8]) -> Vec<u8> {
+    let mut all = Vec::new();
+    let mut decoder = flate2::read::GzDecoder::new(bytes);
+    decoder.read_to_end(&mut all).unwrap();
+    all
+}
+
+#[tokio::test]
+async fn documents_and_the_page_are_sent_in_gzip_to_those_who_take_it() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    server.make_live(id).await;
+    for path in [
+        "/",
+        "/page/main.js",
+        "/openapi.json",
+        "/asyncapi.json",
+        "/api/v1/audit?limit=50",
+        "/api/v1/events?limit=20",
+        "/api/v1/state?project=shop",
+    ] {
+        let (plain_head, plain) = coded(&server, path, "identity").await;
+        let (head, sent) = coded(&server, path, "gzip, deflate, br").await;
+        assert_eq!(plain_head.get("content-encoding"), None, "{path}");
+        assert_eq!(head["content-encoding"], "gzip", "{path}");
+        assert_eq!(head["content-length"], sent.len().to_string(), "{path}");
+        assert!(sent.len() < plain.len(), "{path}");
+        assert_eq!(unpacked(&sent), plain, "{path}");
+        for head in [&head, &plain_head] {
+            assert_eq!(head["vary"], "accept-encoding", "{path}");
+        }
+        // A strong tag stands for the bytes that were sent with it.
+        if let Some(tag) = head.get("etag") {
+            assert_ne!(Some(tag), plain_head.get("etag"), "{path}");
+            let request = server
+                .request(Method::GET, path)
+                .header("if-none-match", tag);
+            let known = server.send(request.header("accept-encoding", "gzip")).await;
+            assert_eq!(known.status.as_u16(), 304, "{path}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_has_a_form_of_its_own_a_tag_or_output_is_not_compressed() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    let text = "a".repeat(3000);
+    let own = LineSource::Deployment(id);
+    server.print(own, LineKind::Status, 0, &text).await;
+    for path in [
+        format!("/api/v1/deployments/{id}/logs"),
+        "/api/v1/projects/shop/logs".to_owned(),
+        "/metrics".to_owned(),
+        "/api/v1/events/1".to_owned(),
+        "/api/v1/projects".to_owned(),
+    ] {
+        let (head, sent) = coded(&server, &path, "gzip").await;
+        assert_eq!(head.get("content-encoding"), None, "{path}");
+        assert!(std::str::from_utf8(&sent).is_ok(), "{path}");
+    }
+    // The answer to a command may have a secret beside what the caller chose, and what changes depend on
+    // has a strong tag, which stands for the bytes as they are.
+    let url = format!("https://receiver.example/{}", "a".repeat(900));
+    let body = json!({ "project": "shop", "url": url });
+    let request = server.request(Method::POST, "/api/v1/webhooks").json(&body);
+    let made = server.send(request.header("accept-encoding", "gzip")).await;
+    assert_eq!(made.header("content-encoding"), None);
+    assert!(made.text.len() > 1024, "{made:?}");
+    let webhook = made.ok()["webhook"]["id"].as_str().unwrap().to_owned();
+    let path = format!("/api/v1/webhooks/{webhook}");
+    let (head, sent) = coded(&server, &path, "gzip").await;
+    assert!(sent.len() > 1024);
+    assert!(head.contains_key("etag"));
+    assert_eq!(head.get("content-encoding"), None);
 }
