@@ -186,6 +186,256 @@ fn all_of_the_page_together_takes_less_than_150_kilobytes() {
 }
 
 #[test]
+fn a_deployment_is_followed_step_by_step_while_it_runs() {
+    let server = Server::start(Settings::default());
+    let source = application("--text one");
+    // It goes on once there is a file.
+    let file = server.folder().path().join("go-on");
+    let command = format!(
+        "web: while [ ! -e {} ]; do sleep 0.1; done; exec ./bin/app --text one\n",
+        file.display()
+    );
+    source.write("Procfile", command);
+    source.commit_all("Wait for a file");
+    server.define("shop", "web", &source, &[]);
+    let id = server.begin(INSTANCE, &[]);
+    server.wait_for(&id, "deploying");
+    let address = format!("{}/#/deployments/{id}", server.url());
+    let Some(mut page) = Browser::open(&address, (1200, 900)) else {
+        return;
+    };
+    page.shows("What happened");
+    page.evaluate("window.kept = true");
+    // The step that it is in has no end yet.
+    const LAST: &str =
+        "document.querySelector('.bars dt:last-of-type')?.textContent === 'deploying'";
+    const SO_FAR: &str = "document.querySelector('.bars')?.textContent.includes('so far')";
+    page.holds(LAST);
+    page.holds(SO_FAR);
+    page.holds("document.querySelector('h1 .tag')?.textContent === 'deploying'");
+    let lines = "document.querySelectorAll('.timeline li').length";
+    let before = page.evaluate(lines).as_u64().unwrap();
+    assert!(before > 3, "{before}");
+    page.picture("deployment-under-way");
+
+    std::fs::write(&file, "").unwrap();
+    page.shows("It is live.");
+    page.holds(&format!("{lines} > {before}"));
+    page.holds("document.querySelector('h1 .tag')?.textContent === 'started'");
+    page.holds(&format!("!({SO_FAR})"));
+    page.shows("in all");
+    // A bar for each step on its way, in its order, and the longest of them fills its place.
+    let steps =
+        page.evaluate("[...document.querySelectorAll('.bars dt')].map((e) => e.textContent)");
+    let steps: Vec<&str> = steps
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|s| s.as_str())
+        .collect();
+    let entered = server.deployment(&id)["entered"].clone();
+    let mut moments: Vec<&str> = Vec::new();
+    for step in &steps {
+        let moment = entered[step.replace(' ', "_")].as_str();
+        moments.push(moment.unwrap_or_else(|| panic!("{step} is not in {entered}")));
+    }
+    assert!(
+        steps.contains(&"building") && steps.ends_with(&["deploying"]),
+        "{steps:?}"
+    );
+    assert!(moments.is_sorted(), "{moments:?}");
+    let bars = page.evaluate(
+        "[...document.querySelectorAll('.bars rect.bar')].map((e) => Number(e.getAttribute('width')))",
+    );
+    let bars: Vec<f64> = bars
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|b| b.as_f64())
+        .collect();
+    assert_eq!(bars.len(), steps.len());
+    assert!(bars.iter().all(|b| (0.1..=100.0).contains(b)), "{bars:?}");
+    assert!(bars.iter().any(|b| *b > 99.0), "{bars:?}");
+    assert_eq!(page.evaluate("window.kept"), true);
+    assert_eq!(page.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn a_failure_says_what_happened_and_what_helps() {
+    let server = Server::start(Settings::default());
+    let source = application("--exit 3");
+    server.define("shop", "web", &source, &[]);
+    let id = server.begin(INSTANCE, &[]);
+    let address = format!("{}/#/deployments/{id}", server.url());
+    let Some(mut page) = Browser::open(&address, (1200, 900)) else {
+        return;
+    };
+    page.shows("What happened");
+    page.evaluate("window.kept = true");
+    let code = server.wait_for_failure(&id);
+    let failure = server.deployment(&id)["failure"].clone();
+    for part in [&json!(code), &failure["message"], &failure["remedy"]] {
+        page.holds(&format!(
+            "[...document.querySelectorAll('.problem')].some((e) => e.textContent.includes({part}))"
+        ));
+    }
+    page.holds("document.querySelector('h1 .tag.bad')?.textContent === 'failed'");
+    // What it said before it ended is below.
+    page.shows("exiting as told");
+    page.picture("deployment-failed");
+    // Its snapshot can be deployed once more, and what is not possible says why.
+    page.holds("Boolean(document.getElementById('act-redeploy'))");
+    page.holds("document.getElementById('act-stop') === null");
+    assert_eq!(page.evaluate("window.kept"), true);
+    assert_eq!(page.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn what_runs_in_one_environment_is_promoted_to_another() {
+    let server = Server::start(Settings::default());
+    server.define("shop", "web", &application("--text one"), &[]);
+    server.ok(&["env", "create", "shop", "staging", "--cluster", "local-a"]);
+    let first = server.deploy("shop.staging.web", &[]);
+    let address = format!("{}/#/environments", server.url());
+    let Some(mut page) = Browser::open(&address, (1200, 900)) else {
+        return;
+    };
+    page.shows("Environments side by side");
+    page.evaluate("window.kept = true");
+    let choice = "select[aria-label='promote web of staging to']";
+    page.fill(choice, "production");
+    page.shows("Promote web to production?");
+    page.picture("promote");
+    page.evaluate("document.querySelector('dialog input').value = 'it was looked at'");
+    page.click("dialog button", "Promote");
+    // It leads to what it has begun.
+    page.holds("location.hash.startsWith('#/deployments/')");
+    let hash = page.evaluate("location.hash");
+    let id = hash
+        .as_str()
+        .unwrap()
+        .rsplit('/')
+        .next()
+        .unwrap()
+        .to_owned();
+    assert_ne!(id, first);
+    server.wait_for(&id, "started");
+    page.shows("It is live.");
+    page.shows("promoted from");
+    let promoted = server.deployment(&id);
+    assert_eq!(promoted["promoted_from"]["deployment"], first.as_str());
+    assert_eq!(promoted["reason"], "it was looked at");
+    let digest = |id: &str| server.deployment(id)["image"]["digest"].clone();
+    assert_eq!(digest(&id), digest(&first));
+    assert_eq!(page.evaluate("window.kept"), true);
+    assert_eq!(page.complaints(), Vec::<String>::new());
+}
+
+/// Goes from the beginning of the page to its end with the Tab key alone, and is at everything that can be used, in its
+/// order, and sees where it is.
+#[track_caller]
+fn walk(page: &mut Browser, view: &str) {
+    until(&format!("the keyboard reaches all of {view}"), || {
+        let all = page.evaluate(
+            "window.reach = [...document.querySelectorAll(
+                'a[href], button, input, select, textarea, summary, [tabindex=\"0\"]')]
+                .filter((e) => !e.disabled && e.tabIndex >= 0 && e.checkVisibility());
+             document.body.tabIndex = -1;
+             document.body.focus();
+             reach.length",
+        );
+        let all = all.as_i64()?;
+        let mut seen = Vec::new();
+        // Boxes that scroll are reached as well.
+        for _ in 0..3 * all {
+            page.press("Tab");
+            let at = page.evaluate(
+                "(() => {
+                    const at = document.activeElement;
+                    const isSeen = getComputedStyle(at).outlineStyle !== 'none';
+                    return [reach.indexOf(at), isSeen || at === document.body, at.outerHTML];
+                })()",
+            );
+            assert_eq!(at[1], true, "{view}: nothing shows where one is: {at}");
+            seen.extend(at[0].as_i64().filter(|n| *n >= 0));
+            if seen.last() == Some(&(all - 1)) {
+                break;
+            }
+        }
+        // Something may have been drawn anew meanwhile: then it is begun again.
+        (all > 0 && seen == (0..all).collect::<Vec<_>>()).then_some(())
+    });
+}
+
+/// Presses Tab until what is at is what an expression of `at` says.
+#[track_caller]
+fn tab_to(page: &mut Browser, is_there: &str) {
+    page.evaluate("document.body.tabIndex = -1; document.body.focus()");
+    until(&format!("the keyboard is where {is_there}"), || {
+        page.press("Tab");
+        let there = page.evaluate(&format!("((at) => {is_there})(document.activeElement)"));
+        (there == true).then_some(())
+    });
+}
+
+#[test]
+fn the_keyboard_alone_reaches_and_does_everything() {
+    let server = Server::start(Settings::default());
+    server.define("shop", "web", &application("--text one"), &[]);
+    let id = server.deploy(INSTANCE, &[]);
+    let Some(mut page) = Browser::open(&server.url(), (1200, 900)) else {
+        return;
+    };
+    page.shows("web production");
+    // The first stop leads past the navigation.
+    page.press("Tab");
+    assert_eq!(page.evaluate("document.activeElement.className"), "skip");
+    walk(&mut page, "the overview");
+    for (view, shown) in [
+        ("Routes", "Where each address leads"),
+        ("History", "Choose two"),
+    ] {
+        tab_to(
+            &mut page,
+            &format!("at.closest('nav') && at.textContent === '{view}'"),
+        );
+        page.press("Enter");
+        page.shows(shown);
+        walk(&mut page, view);
+    }
+    page.evaluate(&format!("location.hash = '#/deployments/{id}'"));
+    page.shows("It is live.");
+    walk(&mut page, "a deployment");
+
+    // What a button asks is answered, or left, without a mouse, and one is at the button again.
+    tab_to(&mut page, "at.id === 'act-stop'");
+    page.press("Enter");
+    page.holds("document.querySelector('dialog[open]')?.contains(document.activeElement)");
+    for _ in 0..6 {
+        page.press("Tab");
+        // Between its end and its beginning is the browser's own.
+        page.holds(
+            "document.activeElement === document.body
+                || document.querySelector('dialog[open]').contains(document.activeElement)",
+        );
+    }
+    page.press("Escape");
+    page.holds("!document.querySelector('dialog')");
+    page.holds("document.activeElement.id === 'act-stop'");
+    assert_eq!(server.deployment(&id)["state"], "started");
+    page.press("Enter");
+    page.holds("Boolean(document.querySelector('dialog[open]'))");
+    tab_to(
+        &mut page,
+        "at.closest('dialog') && at.textContent === 'Stop'",
+    );
+    page.press("Enter");
+    server.wait_for(&id, "stopped");
+    page.holds("document.querySelector('h1 .tag')?.textContent === 'stopped'");
+    assert_eq!(page.complaints(), Vec::<String>::new());
+}
+
+#[test]
 fn a_plan_is_shown_and_allowed_by_who_says_so() {
     let server = Server::start(Settings::default());
     let Some(mut page) = Browser::open(&format!("{}/#/approvals", server.url()), (1200, 900))

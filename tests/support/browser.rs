@@ -99,6 +99,11 @@ impl Browser {
             "width": width, "height": height, "deviceScaleFactor": 1, "mobile": false,
         });
         browser.order("Emulation.setDeviceMetricsOverride", size);
+        // Somebody looks at it, and types.
+        browser.order(
+            "Emulation.setFocusEmulationEnabled",
+            json!({ "enabled": true }),
+        );
         browser.order("Page.navigate", json!({ "url": url }));
         Some(browser)
     }
@@ -219,14 +224,21 @@ impl Browser {
         let code = match key {
             "Tab" => 9,
             "Enter" => 13,
+            "Escape" => 27,
             _ => 0,
         };
         let text = if key == "Enter" { "\r" } else { "" };
-        for kind in ["keyDown", "keyUp"] {
+        // A key that types nothing is pressed in the raw.
+        let down = if text.is_empty() {
+            "rawKeyDown"
+        } else {
+            "keyDown"
+        };
+        for kind in [down, "keyUp"] {
             let mut event = json!({
                 "type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code,
             });
-            if kind == "keyDown" && !text.is_empty() {
+            if kind == "keyDown" {
                 event["text"] = text.into();
             }
             self.order("Input.dispatchKeyEvent", event);
