@@ -9,7 +9,8 @@ use serde_json::json;
 use crate::endpoints::{Edge, HOST, wait_for};
 use crate::judged::node;
 use crate::support::{
-    Browser, Done, Receiver, Server, Settings, application, replace_flags, request, until,
+    Browser, Done, Receiver, Server, Settings, application, keep_picture, replace_flags, request,
+    until,
 };
 
 const INSTANCE: &str = "shop.production.web";
@@ -147,20 +148,6 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
     server.check_replay();
 }
 
-/// What the browser has fetched for the page so far: all that came over the line, in bytes, with heads, and of which
-/// files of the page it was not less than what they hold.
-const FETCHED: &str = "(() => {
-    const all = [...performance.getEntriesByType('navigation'),
-        ...performance.getEntriesByType('resource')];
-    const plain = all.filter((e) => e.decodedBodySize > 1024
-        && e.encodedBodySize >= e.decodedBodySize);
-    return {
-        bytes: all.reduce((sum, e) => sum + e.transferSize, 0),
-        plain: plain.map((e) => e.name).filter((name) => name.includes('/page/')),
-        files: all.filter((e) => e.name.includes('/page/')).length,
-    };
-})()";
-
 #[test]
 fn all_of_the_page_together_takes_less_than_150_kilobytes() {
     let server = Server::start(Settings::default());
@@ -176,12 +163,14 @@ fn all_of_the_page_together_takes_less_than_150_kilobytes() {
     }
     page.evaluate(&format!("location.hash = '#/deployments/{deployed}'"));
     page.shows("It is live.");
-    let fetched = page.evaluate(FETCHED);
-    println!("the page: {fetched}");
-    assert!(fetched["files"].as_u64().unwrap() > 10, "{fetched}");
-    assert_eq!(fetched["plain"], json!([]), "{fetched}");
-    let bytes = fetched["bytes"].as_u64().unwrap();
-    assert!((1..150_000).contains(&bytes), "{fetched}");
+    let fetched = page.fetched();
+    let bytes: u64 = fetched.iter().map(|one| one.sent).sum();
+    println!("painted after {:?}, {bytes} bytes", page.painted());
+    let files = || fetched.iter().filter(|one| one.url.contains("/page/"));
+    assert!(files().count() > 10, "{fetched:?}");
+    let plain = files().find(|one| one.decoded > 1024 && one.encoded >= one.decoded);
+    assert_eq!(plain, None);
+    assert!((1..150_000).contains(&bytes), "{bytes}: {fetched:?}");
     assert_eq!(page.complaints(), Vec::<String>::new());
 }
 
@@ -216,7 +205,7 @@ fn a_deployment_is_followed_step_by_step_while_it_runs() {
     let lines = "document.querySelectorAll('.timeline li').length";
     let before = page.evaluate(lines).as_u64().unwrap();
     assert!(before > 3, "{before}");
-    page.picture("deployment-under-way");
+    keep_picture(&mut page, "deployment-under-way");
 
     std::fs::write(&file, "").unwrap();
     page.shows("It is live.");
@@ -282,7 +271,7 @@ fn a_failure_says_what_happened_and_what_helps() {
     page.holds("document.querySelector('h1 .tag.bad')?.textContent === 'failed'");
     // What it said before it ended is below.
     page.shows("exiting as told");
-    page.picture("deployment-failed");
+    keep_picture(&mut page, "deployment-failed");
     // Its snapshot can be deployed once more, and what is not possible says why.
     page.holds("Boolean(document.getElementById('act-redeploy'))");
     page.holds("document.getElementById('act-stop') === null");
@@ -305,7 +294,7 @@ fn what_runs_in_one_environment_is_promoted_to_another() {
     let choice = "select[aria-label='promote web of staging to']";
     page.fill(choice, "production");
     page.shows("Promote web to production?");
-    page.picture("promote");
+    keep_picture(&mut page, "promote");
     page.evaluate("document.querySelector('dialog input').value = 'it was looked at'");
     page.click("dialog button", "Promote");
     // It leads to what it has begun.
@@ -548,7 +537,7 @@ fn on_a_phone_nothing_is_wider_than_the_screen_and_everything_has_a_name() {
             } else {
                 ""
             };
-            page.picture(&format!("phone-{kind}{of_one}-{shade}"));
+            keep_picture(&mut page, &format!("phone-{kind}{of_one}-{shade}"));
         }
     }
     assert_eq!(page.complaints(), Vec::<String>::new());
@@ -635,11 +624,11 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
         "!!document.querySelector('dialog .problem strong')?.textContent.match(/^[a-z_]+$/)",
     );
     page.holds("!!document.querySelector('dialog .problem .quiet')?.textContent");
-    page.picture("webhook-refused");
+    keep_picture(&mut page, "webhook-refused");
     page.fill("dialog input[name=url]", &receiver.url());
     page.click("dialog button", "Create");
     page.shows("It is shown this once");
-    page.picture("webhook-secret");
+    keep_picture(&mut page, "webhook-secret");
     let secret = "document.querySelector('dialog input[readonly]').value";
     let first = page.evaluate(secret).as_str().unwrap().to_owned();
     page.click("dialog button", "It is kept");
@@ -665,7 +654,7 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     page.shows("2 set aside");
     page.shows("Set aside undelivered");
     page.shows("status_500");
-    page.picture("webhook");
+    keep_picture(&mut page, "webhook");
 
     // One is sent again and the other one never.
     works.store(true, Ordering::SeqCst);
@@ -698,7 +687,7 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     server.ok(&["webhook", "change", &id, "--service", "web"]);
     page.click("dialog button", "Change");
     page.shows("webhook_changed");
-    page.picture("webhook-changed");
+    keep_picture(&mut page, "webhook-changed");
     let shown = server.read(&format!("/api/v1/webhooks/{id}"));
     assert_eq!(shown["service"], "web");
     assert_eq!(shown["tries"], 1);
@@ -717,7 +706,7 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     page.shows("retrying");
     page.shows("after 1 of 5 tries");
     page.shows("status_503");
-    page.picture("webhook-retrying");
+    keep_picture(&mut page, "webhook-retrying");
     page.fill("select[name=outcome]", "failed");
     page.holds("document.querySelectorAll('table[aria-label=Deliveries] tbody tr').length === 1");
     page.fill("select[name=outcome]", "");
@@ -748,7 +737,7 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     page.click("nav a", "Webhooks");
     page.shows("tries again");
     page.shows(&receiver.url());
-    page.picture("webhooks");
+    keep_picture(&mut page, "webhooks");
     page.click("main a", &receiver.url());
     page.shows("Deliveries");
     page.click("button", "Delete…");
@@ -792,7 +781,7 @@ fn output_is_looked_for_and_found_in_its_place() {
     assert_eq!(count(&mut page, ".found li"), 100);
     assert_eq!(count(&mut page, ".found mark"), 100);
     assert_eq!(count(&mut page, ".found section"), 2);
-    page.picture("logs");
+    keep_picture(&mut page, "logs");
     page.click("button", "Look at older ones");
     page.shows("112 found");
     assert_eq!(count(&mut page, ".found li"), 112);
@@ -809,7 +798,7 @@ fn output_is_looked_for_and_found_in_its_place() {
     let hash = page.evaluate("location.hash");
     assert!(hash.as_str().unwrap().contains(&older), "{hash}");
     page.shows("line 250");
-    page.picture("logs-in-place");
+    keep_picture(&mut page, "logs-in-place");
     page.evaluate("history.back()");
     page.shows("100 found");
 
@@ -839,7 +828,7 @@ fn output_is_looked_for_and_found_in_its_place() {
     page.shows("tick 3");
     page.fill("input[aria-label='Search in the output']", "tick");
     page.holds("document.querySelectorAll('pre.lines mark').length > 8");
-    page.picture("deployment");
+    keep_picture(&mut page, "deployment");
     page.fill("select[aria-label='Kind of lines']", "build");
     page.holds("document.querySelectorAll('pre.lines mark').length === 0");
     assert_eq!(page.evaluate("window.kept"), true);
@@ -948,7 +937,7 @@ fn an_address_is_shown_plane_by_plane_as_it_drifts() {
     page.shows("WrongAddress");
     page.shows("expected 127.0.0.1");
     page.shows("found 127.0.0.2");
-    page.picture("planes");
+    keep_picture(&mut page, "planes");
     assert_eq!(page.evaluate("window.kept"), true);
     assert_eq!(page.complaints(), Vec::<String>::new());
 }

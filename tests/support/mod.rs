@@ -6,10 +6,10 @@
     reason = "each module of the tests uses a part of it"
 )]
 
-mod browser;
 mod connection;
 mod http;
 mod load;
+mod picture;
 mod process;
 mod receiver;
 mod search;
@@ -18,10 +18,11 @@ mod source;
 mod terminal;
 mod watch;
 
-pub use browser::Browser;
 pub use connection::Connection;
+pub use daybook_testkit::browser::Browser;
 pub use http::{Answer, request, request_with};
 pub use load::{Expected, Load};
+pub use picture::keep_picture;
 pub use process::{Done, Folder, Process, Refused, daybook, processes_in, processes_of};
 pub use receiver::{Received, Receiver};
 pub use search::Search;

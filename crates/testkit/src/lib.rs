@@ -8,6 +8,7 @@ use std::fs::OpenOptions;
 use std::io::Write as _;
 
 mod app;
+pub mod browser;
 pub mod git;
 pub mod judge;
 #[cfg(feature = "kubernetes")]

@@ -10,7 +10,7 @@ use crate::servers;
 pub(crate) const HELP: &str = "\
 Run a benchmark against its yardstick and print the ratios
 
-Usage: cargo xtask bench <append|audit|drain|fanout|idle|kubernetes|notarise|orchestrate|package|past|query|rebuild|switch> [OPTIONS]
+Usage: cargo xtask bench <append|audit|drain|fanout|idle|kubernetes|notarise|orchestrate|package|page|past|query|rebuild|switch> [OPTIONS]
 
 Both sides run interleaved in one run on the same machine; figures are medians. Build and run are
 optimised. The figures also go to target/bench/ as JSON.
@@ -30,10 +30,14 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, Failure> {
     if name == "notarise" {
         programs.extend(servers::tessera(&left_out)?);
     }
+    if name == "page" {
+        programs.extend(servers::chromium(&left_out)?);
+    }
     if name == "kubernetes" {
         programs.extend(servers::kubernetes_with_registry(&left_out)?);
     }
-    if ["switch", "idle", "fanout", "kubernetes", "query"].contains(&name.as_str()) {
+    let of_the_program = ["switch", "idle", "fanout", "kubernetes", "page", "query"];
+    if of_the_program.contains(&name.as_str()) {
         // They are measured on the program itself.
         let mut build = cargo();
         let built = status(build.args(["build", "--release", "--package", "daybook"]))?;

@@ -23,9 +23,7 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
     }
     let buildah = locate("DAYBOOK_BUILDAH", || installed("buildah", "buildah"));
     found.extend(entered(left_out, "DAYBOOK_BUILDAH", "buildah", buildah)?);
-    let chromium = locate("DAYBOOK_CHROMIUM", || installed("chromium", "chromium"));
-    let what = "Chromium, which the page is tested in";
-    found.extend(entered(left_out, "DAYBOOK_CHROMIUM", what, chromium)?);
+    found.extend(chromium(left_out)?);
     let judge = locate("DAYBOOK_TLOG_JUDGE", || GoProgram::JUDGE.build());
     found.extend(kubernetes_with_registry(left_out)?);
     let python = locate("DAYBOOK_JUDGES_PYTHON", packages::python);
@@ -40,6 +38,14 @@ pub(crate) fn find_all(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString
     let what = "tlog-judge, which checks transparency logs";
     found.extend(entered(left_out, "DAYBOOK_TLOG_JUDGE", what, judge)?);
     Ok(found)
+}
+
+/// The browser that the page is tested and measured in.
+pub(crate) fn chromium(left_out: &LeftOut) -> Result<Vec<(&'static str, OsString)>, Failure> {
+    let chromium = locate("DAYBOOK_CHROMIUM", || installed("chromium", "chromium"));
+    let what = "Chromium, which the page is tested in";
+    let found = entered(left_out, "DAYBOOK_CHROMIUM", what, chromium)?;
+    Ok(found.into_iter().collect())
 }
 
 /// The schema of AsyncAPI documents, as those who write the specification publish it, among the packages

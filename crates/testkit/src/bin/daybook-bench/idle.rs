@@ -18,7 +18,7 @@ const IDLE_MIB: f64 = 80.0;
 const MIB_PER_GIB: f64 = 1024.0;
 /// What is promised of the demo, once it is built.
 const DEMO_S: f64 = 60.0;
-const SECONDS_PER_HOUR: f64 = 3600.0;
+pub(crate) const SECONDS_PER_HOUR: f64 = 3600.0;
 const PATIENCE: Duration = Duration::from_secs(180);
 
 #[derive(Debug, clap::Args)]
@@ -99,7 +99,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
 }
 
 /// Costs as how many there are of them in a whole, so that more is better.
-fn against(
+pub(crate) fn against(
     subject: String,
     yardstick: &'static str,
     costs: &[f64],
@@ -115,7 +115,7 @@ fn against(
     }
 }
 
-fn listed(figures: &[f64], unit: &str) -> String {
+pub(crate) fn listed(figures: &[f64], unit: &str) -> String {
     let figures: Vec<String> = figures.iter().map(|f| format!("{f:.0}")).collect();
     format!("{} {unit}", figures.join("/"))
 }

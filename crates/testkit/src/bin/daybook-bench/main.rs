@@ -14,6 +14,7 @@ mod logs;
 mod notarise;
 mod orchestrate;
 mod package;
+mod page;
 mod past;
 mod query;
 mod raw_publish;
@@ -72,6 +73,8 @@ enum Benchmark {
     Kubernetes(kubernetes::Options),
     /// Signed GitOps commits into a repository of 10,000 files, against the `git` CLI
     Package(package::Options),
+    /// The page in Chromium, with nothing in its memory: when it paints first, and what it fetches
+    Page(page::Options),
     /// Answers about the past of a large ledger, with the state hash there
     Past(past::Options),
     /// Questions over HTTP, against the same bytes from memory
@@ -110,6 +113,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         Benchmark::Idle(options) => idle::run(options).await?,
         Benchmark::Kubernetes(options) => kubernetes::run(options).await?,
         Benchmark::Package(options) => package::run(options).await?,
+        Benchmark::Page(options) => page::run(options).await?,
         Benchmark::Past(options) => past::run(options).await?,
         Benchmark::Query(options) => query::run(options).await?,
         Benchmark::QuerySide(side) => {

@@ -1,19 +1,47 @@
 //! A real browser, driven by the Chrome DevTools Protocol over a pair of pipes.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test whose browser does not work has failed"
+)]
+
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::server::until;
-
 /// How long the browser may take for one answer.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long anything may take that is waited for in the page.
+const SHOWN_WITHIN: Duration = Duration::from_secs(90);
+
+/// What the page has fetched so far, with what came from the browser's own memory as nothing.
+const FETCHED: &str = "[...performance.getEntriesByType('navigation'),
+    ...performance.getEntriesByType('resource')].map((e) => ({
+        url: e.name, sent: e.transferSize, encoded: e.encodedBodySize, decoded: e.decodedBodySize,
+    }))";
+
+/// When it painted something of the content first, in milliseconds, or nothing.
+const PAINTED: &str = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime";
+
+/// One answer that the page has fetched. Sizes are in bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetched {
+    /// Where from.
+    pub url: String,
+    /// All that came over the line: the head, and the body as it was encoded.
+    pub sent: u64,
+    /// The body as it was encoded.
+    pub encoded: u64,
+    /// The body as it was meant.
+    pub decoded: u64,
+}
 
 /// Chromium with one page. It ends with this.
+#[derive(Debug)]
 pub struct Browser {
     process: Child,
     orders: File,
@@ -26,10 +54,14 @@ pub struct Browser {
 }
 
 impl Browser {
-    /// Starts it at an address; none, after saying so, where there is no Chromium.
+    /// Starts it at an address, in a window of so many pixels, with nothing in its memory; none, after
+    /// saying so, where there is no Chromium.
+    ///
+    /// # Panics
+    /// If it does not start.
     pub fn open(url: &str, (width, height): (u32, u32)) -> Option<Self> {
         let Some(program) = std::env::var_os("DAYBOOK_CHROMIUM").filter(|p| !p.is_empty()) else {
-            daybook_testkit::left_out("no Chromium: DAYBOOK_CHROMIUM names none");
+            crate::left_out("no Chromium: DAYBOOK_CHROMIUM names none");
             return None;
         };
         let folder = tempfile::tempdir().unwrap();
@@ -144,6 +176,9 @@ impl Browser {
     }
 
     /// What an expression of the page comes to.
+    ///
+    /// # Panics
+    /// If it throws, as all below if what they wait for does not come.
     pub fn evaluate(&mut self, expression: &str) -> Value {
         let parameters = json!({
             "expression": expression, "awaitPromise": true, "returnByValue": true,
@@ -178,8 +213,30 @@ impl Browser {
         )
     }
 
-    /// Keeps a picture of the whole page for people to look at, below the tests' own folder.
-    pub fn picture(&mut self, name: &str) {
+    /// What the page has fetched so far. Streams are not in it while they are open.
+    pub fn fetched(&mut self) -> Vec<Fetched> {
+        let all = self.evaluate(FETCHED);
+        let all = all.as_array().unwrap().iter();
+        let size = |of: &Value| of.as_u64().unwrap();
+        all.map(|one| Fetched {
+            url: one["url"].as_str().unwrap().to_owned(),
+            sent: size(&one["sent"]),
+            encoded: size(&one["encoded"]),
+            decoded: size(&one["decoded"]),
+        })
+        .collect()
+    }
+
+    /// How long it took from the beginning of the navigation until something of the content was painted,
+    /// once it is.
+    #[track_caller]
+    pub fn painted(&mut self) -> Duration {
+        let millis = until("something is painted", || self.evaluate(PAINTED).as_f64());
+        Duration::from_secs_f64(millis / 1000.0)
+    }
+
+    /// A picture of the whole page, as PNG.
+    pub fn screenshot(&mut self) -> Vec<u8> {
         use base64::Engine as _;
         let size = self.order("Page.getLayoutMetrics", json!({}))["cssContentSize"].clone();
         let clip = json!({
@@ -187,12 +244,9 @@ impl Browser {
         });
         let asked = json!({ "format": "png", "captureBeyondViewport": true, "clip": clip });
         let taken = self.order("Page.captureScreenshot", asked);
-        let png = base64::engine::general_purpose::STANDARD
+        base64::engine::general_purpose::STANDARD
             .decode(taken["data"].as_str().unwrap())
-            .unwrap();
-        let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("page");
-        std::fs::create_dir_all(&folder).unwrap();
-        std::fs::write(folder.join(format!("{name}.png")), png).unwrap();
+            .unwrap()
     }
 
     /// Fills a field in, as somebody who types does, waiting until it is there.
@@ -273,6 +327,19 @@ impl Browser {
         // An answer comes after everything that was said before it.
         self.evaluate("1");
         &self.complaints
+    }
+}
+
+/// Waits until there is an answer.
+#[track_caller]
+fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + SHOWN_WITHIN;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
