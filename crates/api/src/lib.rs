@@ -23,6 +23,7 @@ mod git;
 mod graphql;
 mod hosts;
 mod line_filter;
+mod linger;
 mod metrics;
 mod openapi;
 mod page;

@@ -21,6 +21,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Peer;
+use crate::linger;
 use crate::metrics::{Metrics, OpenConnection};
 use crate::problem::{self, Problem};
 use crate::routes;
@@ -294,7 +295,13 @@ async fn connection(
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(peer);
-        router.call(request)
+        let (request, rest) = linger::lend(request);
+        let answer = router.call(request);
+        async move {
+            let response = answer.await;
+            rest.read().await;
+            response
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -80,6 +80,57 @@ async fn bad_bodies_are_refused() {
 }
 
 #[tokio::test]
+async fn who_reads_nothing_before_all_is_sent_learns_why_it_is_refused() {
+    let server = server().await;
+    let large = vec![b' '; 10 * 1024 * 1024];
+    let head = |path: &str, more: &str| {
+        format!(
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
+             Connection: close\r\n{more}\r\n\r\n"
+        )
+    };
+    let length = format!("Content-Length: {}", large.len());
+    // It is refused by its length, or by what it is sent to, before anything of it is read.
+    for (path, status, code) in [
+        ("/api/v1/projects", "413", "body_too_large"),
+        ("/graphql", "413", "body_too_large"),
+        ("/api/v1/nothing", "404", "no_such_address"),
+    ] {
+        let all = [head(path, &length).as_bytes(), &large].concat();
+        let answer = raw(&server, &all).await;
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{path}: {answer}"
+        );
+        assert!(answer.contains(code), "{path}: {answer}");
+    }
+    // Without a length it is found out in the middle.
+    let mut chunked = head("/api/v1/projects", "Transfer-Encoding: chunked").into_bytes();
+    for chunk in large.chunks(64 * 1024) {
+        chunked.extend(format!("{:x}\r\n", chunk.len()).into_bytes());
+        chunked.extend(chunk);
+        chunked.extend(b"\r\n");
+    }
+    chunked.extend(b"0\r\n\r\n");
+    let answer = raw(&server, &chunked).await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    // Nobody waits for what is not sent before it is asked for, nor for what would never end.
+    for more in [
+        format!("{length}\r\nExpect: 100-continue"),
+        "Content-Length: 1000000000000".to_owned(),
+    ] {
+        let answer = raw(&server, head("/api/v1/projects", &more).as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    }
+    // What was read to its end leaves the connection as good as it was.
+    let first = head("/api/v1/projects", &length).replace("Connection: close\r\n", "");
+    let second = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    let both = raw(&server, &[first.as_bytes(), &large, second].concat()).await;
+    assert!(both.starts_with("HTTP/1.1 413 "), "{both}");
+    assert!(both.contains("HTTP/1.1 200 OK"), "{both}");
+}
+
+#[tokio::test]
 async fn bad_addresses_are_refused() {
     let server = server().await;
     server.shop().await;
