@@ -40,6 +40,7 @@ mod page;
 mod partial;
 mod previews;
 mod queue;
+mod readers;
 mod records;
 mod routes;
 mod secrets;
