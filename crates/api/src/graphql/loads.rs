@@ -50,11 +50,15 @@ pub(super) struct DeployedTo {
 }
 
 impl Loads {
-    /// Reads beside the threads that answer requests.
+    /// Reads something for so many items at once, beside the threads that answer requests. Who wants to know
+    /// how often that is done sees it with `DAYBOOK_LOG=daybook_api::graphql=trace`.
     async fn read<T: Send + 'static>(
         &self,
+        what: &'static str,
+        items: usize,
         read: impl FnOnce(&Asked) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, Problem> {
+        tracing::trace!(what, items, "read at once");
         let asked = self.0.clone();
         let done = tokio::task::spawn_blocking(move || read(&asked)).await;
         done.map_err(|e| Problem::internal(&e))?
@@ -76,7 +80,8 @@ impl Loader<EnvironmentsOf> for Loads {
         keys: &[EnvironmentsOf],
     ) -> Result<HashMap<EnvironmentsOf, Self::Value>, Problem> {
         let keys = keys.to_vec();
-        self.read(move |asked| {
+        let items = keys.len();
+        self.read("environments", items, move |asked| {
             let projections = asked.state.projections();
             let all = match only(keys.iter().map(|k| &k.0)) {
                 Some(project) => projections.environments(project)?,
@@ -109,7 +114,8 @@ impl Loader<RunningIn> for Loads {
 
     async fn load(&self, keys: &[RunningIn]) -> Result<HashMap<RunningIn, Self::Value>, Problem> {
         let keys = keys.to_vec();
-        self.read(move |asked| {
+        let items = keys.len();
+        self.read("running", items, move |asked| {
             let project = only(keys.iter().map(|k| &k.0));
             let overview = asked.state.projections().overview(project, None)?;
             let mut found: HashMap<_, HashMap<_, _>> =
@@ -137,7 +143,8 @@ impl Loader<DeploymentId> for Loads {
     ) -> Result<HashMap<DeploymentId, DeploymentRow>, Problem> {
         let mut keys = keys.to_vec();
         keys.sort_unstable();
-        self.read(move |asked| {
+        let items = keys.len();
+        self.read("deployments", items, move |asked| {
             let projections = asked.state.projections();
             let mut found = HashMap::with_capacity(keys.len());
             for id in keys {
@@ -160,7 +167,8 @@ impl Loader<DeployedTo> for Loads {
         now.sort_unstable_by(|a, b| a.instance.cmp(&b.instance));
         let mut found = HashMap::with_capacity(keys.len());
         if !now.is_empty() {
-            let rows = self.read(move |asked| {
+            let items = now.len();
+            let rows = self.read("history", items, move |asked| {
                 let rows = now.into_iter().map(|key| {
                     let rows = deployed_now(asked, &key);
                     (key, rows)
@@ -170,6 +178,7 @@ impl Loader<DeployedTo> for Loads {
             found.extend(rows.await?);
         }
         for key in past {
+            tracing::trace!(what = "past", items = 1, "read");
             let rows = deployed_then(&self.0, &key).await;
             found.insert(key, rows);
         }

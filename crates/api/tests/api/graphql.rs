@@ -1,5 +1,7 @@
 //! GraphQL, as a client written from the documents would use it.
 
+use std::sync::{Arc, Mutex};
+
 use daybook_api::commands::{Caller, Commands};
 use daybook_events::lines::{LineKind, LineSource};
 use daybook_events::{Actor, DeploymentId};
@@ -7,6 +9,8 @@ use futures_util::SinkExt;
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
+use tracing::field::{Field, Visit};
+use tracing::{Metadata, Subscriber, span};
 
 use crate::sockets::{Socket, closed, open, text};
 use crate::support::*;
@@ -822,6 +826,106 @@ async fn lists_that_are_longer_than_usual_are_counted() {
     assert_eq!(*names, json!([{ "name": "s29" }, { "name": "s3" }]));
     let part = data(&server, "{ projects(first: 1, after: \"shop\") { name } }").await;
     assert_eq!(part["projects"], json!([]));
+}
+
+/// What was read for items of lists, and for how many at once.
+#[derive(Clone, Default)]
+struct Reads(Arc<Mutex<Vec<(String, u64)>>>);
+
+impl Subscriber for Reads {
+    fn enabled(&self, about: &Metadata<'_>) -> bool {
+        about.target() == "daybook_api::graphql::loads"
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut read = Read::default();
+        event.record(&mut read);
+        self.0.lock().unwrap().push((read.what, read.items));
+    }
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
+}
+
+#[derive(Default)]
+struct Read {
+    what: String,
+    items: u64,
+}
+
+impl Visit for Read {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "what" {
+            self.what = value.to_owned();
+        }
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        if field.name() == "items" {
+            self.items = value;
+        }
+    }
+
+    fn record_debug(&mut self, _: &Field, _: &dyn std::fmt::Debug) {}
+}
+
+#[tokio::test]
+async fn thirty_services_take_no_more_reads_than_three() {
+    let server = server().await;
+    server.shop().await;
+    let reads = Reads::default();
+    // All of a test runs on its own thread.
+    let _counting = tracing::subscriber::set_default(reads.clone());
+    let ask_for_all = async |services: usize| {
+        let query = "{ project(id: \"shop\") { environments { name } services { name instances { id imageTag \
+                     rolledBack main { id phase } deployments(first: 3) { id } } } } }";
+        reads.0.lock().unwrap().clear();
+        let shown = data(&server, query).await;
+        let shown = shown["project"]["services"].as_array().unwrap().clone();
+        let live = shown
+            .iter()
+            .flat_map(|s| s["instances"].as_array().unwrap());
+        let live =
+            live.filter(|i| !i["main"].is_null() && i["deployments"][0]["id"] == i["main"]["id"]);
+        assert_eq!(live.count(), services);
+        std::mem::take(&mut *reads.0.lock().unwrap())
+    };
+    let cache = json!({ "image_repository": "registry.example/cache" });
+    let live = async |name: String| {
+        let service = format!("/api/v1/projects/shop/services/{name}");
+        server.put(&service, cache.clone()).await.ok();
+        let id = server.deploy(&format!("shop.production.{name}"), "7").await;
+        server.make_live(id).await;
+    };
+    for n in 0..3 {
+        live(format!("s{n}")).await;
+    }
+    let few = ask_for_all(3).await;
+    for n in 3..30 {
+        live(format!("s{n}")).await;
+    }
+    let many = ask_for_all(30).await;
+    let read = |what: &str| -> (usize, u64) {
+        let of = many.iter().filter(|(read, _)| read == what);
+        of.fold((0, 0), |(times, items), read| (times + 1, items + read.1))
+    };
+    for what in ["environments", "running", "deployments", "history"] {
+        assert!(few.iter().any(|(read, _)| read == what), "{what}: {few:?}");
+    }
+    // What is asked for in one moment is read at once. A busy machine may make two moments of one.
+    assert!(few.len() <= 8 && many.len() <= 8, "{few:?}, then {many:?}");
+    assert_eq!(read("deployments").1, 30, "{many:?}");
+    // Each service is in two environments, and there are two more services.
+    assert_eq!(read("history").1, 64, "{many:?}");
 }
 
 #[tokio::test]
