@@ -77,7 +77,7 @@ impl Reader {
         };
         Self {
             feed,
-            over_socket: number % 4 == 0,
+            over_socket: number.is_multiple_of(4),
             has: Mutex::new(has),
         }
     }
