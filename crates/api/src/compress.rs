@@ -9,6 +9,8 @@
 //!   know, and could tell from the length of the answer what that was;
 //! - what has an entity tag that changes depend on: a strong tag stands for these bytes and no others.
 //!
+//! tower-http's layer compresses whatever is not excepted, and brings three more crates; flate2 is here anyway.
+//!
 //! The files of the page bring their compressed form along, see [`crate::page`].
 
 use std::io::{self, Write as _};
