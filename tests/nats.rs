@@ -341,6 +341,18 @@ fn events_of_a_later_version_are_kept_shown_counted_and_skipped() {
         let metrics = request(Method::GET, &metrics, &[], None).unwrap().body;
         let counted = "daybook_events_folded_total{outcome=\"unknown\"} 1\n";
         assert!(metrics.contains(counted), "{metrics}");
+        let dashboard = include_str!("../docs/grafana/daybook.json");
+        for name in ["up", "connects_total", "messages_total"] {
+            let name = format!("daybook_nats_{name}");
+            assert!(dashboard.contains(&name), "{name}");
+            assert!(metrics.contains(&format!("# TYPE {name} ")), "{metrics}");
+        }
+        for line in [
+            "daybook_nats_up 1",
+            "daybook_builds_total{outcome=\"succeeded\"} 1",
+        ] {
+            assert!(metrics.lines().any(|l| l == line), "{line}\n{metrics}");
+        }
         let replayed = server.json(&["replay", "--quiet"]);
         assert_eq!(replayed["same"], json!(true), "{replayed}");
         assert_eq!(replayed["unknown"], json!(1), "{replayed}");

@@ -198,6 +198,21 @@ fn what_is_refused_again_and_again_is_set_aside_and_sent_later() {
         "{message}"
     );
 
+    let figures = [
+        format!("daybook_webhook_dead_letters{{project=\"shop\",webhook=\"{id}\"}} 1"),
+        format!("daybook_webhook_waiting_events{{webhook=\"{id}\"}} 0"),
+        format!("daybook_webhook_lag_seconds{{webhook=\"{id}\"}} 0"),
+        "daybook_webhook_tries_total{outcome=\"dead_lettered\"} 1".to_owned(),
+        "daybook_webhook_tries_total{outcome=\"failed\"} 1".to_owned(),
+        "daybook_webhooks{state=\"active\"} 1".to_owned(),
+    ];
+    until("the figures say so", || {
+        let url = format!("{}/metrics", server.url());
+        let text = request(reqwest::Method::GET, &url, &[], None).ok()?.body;
+        let told = |wanted: &String| text.lines().any(|line| line == wanted);
+        figures.iter().all(told).then_some(())
+    });
+
     server.ok(&["webhook", "replay", &id]);
     until("it is sent after all", || {
         let gone = show(&server, &id)["dead_letters"] == json!([]);

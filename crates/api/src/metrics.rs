@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
+use daybook_events::log::Link;
+use daybook_trace::figures;
+use jiff::Timestamp;
 
 use crate::state::AppState;
 
@@ -211,6 +214,101 @@ impl Metrics {
         );
         write_spans(page);
     }
+}
+
+/// Writes what this process counts of its work beside requests.
+pub(crate) fn write_work(page: &mut Exposition, now: Timestamp) {
+    let builds = figures::builds();
+    page.gauge(
+        "daybook_builds_running",
+        "Builds that this process runs now.",
+        builds.running.load(Ordering::Relaxed) as f64,
+    );
+    let name = "daybook_builds_total";
+    page.head(
+        name,
+        "counter",
+        "Builds of this process by what they came to.",
+    );
+    let outcomes = [
+        ("succeeded", &builds.succeeded),
+        ("failed", &builds.failed),
+        ("cancelled", &builds.cancelled),
+    ];
+    for (outcome, count) in outcomes {
+        let count = count.load(Ordering::Relaxed) as f64;
+        page.sample(name, &[("outcome", outcome)], count);
+    }
+    let webhooks = figures::webhooks();
+    let name = "daybook_webhook_tries_total";
+    page.head(
+        name,
+        "counter",
+        "Tries of this process to deliver an event to a webhook, by what they came to.",
+    );
+    let mut tries = 0;
+    for (outcome, count) in webhooks.tries() {
+        tries += count;
+        page.sample(name, &[("outcome", outcome.as_str())], count as f64);
+    }
+    let name = "daybook_webhook_try_duration_seconds";
+    page.head(name, "summary", "How long those tries took.");
+    let took = webhooks.took().as_secs_f64();
+    page.sample(&format!("{name}_sum"), &[], took);
+    page.sample(&format!("{name}_count"), &[], tries as f64);
+    let waiting = webhooks.waiting();
+    let name = "daybook_webhook_waiting_events";
+    page.head(
+        name,
+        "gauge",
+        "Events that a webhook which this process looks after has still to get.",
+    );
+    for (id, waits) in &waiting {
+        let id = id.to_string();
+        page.sample(name, &[("webhook", id.as_str())], waits.events as f64);
+    }
+    let name = "daybook_webhook_lag_seconds";
+    page.head(
+        name,
+        "gauge",
+        "How long ago the oldest event happened that a webhook has still to get; 0 if there is none.",
+    );
+    for (id, waits) in &waiting {
+        let id = id.to_string();
+        let lag = waits.oldest.map_or(0.0, |at| since(at, now));
+        page.sample(name, &[("webhook", id.as_str())], lag);
+    }
+}
+
+/// Seconds between two times; 0 if the clocks of two machines make it less.
+pub(crate) fn since(then: Timestamp, now: Timestamp) -> f64 {
+    now.duration_since(then).as_secs_f64().max(0.0)
+}
+
+/// Writes how the connection to the log's server does.
+pub(crate) fn write_link(page: &mut Exposition, link: Link) {
+    page.gauge(
+        "daybook_nats_up",
+        "Whether the connection to NATS stands.",
+        f64::from(u8::from(link.is_up)),
+    );
+    page.counter(
+        "daybook_nats_connects_total",
+        "How often the connection to NATS was made.",
+        link.connects as f64,
+    );
+    let name = "daybook_nats_messages_total";
+    page.head(name, "counter", "Messages from and to NATS.");
+    page.sample(name, &[("direction", "in")], link.messages_in as f64);
+    page.sample(name, &[("direction", "out")], link.messages_out as f64);
+    let name = "daybook_nats_bytes_total";
+    page.head(
+        name,
+        "counter",
+        "Bytes of the messages from and to NATS, without what the protocol adds.",
+    );
+    page.sample(name, &[("direction", "in")], link.bytes_in as f64);
+    page.sample(name, &[("direction", "out")], link.bytes_out as f64);
 }
 
 /// Writes what became of the spans of this process, if it sends them anywhere.

@@ -11,6 +11,8 @@ use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use crate::metrics::{Exposition, since};
+
 /// A deployment that waits.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct QueueView {
@@ -64,6 +66,62 @@ pub(crate) fn of(
         waiting: count,
         reason: behind_others(ahead, later.count()),
     }))
+}
+
+/// How many deployments wait to be admitted, by what they wait for.
+#[derive(Debug, Default)]
+pub(crate) struct QueueCount {
+    capacity: usize,
+    freeze: usize,
+    other: usize,
+    oldest: Option<Timestamp>,
+}
+
+impl QueueCount {
+    /// Writes the figures.
+    pub(crate) fn write(&self, page: &mut Exposition, now: Timestamp) {
+        let name = "daybook_queue_deployments";
+        page.head(
+            name,
+            "gauge",
+            "Deployments that wait to be admitted, by what for: build capacity, the end of a \
+             freeze, or something else, such as another deployment of their service.",
+        );
+        let counts = [
+            ("capacity", self.capacity),
+            ("freeze", self.freeze),
+            ("other", self.other),
+        ];
+        for (reason, count) in counts {
+            page.sample(name, &[("reason", reason)], count as f64);
+        }
+        page.gauge(
+            "daybook_queue_oldest_seconds",
+            "How long the oldest deployment waits that waits for build capacity; 0 if there is none.",
+            self.oldest.map_or(0.0, |at| since(at, now)),
+        );
+    }
+}
+
+/// Counts the deployments that wait to be admitted.
+pub(crate) fn count(projections: &Projections) -> Result<QueueCount, QueryError> {
+    let mut pipeline = projections.pipeline()?;
+    let waiting = waiting(projections, &pipeline)?;
+    pipeline.retain(|row| row.state.status == Status::Requested);
+    let is_waiting = |row: &DeploymentRow| waiting.iter().any(|w| w.id == row.id);
+    let mut counted = QueueCount::default();
+    for row in &pipeline {
+        if row.state.held().is_some() {
+            counted.freeze += 1;
+        } else if is_waiting(row) {
+            counted.capacity += 1;
+            let since = row.state.created_at;
+            counted.oldest = Some(counted.oldest.map_or(since, |o| o.min(since)));
+        } else {
+            counted.other += 1;
+        }
+    }
+    Ok(counted)
 }
 
 /// Why it waits for another deployment of its service instance, if it does.

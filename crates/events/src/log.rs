@@ -201,6 +201,23 @@ pub struct LogInfo {
     pub warnings: Vec<String>,
 }
 
+/// How the connection to a log's server does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    /// Whether it stands.
+    pub is_up: bool,
+    /// How often it was made.
+    pub connects: u64,
+    /// Messages that came in.
+    pub messages_in: u64,
+    /// Messages that went out.
+    pub messages_out: u64,
+    /// Bytes that came in, without what the protocol adds.
+    pub bytes_in: u64,
+    /// Bytes that went out, without what the protocol adds.
+    pub bytes_out: u64,
+}
+
 /// Events in log order.
 pub type EventStream = BoxStream<'static, Result<Recorded, ReadError>>;
 
@@ -250,6 +267,12 @@ pub trait EventLog: Send + Sync + fmt::Debug + 'static {
 
     /// What is known of this log.
     async fn info(&self) -> Result<LogInfo, ReadError>;
+
+    /// How the connection to its server does; none for a log that has no server. It is known
+    /// without asking anybody.
+    fn link(&self) -> Option<Link> {
+        None
+    }
 }
 
 /// How a durable consumer delivers.

@@ -1,4 +1,4 @@
-//! To which trace what is done belongs, and spans around it.
+//! To which trace what is done belongs, and spans around it; and what a process counts of its work.
 //!
 //! A request names a trace in its header `traceparent`, or begins one. Whatever is appended while it
 //! is worked on carries the trace on in the event's own `traceparent`; whoever takes the event up,
@@ -8,6 +8,8 @@
 //! What spans are named and what they say is for everybody who can read the traces: the names of
 //! things, ids, codes and outcomes. No text that somebody else has written belongs in them, no
 //! address with its query, and nothing of a body; so neither do records of the log.
+
+pub mod figures;
 
 use std::borrow::Cow;
 use std::future::Future;

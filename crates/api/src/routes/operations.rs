@@ -17,8 +17,9 @@ use tokio::sync::Mutex;
 use crate::access::{Over, Verb, authorise};
 use crate::answer::Answer;
 use crate::extract::{NoParams, Params};
-use crate::metrics::Exposition;
+use crate::metrics::{Exposition, write_link, write_work};
 use crate::problem::Problem;
+use crate::queue;
 use crate::state::{AppState, Part};
 use crate::view::{Health, ProjectionsReport, ReadinessReport};
 
@@ -229,6 +230,34 @@ impl Addresses {
     }
 }
 
+/// Writes how the webhooks are, whoever looks after them.
+fn write_webhooks(page: &mut Exposition, projections: &Projections) -> Result<(), QueryError> {
+    let mut all = projections.subscriptions(None)?;
+    all.retain(|(_, webhook)| !webhook.deleted);
+    let paused = all.iter().filter(|(_, w)| w.pause.is_some()).count();
+    let name = "daybook_webhooks";
+    page.head(
+        name,
+        "gauge",
+        "Webhooks by whether events are sent to them.",
+    );
+    let active = (all.len() - paused) as f64;
+    page.sample(name, &[("state", "active")], active);
+    page.sample(name, &[("state", "paused")], paused as f64);
+    let name = "daybook_webhook_dead_letters";
+    page.head(
+        name,
+        "gauge",
+        "Events that were set aside, as a webhook did not take them.",
+    );
+    for (project, webhook) in &all {
+        let id = webhook.id.to_string();
+        let labels = [("project", project.as_str()), ("webhook", id.as_str())];
+        page.sample(name, &labels, webhook.dead.len() as f64);
+    }
+    Ok(())
+}
+
 /// Figures in the Prometheus text format.
 #[utoipa::path(get, path = "/metrics", tag = "operations", responses(
     (status = 200, description = "The figures.", body = String, content_type = "text/plain")))]
@@ -328,6 +357,13 @@ pub(crate) async fn metrics(
             &[("state", status.as_str())],
             count as f64,
         );
+    }
+    let now = Timestamp::now();
+    queue::count(projections)?.write(&mut page, now);
+    write_webhooks(&mut page, projections)?;
+    write_work(&mut page, now);
+    if let Some(link) = state.commands.ledger().log().link() {
+        write_link(&mut page, link);
     }
     state.metrics.write(&mut page);
     let headers = [(header::CONTENT_TYPE, Exposition::MEDIA_TYPE)];

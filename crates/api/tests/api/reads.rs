@@ -290,6 +290,13 @@ async fn operators_are_told_what_is_the_case() {
         "daybook_http_requests_total{method=\"GET\",route=\"other\",status=\"404\"} 1",
         "daybook_http_request_duration_seconds_count{method=\"POST\",route=\"/api/v1/deployments\"} 1",
         "daybook_http_streams 0",
+        "daybook_queue_deployments{reason=\"capacity\"} 1",
+        "daybook_queue_deployments{reason=\"freeze\"} 0",
+        "daybook_queue_deployments{reason=\"other\"} 0",
+        "daybook_webhooks{state=\"active\"} 0",
+        "daybook_webhooks{state=\"paused\"} 0",
+        "daybook_builds_running 0",
+        "daybook_webhook_tries_total{outcome=\"dead_lettered\"} 0",
     ] {
         assert!(
             metrics.text.lines().any(|l| l == line),

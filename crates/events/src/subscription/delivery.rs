@@ -30,6 +30,26 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Delivered,
+        Self::Failed,
+        Self::DeadLettered,
+        Self::Gone,
+        Self::Discarded,
+    ];
+
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Delivered => "delivered",
+            Self::Failed => "failed",
+            Self::DeadLettered => "dead_lettered",
+            Self::Gone => "gone",
+            Self::Discarded => "discarded",
+        }
+    }
+
     /// Whether the event is dealt with.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Delivered | Self::DeadLettered | Self::Discarded)

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use async_nats::ConnectOptions;
 use async_nats::jetstream;
+use daybook_events::log::Link;
 use tokio::sync::watch;
 
 /// How a client proves who it is.
@@ -330,6 +331,19 @@ impl Connection {
 
     pub(crate) fn is_up(&self) -> bool {
         is_up(self.turns())
+    }
+
+    /// How it does.
+    pub(crate) fn link(&self) -> Link {
+        let seen = self.client.statistics();
+        Link {
+            is_up: self.is_up(),
+            connects: seen.connects.load(Ordering::Relaxed),
+            messages_in: seen.in_messages.load(Ordering::Relaxed),
+            messages_out: seen.out_messages.load(Ordering::Relaxed),
+            bytes_in: seen.in_bytes.load(Ordering::Relaxed),
+            bytes_out: seen.out_bytes.load(Ordering::Relaxed),
+        }
     }
 
     /// Watches the connection from its present state on.

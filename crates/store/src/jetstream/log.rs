@@ -6,7 +6,7 @@ use std::sync::Arc;
 use async_nats::jetstream::stream::{DirectGetErrorKind, RawMessageErrorKind, State, Stream};
 use async_trait::async_trait;
 use daybook_events::log::{
-    Append, AppendError, Appended, Consumer, ConsumerConfig, EventLog, EventStream, Expected,
+    Append, AppendError, Appended, Consumer, ConsumerConfig, EventLog, EventStream, Expected, Link,
     LogInfo, MAX_EVENT_BYTES, Position, ReadError, Recorded,
 };
 use daybook_events::subject::{PREFIX, Subject, SubjectFilter};
@@ -161,6 +161,10 @@ impl EventLog for JetStreamLog {
     fn may_accept_two(&self) -> bool {
         // The leader looks at expectations before the others have agreed on what came before.
         self.replicated
+    }
+
+    fn link(&self) -> Option<Link> {
+        Some(self.handle.connection.link())
     }
 
     async fn head(&self) -> Result<Position, ReadError> {

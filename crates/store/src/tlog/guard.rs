@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use daybook_events::Event;
 use daybook_events::log::{
-    Append, AppendError, Appended, Consumer, ConsumerConfig, EventLog, EventStream, LogInfo,
+    Append, AppendError, Appended, Consumer, ConsumerConfig, EventLog, EventStream, Link, LogInfo,
     Position, ReadError, Recorded,
 };
 use daybook_events::subject::{Subject, SubjectFilter};
@@ -164,6 +164,10 @@ impl EventLog for GuardedLog {
 
     fn may_accept_two(&self) -> bool {
         self.log.may_accept_two()
+    }
+
+    fn link(&self) -> Option<Link> {
+        self.log.link()
     }
 
     async fn head(&self) -> Result<Position, ReadError> {

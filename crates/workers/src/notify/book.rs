@@ -6,11 +6,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use daybook_events::Position;
 use daybook_events::lines::{Line, LineKind, LineLog, LineSource, NewLine};
 use daybook_events::log::ReadError;
 use daybook_events::subscription::delivery::{Entry, Try};
+use daybook_trace::figures::{self, Waiting};
 use jiff::Timestamp;
 
 /// Where something became due, and which event.
@@ -24,6 +26,15 @@ const BACK: u64 = 64;
 /// After so many positions without a try, a line says how far it is.
 const NOTE_EVERY: u64 = 4_096;
 
+/// What became due at a position and is not dealt with.
+#[derive(Debug)]
+struct Open {
+    /// How much.
+    left: usize,
+    /// When it became due.
+    since: Timestamp,
+}
+
 /// The progress of one subscription.
 #[derive(Debug)]
 pub(super) struct Book {
@@ -31,8 +42,8 @@ pub(super) struct Book {
     source: LineSource,
     /// The last position that was looked at.
     seen: Position,
-    /// Where something became due that is not dealt with, and how much.
-    open: BTreeMap<Position, usize>,
+    /// Where something became due that is not dealt with.
+    open: BTreeMap<Position, Open>,
     /// What is dealt with above the mark.
     done: BTreeSet<Due>,
     /// How often what is not dealt with was tried.
@@ -153,18 +164,32 @@ impl Book {
         self.open.len()
     }
 
+    /// What is not dealt with, for the figures of this process.
+    pub(super) fn waiting(&self) -> Waiting {
+        Waiting {
+            events: self.open.len() as u64,
+            oldest: self.open.first_key_value().map(|(_, open)| open.since),
+        }
+    }
+
     /// Begins again at the mark: what is open will be seen once more.
     pub(super) fn rewind(&mut self) {
         self.seen = self.mark();
         self.open.clear();
     }
 
-    /// Notes what became due at a position, and says what of it is not dealt with yet.
-    pub(super) fn due(&mut self, at: Position, mut events: Vec<Position>) -> Vec<Position> {
+    /// Notes what became due at a position and when, and says what of it is not dealt with yet.
+    pub(super) fn due(
+        &mut self,
+        at: Position,
+        since: Timestamp,
+        mut events: Vec<Position>,
+    ) -> Vec<Position> {
         events.retain(|e| !self.done.contains(&(at, *e)));
         self.seen = self.seen.max(at);
         if !events.is_empty() {
-            self.open.insert(at, events.len());
+            let left = events.len();
+            self.open.insert(at, Open { left, since });
         }
         events
     }
@@ -193,11 +218,13 @@ impl Book {
     /// Records a try.
     pub(super) async fn record(&mut self, attempt: Try) {
         self.untold += 1;
+        let took = Duration::from_millis(attempt.millis);
+        figures::webhooks().tried(attempt.outcome, took);
         let due = (attempt.due_by, attempt.position);
         if attempt.outcome.is_final() {
-            if let Some(left) = self.open.get_mut(&attempt.due_by) {
-                *left -= 1;
-                if *left == 0 {
+            if let Some(open) = self.open.get_mut(&attempt.due_by) {
+                open.left -= 1;
+                if open.left == 0 {
                     self.open.remove(&attempt.due_by);
                 }
             }
@@ -328,7 +355,8 @@ mod tests {
 
     /// An event that is due by itself.
     fn due(book: &mut Book, at: u64) -> usize {
-        book.due(Position(at), vec![Position(at)]).len()
+        let since = Timestamp::UNIX_EPOCH;
+        book.due(Position(at), since, vec![Position(at)]).len()
     }
 
     #[tokio::test]
@@ -367,11 +395,15 @@ mod tests {
         let shelf = Shelf::new().await;
         let mut book = shelf.open(0).await;
         let both = vec![Position(3), Position(4)];
-        assert_eq!(book.due(Position(9), both.clone()).len(), 2);
+        let since = Timestamp::UNIX_EPOCH;
+        assert_eq!(book.waiting(), Waiting::default());
+        assert_eq!(book.due(Position(9), since, both.clone()).len(), 2);
+        let waiting = book.waiting();
+        assert_eq!((waiting.events, waiting.oldest), (1, Some(since)));
         book.record(attempt(9, 3, 1, Outcome::Delivered)).await;
         assert_eq!(book.mark(), Position(8));
         let mut book = shelf.open(0).await;
-        assert_eq!(book.due(Position(9), both), [Position(4)]);
+        assert_eq!(book.due(Position(9), since, both), [Position(4)]);
         book.record(attempt(9, 4, 1, Outcome::Delivered)).await;
         assert_eq!(book.mark(), Position(9));
     }
@@ -422,12 +454,13 @@ mod tests {
     async fn a_long_way_without_a_try_is_noted() {
         let shelf = Shelf::new().await;
         let mut book = shelf.open(0).await;
-        assert!(book.due(Position(100), Vec::new()).is_empty());
+        let since = Timestamp::UNIX_EPOCH;
+        assert!(book.due(Position(100), since, Vec::new()).is_empty());
         book.note(false).await;
         assert_eq!(shelf.open(0).await.mark(), Position(0));
         book.note(true).await;
         assert_eq!(shelf.open(0).await.mark(), Position(100));
-        book.due(Position(100 + NOTE_EVERY), Vec::new());
+        book.due(Position(100 + NOTE_EVERY), since, Vec::new());
         book.note(false).await;
         assert_eq!(shelf.open(0).await.mark(), Position(100 + NOTE_EVERY));
     }

@@ -16,6 +16,7 @@ use daybook_events::{
     envelope, with_causes,
 };
 use daybook_projections::{Change, Feed};
+use daybook_trace::figures;
 use futures_util::StreamExt;
 use jiff::Timestamp;
 use tokio::task::JoinSet;
@@ -223,6 +224,7 @@ impl Courier {
         let endpoint = &state.endpoint;
         let mut desk = Desk::default();
         let mut sending = JoinSet::new();
+        let looked_after = figures::webhooks().look_after(self.id);
         let mut reason = None;
         let mut unused = Unused::of(state);
         let mut told = state.progress;
@@ -284,6 +286,7 @@ impl Courier {
                 () = to_tell => {}
                 () = to_erase, if reason.is_none() => self.erase(&mut unused).await,
             }
+            looked_after.waits(book.waiting());
             let mark = book.mark();
             if book.untold() >= PROGRESS_TRIES || (mark > told && tell_at <= Instant::now()) {
                 let wait = if self.tell_progress(book).await {
@@ -326,10 +329,13 @@ impl Courier {
         endpoint: &Endpoint,
     ) -> Result<(), Stop> {
         let at = recorded.position;
-        let wanted = match recorded.event() {
-            Ok(event) => self.wanted(recorded, &event, endpoint).await?,
+        let (since, wanted) = match recorded.event() {
+            Ok(event) => {
+                let wanted = self.wanted(recorded, &event, endpoint).await?;
+                (event.time, wanted)
+            }
             // Nobody can do anything with it; the audit view shows it.
-            Err(_) => Vec::new(),
+            Err(_) => (Timestamp::now(), Vec::new()),
         };
         // What is said of webhooks does not count as being further: saying how far one is would
         // make it further.
@@ -340,7 +346,7 @@ impl Courier {
         for (key, item) in wanted {
             items.insert(item.position, (key, item));
         }
-        let open = book.due(at, items.keys().copied().collect());
+        let open = book.due(at, since, items.keys().copied().collect());
         for position in open {
             if let Some((key, item)) = items.remove(&position) {
                 desk.push(key, item);

@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -17,6 +18,8 @@ use daybook_events::lines::{LineKind, LineLog, LineSource, NewLine};
 use daybook_events::{
     AggregateKind, BuildId, DeploymentId, Digest, EventId, Subject, SubjectFilter,
 };
+use daybook_projections::Executed;
+use daybook_trace::figures;
 use jiff::Timestamp;
 use sha2::Digest as _;
 use tokio::sync::mpsc;
@@ -102,13 +105,28 @@ impl Attempt<'_> {
         let event = bench.masked(self.subject, event);
         let step = format!("{step}-{}", self.number);
         let context = bench.follow_up(ROLE, self.cause, self.correlation, &step);
-        bench
+        let executed = bench
             .append::<Build>(self.subject, &context, |state| {
                 build::decide(state, event.clone())
             })
-            .await
-            .map(|_| ())
+            .await?;
+        if matches!(executed, Executed::Appended { .. }) {
+            count(&event);
+        }
+        Ok(())
     }
+}
+
+/// Counts what a build has come to.
+fn count(event: &BuildEvent) {
+    let builds = figures::builds();
+    let counted = match event {
+        BuildEvent::Succeeded(_) => &builds.succeeded,
+        BuildEvent::Failed(_) => &builds.failed,
+        BuildEvent::Cancelled(_) => &builds.cancelled,
+        _ => return,
+    };
+    counted.fetch_add(1, Ordering::Relaxed);
 }
 
 impl Builds {
@@ -158,6 +176,7 @@ impl Builds {
             )
             .await?;
 
+        let _running = figures::builds().begin();
         let handed_over = a.cancel.child_token();
         let cancel = handed_over.child_token();
         let watch = CancelOnDrop(tokio::spawn(watch_wanted(
