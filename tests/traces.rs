@@ -285,6 +285,43 @@ fn two_deployments_that_share_a_build_keep_their_traces() {
 }
 
 #[test]
+fn deliveries_of_webhooks_are_in_the_trace_of_what_they_tell() {
+    let (collector, receiver) = (Receiver::willing(), Receiver::willing());
+    let settings = Settings::default()
+        .arg("--allow-private-webhooks")
+        .arg("--otlp")
+        .arg(collector.url());
+    let server = Server::start(settings);
+    let source = application("");
+    server.define("shop", "web", &source, &[]);
+    let url = receiver.url();
+    let kind = "deployment.succeeded.v1";
+    server.ok(&["webhook", "create", "shop", &url, "--kind", kind]);
+    let id = deploy(&server);
+    server.wait_for(&id, "started");
+    let trace = trace(
+        &collector,
+        &["POST /api/v1/deployments", "observe", "deliver"],
+    );
+    let span = trace.iter().find(|span| span.name == "deliver").unwrap();
+    assert!(
+        trace.iter().any(|cause| cause.id == span.parent),
+        "{trace:#?}"
+    );
+    assert!(!span.error, "{span:?}");
+    let said = |name: &str| span.attributes.get(name).map(String::as_str);
+    assert_eq!(said("daybook.deployment.id"), Some(id.as_str()));
+    assert_eq!(said("daybook.event.type"), Some("deployment.succeeded.v1"));
+    assert_eq!(said("http.response.status_code"), Some("204"));
+    assert_eq!(said("server.address"), Some("127.0.0.1"));
+    assert!(said("daybook.webhook.id").is_some(), "{span:?}");
+    // Whoever takes it goes on from there.
+    let header = format!("00-{TRACE}-{}-01", span.id);
+    let taken = receiver.taken();
+    assert_eq!(taken[0].headers["traceparent"], header, "{taken:?}");
+}
+
+#[test]
 fn a_trace_is_passed_on_where_no_spans_are_sent() {
     let server = Server::start(Settings::default());
     let source = application("");

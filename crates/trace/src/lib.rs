@@ -53,6 +53,12 @@ pub mod attribute {
     pub const ATTEMPT: &str = "daybook.attempt";
     /// What an activation came to.
     pub const OUTCOME: &str = "daybook.outcome";
+    /// The id of the webhook.
+    pub const WEBHOOK: &str = "daybook.webhook.id";
+    /// The host that is asked, by name or address.
+    pub const SERVER: &str = "server.address";
+    /// The status of an answer.
+    pub const STATUS: &str = "http.response.status_code";
 }
 
 static TRACER: OnceLock<BoxedTracer> = OnceLock::new();
@@ -97,7 +103,9 @@ pub enum Kind {
     Server,
     /// An event is taken up.
     Consumer,
-    /// Neither.
+    /// Somebody else is asked.
+    Client,
+    /// None of these.
     Internal,
 }
 
@@ -106,6 +114,7 @@ impl From<Kind> for SpanKind {
         match kind {
             Kind::Server => Self::Server,
             Kind::Consumer => Self::Consumer,
+            Kind::Client => Self::Client,
             Kind::Internal => Self::Internal,
         }
     }
@@ -248,6 +257,32 @@ pub async fn part<F: Future>(name: &'static str, work: F) -> F::Output {
     work.with_context(whole.with_span(span)).await
 }
 
+/// Asks a host for something, as a part of a unit of work, with a span of its own that names the
+/// host. What is asked outside of any trace has none.
+pub async fn request<F: Future>(name: &'static str, host: &str, work: F) -> F::Output {
+    let Some(tracer) = TRACER.get() else {
+        return work.await;
+    };
+    let whole = Context::current();
+    if !whole.span().span_context().is_valid() {
+        return work.await;
+    }
+    let builder = SpanBuilder::from_name(name)
+        .with_kind(SpanKind::Client)
+        .with_attributes([KeyValue::new(attribute::SERVER, host.to_owned())]);
+    let span = tracer.build_with_context(builder, &whole);
+    work.with_context(whole.with_span(span)).await
+}
+
+/// The same work, as a part of the unit of work that this is a part of, on whatever thread it is done.
+pub fn carried<T, F: FnOnce() -> T>(work: F) -> impl FnOnce() -> T + use<T, F> {
+    let context = Context::current();
+    move || {
+        let _attached = context.attach();
+        work()
+    }
+}
+
 /// What a span says of the aggregate that it is about.
 pub fn about(subject: &Subject) -> Vec<KeyValue> {
     let mut all = Vec::with_capacity(3);
@@ -341,6 +376,23 @@ mod tests {
         assert_eq!(seen, Some(given()));
         assert!(!work.is_touched());
         assert_eq!(current(), None, "it ends with the work");
+    }
+
+    #[tokio::test]
+    async fn a_trace_is_carried_to_other_threads() {
+        let work = Work::pass_on(Some(given()));
+        let seen = work
+            .run(async {
+                let elsewhere = tokio::task::spawn_blocking(carried(current)).await;
+                (
+                    elsewhere.unwrap(),
+                    request("ask", "localhost", async { current() }).await,
+                )
+            })
+            .await;
+        assert_eq!(seen, (Some(given()), Some(given())));
+        let outside = tokio::task::spawn_blocking(current).await.unwrap();
+        assert_eq!(outside, None);
     }
 
     #[tokio::test]

@@ -334,7 +334,8 @@ fn send(
     }
     let host = host_of(url);
     session.wait(&host, async {
-        request.send().await.map_err(|e| failed_request(&host, e))
+        let sent = daybook_trace::request("git request", &host, request.send()).await;
+        sent.map_err(|e| failed_request(&host, e))
     })
 }
 

@@ -211,7 +211,9 @@ pub(crate) async fn in_background<T: Send + 'static>(
 ) -> T {
     let token = cancel.child_token();
     let guard = token.clone().drop_guard();
-    let result = tokio::task::spawn_blocking(move || work(token)).await;
+    // What is asked of a remote on that thread belongs to the same trace.
+    let work = daybook_trace::carried(move || work(token));
+    let result = tokio::task::spawn_blocking(work).await;
     guard.disarm();
     match result {
         Ok(value) => value,

@@ -191,7 +191,7 @@ impl RegistryStore {
             let digest = from_oci(blob.digest())?;
             let how = self
                 .attempt(&format!("pushing {name}"), progress, || {
-                    remote.upload(from, &digest, blob.size())
+                    remote.asked("registry push", remote.upload(from, &digest, blob.size()))
                 })
                 .await?;
             self.remember(remote, &digest);
@@ -252,7 +252,9 @@ impl RegistryStore {
             return Ok(document);
         }
         let bytes = self
-            .attempt("reading the manifest", progress, || remote.manifest(digest))
+            .attempt("reading the manifest", progress, || {
+                remote.asked("registry pull", remote.manifest(digest))
+            })
             .await?;
         let document = Document::parse(&bytes, digest)?;
         let (layout, digest) = (into.clone(), digest.clone());
@@ -277,7 +279,7 @@ impl RegistryStore {
         let digest = from_oci(blob.digest())?;
         if into.size(&digest)? != Some(blob.size()) {
             self.attempt("reading a layer", progress, || {
-                remote.download(&digest, blob.size(), into)
+                remote.asked("registry pull", remote.download(&digest, blob.size(), into))
             })
             .await?;
         }
@@ -367,13 +369,16 @@ impl ImageStore for RegistryStore {
                 .await?;
             let pushed = self
                 .attempt("pushing the manifest", progress, || {
-                    remote.push_manifest(&bytes, media_type.as_ref())
+                    let pushing = remote.push_manifest(&bytes, media_type.as_ref());
+                    remote.asked("registry push", pushing)
                 })
                 .await?;
             match pushed {
                 Pushed::Done => {
                     break self
-                        .attempt("checking the tag", progress, || remote.digest())
+                        .attempt("checking the tag", progress, || {
+                            remote.asked("registry resolve", remote.digest())
+                        })
                         .await?;
                 }
                 // Some registries do that for a moment if others push the same blobs.
@@ -413,7 +418,9 @@ impl ImageStore for RegistryStore {
         };
         let remote = self.connect(asked).await?;
         let actual = self
-            .attempt("asking the registry", &quiet, || remote.digest())
+            .attempt("asking the registry", &quiet, || {
+                remote.asked("registry resolve", remote.digest())
+            })
             .await?;
         if let Some(expected) = &reference.digest
             && *expected != actual
@@ -504,6 +511,11 @@ struct Remote<'a> {
 }
 
 impl Remote<'_> {
+    /// Asks the registry for something, with a span of its own.
+    async fn asked<F: Future>(&self, name: &'static str, work: F) -> F::Output {
+        daybook_trace::request(name, &self.registry, work).await
+    }
+
     /// The digest that the reference has now.
     async fn digest(&self) -> Result<Digest, ImageError> {
         let digest = self

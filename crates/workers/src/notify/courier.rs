@@ -16,7 +16,7 @@ use daybook_events::{
     envelope, with_causes,
 };
 use daybook_projections::{Change, Feed};
-use daybook_trace::figures;
+use daybook_trace::{KeyValue, Kind, Work, attribute, figures};
 use futures_util::StreamExt;
 use jiff::Timestamp;
 use tokio::task::JoinSet;
@@ -545,7 +545,9 @@ impl Courier {
         if !self.lease.holds() {
             return Err(Stop::Interrupted);
         }
+        let work = self.span(item, &recorded, &event, endpoint);
         let message = Message {
+            traceparent: work.place(),
             url: endpoint.url.clone(),
             content_type: envelope::MEDIA_TYPE,
             id,
@@ -553,7 +555,40 @@ impl Courier {
             signature: signatures.join(" "),
             body,
         };
-        Ok(self.office.sender.send(message).await)
+        let sent = work.run(self.office.sender.send(message)).await;
+        match &sent {
+            Sent::Taken { status } => work.say(answered(*status)),
+            Sent::Refused { status, code, .. } => {
+                if let Some(status) = status {
+                    work.say(answered(*status));
+                }
+                work.fail(code.clone());
+            }
+            Sent::Withheld { code, .. } => work.fail(*code),
+        }
+        Ok(sent)
+    }
+
+    /// The sending of an event, in the trace that the event belongs to.
+    fn span(&self, item: &Item, recorded: &Recorded, event: &Event, endpoint: &Endpoint) -> Work {
+        let position = i64::try_from(item.position.0).unwrap_or(i64::MAX);
+        Work::begin("deliver", Kind::Client, event.trace(), || {
+            let mut all = daybook_trace::about(&recorded.subject);
+            if item.deployment.is_some() && !matches!(recorded.subject, Subject::Deployment(..)) {
+                let about = item.deployment.map(|id| id.to_string());
+                all.extend(about.map(|id| KeyValue::new(attribute::DEPLOYMENT, id)));
+            }
+            all.extend([
+                KeyValue::new(attribute::WEBHOOK, self.id.to_string()),
+                KeyValue::new(attribute::EVENT_TYPE, item.kind.clone()),
+                KeyValue::new(attribute::EVENT_POSITION, position),
+                KeyValue::new("http.request.method", "POST"),
+            ]);
+            let url = url::Url::parse(endpoint.url.as_str()).ok();
+            let host = url.and_then(|u| u.host_str().map(str::to_owned));
+            all.extend(host.map(|host| KeyValue::new(attribute::SERVER, host)));
+            all
+        })
     }
 
     /// What an event means in the words of CDEvents.
@@ -858,6 +893,10 @@ async fn sleep_until(at: Option<Instant>) {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
     }
+}
+
+fn answered(status: u16) -> KeyValue {
+    KeyValue::new(attribute::STATUS, i64::from(status))
 }
 
 fn is_test(recorded: &Recorded) -> bool {

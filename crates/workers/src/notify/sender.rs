@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use daybook_events::subscription::EndpointUrl;
-use daybook_events::with_causes;
+use daybook_events::{TraceParent, with_causes};
 use jiff::Timestamp;
 use reqwest::header::{CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use url::{Host, Url};
@@ -57,6 +57,8 @@ pub(super) struct Message {
     /// Signatures in the form of Standard Webhooks, with spaces between them.
     pub(super) signature: String,
     pub(super) body: Bytes,
+    /// The place in a trace that this is sent from.
+    pub(super) traceparent: Option<TraceParent>,
 }
 
 /// An HTTP client that follows no redirect, uses no proxy, and connects to checked addresses only.
@@ -95,7 +97,7 @@ impl Sender {
             Ok(url) => url,
             Err(refused) => return not_allowed(&refused),
         };
-        let request = self
+        let mut request = self
             .client
             .post(url)
             .header(CONTENT_TYPE, message.content_type)
@@ -103,6 +105,9 @@ impl Sender {
             .header("webhook-timestamp", message.timestamp)
             .header("webhook-signature", message.signature)
             .body(message.body);
+        if let Some(place) = message.traceparent {
+            request = request.header("traceparent", place.to_string());
+        }
         match request.send().await {
             Ok(response) => judge(response).await,
             Err(error) => failed(error),
