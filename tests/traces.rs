@@ -396,8 +396,12 @@ fn one_trace_goes_through_processes_on_nats() {
             collector.url().clone(),
         ),
     ];
-    let start = |roles| Process::start(server.folder(), &["serve", "--role", roles], &env);
-    let _workers = [start("build,package"), start("sync,route")];
+    let start = |roles: &'static str| {
+        let listen = ["--operations-listen", "127.0.0.1:0"];
+        let args = [&["serve", "--role", roles], &listen[..]].concat();
+        Process::start(server.folder(), &args, &env)
+    };
+    let workers = [start("build,package"), start("sync,route")];
     let source = application("");
     server.define("shop", "web", &source, &[]);
     let id = deploy(&server);
@@ -413,6 +417,35 @@ fn one_trace_goes_through_processes_on_nats() {
     assert_ne!(process("POST /api/v1/deployments"), process("build"));
     assert_ne!(process("build"), process("sync"));
     assert_eq!(process("POST /api/v1/deployments"), process("gateway"));
+
+    // A process without the HTTP interface says how it does, and nothing else.
+    let ask = |worker: &Process, path: &str| {
+        let url = format!("{}{path}", worker.fact("operations"));
+        request(Method::GET, &url, &[], None).unwrap()
+    };
+    for worker in &workers {
+        assert_eq!(worker.facts()["url"], Value::Null);
+        assert_eq!(ask(worker, "/healthz").status, 200);
+        let ready = ask(worker, "/readyz");
+        assert_eq!(ready.status, 200, "{ready:?}");
+        let refused = ask(worker, "/api/v1/projects");
+        assert_eq!(refused.status, 404, "{refused:?}");
+    }
+    let parts = ask(&workers[1], "/readyz").json();
+    let is_cluster = |part: &Value| part["name"] == "cluster local-a";
+    assert!(
+        parts["parts"].as_array().unwrap().iter().any(is_cluster),
+        "{parts}"
+    );
+    let figures = workers.each_ref().map(|w| ask(w, "/metrics").body);
+    let built = "daybook_builds_total{outcome=\"succeeded\"} ";
+    for (figures, count) in figures.iter().zip(["1", "0"]) {
+        let found = figures.lines().find_map(|line| line.strip_prefix(built));
+        assert_eq!(found, Some(count), "{figures}");
+        assert!(figures.contains("\ndaybook_nats_up 1\n"), "{figures}");
+        let sent = "daybook_otlp_spans_total{outcome=\"sent\"}";
+        assert!(figures.contains(sent), "{figures}");
+    }
 }
 
 #[test]

@@ -43,5 +43,5 @@ pub use graphql::sdl as graphql_sdl;
 pub use openapi::openapi;
 pub use problem::Problem;
 pub use routes::router;
-pub use server::{ServeError, serve};
+pub use server::{ServeError, serve, serve_operations};
 pub use state::{AppState, Gateway, Part, Parts, Settings};

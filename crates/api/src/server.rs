@@ -188,8 +188,28 @@ pub enum ServeError {
 /// what is left after that is cut off. When this returns, nothing of the server runs any more.
 pub async fn serve(
     listener: TcpListener,
+    state: AppState,
+    cancel: CancellationToken,
+) -> Result<(), ServeError> {
+    serve_routes(listener, state, cancel, routes::router).await
+}
+
+/// The same with nothing but `/healthz`, `/readyz` and `/metrics`, for a process that has no other
+/// interface, or whose figures are read at an address of their own. The state is one
+/// [for operations](AppState::for_operations).
+pub async fn serve_operations(
+    listener: TcpListener,
+    state: AppState,
+    cancel: CancellationToken,
+) -> Result<(), ServeError> {
+    serve_routes(listener, state, cancel, routes::operations_router).await
+}
+
+async fn serve_routes(
+    listener: TcpListener,
     mut state: AppState,
     cancel: CancellationToken,
+    router: fn(AppState) -> Router,
 ) -> Result<(), ServeError> {
     let drain = state.settings.drain;
     let tls = state.settings.tls.clone().map(TlsAcceptor::from);
@@ -200,7 +220,7 @@ pub async fn serve(
     let tasks = state.tasks.clone();
     let silence = (state.settings.heartbeat * SILENT_BEATS).max(SILENCE_MIN);
     let mut places = Places::new(state.settings.connections_max, state.metrics.clone());
-    let router = routes::router(state);
+    let router = router(state);
     let mut connections = JoinSet::new();
     let ended = loop {
         tokio::select! {

@@ -31,6 +31,9 @@ use crate::uploads::UploadSettings;
 /// State hashes of the past that are worked out at once.
 const PAST_AT_ONCE: usize = 2;
 
+/// Connections of operators at once, at a listener of their own.
+const OPERATORS_MAX: usize = 64;
+
 /// How often an address may ask for what is public and takes work.
 const STRANGERS: NonZeroU32 = NonZeroU32::new(200).unwrap();
 
@@ -279,6 +282,35 @@ impl AppState {
     pub fn with_secrets(mut self, secrets: Arc<dyn SecretStore>) -> Self {
         self.commands = self.commands.with_secrets(secrets);
         self
+    }
+
+    /// The same process at another listener, where only operators ask how it does: who may, and how
+    /// it is encrypted there.
+    pub fn for_operations(
+        &self,
+        access: AccessMode,
+        tls: Option<Arc<rustls::ServerConfig>>,
+    ) -> Self {
+        let settings = Settings {
+            access,
+            tls,
+            connections_max: OPERATORS_MAX.min(self.settings.connections_max),
+            ..Settings::clone(&self.settings)
+        };
+        let access = AccessControl::new(
+            settings.access,
+            settings.oidc.clone(),
+            settings.rate,
+            settings.stranger_rate,
+            settings.streams_max,
+            self.projections().clone(),
+        );
+        Self {
+            access,
+            settings: Arc::new(settings),
+            tasks: TaskTracker::new(),
+            ..self.clone()
+        }
     }
 
     /// The use cases, for callers in the same process.

@@ -164,6 +164,32 @@ impl AccessArgs {
     }
 }
 
+impl AccessArgs {
+    /// Checks the address at which nothing is served but how the process does.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn check_operations(&self, listen: SocketAddr) -> Result<Access, Failure> {
+        let loopback = listen.ip().is_loopback();
+        if !loopback && self.auth == Some(Auth::Open) {
+            return Err(usage(
+                "open_to_network",
+                format!("without authentication, whoever reaches {listen} could read the metrics"),
+                "use --auth required, or an address on loopback: --operations-listen 127.0.0.1:7071",
+            ));
+        }
+        if !loopback && self.tls_cert.is_none() && !self.tls_terminated_by_proxy {
+            return Err(usage(
+                "tls_missing",
+                format!("tokens to read the metrics with would go to {listen} in the clear"),
+                "give --tls-cert and --tls-key, or --tls-terminated-by-proxy if what goes there is \
+                 encrypted on its way",
+            ));
+        }
+        self.check(listen)
+    }
+}
+
 /// A token that a start has made.
 #[derive(Debug)]
 pub enum Made {

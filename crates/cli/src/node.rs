@@ -81,6 +81,8 @@ pub struct NodeOptions {
     pub listen: SocketAddr,
     /// Who may use it, and how it is encrypted.
     pub access: Access,
+    /// Where operators ask how the process does, beside the HTTP interface, and who may.
+    pub operations: Option<(SocketAddr, Access)>,
     /// Names in `Host` headers that the HTTP interface answers to, beside localhost.
     pub hosts: Vec<String>,
     /// Where the gateway listens.
@@ -152,6 +154,7 @@ impl NodeOptions {
             secrets_key: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
             access: Access::default(),
+            operations: None,
             hosts: Vec::new(),
             gateway: SocketAddr::from(([127, 0, 0, 1], 7080)),
             gateway_url: None,
@@ -211,6 +214,8 @@ pub fn nats_options(options: &NodeOptions) -> Option<NatsOptions> {
 pub struct Node {
     options: NodeOptions,
     listening: Option<SocketAddr>,
+    /// Where operators ask how the process does, with the scheme.
+    operations: Option<String>,
     made_token: Option<Made>,
     gateway: Option<Gateway>,
     warnings: Vec<String>,
@@ -309,6 +314,15 @@ impl Node {
             )
         } else {
             None
+        };
+        let for_operators = match &options.operations {
+            Some((listen, access)) => {
+                let listener = TcpListener::bind(*listen).await.map_err(|e| {
+                    taken("listener for operators", *listen, &e, "--operations-listen")
+                })?;
+                Some((listener, access.clone()))
+            }
+            None => None,
         };
         // Whoever comes before the routes are there waits for them.
         let closed = GatewayOptions {
@@ -572,10 +586,8 @@ impl Node {
             }
         }
 
-        let (mut listening, mut made_token) = (None, None);
-        if let Some(listener) = listener {
-            let addr = listener.local_addr()?;
-            listening = Some(addr);
+        let (mut listening, mut operations, mut made_token) = (None, None, None);
+        if listener.is_some() || for_operators.is_some() {
             let public = gateway.as_ref().map_or(options.gateway, Gateway::addr);
             let mut settings = ApiSettings::loopback(public.port());
             settings.domain = domain;
@@ -598,23 +610,35 @@ impl Node {
             let mut state = AppState::new(ledger, lines, settings, parts)
                 .with_tree(tree.clone())
                 .with_secrets(secrets);
-            made_token = options.access.make_tokens(state.commands()).await?;
             if let Some(keys) = LedgerKeys::open(&options.ledger_keys_folder(&data)) {
                 state = state.with_attestor(Arc::new(keys));
             }
-            let (cancel, fail) = (cancel.clone(), fail.clone());
-            tasks.push(tokio::spawn(async move {
-                if let Err(error) = daybook_api::serve(listener, state, cancel).await {
-                    let _ = fail.send(Some(format!(
-                        "the HTTP interface ended: {}",
-                        with_causes(&error)
-                    )));
-                }
-            }));
+            if let Some((listener, access)) = for_operators {
+                let addr = listener.local_addr()?;
+                operations = Some(format!("{}://{addr}", scheme(&access)));
+                let state = state.for_operations(access.mode, access.tls);
+                let serving = daybook_api::serve_operations(listener, state, cancel.clone());
+                tasks.push(tokio::spawn(or_say(
+                    "the listener for operators",
+                    serving,
+                    fail.clone(),
+                )));
+            }
+            if let Some(listener) = listener {
+                listening = Some(listener.local_addr()?);
+                made_token = options.access.make_tokens(state.commands()).await?;
+                let serving = daybook_api::serve(listener, state, cancel.clone());
+                tasks.push(tokio::spawn(or_say(
+                    "the HTTP interface",
+                    serving,
+                    fail.clone(),
+                )));
+            }
         }
         Ok(Self {
             options: NodeOptions { data, ..options },
             listening,
+            operations,
             made_token,
             gateway,
             warnings,
@@ -689,10 +713,12 @@ impl Node {
     }
 
     fn scheme(&self) -> &'static str {
-        match self.options.access.tls {
-            Some(_) => "https",
-            None => "http",
-        }
+        scheme(&self.options.access)
+    }
+
+    /// Where operators ask how the process does, if not only in the HTTP interface.
+    pub fn operations(&self) -> Option<&str> {
+        self.operations.as_deref()
     }
 
     /// Whom the HTTP interface lets in.
@@ -775,6 +801,7 @@ impl Node {
         json!({
             "roles": self.options.roles.iter().map(|r| r.name()).collect::<Vec<_>>(),
             "url": self.listening(),
+            "operations": self.operations,
             "authentication": match self.options.access.mode {
                 AccessMode::Open => "open",
                 AccessMode::Required => "required",
@@ -848,6 +875,24 @@ fn all_clusters(
         all.push(name.clone());
     }
     Ok(all)
+}
+
+fn scheme(access: &Access) -> &'static str {
+    match access.tls {
+        Some(_) => "https",
+        None => "http",
+    }
+}
+
+/// Serves, and ends the process if that cannot go on.
+async fn or_say(
+    what: &'static str,
+    serving: impl Future<Output = Result<(), daybook_api::ServeError>>,
+    fail: tokio::sync::watch::Sender<Option<String>>,
+) {
+    if let Err(error) = serving.await {
+        let _ = fail.send(Some(format!("{what} ended: {}", with_causes(&error))));
+    }
 }
 
 fn taken(what: &str, addr: SocketAddr, error: &std::io::Error, flag: &str) -> Failure {

@@ -39,7 +39,7 @@ use utoipa::openapi::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 use utoipa_axum::routes;
 
-use crate::access::guard;
+use crate::access::{AccessMode, guard};
 use crate::extract::not_found;
 use crate::problem::Problem;
 use crate::state::AppState;
@@ -205,6 +205,30 @@ pub fn router(state: AppState) -> Router {
             metrics::count,
         ))
         .layer(middleware::from_fn(traced::traced))
+        .layer(DefaultBodyLimit::disable())
+        .with_state(state)
+}
+
+/// What operators and their tools ask, and nothing else.
+pub(crate) fn operations_router(state: AppState) -> Router {
+    let timeout = state.settings.request_timeout;
+    let open = state.settings.access == AccessMode::Open;
+    let router = Router::new()
+        .route("/healthz", routing::get(operations::healthz))
+        .route("/readyz", routing::get(operations::readyz))
+        .route("/metrics", routing::get(operations::metrics))
+        .fallback(async || not_found())
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(state.clone(), guard))
+        .layer(middleware::from_fn_with_state(timeout, time_out));
+    // Where tokens are asked for, no page of a browser has one; and whoever collects figures knows
+    // processes by their addresses.
+    let router = match open {
+        true => router.layer(middleware::from_fn_with_state(state.clone(), hosts::check)),
+        false => router,
+    };
+    router
+        .layer(CatchPanicLayer::custom(panicked))
         .layer(DefaultBodyLimit::disable())
         .with_state(state)
 }

@@ -42,6 +42,11 @@ pub struct NodeArgs {
         default_value = "127.0.0.1:7070"
     )]
     pub listen: SocketAddr,
+    /// Where `/healthz`, `/readyz` and `/metrics` are served, and nothing else: for processes without
+    /// the role `api`. Elsewhere than on loopback, `/metrics` takes a token, as it does in the HTTP
+    /// interface.
+    #[arg(long, env = "DAYBOOK_OPERATIONS_LISTEN", value_name = "ADDR")]
+    pub operations_listen: Option<SocketAddr>,
     /// Where the gateway listens, which serves the deployments by host name.
     #[arg(
         long,
@@ -210,6 +215,10 @@ impl NodeArgs {
         options.listen = self.listen;
         options.gateway = self.gateway;
         options.access = self.access.check(self.listen)?;
+        options.operations = match self.operations_listen {
+            Some(listen) => Some((listen, self.access.check_operations(listen)?)),
+            None => None,
+        };
         options.hosts = self.hosts.clone();
         options.domain = self.domain.clone();
         if !(self.clusters.is_empty() && self.kubernetes.is_empty()) {
@@ -298,6 +307,9 @@ pub fn announce(node: &Node) {
             "  HTTP interface  {url}  ({})",
             node.access_line()
         ));
+    }
+    if let Some(url) = node.operations() {
+        output::line(&format!("  operations      {url}/readyz, {url}/metrics"));
     }
     match node.made_token() {
         None => {}
