@@ -1,5 +1,8 @@
 //! What the command line itself promises: exit codes, errors in both forms, completion.
 
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
 use reqwest::Method;
 use serde_json::json;
 
@@ -99,6 +102,57 @@ fn the_doctor_says_what_is_well_and_what_is_not() {
             .unwrap()
             .contains("daybook up")
     );
+}
+
+/// Makes all files below a folder look as if they were two hours old.
+fn make_old(folder: &Path) {
+    let then = SystemTime::now() - Duration::from_hours(2);
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            make_old(&path);
+        } else {
+            let file = std::fs::File::options().append(true).open(&path).unwrap();
+            file.set_modified(then).unwrap();
+        }
+    }
+}
+
+#[test]
+fn output_is_kept_for_as_long_as_somebody_says() {
+    let mut server = Server::start(Settings::default());
+    let source = site("hello");
+    server.define("shop", "web", &source, &[]);
+    let id = server.deploy("shop.production.web", &[]);
+    let printed = |server: &Server| server.ok(&["logs", &id]).stdout;
+    assert!(printed(&server).contains("cloning"), "{}", printed(&server));
+    let lines = server.folder().data().join("log/lines");
+    let restart = |server: &mut Server, flags: &[&str]| {
+        server.stop();
+        make_old(&lines);
+        server.settings().args = flags.iter().map(|&flag| flag.to_owned()).collect();
+        server.restart();
+    };
+    restart(&mut server, &["--lines-keep", "3h"]);
+    assert!(printed(&server).contains("cloning"), "{}", printed(&server));
+    restart(&mut server, &["--lines-keep", "1h"]);
+    assert!(
+        !printed(&server).contains("cloning"),
+        "{}",
+        printed(&server)
+    );
+
+    server.stop();
+    let listen = ["--listen", "127.0.0.1:0"];
+    for flags in [
+        ["--lines-keep", "59m"],
+        ["--lines-keep", "long"],
+        ["--lines-max-mib", "1"],
+    ] {
+        server.settings().args = flags.map(str::to_owned).to_vec();
+        let refused = server.try_restart_with(&listen).unwrap_err();
+        assert_eq!(refused.code, 2, "{refused:?}");
+    }
 }
 
 #[test]

@@ -17,6 +17,7 @@ use daybook_events::{ClusterName, EventLog, Hostname, ImageRepository};
 use daybook_projections::runner::{self, RunError};
 use daybook_projections::{Ledger, OpenError, Projections};
 use daybook_secrets::{MaskedLines, SecretFolder, SecretStore};
+use daybook_store::embedded::{EmbeddedConfig, LineRetention};
 use daybook_store::jetstream::{
     BulletinOptions, Connection, JetStreamBulletin, LineOptions, LogOptions, NatsAuth, NatsOptions,
 };
@@ -131,6 +132,10 @@ pub struct NodeOptions {
     pub gitops_remotes: GitopsRemoteArgs,
     /// Where sources are that were uploaded, and how large they may be.
     pub uploads: UploadArgs,
+    /// How long output is kept, if somebody says so.
+    pub lines_keep: Option<KeepFor>,
+    /// How many bytes of output are kept, if somebody says so.
+    pub lines_max: Option<u64>,
     /// Which addresses are looked at from where users are.
     pub endpoint_checks: Option<Arc<EndpointChecks>>,
     /// Where spans are sent, if they are.
@@ -179,6 +184,8 @@ impl NodeOptions {
             gitops_watch: Duration::from_secs(15),
             gitops_remotes: GitopsRemoteArgs::default(),
             uploads: UploadArgs::default(),
+            lines_keep: None,
+            lines_max: None,
             endpoint_checks: None,
             collector: None,
             allow_local_sources: true,
@@ -910,12 +917,30 @@ pub async fn open_log(
     data: &Path,
 ) -> Result<(Arc<dyn EventLog>, Arc<dyn LineLog>), Failure> {
     let config = match nats_options(options) {
-        None => daybook_store::LogConfig::embedded(data.join("log")),
+        None => {
+            let mut lines = LineRetention::default();
+            if let Some(keep) = options.lines_keep {
+                lines.max_age = as_long(keep).unwrap_or(Duration::MAX);
+            }
+            lines.max_bytes = options.lines_max.unwrap_or(lines.max_bytes);
+            daybook_store::LogConfig::Embedded {
+                dir: data.join("log"),
+                log: EmbeddedConfig::default(),
+                lines,
+            }
+        }
         Some(nats) => {
             let (mut log, mut lines) = (LogOptions::default(), LineOptions::default());
             log.stream = options.nats_stream.clone();
             log.replicas = options.nats_replicas;
             lines.replicas = options.nats_replicas;
+            if let Some(keep) = options.lines_keep {
+                // None is what NATS calls no time: they never go.
+                lines.max_age = as_long(keep).unwrap_or_default();
+            }
+            lines.max_bytes = options.lines_max.unwrap_or(lines.max_bytes);
+            // Without the flags, what somebody has set up with NATS' own tools stays.
+            lines.insists = options.lines_keep.is_some() || options.lines_max.is_some();
             daybook_store::LogConfig::Nats {
                 nats: Box::new(nats),
                 log,
@@ -935,6 +960,11 @@ pub async fn open_log(
             ),
         }
     })
+}
+
+/// None for without an end.
+fn as_long(keep: KeepFor) -> Option<Duration> {
+    keep.duration().and_then(|d| Duration::try_from(d).ok())
 }
 
 /// The stream of CDEvents on NATS.

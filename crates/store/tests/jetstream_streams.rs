@@ -15,8 +15,8 @@ use daybook_events::log::{
 use daybook_events::subject::{Subject, SubjectFilter};
 use daybook_events::{EventId, Position, ProjectName};
 use daybook_store::jetstream::{
-    BulletinOptions, ConnectError, Connection, JetStreamBulletin, JetStreamLog, LogOptions,
-    NatsAuth, NatsOptions, OpenError,
+    BulletinOptions, ConnectError, Connection, JetStreamBulletin, JetStreamLines, JetStreamLog,
+    LineOptions, LogOptions, NatsAuth, NatsOptions, OpenError,
 };
 use daybook_store::{LogConfig, open};
 use daybook_testkit::left_out;
@@ -212,6 +212,35 @@ async fn with_accounts(binary: &NatsBinary, sync_always: bool) -> NatsServer {
         user: Some(("app".into(), "secret".into())),
     };
     NatsServer::start_with(binary, settings).await
+}
+
+#[tokio::test]
+async fn the_stream_of_lines_keeps_what_somebody_insists_on_and_stays_so() {
+    for binary in binaries() {
+        let server = NatsServer::start(&binary).await;
+        let open = async |wanted: LineOptions| {
+            let connection = Connection::open(options(&server)).await.unwrap();
+            JetStreamLines::open(connection, &wanted).await.unwrap();
+            let stream = raw(&server).await.get_stream("DAYBOOK_LINES").await;
+            let config = stream.unwrap().cached_info().config.clone();
+            (config.max_age, config.max_bytes)
+        };
+        let usual = (Duration::from_hours(30 * 24), 1 << 30);
+        assert_eq!(open(LineOptions::default()).await, usual);
+        let other = LineOptions {
+            max_age: Duration::from_hours(1),
+            max_bytes: 16 << 20,
+            ..LineOptions::default()
+        };
+        assert_eq!(open(other.clone()).await, usual);
+        let insists = LineOptions {
+            insists: true,
+            ..other
+        };
+        let changed = (Duration::from_hours(1), 16 << 20);
+        assert_eq!(open(insists).await, changed);
+        assert_eq!(open(LineOptions::default()).await, changed);
+    }
 }
 
 #[tokio::test]

@@ -108,6 +108,13 @@ pub struct NodeArgs {
     /// environments that do not say so themselves: 45s, 30m, 24h, 7d or `never` to stop it.
     #[arg(long, env = "DAYBOOK_KEEP_OLD", default_value_t = KeepFor::OLD, value_name = "TIME")]
     pub keep_old: KeepFor,
+    /// How long output of builds and instances is kept: 1h to 365d, or `never` for without an end; 30d
+    /// if not given. A stream on NATS that is there is only changed if this is given.
+    #[arg(long, env = "DAYBOOK_LINES_KEEP", value_name = "TIME", value_parser = lines_keep)]
+    pub lines_keep: Option<KeepFor>,
+    /// How many MiB of output are kept; 1024 if not given. The oldest goes first.
+    #[arg(long, env = "DAYBOOK_LINES_MAX_MIB", value_name = "N", value_parser = clap::value_parser!(u64).range(16..=1_048_576))]
+    pub lines_max_mib: Option<u64>,
     /// A folder with templates of your own, beside those that come with Daybook. It is read at the
     /// start.
     #[arg(long, env = "DAYBOOK_TEMPLATES", value_name = "DIR")]
@@ -188,6 +195,16 @@ fn host_name(text: &str) -> Result<String, String> {
         .map_err(|e| e.to_string())
 }
 
+fn lines_keep(text: &str) -> Result<KeepFor, String> {
+    let keep: KeepFor = text.parse().map_err(|e| format!("{e}"))?;
+    match keep {
+        KeepFor::Seconds(seconds) if seconds < 3600 => {
+            Err("output is kept for an hour at least".to_owned())
+        }
+        keep => Ok(keep),
+    }
+}
+
 /// The data folder: the one that was named, or the usual one.
 pub fn data_dir(named: Option<&PathBuf>) -> Result<PathBuf, Failure> {
     if let Some(dir) = named {
@@ -234,6 +251,8 @@ impl NodeArgs {
         options.builds = self.builds.into();
         options.build = self.build.clone();
         options.keep_old = self.keep_old;
+        options.lines_keep = self.lines_keep;
+        options.lines_max = self.lines_max_mib.map(|mib| mib << 20);
         options.templates = self.templates.clone();
         options.tlog = self.tlog.clone();
         options.tlog_url = self.tlog_url.clone();

@@ -35,6 +35,8 @@ enum Purpose {
 #[derive(Debug, Clone)]
 pub(super) struct StreamSetup {
     purpose: Purpose,
+    /// Whether a stream of output that is there is changed to keep as much as is wanted.
+    insists: bool,
     config: Config,
 }
 
@@ -105,6 +107,7 @@ impl StreamSetup {
     pub(super) fn events(options: &LogOptions) -> Self {
         Self {
             purpose: Purpose::Ledger,
+            insists: false,
             config: Config {
                 name: options.stream.clone(),
                 description: Some("Daybook: the ledger".to_owned()),
@@ -122,6 +125,7 @@ impl StreamSetup {
     pub(super) fn lines(options: &LineOptions) -> Self {
         Self {
             purpose: Purpose::Output,
+            insists: options.insists,
             config: Config {
                 name: options.stream.clone(),
                 description: Some("Daybook: output of builds and containers".to_owned()),
@@ -138,6 +142,7 @@ impl StreamSetup {
     pub(super) fn bulletin(options: &BulletinOptions) -> Self {
         Self {
             purpose: Purpose::Output,
+            insists: false,
             config: Config {
                 name: options.stream.clone(),
                 description: Some("Daybook: the ledger in the words of others".to_owned()),
@@ -257,12 +262,26 @@ async fn try_to_open(
         },
     };
     let info = stream.cached_info();
-    let Findings { problems, notes } = compare(setup, &info.config);
+    let Findings {
+        problems,
+        mut notes,
+    } = compare(setup, &info.config);
     if !problems.is_empty() {
         return Err(Setback::Final(OpenError::Unsuitable {
             stream: name.clone(),
             problems,
         }));
+    }
+    if setup.insists && kept(&info.config) != kept(&setup.config) {
+        let config = Config {
+            max_age: setup.config.max_age,
+            max_bytes: setup.config.max_bytes,
+            ..info.config.clone()
+        };
+        match context.update_stream(&config).await {
+            Ok(_) => notes = compare(setup, &config).notes,
+            Err(error) => notes.push(format!("the stream {name} could not be changed: {error}")),
+        }
     }
     let created = info.created.unix_timestamp_nanos();
     // nats-server 2.9.10 shows a stream that another process is just making before it has its time,
@@ -366,6 +385,11 @@ impl Findings {
     }
 }
 
+/// How long a stream keeps messages, and how many bytes of them.
+fn kept(config: &Config) -> (Duration, i64) {
+    (config.max_age, config.max_bytes.max(0))
+}
+
 /// Compares a stream that is there with what is wanted.
 fn compare(setup: &StreamSetup, found: &Config) -> Findings {
     let wanted = &setup.config;
@@ -394,7 +418,6 @@ fn compare(setup: &StreamSetup, found: &Config) -> Findings {
     match setup.purpose {
         Purpose::Ledger => look_as_at_a_ledger(found, wanted, &mut findings),
         Purpose::Output => {
-            let kept = |config: &Config| (config.max_age, config.max_bytes.max(0));
             findings.note_if(kept(found) != kept(wanted), || {
                 format!(
                     "the stream {} keeps output for {:?} and at most {} bytes, as it was set up",
