@@ -1,14 +1,19 @@
 //! What programs of others make of the interfaces: clients that generators make of the OpenAPI
-//! document, the SDK of CloudEvents, NATS' own client, the reference implementation of GraphQL, and
-//! a fuzzer of OpenAPI. `tools/judges-python` and `tools/judges-node` pin them.
+//! document, the SDK of CloudEvents, NATS' own client, the reference implementation of GraphQL, the
+//! libraries of DSSE and in-toto, the schema that OpenAPI documents have, and a fuzzer of them.
+//! `tools/judges-python` and `tools/judges-node` pin them.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use daybook_store::tlog::Envelope;
 use daybook_testkit::nats::{NatsBinary, NatsServer};
+use reqwest::Method;
 use serde_json::Value;
 
-use crate::support::{Server, Settings, site};
+use crate::support::{Server, Settings, request, site};
 
 /// The header that says what position an answer needs.
 const WAITS: &str = "#/components/parameters/MinPosition";
@@ -154,6 +159,49 @@ fn the_sdk_of_cloudevents_and_the_client_of_nats_read_the_ledger() {
         .arg(file("tests/judges/events.py"))
         .args([server.url(), nats.url()]));
     assert!(said.ends_with("CloudEvents\n"), "{said}");
+}
+
+#[test]
+fn the_libraries_of_in_toto_verify_an_attestation() {
+    let Some(python) = python() else { return };
+    let server = Server::start(Settings::default());
+    let source = site("one");
+    server.define("shop", "web", &source, &[]);
+    let id = server.deploy(INSTANCE, &[]);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("attestation.json");
+    let named = file.to_str().unwrap();
+    server.ok(&["audit", "attestation", &id, "--out", named]);
+    let url = format!("{}/tlog/keys", server.url());
+    let keys = request(Method::GET, &url, &[], None).unwrap().body;
+    let key = keys.lines().next().unwrap();
+    let judge = |file: &Path| {
+        let mut command = Command::new(&python);
+        let judge = crate::judged::file("tests/judges/attestation.py");
+        command.arg(judge).arg(file).arg(key);
+        command
+    };
+    let said: Value = serde_json::from_str(&ok(&mut judge(&file))).unwrap();
+    let kind = "https://daybook.dev/attestation/deployment/v1";
+    assert_eq!(said["predicateType"], kind);
+    let state = server.deployment(&id);
+    let digest = state["image"]["digest"].as_str().unwrap();
+    let digest = digest.trim_start_matches("sha256:");
+    assert_eq!(said["subjects"][0]["sha256"], digest, "{said}");
+    assert_eq!(said["subjects"][1]["gitCommit"], state["commit"], "{said}");
+
+    // They do not take everything.
+    let mut envelope: Envelope = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let mut statement = BASE64.decode(&envelope.payload).unwrap();
+    let end = statement.iter().rposition(u8::is_ascii_hexdigit).unwrap();
+    statement[end] = if statement[end] == b'0' { b'1' } else { b'0' };
+    envelope.payload = BASE64.encode(statement);
+    let changed = folder.path().join("changed.json");
+    std::fs::write(&changed, serde_json::to_vec(&envelope).unwrap()).unwrap();
+    let refused = judge(&changed).output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success(), "they judge nothing");
+    assert!(said.contains("VerificationError"), "{said}");
 }
 
 #[test]
