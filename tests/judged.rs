@@ -205,6 +205,39 @@ fn the_libraries_of_in_toto_verify_an_attestation() {
 }
 
 #[test]
+fn the_document_is_what_the_openapi_initiative_calls_one() {
+    let Some(python) = python() else { return };
+    let server = Server::start(Settings::default());
+    let folder = tempfile::tempdir().unwrap();
+    let served = document(&server, folder.path());
+    let judge = |document: &Path| {
+        let mut command = Command::new(&python);
+        command.arg(file("tests/judges/document.py")).arg(document);
+        command
+    };
+    ok(&mut judge(&served));
+    ok(&mut judge(&file("schemas/openapi.json")));
+
+    // It does not take everything: neither what the schema refuses, nor what is no schema, nor a
+    // reference to nothing.
+    let document: Value = serde_json::from_slice(&std::fs::read(&served).unwrap()).unwrap();
+    let health = "/components/schemas/Health";
+    let nowhere = serde_json::json!({ "$ref": "#/components/schemas/Nowhere" });
+    for (pointer, wrong) in [
+        ("/info/title", Value::Null),
+        (health, serde_json::json!({ "type": "objekt" })),
+        (health, nowhere),
+    ] {
+        let mut bad = document.clone();
+        *bad.pointer_mut(pointer).unwrap() = wrong;
+        let path = folder.path().join("bad.json");
+        std::fs::write(&path, bad.to_string()).unwrap();
+        let refused = judge(&path).output().unwrap();
+        assert!(!refused.status.success(), "{pointer}: it judges nothing");
+    }
+}
+
+#[test]
 fn a_fuzzer_finds_that_the_server_does_what_its_document_says() {
     let Some(python) = python() else { return };
     let server = Server::start(Settings::default());
