@@ -132,6 +132,77 @@ fn a_subscribers_account_reads_its_project_and_does_nothing_else() {
     }
 }
 
+/// The events up to a position that pages have with a filter.
+fn pages(server: &Server, filter: &str, head: u64) -> Vec<Value> {
+    let page = server.read(&format!("/api/v1/events?limit=500&{filter}"));
+    let events = page["events"].as_array().unwrap().iter();
+    let events = events.filter(|e| e["position"].as_u64().unwrap() <= head);
+    events
+        .map(|e| serde_json::json!({ "position": e["position"], "event": e["event"] }))
+        .collect()
+}
+
+#[test]
+fn nats_delivers_what_pages_do_with_the_filters_of_the_guide() {
+    let Some(binary) = NatsBinary::newest().or_else(|| NatsBinary::installed().pop()) else {
+        return daybook_testkit::left_out("filters on NATS: there is no nats-server");
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let nats = runtime.block_on(NatsServer::start(&binary));
+    let server = Server::start(Settings::default().env("DAYBOOK_NATS", nats.url()));
+    let source = site("hello");
+    server.define("shop", "web", &source, &[]);
+    server.ok(&["project", "create", "blog"]);
+    let id = server.deploy("shop.production.web", &[]);
+    let head = server.events().len() as u64;
+    let client = runtime.block_on(async_nats::connect(nats.url())).unwrap();
+
+    let all: &dyn Fn(&Value) -> bool = &|_: &Value| true;
+    let of_kind: &dyn Fn(&Value) -> bool =
+        &|event: &Value| event["type"] == "dev.daybook.deployment.succeeded.v1";
+    let of_run: &dyn Fn(&Value) -> bool = &|event: &Value| {
+        let subject = event["subject"].as_str().unwrap();
+        event["correlationid"] == id.as_str() || subject.ends_with(&format!("/deployment/{id}"))
+    };
+    let run = format!("deployment={id}");
+    // Subjects, what pages have of them, what a subscriber then picks, and what pages have of that.
+    for (n, (subjects, wide, picks, narrow)) in [
+        ("daybook.ev.shop.>", "project=shop", all, "project=shop"),
+        (
+            "daybook.ev.shop.production.>",
+            "project=shop&environment=production",
+            all,
+            "project=shop&environment=production",
+        ),
+        (
+            "daybook.ev.*.*.deployment.*",
+            "kind=deployment",
+            all,
+            "kind=deployment",
+        ),
+        (
+            "daybook.ev.*.*.deployment.*",
+            "kind=deployment",
+            of_kind,
+            "kind=deployment.succeeded.v1",
+        ),
+        ("daybook.ev.>", "", of_run, run.as_str()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let wanted = pages(&server, wide, head).len();
+        let name = format!("reader-{n}");
+        let patience = Duration::from_secs(30);
+        let found = runtime.block_on(read(&client, &name, subjects, wanted, patience));
+        let mut found = found.unwrap();
+        assert_eq!(found.len(), wanted, "{subjects}");
+        found.retain(|message| picks(&message["event"]));
+        assert!(!found.is_empty(), "{subjects}, {narrow}");
+        assert_eq!(found, pages(&server, narrow, head), "{subjects}, {narrow}");
+    }
+}
+
 #[test]
 fn a_follower_for_whom_nothing_came_yet_outlives_a_restart() {
     let mut server = Server::start(Settings::default());

@@ -93,7 +93,7 @@ fn code(answer: &Value) -> &str {
     errors[0]["extensions"]["code"].as_str().unwrap()
 }
 
-async fn socket(server: &Server) -> Socket {
+pub async fn socket(server: &Server) -> Socket {
     let protocol = ("sec-websocket-protocol", "graphql-transport-ws");
     let mut socket = open(server, "/graphql", &[protocol]).await.unwrap();
     say(
@@ -110,7 +110,7 @@ async fn say(socket: &mut Socket, message: Value) {
     socket.send(message).await.unwrap();
 }
 
-async fn subscribe(socket: &mut Socket, id: &str, query: &str) {
+pub async fn subscribe(socket: &mut Socket, id: &str, query: &str) {
     let payload = json!({ "query": query });
     say(
         socket,
@@ -120,7 +120,7 @@ async fn subscribe(socket: &mut Socket, id: &str, query: &str) {
 }
 
 /// The data of the next message of a subscription.
-async fn next(socket: &mut Socket, id: &str) -> Value {
+pub async fn next(socket: &mut Socket, id: &str) -> Value {
     let mut message = text(socket).await;
     assert_eq!(message["type"], "next", "{message}");
     assert_eq!(message["id"], id);

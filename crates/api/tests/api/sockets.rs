@@ -13,6 +13,7 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
+use crate::graphql;
 use crate::streams::{next, sent};
 use crate::support::*;
 
@@ -86,8 +87,23 @@ async fn streams_open(server: &Server, count: usize) {
     .expect("the stream is still open");
 }
 
+/// The subscription of GraphQL to what a query of REST asks for.
+fn subscription(query: &str) -> String {
+    let mut filter = Vec::new();
+    let mut after = String::new();
+    for (name, value) in query.split('&').filter_map(|pair| pair.split_once('=')) {
+        match name {
+            "after" => after = format!(", after: {value}"),
+            "project" => filter.push(format!("projectId: \"{value}\"")),
+            name => filter.push(format!("{name}: \"{value}\"")),
+        }
+    }
+    let filter = filter.join(", ");
+    format!("subscription {{ events(filter: {{ {filter} }}{after}) {{ position subject event }} }}")
+}
+
 #[tokio::test]
-async fn sockets_streams_and_pages_deliver_the_same_whatever_the_filter() {
+async fn sockets_streams_graphql_and_pages_deliver_the_same_whatever_the_filter() {
     let server = server().await;
     server.shop().await;
     let api = server.deploy("shop.production.api", "v1").await;
@@ -119,7 +135,13 @@ async fn sockets_streams_and_pages_deliver_the_same_whatever_the_filter() {
         let mut socket = open(&server, &format!("/api/v1/events?{filter}"), &[])
             .await
             .unwrap();
+        let mut graphql = graphql::socket(&server).await;
+        graphql::subscribe(&mut graphql, "e", &subscription(filter)).await;
         for event in expected {
+            let over_graphql = graphql::next(&mut graphql, "e").await["events"].take();
+            for field in ["position", "subject", "event"] {
+                assert_eq!(over_graphql[field], event[field], "{filter}: {field}");
+            }
             let over_socket = text(&mut socket).await;
             for field in ["position", "subject", "stored_at", "event"] {
                 assert_eq!(over_socket[field], event[field], "{filter}: {field}");
@@ -134,6 +156,8 @@ async fn sockets_streams_and_pages_deliver_the_same_whatever_the_filter() {
             let id = server.deploy("shop.staging.api", "v2").await.to_string();
             assert!(text(&mut socket).await.to_string().contains(&id));
             assert!(next(&mut stream).await.data.contains(&id));
+            let over_graphql = graphql::next(&mut graphql, "e").await;
+            assert!(over_graphql.to_string().contains(&id));
         }
     }
 }
