@@ -18,6 +18,12 @@ use crate::support::{Server, Settings, request, site};
 /// The header that says what position an answer needs.
 const WAITS: &str = "#/components/parameters/MinPosition";
 const INSTANCE: &str = "shop.production.web";
+/// What git sends, and what it is answered, is of git.
+const NOT_FUZZED: &str = "^/(git|uploads)/";
+/// What the fuzzer does.
+const PHASES: &str = "examples,coverage,fuzzing";
+/// How many cases of each operation it makes up.
+const CASES: &str = "5";
 
 /// What an environment variable names, or nothing, after saying so.
 fn judge(variable: &str, what: &str) -> Option<PathBuf> {
@@ -238,6 +244,38 @@ fn the_document_is_what_the_openapi_initiative_calls_one() {
 }
 
 #[test]
+fn what_the_fuzzer_is_not_asked_for_is_said() {
+    let architecture = std::fs::read_to_string(file("ARCHITECTURE.md")).unwrap();
+    let (_, said) = architecture.split_once("### Judges of others").unwrap();
+    let (said, _) = said.split_once("### ").unwrap();
+    let config = std::fs::read_to_string(file("tests/judges/schemathesis.toml")).unwrap();
+    let config: toml::Table = toml::from_str(&config).unwrap();
+    let taken = &config["checks"]["positive_data_acceptance"]["expected-statuses"];
+    let statuses = taken.as_array().unwrap().iter();
+    let statuses = statuses.filter_map(|status| status.as_integer());
+    let mut wanted: Vec<String> = statuses.map(|status| status.to_string()).collect();
+    assert!(wanted.len() > 5, "{wanted:?}");
+    // A table has its bars escaped.
+    let not_fuzzed = NOT_FUZZED.replace('|', "\\|");
+    wanted.extend(
+        [
+            not_fuzzed.as_str(),
+            PHASES,
+            CASES,
+            "follow",
+            "Daybook-Min-Position",
+        ]
+        .map(str::to_owned),
+    );
+    for wanted in wanted {
+        assert!(said.contains(&format!("`{wanted}`")), "{wanted}: {said}");
+    }
+    // No other check is turned off, and no other part of what it judges changed.
+    assert_eq!(config.len(), 1, "{config:?}");
+    assert_eq!(config["checks"].as_table().unwrap().len(), 1, "{config:?}");
+}
+
+#[test]
 fn a_fuzzer_finds_that_the_server_does_what_its_document_says() {
     let Some(python) = python() else { return };
     let server = Server::start(Settings::default());
@@ -264,8 +302,7 @@ fn a_fuzzer_finds_that_the_server_does_what_its_document_says() {
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .args(["run", "openapi.json", "--url", &server.url()])
         .args(["--no-color", "--continue-on-failure"])
-        // What git sends, and what it is answered, is of git.
-        .args(["--exclude-path-regex", "^/(git|uploads)/"])
-        .args(["--phases", "examples,coverage,fuzzing", "-n", "5"])
+        .args(["--exclude-path-regex", NOT_FUZZED])
+        .args(["--phases", PHASES, "-n", CASES])
         .args(["--request-timeout", "30", "--generation-deterministic"]));
 }
