@@ -205,6 +205,59 @@ fn what_others_could_reach_is_not_served_to_everybody_or_in_the_clear() {
 }
 
 #[test]
+fn where_operators_ask_how_a_process_does_the_same_holds() {
+    let mut server = Server::stopped(Settings::default());
+    let loopback = ["--listen", "127.0.0.1:0", "--gateway", "127.0.0.1:0"];
+    for (more, code) in [
+        (&["--auth", "open"][..], "open_to_network"),
+        (&["--auth", "required"], "tls_missing"),
+        (&[], "tls_missing"),
+    ] {
+        let address = ["--operations-listen", "0.0.0.0:0"];
+        let args = address.iter().chain(more);
+        server.settings().args = args.map(|a| (*a).to_owned()).collect();
+        let refused = server.try_restart_with(&loopback).unwrap_err();
+        assert_eq!(refused.code, 2, "{refused:?}");
+        assert!(refused.stderr.contains(code), "{more:?}: {refused:?}");
+    }
+
+    let asks = |server: &Server, path: &str, headers: &[(&str, &str)]| {
+        let url = format!("{}{path}", server.process().fact("operations"));
+        request(Method::GET, &url, headers, None).unwrap()
+    };
+    let settings = Settings::default()
+        .arg("--operations-listen")
+        .arg("127.0.0.1:0");
+    let server = Server::start(settings.clone());
+    assert_ne!(server.process().fact("operations"), server.url());
+    let figures = asks(&server, "/metrics", &[]);
+    assert!(figures.body.contains("# TYPE daybook_webhooks gauge\n"));
+    // No page of a browser reads it through a name of its own.
+    let elsewhere = asks(&server, "/metrics", &[("Host", "evil.example")]);
+    assert_eq!(elsewhere.json()["code"], "host_not_allowed");
+    assert_eq!(asks(&server, "/", &[]).status, 404);
+    drop(server);
+
+    let server = Server::start(settings.arg("--auth").arg("required"));
+    let admin = server.process().fact("admin_token");
+    // Probes have no token, and name whatever host.
+    for path in ["/healthz", "/readyz"] {
+        let host = [("Host", "10.0.0.7:7071")];
+        until(path, || {
+            (asks(&server, path, &host).status == 200).then_some(())
+        });
+    }
+    let refused = asks(&server, "/metrics", &[]);
+    assert_eq!(refused.status, 401, "{refused:?}");
+    let authorization = format!("Bearer {admin}");
+    let headers = [
+        ("Host", "10.0.0.7:7071"),
+        ("Authorization", authorization.as_str()),
+    ];
+    assert_eq!(asks(&server, "/metrics", &headers).status, 200);
+}
+
+#[test]
 fn behind_a_proxy_tokens_are_asked_for_on_loopback_too() {
     let proxy = "--tls-terminated-by-proxy";
     let folder = tempfile::tempdir().unwrap();

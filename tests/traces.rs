@@ -426,8 +426,9 @@ fn one_trace_goes_through_processes_on_nats() {
     for worker in &workers {
         assert_eq!(worker.facts()["url"], Value::Null);
         assert_eq!(ask(worker, "/healthz").status, 200);
-        let ready = ask(worker, "/readyz");
-        assert_eq!(ready.status, 200, "{ready:?}");
+        until("it is ready", || {
+            (ask(worker, "/readyz").status == 200).then_some(())
+        });
         let refused = ask(worker, "/api/v1/projects");
         assert_eq!(refused.status, 404, "{refused:?}");
     }
