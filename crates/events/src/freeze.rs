@@ -262,7 +262,7 @@ pub enum Verdict {
     /// It waits, and that is on record.
     Waits,
     /// This is to be recorded first: that it waits, or that it waits no more.
-    Record(DeploymentEvent),
+    Record(Box<DeploymentEvent>),
 }
 
 /// Judges a deployment that waits to be admitted or to be committed, at a moment.
@@ -273,24 +273,24 @@ pub fn judge(state: &Deployment, freezes: &Freezes, now: Timestamp) -> Verdict {
     let held = state.held();
     match (frozen(freezes, now), held) {
         (None, None) => Verdict::Goes,
-        (None, Some(hold)) => Verdict::Record(DeploymentEvent::Released(Released {
+        (None, Some(hold)) => Verdict::Record(Box::new(DeploymentEvent::Released(Released {
             freeze: hold.freeze.clone(),
             nonce: hold.nonce,
             cause: match hold.until {
                 Some(until) if until <= now => ReleaseCause::Ended,
                 _ => ReleaseCause::Removed,
             },
-        })),
+        }))),
         (Some(frozen), Some(hold)) if *frozen.name == hold.freeze && frozen.until == hold.until => {
             Verdict::Waits
         }
         (Some(frozen), _) => {
             let before = state.hold.as_ref().map_or(state.status_event, |h| h.nonce);
-            Verdict::Record(DeploymentEvent::Held(Held {
+            Verdict::Record(Box::new(DeploymentEvent::Held(Held {
                 freeze: frozen.name.clone(),
                 until: frozen.until,
                 nonce: EventId::derived(before.0, "end of the freeze"),
-            }))
+            })))
         }
     }
 }
@@ -310,7 +310,7 @@ pub fn fire(
         .held()
         .is_some_and(|hold| hold.nonce == nonce && hold.until.is_some_and(|until| until <= now));
     match judge(deployment, freezes, now) {
-        Verdict::Record(event) if due => decide(state, event),
+        Verdict::Record(event) if due => decide(state, *event),
         _ => Ok(Decision::Nothing),
     }
 }

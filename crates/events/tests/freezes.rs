@@ -56,7 +56,7 @@ fn two() -> Freezes {
 #[track_caller]
 fn recorded(of: &Given<Deployment>, windows: &Freezes, now: &str) -> DeploymentEvent {
     match judge(of.state.as_ref().unwrap(), windows, at(now)) {
-        Verdict::Record(event) => event,
+        Verdict::Record(event) => *event,
         other => panic!("{other:?} at {now}"),
     }
 }

@@ -100,7 +100,7 @@ pub struct Problem {
     pub transient: bool,
     /// What it usually comes of, the most likely first; empty where that is not known.
     #[serde(default)]
-    pub likely_causes: Vec<String>,
+    pub likely_causes: Box<[String]>,
     /// All that may help, beginning with `remedy`.
     #[serde(default)]
     pub remedies: Vec<String>,
@@ -116,7 +116,7 @@ impl Problem {
     ) -> Self {
         let mut problem = Self::other(cause.as_str(), message, remedy, transient);
         let owned = |all: &[&str]| all.iter().map(|one| (*one).to_owned()).collect::<Vec<_>>();
-        problem.likely_causes = owned(cause.likely_causes());
+        problem.likely_causes = owned(cause.likely_causes()).into();
         problem.remedies.extend(owned(cause.remedies()));
         problem
     }
@@ -135,7 +135,7 @@ impl Problem {
             remedies: vec![remedy.clone()],
             remedy,
             transient,
-            likely_causes: Vec::new(),
+            likely_causes: Box::default(),
         }
     }
 }

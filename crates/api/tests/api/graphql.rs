@@ -375,7 +375,8 @@ async fn everything_else_can_be_asked_and_done_too() {
     assert_eq!(row["sourceCommit"], COMMIT);
     assert_eq!(row["sourceCommitMessage"], "Faster carts\n");
     assert!(row["sourceUrl"].is_string(), "{row}");
-    let found = server.get(&format!("/api/v1/history?version={}", &COMMIT[..7]));
+    let address = format!("/api/v1/history?version={}", &COMMIT[..7]);
+    let found = server.get(&address);
     assert_eq!(found.await.ok()["history"][0]["deployment"], id);
     let stopped = data(
         &server,

@@ -206,7 +206,7 @@ impl Watch {
             None => {}
             // Nobody but a commit can tell whether it takes one.
             Some(RemoteStep::Push) if self.repositories.has_remote(project).await? => {
-                self.decisions.go_on(project).await?;
+                Box::pin(self.decisions.go_on(project)).await?;
             }
             Some(_) => remote::worked(&bench, project, Some(state)).await?,
         }
@@ -353,7 +353,7 @@ impl Worker for Decisions {
                     None => Outcome::Done,
                 };
             }
-            Ok(_) => self.go_on(project).await,
+            Ok(_) => Box::pin(self.go_on(project)).await,
             Err(_) => Ok(()),
         };
         outcome(done)

@@ -83,7 +83,7 @@ pub(super) async fn lets_through(bench: &Bench, row: &DeploymentRow) -> Result<b
         let event = match judge(&row.state, &windows, Timestamp::now()) {
             Verdict::Goes => return Ok(!recorded),
             Verdict::Waits => return Ok(false),
-            Verdict::Record(event) => event,
+            Verdict::Record(event) => *event,
         };
         let step = match &event {
             DeploymentEvent::Held(e) => {

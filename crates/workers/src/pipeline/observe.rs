@@ -438,7 +438,7 @@ fn observation(target: &dyn Target, release: &ReleaseStatus) -> WorkloadObserved
             message: p.message.clone(),
             remedy: p.remedy.clone(),
             transient: p.transient,
-            likely_causes: p.likely_causes.clone(),
+            likely_causes: p.likely_causes.to_vec(),
             remedies: p.remedies.clone(),
         }),
     }

@@ -122,7 +122,7 @@ impl Worker for Package {
         let Subject::Deployment(_, _, id) = a.subject else {
             return Outcome::Done;
         };
-        settle(&self.bench, ROLE, id, self.step(a).await).await
+        settle(&self.bench, ROLE, id, Box::pin(self.step(a)).await).await
     }
     async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         give_up(&self.bench, ROLE, a, why).await

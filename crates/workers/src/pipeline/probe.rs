@@ -96,7 +96,8 @@ impl Worker for ProbeRoutes {
                     let id = backend.deployment;
                     let looked = self.0.look(id, hostname, route.stickiness);
                     let bench = &self.0.bench;
-                    all_ready &= bench.in_its_own_trace(ROLE, id, &a.event, looked).await?;
+                    let traced = bench.in_its_own_trace(ROLE, id, &a.event, looked);
+                    all_ready &= Box::pin(traced).await?;
                 }
             }
             Ok(all_ready)

@@ -136,7 +136,7 @@ impl Worker for RouteApplied {
         let Subject::Routing(project) = &a.subject else {
             return Outcome::Done;
         };
-        outcome(self.applied(project, a).await)
+        outcome(Box::pin(self.applied(project, a)).await)
     }
     async fn give_up(&self, a: &Activation, why: &str) -> Outcome {
         tracing::error!(subject = %a.subject, %why, "the end of a switch was not recorded");
@@ -288,8 +288,8 @@ async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
         return Ok(());
     };
     match row.state.status {
-        Status::Deploying => rollout::deploying(bench, row).await,
-        Status::PartiallyStarted => rollout::partially_started(bench, row).await,
+        Status::Deploying => Box::pin(rollout::deploying(bench, row)).await,
+        Status::PartiallyStarted => Box::pin(rollout::partially_started(bench, row)).await,
         Status::Starting => Box::pin(rollout::starting(bench, row)).await,
         Status::Stopping => {
             if replicas(&row.state) == Some(0) && row.state.workload_is_gone() {
