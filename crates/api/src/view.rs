@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use async_graphql::SimpleObject;
+use daybook_events::chart::PinnedChart;
 use daybook_events::config::InstanceConfig;
 use daybook_events::deployment::{
     Cancelled, ClusterState, Deployment, OpenapiFound, Operation, Phase, PlaneSeen, Possibility,
@@ -347,6 +348,8 @@ pub(crate) struct DeploymentDetail {
     pub(crate) build_id: Option<BuildId>,
     /// Its image, once it is pinned.
     pub(crate) image: Option<PinnedImage>,
+    /// Its chart, once it is pinned.
+    pub(crate) chart: Option<PinnedChart>,
     /// The GitOps commit that introduced it.
     pub(crate) commit: Option<CommitId>,
     /// The newest GitOps commit about it.
@@ -864,6 +867,7 @@ impl<'a> Shown<'a> {
             }),
             build_id: state.build,
             image: state.image.clone(),
+            chart: state.chart.clone(),
             commit: state.commit.clone(),
             revision: newest.or_else(|| state.commit.clone()),
             openapi: state.openapi.clone(),

@@ -231,6 +231,7 @@ fn state(
                 Ok(DeploymentEvent::ImagePinned(e)) => {
                     image = Some(format!("{}@{}", e.image.repository, e.image.digest));
                 }
+                Ok(DeploymentEvent::ChartPinned(e)) => image = Some(e.chart.to_string()),
                 Ok(DeploymentEvent::DeployingStarted(e)) => commit = Some(e.commit.to_string()),
                 _ => {}
             },

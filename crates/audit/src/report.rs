@@ -252,6 +252,7 @@ impl Collector {
                     DeploymentEvent::ImagePinned(e) => {
                         run.image = format!("{}@{}", e.image.repository, e.image.digest);
                     }
+                    DeploymentEvent::ChartPinned(e) => run.image = e.chart.to_string(),
                     DeploymentEvent::DeployingStarted(e) => run.commit = e.commit.to_string(),
                     DeploymentEvent::Succeeded(_) => run.end("succeeded", event.time),
                     DeploymentEvent::PartiallySucceeded(e) => {

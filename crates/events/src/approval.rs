@@ -84,14 +84,14 @@ pub struct Plan {
     pub instance: InstanceRef,
     /// The commit of the source; none for an image that was given.
     pub source: Option<CommitId>,
-    /// The image.
-    pub image: PinnedImage,
+    /// The image; none for a chart, which is among `values`.
+    pub image: Option<PinnedImage>,
     /// The newest commit about the environment in the GitOps repository, on which this one follows.
     pub base: Option<CommitId>,
     /// The deployment that has the traffic now.
     pub main: Option<DeploymentId>,
-    /// What will be different from that one, by name: `run.replicas`, `env.LOG_LEVEL`. Long values
-    /// are named by their digest.
+    /// What will be different from that one, by name: `run.replicas`, `env.LOG_LEVEL`; and the chart,
+    /// different or not. Long values are named by their digest.
     pub values: BTreeMap<String, ValueChange>,
     /// The addresses that will lead to it, or can be made to, with the deployments that they lead to now.
     pub routes: BTreeMap<Hostname, Vec<DeploymentId>>,
@@ -100,7 +100,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan of a deployment whose image is pinned; none before. `hostnames` are those that it
+    /// The plan of a deployment whose image or chart is pinned; none before. `hostnames` are those that it
     /// gets if it takes over, now or later.
     pub fn of(
         state: &Deployment,
@@ -110,6 +110,9 @@ impl Plan {
         gitops: Option<&Gitops>,
         hostnames: &Hostnames,
     ) -> Option<Self> {
+        if !state.is_pinned() {
+            return None;
+        }
         let request = &state.request;
         let instance = request.instance.clone();
         let before = main.map_or_else(BTreeMap::new, |(_, main)| values(main));
@@ -120,7 +123,8 @@ impl Plan {
                 before: before.get(&name).cloned(),
                 after: after.get(&name).cloned(),
             };
-            (change.before != change.after).then_some((name, change))
+            let is_shown = change.before != change.after || name == CHART;
+            is_shown.then_some((name, change))
         });
         // Where it does not take over by itself, somebody may move the traffic to it later.
         let none = Routing::default();
@@ -134,7 +138,7 @@ impl Plan {
         };
         Some(Self {
             source: state.source.as_ref().map(|s| s.commit.clone()),
-            image: state.image.clone()?,
+            image: state.image.clone(),
             base: gitops.and_then(|g| g.newest_about(&instance.environment).cloned()),
             main: main.map(|(id, _)| id),
             values: changes.collect(),
@@ -155,6 +159,9 @@ impl Plan {
     }
 }
 
+/// The name of the chart among the values.
+const CHART: &str = "chart";
+
 /// The longest value that is shown as it is, in bytes.
 const SHOWN: usize = 120;
 
@@ -173,6 +180,13 @@ fn values(state: &Deployment) -> BTreeMap<String, String> {
     };
     if let Some(image) = &state.image {
         set("image".into(), image.digest.to_string());
+    }
+    if let Some(chart) = &state.chart {
+        set(CHART.into(), chart.digest.to_string());
+        set("chart.version".into(), chart.version.to_string());
+    }
+    if let Some(values) = &run.chart_values {
+        set("run.chart_values".into(), values.as_str().to_owned());
     }
     let clusters: Vec<_> = request.clusters.iter().map(ToString::to_string).collect();
     set("clusters".into(), clusters.join(", "));

@@ -43,6 +43,12 @@ pub fn statement(
             "digest": { "sha256": image.digest.hex() },
         }));
     }
+    if let Some(chart) = &state.chart {
+        subjects.push(json!({
+            "name": chart.chart.to_string(),
+            "digest": { "sha256": chart.digest.hex() },
+        }));
+    }
     if let Some(commit) = &state.commit {
         subjects.push(json!({
             "name": format!("{}/gitops", instance.project),

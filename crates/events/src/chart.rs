@@ -1,6 +1,14 @@
-//! Helm charts and their versions, as they are asked for.
+//! Helm charts: their versions as they are asked for, as they are pinned, and what they are
+//! rendered with.
 
-use crate::names::validated;
+use std::fmt;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
+
+use crate::aggregate::Refusal;
+use crate::names::{Digest, validated};
 
 validated! {
     /// A Helm chart in its repository: `https://host[:port]/path/name` or
@@ -77,4 +85,117 @@ fn is_host(text: &str) -> bool {
     let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'.' || b == b'-';
     let begins = host.starts_with(|c: char| c.is_ascii_alphanumeric());
     begins && host.bytes().all(fits) && port.is_none_or(|p| p.parse::<u16>().is_ok_and(|p| p > 0))
+}
+
+/// A chart that is pinned: what a deployment is rendered from, by digest from here on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PinnedChart {
+    /// The chart in its repository.
+    pub chart: ChartReference,
+    /// Its version.
+    pub version: ChartVersion,
+    /// SHA-256 of its archive. In an OCI registry this is the digest of the layer that is the chart.
+    pub digest: Digest,
+}
+
+impl fmt::Display for PinnedChart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}@{}", self.chart, self.version, self.digest)
+    }
+}
+
+/// The largest values of a chart, as JSON, in bytes.
+const VALUES_MAX: usize = 64 << 10;
+/// How deep values may be nested.
+const DEPTH_MAX: usize = 32;
+
+/// What a chart is rendered with where it is to be otherwise than its own values say: a JSON object.
+///
+/// It is kept as text, with the keys of its maps in order: the same values are the same bytes, also
+/// in rows of projections, which are not self-describing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChartValues(String);
+
+impl ChartValues {
+    /// These values.
+    pub fn new(values: &Map<String, Value>) -> Self {
+        // A map of `serde_json` is in the order of its keys.
+        let text = serde_json::to_string(values);
+        Self(text.unwrap_or_else(|_| "{}".to_owned()))
+    }
+
+    /// The values.
+    pub fn to_map(&self) -> Map<String, Value> {
+        serde_json::from_str(&self.0).unwrap_or_default()
+    }
+
+    /// The values as JSON text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Refuses what is too large or too deep.
+    pub fn check(&self) -> Result<(), Refusal> {
+        if self.0.len() > VALUES_MAX {
+            return Err(Refusal::new(
+                "invalid_chart_values",
+                format!("{} bytes of values are too many for a chart", self.0.len()),
+                format!("give {VALUES_MAX} bytes at most; a chart has defaults of its own"),
+            ));
+        }
+        if self
+            .to_map()
+            .values()
+            .any(|value| is_deeper(value, DEPTH_MAX))
+        {
+            return Err(Refusal::new(
+                "invalid_chart_values",
+                "the values of the chart are nested too deeply",
+                format!("nest them {DEPTH_MAX} levels at most"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Whether a value has more levels than these.
+fn is_deeper(value: &Value, levels: usize) -> bool {
+    let Some(below) = levels.checked_sub(1) else {
+        return true;
+    };
+    match value {
+        Value::Object(map) => map.values().any(|value| is_deeper(value, below)),
+        Value::Array(list) => list.iter().any(|value| is_deeper(value, below)),
+        _ => false,
+    }
+}
+
+impl Serialize for ChartValues {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match serializer.is_human_readable() {
+            true => self.to_map().serialize(serializer),
+            false => self.0.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for ChartValues {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match deserializer.is_human_readable() {
+            true => Map::deserialize(deserializer).map(|values| Self::new(&values)),
+            false => String::deserialize(deserializer).map(Self),
+        }
+    }
+}
+
+impl JsonSchema for ChartValues {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ChartValues".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "object",
+            "description": "What a chart is rendered with where its own values are to be otherwise",
+        })
+    }
 }

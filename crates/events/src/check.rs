@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::any::AnyPayload;
 use crate::build::{self, BuildEvent};
-use crate::chart::{ChartReference, ChartVersion};
+use crate::chart::{ChartReference, ChartValues, ChartVersion, PinnedChart};
 use crate::config::InstanceConfig;
 use crate::deployment::{self, DeploymentEvent};
 use crate::envelope::timestamp;
@@ -92,6 +92,7 @@ deployments! {
     "deployment.building_started.v1": BuildingStarted(BuildingStarted),
     "deployment.pushing_started.v1": PushingStarted(PushingStarted),
     "deployment.image_pinned.v1": ImagePinned(ImagePinned),
+    "deployment.chart_pinned.v1": ChartPinned(ChartPinned),
     "deployment.deploying_started.v1": DeployingStarted(DeployingStarted),
     "deployment.workload_observed.v1": WorkloadObserved(WorkloadObserved),
     "deployment.endpoint_observed.v1": EndpointObserved(EndpointObserved),
@@ -414,6 +415,22 @@ impl Canonical for Quantity {
     }
 }
 
+/// Anything may stand in them, so that they do need a parser. What comes of them is what they are
+/// written as, or somebody else has written them.
+impl Canonical for ChartValues {
+    fn check(text: &mut Text<'_>) -> Option<()> {
+        Self::read(text).map(drop)
+    }
+    fn read(text: &mut Text<'_>) -> Option<Self> {
+        let mut stream = serde_json::Deserializer::from_str(text.0).into_iter();
+        let values: serde_json::Map<String, serde_json::Value> = stream.next()?.ok()?;
+        let values = Self::new(&values);
+        let (written, after) = text.0.split_at_checked(stream.byte_offset())?;
+        text.0 = after;
+        (written == values.as_str()).then_some(values)
+    }
+}
+
 /// Fields between braces, in their order, of which each may be left out.
 fn sparse<T: Canonical>(text: &mut Text<'_>, names: [&str; 2]) -> Option<[Option<T>; 2]> {
     text.literal("{")?;
@@ -521,6 +538,7 @@ macro_rules! structs {
 structs! {
     InstanceRef { project: ProjectName, environment: EnvironmentName, service: ServiceName }
     PinnedImage { repository: ImageRepository, tag: ImageTag, digest: Digest }
+    PinnedChart { chart: ChartReference, version: ChartVersion, digest: Digest }
     BuildSpec {
         builder: BuilderKind, base_image: Option<ImageReference>, dockerfile: Option<String>,
         command: Vec<String>
@@ -534,7 +552,8 @@ structs! {
     RunSpec {
         port: u16, command: Vec<String>, env: BTreeMap<EnvKey, String>, replicas: u32,
         health: HealthSpec, volumes sparse: BTreeMap<VolumeName, VolumeSpec>,
-        resources sparse: Resources, autoscaling sparse: Option<Autoscaling>
+        resources sparse: Resources, autoscaling sparse: Option<Autoscaling>,
+        chart_values sparse: Option<ChartValues>
     }
 
     deployment::SourceCommit {
@@ -561,6 +580,7 @@ structs! {
     deployment::BuildingStarted { build: BuildId }
     deployment::PushingStarted { build: BuildId }
     deployment::ImagePinned { image: PinnedImage, build: Option<BuildId>, shared: bool }
+    deployment::ChartPinned { chart: PinnedChart }
     deployment::DeployingStarted { commit: CommitId }
     deployment::ChangeCommitted { commit: CommitId, replicas: Option<u32> }
     deployment::ScaleRequested { replicas: u32, reason: Option<String> }

@@ -33,14 +33,14 @@ use crate::approval::{
     self, Approval, ApprovalGranted, ApprovalRejected, ApprovalRequested, ApprovalsVoided,
     Approved, EmergencyOverride, PostReviewCompleted,
 };
-use crate::chart::{ChartReference, ChartVersion};
+use crate::chart::{ChartReference, ChartVersion, PinnedChart};
 use crate::config::InstanceConfig;
 use crate::envelope::Payload;
 use crate::few::Few;
 use crate::freeze::{self, FreezeOverride, Held, Hold, Released};
 use crate::log::Position;
 use crate::names::{
-    BuildId, ClusterName, CommitId, DeploymentId, EnvKey, EnvironmentName, EventId, GitRef,
+    BuildId, ClusterName, CommitId, DeploymentId, Digest, EnvKey, EnvironmentName, EventId, GitRef,
     Hostname, InstanceRef, RepositoryUrl,
 };
 use crate::secret::SecretRef;
@@ -314,6 +314,7 @@ pub const TRANSITIONS: &[Transition] = &{
             &[Queued, Cloning, Building, Pushing],
             Some(Packaging),
         ),
+        t("deployment.chart_pinned.v1", &[Queued], Some(Packaging)),
         t(
             "deployment.approval_requested.v1",
             &[Packaging],
@@ -802,6 +803,13 @@ pub struct ImagePinned {
     pub shared: bool,
 }
 
+/// Its chart was fetched, and is known by its digest from here on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ChartPinned {
+    /// The chart.
+    pub chart: PinnedChart,
+}
+
 /// The GitOps commit is made; the clusters converge to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeployingStarted {
@@ -1057,6 +1065,8 @@ events! {
         PushingStarted(PushingStarted) = "deployment.pushing_started.v1",
         /// Its image is pinned.
         ImagePinned(ImagePinned) = "deployment.image_pinned.v1",
+        /// Its chart is pinned.
+        ChartPinned(ChartPinned) = "deployment.chart_pinned.v1",
         /// It is committed.
         DeployingStarted(DeployingStarted) = "deployment.deploying_started.v1",
         /// A cluster was looked at.
@@ -1219,6 +1229,8 @@ pub struct Deployment {
     pub build: Option<BuildId>,
     /// The image.
     pub image: Option<PinnedImage>,
+    /// The chart.
+    pub chart: Option<PinnedChart>,
     /// The GitOps commit that introduced it.
     pub commit: Option<CommitId>,
     /// The newest GitOps commit about it, with the replicas that it asks for; no replicas once
@@ -1282,6 +1294,17 @@ impl Deployment {
                 .get(c)
                 .is_some_and(|o| o.wanted == 0 && o.instances.is_empty())
         })
+    }
+
+    /// Whether it is known by a digest what it runs.
+    pub fn is_pinned(&self) -> bool {
+        self.image.is_some() || self.chart.is_some()
+    }
+
+    /// The digest of what it runs: of its image, or of its chart.
+    pub fn digest(&self) -> Option<&Digest> {
+        let image = self.image.as_ref().map(|image| &image.digest);
+        image.or_else(|| self.chart.as_ref().map(|chart| &chart.digest))
     }
 
     /// Whether it runs, can run again, or is on its way to run.
@@ -1480,6 +1503,7 @@ impl Aggregate for Deployment {
             branch: None,
             build: None,
             image: None,
+            chart: None,
             commit: None,
             change: None,
             observed: Few::default(),
@@ -1576,6 +1600,12 @@ impl Aggregate for Deployment {
                 );
                 self.image = Some(e.image);
             }
+            DeploymentEvent::ChartPinned(e) => {
+                let digest = Some(e.chart.digest.to_string());
+                let build = &mut self.build_readiness;
+                set(build, Ready, "ChartGiven", None, at.time, digest);
+                self.chart = Some(e.chart);
+            }
             DeploymentEvent::DeployingStarted(e) => {
                 self.commit = Some(e.commit.clone());
                 self.change = Some(ChangeCommitted {
@@ -1641,7 +1671,7 @@ impl Aggregate for Deployment {
             DeploymentEvent::Overtaken(e) => self.overtaken.push(e.by),
             DeploymentEvent::Failed(e) => {
                 let message = Some(e.message.clone());
-                if self.image.is_none() {
+                if !self.is_pinned() {
                     set(
                         &mut self.build_readiness,
                         No,
@@ -1668,7 +1698,7 @@ impl Aggregate for Deployment {
             DeploymentEvent::CancelRequested(e) => self.cancel = Some(e),
             DeploymentEvent::Cancelled(e) => {
                 let message = Some(e.message.clone());
-                if self.image.is_none() {
+                if !self.is_pinned() {
                     set(
                         &mut self.build_readiness,
                         No,
@@ -1820,6 +1850,13 @@ pub fn decide(
         event => event,
     };
     if let DeploymentEvent::ScaleRequested(e) = &event {
+        if state.chart.is_some() {
+            return Err(Refusal::new(
+                "chart_not_scaled",
+                "how many instances a chart runs is for its values to say",
+                "change `run.chart_values` of the service and deploy the chart again",
+            ));
+        }
         check_replicas(e.replicas)?;
         let run = RunSpec {
             replicas: e.replicas,

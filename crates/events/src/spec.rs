@@ -10,6 +10,7 @@ use serde::ser::SerializeStruct as _;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::aggregate::Refusal;
+use crate::chart::ChartValues;
 use crate::names::{
     Digest, EnvKey, GitRef, ImageRepository, ImageTag, InvalidName, RepositoryUrl, VolumeName,
 };
@@ -208,6 +209,11 @@ pub struct RunSpec {
     /// How instances come and go by themselves. Local clusters always run `replicas`.
     #[serde(default)]
     pub autoscaling: Option<Autoscaling>,
+    /// What a Helm chart is rendered with, where one is deployed: `$(DAYBOOK_RELEASE)` in its texts
+    /// stands for the name of the release, which its Secret has, too. Of the rest only
+    /// `health.deadline_seconds`, and `port` where a chart has no Service, say anything about a chart.
+    #[serde(default)]
+    pub chart_values: Option<ChartValues>,
 }
 
 /// As derived, but that JSON leaves out what is not given of the newer fields, as it was before
@@ -218,7 +224,8 @@ impl Serialize for RunSpec {
         let volumes = all || !self.volumes.is_empty();
         let resources = all || !self.resources.is_empty();
         let autoscaling = all || self.autoscaling.is_some();
-        let newer = [volumes, resources, autoscaling];
+        let chart_values = all || self.chart_values.is_some();
+        let newer = [volumes, resources, autoscaling, chart_values];
         let newer = newer.into_iter().filter(|written| *written).count();
         let mut out = serializer.serialize_struct("RunSpec", 5 + newer)?;
         out.serialize_field("port", &self.port)?;
@@ -234,6 +241,9 @@ impl Serialize for RunSpec {
         }
         if autoscaling {
             out.serialize_field("autoscaling", &self.autoscaling)?;
+        }
+        if chart_values {
+            out.serialize_field("chart_values", &self.chart_values)?;
         }
         out.end()
     }
@@ -257,14 +267,19 @@ impl Default for RunSpec {
             volumes: BTreeMap::new(),
             resources: Resources::default(),
             autoscaling: None,
+            chart_values: None,
         }
     }
 }
 
 impl RunSpec {
-    /// Refuses amounts and numbers that no cluster could give.
+    /// Refuses amounts and numbers that no cluster could give, and values of charts that are too
+    /// large.
     pub fn check_capacity(&self) -> Result<(), Refusal> {
         self.resources.check()?;
+        if let Some(values) = &self.chart_values {
+            values.check()?;
+        }
         let Some(autoscaling) = &self.autoscaling else {
             return Ok(());
         };

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::aggregate::Refusal;
+use crate::chart::ChartValues;
 use crate::names::{
     Digest, EnvKey, ImageRepository, ParameterName, ServiceName, TemplateName, TemplateVersion,
     VolumeName,
@@ -126,6 +127,9 @@ pub struct RunTemplate {
     /// How instances come and go by themselves.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
+    /// What a Helm chart is rendered with, where one is deployed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chart_values: Option<ChartValues>,
 }
 
 impl Default for RunTemplate {
@@ -139,6 +143,7 @@ impl Default for RunTemplate {
             volumes,
             resources,
             autoscaling,
+            chart_values,
         } = RunSpec::default();
         Self {
             port,
@@ -149,6 +154,7 @@ impl Default for RunTemplate {
             volumes,
             resources,
             autoscaling,
+            chart_values,
         }
     }
 }

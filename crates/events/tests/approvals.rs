@@ -193,14 +193,14 @@ fn whatever_of_a_plan_becomes_different_it_is_another_plan() {
     assert!(instance != elsewhere && source.as_ref() != Some(&other));
     assert!(base.as_ref() != Some(&other) && main.is_some());
     assert!(!values.is_empty() && !routes.is_empty() && rule.required == 2);
-    let mut digest = image.clone();
+    let mut digest = image.clone().unwrap();
     digest.digest = samples::image(9).digest;
     let host = routes.keys().next().unwrap().clone();
     let changed = [
         with(&|p| p.instance = elsewhere.clone()),
         with(&|p| p.source = Some(other.clone())),
         with(&|p| p.source = None),
-        with(&|p| p.image = digest.clone()),
+        with(&|p| p.image = Some(digest.clone())),
         with(&|p| p.base = Some(other.clone())),
         with(&|p| p.base = None),
         with(&|p| p.main = Some(samples::deployment_id(9))),

@@ -24,7 +24,7 @@ const LIFE: &[(Status, &str, &str)] = &[
     ),
     (
         Status::Queued,
-        "cloning_started image_pinned failed cancelled",
+        "cloning_started image_pinned chart_pinned failed cancelled",
         "cancel_requested",
     ),
     (

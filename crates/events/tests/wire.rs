@@ -109,6 +109,7 @@ const OTHER_FORMS: &[(&str, &str)] = &[
     ("deployment.requested.v1", "resources"),
     ("deployment.requested.v1", "autoscaling"),
     ("deployment.requested.v1", "volumes"),
+    ("deployment.requested.v1", "chart_values"),
 ];
 
 /// The frozen event of a kind.

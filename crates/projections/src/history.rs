@@ -27,7 +27,7 @@ pub(crate) fn row(
         environment: instance.environment.clone(),
         service: instance.service.clone(),
         image_tag: state.image.as_ref().map(|i| i.tag.clone()),
-        digest: state.image.as_ref().map(|i| i.digest.clone()),
+        digest: state.digest().cloned(),
         active,
         timestamp: state.created_at,
         revision: state.commit.clone(),

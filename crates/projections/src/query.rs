@@ -204,7 +204,7 @@ impl DeploymentFilter {
         let state = &row.state;
         let found = Versions {
             tag: state.image.as_ref().map(|i| i.tag.as_str()),
-            digest: state.image.as_ref().map(|i| i.digest.as_str()),
+            digest: state.digest().map(|d| d.as_str()),
             commit: row.source.as_ref().map(|s| s.commit.as_str()),
         };
         self.fits(state.status, &version_text(state), found)

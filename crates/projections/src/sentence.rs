@@ -396,6 +396,7 @@ fn deployment<'a>(
                 }
             ),
         ),
+        E::ChartPinned(e) => plain(out, format_args!("Its chart is {}.", e.chart)),
         E::DeployingStarted(e) => plain(
             out,
             format_args!(

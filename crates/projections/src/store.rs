@@ -22,7 +22,7 @@ use crate::state_hash::StateHash;
 use crate::table::{Table, TableError, Unusable, Way, Write, decode};
 
 /// The version of rows and keys. A store of another one is thrown away and rebuilt.
-const FORMAT: &[u8] = b"28";
+const FORMAT: &[u8] = b"29";
 
 /// With more events than this in a batch, the fold catches up, and states are not shared with
 /// readers: they would be copied at the next batch.

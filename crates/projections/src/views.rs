@@ -307,7 +307,7 @@ impl DeploymentView {
             position: created,
             version: version_text(state),
             image_tag: state.image.as_ref().map(|i| i.tag.clone()),
-            digest: state.image.as_ref().map(|i| i.digest.clone()),
+            digest: state.digest().cloned(),
             source_commit: state.source.as_ref().map(|s| s.commit.clone()),
             revision: state
                 .change

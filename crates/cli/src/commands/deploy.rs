@@ -561,6 +561,7 @@ fn step(kind: &str, data: &Value, begun: Timestamp) -> String {
     let detail = match kind {
         "deployment.source_resolved.v1" => text("/source/commit"),
         "deployment.image_pinned.v1" => text("/image/digest"),
+        "deployment.chart_pinned.v1" => text("/chart/digest"),
         "deployment.deploying_started.v1" => format!("gitops commit {}", text("/commit")),
         "deployment.failed.v1" => format!("{} ({})", text("/message"), text("/code")),
         "deployment.cancelled.v1" => text("/message"),

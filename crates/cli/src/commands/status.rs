@@ -515,6 +515,11 @@ pub fn print_detail(detail: &Value) {
         fields.push(("source", format!("{} {first}", text("/source/commit"))));
         fields.push(("author", text("/source/author")));
     }
+    if !text("/chart/digest").is_empty() {
+        let chart = ["chart", "version", "digest"].map(|part| text(&format!("/chart/{part}")));
+        let [chart, version, digest] = chart;
+        field("chart", format!("{chart}:{version}@{digest}"));
+    }
     if !text("/image/digest").is_empty() {
         fields.push((
             "image",

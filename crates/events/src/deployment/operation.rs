@@ -101,7 +101,7 @@ impl Deployment {
             return Some(refusal(operation, self.status));
         }
         match operation {
-            Operation::Redeploy if self.image.is_none() && self.source.is_none() => {
+            Operation::Redeploy if !self.is_pinned() && self.source.is_none() => {
                 Some(Refusal::new(
                     "nothing_to_redeploy",
                     "it is not known yet what it runs, or it ended before that was known",

@@ -14,6 +14,7 @@ use crate::approval::{
     EmergencyOverride, Plan, PostReviewCompleted, ValueChange,
 };
 use crate::build::{self, BuildEvent, LogSeal};
+use crate::chart::PinnedChart;
 use crate::deployment::{self, DeploymentEvent, SourceCommit, Status, SwitchMode, Version};
 use crate::domain::{self, DomainEvent};
 use crate::environment::{self, EnvironmentEvent, EnvironmentSpec};
@@ -81,6 +82,17 @@ pub fn image(number: u64) -> PinnedImage {
             .parse()
             .expect("a repository"),
         tag: commit(number).short().parse().expect("a tag"),
+        digest: Digest::of(&number.to_be_bytes()),
+    }
+}
+
+/// The number-th chart.
+pub fn chart(number: u64) -> PinnedChart {
+    PinnedChart {
+        chart: "https://charts.example.com/stable/web"
+            .parse()
+            .expect("a chart"),
+        version: format!("1.4.{number}").parse().expect("a version"),
         digest: Digest::of(&number.to_be_bytes()),
     }
 }
@@ -584,6 +596,9 @@ pub fn deployment_events(instance: InstanceRef, number: u64) -> Vec<DeploymentEv
             replicas: 3,
             reason: Some("the spring sale begins".to_owned()),
         }),
+        E::ChartPinned(deployment::ChartPinned {
+            chart: chart(number),
+        }),
     ]
 }
 
@@ -596,7 +611,7 @@ pub fn plan(instance: &InstanceRef, number: u64) -> Plan {
     Plan {
         instance: instance.clone(),
         source: Some(commit(number)),
-        image: image(number),
+        image: Some(image(number)),
         base: Some(commit(number + 100)),
         main: Some(deployment_id(number + 100)),
         values: BTreeMap::from([("run.replicas".to_owned(), change("1", "2"))]),

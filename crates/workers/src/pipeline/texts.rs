@@ -77,6 +77,7 @@ impl Texts for DeploymentEvent {
             | Self::BuildingStarted(_)
             | Self::PushingStarted(_)
             | Self::ImagePinned(_)
+            | Self::ChartPinned(_)
             | Self::ImagePulled(_)
             | Self::DeployingStarted(_)
             | Self::Succeeded(_)
