@@ -6,6 +6,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod builder;
+pub mod charts;
 pub mod crew;
 pub mod driver;
 pub mod endpoint_checks;

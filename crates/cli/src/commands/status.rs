@@ -518,7 +518,7 @@ pub fn print_detail(detail: &Value) {
     if !text("/chart/digest").is_empty() {
         let chart = ["chart", "version", "digest"].map(|part| text(&format!("/chart/{part}")));
         let [chart, version, digest] = chart;
-        field("chart", format!("{chart}:{version}@{digest}"));
+        fields.push(("chart", format!("{chart}:{version}@{digest}")));
     }
     if !text("/image/digest").is_empty() {
         fields.push((
