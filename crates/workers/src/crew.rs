@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::charts::Charts;
 use crate::driver::{self, DriverOptions, Worker};
 use crate::endpoint_checks::EndpointChecks;
 use crate::gateway::Gateway;
@@ -39,6 +40,7 @@ pub struct Crew {
     options: DriverOptions,
     cancel: CancellationToken,
     tasks: TaskTracker,
+    charts: Option<Arc<dyn Charts>>,
     /// The clusters with a Gateway that are looked after here.
     gateways: Gateways,
 }
@@ -51,8 +53,15 @@ impl Crew {
             options,
             cancel,
             tasks: TaskTracker::new(),
+            charts: None,
             gateways: Gateways::default(),
         }
+    }
+
+    /// The same crew, which can deploy charts. To be said before any worker is started.
+    pub fn with_charts(mut self, charts: Arc<dyn Charts>) -> Self {
+        self.charts = Some(charts);
+        self
     }
 
     /// What its workers share.
@@ -84,6 +93,7 @@ impl Crew {
             bench: self.bench.clone(),
             sources: sources.clone(),
             images: images.clone(),
+            charts: self.charts.clone(),
         });
         self.hire(Builds {
             bench: self.bench.clone(),
@@ -104,6 +114,7 @@ impl Crew {
         let package = Package {
             bench: self.bench.clone(),
             repositories,
+            charts: self.charts.clone(),
             nudge: Nudge::default(),
             order: Order::default(),
         };

@@ -191,6 +191,7 @@ impl Repositories for IdleRepositories {
             ) => {
                 let values = environment.services.entry(service.clone()).or_default();
                 values.releases.remove(deployment);
+                values.charts.remove(deployment);
             }
             _ => {}
         }

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::gitops::survey;
-use crate::values::{EnvironmentValues, ReleaseValues};
+use crate::values::{EnvironmentValues, ReleaseValues, RenderedChart};
 
 /// Why a step did not succeed, in the form in which it is recorded and shown.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -158,8 +158,10 @@ pub struct GitopsChange {
     pub environment: EnvironmentName,
     /// What changes.
     pub change: Change,
-    /// The release's values, for [`Change::Deploy`].
+    /// The release's values, for [`Change::Deploy`] of an image.
     pub release: Option<ReleaseValues>,
+    /// The release's values, for [`Change::Deploy`] of a Helm chart.
+    pub chart: Option<RenderedChart>,
     /// The variables that differ, where a release is deployed for nothing else.
     pub config: Vec<EnvKey>,
     /// Who asked for it.

@@ -198,6 +198,11 @@ pub trait Target: Send + Sync + std::fmt::Debug {
         Ok(())
     }
 
+    /// Whether it makes the objects of Helm charts.
+    fn runs_charts(&self) -> bool {
+        false
+    }
+
     /// Whether it has a Gateway of its own, which is to serve hostnames.
     fn has_gateway(&self) -> bool {
         false

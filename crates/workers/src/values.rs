@@ -25,6 +25,7 @@ mod comments;
 
 use std::collections::BTreeMap;
 
+use daybook_events::chart::PinnedChart;
 use daybook_events::secret::SecretRef;
 use daybook_events::spec::{PinnedImage, RunSpec};
 use daybook_events::{
@@ -67,6 +68,42 @@ pub struct ServiceValues {
     /// All releases that exist side by side, by deployment.
     #[serde(default)]
     pub releases: BTreeMap<DeploymentId, ReleaseValues>,
+    /// Those of Helm charts.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub charts: BTreeMap<DeploymentId, RenderedChart>,
+}
+
+impl ServiceValues {
+    /// Whether a deployment has a release, of an image or of a chart.
+    pub fn lists(&self, deployment: &DeploymentId) -> bool {
+        self.releases.contains_key(deployment) || self.charts.contains_key(deployment)
+    }
+
+    /// Whether there are no releases.
+    pub fn is_bare(&self) -> bool {
+        self.releases.is_empty() && self.charts.is_empty()
+    }
+}
+
+/// One release of a Helm chart: what one deployment of it runs, word for word.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RenderedChart {
+    /// What it was rendered from.
+    pub chart: PinnedChart,
+    /// Where it runs: a cluster that is not listed leaves it alone.
+    pub clusters: Vec<ClusterName>,
+    /// The secrets that stand in the release's own Secret, by key: references, never values.
+    #[serde(
+        rename = "secretEnv",
+        default,
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    pub secret_env: BTreeMap<EnvKey, SecretRef>,
+    /// Whether none of its workloads is to have instances.
+    #[serde(default)]
+    pub stopped: bool,
+    /// Its objects, as [`crate::charts::objects::objects`] made them: without a namespace.
+    pub objects: Vec<Value>,
 }
 
 /// One release: what one deployment runs.
@@ -359,6 +396,7 @@ mod tests {
                         volumes,
                         resources,
                         autoscaling,
+                        chart_values: None,
                     }
                 },
             )
@@ -410,14 +448,64 @@ mod tests {
         }
     }
 
+    /// What may stand in an object.
+    fn object() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            nasty().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<bool>().prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 16, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::btree_map(
+                    "[a-zA-Z0-9][a-zA-Z0-9_./-]{0,11}|on|null|0644",
+                    inner,
+                    0..4
+                )
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    prop_compose! {
+        fn rendered()(
+            version in 0..9_u8,
+            clusters in prop::collection::vec(name(), 0..3),
+            stopped in any::<bool>(),
+            objects in prop::collection::vec(object(), 0..4),
+        ) -> RenderedChart {
+            RenderedChart {
+                chart: PinnedChart {
+                    chart: "https://charts.example.com/on/no".parse().unwrap(),
+                    version: format!("1.{version}.0").parse().unwrap(),
+                    digest: Digest::of(&[version]),
+                },
+                clusters: clusters.into_iter().map(|c| ClusterName::parse(c).unwrap()).collect(),
+                secret_env: BTreeMap::new(),
+                stopped,
+                objects,
+            }
+        }
+    }
+
     fn values() -> impl Strategy<Value = EnvironmentValues> {
         let releases = prop::collection::btree_map(
             any::<u128>().prop_map(|u| DeploymentId(uuid::Uuid::from_u128(u))),
             release(),
             0..3,
         );
-        let service = (prop::option::of(image()), releases)
-            .prop_map(|(image, releases)| ServiceValues { image, releases });
+        let charts = prop::collection::btree_map(
+            any::<u128>().prop_map(|u| DeploymentId(uuid::Uuid::from_u128(u))),
+            rendered(),
+            0..3,
+        );
+        let service = (prop::option::of(image()), releases, charts);
+        let service = service.prop_map(|(image, releases, charts)| ServiceValues {
+            image,
+            releases,
+            charts,
+        });
         let services = prop::collection::btree_map(
             name().prop_map(|n| ServiceName::parse(n).unwrap()),
             service,

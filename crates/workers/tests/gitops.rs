@@ -203,6 +203,7 @@ async fn git_accepts_what_is_made() {
             "base/charts/daybook-app/Chart.yaml",
             "base/charts/daybook-app/templates/_helpers.tpl",
             "base/charts/daybook-app/templates/autoscaling.yaml",
+            "base/charts/daybook-app/templates/charts.yaml",
             "base/charts/daybook-app/templates/configmap.yaml",
             "base/charts/daybook-app/templates/deployment.yaml",
             "base/charts/daybook-app/templates/disruption.yaml",
@@ -581,11 +582,16 @@ async fn an_earlier_chart_is_renewed_and_one_that_somebody_changed_is_not() {
     let tree = || git(path, &["rev-parse", &format!("main:{chart}")]);
     let present = tree();
     let earlier = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/charts/0.1.0");
-    by_hand(path, "as it was", |clone| {
+    let put_back = |clone: &Path| {
         for (file, _) in daybook_workers::gitops::chart_files() {
-            fs::copy(earlier.join(file), clone.join(chart).join(file)).unwrap();
+            let to = clone.join(chart).join(file);
+            match earlier.join(file) {
+                from if from.exists() => drop(fs::copy(from, to).unwrap()),
+                _ => fs::remove_file(to).unwrap(),
+            }
         }
-    });
+    };
+    by_hand(path, "as it was", put_back);
     assert_ne!(tree(), present);
     let second = commit(&repository, deploy("production", 2, "b1b2c3d"));
     let second = second.await.unwrap();
@@ -608,9 +614,7 @@ async fn an_earlier_chart_is_renewed_and_one_that_somebody_changed_is_not() {
     assert_eq!(changed, ["environments/production/values.yaml"]);
 
     by_hand(path, "as it was, and a value", |clone| {
-        for (file, _) in daybook_workers::gitops::chart_files() {
-            fs::copy(earlier.join(file), clone.join(chart).join(file)).unwrap();
-        }
+        put_back(clone);
         fs::write(clone.join(chart).join("values.yaml"), "domain: mine\n").unwrap();
     });
     let theirs = tree();
@@ -1547,6 +1551,7 @@ async fn the_pipeline_has_one_repository_a_project() {
         environment: env("production"),
         change,
         release,
+        chart: None,
         config: Vec::new(),
         author: "alice".into(),
         ephemeral: false,

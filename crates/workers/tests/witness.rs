@@ -69,6 +69,7 @@ fn change(n: u128, known: KnownHistory) -> GitopsChange {
             run: RunSpec::default(),
             secret_env: std::collections::BTreeMap::new(),
         }),
+        chart: None,
         config: Vec::new(),
         author: "ada <ada@example.com>".into(),
         ephemeral: false,

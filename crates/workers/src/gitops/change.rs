@@ -3,7 +3,7 @@
 use daybook_events::spec::{PinnedImage, RunSpec};
 use daybook_events::{DeploymentId, EnvKey, EnvironmentName, ServiceName};
 
-use crate::values::{EnvironmentValues, ReleaseValues, ServiceValues};
+use crate::values::{EnvironmentValues, ReleaseValues, RenderedChart, ServiceValues};
 
 /// What shall be different in an environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +18,16 @@ pub enum Change {
         /// What runs, where and how.
         release: ReleaseValues,
     },
-    /// The same, with an image that another environment has. If it does not have it, nothing is
+    /// The same for a release of a Helm chart.
+    DeployChart {
+        /// The service.
+        service: ServiceName,
+        /// The deployment.
+        deployment: DeploymentId,
+        /// What runs, and where.
+        chart: RenderedChart,
+    },
+    /// The same as [`Self::Deploy`], with an image that another environment has. If it does not have it, nothing is
     /// committed.
     Promote {
         /// The environment that has the image.
@@ -84,6 +93,7 @@ impl Change {
     pub fn deployment(&self) -> Option<DeploymentId> {
         match self {
             Self::Deploy { deployment, .. }
+            | Self::DeployChart { deployment, .. }
             | Self::Promote { deployment, .. }
             | Self::Reconfigure { deployment, .. }
             | Self::Scale { deployment, .. }
@@ -135,8 +145,8 @@ pub(super) enum After {
 pub(super) struct Changed {
     /// What becomes of the environment.
     pub(super) after: After,
-    /// The image of the release that the change is about.
-    pub(super) image: Option<PinnedImage>,
+    /// The tag of the image that the change is about, or the version of the chart.
+    pub(super) tag: Option<String>,
 }
 
 /// Makes a change: of an environment as it is, where it is, and of the other environment that it
@@ -165,6 +175,16 @@ pub(super) fn make(
             *deployment,
             release,
         )),
+        Change::DeployChart {
+            service,
+            deployment,
+            chart,
+        } => {
+            let mut values = current.cloned().unwrap_or(empty);
+            let of_service = values.services.entry(service.clone()).or_default();
+            of_service.charts.insert(*deployment, chart.clone());
+            Ok(changed(values, Some(chart.chart.version.to_string())))
+        }
         Change::Promote {
             service,
             deployment,
@@ -187,11 +207,16 @@ pub(super) fn make(
             replicas,
         } => {
             let mut values = existing()?;
+            if let Some(chart) = chart_mut(&mut values, service, *deployment) {
+                chart.stopped = *replicas == 0;
+                let version = Some(chart.chart.version.to_string());
+                return Ok(changed(values, version));
+            }
             match release_mut(&mut values, service, *deployment) {
                 Some(release) => {
                     release.run.replicas = *replicas;
-                    let image = Some(release.image.clone());
-                    Ok(changed(values, image))
+                    let tag = tag_of(&release.image);
+                    Ok(changed(values, tag))
                 }
                 None if *replicas == 0 => Ok(AS_BEFORE),
                 None => Err(CannotChange::ReleaseMissing),
@@ -206,8 +231,8 @@ pub(super) fn make(
             let release = release_mut(&mut values, service, *deployment)
                 .ok_or(CannotChange::ReleaseMissing)?;
             release.run = run.clone();
-            let image = Some(release.image.clone());
-            Ok(changed(values, image))
+            let tag = tag_of(&release.image);
+            Ok(changed(values, tag))
         }
         Change::Remove {
             service,
@@ -216,12 +241,14 @@ pub(super) fn make(
             let Some(mut values) = current.cloned() else {
                 return Ok(AS_BEFORE);
             };
-            let removed = values
-                .services
-                .get_mut(service)
-                .and_then(|s| s.releases.remove(deployment));
-            match removed {
-                Some(release) => Ok(changed(values, Some(release.image))),
+            let Some(of_service) = values.services.get_mut(service) else {
+                return Ok(AS_BEFORE);
+            };
+            if let Some(chart) = of_service.charts.remove(deployment) {
+                return Ok(changed(values, Some(chart.chart.version.to_string())));
+            }
+            match of_service.releases.remove(deployment) {
+                Some(release) => Ok(changed(values, tag_of(&release.image))),
                 None => Ok(AS_BEFORE),
             }
         }
@@ -241,21 +268,25 @@ pub(super) fn make(
         }
         Change::DeleteEnvironment => Ok(Changed {
             after: After::Deleted,
-            image: None,
+            tag: None,
         }),
     }
 }
 
 const AS_BEFORE: Changed = Changed {
     after: After::AsBefore,
-    image: None,
+    tag: None,
 };
 
-fn changed(values: EnvironmentValues, image: Option<PinnedImage>) -> Changed {
+fn changed(values: EnvironmentValues, tag: Option<String>) -> Changed {
     Changed {
         after: After::Values(values),
-        image,
+        tag,
     }
+}
+
+fn tag_of(image: &PinnedImage) -> Option<String> {
+    Some(image.tag.to_string())
 }
 
 fn deploy(
@@ -267,7 +298,19 @@ fn deploy(
     let service = values.services.entry(service.clone()).or_default();
     service.image = Some(release.image.clone());
     service.releases.insert(deployment, release.clone());
-    changed(values, Some(release.image.clone()))
+    changed(values, tag_of(&release.image))
+}
+
+fn chart_mut<'a>(
+    values: &'a mut EnvironmentValues,
+    service: &ServiceName,
+    deployment: DeploymentId,
+) -> Option<&'a mut RenderedChart> {
+    values
+        .services
+        .get_mut(service)?
+        .charts
+        .get_mut(&deployment)
 }
 
 fn release_mut<'a>(
@@ -293,9 +336,11 @@ fn images_of(values: &EnvironmentValues) -> std::collections::BTreeMap<ServiceNa
         .services
         .iter()
         .map(|(name, service)| {
-            let image = service.image.clone();
-            let releases = Default::default();
-            (name.clone(), ServiceValues { image, releases })
+            let values = ServiceValues {
+                image: service.image.clone(),
+                ..ServiceValues::default()
+            };
+            (name.clone(), values)
         })
         .collect()
 }

@@ -169,7 +169,7 @@ impl<'a> Making<'a> {
         {
             self.settle_image(base, environment, service, values)?;
         }
-        let tag = changed.image.as_ref().map(|i| i.tag.as_str());
+        let tag = changed.tag.as_deref();
         let title = message::title(environment, &request.change, tag);
         let path = values_path(environment);
         let mut edits = Edits::default();

@@ -125,7 +125,9 @@ impl From<SignedHead> for LedgerPoint {
 pub(super) fn title(environment: &EnvironmentName, change: &Change, tag: Option<&str>) -> String {
     let tag = tag.map(short_tag).unwrap_or_default();
     let title = match change {
-        Change::Deploy { service, .. } => format!("deploy({environment}): {service} {tag}"),
+        Change::Deploy { service, .. } | Change::DeployChart { service, .. } => {
+            format!("deploy({environment}): {service} {tag}")
+        }
         Change::Promote { from, service, .. } => {
             format!("promote({environment}): {service} {tag} from {from}")
         }

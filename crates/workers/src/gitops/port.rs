@@ -309,6 +309,13 @@ fn as_change(asked: GitopsChange) -> Result<Change, StepError> {
             deployment,
             from,
         } => {
+            if let Some(chart) = asked.chart {
+                return Ok(Change::DeployChart {
+                    service,
+                    deployment,
+                    chart,
+                });
+            }
             let release = asked.release.ok_or_else(|| {
                 StepError::fatal(
                     "release_missing",

@@ -50,7 +50,7 @@ pub(super) fn deployment(
         values
             .services
             .get(service)
-            .is_some_and(|s| s.releases.contains_key(&deployment))
+            .is_some_and(|s| s.lists(&deployment))
     };
     let mut services = made.after.services.keys();
     let Some(service) = services
@@ -66,6 +66,7 @@ pub(super) fn deployment(
     let mut expected = undone.before.clone();
     if let Some(left) = expected.services.get_mut(&service) {
         left.releases.remove(&deployment);
+        left.charts.remove(&deployment);
         left.image = earlier.image.clone();
     }
     Ok((expected == undone.after).then_some(UndoneDeployment {

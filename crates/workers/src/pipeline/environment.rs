@@ -183,8 +183,19 @@ impl Package {
         environment: &Environment,
         main: &DeploymentRow,
     ) -> Result<(), Stop> {
-        let Some(image) = main.state.image.clone() else {
-            return Ok(());
+        let version = match (main.state.image.clone(), main.state.chart.clone()) {
+            (Some(image), _) => Version::Image {
+                reference: ImageReference {
+                    repository: image.repository,
+                    tag: Some(image.tag),
+                    digest: Some(image.digest),
+                },
+            },
+            (None, Some(chart)) => Version::Helm {
+                chart: chart.chart,
+                version: chart.version,
+            },
+            (None, None) => return Ok(()),
         };
         let source = main.state.request.clone();
         let instance = InstanceRef {
@@ -202,13 +213,7 @@ impl Package {
         let step = format!("promoted {}", instance.service);
         let id = DeploymentId::derived(a.event.id.0, &step);
         let request = Requested {
-            version: Version::Image {
-                reference: ImageReference {
-                    repository: image.repository,
-                    tag: Some(image.tag),
-                    digest: Some(image.digest),
-                },
-            },
+            version,
             clusters: environment.spec.clusters.clone(),
             switch: environment.spec.switch,
             reason: Some(format!("the environment {} is made", environment.name)),

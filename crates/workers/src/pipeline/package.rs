@@ -20,8 +20,8 @@ use daybook_events::gitops::{
 };
 use daybook_events::secret::SecretRef;
 use daybook_events::{
-    Actor, AggregateKind, Context, EnvKey, EnvironmentName, Event, EventId, Position, ProjectName,
-    Subject, SubjectFilter,
+    Actor, AggregateKind, Context, EnvKey, EnvironmentName, Event, EventId, InstanceRef, Position,
+    ProjectName, Subject, SubjectFilter,
 };
 use daybook_projections::{AuditFilter, DeploymentRow, Page};
 use uuid::Uuid;
@@ -29,9 +29,10 @@ use uuid::Uuid;
 use super::foreign::Nudge;
 use super::order::Order;
 use super::{Bench, Stop, approvals, freeze, give_up, leave, remote, settle};
+use crate::charts::{ChartRelease, Charts};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{GitopsChange, GitopsCommit, KnownHistory, Repositories, StepError};
-use crate::values::ReleaseValues;
+use crate::values::{ReleaseValues, RenderedChart};
 
 const ROLE: &str = "package";
 
@@ -39,7 +40,11 @@ const ROLE: &str = "package";
 const SCALED: &str = "deployment.scale_requested.v1";
 
 /// What leads to a deployment's being packaged, and is the cause of its commit.
-const LEADS_TO_PACKAGING: [&str; 2] = ["deployment.image_pinned.v1", "deployment.approved.v1"];
+const LEADS_TO_PACKAGING: [&str; 3] = [
+    "deployment.image_pinned.v1",
+    "deployment.chart_pinned.v1",
+    "deployment.approved.v1",
+];
 
 /// The code of a step that meets a rewritten history.
 pub(super) const REWRITTEN: &str = "gitops_history_rewritten";
@@ -54,6 +59,8 @@ pub struct Package {
     pub bench: Bench,
     /// The repositories.
     pub repositories: Arc<dyn Repositories>,
+    /// Charts; none can be deployed without.
+    pub charts: Option<Arc<dyn Charts>>,
     /// Has the branch looked over when somebody else was seen to have committed.
     pub nudge: Nudge,
     /// Has what is committed together recorded in its order.
@@ -79,13 +86,21 @@ impl Occasion {
     }
 }
 
+/// What a commit brings into an environment.
+pub(super) enum Release {
+    /// An image.
+    Image(Box<ReleaseValues>),
+    /// A chart.
+    Chart(RenderedChart),
+}
+
 /// A commit to be made.
 pub(super) struct CommitWork<'a> {
     pub(super) project: &'a ProjectName,
     pub(super) environment: &'a EnvironmentName,
     pub(super) change: Change,
     /// What runs, for [`Change::Deploy`].
-    pub(super) release: Option<ReleaseValues>,
+    pub(super) release: Option<Release>,
     /// The variables that differ, for a [`Change::Deploy`] that changes nothing else.
     pub(super) config: Vec<EnvKey>,
     /// For [`Change::EnvironmentCreated`].
@@ -106,6 +121,7 @@ impl Worker for Package {
         matches!(
             kind,
             "deployment.image_pinned.v1"
+                | "deployment.chart_pinned.v1"
                 | "deployment.approved.v1"
                 | "deployment.released.v1"
                 | "deployment.emergency_freeze_override.v1"
@@ -151,9 +167,9 @@ impl Package {
         let id = row.id;
         let service = row.state.request.instance.service.clone();
         let promoted_from = row.state.request.promoted_from.clone();
-        let Some(image) = row.state.image.clone() else {
+        if !row.state.is_pinned() {
             return Ok(());
-        };
+        }
         let remove = Change::Remove {
             service: service.clone(),
             deployment: id,
@@ -191,6 +207,11 @@ impl Package {
             }
             _ => return Ok(()),
         };
+        // Before anybody is asked: what cannot be rendered needs no approval.
+        let release = match row.state.status {
+            Status::Packaging => self.release(row).await?,
+            _ => None,
+        };
         let instance = &row.state.request.instance;
         let is_planned = row.state.status == Status::Packaging && self.is_planned(row)?;
         let _permit = self.order.permit(&instance.project, is_planned).await;
@@ -223,12 +244,6 @@ impl Package {
             leave::shared_routes(&self.bench, row).await?;
         }
         let author = self.author(event, row).await?;
-        let release = (row.state.status == Status::Packaging).then(|| ReleaseValues {
-            image,
-            clusters: row.state.request.clusters.clone(),
-            secret_env: row.state.request.secrets.clone(),
-            run: row.state.request.run.clone(),
-        });
         let work = CommitWork {
             project: &instance.project,
             environment: &instance.environment,
@@ -284,6 +299,55 @@ impl Package {
             Err(Stop::Moved(_)) => Ok(()),
             other => other.map(|_| ()),
         }
+    }
+
+    /// What is to be committed of a deployment that is packaged.
+    async fn release(&self, row: &DeploymentRow) -> Result<Option<Release>, Stop> {
+        let request = &row.state.request;
+        let clusters = request.clusters.clone();
+        let secret_env = request.secrets.clone();
+        if let Some(image) = row.state.image.clone() {
+            return Ok(Some(Release::Image(Box::new(ReleaseValues {
+                image,
+                clusters,
+                secret_env,
+                run: request.run.clone(),
+            }))));
+        }
+        let Some(chart) = row.state.chart.clone() else {
+            return Ok(None);
+        };
+        let charts = self.charts.as_deref().ok_or_else(|| {
+            StepError::fatal(
+                "charts_not_supported",
+                format!("{chart} is a Helm chart, and none can be rendered here"),
+                "deploy an image (`--image`) or a git ref (`--ref`) of the service",
+            )
+        })?;
+        let InstanceRef {
+            project,
+            environment,
+            service,
+        } = &request.instance;
+        let found = self.bench.ledger.projections();
+        let found = found.environment(project, environment)?;
+        let release = ChartRelease {
+            project,
+            environment,
+            ephemeral: found.is_some_and(|e| e.spec.ephemeral),
+            service,
+            deployment: row.id,
+            values: request.run.chart_values.as_ref(),
+            port: request.run.port,
+        };
+        let objects = charts.render(&chart, &release).await?;
+        Ok(Some(Release::Chart(RenderedChart {
+            chart,
+            clusters,
+            secret_env,
+            stopped: false,
+            objects,
+        })))
     }
 
     /// Whether people have to allow the plan of what is packaged.
@@ -486,6 +550,11 @@ impl Package {
         } = work;
         let known = self.known(project, occasion).await?;
         let head = known.head.clone();
+        let (release, chart) = match work.release {
+            Some(Release::Image(release)) => (Some(*release), None),
+            Some(Release::Chart(chart)) => (None, Some(chart)),
+            None => (None, None),
+        };
         let made = self
             .repositories
             .commit(
@@ -493,7 +562,8 @@ impl Package {
                 GitopsChange {
                     environment: work.environment.clone(),
                     change: work.change.clone(),
-                    release: work.release,
+                    release,
+                    chart,
                     config: work.config,
                     author: work.author,
                     ephemeral: work.ephemeral,

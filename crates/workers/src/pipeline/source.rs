@@ -1,17 +1,20 @@
 //! The first step of a run: the ref becomes a commit, once and for all, and its build is asked
-//! for; or the given image is checked and pinned.
+//! for; or the given image or chart is fetched and pinned.
 
 use async_trait::async_trait;
 use daybook_events::build::{self, Build, BuildEvent};
-use daybook_events::chart::ChartReference;
+use daybook_events::chart::{ChartReference, ChartVersion};
 use daybook_events::deployment::{
-    CloningStarted, DeploymentEvent, ImagePinned, SourceResolved, Status, Version, build_id,
+    ChartPinned, CloningStarted, DeploymentEvent, ImagePinned, SourceResolved, Status, Version,
+    build_id,
 };
-use daybook_events::{AggregateKind, ImageTag, Subject, SubjectFilter};
+use daybook_events::routing::Routing;
+use daybook_events::{AggregateKind, Digest, ImageTag, Subject, SubjectFilter};
 use daybook_projections::DeploymentRow;
 use std::sync::Arc;
 
 use super::{Bench, Stop, give_up, settle};
+use crate::charts::Charts;
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{Images, Sources, StepError};
 
@@ -25,6 +28,8 @@ pub struct Source {
     pub sources: Arc<dyn Sources>,
     /// Images.
     pub images: Arc<dyn Images>,
+    /// Charts; none can be deployed without.
+    pub charts: Option<Arc<dyn Charts>>,
 }
 
 #[async_trait]
@@ -85,7 +90,7 @@ impl Source {
                     .await?;
                 return Ok(());
             }
-            Version::Helm { chart, .. } => return Err(not_rendered(&row, &chart).into()),
+            Version::Helm { chart, version } => return self.pin_chart(&row, chart, version).await,
             Version::Git { url, git_ref, path } => (url, git_ref, path),
         };
         if row.state.status == Status::Queued {
@@ -150,23 +155,82 @@ impl Source {
             .await?;
         Ok(())
     }
+
+    /// Fetches a chart and pins it.
+    async fn pin_chart(
+        &self,
+        row: &DeploymentRow,
+        chart: ChartReference,
+        version: ChartVersion,
+    ) -> Result<(), Stop> {
+        let charts = self.charts.as_deref();
+        let clusters = &row.state.request.clusters;
+        let able = charts.filter(|charts| clusters.iter().all(|c| charts.run_on(c)));
+        let Some(able) = able else {
+            return Err(not_rendered(row, charts, &chart).into());
+        };
+        let text = format!("fetching the chart {chart}:{version}");
+        self.bench.say(row.id, None, text).await;
+        let expected = self.expected(row, &chart, &version)?;
+        let chart = able.pin(&chart, &version, expected.as_ref()).await?;
+        let text = format!(
+            "chart {}:{} is {}",
+            chart.chart, chart.version, chart.digest
+        );
+        self.bench.say(row.id, None, text).await;
+        let event = DeploymentEvent::ChartPinned(ChartPinned { chart });
+        self.bench.advance(ROLE, row, "chart_pinned", event).await?;
+        Ok(())
+    }
+
+    /// The digest that this version of a chart has where it was deployed before: by the deployment
+    /// that this one repeats or promotes, or by the one that has the traffic.
+    fn expected(
+        &self,
+        row: &DeploymentRow,
+        chart: &ChartReference,
+        version: &ChartVersion,
+    ) -> Result<Option<Digest>, Stop> {
+        let request = &row.state.request;
+        let subject = Subject::Routing(request.instance.project.clone());
+        let routing = self
+            .bench
+            .ledger
+            .projections()
+            .shared::<Routing>(&subject)?;
+        let traffic = routing
+            .state
+            .as_ref()
+            .and_then(|r| r.traffic(&request.instance));
+        let main = traffic.and_then(|traffic| traffic.main);
+        let promoted = request.promoted_from.as_ref().map(|from| from.deployment);
+        for id in [request.redeploy_of, promoted, main].into_iter().flatten() {
+            let before = self.bench.row(id)?.and_then(|row| row.state.chart.clone());
+            let same = before.filter(|b| b.chart == *chart && b.version == *version);
+            if let Some(same) = same {
+                return Ok(Some(same.digest));
+            }
+        }
+        Ok(None)
+    }
 }
 
-/// Why a chart is not deployed: no kind of cluster that there is renders charts.
-fn not_rendered(row: &DeploymentRow, chart: &ChartReference) -> StepError {
-    let clusters: Vec<_> = row
-        .state
-        .request
-        .clusters
-        .iter()
-        .map(|c| c.as_str())
-        .collect();
+/// Why a chart is not deployed: some of its clusters run no charts.
+fn not_rendered(
+    row: &DeploymentRow,
+    charts: Option<&dyn Charts>,
+    chart: &ChartReference,
+) -> StepError {
+    let clusters = row.state.request.clusters.iter();
+    let clusters = clusters.filter(|c| charts.is_none_or(|charts| !charts.run_on(c)));
+    let clusters: Vec<_> = clusters.map(|c| c.as_str()).collect();
     StepError::fatal(
         "charts_not_supported",
         format!(
             "{chart} is a Helm chart, and {} cannot render charts",
             clusters.join(", ")
         ),
-        "deploy an image (`--image`) or a git ref (`--ref`) of the service",
+        "deploy an image (`--image`) or a git ref (`--ref`) of the service, or a chart to Kubernetes \
+         clusters (`--kube-context`)",
     )
 }

@@ -237,15 +237,18 @@ impl Sync {
             releases.insert(id, release);
         }
         let cluster = self.target.cluster();
+        let runs_charts = self.target.runs_charts();
+        let mut not_run = BTreeSet::new();
         for service in desired.services.values_mut() {
             service.releases.retain(|_, r| r.clusters.contains(cluster));
+            service.charts.retain(|_, c| c.clusters.contains(cluster));
+            if !runs_charts {
+                not_run.extend(std::mem::take(&mut service.charts).into_keys());
+            }
         }
-        desired.services.retain(|_, s| !s.releases.is_empty());
+        desired.services.retain(|_, s| !s.is_bare());
         if let Some(id) = about
-            && desired
-                .services
-                .values()
-                .any(|s| s.releases.contains_key(&id))
+            && desired.services.values().any(|s| s.lists(&id))
         {
             let text = format!("syncing {} to {cluster}", commit.short());
             self.bench.say(id, Some(cluster.clone()), text).await;
@@ -255,7 +258,14 @@ impl Sync {
         if keeps.is_empty() {
             self.all_kept().remove(&app);
         }
-        Ok(())
+        match about.filter(|id| not_run.contains(id)) {
+            Some(_) => Err(Stop::Fail(StepError::fatal(
+                "charts_not_supported",
+                format!("{cluster} cannot run what is rendered of a Helm chart"),
+                "deploy an image to it, or the chart to Kubernetes clusters",
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// The deployments that have the traffic of an environment's services.
@@ -292,7 +302,7 @@ impl Sync {
     ) -> Result<Releases, Stop> {
         let listed = |service, id| {
             let service = desired.services.get(service);
-            service.is_some_and(|s| s.releases.contains_key(id))
+            service.is_some_and(|s| s.lists(id))
         };
         let mut before = self.all_kept().get(app).cloned().unwrap_or_default();
         let mut releases = Releases::new();

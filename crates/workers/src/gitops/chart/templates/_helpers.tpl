@@ -63,12 +63,13 @@ that is written by hand, nor the second of two at one path.
 {{- range include "daybook-app.volumes" . | fromJson }}{{ if not .many_nodes }}true{{ end }}{{ end }}
 {{- end }}
 
-{{/* The releases of this cluster, as a list of such dicts. */}}
+{{/* The releases of this cluster, as a list of such dicts; those of charts of others if it is of "charts". */}}
 {{- define "daybook-app.each" -}}
 {{- $root := .root -}}
 {{- $template := .template -}}
+{{- $of := default "releases" .of -}}
 {{- range $service, $values := $root.Values.services }}
-{{- range $deployment, $release := $values.releases }}
+{{- range $deployment, $release := index $values $of }}
 {{- if or (not $root.Values.cluster) (has $root.Values.cluster $release.clusters) }}
 {{- include $template (dict "root" $root "service" $service "deployment" $deployment "release" $release "kubernetes" (default dict $release.kubernetes)) }}
 {{- end }}
