@@ -174,9 +174,13 @@ impl Space<'_> {
             _ => marked(&object.body),
         });
         let mut applied = timely(&what, api.patch(&object.name, &params, &patch)).await?;
+        let mut autoscalers = found
+            .iter()
+            .filter(|((kind, _), _)| *kind == Kind::AUTOSCALER);
         // Also where somebody has taken the autoscaler away, and its number is still there.
-        let was_autoscaled = object.kind == Kind::DEPLOYMENT
-            && (is_autoscaled || found.contains_key(&(Kind::AUTOSCALER, object.name.clone())));
+        let was_autoscaled = [Kind::DEPLOYMENT, Kind::STATEFUL_SET].contains(&object.kind)
+            && (is_autoscaled
+                || autoscalers.any(|(_, autoscaler)| scales(&autoscaler.data, object)));
         if was_autoscaled && applied.as_ref().is_err_and(|e| conflicts_in(e, REPLICAS)) {
             // The autoscaler's number, which is not its to set any more.
             let params = params.force();
@@ -284,6 +288,12 @@ impl Space<'_> {
         let resource = ApiResource::from_gvk_with_plural(&gvk, kind.plural);
         Api::namespaced_with(self.client.clone(), self.namespace, &resource)
     }
+}
+
+/// Whether an autoscaler is for a workload.
+pub(crate) fn scales(autoscaler: &Value, workload: &Object) -> bool {
+    let target = &autoscaler["spec"]["scaleTargetRef"];
+    target["kind"] == workload.kind.kind && target["name"] == *workload.name
 }
 
 /// Whether a namespace says that it has or had volumes.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use daybook_events::{CommitId, DeploymentId, ServiceName};
+use daybook_workers::charts::objects::instances;
 use daybook_workers::target::Problem;
 use daybook_workers::values::ReleaseValues;
 use k8s_openapi::api::apps::v1::Deployment;
@@ -10,6 +11,7 @@ use serde_json::Value;
 
 use crate::differences::differences;
 use crate::names::VOLUMES;
+use crate::objects::{Kind, Object};
 
 /// What was asked of an environment and applied, or handed to Argo CD to be applied.
 #[derive(Debug)]
@@ -17,14 +19,47 @@ pub struct Asked {
     revision: CommitId,
     releases: BTreeMap<DeploymentId, (ServiceName, u32)>,
     held: HashMap<DeploymentId, Problem>,
+    /// The workloads of releases of charts.
+    charts: BTreeMap<DeploymentId, Vec<Workload>>,
     by: By,
+}
+
+/// A workload of a chart.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Workload {
+    /// What it is.
+    pub(crate) kind: Kind,
+    /// Its name.
+    pub(crate) name: String,
+    /// How many instances it is to have at least.
+    pub(crate) instances: u32,
+    /// All of it.
+    body: Value,
+}
+
+impl Workload {
+    /// An object, if it is a workload.
+    pub(crate) fn of(object: &Object) -> Option<Self> {
+        let is_workload = [Kind::DEPLOYMENT, Kind::STATEFUL_SET].contains(&object.kind);
+        is_workload.then(|| Self {
+            kind: object.kind,
+            name: object.name.clone(),
+            instances: instances(&object.body),
+            body: object.body.clone(),
+        })
+    }
 }
 
 /// Who applies it.
 #[derive(Debug)]
 enum By {
     /// Daybook: the workloads as the API server had them right after that.
-    Daybook(HashMap<String, Applied>),
+    Daybook {
+        /// Deployments, by name.
+        applied: HashMap<String, Applied>,
+        /// The ids of StatefulSets, by name.
+        sets: HashMap<String, String>,
+    },
     /// Argo CD, at a time of its own.
     ArgoCd {
         /// What is to become of each release.
@@ -49,7 +84,11 @@ impl Asked {
             revision,
             releases: BTreeMap::new(),
             held: HashMap::new(),
-            by: By::Daybook(HashMap::new()),
+            charts: BTreeMap::new(),
+            by: By::Daybook {
+                applied: HashMap::new(),
+                sets: HashMap::new(),
+            },
         }
     }
 
@@ -84,9 +123,35 @@ impl Asked {
         self.releases.insert(deployment, (service, replicas));
     }
 
+    /// A release of a chart has these workloads.
+    pub(crate) fn renders(&mut self, deployment: DeploymentId, workloads: Vec<Workload>) {
+        self.charts.insert(deployment, workloads);
+    }
+
+    /// The workloads of a release of a chart; none if it is one of an image.
+    pub(crate) fn workloads(&self, deployment: DeploymentId) -> Option<&[Workload]> {
+        self.charts.get(&deployment).map(Vec::as_slice)
+    }
+
+    /// A StatefulSet was applied.
+    pub(crate) fn applied_set(&mut self, name: &str, uid: String) {
+        if let By::Daybook { sets, .. } = &mut self.by {
+            sets.insert(name.to_owned(), uid);
+        }
+    }
+
+    /// Whether a StatefulSet of this name and id is the one that was asked for. Where Argo CD applies,
+    /// its name says so.
+    pub(crate) fn covers_set(&self, name: &str, uid: &str) -> bool {
+        match &self.by {
+            By::Daybook { sets, .. } => sets.get(name).is_some_and(|applied| applied == uid),
+            By::ArgoCd { .. } => true,
+        }
+    }
+
     /// A workload was applied, which is `wanted` to be so.
     pub fn applied(&mut self, name: &str, uid: String, generation: i64, wanted: Value) {
-        if let By::Daybook(applied) = &mut self.by {
+        if let By::Daybook { applied, .. } = &mut self.by {
             let workload = Applied {
                 uid,
                 generation,
@@ -122,6 +187,11 @@ impl Asked {
                 .iter()
                 .filter(|id| wanted.contains_key(id) && wanted.get(id) == wanted_before.get(id));
             settled.extend(same);
+            let charts = self.charts.iter();
+            let same = charts.filter(|(id, workloads)| {
+                settled_before.contains(id) && before.charts.get(id) == Some(workloads)
+            });
+            settled.extend(same.map(|(id, _)| *id));
         }
     }
 
@@ -145,7 +215,7 @@ impl Asked {
     pub(crate) fn covers(&self, deployment: DeploymentId, workload: &Deployment) -> bool {
         let metadata = &workload.metadata;
         match &self.by {
-            By::Daybook(applied) => {
+            By::Daybook { applied, .. } => {
                 let applied = metadata.name.as_ref().and_then(|name| applied.get(name));
                 applied.is_some_and(|applied| {
                     metadata.uid.as_ref() == Some(&applied.uid)
@@ -158,7 +228,10 @@ impl Asked {
                     let drift = self.drift(deployment, workload);
                     drift.iter().all(|field| is_spare(field, values))
                 };
-                settled.contains(&deployment) || wanted.get(&deployment).is_some_and(is_same)
+                settled.contains(&deployment)
+                    || wanted.get(&deployment).is_some_and(is_same)
+                    || self.charts.contains_key(&deployment)
+                        && self.drift(deployment, workload).is_empty()
             }
         }
     }
@@ -167,13 +240,19 @@ impl Asked {
     pub(crate) fn drift(&self, deployment: DeploymentId, workload: &Deployment) -> Vec<String> {
         let metadata = &workload.metadata;
         let (wanted, by_argocd) = match &self.by {
-            By::Daybook(applied) => {
+            By::Daybook { applied, .. } => {
                 let applied = metadata.name.as_ref().and_then(|name| applied.get(name));
                 // As it was applied: there is nothing to look for.
                 let applied = applied.filter(|a| metadata.generation != Some(a.generation));
                 (applied.map(|applied| &applied.wanted), false)
             }
-            By::ArgoCd { wanted, .. } => (wanted.get(&deployment).map(|(_, w)| w), true),
+            By::ArgoCd { wanted, .. } => {
+                let of_chart = self.workloads(deployment).unwrap_or_default();
+                let mut of_chart = of_chart.iter().filter(|w| w.kind == Kind::DEPLOYMENT);
+                let of_chart = of_chart.find(|w| Some(&w.name) == metadata.name.as_ref());
+                let of_image = || wanted.get(&deployment).map(|(_, w)| w);
+                (of_chart.map(|w| &w.body).or_else(of_image), true)
+            }
         };
         let Some(wanted) = wanted else {
             return Vec::new();
@@ -193,7 +272,7 @@ impl Asked {
     /// is to be. Where Daybook applies, there is no such word.
     pub(crate) fn is_settled(&self, deployment: DeploymentId) -> bool {
         match &self.by {
-            By::Daybook(_) => true,
+            By::Daybook { .. } => true,
             By::ArgoCd { settled, .. } => settled.contains(&deployment),
         }
     }

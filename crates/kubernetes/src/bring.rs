@@ -3,18 +3,22 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use daybook_events::{CommitId, DeploymentId};
+use daybook_events::secret::SecretRef;
+use daybook_events::{CommitId, DeploymentId, EnvKey, ServiceName};
+use daybook_workers::charts::objects::{CHART, stopped};
 use daybook_workers::image::LOCAL_HOST;
 use daybook_workers::target::{AppRef, Cause, Problem, TargetError};
-use daybook_workers::values::{EnvironmentValues, ReleaseValues};
+use daybook_workers::values::{EnvironmentValues, ReleaseValues, RenderedChart};
 use k8s_openapi::ByteString;
+use kube::ResourceExt as _;
+use kube::core::DynamicObject;
 use serde_json::Value;
 
-use crate::apply::Space;
+use crate::apply::{Space, scales};
 use crate::argocd::{self, Wanted};
-use crate::asked::Asked;
+use crate::asked::{Asked, Workload};
 use crate::cluster::KubernetesCluster;
-use crate::names;
+use crate::names::{self, DEPLOYMENT};
 use crate::objects::{self, Kind, Object, Place};
 
 impl KubernetesCluster {
@@ -80,17 +84,34 @@ impl KubernetesCluster {
                 if let Some(problem) = not_pullable(release) {
                     asked.holds(*deployment, problem);
                 }
-                let name = names::release(service, *deployment);
-                match self
-                    .secret(app, &place, desired, *deployment, release)
-                    .await
-                {
+            }
+            for (deployment, chart) in &values.charts {
+                if chart.clusters.contains(&options.name) {
+                    self.want_chart(
+                        &mut asked,
+                        &mut wanted,
+                        service,
+                        (*deployment, chart),
+                        &place,
+                    );
+                }
+            }
+            let of_images = values.releases.iter();
+            let of_images = of_images.map(|(id, r)| (*id, &r.clusters, &r.secret_env));
+            let of_charts = values.charts.iter();
+            let of_charts = of_charts.map(|(id, c)| (*id, &c.clusters, &c.secret_env));
+            for (deployment, clusters, secret_env) in of_images.chain(of_charts) {
+                if !clusters.contains(&options.name) {
+                    continue;
+                }
+                let secret = self.secret(app, &place, desired, deployment, secret_env);
+                match secret.await {
                     Ok(Some(secret)) => wanted.insert(0, secret),
                     Ok(None) => {}
                     Err(problem) => {
-                        asked.holds(*deployment, problem);
+                        asked.holds(deployment, problem);
                         // What it has of them keeps it running.
-                        untouched.push(name);
+                        untouched.push(names::release(service, deployment));
                     }
                 }
             }
@@ -103,23 +124,31 @@ impl KubernetesCluster {
             wanted.retain(|object| object.kind == Kind::SECRET);
         }
         // Routes also where none are made any more.
-        let all = [
-            Kind::HTTP_ROUTE,
-            Kind::SERVICE,
-            Kind::DEPLOYMENT,
-            Kind::AUTOSCALER,
-            Kind::DISRUPTION_BUDGET,
-            Kind::CONFIG_MAP,
-            Kind::SECRET,
-        ];
-        let kinds = match argocd {
-            Some(_) => &[Kind::SECRET],
-            None => &all[..],
+        let mut kinds = match argocd {
+            Some(_) => vec![Kind::SECRET],
+            None => vec![
+                Kind::HTTP_ROUTE,
+                Kind::SERVICE,
+                Kind::DEPLOYMENT,
+                Kind::AUTOSCALER,
+                Kind::DISRUPTION_BUDGET,
+                Kind::CONFIG_MAP,
+                Kind::SECRET,
+            ],
         };
-        let found = space.found(kinds, &wanted).await?;
+        let mut found = space.found(&kinds, &wanted).await?;
+        // What only charts make is looked for where there is one, or was: that goes last.
+        let is_of_chart = |object: &DynamicObject| object.labels().contains_key(CHART);
+        let has_charts = desired.services.values().any(|s| !s.charts.is_empty());
+        if argocd.is_none() && (has_charts || found.values().any(is_of_chart)) {
+            found.extend(space.found(&Kind::OF_CHARTS, &wanted).await?);
+            kinds.splice(3..3, Kind::OF_CHARTS);
+        }
+        let kinds = kinds.as_slice();
         for object in &wanted {
             let least = least(desired, &object.name);
-            let applied = space.apply(object, &found, least.is_some()).await?;
+            let is_autoscaled = least.is_some() || has_autoscaler(desired, object);
+            let applied = space.apply(object, &found, is_autoscaled).await?;
             let Some(mut applied) = applied else {
                 continue;
             };
@@ -129,6 +158,8 @@ impl KubernetesCluster {
                 }
                 let body = object.body.clone();
                 asked.applied(&object.name, applied.uid, applied.generation, body);
+            } else if object.kind == Kind::STATEFUL_SET {
+                asked.applied_set(&object.name, applied.uid);
             }
         }
         let mut keep: HashSet<_> = wanted.iter().map(|o| (o.kind, o.name.as_str())).collect();
@@ -136,13 +167,13 @@ impl KubernetesCluster {
         if let Some(argocd) = argocd
             && !asked.releases().is_empty()
         {
-            let before = argocd::kept(&space).await?;
-            let kept = names_of(desired, |id| kept.contains(&id));
+            let before = argocd::kept(&space, has_charts).await?;
+            let kept = names_of(desired, namespace, |id| kept.contains(&id));
             argocd::keep(&space, &kept).await?;
-            let wanted = names_of(desired, |_| true);
+            let wanted = names_of(desired, namespace, |_| true);
             let (mut again, gone): (Vec<_>, Vec<_>) = before
                 .into_iter()
-                .partition(|(_, name)| wanted.contains(name));
+                .partition(|object| wanted.contains(object));
             argocd::let_go(&space, &gone).await?;
             let wanted = Wanted {
                 app,
@@ -154,11 +185,42 @@ impl KubernetesCluster {
             };
             argocd.apply(&options.client, &wanted).await?;
             // Not before: at the commit before, what is listed again would be removed.
-            again.retain(|(_, name)| !kept.contains(name));
+            again.retain(|object| !kept.contains(object));
             argocd::let_go(&space, &again).await?;
         }
         space.prune(kinds, &found, &keep).await?;
         Ok(asked)
+    }
+
+    /// Asks for what a release of a chart is, as far as it can be had beside what is asked for
+    /// already.
+    fn want_chart(
+        &self,
+        asked: &mut Asked,
+        wanted: &mut Vec<Object>,
+        service: &ServiceName,
+        (deployment, chart): (DeploymentId, &RenderedChart),
+        place: &Place<'_>,
+    ) {
+        let objects = objects::rendered_in(chart, place.namespace);
+        let workloads: Vec<_> = objects.iter().filter_map(Workload::of).collect();
+        let instances = workloads.iter().map(|w| w.instances).sum();
+        asked.wants(deployment, service.clone(), instances);
+        asked.renders(deployment, workloads);
+        let is_left_out = |object: &&Value| !chart.stopped || stopped(object).is_some();
+        if objects.len() < chart.objects.iter().filter(is_left_out).count() {
+            asked.holds(deployment, not_of_a_chart());
+        }
+        let id = deployment.to_string();
+        let is_its = |object: &Object| object.body["metadata"]["labels"][DEPLOYMENT] == *id;
+        let taken = objects.iter().find(|object| {
+            let mut others = wanted.iter().filter(|other| !is_its(other));
+            others.any(|other| other.kind == object.kind && other.name == object.name)
+        });
+        if let Some(taken) = taken {
+            asked.holds(deployment, taken_by_another(taken));
+            wanted.retain(|object| !is_its(object));
+        }
     }
 
     /// The object with the values of a release's secrets. Values that are not to be had keep only
@@ -169,15 +231,15 @@ impl KubernetesCluster {
         place: &Place<'_>,
         desired: &EnvironmentValues,
         deployment: DeploymentId,
-        release: &ReleaseValues,
+        secret_env: &BTreeMap<EnvKey, SecretRef>,
     ) -> Result<Option<Object>, Problem> {
-        if release.secret_env.is_empty() {
+        if secret_env.is_empty() {
             return Ok(None);
         }
         let values = self
             .options()
             .secrets
-            .resolve(&app.project, &release.secret_env)
+            .resolve(&app.project, secret_env)
             .await
             .map_err(|e| {
                 let (message, remedy) = (e.to_line(), e.remedy());
@@ -195,16 +257,54 @@ impl KubernetesCluster {
     }
 }
 
-/// How the objects of releases are called.
+/// The objects that Argo CD makes of releases, by kind and name.
 fn names_of(
     desired: &EnvironmentValues,
-    which: impl Fn(DeploymentId) -> bool + Copy,
-) -> HashSet<String> {
-    let releases = desired.services.iter().flat_map(|(service, values)| {
-        let ids = values.releases.keys().filter(move |id| which(**id));
-        ids.map(move |id| names::release(service, *id))
-    });
-    releases.collect()
+    namespace: &str,
+    which: impl Fn(DeploymentId) -> bool,
+) -> HashSet<(Kind, String)> {
+    let mut names = HashSet::new();
+    for (service, values) in &desired.services {
+        for id in values.releases.keys().filter(|id| which(**id)) {
+            let name = names::release(service, *id);
+            names.extend(argocd::KINDS.map(|kind| (kind, name.clone())));
+        }
+        for (id, chart) in values.charts.iter().filter(|(id, _)| which(**id)) {
+            names.insert((Kind::HTTP_ROUTE, names::release(service, *id)));
+            let objects = objects::rendered_in(chart, namespace);
+            names.extend(objects.into_iter().map(|object| (object.kind, object.name)));
+        }
+    }
+    names
+}
+
+/// Something in the repository that Daybook did not put there.
+fn not_of_a_chart() -> Problem {
+    Problem {
+        reason: "ObjectUnsupported".to_owned(),
+        message:
+            "the release of the chart has an object in the GitOps repository that no chart may \
+                  make"
+                .to_owned(),
+        remedy: "Take it out of the environment's values file, or deploy the chart again."
+            .to_owned(),
+        transient: false,
+    }
+}
+
+/// An object that two releases are to have.
+fn taken_by_another(object: &Object) -> Problem {
+    Problem {
+        reason: "NameTaken".to_owned(),
+        message: format!(
+            "{} {} is of another release already, and releases of a chart stand beside each other",
+            object.kind.kind, object.name
+        ),
+        remedy: "Have the chart name what it makes by its release: in `run.chart_values` of the \
+                 service, often with `fullnameOverride: $(DAYBOOK_RELEASE)`."
+            .to_owned(),
+        transient: false,
+    }
 }
 
 /// Each release with the workload that is made of it.
@@ -233,6 +333,13 @@ fn least(desired: &EnvironmentValues, name: &str) -> Option<u32> {
     });
     let run = releases.into_iter().find(|(of, _)| of == name)?.1;
     run.autoscaling.as_ref().map(|_| run.replicas)
+}
+
+/// Whether a chart has an autoscaler for a workload, also while its release is stopped.
+fn has_autoscaler(desired: &EnvironmentValues, workload: &Object) -> bool {
+    let charts = desired.services.values().flat_map(|s| s.charts.values());
+    let mut objects = charts.flat_map(|chart| &chart.objects);
+    objects.any(|object| scales(object, workload))
 }
 
 /// An image that only Daybook's own machine has.

@@ -537,6 +537,10 @@ impl Target for KubernetesCluster {
         space.remove_claims().await
     }
 
+    fn runs_charts(&self) -> bool {
+        true
+    }
+
     fn has_gateway(&self) -> bool {
         self.options().gateway.is_some()
     }

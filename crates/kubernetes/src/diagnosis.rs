@@ -54,6 +54,18 @@ pub fn release<'a>(
     Some(problem)
 }
 
+/// The cause that matters most of pods of whose workload nothing else is known.
+pub fn pods<'a>(pods: impl IntoIterator<Item = (&'a Pod, Option<&'a Warning>)>) -> Option<Problem> {
+    let found = pods
+        .into_iter()
+        .filter_map(|(pod, warning)| pod_problem(pod, warning))
+        .max_by_key(|found| found.rank)?;
+    Some(Problem {
+        transient: !found.hopeless,
+        ..found.problem
+    })
+}
+
 /// What keeps a pod that runs to an end from beginning: nothing that has begun and ended is looked
 /// at. It is `transient` unless waiting cannot mend it.
 pub fn not_begun(pod: &Pod, warning: Option<&Warning>) -> Option<Problem> {

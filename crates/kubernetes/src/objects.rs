@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use daybook_events::resources::Quantity;
 use daybook_events::spec::{Autoscaling, RunSpec, VolumeSpec};
 use daybook_events::{ClusterName, DeploymentId, ServiceName, VolumeName};
-use daybook_workers::values::{EnvironmentValues, ReleaseValues};
+use daybook_workers::charts::objects as rendered;
+use daybook_workers::values::{EnvironmentValues, ReleaseValues, RenderedChart};
 use k8s_openapi::ByteString;
 use serde_json::{Map, Value, json};
 
@@ -36,6 +37,7 @@ impl Kind {
     /// asked for only where some are wanted.
     pub(crate) fn is_spare(self) -> bool {
         [Self::AUTOSCALER, Self::DISRUPTION_BUDGET].contains(&self)
+            || Self::OF_CHARTS.contains(&self)
     }
 
     /// Whether objects of this kind are made without anybody asking for them. Where an account has no
@@ -43,6 +45,29 @@ impl Kind {
     pub(crate) fn is_optional(self) -> bool {
         self == Self::DISRUPTION_BUDGET
     }
+
+    /// A kind that a Helm chart may make.
+    pub fn of_chart(api_version: &str, kind: &str) -> Option<Self> {
+        let all = [
+            Self::SERVICE_ACCOUNT,
+            Self::CONFIG_MAP,
+            Self::NETWORK_POLICY,
+            Self::DEPLOYMENT,
+            Self::STATEFUL_SET,
+            Self::AUTOSCALER,
+            Self::DISRUPTION_BUDGET,
+            Self::SERVICE,
+        ];
+        let mut all = all.into_iter();
+        all.find(|of| of.api_version == api_version && of.kind == kind)
+    }
+
+    /// What nothing but Helm charts makes. Where none is deployed, none of it is asked for.
+    pub(crate) const OF_CHARTS: [Self; 3] = [
+        Self::STATEFUL_SET,
+        Self::NETWORK_POLICY,
+        Self::SERVICE_ACCOUNT,
+    ];
 
     /// Workloads.
     pub const DEPLOYMENT: Self = Self::new("apps/v1", "Deployment", "deployments");
@@ -55,6 +80,13 @@ impl Kind {
     /// How many pods of a workload may be taken away at once.
     pub const DISRUPTION_BUDGET: Self =
         Self::new("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets");
+    /// Workloads whose pods have names of their own.
+    pub const STATEFUL_SET: Self = Self::new("apps/v1", "StatefulSet", "statefulsets");
+    /// Which pods may talk to each other.
+    pub const NETWORK_POLICY: Self =
+        Self::new("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies");
+    /// What pods are to the API server.
+    pub const SERVICE_ACCOUNT: Self = Self::new("v1", "ServiceAccount", "serviceaccounts");
     /// Volumes, which outlive the releases that use them.
     pub const CLAIM: Self = Self::new("v1", "PersistentVolumeClaim", "persistentvolumeclaims");
     /// Plain variables.
@@ -117,8 +149,46 @@ pub fn objects(values: &EnvironmentValues, place: &Place<'_>) -> Vec<Object> {
                 objects.extend(release.objects());
             }
         }
+        for (deployment, chart) in &of_service.charts {
+            if chart.clusters.contains(place.cluster) {
+                let release = Release {
+                    values,
+                    place,
+                    service,
+                    deployment: *deployment,
+                    release: chart,
+                };
+                objects.extend(release.rendered());
+            }
+        }
     }
     objects
+}
+
+/// What was rendered of a chart, as it is to be in a namespace: without what is no object that a
+/// chart may make, which nobody but somebody's own commit puts there.
+pub(crate) fn rendered_in(chart: &RenderedChart, namespace: &str) -> Vec<Object> {
+    let objects = chart
+        .objects
+        .iter()
+        .filter_map(|object| match chart.stopped {
+            true => rendered::stopped(object),
+            false => Some(object.clone()),
+        });
+    let objects = objects.filter_map(|mut body| {
+        let of = |key: &str| body[key].as_str();
+        let kind = Kind::of_chart(of("apiVersion")?, of("kind")?)?;
+        if !rendered::is_sound(&body) {
+            return None;
+        }
+        body["metadata"]["namespace"] = json!(namespace);
+        Some(Object {
+            kind,
+            name: rendered::name(&body).to_owned(),
+            body,
+        })
+    });
+    objects.collect()
 }
 
 /// The claims of the volumes of all services, as they are made where they are not there yet: as the
@@ -210,16 +280,14 @@ pub fn secret(
     deployment: DeploymentId,
     data: BTreeMap<&str, ByteString>,
 ) -> Option<Object> {
-    let (service, release) = values
-        .services
-        .iter()
-        .find_map(|(name, service)| Some((name, service.releases.get(&deployment)?)))?;
+    let mut services = values.services.iter();
+    let (service, _) = services.find(|(_, service)| service.lists(&deployment))?;
     let release = Release {
         values,
         place,
         service,
         deployment,
-        release,
+        release: &(),
     };
     Some(release.object(Kind::SECRET, json!({ "type": "Opaque", "data": data })))
 }
@@ -240,45 +308,16 @@ pub(crate) fn parent(gateway: &GatewayRef) -> Value {
     parent
 }
 
-struct Release<'a> {
+/// A release, of an image or of a chart.
+struct Release<'a, R> {
     values: &'a EnvironmentValues,
     place: &'a Place<'a>,
     service: &'a ServiceName,
     deployment: DeploymentId,
-    release: &'a ReleaseValues,
+    release: &'a R,
 }
 
-impl Release<'_> {
-    fn objects(&self) -> Vec<Object> {
-        let mut objects = Vec::new();
-        // What a pod needs comes before the pod.
-        if !self.release.run.env.is_empty() {
-            let body = json!({ "data": self.release.run.env });
-            objects.push(self.object(Kind::CONFIG_MAP, body));
-        }
-        // Before the workload, whose number of instances is its own to set from then on.
-        if let Some(autoscaling) = self.autoscaling() {
-            let spec = self.autoscaler(autoscaling);
-            objects.push(self.object(Kind::AUTOSCALER, json!({ "spec": spec })));
-        }
-        objects.push(self.object(Kind::DEPLOYMENT, json!({ "spec": self.workload() })));
-        if self.moves_one_by_one() {
-            let spec = json!({
-                "maxUnavailable": 1,
-                // What is broken is in nobody's way.
-                "unhealthyPodEvictionPolicy": "AlwaysAllow",
-                "selector": { "matchLabels": self.selector() },
-            });
-            objects.push(self.object(Kind::DISRUPTION_BUDGET, json!({ "spec": spec })));
-        }
-        objects.push(self.object(Kind::SERVICE, json!({ "spec": self.address() })));
-        if let Some((gateway, domain)) = self.place.gateway {
-            let spec = self.route(gateway, domain);
-            objects.push(self.object(Kind::HTTP_ROUTE, json!({ "spec": spec })));
-        }
-        objects
-    }
-
+impl<R> Release<'_, R> {
     fn name(&self) -> String {
         names::release(self.service, self.deployment)
     }
@@ -315,6 +354,71 @@ impl Release<'_> {
             name: self.name(),
             body: whole,
         }
+    }
+
+    /// The address that always leads to this release.
+    fn route(&self, gateway: &GatewayRef, domain: &str) -> Value {
+        let short = self.deployment.short();
+        let (project, environment) = (&self.values.project, &self.values.environment);
+        let hostname = format!("{short}.{}.{environment}.{project}.{domain}", self.service);
+        let backend = json!({
+            "group": "",
+            "kind": "Service",
+            "name": self.name(),
+            "port": 80,
+            "weight": 1,
+        });
+        json!({
+            "parentRefs": [parent(gateway)],
+            "hostnames": [hostname],
+            "rules": [{
+                "matches": [{ "path": { "type": "PathPrefix", "value": "/" } }],
+                "backendRefs": [backend],
+            }],
+        })
+    }
+}
+
+impl Release<'_, RenderedChart> {
+    fn rendered(&self) -> Vec<Object> {
+        let mut objects = rendered_in(self.release, self.place.namespace);
+        if let Some((gateway, domain)) = self.place.gateway {
+            let spec = self.route(gateway, domain);
+            objects.push(self.object(Kind::HTTP_ROUTE, json!({ "spec": spec })));
+        }
+        objects
+    }
+}
+
+impl Release<'_, ReleaseValues> {
+    fn objects(&self) -> Vec<Object> {
+        let mut objects = Vec::new();
+        // What a pod needs comes before the pod.
+        if !self.release.run.env.is_empty() {
+            let body = json!({ "data": self.release.run.env });
+            objects.push(self.object(Kind::CONFIG_MAP, body));
+        }
+        // Before the workload, whose number of instances is its own to set from then on.
+        if let Some(autoscaling) = self.autoscaling() {
+            let spec = self.autoscaler(autoscaling);
+            objects.push(self.object(Kind::AUTOSCALER, json!({ "spec": spec })));
+        }
+        objects.push(self.object(Kind::DEPLOYMENT, json!({ "spec": self.workload() })));
+        if self.moves_one_by_one() {
+            let spec = json!({
+                "maxUnavailable": 1,
+                // What is broken is in nobody's way.
+                "unhealthyPodEvictionPolicy": "AlwaysAllow",
+                "selector": { "matchLabels": self.selector() },
+            });
+            objects.push(self.object(Kind::DISRUPTION_BUDGET, json!({ "spec": spec })));
+        }
+        objects.push(self.object(Kind::SERVICE, json!({ "spec": self.address() })));
+        if let Some((gateway, domain)) = self.place.gateway {
+            let spec = self.route(gateway, domain);
+            objects.push(self.object(Kind::HTTP_ROUTE, json!({ "spec": spec })));
+        }
+        objects
     }
 
     fn selector(&self) -> Value {
@@ -476,28 +580,6 @@ impl Release<'_> {
             "type": "ClusterIP",
             "selector": self.selector(),
             "ports": [{ "name": "http", "port": 80, "targetPort": "http", "protocol": "TCP" }],
-        })
-    }
-
-    /// The address that always leads to this release.
-    fn route(&self, gateway: &GatewayRef, domain: &str) -> Value {
-        let short = self.deployment.short();
-        let (project, environment) = (&self.values.project, &self.values.environment);
-        let hostname = format!("{short}.{}.{environment}.{project}.{domain}", self.service);
-        let backend = json!({
-            "group": "",
-            "kind": "Service",
-            "name": self.name(),
-            "port": 80,
-            "weight": 1,
-        });
-        json!({
-            "parentRefs": [parent(gateway)],
-            "hostnames": [hostname],
-            "rules": [{
-                "matches": [{ "path": { "type": "PathPrefix", "value": "/" } }],
-                "backendRefs": [backend],
-            }],
         })
     }
 }

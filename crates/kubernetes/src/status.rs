@@ -1,6 +1,6 @@
 //! What is seen of an environment on a cluster, from the objects of its namespace.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use daybook_events::{DeploymentId, ServiceName};
 use daybook_workers::target::{AppStatus, InstanceStatus, Problem, ReleaseStatus};
@@ -10,9 +10,10 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use crate::argocd::{Application, State};
-use crate::asked::Asked;
+use crate::asked::{Asked, Workload};
 use crate::diagnosis::{self, Warning};
 use crate::names::{self, DEPLOYMENT, SERVICE};
+use crate::objects::Kind;
 
 /// The annotation by which a ReplicaSet and its Deployment say which rollout they are of.
 const ROLLOUT: &str = "deployment.kubernetes.io/revision";
@@ -104,8 +105,17 @@ impl Seen {
         }
         let releases = asked.releases().iter();
         let settled = releases.filter(|(deployment, (service, _))| {
-            let workload = self.workloads.get(&names::release(service, **deployment));
-            workload.is_some_and(|w| asked.covers(**deployment, w))
+            let is_there = |name: &str| {
+                let workload = self.workloads.get(name);
+                workload.is_some_and(|w| asked.covers(**deployment, w))
+            };
+            match asked.workloads(**deployment) {
+                None => is_there(&names::release(service, **deployment)),
+                Some(of_chart) => {
+                    let mut of_chart = of_chart.iter().filter(|w| w.kind == Kind::DEPLOYMENT);
+                    of_chart.all(|w| is_there(&w.name))
+                }
+            }
         });
         settled.map(|(deployment, _)| *deployment).collect()
     }
@@ -118,6 +128,9 @@ impl Seen {
         asked: &Asked,
         sync: Option<&State>,
     ) -> ReleaseStatus {
+        if let Some(workloads) = asked.workloads(deployment) {
+            return self.of_chart(deployment, service, workloads, asked, sync);
+        }
         let name = names::release(service, deployment);
         let seen = self.workloads.get(&name);
         let workload = seen.filter(|w| asked.covers(deployment, w));
@@ -151,6 +164,108 @@ impl Seen {
             problem,
             image_pull: None,
         }
+    }
+
+    /// The status of a release of a chart: it is ready where each of its workloads is.
+    fn of_chart(
+        &self,
+        deployment: DeploymentId,
+        service: &ServiceName,
+        workloads: &[Workload],
+        asked: &Asked,
+        sync: Option<&State>,
+    ) -> ReleaseStatus {
+        let mut looked = Looked::default();
+        for workload in workloads {
+            let unsynced = sync.filter(|_| !asked.is_settled(deployment));
+            match workload.kind {
+                Kind::DEPLOYMENT => self.look(deployment, workload, asked, unsynced, &mut looked),
+                _ => self.look_at_set(deployment, workload, asked, unsynced, &mut looked),
+            }
+        }
+        let pods = self.pods.values().filter(|pod| {
+            let is_its = belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment);
+            is_its && !has_ended(pod)
+        });
+        let instance = |pod: &Pod| {
+            let name = pod.metadata.name.as_ref();
+            instance(pod, name.is_some_and(|name| looked.current.contains(name)))
+        };
+        let mut instances: Vec<_> = pods.map(instance).collect();
+        instances.sort_by(|a, b| a.name.cmp(&b.name));
+        // What one workload has too many makes up for nothing that another one lacks.
+        let surplus = if looked.is_missing { looked.surplus } else { 0 };
+        ReleaseStatus {
+            deployment,
+            service: service.clone(),
+            revision: asked.revision().clone(),
+            wanted: looked.wanted.saturating_add(surplus),
+            instances,
+            problem: asked.held(deployment).cloned().or(looked.problem),
+            image_pull: None,
+        }
+    }
+
+    /// Looks at a Deployment of a chart.
+    fn look(
+        &self,
+        deployment: DeploymentId,
+        workload: &Workload,
+        asked: &Asked,
+        unsynced: Option<&State>,
+        looked: &mut Looked,
+    ) {
+        let seen = self.workloads.get(&workload.name);
+        let present = seen.filter(|w| asked.covers(deployment, w));
+        let held = unsynced.and_then(|s| s.problem_of(&workload.name, present.is_some()));
+        let present = present.filter(|_| held.is_none());
+        let template = present.and_then(|w| self.template(w));
+        let current = self.pods.values().filter(|pod| {
+            let is_its = belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment);
+            is_its && template.is_some() && label(&pod.metadata, TEMPLATE) == template.as_deref()
+        });
+        let is_missing = looked.count(workload.instances, current);
+        let found = held.cloned().or_else(|| {
+            let present = present?;
+            let found = is_missing.then(|| self.problem(present, deployment, template.as_deref()));
+            found.flatten().or_else(|| {
+                let fields = asked.drift(deployment, present);
+                (!fields.is_empty()).then(|| diagnosis::drift(&workload.name, &fields))
+            })
+        });
+        looked.problem = looked.problem.take().or(found);
+    }
+
+    /// Looks at a StatefulSet of a chart, of which only the pods are seen.
+    fn look_at_set(
+        &self,
+        deployment: DeploymentId,
+        workload: &Workload,
+        asked: &Asked,
+        unsynced: Option<&State>,
+        looked: &mut Looked,
+    ) {
+        let held = unsynced.and_then(|s| s.problem_of(&workload.name, true));
+        let is_current = |pod: &&Pod| {
+            let is_its = belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment);
+            let mut owners = pod.metadata.owner_references.iter().flatten();
+            is_its
+                && owners.any(|owner| {
+                    owner.kind == Kind::STATEFUL_SET.kind
+                        && owner.name == workload.name
+                        && asked.covers_set(&owner.name, &owner.uid)
+                })
+        };
+        let current = || self.pods.values().filter(is_current);
+        let is_missing = looked.count(workload.instances, current());
+        let found = held.cloned().or_else(|| {
+            let pods = current().map(|pod| {
+                let name = pod.metadata.name.as_deref().unwrap_or_default();
+                (pod, self.warnings.get(name))
+            });
+            is_missing.then(|| diagnosis::pods(pods)).flatten()
+        });
+        looked.problem = looked.problem.take().or(found);
     }
 
     fn problem(
@@ -193,9 +308,7 @@ impl Seen {
     /// The pods of a release. `template` tells the present ones; without one none is known to be.
     fn instances(&self, deployment: DeploymentId, template: Option<&str>) -> Vec<InstanceStatus> {
         let pods = self.pods.values().filter(|pod| {
-            let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
-            let ended = matches!(phase, Some("Succeeded" | "Failed"));
-            !ended && belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment)
+            !has_ended(pod) && belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment)
         });
         let mut instances: Vec<_> = pods
             .map(|pod| {
@@ -206,6 +319,41 @@ impl Seen {
         instances.sort_by(|a, b| a.name.cmp(&b.name));
         instances
     }
+}
+
+/// What was seen of the workloads of a chart.
+#[derive(Default)]
+struct Looked {
+    wanted: u32,
+    /// Whether one of them has fewer instances that are ready than it is to have.
+    is_missing: bool,
+    /// How many are ready of others beyond what they are to have.
+    surplus: u32,
+    /// The names of the pods that are of what is asked for now.
+    current: HashSet<String>,
+    /// What is the matter with the first one with which anything is.
+    problem: Option<Problem>,
+}
+
+impl Looked {
+    /// Counts the pods of a workload, and says whether some are missing.
+    fn count<'a>(&mut self, wanted: u32, pods: impl Iterator<Item = &'a Pod>) -> bool {
+        let mut ready: u32 = 0;
+        for pod in pods.filter(|pod| !has_ended(pod)) {
+            ready = ready.saturating_add(u32::from(instance(pod, true).ready));
+            self.current.extend(pod.metadata.name.clone());
+        }
+        self.wanted = self.wanted.saturating_add(wanted);
+        self.surplus = self.surplus.saturating_add(ready.saturating_sub(wanted));
+        self.is_missing |= ready < wanted;
+        ready < wanted
+    }
+}
+
+/// Whether a pod runs no more, and will not again.
+fn has_ended(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
 }
 
 fn instance(pod: &Pod, current: bool) -> InstanceStatus {

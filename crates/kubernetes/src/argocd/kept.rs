@@ -21,7 +21,7 @@ const SYNC_OPTIONS: &str = "argocd.argoproj.io/sync-options";
 const COMPARE_OPTIONS: &str = "argocd.argoproj.io/compare-options";
 
 /// What Argo CD makes of a release.
-const KINDS: [Kind; 6] = [
+pub(crate) const KINDS: [Kind; 6] = [
     Kind::HTTP_ROUTE,
     Kind::SERVICE,
     Kind::DEPLOYMENT,
@@ -30,25 +30,41 @@ const KINDS: [Kind; 6] = [
     Kind::CONFIG_MAP,
 ];
 
-/// Has Argo CD leave these releases alone, as far as they are there.
-pub(crate) async fn keep(space: &Space<'_>, releases: &HashSet<String>) -> Result<(), TargetError> {
+/// Has Argo CD leave these objects alone, as far as they are there.
+pub(crate) async fn keep(
+    space: &Space<'_>,
+    objects: &HashSet<(Kind, String)>,
+) -> Result<(), TargetError> {
     let marks = json!({ "metadata": {
         "labels": { KEPT: "true" },
         "annotations": { SYNC_OPTIONS: "Prune=false", COMPARE_OPTIONS: "IgnoreExtraneous" },
     }});
-    for release in releases {
-        for kind in KINDS {
-            mark(space, kind, release, &marks).await?;
-        }
+    for (kind, name) in objects {
+        mark(space, *kind, name, &marks).await?;
     }
     Ok(())
 }
 
-/// What was kept so far, by kind and name.
-pub(crate) async fn kept(space: &Space<'_>) -> Result<Vec<(Kind, String)>, TargetError> {
+/// What was kept so far, by kind and name. Among what only charts make it is looked for where there
+/// are any, or a release of one was kept.
+pub(crate) async fn kept(
+    space: &Space<'_>,
+    has_charts: bool,
+) -> Result<Vec<(Kind, String)>, TargetError> {
+    let mut kept = kept_of(space, &KINDS).await?;
+    let is_of_chart =
+        |(kind, name): &(Kind, String)| *kind == Kind::CONFIG_MAP && name.ends_with("-chart");
+    if has_charts || kept.iter().any(is_of_chart) {
+        kept.extend(kept_of(space, &Kind::OF_CHARTS).await?);
+    }
+    Ok(kept)
+}
+
+async fn kept_of(space: &Space<'_>, kinds: &[Kind]) -> Result<Vec<(Kind, String)>, TargetError> {
     let list = ListParams::default().labels(KEPT);
     let mut kept = Vec::new();
-    for kind in KINDS {
+    for kind in kinds {
+        let kind = *kind;
         let what = format!("the {} of namespace {}", kind.plural, space.namespace);
         let found = match timely(&what, space.objects(kind).list_metadata(&list)).await? {
             // A cluster that does not know the kind has none of it.

@@ -25,7 +25,7 @@ use super::{Bench, Stop, deployment_of, outcome, said, traced};
 use crate::driver::{Activation, Outcome, Worker};
 use crate::ports::{Repositories, StepError};
 use crate::target::{AppRef, Target, TargetError};
-use crate::values::{EnvironmentValues, ReleaseValues};
+use crate::values::{EnvironmentValues, ReleaseValues, RenderedChart};
 
 const ROLE: &str = "sync";
 
@@ -46,7 +46,25 @@ pub struct Sync {
 type Kept = Arc<Mutex<HashMap<AppRef, Releases>>>;
 
 /// Releases with their services.
-type Releases = BTreeMap<DeploymentId, (ServiceName, ReleaseValues)>;
+type Releases = BTreeMap<DeploymentId, (ServiceName, Release)>;
+
+/// A release of an image or of a chart.
+#[derive(Clone)]
+enum Release {
+    Image(Box<ReleaseValues>),
+    Chart(Box<RenderedChart>),
+}
+
+impl Release {
+    /// What an environment lists of a deployment.
+    fn of(values: &EnvironmentValues, service: &ServiceName, id: &DeploymentId) -> Option<Self> {
+        let service = values.services.get(service)?;
+        let image = service.releases.get(id).cloned();
+        let image = image.map(|release| Self::Image(Box::new(release)));
+        let chart = || service.charts.get(id).cloned().map(Box::new);
+        image.or_else(|| chart().map(Self::Chart))
+    }
+}
 
 /// One change of an environment on a cluster at a time. Whoever has waited for its turn reads what
 /// is newest then: otherwise an older commit, that was read first, could be applied last.
@@ -233,8 +251,11 @@ impl Sync {
             self.all_kept().insert(app.clone(), kept.clone());
         }
         for (id, (service, release)) in kept {
-            let releases = &mut desired.services.entry(service).or_default().releases;
-            releases.insert(id, release);
+            let service = desired.services.entry(service).or_default();
+            match release {
+                Release::Image(release) => drop(service.releases.insert(id, *release)),
+                Release::Chart(chart) => drop(service.charts.insert(id, *chart)),
+            }
         }
         let cluster = self.target.cluster();
         let runs_charts = self.target.runs_charts();
@@ -312,9 +333,9 @@ impl Sync {
                 continue;
             };
             let runs = matches!(row.state.status, Status::Started | Status::PartiallyStarted);
-            let Some(image) = row.state.image.clone().filter(|_| runs) else {
+            if !runs || !row.state.is_pinned() {
                 continue;
-            };
+            }
             if last.is_none()
                 && let Some(commit) = &applied
             {
@@ -326,21 +347,25 @@ impl Sync {
                     .ok();
             }
             let known = before.remove(id).or_else(|| {
-                let release = last.as_ref()?.services.get(service)?.releases.get(id)?;
-                Some((service.clone(), release.clone()))
+                let release = Release::of(last.as_ref()?, service, id)?;
+                Some((service.clone(), release))
             });
-            let release = known.unwrap_or_else(|| {
+            let of_ledger = || {
                 let request = &row.state.request;
                 let mut run = request.run.clone();
                 run.replicas = row.state.replicas;
                 let release = ReleaseValues {
-                    image,
+                    image: row.state.image.clone()?,
                     clusters: request.clusters.clone(),
                     secret_env: request.secrets.clone(),
                     run,
                 };
-                (service.clone(), release)
-            });
+                Some((service.clone(), Release::Image(Box::new(release))))
+            };
+            // What was rendered of a chart is in commits only.
+            let Some(release) = known.or_else(of_ledger) else {
+                continue;
+            };
             tracing::warn!(project = %app.project, environment = %app.environment, deployment.id = %id,
                 "a release is not in the repository any more, and kept while its deployment is the main one");
             releases.insert(*id, release);
