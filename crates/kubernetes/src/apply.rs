@@ -152,6 +152,18 @@ impl Space<'_> {
         Ok(all)
     }
 
+    /// Whether there is an object of this kind and name, whosever it is.
+    pub(crate) async fn is_there(&self, object: &Object) -> Result<bool, TargetError> {
+        let what = format!("{} {}", object.kind.kind, object.name);
+        let api = self.objects(object.kind);
+        match timely(&what, api.get_metadata_opt(&object.name)).await? {
+            Ok(there) => Ok(there.is_some_and(|there| there.metadata.deletion_timestamp.is_none())),
+            // The release goes without.
+            Err(e) if object.kind.is_optional() && is_denied(&e) => Ok(false),
+            Err(e) => Err(refusal(&what, &e)),
+        }
+    }
+
     /// Applies an object server-side, unless what was found shows that it is so already. Where an
     /// autoscaler belongs to a workload, its number of instances may be taken back from it. None if
     /// the release goes without the object.

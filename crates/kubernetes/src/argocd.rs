@@ -20,7 +20,7 @@ use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
 
 pub(crate) use application::Application;
-pub(crate) use kept::{keep, kept, let_go};
+pub(crate) use kept::{KINDS, keep, kept, let_go};
 pub(crate) use state::State;
 
 use crate::apply::{is_marked, marked, timely};

@@ -189,7 +189,7 @@ impl Asked {
             settled.extend(same);
             let charts = self.charts.iter();
             let same = charts.filter(|(id, workloads)| {
-                settled_before.contains(id) && before.charts.get(id) == Some(workloads)
+                settled_before.contains(*id) && before.charts.get(*id) == Some(*workloads)
             });
             settled.extend(same.map(|(id, _)| *id));
         }

@@ -1,7 +1,7 @@
 //! Brings a cluster to what an environment is to be: by applying its objects, or by handing it to
 //! Argo CD.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use daybook_events::secret::SecretRef;
 use daybook_events::{CommitId, DeploymentId, EnvKey, ServiceName};
@@ -14,7 +14,7 @@ use kube::ResourceExt as _;
 use kube::core::DynamicObject;
 use serde_json::Value;
 
-use crate::apply::{Space, scales};
+use crate::apply::{Found, Space, scales};
 use crate::argocd::{self, Wanted};
 use crate::asked::{Asked, Workload};
 use crate::cluster::KubernetesCluster;
@@ -87,13 +87,7 @@ impl KubernetesCluster {
             }
             for (deployment, chart) in &values.charts {
                 if chart.clusters.contains(&options.name) {
-                    self.want_chart(
-                        &mut asked,
-                        &mut wanted,
-                        service,
-                        (*deployment, chart),
-                        &place,
-                    );
+                    want_chart(&mut asked, service, *deployment, chart, namespace);
                 }
             }
             let of_images = values.releases.iter();
@@ -117,6 +111,9 @@ impl KubernetesCluster {
             }
         }
         if argocd.is_some() {
+            for (deployment, object) in taken(&wanted, &Found::new()) {
+                asked.holds(deployment, taken_by_another(object));
+            }
             for (deployment, values, workload) in workloads(desired, &wanted) {
                 asked.handed_over(deployment, values, workload);
             }
@@ -142,9 +139,30 @@ impl KubernetesCluster {
         let has_charts = desired.services.values().any(|s| !s.charts.is_empty());
         if argocd.is_none() && (has_charts || found.values().any(is_of_chart)) {
             found.extend(space.found(&Kind::OF_CHARTS, &wanted).await?);
-            kinds.splice(3..3, Kind::OF_CHARTS);
+            drop(kinds.splice(3..3, Kind::OF_CHARTS));
         }
         let kinds = kinds.as_slice();
+        if argocd.is_none() && has_charts {
+            let mut not_to_be_had = taken(&wanted, &found);
+            for object in &wanted {
+                let of_chart = release_of(object).filter(|id| asked.workloads(*id).is_some());
+                if let Some(deployment) = of_chart
+                    && !found.contains_key(&(object.kind, object.name.clone()))
+                    && space.is_there(object).await?
+                {
+                    // It is somebody else's: what is Daybook's was found.
+                    not_to_be_had.entry(deployment).or_insert(object);
+                }
+            }
+            let problems = not_to_be_had.into_iter();
+            let problems: BTreeMap<_, _> = problems
+                .map(|(deployment, object)| (deployment, taken_by_another(object)))
+                .collect();
+            wanted.retain(|object| release_of(object).is_none_or(|id| !problems.contains_key(&id)));
+            for (deployment, problem) in problems {
+                asked.holds(deployment, problem);
+            }
+        }
         for object in &wanted {
             let least = least(desired, &object.name);
             let is_autoscaled = least.is_some() || has_autoscaler(desired, object);
@@ -192,37 +210,6 @@ impl KubernetesCluster {
         Ok(asked)
     }
 
-    /// Asks for what a release of a chart is, as far as it can be had beside what is asked for
-    /// already.
-    fn want_chart(
-        &self,
-        asked: &mut Asked,
-        wanted: &mut Vec<Object>,
-        service: &ServiceName,
-        (deployment, chart): (DeploymentId, &RenderedChart),
-        place: &Place<'_>,
-    ) {
-        let objects = objects::rendered_in(chart, place.namespace);
-        let workloads: Vec<_> = objects.iter().filter_map(Workload::of).collect();
-        let instances = workloads.iter().map(|w| w.instances).sum();
-        asked.wants(deployment, service.clone(), instances);
-        asked.renders(deployment, workloads);
-        let is_left_out = |object: &&Value| !chart.stopped || stopped(object).is_some();
-        if objects.len() < chart.objects.iter().filter(is_left_out).count() {
-            asked.holds(deployment, not_of_a_chart());
-        }
-        let id = deployment.to_string();
-        let is_its = |object: &Object| object.body["metadata"]["labels"][DEPLOYMENT] == *id;
-        let taken = objects.iter().find(|object| {
-            let mut others = wanted.iter().filter(|other| !is_its(other));
-            others.any(|other| other.kind == object.kind && other.name == object.name)
-        });
-        if let Some(taken) = taken {
-            asked.holds(deployment, taken_by_another(taken));
-            wanted.retain(|object| !is_its(object));
-        }
-    }
-
     /// The object with the values of a release's secrets. Values that are not to be had keep only
     /// this release from running.
     async fn secret(
@@ -255,6 +242,58 @@ impl KubernetesCluster {
             data.collect::<BTreeMap<_, _>>(),
         ))
     }
+}
+
+/// Says what is asked for of a release of a chart.
+fn want_chart(
+    asked: &mut Asked,
+    service: &ServiceName,
+    deployment: DeploymentId,
+    chart: &RenderedChart,
+    namespace: &str,
+) {
+    let objects = objects::rendered_in(chart, namespace);
+    let workloads: Vec<_> = objects.iter().filter_map(Workload::of).collect();
+    let instances = workloads
+        .iter()
+        .map(|w| u64::from(w.instances))
+        .sum::<u64>();
+    let instances = u32::try_from(instances).unwrap_or(u32::MAX);
+    asked.wants(deployment, service.clone(), instances);
+    asked.renders(deployment, workloads);
+    let is_to_be = |object: &&Value| !chart.stopped || stopped(object).is_some();
+    if objects.len() < chart.objects.iter().filter(is_to_be).count() {
+        asked.holds(deployment, not_of_a_chart());
+    }
+}
+
+/// The release that an object is of.
+fn release_of(object: &Object) -> Option<DeploymentId> {
+    let label = object.body["metadata"]["labels"][DEPLOYMENT].as_str();
+    label.and_then(|id| id.parse().ok())
+}
+
+/// The releases that are to have an object of another release, each with the first such object. Who
+/// has it on the cluster keeps it, and otherwise who comes first.
+fn taken<'a>(wanted: &'a [Object], found: &Found) -> BTreeMap<DeploymentId, &'a Object> {
+    let listed: BTreeSet<_> = wanted.iter().filter_map(release_of).collect();
+    let mut owners = HashMap::new();
+    let mut taken = BTreeMap::new();
+    for object in wanted {
+        let Some(own) = release_of(object) else {
+            continue;
+        };
+        let key = (object.kind, object.name.clone());
+        let there = found
+            .get(&key)
+            .and_then(|there| there.labels().get(DEPLOYMENT));
+        let there = there.and_then(|id| id.parse::<DeploymentId>().ok());
+        let there = there.filter(|there| listed.contains(there));
+        if *owners.entry(key).or_insert(there.unwrap_or(own)) != own {
+            taken.entry(own).or_insert(object);
+        }
+    }
+    taken
 }
 
 /// The objects that Argo CD makes of releases, by kind and name.
@@ -297,7 +336,8 @@ fn taken_by_another(object: &Object) -> Problem {
     Problem {
         reason: "NameTaken".to_owned(),
         message: format!(
-            "{} {} is of another release already, and releases of a chart stand beside each other",
+            "{} {} is somebody else's or of another release already, and releases of a chart stand \
+             beside each other",
             object.kind.kind, object.name
         ),
         remedy: "Have the chart name what it makes by its release: in `run.chart_values` of the \

@@ -25,7 +25,7 @@ use crate::asked::Asked;
 use crate::diagnosis::{self, Warning};
 use crate::error::{ConnectError, no_gateway_api};
 use crate::names;
-use crate::objects::GatewayRef;
+use crate::objects::{GatewayRef, Kind};
 use crate::output::Output;
 use crate::retry;
 use crate::routes::{self, GatewayObject, HttpRoute};
@@ -490,14 +490,23 @@ impl Target for KubernetesCluster {
                 deployment.short()
             )));
         };
-        let (held, unsynced) = {
+        let (held, unsynced, workloads) = {
             let world = self.shared.world();
             let known = world.spaces.get(&namespace);
             let asked = known.and_then(|known| known.asked.as_ref());
+            let of_chart = asked.and_then(|asked| asked.workloads(deployment));
+            let workloads: Vec<_> = match of_chart {
+                Some(of_chart) => of_chart.iter().map(|w| (w.kind, w.name.clone())).collect(),
+                None => {
+                    let name = names::release(&release.service, deployment);
+                    vec![(Kind::DEPLOYMENT, name)]
+                }
+            };
             let held = asked.and_then(|asked| asked.held(deployment));
             let held = held.filter(|problem| !problem.transient).cloned();
             let unsynced = asked.filter(|asked| !asked.is_settled(deployment));
-            (held, unsynced.map(|asked| asked.revision().clone()))
+            let unsynced = unsynced.map(|asked| asked.revision().clone());
+            (held, unsynced, workloads)
         };
         if let Some(problem) = held {
             return Err(TargetError::Refused(problem.message));
@@ -505,11 +514,20 @@ impl Target for KubernetesCluster {
         let unready = release.instances.iter();
         let unready = unready.filter(|i| !i.ready && !i.outdated);
         let unready: Vec<String> = unready.map(|i| i.name.clone()).collect();
-        let workload = names::release(&release.service, deployment);
+        let names: Vec<_> = workloads.iter().map(|(_, name)| name.as_str()).collect();
+        let names = names.join(", ");
+        let deployments = workloads
+            .iter()
+            .filter(|(kind, _)| *kind == Kind::DEPLOYMENT);
         let client = &self.options().client;
         match (&self.options().argocd, unsynced) {
             (Some(argocd), Some(revision)) => argocd.sync_again(client, app, &revision).await?,
-            _ => retry::again(client, &namespace, &workload, &unready).await?,
+            _ => {
+                for (_, workload) in deployments {
+                    retry::again(client, &namespace, workload).await?;
+                }
+                retry::anew(client, &namespace, &unready).await?;
+            }
         }
         let is_over = |status: &AppStatus| {
             let problem = of(status, deployment).and_then(|r| r.problem.as_ref());
@@ -519,7 +537,7 @@ impl Target for KubernetesCluster {
         match tokio::time::timeout(ANSWER_WITHIN, forgotten).await {
             Ok(Ok(_)) => Ok(()),
             _ => Err(TargetError::Unavailable(format!(
-                "Deployment {workload} still shows that it has failed"
+                "{names} still shows that it has failed"
             ))),
         }
     }

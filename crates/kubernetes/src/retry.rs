@@ -15,8 +15,7 @@ use crate::apply::timely;
 use crate::error::refusal;
 use crate::names::MANAGER;
 
-/// Gives a workload its whole deadline again, and has the pods that are not ready made anew: what a
-/// kubelet waits for longer each time begins from the start.
+/// Gives a workload its whole deadline again.
 ///
 /// Once the deadline has passed, the controller of Deployments never takes that back by itself
 /// while nothing moves. Its condition is the only place where the time is kept, so that is what is
@@ -27,7 +26,6 @@ pub(crate) async fn again(
     client: &Client,
     namespace: &str,
     workload: &str,
-    unready: &[String],
 ) -> Result<(), TargetError> {
     let what = format!("status of Deployment {workload}");
     let workloads: Api<Deployment> = Api::namespaced(client.clone(), namespace);
@@ -45,7 +43,16 @@ pub(crate) async fn again(
         ..PatchParams::default()
     };
     let patched = timely(&what, workloads.patch_status(workload, &params, &patch)).await?;
-    patched.map_err(|e| refusal(&what, &e))?;
+    patched.map(|_| ()).map_err(|e| refusal(&what, &e))
+}
+
+/// Has the pods that are not ready made anew: what a kubelet waits for longer each time begins from
+/// the start.
+pub(crate) async fn anew(
+    client: &Client,
+    namespace: &str,
+    unready: &[String],
+) -> Result<(), TargetError> {
     let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
     for pod in unready {
         let what = format!("pod {pod}");
