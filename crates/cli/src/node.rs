@@ -29,6 +29,7 @@ use daybook_workers::builder::AnyBuilder;
 use daybook_workers::builder::archive::ArchiveBuilder;
 use daybook_workers::builder::dockerfile::DockerfileBuilder;
 use daybook_workers::builder::port::BuiltImages;
+use daybook_workers::charts::{HelmCharts, HelmOptions};
 use daybook_workers::crew::Crew;
 use daybook_workers::driver::DriverOptions;
 use daybook_workers::endpoint_checks::EndpointChecks;
@@ -476,7 +477,14 @@ impl Node {
                 keep_old: options.keep_old,
             }),
         };
-        let crew = Arc::new(Crew::new(bench, DriverOptions::default(), cancel.clone()));
+        let charts = HelmCharts::new(HelmOptions {
+            program: None,
+            folder: data.join("charts"),
+            never_on: clusters.iter().cloned().collect(),
+            namespace: daybook_kubernetes::names::namespace,
+        });
+        let crew = Crew::new(bench, DriverOptions::default(), cancel.clone());
+        let crew = Arc::new(crew.with_charts(Arc::new(charts)));
         let held = Arc::new(std::sync::Mutex::new(Vec::new()));
 
         // Commands are answered as soon as the fold has seen what there is.

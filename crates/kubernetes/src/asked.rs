@@ -19,9 +19,43 @@ pub struct Asked {
     revision: CommitId,
     releases: BTreeMap<DeploymentId, (ServiceName, u32)>,
     held: HashMap<DeploymentId, Problem>,
-    /// The workloads of releases of charts.
-    charts: BTreeMap<DeploymentId, Vec<Workload>>,
+    /// What releases of charts are made of.
+    charts: BTreeMap<DeploymentId, Chart>,
     by: By,
+}
+
+/// What a release of a chart is made of, as far as it is looked at.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Chart {
+    /// Its workloads.
+    pub(crate) workloads: Vec<Workload>,
+    /// The pods that have the traffic have these labels.
+    pub(crate) selector: BTreeMap<String, String>,
+    /// They have it on this port: its number or its name.
+    pub(crate) port: Value,
+}
+
+impl Chart {
+    /// What these objects are, of which the Service of this name has the traffic.
+    pub(crate) fn of(objects: &[Object], name: &str) -> Self {
+        let mut services = objects.iter().filter(|o| o.kind == Kind::SERVICE);
+        let spec = services.find(|o| o.name == name).map(|o| &o.body["spec"]);
+        let selector = spec.and_then(|spec| spec["selector"].as_object());
+        let pairs = selector.into_iter().flatten();
+        let pairs =
+            pairs.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())));
+        let ports = spec.and_then(|spec| spec["ports"].as_array());
+        let port = ports.into_iter().flatten().find(|port| port["port"] == 80);
+        let port = port.map(|port| match &port["targetPort"] {
+            Value::Null => port["port"].clone(),
+            target => target.clone(),
+        });
+        Self {
+            workloads: objects.iter().filter_map(Workload::of).collect(),
+            selector: pairs.collect(),
+            port: port.unwrap_or_default(),
+        }
+    }
 }
 
 /// A workload of a chart.
@@ -123,14 +157,19 @@ impl Asked {
         self.releases.insert(deployment, (service, replicas));
     }
 
-    /// A release of a chart has these workloads.
-    pub(crate) fn renders(&mut self, deployment: DeploymentId, workloads: Vec<Workload>) {
-        self.charts.insert(deployment, workloads);
+    /// A release of a chart is made of this.
+    pub(crate) fn renders(&mut self, deployment: DeploymentId, chart: Chart) {
+        self.charts.insert(deployment, chart);
+    }
+
+    /// What a release of a chart is made of; none if it is one of an image.
+    pub(crate) fn chart(&self, deployment: DeploymentId) -> Option<&Chart> {
+        self.charts.get(&deployment)
     }
 
     /// The workloads of a release of a chart; none if it is one of an image.
     pub(crate) fn workloads(&self, deployment: DeploymentId) -> Option<&[Workload]> {
-        self.charts.get(&deployment).map(Vec::as_slice)
+        Some(self.chart(deployment)?.workloads.as_slice())
     }
 
     /// A StatefulSet was applied.
@@ -188,8 +227,8 @@ impl Asked {
                 .filter(|id| wanted.contains_key(id) && wanted.get(id) == wanted_before.get(id));
             settled.extend(same);
             let charts = self.charts.iter();
-            let same = charts.filter(|(id, workloads)| {
-                settled_before.contains(*id) && before.charts.get(*id) == Some(*workloads)
+            let same = charts.filter(|(id, chart)| {
+                settled_before.contains(*id) && before.charts.get(*id) == Some(*chart)
             });
             settled.extend(same.map(|(id, _)| *id));
         }

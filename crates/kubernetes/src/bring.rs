@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::apply::{Found, Space, scales};
 use crate::argocd::{self, Wanted};
-use crate::asked::{Asked, Workload};
+use crate::asked::{Asked, Chart};
 use crate::cluster::KubernetesCluster;
 use crate::names::{self, DEPLOYMENT};
 use crate::objects::{self, Kind, Object, Place};
@@ -253,14 +253,12 @@ fn want_chart(
     namespace: &str,
 ) {
     let objects = objects::rendered_in(chart, namespace);
-    let workloads: Vec<_> = objects.iter().filter_map(Workload::of).collect();
-    let instances = workloads
-        .iter()
-        .map(|w| u64::from(w.instances))
-        .sum::<u64>();
+    let made_of = Chart::of(&objects, &names::release(service, deployment));
+    let workloads = made_of.workloads.iter();
+    let instances = workloads.map(|w| u64::from(w.instances)).sum::<u64>();
     let instances = u32::try_from(instances).unwrap_or(u32::MAX);
     asked.wants(deployment, service.clone(), instances);
-    asked.renders(deployment, workloads);
+    asked.renders(deployment, made_of);
     let is_to_be = |object: &&Value| !chart.stopped || stopped(object).is_some();
     if objects.len() < chart.objects.iter().filter(is_to_be).count() {
         asked.holds(deployment, not_of_a_chart());

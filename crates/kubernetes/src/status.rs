@@ -8,9 +8,10 @@ use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde_json::Value;
 
 use crate::argocd::{Application, State};
-use crate::asked::{Asked, Workload};
+use crate::asked::{Asked, Chart, Workload};
 use crate::diagnosis::{self, Warning};
 use crate::names::{self, DEPLOYMENT, SERVICE};
 use crate::objects::Kind;
@@ -128,8 +129,8 @@ impl Seen {
         asked: &Asked,
         sync: Option<&State>,
     ) -> ReleaseStatus {
-        if let Some(workloads) = asked.workloads(deployment) {
-            return self.of_chart(deployment, service, workloads, asked, sync);
+        if let Some(chart) = asked.chart(deployment) {
+            return self.of_chart(deployment, service, chart, asked, sync);
         }
         let name = names::release(service, deployment);
         let seen = self.workloads.get(&name);
@@ -171,12 +172,12 @@ impl Seen {
         &self,
         deployment: DeploymentId,
         service: &ServiceName,
-        workloads: &[Workload],
+        chart: &Chart,
         asked: &Asked,
         sync: Option<&State>,
     ) -> ReleaseStatus {
         let mut looked = Looked::default();
-        for workload in workloads {
+        for workload in &chart.workloads {
             let unsynced = sync.filter(|_| !asked.is_settled(deployment));
             match workload.kind {
                 Kind::DEPLOYMENT => self.look(deployment, workload, asked, unsynced, &mut looked),
@@ -189,7 +190,12 @@ impl Seen {
         });
         let instance = |pod: &Pod| {
             let name = pod.metadata.name.as_ref();
-            instance(pod, name.is_some_and(|name| looked.current.contains(name)))
+            let current = name.is_some_and(|name| looked.current.contains(name));
+            InstanceStatus {
+                // Only those that have the traffic are led to.
+                address: address(pod, target_port(pod, chart)),
+                ..instance(pod, current)
+            }
         };
         let mut instances: Vec<_> = pods.map(instance).collect();
         instances.sort_by(|a, b| a.name.cmp(&b.name));
@@ -358,17 +364,6 @@ fn has_ended(pod: &Pod) -> bool {
 
 fn instance(pod: &Pod, current: bool) -> InstanceStatus {
     let status = pod.status.as_ref();
-    let ip = status.and_then(|s| s.pod_ip.as_deref()).unwrap_or_default();
-    let containers = pod.spec.iter().flat_map(|s| &s.containers);
-    let port = containers
-        .flat_map(|c| c.ports.iter().flatten())
-        .find(|p| p.name.as_deref() == Some("http"))
-        .map(|p| p.container_port);
-    let address = match port {
-        Some(port) if ip.contains(':') => format!("[{ip}]:{port}"),
-        Some(port) if !ip.is_empty() => format!("{ip}:{port}"),
-        _ => String::new(),
-    };
     let conditions = status.iter().flat_map(|s| s.conditions.iter().flatten());
     let ready = conditions
         .clone()
@@ -383,13 +378,48 @@ fn instance(pod: &Pod, current: bool) -> InstanceStatus {
     let created = pod.metadata.creation_timestamp.as_ref();
     InstanceStatus {
         name: pod.metadata.name.clone().unwrap_or_default(),
-        address,
+        address: address(pod, port_called(pod, "http")),
         ready: ready && !going,
         outdated: !current,
         restarts,
         started_at: started
             .or(created)
             .map_or(Timestamp::UNIX_EPOCH, |time| time.0),
+    }
+}
+
+/// Where a pod answers on a port; nothing where it has none, or no address yet.
+fn address(pod: &Pod, port: Option<i32>) -> String {
+    let status = pod.status.as_ref();
+    let ip = status.and_then(|s| s.pod_ip.as_deref()).unwrap_or_default();
+    match port {
+        Some(port) if ip.contains(':') => format!("[{ip}]:{port}"),
+        Some(port) if !ip.is_empty() => format!("{ip}:{port}"),
+        _ => String::new(),
+    }
+}
+
+/// The port of a pod that has this name.
+fn port_called(pod: &Pod, name: &str) -> Option<i32> {
+    let containers = pod.spec.iter().flat_map(|s| &s.containers);
+    let mut ports = containers.flat_map(|c| c.ports.iter().flatten());
+    let port = ports.find(|p| p.name.as_deref() == Some(name))?;
+    Some(port.container_port)
+}
+
+/// The port on which a pod of a chart has the traffic, if it has any.
+fn target_port(pod: &Pod, chart: &Chart) -> Option<i32> {
+    let has = |(key, value): (&String, &String)| {
+        label(&pod.metadata, key).is_some_and(|its| its == value)
+    };
+    if chart.selector.is_empty() || !chart.selector.iter().all(has) {
+        return None;
+    }
+    match &chart.port {
+        Value::String(name) => port_called(pod, name),
+        number => number
+            .as_i64()
+            .and_then(|number| i32::try_from(number).ok()),
     }
 }
 

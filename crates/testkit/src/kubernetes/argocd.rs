@@ -280,6 +280,8 @@ impl Controller {
     async fn prune(&self, application: &str, space: &str, kept: &[Value]) -> kube::Result<()> {
         for (api_version, kind) in [
             ("apps/v1", "Deployment"),
+            ("apps/v1", "StatefulSet"),
+            ("v1", "ServiceAccount"),
             ("v1", "Service"),
             ("v1", "ConfigMap"),
             ("v1", "PersistentVolumeClaim"),

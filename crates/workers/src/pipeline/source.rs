@@ -231,6 +231,6 @@ fn not_rendered(
             clusters.join(", ")
         ),
         "deploy an image (`--image`) or a git ref (`--ref`) of the service, or a chart to Kubernetes \
-         clusters (`--kube-context`)",
+         clusters (`daybook up --kubernetes`)",
     )
 }
