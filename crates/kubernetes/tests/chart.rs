@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
+use daybook_events::chart::PinnedChart;
 use daybook_events::resources::Quantity;
 use daybook_events::secret::{Commitment, SecretRef};
 use daybook_events::spec::{Autoscaling, PinnedImage, RunSpec, VolumeSpec};
@@ -12,8 +13,8 @@ use daybook_events::{DeploymentId, Digest};
 use daybook_kubernetes::objects::{GatewayRef, Place, objects};
 use daybook_testkit::kubernetes::argocd::helm_program;
 use daybook_workers::gitops::chart_files;
-use daybook_workers::values::{EnvironmentValues, ReleaseValues};
-use serde_json::Value;
+use daybook_workers::values::{EnvironmentValues, ReleaseValues, RenderedChart};
+use serde_json::{Value, json};
 
 fn release(n: u128, run: RunSpec) -> (DeploymentId, ReleaseValues) {
     let release = ReleaseValues {
@@ -122,7 +123,7 @@ fn values() -> EnvironmentValues {
 }
 
 /// What `helm template` makes of the chart with a values file; none without helm.
-fn rendered(values: &str) -> Option<Vec<Value>> {
+fn by_helm(values: &str) -> Option<Vec<Value>> {
     let helm = helm_program()?;
     let dir = tempfile::tempdir().unwrap();
     for (path, content) in chart_files() {
@@ -169,12 +170,9 @@ fn rendered(values: &str) -> Option<Vec<Value>> {
     Some(rendered.collect())
 }
 
-#[test]
-fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
-    let values = values();
-    let Some(rendered) = rendered(&values.to_yaml().unwrap()) else {
-        return;
-    };
+/// The objects of an environment by kind and name, of which helm makes the same; none without helm.
+fn by_both(values: &EnvironmentValues) -> Option<BTreeMap<String, Value>> {
+    let rendered = by_helm(&values.to_yaml().unwrap())?;
     let gateway = GatewayRef {
         name: "public".to_owned(),
         namespace: Some("edge".to_owned()),
@@ -192,13 +190,24 @@ fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
         });
         named.collect()
     };
-    let ours = objects(&values, &place)
+    let ours = objects(values, &place)
         .into_iter()
         .map(|o| o.body)
         .collect();
     let (ours, theirs) = (by_name(ours), by_name(rendered));
     let names = |of: &BTreeMap<String, Value>| of.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&ours), names(&theirs));
+    for (name, object) in &ours {
+        assert_eq!(object, &theirs[name], "{name}");
+    }
+    Some(ours)
+}
+
+#[test]
+fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
+    let Some(ours) = by_both(&values()) else {
+        return;
+    };
     let of = |kind: &str| {
         let kind = format!("\"{kind}\"");
         ours.keys().filter(|name| name.starts_with(&kind)).count()
@@ -216,9 +225,86 @@ fn helm_makes_the_same_of_the_chart_as_is_applied_directly() {
     assert_eq!(size, "1536Mi", "as the largest asks for");
     let all = 4 * 3 + 2 + 1 + 2;
     assert_eq!(ours.len(), all);
-    for (name, object) in &ours {
-        assert_eq!(object, &theirs[name], "{name}");
-    }
+}
+
+/// What was rendered of a chart of somebody else.
+fn rendered(n: u128, stopped: bool) -> (DeploymentId, RenderedChart) {
+    let (id, release) = release(n, RunSpec::default());
+    let labels = json!({ "app": "theirs", "daybook.dev/deployment": id });
+    let workload = |kind: &str, replicas: Option<u32>| {
+        let mut object = json!({
+            "apiVersion": "apps/v1",
+            "kind": kind,
+            "metadata": { "name": format!("{}-{n}", kind.to_lowercase()), "labels": labels },
+            "spec": {
+                "selector": { "matchLabels": labels },
+                "template": {
+                    "metadata": { "labels": labels },
+                    "spec": { "containers": [{
+                        "name": "it",
+                        "image": "example.com/it:1.0",
+                        "args": ["on", "0644", "1e3", "a: b\n# no", "$(HOME) {{ .Values.x }}"],
+                        "resources": { "limits": { "cpu": 0.5, "memory": 1_000_000_000_u64 } },
+                    }] },
+                },
+            },
+        });
+        if let Some(replicas) = replicas {
+            object["spec"]["replicas"] = json!(replicas);
+        }
+        object
+    };
+    let map = json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": { "name": format!("map-{n}"), "labels": labels },
+        "data": { "yes": "no", "file.conf": "a\n  b\n", "empty": "" },
+    });
+    let autoscaler = json!({
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": { "name": format!("scaler-{n}"), "labels": labels },
+        "spec": { "minReplicas": 2, "maxReplicas": 4 },
+    });
+    let chart = RenderedChart {
+        chart: PinnedChart {
+            chart: "https://charts.example.com/stable/web".parse().unwrap(),
+            version: "1.4.2".parse().unwrap(),
+            digest: Digest::of(b"web"),
+        },
+        clusters: release.clusters,
+        secret_env: BTreeMap::new(),
+        stopped,
+        objects: vec![
+            map,
+            workload("Deployment", None),
+            workload("StatefulSet", Some(3)),
+            autoscaler,
+        ],
+    };
+    (id, chart)
+}
+
+#[test]
+fn helm_makes_the_same_of_what_was_rendered_of_a_chart() {
+    let mut values = values();
+    let web = values.services.entry("web".parse().unwrap()).or_default();
+    web.charts.extend([rendered(6, false), rendered(7, true)]);
+    let (id, mut elsewhere) = rendered(8, false);
+    elsewhere.clusters = vec!["bergen".parse().unwrap()];
+    web.charts.insert(id, elsewhere);
+    let Some(ours) = by_both(&values) else {
+        return;
+    };
+    let replicas = |name: &str| ours[name]["spec"]["replicas"].clone();
+    assert_eq!(replicas("\"Deployment\" \"deployment-6\""), Value::Null);
+    assert_eq!(replicas("\"StatefulSet\" \"statefulset-6\""), 3);
+    assert_eq!(replicas("\"Deployment\" \"deployment-7\""), 0);
+    assert_eq!(replicas("\"StatefulSet\" \"statefulset-7\""), 0);
+    let has = |name: &str| ours.keys().any(|found| found.contains(name));
+    assert!(has("scaler-6") && !has("scaler-7") && has("map-7") && !has("map-8"));
+    let routes = ours.keys().filter(|name| name.contains("HTTPRoute"));
+    assert_eq!(routes.count(), 4 + 2, "one a release that is here");
 }
 
 #[test]
@@ -237,7 +323,7 @@ fn a_volume_that_is_written_by_hand_counts_instead_of_that_of_the_definition() {
         { "name": "theirs", "path": "/srv/files/", "size": "5Gi" },
     ]});
     let text = text.replacen(line, &format!("{line}\n{indent}kubernetes: {by_hand}"), 1);
-    let Some(rendered) = rendered(&text) else {
+    let Some(rendered) = by_helm(&text) else {
         return;
     };
     let named = |kind: &'static str| rendered.iter().filter(move |o| o["kind"] == kind);

@@ -402,7 +402,7 @@ fn not_fetched(chart: &ChartReference, version: &ChartVersion, said: &Said) -> S
     let lower = why.to_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
     let message = format!("{chart}:{version} cannot be fetched: {why}");
-    if says(&["unauthorized", "401", "403", "denied", "forbidden"]) {
+    if says(&["unauthorized", "forbidden", "denied"]) {
         return StepError::fatal(
             "chart_denied",
             message,
@@ -411,7 +411,6 @@ fn not_fetched(chart: &ChartReference, version: &ChartVersion, said: &Said) -> S
     }
     if says(&[
         "not found",
-        "404",
         "no chart version",
         "no chart name",
         "improper constraint",
