@@ -5,6 +5,7 @@
 mod argocd;
 mod builds;
 mod causes;
+mod charts;
 mod credentials;
 mod faults;
 mod install;

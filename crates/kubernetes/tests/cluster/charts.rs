@@ -1,0 +1,254 @@
+//! Releases of Helm charts, against a real API server.
+
+use daybook_events::chart::PinnedChart;
+use daybook_workers::charts::{ChartRelease, objects};
+use daybook_workers::values::RenderedChart;
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::ServiceAccount;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use serde_json::Value;
+
+use super::*;
+
+/// A front that has the traffic, and a store behind it. What they are called begins with `prefix`.
+fn documents(prefix: &str, front: u32) -> Vec<Value> {
+    let pods = |app: &str, port: u16| {
+        json!({
+            "metadata": { "labels": { "app": format!("{prefix}-{app}") } },
+            "spec": {
+                "serviceAccountName": prefix,
+                "containers": [{
+                    "name": app,
+                    "image": "example.com/it:1.0",
+                    "ports": [{ "name": "web", "containerPort": port }],
+                }],
+            },
+        })
+    };
+    let selects = |app: &str| json!({ "app": format!("{prefix}-{app}") });
+    vec![
+        json!({
+            "apiVersion": "apps/v1",
+            "kind": "StatefulSet",
+            "metadata": { "name": format!("{prefix}-store") },
+            "spec": {
+                "replicas": 1,
+                "serviceName": format!("{prefix}-store"),
+                "selector": { "matchLabels": selects("store") },
+                "template": pods("store", 6379),
+            },
+        }),
+        json!({
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": { "name": format!("{prefix}-front") },
+            "spec": {
+                "replicas": front,
+                "selector": { "matchLabels": selects("front") },
+                "template": pods("front", 3000),
+            },
+        }),
+        json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": { "name": format!("{prefix}-store") },
+            "spec": { "clusterIP": "None", "selector": selects("store"), "ports": [{ "port": 6379 }] },
+        }),
+        json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": { "name": format!("{prefix}-front") },
+            "spec": { "selector": selects("front"), "ports": [{ "port": 8000, "targetPort": "web" }] },
+        }),
+        json!({
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": { "name": prefix, "annotations": null },
+        }),
+        json!({
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": { "name": prefix },
+            "spec": { "podSelector": {}, "policyTypes": ["Ingress"], "ingress": [{}] },
+        }),
+    ]
+}
+
+/// Lists a release of a chart that makes these documents.
+fn chart(values: &mut EnvironmentValues, n: u128, documents: Vec<Value>) {
+    let pinned = PinnedChart {
+        chart: "https://charts.example.com/stable/web".parse().unwrap(),
+        version: "1.4.2".parse().unwrap(),
+        digest: Digest::of(b"web"),
+    };
+    let (project, environment) = (values.project.clone(), values.environment.clone());
+    let release = ChartRelease {
+        project: &project,
+        environment: &environment,
+        ephemeral: false,
+        service: &web(),
+        deployment: deployment(n),
+        values: None,
+        port: 8080,
+    };
+    let rendered = RenderedChart {
+        objects: objects::objects(documents, &pinned, &release).unwrap(),
+        chart: pinned,
+        clusters: vec!["oslo".parse().unwrap()],
+        secret_env: BTreeMap::new(),
+        stopped: false,
+    };
+    let service = values.services.entry(web()).or_default();
+    service.charts.insert(deployment(n), rendered);
+}
+
+fn prefix(n: u128) -> String {
+    names::release(&web(), deployment(n))
+}
+
+/// How many of Daybook's objects there are, of each kind that a chart makes.
+async fn left(stage: &Stage) -> usize {
+    async fn count<K>(stage: &Stage) -> usize
+    where
+        K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+            + Clone
+            + std::fmt::Debug
+            + serde::de::DeserializeOwned,
+    {
+        let api: Api<K> = Api::namespaced(stage.client.clone(), &stage.namespace());
+        let list = ListParams::default().labels("app.kubernetes.io/managed-by=daybook");
+        api.list(&list).await.unwrap().items.len()
+    }
+    count::<Deployment>(stage).await
+        + count::<StatefulSet>(stage).await
+        + count::<Service>(stage).await
+        + count::<ServiceAccount>(stage).await
+        + count::<NetworkPolicy>(stage).await
+        + count::<ConfigMap>(stage).await
+}
+
+fn problem(status: &AppStatus, n: u128) -> &str {
+    let problem = of(status, n).and_then(|r| r.problem.as_ref());
+    problem.map_or("", |problem| &problem.reason)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chart_runs_where_all_of_it_does_and_leaves_nothing() {
+    let Some(stage) = Stage::new("charts").await else {
+        return;
+    };
+    let mut values = stage.values();
+    chart(&mut values, 1, documents(&prefix(1), 2));
+    stage.apply(1, &values).await.unwrap();
+    // The front is ready, and the store cannot be: that is not ready, and is said.
+    let fate = |pod: &Pod| match pod.name_any().contains("-store-") {
+        true => Fate::NoImage("manifest unknown".to_owned()),
+        false => Fate::Ready {
+            ip: "10.1.2.3".to_owned(),
+        },
+    };
+    let kubelet = Kubelet::start(stage.client.clone(), Some(&stage.namespace()), fate);
+    let status = stage.until("the store has no image", |s| {
+        ready(s, 1) == 2 && problem(s, 1) == "ImagePullBackOff"
+    });
+    let status = status.await;
+    assert_eq!(of(&status, 1).unwrap().wanted, 3);
+    drop(kubelet);
+
+    // A release beside it that runs: only its front has the traffic.
+    chart(&mut values, 2, documents(&prefix(2), 2));
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    stage.apply(2, &values).await.unwrap();
+    let status = stage
+        .until("all of it is ready", |s| ready(s, 2) == 3)
+        .await;
+    let release = of(&status, 2).unwrap();
+    assert_eq!((release.wanted, release.problem.as_ref()), (3, None));
+    let mut addresses: Vec<_> = release
+        .instances
+        .iter()
+        .map(|i| i.address.as_str())
+        .collect();
+    addresses.sort_unstable();
+    assert_eq!(addresses, ["", "10.1.2.3:3000", "10.1.2.3:3000"]);
+    let services: Api<Service> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let address = services.get(&prefix(2)).await.unwrap();
+    let selector = address.spec.unwrap().selector.unwrap();
+    assert_eq!(selector["app"], format!("{}-front", prefix(2)));
+    assert_eq!(
+        selector["daybook.dev/deployment"],
+        deployment(2).to_string()
+    );
+
+    // It is stopped and started again, and the first one is removed.
+    let set = |values: &mut EnvironmentValues, stopped| {
+        let service = values.services.get_mut(&web()).unwrap();
+        service.charts.get_mut(&deployment(2)).unwrap().stopped = stopped;
+        service.charts.remove(&deployment(1));
+    };
+    set(&mut values, true);
+    stage.apply(3, &values).await.unwrap();
+    let stopped = |s: &AppStatus| of(s, 2).is_some_and(|r| r.wanted == 0 && r.instances.is_empty());
+    stage.until("it is stopped", stopped).await;
+    stage
+        .until("the first is gone", |s| of(s, 1).is_none())
+        .await;
+    set(&mut values, false);
+    stage.apply(4, &values).await.unwrap();
+    stage.until("it runs again", |s| ready(s, 2) == 3).await;
+    // One of each, and a Service and a ConfigMap of Daybook's.
+    assert_eq!(left(&stage).await, 8);
+
+    values.services.clear();
+    stage.apply(5, &values).await.unwrap();
+    stage.until("it is gone", |s| s.releases.is_empty()).await;
+    assert_eq!(left(&stage).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_named_as_somebody_elses_is_refused_and_nothing_is_touched() {
+    let Some(stage) = Stage::new("names").await else {
+        return;
+    };
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    chart(&mut values, 2, documents("fixed", 1));
+    stage.apply(1, &values).await.unwrap();
+    stage.until("it runs", |s| ready(s, 2) == 2).await;
+
+    // Another release of the same names, whichever comes first by its id.
+    chart(&mut values, 1, documents("fixed", 1));
+    chart(&mut values, 3, documents("fixed", 1));
+    stage.apply(2, &values).await.unwrap();
+    let status = stage.until("both are refused", |s| {
+        problem(s, 1) == "NameTaken" && problem(s, 3) == "NameTaken"
+    });
+    let status = status.await;
+    assert_eq!(ready(&status, 2), 2);
+    let said = of(&status, 3).unwrap().problem.as_ref().unwrap();
+    assert!(!said.transient && said.remedy.contains("fullnameOverride"));
+
+    // What somebody has made there by hand stays as it is, too.
+    values.services.get_mut(&web()).unwrap().charts.clear();
+    let accounts: Api<ServiceAccount> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let theirs = json!({ "metadata": { "name": "theirs", "labels": { "app": "x" } } });
+    let theirs: ServiceAccount = serde_json::from_value(theirs).unwrap();
+    accounts
+        .create(&PostParams::default(), &theirs)
+        .await
+        .unwrap();
+    chart(&mut values, 4, documents("theirs", 1));
+    stage.apply(3, &values).await.unwrap();
+    stage
+        .until("it is refused", |s| problem(s, 4) == "NameTaken")
+        .await;
+    values.services.clear();
+    stage.apply(4, &values).await.unwrap();
+    stage.until("all is gone", |s| s.releases.is_empty()).await;
+    let kept = accounts.get("theirs").await.unwrap();
+    assert_eq!(kept.labels().len(), 1, "{kept:?}");
+}
