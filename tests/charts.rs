@@ -1,9 +1,14 @@
-//! Helm charts as versions: taken, kept and shown as what they are; not rendered by clusters that
-//! run images.
+//! Helm charts as versions: taken, kept and shown as what they are; rendered for Kubernetes, and not
+//! for clusters that run images only.
 
-use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use crate::support::{Server, Settings, application};
+use daybook_testkit::kubernetes::argocd::helm_program;
+use serde_json::{Value, json};
+
+use crate::kubernetes::Stage;
+use crate::support::{Server, Settings, application, until};
 
 const CHART: &str = "https://charts.example.com/stable/web";
 const INSTANCE: &str = "shop.production.web";
@@ -89,5 +94,219 @@ fn a_chart_is_a_version_that_local_clusters_refuse() {
     }
     assert_eq!(server.events().len(), events);
     assert_eq!(server.deployment(&live)["main"], true);
+    server.check_replay();
+}
+
+/// A chart of somebody else: a Deployment and its Service.
+const SITE: &str = r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: {{ .Release.Name }}-site
+  labels: { app.kubernetes.io/managed-by: {{ .Release.Service }} }
+spec:
+  replicas: {{ .Values.replicas }}
+  selector: { matchLabels: { app: {{ .Release.Name }} } }
+  template:
+    metadata: { labels: { app: {{ .Release.Name }} } }
+    spec:
+      containers:
+        - name: site
+          image: example.com/site:{{ .Chart.Version }}
+          ports: [{ name: web, containerPort: {{ .Values.port }} }]
+          {{- with .Values.secret }}
+          envFrom: [{ secretRef: { name: {{ . }} } }]
+          {{- end }}
+---
+apiVersion: v1
+kind: Service
+metadata: { name: {{ .Release.Name }}-site }
+spec:
+  selector: { app: {{ .Release.Name }} }
+  ports: [{ port: 8080, targetPort: web }]
+{{- if .Values.ingress }}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: { name: {{ .Release.Name }}-site }
+spec: { defaultBackend: { service: { name: site, port: { number: 80 } } } }
+{{- end }}
+"#;
+
+/// Packs a version of the chart and pushes it to a registry.
+fn publish(helm: &Path, registry: &str, version: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let chart = folder.path().join("site");
+    std::fs::create_dir_all(chart.join("templates")).unwrap();
+    for (path, content) in [
+        (
+            "Chart.yaml",
+            format!("apiVersion: v2\nname: site\nversion: {version}\n"),
+        ),
+        (
+            "values.yaml",
+            "replicas: 1\nport: 80\nsecret: \"\"\ningress: false\n".to_owned(),
+        ),
+        ("templates/site.yaml", SITE.to_owned()),
+    ] {
+        std::fs::write(chart.join(path), content).unwrap();
+    }
+    let archive = format!("site-{version}.tgz");
+    let to = format!("oci://{registry}/charts");
+    for arguments in [
+        &["package", "site"][..],
+        &["push", archive.as_str(), to.as_str(), "--plain-http"],
+    ] {
+        let mut command = Command::new(helm);
+        command.args(arguments).current_dir(folder.path());
+        for kind in ["CACHE", "CONFIG", "DATA"] {
+            command.env(format!("HELM_{kind}_HOME"), folder.path().join(kind));
+        }
+        let done = command.output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{arguments:?}: {said}");
+    }
+}
+
+/// A server with a Kubernetes cluster, and the chart in a registry.
+fn with_chart(project: &str) -> Option<(Stage, PathBuf, String)> {
+    let stage = Stage::start(project)?;
+    let helm = helm_program()?;
+    let chart = format!("oci://{}/charts/site", stage.registry.host());
+    Some((stage, helm, chart))
+}
+
+/// Defines the service with what its chart is rendered with.
+fn define(server: &Server, project: &str, values: &Value) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("service.json");
+    let spec = json!({ "run": { "health": { "deadline_seconds": 20 }, "chart_values": values } });
+    std::fs::write(&file, spec.to_string()).unwrap();
+    let file = file.to_str().unwrap();
+    server.ok(&["service", "create", project, "site", "--file", file]);
+}
+
+#[test]
+fn a_chart_is_deployed_switched_and_rolled_back_on_kubernetes() {
+    let Some((stage, helm, chart)) = with_chart("charted") else {
+        return;
+    };
+    publish(&helm, &stage.registry.host(), "1.0.0");
+    publish(&helm, &stage.registry.host(), "1.1.0");
+    let settings = stage.settings();
+    let settings = settings.env("DAYBOOK_HELM", helm.to_str().unwrap());
+    let server = Server::start(settings);
+    server.ok(&["project", "create", "charted"]);
+    let env = ["env", "create", "charted", "production", "--live"];
+    server.ok(&[&env[..], &["--cluster", "oslo"]].concat());
+    let port = stage.app.addr.port();
+    define(&server, "charted", &json!({ "port": port }));
+    let (instance, host) = ("charted.production.site", "site.charted.localhost");
+    let version =
+        |version: &'static str| ["--chart", &chart, "--chart-version", version].map(str::to_owned);
+    let deploy = |of: &'static str| {
+        let flags = version(of);
+        let flags: Vec<_> = flags.iter().map(String::as_str).collect();
+        server.deploy(instance, &flags)
+    };
+
+    let first = deploy("1.0.0");
+    assert_eq!(server.get_from(host, "/", &first).body, "from-a-pod");
+    let detail = server.deployment(&first);
+    let digest = detail["chart"]["digest"].as_str().unwrap().to_owned();
+    assert!(digest.starts_with("sha256:"), "{detail}");
+    assert_eq!(detail["image"], Value::Null);
+    assert_eq!(
+        detail["readiness"]["build"]["reason"], "ChartGiven",
+        "{detail}"
+    );
+    assert!(server.ok(&["status", &first]).stdout.contains(&digest));
+    let kinds = server.kinds(&first);
+    assert!(
+        kinds.contains(&"deployment.chart_pinned.v1".to_owned()),
+        "{kinds:?}"
+    );
+    // How many run is for the chart to say.
+    let scaled = server.cli(&["scale", instance, "--replicas", "3"]);
+    assert_ne!(scaled.code, 0, "{scaled:?}");
+
+    // The next version runs beside it and takes the traffic; the way back is the other one's.
+    let second = deploy("1.1.0");
+    server.get_from(host, "/", &second);
+    assert_ne!(
+        server.deployment(&second)["chart"]["digest"],
+        digest.as_str()
+    );
+    assert_eq!(server.deployment(&first)["state"], "started");
+    server.ok(&["rollback", instance]);
+    server.get_from(host, "/", &first);
+
+    // What was stopped runs nothing and can be started; what is repeated is the same archive.
+    server.ok(&["stop", &second]);
+    server.wait_for(&second, "stopped");
+    server.ok(&["start", &second]);
+    server.wait_for(&second, "started");
+    let again = server.json(&["redeploy", &first, "--detach"])["id"].clone();
+    let again = again.as_str().unwrap().to_owned();
+    server.wait_for(&again, "started");
+    assert_eq!(
+        server.deployment(&again)["chart"]["digest"],
+        digest.as_str()
+    );
+    server.get_from(host, "/", &again);
+
+    // A version whose objects are refused leaves nothing, and what was live stays so.
+    define(
+        &server,
+        "charted",
+        &json!({ "port": port, "ingress": true }),
+    );
+    let flags = version("1.1.0");
+    let flags: Vec<_> = flags.iter().map(String::as_str).collect();
+    let refused = server.begin(instance, &flags);
+    assert_eq!(server.wait_for_failure(&refused), "chart_routes");
+    server.get_from(host, "/", &again);
+
+    for id in [&first, &second, &again] {
+        server.ok(&["stop", id]);
+        server.wait_for(id, "stopped");
+        server.ok(&["terminate", id]);
+        server.wait_for(id, "terminated");
+    }
+    until("nothing is left", || {
+        let left = stage
+            .cluster
+            .count::<k8s_openapi::api::apps::v1::Deployment>("charted--production")
+            + stage
+                .cluster
+                .count::<k8s_openapi::api::core::v1::Service>("charted--production");
+        (left == 0).then_some(())
+    });
+    server.check_replay();
+}
+
+#[test]
+fn a_chart_without_helm_says_what_helps() {
+    let Some((stage, helm, chart)) = with_chart("helmless") else {
+        return;
+    };
+    publish(&helm, &stage.registry.host(), "1.0.0");
+    let settings = stage.settings().env("DAYBOOK_HELM", "/nonexistent/helm");
+    let server = Server::start(settings);
+    server.ok(&["project", "create", "helmless"]);
+    server.ok(&[
+        "env",
+        "create",
+        "helmless",
+        "production",
+        "--cluster",
+        "oslo",
+    ]);
+    define(&server, "helmless", &json!({}));
+    let flags = ["--chart", &chart, "--chart-version", "1.0.0"];
+    let id = server.begin("helmless.production.site", &flags);
+    assert_eq!(server.wait_for_failure(&id), "helm_missing");
+    let told = server.ok(&["status", &id]).stdout;
+    assert!(told.contains("DAYBOOK_HELM"), "{told}");
     server.check_replay();
 }

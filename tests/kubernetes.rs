@@ -59,7 +59,7 @@ impl Cluster {
     }
 
     /// How many objects of a kind a namespace has.
-    fn count<K>(&self, namespace: &str) -> usize
+    pub(crate) fn count<K>(&self, namespace: &str) -> usize
     where
         K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
             + Clone
@@ -422,7 +422,7 @@ pub(crate) async fn make_namespace(client: &kube::Client, name: &str) {
 /// A cluster with a registry, and an application that is what its pods answer.
 pub(crate) struct Stage {
     pub(crate) cluster: Cluster,
-    registry: Registry,
+    pub(crate) registry: Registry,
     pub(crate) app: TestApp,
 }
 
@@ -435,7 +435,7 @@ impl Stage {
         })
     }
 
-    fn settings(&self) -> Settings {
+    pub(crate) fn settings(&self) -> Settings {
         self.settings_with(&self.cluster.plane.kubeconfig())
     }
 
