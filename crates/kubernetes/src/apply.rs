@@ -156,8 +156,13 @@ impl Space<'_> {
     pub(crate) async fn is_there(&self, object: &Object) -> Result<bool, TargetError> {
         let what = format!("{} {}", object.kind.kind, object.name);
         let api = self.objects(object.kind);
-        match timely(&what, api.get_metadata_opt(&object.name)).await? {
-            Ok(there) => Ok(there.is_some_and(|there| there.metadata.deletion_timestamp.is_none())),
+        // Listed, as everything that is looked at is: no other right is asked for.
+        let list = ListParams::default().fields(&format!("metadata.name={}", object.name));
+        match timely(&what, api.list_metadata(&list)).await? {
+            Ok(there) => {
+                let mut there = there.items.into_iter();
+                Ok(there.any(|there| there.metadata.deletion_timestamp.is_none()))
+            }
             // The release goes without.
             Err(e) if object.kind.is_optional() && is_denied(&e) => Ok(false),
             Err(e) => Err(refusal(&what, &e)),
