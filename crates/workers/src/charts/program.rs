@@ -149,8 +149,8 @@ async fn read(from: Option<impl AsyncRead + Unpin>, most: usize) -> std::io::Res
 fn one_line(complaint: &[u8]) -> String {
     let text = String::from_utf8_lossy(complaint);
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let errors = lines.clone().filter(|line| line.starts_with("Error:"));
-    let line = errors.last().or_else(|| lines.next_back());
+    let mut errors = lines.clone().filter(|line| line.starts_with("Error:"));
+    let line = errors.next_back().or_else(|| lines.next_back());
     let line = line.unwrap_or("it does not say why");
     let line = line.strip_prefix("Error:").unwrap_or(line).trim();
     let shown = line.chars().filter(|c| !c.is_control());
