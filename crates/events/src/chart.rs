@@ -199,3 +199,42 @@ impl JsonSchema for ChartValues {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn values(value: Value) -> ChartValues {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn the_same_values_are_the_same_bytes_however_they_are_written() {
+        let one = values(json!({ "b": { "y": 1, "x": [true, null] }, "a": 0.5 }));
+        let other: ChartValues =
+            serde_json::from_str(r#"{"a":0.5, "b":{"x":[true,null],"y":1}}"#).unwrap();
+        assert_eq!(one, other);
+        assert_eq!(one.as_str(), r#"{"a":0.5,"b":{"x":[true,null],"y":1}}"#);
+        assert_eq!(serde_json::to_string(&one).unwrap(), one.as_str());
+        // Rows are not self-describing.
+        let row = bincode::serde::encode_to_vec(&one, bincode::config::standard()).unwrap();
+        let read = bincode::serde::decode_from_slice(&row, bincode::config::standard());
+        let (read, length): (ChartValues, usize) = read.unwrap();
+        assert_eq!((read, length), (one, row.len()));
+    }
+
+    #[test]
+    fn values_are_an_object_of_a_size() {
+        assert!(serde_json::from_value::<ChartValues>(json!([1])).is_err());
+        assert!(serde_json::from_value::<ChartValues>(json!("text")).is_err());
+        values(json!({})).check().unwrap();
+        let large = values(json!({ "x": "x".repeat(VALUES_MAX) }));
+        assert_eq!(large.check().unwrap_err().code, "invalid_chart_values");
+        let deep = |levels| (0..levels).fold(json!(1), |inner, _| json!([inner]));
+        values(json!({ "x": deep(DEPTH_MAX - 1) })).check().unwrap();
+        let error = values(json!({ "x": deep(DEPTH_MAX) })).check().unwrap_err();
+        assert_eq!(error.code, "invalid_chart_values");
+    }
+}

@@ -247,3 +247,28 @@ fn a_plan_names_every_address_that_may_come_to_lead_there() {
     state.request.switch = SwitchMode::Manual;
     assert_eq!(of(&state), automatic);
 }
+
+#[test]
+fn the_plan_of_a_chart_names_its_digest_also_where_it_is_the_same() {
+    let wanted = ["requested", "queued", "chart_pinned"];
+    let events = wanted.map(|name| {
+        let kind = format!("deployment.{name}.v1");
+        let mut all = samples::deployment_events(samples::shop(), 1).into_iter();
+        all.find(|event| event.kind() == kind).unwrap()
+    });
+    let state: Deployment = given(events).state.unwrap();
+    let hostnames = samples::hostnames(&samples::shop(), samples::deployment_id(1));
+    let rule = plan(1).rule;
+    let main = Some((samples::deployment_id(2), &state));
+    for main in [None, main] {
+        let plan = Plan::of(&state, &rule, main, None, None, &hostnames).unwrap();
+        assert_eq!(plan.image, None);
+        let chart = &plan.values["chart"];
+        let digest = samples::chart(1).digest.to_string();
+        assert_eq!(chart.after.as_ref(), Some(&digest));
+        assert_eq!(chart.before.is_some(), main.is_some());
+    }
+    let mut bare = state;
+    bare.chart = None;
+    assert!(Plan::of(&bare, &rule, None, None, None, &hostnames).is_none());
+}

@@ -730,6 +730,29 @@ fn a_running_deployment_is_scaled_until_its_commit_is_recorded() {
     assert_eq!(given.state.unwrap().scaling, None);
 }
 
+#[test]
+fn a_chart_is_pinned_in_place_of_an_image() {
+    let given = after("requested queued");
+    assert!(!given.state.as_ref().unwrap().is_pinned());
+    let given = given.and(event("chart_pinned"));
+    let state = given.state.clone().unwrap();
+    assert_eq!(state.status, Status::Packaging);
+    assert!(state.is_pinned() && state.image.is_none());
+    assert_eq!(state.chart, Some(samples::chart(1)));
+    assert_eq!(state.digest(), Some(&samples::chart(1).digest));
+    assert_eq!(state.build_readiness.state, ReadinessState::Ready);
+    assert_eq!(state.build_readiness.reason, "ChartGiven");
+    // What fails from here on has not failed to be built.
+    let failed = given.and(event("failed")).state.unwrap();
+    assert_eq!(failed.build_readiness.state, ReadinessState::Ready);
+    assert!(failed.operations().contains(&Operation::Redeploy));
+
+    // How many instances there are is for the chart to say.
+    let live = after("requested queued chart_pinned deploying_started succeeded");
+    live.when(|s| decide(s, event("scale_requested")))
+        .then_refused("chart_not_scaled");
+}
+
 /// The table as a Mermaid state diagram: one arrow for each pair of states, with the short names
 /// of the events that lead along it.
 fn diagram() -> String {
