@@ -268,11 +268,19 @@ impl Asked {
                     drift.iter().all(|field| is_spare(field, values))
                 };
                 settled.contains(&deployment)
+                    // What is not synced yet is nothing yet, whatever is there.
+                    || self.is_of_chart(deployment, workload)
                     || wanted.get(&deployment).is_some_and(is_same)
-                    || self.charts.contains_key(&deployment)
-                        && self.drift(deployment, workload).is_empty()
             }
         }
+    }
+
+    /// Whether a release of a chart has a Deployment of this name.
+    fn is_of_chart(&self, deployment: DeploymentId, workload: &Deployment) -> bool {
+        let name = workload.metadata.name.as_ref();
+        let workloads = self.workloads(deployment).unwrap_or_default();
+        let mut workloads = workloads.iter().filter(|w| w.kind == Kind::DEPLOYMENT);
+        workloads.any(|w| Some(&w.name) == name)
     }
 
     /// The fields of a workload that somebody has set otherwise.

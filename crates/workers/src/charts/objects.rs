@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use daybook_events::chart::PinnedChart;
+use daybook_events::resources::Quantity;
 use serde_json::{Map, Value, json};
 
 use super::ChartRelease;
@@ -338,6 +339,7 @@ fn own(object: &mut Value, labels: &Labels) -> Option<()> {
     let kind = object["kind"].as_str().unwrap_or_default().to_owned();
     match kind.as_str() {
         "Deployment" | "StatefulSet" => {
+            write_amounts(&mut object["spec"]);
             let template = ["spec", "template", "metadata", "labels"];
             add(map_at(object, &template)?, labels);
             narrow(
@@ -363,6 +365,33 @@ fn own(object: &mut Value, labels: &Labels) -> Option<()> {
         _ => {}
     }
     Some(())
+}
+
+/// Writes amounts as an API server keeps them, so that what is there is as it was committed.
+fn write_amounts(value: &mut Value) {
+    let write = |amount: &mut Value| {
+        let text = match &*amount {
+            Value::String(text) => text.clone(),
+            Value::Number(number) => number.to_string(),
+            _ => return,
+        };
+        *amount = json!(Quantity::new(&text));
+    };
+    match value {
+        Value::Object(map) => {
+            for (key, value) in map {
+                match (key.as_str(), value) {
+                    ("limits" | "requests", Value::Object(amounts)) => {
+                        amounts.values_mut().for_each(write);
+                    }
+                    ("sizeLimit", amount) => write(amount),
+                    (_, value) => write_amounts(value),
+                }
+            }
+        }
+        Value::Array(list) => list.iter_mut().for_each(write_amounts),
+        _ => {}
+    }
 }
 
 /// Puts labels in place of others.
@@ -738,6 +767,27 @@ mod tests {
         );
         let error = made(vec![workload(), large]).unwrap_err();
         assert_eq!(error.code, "chart_too_large");
+    }
+
+    #[test]
+    fn amounts_are_written_as_an_api_server_keeps_them() {
+        let mut object = workload();
+        let pod = &mut object["spec"]["template"]["spec"];
+        pod["containers"][0]["resources"] = json!({
+            "limits": { "cpu": 0.5, "memory": "1024Mi", "example.com/gpu": 1 },
+            "requests": { "memory": "1.5Gi" },
+        });
+        pod["volumes"] = json!([{ "name": "tmp", "emptyDir": { "sizeLimit": "1000M" } }]);
+        pod["containers"][0]["env"] = json!([{ "name": "SIZE", "value": "1024Mi" }]);
+        let made = made(vec![object]).unwrap();
+        let pod = &find(&made, "Deployment api-12345678-web")["spec"]["template"]["spec"];
+        let amounts = json!({
+            "limits": { "cpu": "500m", "memory": "1Gi", "example.com/gpu": "1" },
+            "requests": { "memory": "1536Mi" },
+        });
+        assert_eq!(pod["containers"][0]["resources"], amounts);
+        assert_eq!(pod["volumes"][0]["emptyDir"]["sizeLimit"], "1G");
+        assert_eq!(pod["containers"][0]["env"][0]["value"], "1024Mi");
     }
 
     #[test]
