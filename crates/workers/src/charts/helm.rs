@@ -22,6 +22,9 @@ use crate::ports::StepError;
 /// The largest archive, in bytes.
 const ARCHIVE_MAX: u64 = 32 << 20;
 
+/// What the folders of calls begin with.
+const CALL: &str = "call-";
+
 /// What charts are made with.
 #[derive(Debug, Clone)]
 pub struct HelmOptions {
@@ -42,8 +45,17 @@ pub struct HelmCharts {
 }
 
 impl HelmCharts {
-    /// The program is looked for when it is needed.
+    /// The program is looked for when it is needed. What calls of a process that was killed left in the
+    /// folder is removed: no two processes have the same.
     pub fn new(options: HelmOptions) -> Self {
+        let entries = std::fs::read_dir(&options.folder).into_iter().flatten();
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            if name.to_str().is_some_and(|name| name.starts_with(CALL)) {
+                // It is in nobody's way, and goes with the folder at the latest.
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
         Self { options }
     }
 
@@ -77,7 +89,7 @@ impl HelmCharts {
     fn scratch(&self) -> Result<tempfile::TempDir, StepError> {
         let folder = &self.options.folder;
         let made = std::fs::create_dir_all(folder.join("versions"));
-        let made = made.and_then(|()| tempfile::Builder::new().prefix("call-").tempdir_in(folder));
+        let made = made.and_then(|()| tempfile::Builder::new().prefix(CALL).tempdir_in(folder));
         made.map_err(|e| unusable(folder, &e))
     }
 
