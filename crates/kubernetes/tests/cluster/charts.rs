@@ -92,7 +92,7 @@ fn chart(values: &mut EnvironmentValues, n: u128, documents: Vec<Value>) {
         port: 8080,
     };
     let rendered = RenderedChart {
-        objects: objects::objects(documents, &pinned, &release).unwrap(),
+        objects: objects::objects(documents, "x", &pinned, &release).unwrap(),
         chart: pinned,
         clusters: vec!["oslo".parse().unwrap()],
         secret_env: BTreeMap::new(),

@@ -241,7 +241,7 @@ impl Charts for HelmCharts {
             release.name().into(),
             self.archive(&chart.digest).into_os_string(),
             "--namespace".into(),
-            namespace.into(),
+            namespace.clone().into(),
             "--values".into(),
             values.into_os_string(),
             // So that they can be refused.
@@ -253,7 +253,7 @@ impl Charts for HelmCharts {
             return Err(not_rendered(&said));
         }
         let documents = self.documents(&helm, scratch.path(), &said.output).await?;
-        objects::objects(documents, chart, release)
+        objects::objects(documents, &namespace, chart, release)
     }
 }
 

@@ -86,9 +86,11 @@ const ADDRESSES: &[&str] = &[
     "VirtualService",
 ];
 
-/// The objects of a release of a chart, in the order in which they are to be applied.
+/// The objects of a release of a chart that was rendered for a namespace, in the order in which they are
+/// to be applied. They do not name it: an environment has one of its own on each cluster.
 pub fn objects(
     documents: Vec<Value>,
+    namespace: &str,
     chart: &PinnedChart,
     release: &ChartRelease<'_>,
 ) -> Result<Vec<Value>, StepError> {
@@ -99,7 +101,7 @@ pub fn objects(
         if document.as_object().is_none_or(Map::is_empty) {
             continue;
         }
-        check(&document)?;
+        check(&document, namespace)?;
         own(&mut document, &labels).ok_or_else(|| unsound(&document))?;
         objects.push(document);
     }
@@ -229,7 +231,7 @@ fn unsound(object: &Value) -> StepError {
 }
 
 /// Refuses what is not for Daybook to make.
-fn check(object: &Value) -> Result<(), StepError> {
+fn check(object: &Value, namespace: &str) -> Result<(), StepError> {
     let (version, kind) = (&object["apiVersion"], &object["kind"]);
     let (Some(version), Some(kind)) = (version.as_str(), kind.as_str()) else {
         return Err(StepError::fatal(
@@ -272,11 +274,13 @@ fn check(object: &Value) -> Result<(), StepError> {
             "turn it off in `run.chart_values` of the service; do by hand what it is for",
         );
     }
-    if !object["metadata"]["namespace"].is_null() {
+    let of = &object["metadata"]["namespace"];
+    if !of.is_null() && of != namespace {
         return refused(
             "chart_other_namespace",
-            "which names its namespace, and the namespace of an environment is Daybook's to say",
-            "have the chart leave it out, in `run.chart_values` of the service",
+            "which is of another namespace than that of the environment",
+            "have the chart leave its namespace out, in `run.chart_values` of the service, or make it \
+             by hand",
         );
     }
     if ADDRESSES.contains(&kind) {
@@ -335,6 +339,7 @@ fn labels(release: &ChartRelease<'_>) -> Labels {
 
 /// Gives an object these labels, and its pods, and what selects pods; none if it is none.
 fn own(object: &mut Value, labels: &Labels) -> Option<()> {
+    map_at(object, &["metadata"])?.remove("namespace");
     add(map_at(object, &["metadata", "labels"])?, labels);
     let kind = object["kind"].as_str().unwrap_or_default().to_owned();
     match kind.as_str() {
@@ -563,7 +568,7 @@ mod tests {
             port: 9000,
         };
         assert_eq!(release.name(), "api-12345678");
-        objects(documents, &chart(), &release)
+        objects(documents, "shop--production", &chart(), &release)
     }
 
     fn workload() -> Value {
@@ -610,12 +615,10 @@ mod tests {
             "metadata": { "name": "api" },
             "spec": { "podSelector": {}, "policyTypes": ["Ingress"] },
         });
-        let made = made(vec![
-            json!({}),
-            service("api-12345678-web", 8080),
-            workload(),
-            policy,
-        ]);
+        // Many charts say where they are rendered for.
+        let mut front = service("api-12345678-web", 8080);
+        front["metadata"]["namespace"] = json!("shop--production");
+        let made = made(vec![json!({}), front, workload(), policy]);
         let made = made.unwrap();
         let id = DeploymentId(uuid::Uuid::from_u128(ID)).to_string();
         for object in &made {
@@ -635,6 +638,8 @@ mod tests {
         for (key, value) in selector.as_object().unwrap() {
             assert_eq!(&of_pods[key], value);
         }
+        let front = find(&made, "Service api-12345678-web");
+        assert_eq!(front["metadata"].get("namespace"), None);
         let policy = find(&made, "NetworkPolicy api");
         let only = json!({ "matchLabels": { DEPLOYMENT: id } });
         assert_eq!(policy["spec"]["podSelector"], only);
