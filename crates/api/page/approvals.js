@@ -38,7 +38,7 @@ function card(a) {
       ["asked for by", a.requester],
       ["author", a.author],
       ["source", plan.source ? h("span", { class: "mono" }, plan.source) : null],
-      ["image", h("span", { class: "mono" }, plan.image.digest)],
+      ["image", plan.image ? h("span", { class: "mono" }, plan.image.digest) : null],
       ["in place of", plan.main ? link(plan.main) : null],
       ["addresses", Object.entries(plan.routes).map(([name, now]) => h("div", { class: "mono" }, name, h("span", { class: "quiet" }, now.length ? ` now ${now.map(short).join(", ")}` : " new")))],
       ["approvals", a.waits ? `${a.grants.length} of ${plan.rule.required}${a.grants.length ? `: ${a.grants.map((g) => g.approver).join(", ")}` : ""}` : "let through in an emergency; to be reviewed"],

@@ -56,6 +56,7 @@ function top(d) {
           ["version", `${d.version}${d.source ? ` (${commit(d.source.commit)})` : ""}`],
           ["commit", d.source ? `${d.source.message.split("\n")[0]}, by ${d.source.author}` : null],
           ["image", d.image ? h("span", { class: "mono" }, `${d.image.tag} ${d.image.digest.slice(0, 19)}…`) : null],
+          ["chart", d.chart ? h("span", { class: "mono" }, `${d.chart.chart}:${d.chart.version} ${d.chart.digest.slice(0, 19)}…`) : null],
           ["GitOps commit", d.commit ? h("span", { class: "mono" }, commit(d.commit)) : null],
           ["requested", moment(d.created_at)],
           ["reason", d.reason],

@@ -324,7 +324,7 @@ fn headers() -> Value {
         "StateHash": {
             "description": "The hash over the states of all aggregates at exactly that position, \
                 which a replay to it gives too. Missing while it is not at hand.",
-            "schema": { "type": "string", "pattern": "^s2:[0-9a-f]{64}$" }
+            "schema": { "type": "string", "pattern": "^s3:[0-9a-f]{64}$" }
         },
         "TreeSize": {
             "description": "The newest signed head when the answer was made covers the events up \

@@ -104,8 +104,9 @@ impl fmt::Display for PinnedChart {
     }
 }
 
-/// The largest values of a chart, as JSON, in bytes.
-const VALUES_MAX: usize = 64 << 10;
+/// The largest values of a chart, as JSON, in bytes: events that have them have other things, too, and a
+/// bound.
+const VALUES_MAX: usize = 32 << 10;
 /// How deep values may be nested.
 const DEPTH_MAX: usize = 32;
 

@@ -24,9 +24,9 @@ const LANES: usize = 1024;
 
 /// What each hash begins with, so that it is a hash of nothing else. Its number is the one in
 /// [`StateHash`]'s text: it changes with how states are encoded.
-const ELEMENT: &str = "daybook 2026 state element 2";
-const SPREAD: &str = "daybook 2026 state spread 2";
-const SUM: &str = "daybook 2026 state hash 2";
+const ELEMENT: &str = "daybook 2026 state element 3";
+const SPREAD: &str = "daybook 2026 state spread 3";
+const SUM: &str = "daybook 2026 state hash 3";
 
 /// A context takes a hash of its own to be made into a key.
 static ELEMENT_KEY: OnceLock<ContextKey> = OnceLock::new();
@@ -41,14 +41,14 @@ fn hasher(key: &OnceLock<ContextKey>, context: &str) -> blake3::Hasher {
 /// A hash over the states of all aggregates at a position. Whoever folds the same events with the
 /// same version of Daybook's states has the same one.
 ///
-/// Its text is `s2:` and 64 hexadecimal digits; the number counts the definitions of the hash and
+/// Its text is `s3:` and 64 hexadecimal digits; the number counts the definitions of the hash and
 /// of what it is taken over, and values of different definitions say nothing about each other.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StateHash([u8; 32]);
 
 impl fmt::Display for StateHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("s2:")?;
+        f.write_str("s3:")?;
         self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
     }
 }
@@ -61,14 +61,14 @@ impl fmt::Debug for StateHash {
 
 /// A text that is no state hash of this version.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a state hash of this version: s2: and 64 hexadecimal digits")]
+#[error("{0:?} is not a state hash of this version: s3: and 64 hexadecimal digits")]
 pub struct InvalidStateHash(String);
 
 impl FromStr for StateHash {
     type Err = InvalidStateHash;
     fn from_str(s: &str) -> Result<Self, InvalidStateHash> {
         let bad = || InvalidStateHash(s.chars().take(80).collect());
-        let digits = s.strip_prefix("s2:").filter(|d| d.len() == 64);
+        let digits = s.strip_prefix("s3:").filter(|d| d.len() == 64);
         let digits = digits.ok_or_else(bad)?.as_bytes();
         let mut hash = [0; 32];
         for (byte, pair) in hash.iter_mut().zip(digits.chunks(2)) {
@@ -105,7 +105,7 @@ impl JsonSchema for StateHash {
     fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
         schemars::json_schema!({
             "type": "string",
-            "pattern": "^s2:[0-9a-f]{64}$",
+            "pattern": "^s3:[0-9a-f]{64}$",
             "description": "A hash over the states of all aggregates.",
         })
     }
@@ -275,10 +275,10 @@ mod tests {
         let text = hash.to_string();
         for bad in [
             "",
-            "s2:",
+            "s3:",
             &text[1..],
             &text.to_uppercase(),
-            &text.replace("s2", "s1"),
+            &text.replace("s3", "s2"),
         ] {
             assert!(bad.parse::<StateHash>().is_err(), "{bad}");
         }

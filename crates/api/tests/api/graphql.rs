@@ -430,7 +430,7 @@ async fn everything_else_can_be_asked_and_done_too() {
         then["state"]["stateHash"]
             .as_str()
             .unwrap()
-            .starts_with("s2:")
+            .starts_with("s3:")
     );
     assert_eq!(then["history"]["deployments"].as_array().unwrap().len(), 1);
     let split = data(
