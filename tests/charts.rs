@@ -249,6 +249,8 @@ fn a_chart_is_deployed_switched_and_rolled_back_on_kubernetes() {
     let again = server.json(&["redeploy", &first, "--detach"])["id"].clone();
     let again = again.as_str().unwrap().to_owned();
     server.wait_for(&again, "started");
+    // It was rolled back: nothing takes over by itself.
+    server.ok(&["mark-main", &again]);
     assert_eq!(
         server.deployment(&again)["chart"]["digest"],
         digest.as_str()
