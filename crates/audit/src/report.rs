@@ -507,6 +507,7 @@ impl Collector {
                             .image
                             .as_ref()
                             .map(|i| format!("{}@{}", i.repository, i.digest))
+                            .or_else(|| deployment.chart.as_ref().map(ToString::to_string))
                             .unwrap_or_default(),
                         deployment
                             .commit

@@ -109,9 +109,10 @@ impl World {
                 continue;
             };
             let image = deployment.image.as_ref();
-            let image = image.map_or("no image yet".to_owned(), |i| {
-                format!("{}@{}", i.repository, i.digest)
-            });
+            let image = image.map(|i| format!("{}@{}", i.repository, i.digest));
+            let chart = || deployment.chart.as_ref().map(ToString::to_string);
+            let image = image.or_else(chart);
+            let image = image.unwrap_or_else(|| "no image yet".to_owned());
             let commit = deployment.commit.as_ref();
             let commit = commit.map_or("no commit yet".to_owned(), |c| format!("commit {c}"));
             let name = format!("deployment {} {id}", deployment.request.instance);

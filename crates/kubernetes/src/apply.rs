@@ -165,6 +165,7 @@ impl Space<'_> {
             }
             // The release goes without.
             Err(e) if object.kind.is_optional() && is_denied(&e) => Ok(false),
+            Err(e) if object.kind == Kind::HTTP_ROUTE => Err(refusal_of_gateway_api(&what, &e)),
             Err(e) => Err(refusal(&what, &e)),
         }
     }

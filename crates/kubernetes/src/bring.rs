@@ -317,32 +317,27 @@ fn names_of(
 
 /// Something in the repository that Daybook did not put there.
 fn not_of_a_chart() -> Problem {
-    Problem {
-        reason: "ObjectUnsupported".to_owned(),
-        message:
-            "the release of the chart has an object in the GitOps repository that no chart may \
-                  make"
-                .to_owned(),
-        remedy: "Take it out of the environment's values file, or deploy the chart again."
-            .to_owned(),
-        transient: false,
-    }
+    Problem::other(
+        "ObjectUnsupported",
+        "the release of the chart has an object in the GitOps repository that no chart may make",
+        "Take it out of the environment's values file, or deploy the chart again.",
+        false,
+    )
 }
 
 /// An object that two releases are to have.
 fn taken_by_another(object: &Object) -> Problem {
-    Problem {
-        reason: "NameTaken".to_owned(),
-        message: format!(
+    Problem::other(
+        "NameTaken",
+        format!(
             "{} {} is somebody else's or of another release already, and releases of a chart stand \
              beside each other",
             object.kind.kind, object.name
         ),
-        remedy: "Have the chart name what it makes by its release: in `run.chart_values` of the \
-                 service, often with `fullnameOverride: $(DAYBOOK_RELEASE)`."
-            .to_owned(),
-        transient: false,
-    }
+        "Have the chart name what it makes by its release: in `run.chart_values` of the service, \
+         often with `fullnameOverride: $(DAYBOOK_RELEASE)`.",
+        false,
+    )
 }
 
 /// Each release with the workload that is made of it.

@@ -302,7 +302,7 @@ impl DeployRun {
 
     /// Digest of its image, once it is known.
     async fn digest(&self) -> Option<&str> {
-        self.state.image.as_ref().map(|i| i.digest.as_str())
+        self.state.digest().map(|digest| digest.as_str())
     }
 
     /// The newest GitOps commit about it.
