@@ -162,8 +162,7 @@ impl RouteApplied {
                 let about = about.map(|s| s.deployment);
                 let domain = switch.and_then(|s| s.domain.clone());
                 drop(folded);
-                self.rejected(&subject, a, rejected, about, previous)
-                    .await?;
+                Box::pin(self.rejected(&subject, a, rejected, about, previous)).await?;
                 match domain {
                     Some(DomainChange { hostname, next }) if next.attached => {
                         domains::refused(&self.0, hostname, next.claim, a.event.id).await
