@@ -137,11 +137,14 @@ impl Places {
                 self.metrics.turned_away();
                 if self.said.is_none_or(|at| at.elapsed() >= FULL_SAID_EVERY) {
                     self.said = Some(Instant::now());
-                    tracing::warn!(
-                        open = self.most,
-                        "connections are refused: as many are open as there are file descriptors \
-                         for (ulimit -n)"
-                    );
+                    // Where operators ask there may be fewer than what there are descriptors for.
+                    let of_files = self.most == room_for_connections()
+                        && self.most < CONNECTIONS_MAX as usize;
+                    let why = match of_files {
+                        true => "there are file descriptors for no more (ulimit -n)",
+                        false => "this listener takes no more at once",
+                    };
+                    tracing::warn!(open = self.most, why, "connections are refused");
                 }
                 if !encrypted {
                     tell_full(stream);
