@@ -947,8 +947,9 @@ pub async fn open_log(
                 lines.max_age = as_long(keep).unwrap_or_default();
             }
             lines.max_bytes = options.lines_max.unwrap_or(lines.max_bytes);
-            // Without the flags, what somebody has set up with NATS' own tools stays.
-            lines.insists = options.lines_keep.is_some() || options.lines_max.is_some();
+            // Without its flag, what somebody has set up with NATS' own tools stays.
+            lines.insists_age = options.lines_keep.is_some();
+            lines.insists_bytes = options.lines_max.is_some();
             daybook_store::LogConfig::Nats {
                 nats: Box::new(nats),
                 log,

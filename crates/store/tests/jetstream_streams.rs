@@ -233,12 +233,31 @@ async fn the_stream_of_lines_keeps_what_somebody_insists_on_and_stays_so() {
             ..LineOptions::default()
         };
         assert_eq!(open(other.clone()).await, usual);
-        let insists = LineOptions {
-            insists: true,
-            ..other
+        // Whoever insists on the one leaves the other as it is.
+        let age = LineOptions {
+            insists_age: true,
+            max_bytes: 32 << 20,
+            ..other.clone()
+        };
+        let changed = (Duration::from_hours(1), 1 << 30);
+        assert_eq!(open(age).await, changed);
+        assert_eq!(open(LineOptions::default()).await, changed);
+        let bytes = LineOptions {
+            insists_bytes: true,
+            max_age: Duration::from_hours(2),
+            ..other.clone()
         };
         let changed = (Duration::from_hours(1), 16 << 20);
-        assert_eq!(open(insists).await, changed);
+        assert_eq!(open(bytes).await, changed);
+        let both = LineOptions {
+            insists_age: true,
+            insists_bytes: true,
+            max_age: Duration::from_hours(3),
+            max_bytes: 64 << 20,
+            ..other
+        };
+        let changed = (Duration::from_hours(3), 64 << 20);
+        assert_eq!(open(both).await, changed);
         assert_eq!(open(LineOptions::default()).await, changed);
     }
 }

@@ -36,8 +36,8 @@ const TIPS_KEPT: usize = 1024;
 /// For how many ends of reads is remembered where they were.
 const BOOKMARKS_KEPT: usize = 4096;
 
-/// How the stream of lines is to be. The retention is only used when the stream is created, unless
-/// these options insist on it.
+/// How the stream of lines is to be. How long and how much it keeps is only used when the stream is
+/// created, unless these options insist on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LineOptions {
     /// Name of the stream.
@@ -50,8 +50,10 @@ pub struct LineOptions {
     /// When all lines together have more bytes, the oldest go; 0 for no bound. JetStream sets as
     /// much aside from what the account may store.
     pub max_bytes: u64,
-    /// Whether a stream that is there is changed to keep lines for so long, and so many of them.
-    pub insists: bool,
+    /// Whether a stream that is there is changed to keep lines for so long.
+    pub insists_age: bool,
+    /// Whether a stream that is there is changed to keep so many of them.
+    pub insists_bytes: bool,
 }
 
 impl Default for LineOptions {
@@ -61,7 +63,8 @@ impl Default for LineOptions {
             replicas: 1,
             max_age: Duration::from_secs(30 * 86_400),
             max_bytes: 1 << 30,
-            insists: false,
+            insists_age: false,
+            insists_bytes: false,
         }
     }
 }

@@ -31,12 +31,21 @@ enum Purpose {
     Output,
 }
 
+/// What a stream of output that is there is changed to have as it is wanted. All else stays as
+/// somebody has set it up.
+#[derive(Debug, Clone, Copy, Default)]
+struct Insists {
+    /// How long it keeps messages.
+    age: bool,
+    /// How many bytes of them.
+    bytes: bool,
+}
+
 /// A stream as Daybook wants it.
 #[derive(Debug, Clone)]
 pub(super) struct StreamSetup {
     purpose: Purpose,
-    /// Whether a stream of output that is there is changed to keep as much as is wanted.
-    insists: bool,
+    insists: Insists,
     config: Config,
 }
 
@@ -107,7 +116,7 @@ impl StreamSetup {
     pub(super) fn events(options: &LogOptions) -> Self {
         Self {
             purpose: Purpose::Ledger,
-            insists: false,
+            insists: Insists::default(),
             config: Config {
                 name: options.stream.clone(),
                 description: Some("Daybook: the ledger".to_owned()),
@@ -125,7 +134,10 @@ impl StreamSetup {
     pub(super) fn lines(options: &LineOptions) -> Self {
         Self {
             purpose: Purpose::Output,
-            insists: options.insists,
+            insists: Insists {
+                age: options.insists_age,
+                bytes: options.insists_bytes,
+            },
             config: Config {
                 name: options.stream.clone(),
                 description: Some("Daybook: output of builds and containers".to_owned()),
@@ -142,7 +154,7 @@ impl StreamSetup {
     pub(super) fn bulletin(options: &BulletinOptions) -> Self {
         Self {
             purpose: Purpose::Output,
-            insists: false,
+            insists: Insists::default(),
             config: Config {
                 name: options.stream.clone(),
                 description: Some("Daybook: the ledger in the words of others".to_owned()),
@@ -153,6 +165,18 @@ impl StreamSetup {
                 ..common(options.replicas)
             },
         }
+    }
+
+    /// What a stream that is there is to be changed to, if it is not what is insisted on.
+    fn changed(&self, found: &Config) -> Option<Config> {
+        let mut config = found.clone();
+        if self.insists.age {
+            config.max_age = self.config.max_age;
+        }
+        if self.insists.bytes {
+            config.max_bytes = self.config.max_bytes;
+        }
+        (kept(&config) != kept(found)).then_some(config)
     }
 }
 
@@ -272,12 +296,7 @@ async fn try_to_open(
             problems,
         }));
     }
-    if setup.insists && kept(&info.config) != kept(&setup.config) {
-        let config = Config {
-            max_age: setup.config.max_age,
-            max_bytes: setup.config.max_bytes,
-            ..info.config.clone()
-        };
+    if let Some(config) = setup.changed(&info.config) {
         match context.update_stream(&config).await {
             Ok(_) => notes = compare(setup, &config).notes,
             Err(error) => notes.push(format!("the stream {name} could not be changed: {error}")),
