@@ -104,9 +104,9 @@ fn the_doctor_says_what_is_well_and_what_is_not() {
     );
 }
 
-/// Makes all files below a folder look as if they were two hours old.
+/// Makes all files below a folder look as if they were three days old.
 fn make_old(folder: &Path) {
-    let then = SystemTime::now() - Duration::from_hours(2);
+    let then = SystemTime::now() - Duration::from_hours(72);
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
@@ -133,9 +133,9 @@ fn output_is_kept_for_as_long_as_somebody_says() {
         server.settings().args = flags.iter().map(|&flag| flag.to_owned()).collect();
         server.restart();
     };
-    restart(&mut server, &["--lines-keep", "3h"]);
+    restart(&mut server, &["--lines-keep", "4d"]);
     assert!(printed(&server).contains("cloning"), "{}", printed(&server));
-    restart(&mut server, &["--lines-keep", "1h"]);
+    restart(&mut server, &["--lines-keep", "48h"]);
     assert!(
         !printed(&server).contains("cloning"),
         "{}",
@@ -144,14 +144,15 @@ fn output_is_kept_for_as_long_as_somebody_says() {
 
     server.stop();
     let listen = ["--listen", "127.0.0.1:0"];
-    for flags in [
-        ["--lines-keep", "59m"],
-        ["--lines-keep", "long"],
-        ["--lines-max-mib", "1"],
+    for (flags, why) in [
+        (["--lines-keep", "47h"], "48h or more"),
+        (["--lines-keep", "long"], "no time to keep something for"),
+        (["--lines-max-mib", "1"], "16..="),
     ] {
         server.settings().args = flags.map(str::to_owned).to_vec();
         let refused = server.try_restart_with(&listen).unwrap_err();
         assert_eq!(refused.code, 2, "{refused:?}");
+        assert!(refused.stderr.contains(why), "{refused:?}");
     }
 }
 

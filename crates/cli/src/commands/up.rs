@@ -20,6 +20,9 @@ use crate::output;
 use crate::telemetry::OtlpArgs;
 use crate::uploads::UploadArgs;
 
+/// So many seconds at least output is kept.
+const LINES_KEPT_MIN: u32 = 48 * 3600;
+
 /// Options of a process that runs roles.
 #[derive(Debug, Args)]
 pub struct NodeArgs {
@@ -108,7 +111,7 @@ pub struct NodeArgs {
     /// environments that do not say so themselves: 45s, 30m, 24h, 7d or `never` to stop it.
     #[arg(long, env = "DAYBOOK_KEEP_OLD", default_value_t = KeepFor::OLD, value_name = "TIME")]
     pub keep_old: KeepFor,
-    /// How long output of builds and instances is kept: 1h to 365d, or `never` for without an end; 30d
+    /// How long output of builds and instances is kept: 48h to 365d, or `never` for without an end; 30d
     /// if not given. A stream on NATS that is there is only changed if this is given.
     #[arg(long, env = "DAYBOOK_LINES_KEEP", value_name = "TIME", value_parser = lines_keep)]
     pub lines_keep: Option<KeepFor>,
@@ -195,12 +198,16 @@ fn host_name(text: &str) -> Result<String, String> {
         .map_err(|e| e.to_string())
 }
 
+/// Reads for how long output is kept. The records of deliveries to webhooks are among it, and it may
+/// take a day until the ledger itself has what they say.
 fn lines_keep(text: &str) -> Result<KeepFor, String> {
     let keep: KeepFor = text.parse().map_err(|e| format!("{e}"))?;
     match keep {
-        KeepFor::Seconds(seconds) if seconds < 3600 => {
-            Err("output is kept for an hour at least".to_owned())
-        }
+        KeepFor::Seconds(seconds) if seconds < LINES_KEPT_MIN => Err(
+            "it must be 48h or more: with less, what was delivered to webhooks could be forgotten \
+             before the ledger has it, and be sent again"
+                .to_owned(),
+        ),
         keep => Ok(keep),
     }
 }

@@ -40,7 +40,8 @@ const AGAIN: Duration = Duration::from_secs(2);
 const AGAIN_LATER: Duration = Duration::from_secs(30);
 /// How long what is under way may take when the process ends.
 const LAST_WORDS: Duration = Duration::from_secs(3);
-/// How often the ledger itself is told how far it is, if it is further than it was.
+/// How often the ledger itself is told how far it is, if it is further than it was. Lines, in which it
+/// stands until then, must be kept for longer: see `--lines-keep`.
 const PROGRESS_EVERY: Duration = Duration::from_hours(24);
 /// The same by the number of tries.
 const PROGRESS_TRIES: u64 = 10_000;
