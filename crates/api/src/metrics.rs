@@ -271,7 +271,8 @@ pub(crate) fn write_work(page: &mut Exposition, now: Timestamp) {
     page.head(
         name,
         "gauge",
-        "How long ago the oldest event happened that a webhook has still to get; 0 if there is none.",
+        "How long ago became due what has waited for a webhook for longest: when it happened, or was \
+         asked for again; 0 if nothing waits.",
     );
     for (id, waits) in &waiting {
         let id = id.to_string();

@@ -23,7 +23,7 @@ pub struct Webhooks {
 pub struct Waiting {
     /// How many events became due and are not dealt with: they are sent, or tried again.
     pub events: u64,
-    /// When the oldest of them happened.
+    /// When the one became due that waits for longest: when it happened, or was asked for again.
     pub oldest: Option<Timestamp>,
 }
 

@@ -44,6 +44,8 @@ pub(super) struct Book {
     seen: Position,
     /// Where something became due that is not dealt with.
     open: BTreeMap<Position, Open>,
+    /// How much all of that is.
+    left: usize,
     /// What is dealt with above the mark.
     done: BTreeSet<Due>,
     /// How often what is not dealt with was tried.
@@ -74,6 +76,7 @@ impl Book {
             source,
             seen: floor,
             open: BTreeMap::new(),
+            left: 0,
             done: BTreeSet::new(),
             tries: HashMap::new(),
             first: BTreeMap::new(),
@@ -159,7 +162,7 @@ impl Book {
         }
     }
 
-    /// How much is not dealt with.
+    /// At how many positions something became due that is not dealt with.
     pub(super) fn open_items(&self) -> usize {
         self.open.len()
     }
@@ -167,7 +170,7 @@ impl Book {
     /// What is not dealt with, for the figures of this process.
     pub(super) fn waiting(&self) -> Waiting {
         Waiting {
-            events: self.open.len() as u64,
+            events: self.left as u64,
             oldest: self.open.first_key_value().map(|(_, open)| open.since),
         }
     }
@@ -176,6 +179,7 @@ impl Book {
     pub(super) fn rewind(&mut self) {
         self.seen = self.mark();
         self.open.clear();
+        self.left = 0;
     }
 
     /// Notes what became due at a position and when, and says what of it is not dealt with yet.
@@ -189,7 +193,10 @@ impl Book {
         self.seen = self.seen.max(at);
         if !events.is_empty() {
             let left = events.len();
-            self.open.insert(at, Open { left, since });
+            self.left += left;
+            if let Some(before) = self.open.insert(at, Open { left, since }) {
+                self.left -= before.left;
+            }
         }
         events
     }
@@ -224,6 +231,7 @@ impl Book {
         if attempt.outcome.is_final() {
             if let Some(open) = self.open.get_mut(&attempt.due_by) {
                 open.left -= 1;
+                self.left -= 1;
                 if open.left == 0 {
                     self.open.remove(&attempt.due_by);
                 }
@@ -399,13 +407,20 @@ mod tests {
         assert_eq!(book.waiting(), Waiting::default());
         assert_eq!(book.due(Position(9), since, both.clone()).len(), 2);
         let waiting = book.waiting();
-        assert_eq!((waiting.events, waiting.oldest), (1, Some(since)));
+        assert_eq!((waiting.events, waiting.oldest), (2, Some(since)));
+        book.record(attempt(9, 4, 1, Outcome::Failed)).await;
+        assert_eq!(book.waiting().events, 2);
         book.record(attempt(9, 3, 1, Outcome::Delivered)).await;
-        assert_eq!(book.mark(), Position(8));
+        assert_eq!((book.mark(), book.waiting().events), (Position(8), 1));
+        book.rewind();
+        assert_eq!(book.waiting(), Waiting::default());
+        assert_eq!(book.due(Position(9), since, both.clone()).len(), 1);
+        assert_eq!(book.waiting().events, 1);
         let mut book = shelf.open(0).await;
         assert_eq!(book.due(Position(9), since, both), [Position(4)]);
-        book.record(attempt(9, 4, 1, Outcome::Delivered)).await;
+        book.record(attempt(9, 4, 2, Outcome::Delivered)).await;
         assert_eq!(book.mark(), Position(9));
+        assert_eq!(book.waiting(), Waiting::default());
     }
 
     #[tokio::test]
