@@ -16,7 +16,8 @@ use daybook_events::{
     envelope, with_causes,
 };
 use daybook_projections::{Change, Feed};
-use daybook_trace::{KeyValue, Kind, Work, attribute, figures};
+use daybook_trace::figures::{self, LookedAfter};
+use daybook_trace::{KeyValue, Kind, Work, attribute};
 use futures_util::StreamExt;
 use jiff::Timestamp;
 use tokio::task::JoinSet;
@@ -124,8 +125,10 @@ impl Courier {
     /// Sends until the subscription is deleted, the process ends, or somebody else may send.
     pub(super) async fn run(&self) -> End {
         let mut book = None;
+        // It is shown through all trouble, which is when somebody wants to see it.
+        let mut looked_after = None;
         loop {
-            let trouble = match self.go_on(&mut book).await {
+            let trouble = match self.go_on(&mut book, &mut looked_after).await {
                 Break::End(end) => {
                     if let (Some(book), End::Interrupted) = (&mut book, end) {
                         book.note(true).await;
@@ -148,7 +151,11 @@ impl Courier {
         }
     }
 
-    async fn go_on(&self, book: &mut Option<Book>) -> Break {
+    async fn go_on(
+        &self,
+        book: &mut Option<Book>,
+        looked_after: &mut Option<LookedAfter>,
+    ) -> Break {
         let mut feed = self.office.bench.ledger.projections().feed();
         let state = match self.state() {
             Ok(state) => state,
@@ -158,6 +165,7 @@ impl Courier {
             return Break::End(End::Over);
         }
         if state.pause.is_some() {
+            *looked_after = None;
             return self.wait_for_change(&state, &mut feed).await;
         }
         let book = match book {
@@ -171,7 +179,9 @@ impl Courier {
                 }
             }
         };
-        self.send_all(&state, book, feed).await
+        let looked_after =
+            looked_after.get_or_insert_with(|| figures::webhooks().look_after(self.id));
+        self.send_all(&state, book, looked_after, feed).await
     }
 
     fn state(&self) -> Result<Subscription, Stop> {
@@ -211,7 +221,13 @@ impl Courier {
     }
 
     /// Sends what comes, until there is a reason to stop.
-    async fn send_all(&self, state: &Subscription, book: &mut Book, mut feed: Feed) -> Break {
+    async fn send_all(
+        &self,
+        state: &Subscription,
+        book: &mut Book,
+        looked_after: &LookedAfter,
+        mut feed: Feed,
+    ) -> Break {
         let filter = SubjectFilter {
             project: Some(self.project.clone()),
             ..SubjectFilter::default()
@@ -225,7 +241,9 @@ impl Courier {
         let endpoint = &state.endpoint;
         let mut desk = Desk::default();
         let mut sending = JoinSet::new();
-        let looked_after = figures::webhooks().look_after(self.id);
+        // Until something is read again, what waited before is what is known.
+        let mut has_read = false;
+        let mut stuck = None;
         let mut reason = None;
         let mut unused = Unused::of(state);
         let mut told = state.progress;
@@ -276,8 +294,11 @@ impl Courier {
                 recorded = tail.next(), if reads => match recorded {
                     Some(Ok(recorded)) => {
                         if let Err(stop) = self.take(&recorded, &mut desk, book, endpoint).await {
+                            let event = recorded.event().ok();
+                            stuck = Some(event.map_or_else(Timestamp::now, |event| event.time));
                             reason = Some(stop.into());
                         }
+                        has_read = true;
                         book.note(false).await;
                     }
                     Some(Err(e)) => reason = Some(Break::Trouble(with_causes(&e))),
@@ -287,7 +308,15 @@ impl Courier {
                 () = to_tell => {}
                 () = to_erase, if reason.is_none() => self.erase(&mut unused).await,
             }
-            looked_after.waits(book.waiting());
+            if has_read {
+                let mut waits = book.waiting();
+                // Whether it is to be sent is not known; it is no further than that all the same.
+                if let Some(since) = stuck {
+                    waits.events += 1;
+                    waits.oldest.get_or_insert(since);
+                }
+                looked_after.waits(waits);
+            }
             let mark = book.mark();
             if book.untold() >= PROGRESS_TRIES || (mark > told && tell_at <= Instant::now()) {
                 let wait = if self.tell_progress(book).await {
