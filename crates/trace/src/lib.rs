@@ -258,8 +258,16 @@ pub async fn part<F: Future>(name: &'static str, work: F) -> F::Output {
 }
 
 /// Asks a host for something, as a part of a unit of work, with a span of its own that names the
-/// host. What is asked outside of any trace has none.
-pub async fn request<F: Future>(name: &'static str, host: &str, work: F) -> F::Output {
+/// host, and the code of what went wrong. What is asked outside of any trace has none.
+pub async fn request<T, E, F>(
+    name: &'static str,
+    host: &str,
+    work: F,
+    code: fn(&E) -> &'static str,
+) -> Result<T, E>
+where
+    F: Future<Output = Result<T, E>>,
+{
     let Some(tracer) = TRACER.get() else {
         return work.await;
     };
@@ -267,20 +275,72 @@ pub async fn request<F: Future>(name: &'static str, host: &str, work: F) -> F::O
     if !whole.span().span_context().is_valid() {
         return work.await;
     }
+    // The span of the whole must not be left out: this one would follow on nothing.
+    touched(&whole);
     let builder = SpanBuilder::from_name(name)
         .with_kind(SpanKind::Client)
         .with_attributes([KeyValue::new(attribute::SERVER, host.to_owned())]);
     let span = tracer.build_with_context(builder, &whole);
-    work.with_context(whole.with_span(span)).await
+    let mut asked = Asked {
+        context: whole.with_span(span),
+        is_over: false,
+    };
+    let result = work.with_context(asked.context.clone()).await;
+    asked.is_over = true;
+    if let Err(error) = &result {
+        fail(&asked.context, code(error).into());
+    }
+    result
+}
+
+/// A request that is under way.
+struct Asked {
+    context: Context,
+    is_over: bool,
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        // It took too long, or nobody wants it any more.
+        if !self.is_over {
+            fail(&self.context, "cancelled".into());
+        }
+    }
+}
+
+/// The host that is asked here has answered with this status of HTTP.
+pub fn answered(status: u16) {
+    if !is_recording() {
+        return;
+    }
+    say(|| vec![KeyValue::new(attribute::STATUS, i64::from(status))]);
+    if status >= 400 {
+        failed(&status.to_string());
+    }
+}
+
+/// The unit of work that something is a part of, to go on with it elsewhere. Its span ends when
+/// nobody has it any more.
+#[derive(Debug, Clone)]
+pub struct Carrier(Context);
+
+/// The unit of work that this is a part of.
+pub fn carrier() -> Carrier {
+    Carrier(Context::current())
+}
+
+impl Carrier {
+    /// Does a part of it, on whatever thread this is.
+    pub fn run<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _attached = self.0.clone().attach();
+        work()
+    }
 }
 
 /// The same work, as a part of the unit of work that this is a part of, on whatever thread it is done.
 pub fn carried<T, F: FnOnce() -> T>(work: F) -> impl FnOnce() -> T + use<T, F> {
-    let context = Context::current();
-    move || {
-        let _attached = context.attach();
-        work()
-    }
+    let carrier = carrier();
+    move || carrier.run(work)
 }
 
 /// What a span says of the aggregate that it is about.
@@ -384,10 +444,9 @@ mod tests {
         let seen = work
             .run(async {
                 let elsewhere = tokio::task::spawn_blocking(carried(current)).await;
-                (
-                    elsewhere.unwrap(),
-                    request("ask", "localhost", async { current() }).await,
-                )
+                let asking = async { Ok::<_, ()>(current()) };
+                let asked = request("ask", "localhost", asking, |&()| "failed").await;
+                (elsewhere.unwrap(), asked.unwrap())
             })
             .await;
         assert_eq!(seen, (Some(given()), Some(given())));

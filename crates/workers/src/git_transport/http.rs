@@ -333,10 +333,15 @@ fn send(
         request = request.basic_auth(&credential.username, Some(credential.password.reveal()));
     }
     let host = host_of(url);
-    session.wait(&host, async {
-        let sent = daybook_trace::request("git request", &host, request.send()).await;
+    let asking = async {
+        let sent = request.send().await;
+        if let Ok(answer) = &sent {
+            daybook_trace::answered(answer.status().as_u16());
+        }
         sent.map_err(|e| failed_request(&host, e))
-    })
+    };
+    let asked = daybook_trace::request("git request", &host, asking, TransportError::code);
+    session.wait(&host, asked)
 }
 
 fn check_status(

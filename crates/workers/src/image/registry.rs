@@ -10,6 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use daybook_events::spec::{ImageReference, PinnedImage};
 use daybook_events::{Digest, ImageRepository, ImageTag};
+use daybook_trace::{KeyValue, attribute};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use oci_client::client::{ClientConfig, ClientProtocol};
 use oci_client::errors::{OciDistributionError, OciError, OciErrorCode};
@@ -512,8 +513,14 @@ struct Remote<'a> {
 
 impl Remote<'_> {
     /// Asks the registry for something, with a span of its own.
-    async fn asked<F: Future>(&self, name: &'static str, work: F) -> F::Output {
-        daybook_trace::request(name, &self.registry, work).await
+    fn asked<T>(
+        &self,
+        name: &'static str,
+        work: impl Future<Output = Result<T, ImageError>>,
+    ) -> impl Future<Output = Result<T, ImageError>> {
+        // What is asked for may be a large future, and each that holds it would be larger still.
+        let work = Box::pin(work);
+        daybook_trace::request(name, &self.registry, work, ImageError::code)
     }
 
     /// The digest that the reference has now.
@@ -558,6 +565,7 @@ impl Remote<'_> {
             if envelope.errors.iter().any(|e| e.code == OciErrorCode::ManifestBlobUnknown));
         let error = self.error(error);
         if blobs_missing {
+            daybook_trace::failed(error.code());
             Ok(Pushed::BlobsMissing(error))
         } else {
             Err(error)
@@ -697,6 +705,7 @@ impl Remote<'_> {
     }
 
     fn by_status(&self, status: u16, message: &str) -> ImageError {
+        daybook_trace::say(|| vec![KeyValue::new(attribute::STATUS, i64::from(status))]);
         match status {
             401 | 403 => self.refused(),
             404 => self.not_found(),
