@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use daybook_events::{CommitId, EventId};
 use daybook_failpoints::reached;
+use daybook_trace::Carrier;
 use git2::{Oid, Repository};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -77,11 +78,15 @@ impl Wanted {
 struct Job {
     wanted: Wanted,
     cancel: CancellationToken,
+    /// The unit of work that waits for it.
+    carrier: Carrier,
     answer: oneshot::Sender<Answer>,
 }
 
 impl Job {
     fn answer(self, answer: Answer) {
+        // That ends with who waits for it, and not with this.
+        drop(self.carrier);
         // Who stopped waiting finds the commit when it asks again.
         let _ = self.answer.send(answer);
     }
@@ -214,6 +219,7 @@ pub(super) async fn submit(
     let job = Job {
         wanted,
         cancel,
+        carrier: daybook_trace::carrier(),
         answer,
     };
     if inner.queue.put(job) {
@@ -261,17 +267,20 @@ impl Inner {
         }
     }
 
+    /// Makes the commits of these jobs. What the remote is asked for all of them is a part of the
+    /// first one's unit of work.
     fn answer(&self, jobs: Vec<Job>) {
         let (gone, jobs): (Vec<Job>, Vec<Job>) =
             jobs.into_iter().partition(|job| job.cancel.is_cancelled());
         for job in gone {
             job.answer(Err(GitopsError::Cancelled));
         }
-        if jobs.is_empty() {
+        let Some(first) = jobs.first() else {
             return;
-        }
+        };
         let (session, _watch) = self.session_of(&jobs);
-        match self.with(|repository| self.make(repository, &session, &jobs)) {
+        let making = || self.with(|repository| self.make(repository, &session, &jobs));
+        match first.carrier.run(making) {
             Ok(answers) => {
                 let mut left = jobs.into_iter();
                 for (answer, job) in answers.into_iter().zip(left.by_ref()) {
