@@ -83,12 +83,30 @@ fn spans(collector: &Receiver) -> Vec<Sent> {
     all
 }
 
+/// The spans of the trace that a collector has taken.
+fn of_the_trace(collector: &Receiver) -> Vec<Sent> {
+    let mut all = spans(collector);
+    all.retain(|span| span.trace == TRACE);
+    all
+}
+
+/// A span of the trace, and the one that it follows on: each is sent when it ends, by whichever
+/// came first.
+#[track_caller]
+fn with_its_cause(collector: &Receiver, name: &str) -> (Sent, Sent) {
+    until(&format!("{name}, and what it follows on"), || {
+        let all = of_the_trace(collector);
+        let span = all.iter().find(|span| span.name == name)?;
+        let cause = all.iter().find(|cause| cause.id == span.parent)?;
+        Some((span.clone(), cause.clone()))
+    })
+}
+
 /// The spans of the trace, once all of these are among them.
 #[track_caller]
 fn trace(collector: &Receiver, names: &[&str]) -> Vec<Sent> {
     until(&format!("spans called {names:?}"), || {
-        let mut all = spans(collector);
-        all.retain(|span| span.trace == TRACE);
+        let all = of_the_trace(collector);
         let there: BTreeSet<_> = all.iter().map(|span| span.name.as_str()).collect();
         names.iter().all(|name| there.contains(name)).then_some(all)
     })
@@ -115,11 +133,17 @@ fn header() -> String {
 
 /// Asks for a deployment in the trace, and returns its id.
 fn deploy(server: &Server) -> String {
+    ask(
+        server,
+        &json!({ "project": "shop", "service": "web", "environment": "production" }),
+    )
+}
+
+fn ask(server: &Server, body: &Value) -> String {
     let url = format!("{}/api/v1/deployments", server.url());
-    let body = json!({ "project": "shop", "service": "web", "environment": "production" });
     let traceparent = header();
     let headers = [("traceparent", traceparent.as_str())];
-    let answer = request(Method::POST, &url, &headers, Some(&body)).unwrap();
+    let answer = request(Method::POST, &url, &headers, Some(body)).unwrap();
     assert!(answer.status < 300, "{answer:?}");
     answer.json()["id"].as_str().unwrap().to_owned()
 }
@@ -299,15 +323,9 @@ fn deliveries_of_webhooks_are_in_the_trace_of_what_they_tell() {
     server.ok(&["webhook", "create", "shop", &url, "--kind", kind]);
     let id = deploy(&server);
     server.wait_for(&id, "started");
-    let trace = trace(
-        &collector,
-        &["POST /api/v1/deployments", "observe", "deliver"],
-    );
-    let span = trace.iter().find(|span| span.name == "deliver").unwrap();
-    assert!(
-        trace.iter().any(|cause| cause.id == span.parent),
-        "{trace:#?}"
-    );
+    let (span, cause) = with_its_cause(&collector, "deliver");
+    let event = "deployment.succeeded.v1".to_owned();
+    assert!(cause.events.contains(&event), "{cause:?}");
     assert!(!span.error, "{span:?}");
     let said = |name: &str| span.attributes.get(name).map(String::as_str);
     assert_eq!(said("daybook.deployment.id"), Some(id.as_str()));
@@ -319,6 +337,26 @@ fn deliveries_of_webhooks_are_in_the_trace_of_what_they_tell() {
     let header = format!("00-{TRACE}-{}-01", span.id);
     let taken = receiver.taken();
     assert_eq!(taken[0].headers["traceparent"], header, "{taken:?}");
+}
+
+#[test]
+fn a_request_to_a_host_that_fails_says_so() {
+    let collector = Receiver::willing();
+    let settings = Settings::default().arg("--otlp").arg(collector.url());
+    let server = Server::start(settings);
+    let source = application("");
+    server.define("shop", "web", &source, &[]);
+    // Nobody listens there.
+    let image = "127.0.0.1:1/shop/web:1";
+    ask(
+        &server,
+        &json!({ "project": "shop", "service": "web", "environment": "production", "image": image }),
+    );
+    let (span, cause) = with_its_cause(&collector, "registry resolve");
+    assert!(span.error, "{span:?}");
+    assert_eq!(span.attributes["error.type"], "registry_unreachable");
+    assert_eq!(span.attributes["server.address"], "127.0.0.1:1");
+    assert_eq!(cause.name, "source", "{cause:?}");
 }
 
 #[test]
