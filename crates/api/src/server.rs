@@ -138,8 +138,8 @@ impl Places {
                 if self.said.is_none_or(|at| at.elapsed() >= FULL_SAID_EVERY) {
                     self.said = Some(Instant::now());
                     // Where operators ask there may be fewer than what there are descriptors for.
-                    let of_files = self.most == room_for_connections()
-                        && self.most < CONNECTIONS_MAX as usize;
+                    let of_files =
+                        self.most == room_for_connections() && self.most < CONNECTIONS_MAX as usize;
                     let why = match of_files {
                         true => "there are file descriptors for no more (ulimit -n)",
                         false => "this listener takes no more at once",
