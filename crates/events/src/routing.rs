@@ -368,6 +368,32 @@ impl Routing {
         split::is_split(self, instance, hostnames)
     }
 
+    /// Whether all that would lead to a deployment as the main one of its instance leads to it alone
+    /// already. `live` says whether its environment is the live one. What the instance's own
+    /// addresses are called depends on the server, so that here any of their kind is one of them.
+    pub fn leads_wholly_to(
+        &self,
+        deployment: DeploymentId,
+        instance: &InstanceRef,
+        live: bool,
+    ) -> bool {
+        let alone = |route: &Route| match route.backends.as_slice() {
+            [only] => only.deployment == deployment,
+            _ => false,
+        };
+        let here = self.hostnames_of(deployment);
+        let own = |stickiness| {
+            here.iter()
+                .filter(|(hostname, _)| self.domain(hostname).is_none())
+                .any(|(_, route)| route.stickiness == stickiness && alone(route))
+        };
+        own(Stickiness::Environment)
+            && (!live || own(Stickiness::Live))
+            && self
+                .domains_of(instance, live)
+                .all(|(hostname, _)| self.routes.get(hostname).is_some_and(alone))
+    }
+
     /// The hostnames that lead to a deployment.
     pub fn hostnames_of(&self, deployment: DeploymentId) -> Vec<(&Hostname, &Route)> {
         let hostnames = self.hostnames.get(&deployment).into_iter().flatten();

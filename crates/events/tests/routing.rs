@@ -153,6 +153,48 @@ fn a_split_is_one_event_over_all_addresses_with_what_was_before() {
 }
 
 #[test]
+fn the_main_deployment_has_all_of_the_traffic_unless_an_address_leads_elsewhere_or_is_missing() {
+    let wholly = |given: &Given<Routing>, number, live| {
+        let state = given.state.as_ref().unwrap();
+        state.leads_wholly_to(id(number), &samples::shop(), live)
+    };
+    let (_, given) = after([assign(1), assign(2)]);
+    assert!(wholly(&given, 2, true) && !wholly(&given, 1, true));
+    let (_, shared) = after([assign(1), assign(2), split(&[(2, 90), (1, 10)])]);
+    assert!(!wholly(&shared, 2, true));
+    // One address of several.
+    let one = Command::Split(Split {
+        only: names(0).live,
+        ..shares(&[(1, 100)])
+    });
+    let (_, given) = given.when(|s| routing::decide(s, one)).then_some();
+    assert_eq!(main_of(&given), Some(2));
+    assert!(!wholly(&given, 2, true));
+    let (_, given) = given.when(|s| routing::decide(s, mark_main(2))).then_some();
+    assert!(wholly(&given, 2, true));
+    // It had its traffic before its environment became the live one.
+    let early = Command::Assign {
+        target: target(1),
+        hostnames: Hostnames {
+            live: None,
+            ..names(1)
+        },
+        take_over: true,
+    };
+    let (_, given) = after([early]);
+    assert!(wholly(&given, 1, false) && !wholly(&given, 1, true));
+    // Hostnames that were brought along count as well, and for none of its own.
+    let (_, given) = after([assign(1), brought("www.example.com", 1, true)]);
+    assert!(wholly(&given, 1, true));
+    let one = Command::Split(Split {
+        only: Some("www.example.com".parse().unwrap()),
+        ..shares(&[(2, 100)])
+    });
+    let (_, given) = given.when(|s| routing::decide(s, one)).then_some();
+    assert!(!wholly(&given, 1, true));
+}
+
+#[test]
 fn the_largest_share_is_the_main_deployment_once_that_has_none() {
     let start = [assign(1), assign(2), assign(3)];
     let (switch, given) = after(start.into_iter().chain([split(&[(1, 20), (2, 80)])]));

@@ -523,7 +523,7 @@ impl Ledger {
     }
 
     /// The deployments of a listing as they were, those that were there, and the route tables of
-    /// their projects.
+    /// their projects. What the environments were is read for it, too.
     async fn deployments_at(
         &self,
         listed: Vec<(DeploymentId, InstanceRef, Position)>,
@@ -533,15 +533,19 @@ impl Ledger {
         {
             let projections = self.projections();
             let _gate = projections.gate();
-            let mut projects = BTreeSet::new();
+            let (mut projects, mut environments) = (BTreeSet::new(), BTreeSet::new());
             for (id, instance, created) in listed {
                 let subject = deployment_of(&instance, id);
                 let plan = Plan::new(projections, subject, at)?;
                 deployments.extend(plan.map(|plan| (id, created, plan)));
-                projects.insert(instance.project);
+                projects.insert(instance.project.clone());
+                environments.insert((instance.project, instance.environment));
             }
-            for project in projects {
-                tables.extend(Plan::new(projections, Subject::Routing(project), at)?);
+            let projects = projects.into_iter().map(Subject::Routing);
+            let environments = environments.into_iter();
+            let environments = environments.map(|(p, e)| Subject::Environment(p, e));
+            for subject in projects.chain(environments) {
+                tables.extend(Plan::new(projections, subject, at)?);
             }
         }
         let plans = deployments.iter().map(|(_, _, plan)| plan);
@@ -550,13 +554,20 @@ impl Ledger {
             others: self.events_of(events).await?,
             ..Events::default()
         };
-        let mut routing = BTreeMap::new();
+        let (mut routing, mut live) = (BTreeMap::new(), BTreeSet::new());
         for plan in tables {
             let past = plan.carry_out(&events)?;
-            if let (Subject::Routing(project), State::Routing(folded)) = (past.subject, past.state)
-                && let Some(state) = Arc::unwrap_or_clone(folded).state
-            {
-                routing.insert(project, state);
+            match (past.subject, past.state) {
+                (Subject::Routing(project), State::Routing(folded)) => {
+                    let state = Arc::unwrap_or_clone(folded).state;
+                    routing.extend(state.map(|state| (project, state)));
+                }
+                (Subject::Environment(project, name), State::Environment(folded)) => {
+                    if folded.state.as_ref().is_some_and(|e| e.spec.live) {
+                        live.insert((project, name));
+                    }
+                }
+                _ => {}
             }
         }
         let mut found = Vec::with_capacity(deployments.len());
@@ -577,13 +588,15 @@ impl Ledger {
             if origin.message.as_ref().is_some_and(|(p, _)| *p > at) {
                 origin.message = None;
             }
-            let table = routing.get(&state.request.instance.project);
+            let instance = state.request.instance.clone();
+            let table = routing.get(&instance.project);
             let row = DeploymentRow::new(
                 id,
                 past.subject,
                 state,
                 (revision, position, created),
                 table,
+                live.contains(&(instance.project, instance.environment)),
                 origin.source.clone(),
             );
             found.push(PastDeployment { row, origin });

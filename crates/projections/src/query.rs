@@ -11,7 +11,7 @@ use daybook_events::domain::Domain;
 use daybook_events::environment::Environment;
 use daybook_events::gitops::Gitops;
 use daybook_events::project::Project;
-use daybook_events::routing::{Routing, Stickiness};
+use daybook_events::routing::Routing;
 use daybook_events::subscription::Subscription;
 use daybook_events::{
     Aggregate, AggregateKind, BuildId, DeploymentId, EnvironmentName, EventId, Folded, Hostname,
@@ -63,25 +63,24 @@ pub struct DeploymentRow {
 
 impl DeploymentRow {
     /// A deployment with its revision, the positions of its last event and of its request, what
-    /// its project's route table says of it, and the commit of the deployment whose image it has.
+    /// its project's route table says of it, whether its environment is the live one, and the
+    /// commit of the deployment whose image it has. Only of the main deployment it matters what
+    /// the environment is.
     pub(crate) fn new(
         id: DeploymentId,
         subject: Subject,
         state: Deployment,
         (revision, position, created): (u32, Position, Position),
         routing: Option<&Routing>,
+        live: bool,
         inherited: Option<SourceCommit>,
     ) -> Self {
         let source = state.source.clone().or(inherited);
         let traffic = routing.and_then(|r| r.traffic(&state.request.instance));
         let main = traffic.is_some_and(|t| t.main == Some(id));
-        let shared = routing.is_some_and(|r| {
-            let leading_here = r.hostnames_of(id).into_iter();
-            leading_here
-                .filter(|(_, route)| route.stickiness >= Stickiness::Environment)
-                .any(|(_, route)| route.backends.len() > 1)
-        });
-        let wholly_main = main && !shared && !traffic.is_some_and(|t| t.rolled_back);
+        let wholly_main = main
+            && !traffic.is_some_and(|t| t.rolled_back)
+            && routing.is_some_and(|r| r.leads_wholly_to(id, &state.request.instance, live));
         let hostnames = routing.map_or_else(Vec::new, |r| {
             let found = r.hostnames_of(id).into_iter();
             found.map(|(hostname, _)| hostname.clone()).collect()
@@ -315,9 +314,18 @@ impl Projections {
             return Ok(None);
         };
         let place = (folded.revision, folded.position, created);
-        let mut row = DeploymentRow::new(id, subject, state, place, routing, source);
+        let traffic = routing.and_then(|r| r.traffic(instance));
+        let live = traffic.is_some_and(|t| t.main == Some(id)) && self.is_live(instance)?;
+        let mut row = DeploymentRow::new(id, subject, state, place, routing, live, source);
         row.reached = reached;
         Ok(Some(row))
+    }
+
+    /// Whether an instance's environment is the live one of its project.
+    fn is_live(&self, instance: &InstanceRef) -> Result<bool, QueryError> {
+        let (project, environment) = (instance.project.clone(), instance.environment.clone());
+        let folded = self.shared::<Environment>(&Subject::Environment(project, environment))?;
+        Ok(folded.state.as_ref().is_some_and(|e| e.spec.live))
     }
 
     fn routing_of(&self, project: &ProjectName) -> Result<Arc<Folded<Routing>>, QueryError> {

@@ -340,3 +340,33 @@ async fn measures_of_delivery_go_on_with_what_was_switched_since() {
     assert_eq!(measured().await, (2, 1));
     assert_eq!(measured().await, (2, 1));
 }
+
+#[tokio::test]
+async fn marking_as_main_is_offered_as_long_as_one_address_leads_elsewhere() {
+    let server = server().await;
+    server.shop().await;
+    let one = server.deploy("shop.production.api", "v1").await;
+    server.make_live(one).await;
+    let body = json!({ "instance_id": "shop.production.api", "version": "v2", "switch": "manual" });
+    let other = server.post("/api/v1/deployments", body).await.ok();
+    let other: DeploymentId = other["id"].as_str().unwrap().parse().unwrap();
+    server.make_live(other).await;
+    let offered = async || {
+        let shown = server.get(&format!("/api/v1/deployments/{one}")).await.ok();
+        assert_eq!(shown["main"], true);
+        let operations = shown["operations"].as_array().unwrap();
+        let listed = operations.contains(&json!("mark_main"));
+        let mut possibilities = shown["possibilities"].as_array().unwrap().iter();
+        let possible = possibilities.find(|p| p["name"] == "mark_main").unwrap();
+        assert_eq!(possible["possible"], listed, "{shown}");
+        listed
+    };
+    assert!(!offered().await);
+    let share = json!({ "deployment": other, "weight": 1 });
+    let body = json!({ "hostname": "api.shop.localhost", "to": [share] });
+    server.post("/api/v1/projects/shop/routes", body).await.ok();
+    assert!(offered().await);
+    let mark = format!("/api/v1/deployments/{one}/mark-main");
+    server.post(&mark, json!({})).await.ok();
+    assert!(!offered().await);
+}
