@@ -44,7 +44,7 @@ export async function deployment({ rest: [id], query, signal }) {
 }
 
 function top(d) {
-  const possible = d.possibilities.filter((p) => p.possible && !(p.name === "mark_main" && d.main));
+  const possible = d.possibilities.filter((p) => p.possible);
   const allowed = may("deploy", d.project);
   const not = d.possibilities.filter((p) => !p.possible);
   return [
