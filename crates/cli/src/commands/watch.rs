@@ -59,13 +59,15 @@ impl Shown {
         lost: &mut Lost,
     ) -> Result<(), Failure> {
         let first = watched.ask(client).await?;
+        // What showing it asks for is newer, and so would be the position.
+        let after = client.position();
         lost.is_over();
         let project = watched.project(&first);
         self.show(client, watched, first).await?;
         let query = [
             ("project", project),
             ("follow", Some("true".to_owned())),
-            ("after", Some(client.position().to_string())),
+            ("after", Some(after.to_string())),
         ];
         let stream = client.stream("/api/v1/events", &query, None).await?;
         let mut stream = std::pin::pin!(stream);
