@@ -17,6 +17,7 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
+use unicode_width::UnicodeWidthChar as _;
 
 use crate::commands::Global;
 
@@ -326,23 +327,36 @@ pub fn end_live() {
     let _ = out.write_all(b"\r\x1b[2K").and_then(|()| out.flush());
 }
 
-/// Others' text without what a terminal would act upon.
+/// Others' text in one line, without what a terminal would act upon.
 pub fn plain(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).collect()
+    let spaced = text.chars().map(|c| match c {
+        '\n' | '\t' => ' ',
+        c => c,
+    });
+    spaced.filter(|c| !c.is_control()).collect()
 }
 
-/// The beginning of a text, so many characters at most; its colours are whole and do not count.
+/// The beginning of a text, so many columns at most; its colours are whole and do not count.
 fn cut(text: &str, columns: usize) -> String {
     let mut shown = String::with_capacity(text.len());
-    let (mut count, mut in_code) = (0, false);
+    let (mut left, mut in_code, mut is_full) = (columns, false, false);
     for c in text.chars() {
         in_code |= c == '\x1b';
         if in_code {
             shown.push(c);
             in_code = c != 'm';
-        } else if count < columns {
+            continue;
+        }
+        let width = match c {
+            // It makes an emoji of what is before it, which may take one column more for that.
+            '\u{fe0f}' => 1,
+            c => c.width().unwrap_or_default(),
+        };
+        // What follows has no place either, and be it an accent on what was left out.
+        is_full |= width > left;
+        if !is_full {
             shown.push(c);
-            count += 1;
+            left -= width;
         }
     }
     shown
@@ -455,7 +469,20 @@ mod tests {
         let cut = "\x1b[2m  0.10s\x1b[0m bui\x1b[36m\x1b[0m";
         assert_eq!(super::cut(text, 11), cut);
         assert_eq!(super::cut(text, 80), text);
-        assert_eq!(super::plain("a\x1b[2Jb\tc\r"), "a[2Jbc");
+        // Characters take two columns, or none.
+        assert_eq!(super::cut("部署完成", 5), "部署");
+        assert_eq!(super::cut("部署完成", 8), "部署完成");
+        assert_eq!(super::cut("cafe\u{301}s", 4), "cafe\u{301}");
+        assert_eq!(super::cut("ab\u{301}", 1), "a");
+        assert_eq!(super::cut("部a", 1), "");
+        assert_eq!(super::cut("\u{2764}\u{fe0f}ab", 3), "\u{2764}\u{fe0f}a");
+    }
+
+    #[test]
+    fn others_text_is_one_line_without_what_a_terminal_acts_upon() {
+        let text = "a\x1b[2Jb\tc\r\nd\u{9b}31m\x07";
+        assert_eq!(super::plain(text), "a[2Jb c d31m");
+        assert_eq!(super::plain("部署 é"), "部署 é");
     }
 
     #[test]

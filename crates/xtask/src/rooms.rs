@@ -148,7 +148,7 @@ const ONLY_IN: [(&[&str], &[&str], &str); 13] = [
         "where spans are sent is the binary's business",
     ),
     (
-        &["clap", "comfy-table", "indicatif"],
+        &["clap", "comfy-table", "indicatif", "unicode-width"],
         &["daybook", "daybook-testkit"],
         "the terminal is the command line's business",
     ),

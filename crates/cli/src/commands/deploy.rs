@@ -640,6 +640,8 @@ fn step(kind: &str, data: &Value, begun: Timestamp) -> String {
         }
         _ => String::new(),
     };
+    // Much of it was said by others; colours of its own come after.
+    let (word, detail) = (output::plain(&word), output::plain(&detail));
     let word = match kind {
         "deployment.succeeded.v1" => style.good(&word),
         "deployment.failed.v1" | "deployment.cluster_failed.v1" => style.error(&word),
@@ -675,4 +677,30 @@ pub fn print_line(line: &LogLine) {
         style.dim(&format!("{source:>8} |")),
         l.text
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{Timestamp, step};
+
+    #[test]
+    fn a_step_is_one_line_and_what_others_said_does_nothing_to_the_terminal() {
+        let message = "no such file\r\n\x1b[2J\x1b]0;title\x07: main.rs";
+        let data = json!({ "data": { "message": message, "code": "build_failed" } });
+        assert_eq!(
+            step("deployment.failed.v1", &data, Timestamp::UNIX_EPOCH),
+            "   0.00s failed no such file [2J]0;title: main.rs (build_failed)"
+        );
+        let data = json!({ "data": { "approver": "eve\x1b[1A" } });
+        assert_eq!(
+            step(
+                "deployment.approval_granted.v1",
+                &data,
+                Timestamp::UNIX_EPOCH
+            ),
+            "   0.00s approval granted by eve[1A"
+        );
+    }
 }
