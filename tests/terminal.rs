@@ -1,6 +1,18 @@
 //! What the command line shows on a terminal.
 
+use std::process::Child;
+
 use crate::support::{Server, Settings, Terminal, application, site, until, without_colours};
+
+/// A command that goes on until it is dropped.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 /// What is to be read of a text, however it is wrapped.
 fn letters(text: &str) -> Vec<char> {
@@ -51,11 +63,13 @@ fn what_is_watched_is_shown_again_when_an_event_has_changed_it() {
     let address = server.url().replace("http://", "");
     let terminal = Terminal::start(server.command(&["status", "--watch"]), 400);
     let file = server.folder().path().join("watched");
-    let mut watching = server
-        .command(&["status", "--watch", "--project", "shop"])
-        .stdout(std::fs::File::create(&file).unwrap())
-        .spawn()
-        .unwrap();
+    let _watching = Killed(
+        server
+            .command(&["status", "--watch", "--project", "shop"])
+            .stdout(std::fs::File::create(&file).unwrap())
+            .spawn()
+            .unwrap(),
+    );
     let screen = || {
         let shown = terminal.shown();
         shown.rsplit("\x1b[2J\x1b[H").next().unwrap().to_owned()
@@ -85,8 +99,6 @@ fn what_is_watched_is_shown_again_when_an_event_has_changed_it() {
     until("the second deployment", || {
         (screen().contains(two) && lines().contains(two)).then_some(())
     });
-    watching.kill().unwrap();
-    watching.wait().unwrap();
     let done = server.cli(&["status", "--watch", "--at", "3"]);
     assert_eq!(done.code, 2, "{done:?}");
 }
@@ -110,4 +122,26 @@ fn a_deployment_is_followed_in_one_line() {
     let all = left(&["deploy", "shop.production.web", "--verbose"]);
     assert!(has(&all, "cloning started"), "{all:#?}");
     assert!(all.len() > live.len() + 5, "{} {}", all.len(), live.len());
+}
+
+#[test]
+fn what_somebody_has_to_do_is_a_whole_line_while_a_deployment_is_followed() {
+    let server = Server::start(Settings::default());
+    server.define("shop", "web", &site("hello"), &[]);
+    let freeze = ["freeze", "add", "shop", "production", "sale"];
+    let when = ["--from", "2020-01-01T00:00", "--reason", "the sale"];
+    server.ok(&[&freeze[..], &when[..]].concat());
+    let terminal = Terminal::start(server.command(&["deploy", "shop.production.web"]), 40);
+    let told = "its environment is frozen by sale until that is taken away; \
+                `daybook freeze override` lets it through";
+    // Whole, and what goes on is shown below.
+    until("what to do", || {
+        let shown = terminal.shown();
+        let (_, after) = shown.split_once(told)?;
+        after.starts_with("\r\n").then_some(())
+    });
+    server.ok(&["freeze", "remove", "shop", "production", "sale"]);
+    let shown = terminal.ended();
+    assert_eq!(shown.matches(told).count(), 1, "{shown}");
+    assert!(shown.contains("it is live"), "{shown}");
 }

@@ -466,10 +466,12 @@ fn is_settled(detail: &Value, what: Follow) -> bool {
 const LAST_LINES: usize = 20;
 
 /// What is shown while something is followed: on a terminal one line, with the newest step and the
-/// newest output; elsewhere, and with `--verbose`, a line for each.
+/// newest output, and a line of its own for what somebody has to read; elsewhere, and with
+/// `--verbose`, a line for each.
 struct Progress {
     live: bool,
     begun: Timestamp,
+    /// The newest step; empty once it has a line of its own.
     step: String,
     last: VecDeque<LogLine>,
 }
@@ -486,7 +488,14 @@ impl Progress {
 
     fn event(&mut self, kind: &str, data: &Value) {
         if self.live {
-            self.step = step(kind, data, self.begun);
+            let step = step(kind, data, self.begun);
+            if is_for_people(kind) {
+                output::end_live();
+                output::line(&step);
+                self.step.clear();
+            } else {
+                self.step = step;
+            }
             self.draw();
         } else if output::is_json() {
             output::json(data);
@@ -523,7 +532,9 @@ impl Progress {
         output::end_live();
         if code != Code::Success {
             self.last.iter().for_each(print_line);
-            output::line(&self.step);
+            if !self.step.is_empty() {
+                output::line(&self.step);
+            }
         }
     }
 }
@@ -535,6 +546,18 @@ impl Drop for Progress {
             output::end_live();
         }
     }
+}
+
+/// Whether an event says what somebody has to do, or what has gone wrong while the rest goes on: it is
+/// read to its end, and stays.
+fn is_for_people(kind: &str) -> bool {
+    matches!(
+        kind,
+        "deployment.approval_requested.v1"
+            | "deployment.held.v1"
+            | "deployment.cluster_failed.v1"
+            | "deployment.partially_succeeded.v1"
+    )
 }
 
 /// An event as a step of the run.
