@@ -8,7 +8,7 @@ use daybook_events::deployment::Deployment;
 use daybook_events::feed::FeedChain;
 use daybook_events::log::ReadError;
 use daybook_events::{CommitId, DeploymentId, Folded, Position};
-use daybook_projections::{DeploymentRow, Reached};
+use daybook_projections::{DeploymentRow, Projections, Reached};
 use futures_util::stream::{self, Stream, StreamExt};
 
 use super::asked::{Asked, asked};
@@ -174,6 +174,8 @@ impl Told {
 struct Changes<E> {
     id: DeploymentId,
     events: E,
+    /// The routes are those of another aggregate: they are looked at when something is told.
+    projections: Projections,
     folded: Folded<Deployment>,
     /// Changes after this position are told; and, unless the subscriber has said it itself, how it
     /// is there.
@@ -200,6 +202,7 @@ fn changes(
     let changes = Changes {
         id,
         events: Box::pin(events),
+        projections: state.projections().clone(),
         folded: Folded::default(),
         from: after.unwrap_or(row.position),
         say_present: after.is_none(),
@@ -222,7 +225,8 @@ fn changes(
 impl<E: Stream<Item = Result<Arc<FeedEvent>, ReadError>> + Unpin> Changes<E> {
     async fn next(&mut self) -> Option<Result<DeployRun, ReadError>> {
         loop {
-            if let Some(run) = self.waiting.pop_front() {
+            if let Some(mut run) = self.waiting.pop_front() {
+                run.wholly_main = self.is_wholly_main();
                 return Some(Ok(run));
             }
             if self.ended {
@@ -236,6 +240,13 @@ impl<E: Stream<Item = Result<Arc<FeedEvent>, ReadError>> + Unpin> Changes<E> {
                 }
             }
         }
+    }
+
+    /// As the routes are now, also where what is told was before. If that cannot be read, one operation
+    /// too many is offered, which changes nothing.
+    fn is_wholly_main(&self) -> bool {
+        let row = self.projections.deployment(self.id).ok().flatten();
+        row.is_some_and(|row| row.wholly_main)
     }
 
     fn take(&mut self, event: &FeedEvent) {
@@ -256,7 +267,7 @@ impl<E: Stream<Item = Result<Arc<FeedEvent>, ReadError>> + Unpin> Changes<E> {
             position,
             inherited: self.inherited.clone(),
             reached: self.reached,
-            // The routes are those of another aggregate.
+            // Not known before it is told.
             wholly_main: false,
         };
         let told = Told::of(&run);
