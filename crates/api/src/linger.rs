@@ -39,7 +39,6 @@ pub(crate) struct Rest {
     back: oneshot::Receiver<Unread>,
     /// Whether the client sends nothing before it is told to go on.
     waits: bool,
-    is_too_long: bool,
 }
 
 /// Lends the body of a request.
@@ -48,7 +47,6 @@ pub(crate) fn lend(request: Request<Incoming>) -> (Request<Lent>, Rest) {
     let rest = Rest {
         back: receiver,
         waits: request.headers().contains_key(EXPECT),
-        is_too_long: request.body().size_hint().lower() > UNWANTED_MAX,
     };
     let lent = request.map(|body| Lent {
         body: Some(body),
@@ -65,7 +63,9 @@ impl Rest {
         let Ok(mut unread) = self.back.try_recv() else {
             return;
         };
-        if self.is_too_long || (self.waits && !unread.is_begun) {
+        // Of a body whose length is known, that is how much of it is left.
+        let is_too_long = unread.body.size_hint().lower() > UNWANTED_MAX;
+        if is_too_long || (self.waits && !unread.is_begun) {
             return;
         }
         let mut left = UNWANTED_MAX;
