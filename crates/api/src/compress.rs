@@ -5,9 +5,14 @@
 //! - streams (SSE, JSON lines, sockets): an event must leave when it happens, and a compressor holds back;
 //! - packs of git and tiles of the transparency log, which have their own form, byte for byte;
 //! - answers to commands: they may have a token or a signing secret beside a name that the caller chose;
-//! - the output of what runs: whoever is served by it may write into it, beside what it printed that nobody was to
-//!   know, and could tell from the length of the answer what that was;
+//! - output as such: whoever is served by what runs may write into it, as often as they like, beside what it printed
+//!   that nobody was to know, and could tell from the lengths of the answers what that was;
 //! - what has an entity tag that changes depend on: a strong tag stands for these bytes and no others.
+//!
+//! Output is not kept out altogether: what a program printed last before it ended is in the message of what is wrong with
+//! its deployment, and so in `/api/v1/deployments/{id}`, `/api/v1/state`, the events and the audit, which are compressed.
+//! Somebody who writes into that learns of one length each time that the program ends, and of a few lines at most. That is
+//! taken into account, and not prevented.
 //!
 //! tower-http's layer compresses whatever is not excepted, and brings three more crates; flate2 is here anyway.
 //!
