@@ -3,7 +3,8 @@
 use std::error::Error;
 
 use daybook_workers::target::TargetError;
-use kube::client::AuthError;
+use kube::client::{AuthError, RustlsTlsError};
+use kube::config::KubeconfigError;
 use kube::core::Status;
 use kube::runtime::watcher;
 
@@ -25,6 +26,34 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
+    /// Why the kubeconfig was not read.
+    pub(crate) fn of_kubeconfig(error: KubeconfigError) -> Self {
+        match error {
+            // Its own words quote the lines around the place, and there are tokens in them.
+            KubeconfigError::Parse(error) => {
+                let place = error.location().map_or_else(String::new, |at| {
+                    format!(" (line {}, column {})", at.line(), at.column())
+                });
+                Self::Config(format!("it is no kubeconfig{place}").into())
+            }
+            other => Self::Config(Box::new(other)),
+        }
+    }
+
+    /// Why there is no client: credential plugins are run to make one.
+    pub(crate) fn of_client(error: kube::Error) -> Self {
+        if let Some(why) = unauthenticated(&error) {
+            return Self::Unauthenticated(why);
+        }
+        match error {
+            // Its own words quote a line, which may be one of the key.
+            kube::Error::RustlsTls(RustlsTlsError::InvalidIdentityPem(_)) => {
+                Self::Config("the client certificate or its key is no PEM".into())
+            }
+            other => Self::Config(Box::new(other)),
+        }
+    }
+
     /// Why the first question was not answered.
     pub(crate) fn of(error: kube::Error) -> Self {
         match unauthenticated(&error) {
@@ -37,7 +66,8 @@ impl ConnectError {
 /// What helps where the API server does not know who asks.
 const RENEW: &str = "Renew what the context of the kubeconfig names. A token file is read again within a \
                      minute, and a credential plugin is run again when what it gave expires; a token or \
-                     a certificate in the kubeconfig itself counts when Daybook starts again";
+                     a certificate in the kubeconfig itself counts when Daybook connects anew: at the \
+                     next try if it has not reached the cluster yet, otherwise when it starts again";
 
 /// What is wrong with Daybook's credentials, and what helps; none if they are not what is the matter.
 fn unauthenticated(error: &kube::Error) -> Option<String> {
@@ -50,7 +80,12 @@ fn unauthenticated(error: &kube::Error) -> Option<String> {
             )
         });
     }
-    let mut source: Option<&(dyn Error + 'static)> = Some(error);
+    without_any(error)
+}
+
+/// The same of an error that may come of there being none to tell the API server.
+fn without_any(error: &(dyn Error + 'static)) -> Option<String> {
+    let mut source = Some(error);
     while let Some(error) = source {
         if let Some(error) = error.downcast_ref::<AuthError>() {
             let why = without_credentials(error);
@@ -66,16 +101,41 @@ fn unauthenticated(error: &kube::Error) -> Option<String> {
 /// What is printed of a credential plugin that fails, in characters.
 const PLUGIN_SAYS: usize = 400;
 
-/// Why there are no credentials. The command of a plugin is not said: its variables may be secrets.
+/// Why there are no credentials. The command of a plugin is not said, whose variables may be secrets,
+/// nor anything that quotes what it printed, which are credentials: what is not known not to is left
+/// out.
 fn without_credentials(error: &AuthError) -> String {
     match error {
         AuthError::AuthExecRun { out, .. } => {
             let said = String::from_utf8_lossy(&out.stderr);
             let said: String = said.trim().chars().take(PLUGIN_SAYS).collect();
-            format!("the credential plugin failed ({}): {said}", out.status)
+            let said = match said.is_empty() {
+                true => said,
+                false => format!(": {said}"),
+            };
+            format!("the credential plugin failed ({}){said}", out.status)
         }
-        other => daybook_events::with_causes(other),
+        AuthError::AuthExecParse(_) | AuthError::ParseTokenKey(_) => {
+            "the credential plugin printed no ExecCredential".to_owned()
+        }
+        AuthError::MalformedTokenExpirationDate(_) => "their expiry is no time".to_owned(),
+        AuthError::InvalidBasicAuth(_)
+        | AuthError::InvalidBearerToken(_)
+        | AuthError::UnrefreshableTokenResponse
+        | AuthError::ExecPluginFailed
+        | AuthError::AuthExecStart(_)
+        | AuthError::AuthExec(_)
+        | AuthError::ReadTokenFile(..)
+        | AuthError::MissingCommand
+        | AuthError::ExecMissingClusterInfo
+        | AuthError::NoValidNativeRootCA(_) => daybook_events::with_causes(error),
+        _ => "what the kubeconfig says of them cannot be followed".to_owned(),
     }
+}
+
+/// An error that may come of one of the API server, in one line.
+pub(crate) fn said(error: &(dyn Error + 'static)) -> String {
+    without_any(error).unwrap_or_else(|| daybook_events::with_causes(error))
 }
 
 /// Why a watch was cut.
@@ -203,4 +263,27 @@ fn conflicts(status: &Status) -> String {
         })
         .collect();
     fields.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_plugin_printed_is_not_said_however_deep_it_is() {
+        let parsed = || {
+            let parsed = serde_saphyr::from_str::<serde_json::Value>("token: [printed-token");
+            AuthError::AuthExecParse(Box::new(parsed.unwrap_err()))
+        };
+        assert_eq!(
+            without_credentials(&parsed()),
+            "the credential plugin printed no ExecCredential"
+        );
+        let sent = kube::Error::Service(Box::new(parsed()));
+        let why = said(&sent);
+        assert!(why.contains("printed no ExecCredential"), "{why}");
+        assert!(!why.contains("printed-token"), "{why}");
+        let why = cut(&watcher::Error::WatchFailed(sent));
+        assert!(!why.contains("printed-token"), "{why}");
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use daybook_events::{Digest, with_causes};
+use daybook_events::Digest;
 use daybook_workers::ports::{Output, StepError};
 use daybook_workers::target::Problem;
 use futures_util::stream::{self, BoxStream, StreamExt as _};
@@ -112,7 +112,7 @@ impl ClusterBuilds {
                         if let Some(error) = forbidden(&error, made) {
                             return Err(Ending { error, delete: true });
                         }
-                        let why = with_causes(&error);
+                        let why = crate::error::cut(&error);
                         tracing::debug!(job = made.name, why, "a watch of a build was cut");
                         if !std::mem::replace(&mut troubled, true) {
                             say(output, format!("the Job is not seen for now: {why}")).await;
@@ -212,7 +212,10 @@ impl ClusterBuilds {
         for _ in 0..LAST_LOOKS {
             match timely("the pods of a build", self.pods().list(&list)).await {
                 Ok(Ok(found)) => return newest(found.items.iter()).cloned(),
-                Ok(Err(error)) => tracing::debug!(job = made.name, %error, "its pod is not seen"),
+                Ok(Err(error)) => {
+                    let why = crate::error::said(&error);
+                    tracing::debug!(job = made.name, why, "its pod is not seen");
+                }
                 Err(error) => tracing::debug!(job = made.name, %error, "its pod is not seen"),
             }
             tokio::time::sleep(LOOK_AGAIN).await;

@@ -100,12 +100,19 @@ impl Printer {
                 Err(error) if had_ended => {
                     tries += 1;
                     if tries >= LAST_TRIES {
-                        tracing::warn!(pod, container, %error, "the end of a build's output is lost");
+                        let why = crate::error::said(&error);
+                        tracing::warn!(pod, container, why, "the end of a build's output is lost");
                         return;
                     }
                 }
                 Err(error) => {
-                    tracing::debug!(pod, container, %error, "a build's output is not read; trying again");
+                    let why = crate::error::said(&error);
+                    tracing::debug!(
+                        pod,
+                        container,
+                        why,
+                        "a build's output is not read; trying again"
+                    );
                 }
             }
             // It has ended and that is not seen yet, or the connection was cut.

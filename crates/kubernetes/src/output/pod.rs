@@ -143,7 +143,7 @@ impl Follower {
     }
 
     async fn hold(&self, error: &Interrupted, pause: &mut Duration) {
-        let why = daybook_events::with_causes(error);
+        let why = crate::error::said(error);
         tracing::debug!(pod = self.pod, why, "output is not carried; trying again");
         tokio::time::sleep(*pause).await;
         *pause = (*pause * 2).min(PAUSE_MAX);
