@@ -30,7 +30,7 @@ use crate::output::Output;
 use crate::retry;
 use crate::routes::{self, GatewayObject, HttpRoute};
 use crate::status::Seen;
-use crate::watches::{self, Change, Watched};
+use crate::watches::{self, Change, Trouble, Watched};
 
 /// What is said of Argo CD's objects where they cannot be watched.
 const APPLICATIONS: &str = "applications of Argo CD";
@@ -93,7 +93,7 @@ struct World {
     /// How many kinds have to be.
     needed: usize,
     /// Watches that are cut, with the reason.
-    troubles: BTreeMap<&'static str, String>,
+    troubles: BTreeMap<&'static str, Trouble>,
     /// Warnings that come before anything of their namespace is seen, with the namespace and the
     /// pod: of other people's pods, or of what was not listed yet.
     early: VecDeque<(String, String, Warning)>,
@@ -193,8 +193,11 @@ impl KubernetesCluster {
     /// What keeps this process from seeing what happens on the cluster, if anything.
     pub fn trouble(&self) -> Option<String> {
         let world = self.shared.world();
-        let (kind, why) = world.troubles.first_key_value()?;
-        let text = format!("{kind} cannot be watched: {why}");
+        let (kind, trouble) = world.troubles.first_key_value()?;
+        let text = format!("{kind} cannot be watched: {}", trouble.why);
+        if !trouble.is_unknown {
+            return Some(text);
+        }
         let argocd = self
             .options()
             .argocd
@@ -203,10 +206,10 @@ impl KubernetesCluster {
         Some(match argocd {
             Some(argocd) => argocd::missing(
                 &argocd.namespace,
-                &format!("{text}. If there is no Argo CD"),
+                &format!("{text}. The cluster has no Argo CD"),
             ),
             None if *kind == ROUTES => {
-                no_gateway_api(&format!("{text}. If there is no Gateway API"))
+                no_gateway_api(&format!("{text}. The cluster does not know Gateway API"))
             }
             None => text,
         })
@@ -268,11 +271,11 @@ impl Shared {
             }
         };
         let weak = Arc::downgrade(self);
-        let troubled = move |why: Option<String>| {
+        let troubled = move |trouble: Option<Trouble>| {
             if let Some(shared) = weak.upgrade() {
                 let mut world = shared.world();
-                match why {
-                    Some(why) => world.troubles.insert(kind, why),
+                match trouble {
+                    Some(trouble) => world.troubles.insert(kind, trouble),
                     None => world.troubles.remove(kind),
                 };
             }
@@ -294,8 +297,8 @@ impl Shared {
         tasks.spawn(async move {
             let changed = |change| known.take(change);
             // That it cannot be watched is for the log only: it is asked at each switch then.
-            let troubled = |why: Option<String>| {
-                if why.is_some() {
+            let troubled = |trouble: Option<Trouble>| {
+                if trouble.is_some() {
                     known.cut();
                 }
             };

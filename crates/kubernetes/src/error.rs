@@ -149,6 +149,16 @@ pub(crate) fn cut(error: &watcher::Error) -> String {
     of_request.unwrap_or_else(|| daybook_events::with_causes(error))
 }
 
+/// Whether a watch was cut because the cluster does not know the kind.
+pub(crate) fn is_of_unknown_kind(error: &watcher::Error) -> bool {
+    let (watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error)) =
+        error
+    else {
+        return false;
+    };
+    matches!(error, kube::Error::Api(status) if status.code == 404 && has_no_name(status))
+}
+
 /// What an error of the API server means for who applies `what`.
 pub(crate) fn refusal(what: &str, error: &kube::Error) -> TargetError {
     // They may be renewed, and then it works.
@@ -269,6 +279,11 @@ fn conflicts(status: &Status) -> String {
 mod tests {
     use super::*;
 
+    fn answered(code: u16) -> kube::Error {
+        let status = Status::failure("404 page not found", "by order of a test");
+        kube::Error::Api(status.with_code(code).boxed())
+    }
+
     #[test]
     fn what_a_plugin_printed_is_not_said_however_deep_it_is() {
         let parsed = || {
@@ -285,5 +300,19 @@ mod tests {
         assert!(!why.contains("printed-token"), "{why}");
         let why = cut(&watcher::Error::WatchFailed(sent));
         assert!(!why.contains("printed-token"), "{why}");
+    }
+
+    #[test]
+    fn a_kind_is_unknown_where_its_collection_is_not_found() {
+        let at_first = watcher::Error::InitialListFailed;
+        assert!(is_of_unknown_kind(&at_first(answered(404))));
+        assert!(is_of_unknown_kind(&watcher::Error::WatchStartFailed(
+            answered(404)
+        )));
+        for code in [401, 403, 503] {
+            assert!(!is_of_unknown_kind(&at_first(answered(code))), "{code}");
+        }
+        let cut = watcher::Error::WatchFailed(answered(404));
+        assert!(!is_of_unknown_kind(&cut));
     }
 }

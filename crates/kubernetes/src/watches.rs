@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
 use crate::diagnosis::Warning;
+use crate::error;
 use crate::names::{MANAGED_BY, MANAGER};
 
 /// What became of the objects of a kind.
@@ -25,6 +26,15 @@ pub(crate) enum Change<K> {
     Applied(Box<K>),
     /// It is gone.
     Deleted(Box<K>),
+}
+
+/// What keeps a kind from being watched.
+#[derive(Debug, Clone)]
+pub(crate) struct Trouble {
+    /// Why its watch was cut.
+    pub(crate) why: String,
+    /// The cluster does not know it.
+    pub(crate) is_unknown: bool,
 }
 
 /// A kind that can be watched.
@@ -43,7 +53,7 @@ impl<K> Watched for K where
 pub(crate) async fn objects<K: Watched>(
     api: Api<K>,
     changed: impl Fn(Change<K>),
-    troubled: impl Fn(Option<String>),
+    troubled: impl Fn(Option<Trouble>),
     cancel: CancellationToken,
 ) {
     let config = watcher::Config::default().labels(&format!("{MANAGED_BY}={MANAGER}"));
@@ -55,7 +65,7 @@ pub(crate) async fn named<K: Watched>(
     api: Api<K>,
     name: &str,
     changed: impl Fn(Change<K>),
-    troubled: impl Fn(Option<String>),
+    troubled: impl Fn(Option<Trouble>),
     cancel: CancellationToken,
 ) {
     let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
@@ -116,7 +126,7 @@ async fn run<K: Watched>(
     api: Api<K>,
     config: watcher::Config,
     changed: impl Fn(Change<K>),
-    troubled: impl Fn(Option<String>),
+    troubled: impl Fn(Option<Trouble>),
     cancel: CancellationToken,
 ) {
     let mut pause = PAUSE_MIN;
@@ -149,9 +159,12 @@ async fn run<K: Watched>(
         };
         // Listed anew and not resumed: of a kind that is quiet, nothing else would show that it is
         // watched again.
-        let why = crate::error::cut(&error);
+        let why = error::cut(&error);
         tracing::warn!(kind = %K::kind(&()), why, "a watch was cut; it is begun again");
-        troubled(Some(why));
+        troubled(Some(Trouble {
+            why,
+            is_unknown: error::is_of_unknown_kind(&error),
+        }));
         tokio::select! {
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(pause) => {}

@@ -247,11 +247,16 @@ async fn what_others_switched_while_a_watch_is_cut_is_not_taken_for_the_same() {
     });
     proxy.cut();
     let troubled = tokio::time::timeout(PATIENCE, async {
-        while edge.stage.target.trouble().is_none() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+        loop {
+            match edge.stage.target.trouble() {
+                Some(why) if why.starts_with("httproutes") => break why,
+                _ => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
         }
     });
-    troubled.await.unwrap();
+    let why = troubled.await.unwrap();
+    // They are known there: nothing is to be installed.
+    assert!(!why.contains("Install it"), "{why}");
     let backend = |n| names::release(&web(), deployment(n));
     let api = edge.api();
     let mut found = api.get("shop.example.com").await.unwrap();
