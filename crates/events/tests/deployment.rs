@@ -549,6 +549,40 @@ fn states(given: &Given<Deployment>) -> Vec<(&str, ClusterState)> {
 }
 
 #[test]
+fn what_is_seen_explains_a_failure_only_where_it_was_given_up_for_that() {
+    let seen = |remedy: &str| {
+        let event = samples::observed("oslo", 1, 1, false);
+        let DeploymentEvent::WorkloadObserved(mut seen) = event else {
+            panic!("{event:?}");
+        };
+        let problem = seen.problem.as_mut().unwrap();
+        problem.remedy = remedy.to_owned();
+        problem.likely_causes = vec!["It leaks.".to_owned()];
+        problem.remedies = vec![remedy.to_owned(), "Mend it.".to_owned()];
+        DeploymentEvent::WorkloadObserved(seen)
+    };
+    let shown = |given: &Given<Deployment>| {
+        let clusters = &given.state.as_ref().unwrap().clusters;
+        let oslo = clusters.get(&samples::cluster("oslo")).unwrap();
+        assert_eq!(oslo.state, ClusterState::Failed);
+        let cause = oslo.cause.clone().unwrap();
+        assert_eq!(cause.code, "rollout_timeout");
+        (cause.likely_causes, cause.remedies)
+    };
+    let remedy = samples::failed_in("oslo").remedy;
+    let given = after(TO_DEPLOYING)
+        .and(seen(&remedy))
+        .and(event("cluster_failed"));
+    let (likely_causes, remedies) = shown(&given);
+    assert_eq!(likely_causes, ["It leaks."]);
+    assert_eq!(remedies, [remedy.as_str(), "Mend it."]);
+
+    // Something else is seen by now.
+    let given = given.and(seen("Give it more memory."));
+    assert_eq!(shown(&given), (Vec::new(), Vec::new()));
+}
+
+#[test]
 fn each_cluster_has_a_state_of_its_own() {
     use ClusterState as C;
     let both = |a, b| vec![("berlin", a), ("oslo", b)];

@@ -401,10 +401,11 @@ fn advice(problem: &Value) -> impl Iterator<Item = (&'static str, String)> {
         all.collect::<Vec<_>>()
     };
     let mut remedies = all("remedies");
-    if remedies.is_empty() {
-        // There may be no more than this one.
-        let remedy = problem["remedy"].as_str().filter(|r| !r.is_empty());
-        remedies.extend(remedy.map(str::to_owned));
+    // There may be no more than this one, and it is never left out for others.
+    let remedy = problem["remedy"].as_str().filter(|r| !r.is_empty());
+    let remedy = remedy.filter(|remedy| !remedies.iter().any(|other| other == remedy));
+    if let Some(remedy) = remedy {
+        remedies.insert(0, remedy.to_owned());
     }
     let likely = all("likely_causes").into_iter();
     let likely = likely.map(|cause| ("likely", cause));
@@ -719,5 +720,8 @@ mod tests {
         let labels = ["likely", "remedy", "remedy"];
         let expected: Vec<_> = labels.into_iter().zip(lines).collect();
         assert_eq!(shown(whole), expected);
+        let apart = json!({ "remedy": "More.", "remedies": ["Less."] });
+        let expected = ["More.", "Less."].map(|text| ("remedy", text.to_owned()));
+        assert_eq!(shown(apart), expected);
     }
 }

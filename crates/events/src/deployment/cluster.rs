@@ -248,8 +248,10 @@ impl ClusterProgress {
             return (C::Pending, None);
         }
         if let Some(mut cause) = self.failure.clone() {
-            // It was given up for what is seen there.
-            if let Some(problem) = seen.and_then(|o| o.problem.as_ref()) {
+            // Where it was given up for what is seen there, the remedy is that of what is seen. It may
+            // as well have been for something else, which this says nothing about.
+            let seen = seen.and_then(|o| o.problem.as_ref());
+            if let Some(problem) = seen.filter(|problem| problem.remedy == cause.remedy) {
                 cause.likely_causes.clone_from(&problem.likely_causes);
                 cause.remedies.clone_from(&problem.remedies);
             }
