@@ -178,13 +178,15 @@ impl DeployRun {
         Some(format!("{}: {}", cause.code, cause.message))
     }
 
-    /// What is wrong in a cluster: what is seen there now, or why it was given up.
+    /// What is wrong in a cluster: why its state is what it is, as REST says it, or else what is seen
+    /// there beside that, such as drift of what is ready.
     fn wrong_in(&self, cluster: &daybook_events::ClusterName) -> Option<ClusterCause> {
-        let seen = self.state.observed.get(cluster);
-        if let Some(problem) = seen.and_then(|o| o.problem.as_ref()) {
-            return Some(ClusterCause::from(problem));
-        }
-        self.state.clusters.get(cluster)?.cause.clone()
+        let progress = self.state.clusters.get(cluster);
+        let cause = progress.and_then(|p| p.cause.clone());
+        cause.or_else(|| {
+            let seen = self.state.observed.get(cluster)?;
+            seen.problem.as_ref().map(ClusterCause::from)
+        })
     }
 
     pub(super) fn message(&self) -> Option<String> {

@@ -1,5 +1,5 @@
 use daybook_events::deployment::{
-    DeploymentEvent, Failed, ImagePulled, OpenapiFound, Problem, Status,
+    ClusterFailed, DeploymentEvent, Failed, ImagePulled, OpenapiFound, Problem, Status,
 };
 use serde_json::json;
 
@@ -96,6 +96,33 @@ async fn what_keeps_it_from_being_ready_is_shown_with_what_it_comes_of_and_what_
             "remedy": problem.remedy,
             "likelyCauses": problem.likely_causes,
             "remedies": problem.remedies,
+        }),
+        "{answer}"
+    );
+
+    // Given up for something else: that is the reason, and not what is still seen.
+    let failed = ClusterFailed {
+        cluster: "east".parse().unwrap(),
+        code: "cluster_unavailable".to_owned(),
+        message: "it does not answer".to_owned(),
+        remedy: "Look at its API server.".to_owned(),
+    };
+    server
+        .happens(id, DeploymentEvent::ClusterFailed(failed.clone()))
+        .await;
+    let shown = server.get(&format!("/api/v1/deployments/{id}")).await.ok();
+    let seen = &shown["cluster_status"][0]["problem"];
+    assert_eq!(seen["code"], json!(failed.code), "{shown}");
+    assert_eq!(seen["likely_causes"], json!(null), "{shown}");
+    let asked = server.post("/graphql", json!({ "query": query })).await;
+    let answer = asked.json();
+    assert_eq!(
+        answer["data"]["deployStatus"]["clusters"][0],
+        json!({
+            "problem": "cluster_unavailable: it does not answer",
+            "remedy": failed.remedy,
+            "likelyCauses": [],
+            "remedies": [],
         }),
         "{answer}"
     );
