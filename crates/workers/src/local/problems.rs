@@ -14,9 +14,30 @@ use super::process::Exit;
 use crate::image::ImageError;
 use crate::target::{Cause, Problem};
 
+/// With what the cause usually comes of and what helps where instances are processes of this machine:
+/// there are no nodes, limits, pull secrets or service accounts.
 fn problem(cause: Cause, message: String, remedy: impl Into<String>, transient: bool) -> Problem {
-    Problem::new(cause, message, remedy, transient)
+    let mut problem = match cause {
+        // Nothing in them is of containers.
+        Cause::CrashLoopBackOff
+        | Cause::SecretMissing
+        | Cause::SecretsUnusable
+        | Cause::PortInUse => return Problem::new(cause, message, remedy, transient),
+        _ => Problem::other(cause.as_str(), message, remedy, transient),
+    };
+    // Of the others the message says all that there is to be known.
+    if cause == Cause::ReadinessProbeFailed {
+        problem.likely_causes = LIKELY_UNREADY.map(str::to_owned).into();
+    }
+    problem
 }
+
+/// What it usually comes of that a process does not become ready, or no longer is.
+const LIKELY_UNREADY: [&str; 3] = [
+    "The application listens on another port than that in its variable PORT.",
+    "The health path does not exist, or answers with an error.",
+    "The application still waits for something that it needs, such as a database.",
+];
 
 pub(super) fn image(image: &PinnedImage, error: &ImageError, hopeless: bool) -> Problem {
     let why = daybook_events::with_causes(error);
@@ -159,4 +180,29 @@ pub(super) fn never_ready(
         remedy = "Let the application listen on the port in its PORT variable.";
     }
     problem(Cause::ReadinessProbeFailed, message, remedy, false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_said_of_what_only_clusters_of_containers_have() {
+        let said = |cause| {
+            let problem = problem(cause, "It is so.".to_owned(), "Do this.", true);
+            assert_eq!(problem.reason, cause.as_str());
+            assert_eq!(problem.remedies[0], problem.remedy);
+            let all = problem.likely_causes.iter().chain(&problem.remedies);
+            all.cloned().collect::<Vec<_>>().join(" ")
+        };
+        for cause in Cause::ALL {
+            let said = said(cause);
+            for word in ["service account", "pull secret", "node", "limit", "kubectl"] {
+                assert!(!said.contains(word), "{cause}: {said}");
+            }
+        }
+        assert!(said(Cause::ReadinessProbeFailed).contains("PORT"));
+        assert!(said(Cause::CrashLoopBackOff).contains("daybook logs"));
+        assert_eq!(said(Cause::ImagePullBackOff), "Do this.");
+    }
 }
