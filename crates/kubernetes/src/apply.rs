@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use daybook_workers::target::{AppRef, TargetError};
 use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions, PropagationPolicy};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::{Api, Client, ResourceExt};
@@ -152,19 +153,19 @@ impl Space<'_> {
         Ok(all)
     }
 
-    /// Whether there is an object of this kind and name, whosever it is.
-    pub(crate) async fn is_there(&self, object: &Object) -> Result<bool, TargetError> {
+    /// The object of this kind and name, whosever it is, unless it is going.
+    pub(crate) async fn there(&self, object: &Object) -> Result<Option<ObjectMeta>, TargetError> {
         let what = format!("{} {}", object.kind.kind, object.name);
         let api = self.objects(object.kind);
         // Listed, as everything that is looked at is: no other right is asked for.
         let list = ListParams::default().fields(&format!("metadata.name={}", object.name));
         match timely(&what, api.list_metadata(&list)).await? {
             Ok(there) => {
-                let mut there = there.items.into_iter();
-                Ok(there.any(|there| there.metadata.deletion_timestamp.is_none()))
+                let mut there = there.items.into_iter().map(|there| there.metadata);
+                Ok(there.find(|there| there.deletion_timestamp.is_none()))
             }
             // The release goes without.
-            Err(e) if object.kind.is_optional() && is_denied(&e) => Ok(false),
+            Err(e) if object.kind.is_optional() && is_denied(&e) => Ok(None),
             Err(e) if object.kind == Kind::HTTP_ROUTE => Err(refusal_of_gateway_api(&what, &e)),
             Err(e) => Err(refusal(&what, &e)),
         }
@@ -306,6 +307,14 @@ impl Space<'_> {
         let resource = ApiResource::from_gvk_with_plural(&gvk, kind.plural);
         Api::namespaced_with(self.client.clone(), self.namespace, &resource)
     }
+}
+
+/// Whether Daybook has applied an object, whatever its labels say by now.
+pub(crate) fn was_applied(there: &ObjectMeta) -> bool {
+    let mut managers = there.managed_fields.iter().flatten();
+    managers.any(|by| {
+        by.manager.as_deref() == Some(MANAGER) && by.operation.as_deref() == Some("Apply")
+    })
 }
 
 /// Whether an autoscaler is for a workload.

@@ -1,7 +1,7 @@
 //! Brings a cluster to what an environment is to be: by applying its objects, or by handing it to
 //! Argo CD.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use daybook_events::secret::SecretRef;
 use daybook_events::{CommitId, DeploymentId, EnvKey, ServiceName};
@@ -18,8 +18,9 @@ use crate::apply::{Found, Space, scales};
 use crate::argocd::{self, Wanted};
 use crate::asked::{Asked, Chart};
 use crate::cluster::KubernetesCluster;
-use crate::names::{self, DEPLOYMENT};
+use crate::names;
 use crate::objects::{self, Kind, Object, Place};
+use crate::owners;
 
 impl KubernetesCluster {
     /// Does what is asked for, as far as it can be done now. `kept` is what is asked for although the
@@ -111,8 +112,8 @@ impl KubernetesCluster {
             }
         }
         if argocd.is_some() {
-            for (deployment, object) in taken(&wanted, &Found::new()) {
-                asked.holds(deployment, taken_by_another(object));
+            for (deployment, object) in owners::contested(&wanted, &Found::new(), &asked) {
+                asked.holds(deployment, owners::taken(object));
             }
             for (deployment, values, workload) in workloads(desired, &wanted) {
                 asked.handed_over(deployment, values, workload);
@@ -142,25 +143,23 @@ impl KubernetesCluster {
             drop(kinds.splice(3..3, Kind::OF_CHARTS));
         }
         let kinds = kinds.as_slice();
+        // Releases of charts that do not get all that they are to have, and what is left out of them.
+        let mut held = BTreeSet::new();
+        let mut left_out = Vec::new();
         if argocd.is_none() && has_charts {
-            let mut not_to_be_had = taken(&wanted, &found);
-            for object in &wanted {
-                let of_chart = release_of(object).filter(|id| asked.workloads(*id).is_some());
-                if let Some(deployment) = of_chart
-                    && !found.contains_key(&(object.kind, object.name.clone()))
-                    && space.is_there(object).await?
-                {
-                    // It is somebody else's: what is Daybook's was found.
-                    not_to_be_had.entry(deployment).or_insert(object);
-                }
-            }
-            let problems = not_to_be_had.into_iter();
-            let problems: BTreeMap<_, _> = problems
-                .map(|(deployment, object)| (deployment, taken_by_another(object)))
-                .collect();
-            wanted.retain(|object| release_of(object).is_none_or(|id| !problems.contains_key(&id)));
-            for (deployment, problem) in problems {
-                asked.holds(deployment, problem);
+            let withheld = owners::withheld(&space, &wanted, &found, &asked).await?;
+            let live = owners::live(&found);
+            held.extend(withheld.iter().map(|object| object.deployment));
+            // Nothing is made of one that is not there yet. One that is goes on with the rest.
+            let is_out = |object: &Object| {
+                let release = owners::release_of(object);
+                release.is_some_and(|id| held.contains(&id) && !live.contains(&id))
+                    || withheld.iter().any(|withheld| withheld.is(object))
+            };
+            (left_out, wanted) = wanted.into_iter().partition(is_out);
+            // The first one is what is said.
+            for object in withheld.into_iter().rev() {
+                asked.holds(object.deployment, object.problem);
             }
         }
         for object in &wanted {
@@ -182,6 +181,16 @@ impl KubernetesCluster {
         }
         let mut keep: HashSet<_> = wanted.iter().map(|o| (o.kind, o.name.as_str())).collect();
         keep.extend(untouched.iter().map(|name| (Kind::SECRET, name.as_str())));
+        // What is there of a release that does not get all stays, also where it says no more whose it is.
+        keep.extend(found.iter().filter_map(|((kind, name), there)| {
+            let stays = match owners::says(there) {
+                Some(release) => held.contains(&release),
+                None => left_out
+                    .iter()
+                    .any(|object| object.kind == *kind && object.name == *name),
+            };
+            stays.then_some((*kind, name.as_str()))
+        }));
         if let Some(argocd) = argocd
             && !asked.releases().is_empty()
         {
@@ -265,35 +274,6 @@ fn want_chart(
     }
 }
 
-/// The release that an object is of.
-fn release_of(object: &Object) -> Option<DeploymentId> {
-    let label = object.body["metadata"]["labels"][DEPLOYMENT].as_str();
-    label.and_then(|id| id.parse().ok())
-}
-
-/// The releases that are to have an object of another release, each with the first such object. Who
-/// has it on the cluster keeps it, and otherwise who comes first.
-fn taken<'a>(wanted: &'a [Object], found: &Found) -> BTreeMap<DeploymentId, &'a Object> {
-    let listed: BTreeSet<_> = wanted.iter().filter_map(release_of).collect();
-    let mut owners = HashMap::new();
-    let mut taken = BTreeMap::new();
-    for object in wanted {
-        let Some(own) = release_of(object) else {
-            continue;
-        };
-        let key = (object.kind, object.name.clone());
-        let there = found
-            .get(&key)
-            .and_then(|there| there.labels().get(DEPLOYMENT));
-        let there = there.and_then(|id| id.parse::<DeploymentId>().ok());
-        let there = there.filter(|there| listed.contains(there));
-        if *owners.entry(key).or_insert(there.unwrap_or(own)) != own {
-            taken.entry(own).or_insert(object);
-        }
-    }
-    taken
-}
-
 /// The objects that Argo CD makes of releases, by kind and name.
 fn names_of(
     desired: &EnvironmentValues,
@@ -321,21 +301,6 @@ fn not_of_a_chart() -> Problem {
         "ObjectUnsupported",
         "the release of the chart has an object in the GitOps repository that no chart may make",
         "Take it out of the environment's values file, or deploy the chart again.",
-        false,
-    )
-}
-
-/// An object that two releases are to have.
-fn taken_by_another(object: &Object) -> Problem {
-    Problem::other(
-        "NameTaken",
-        format!(
-            "{} {} is somebody else's or of another release already, and releases of a chart stand \
-             beside each other",
-            object.kind.kind, object.name
-        ),
-        "Have the chart name what it makes by its release: in `run.chart_values` of the service, \
-         often with `fullnameOverride: $(DAYBOOK_RELEASE)`.",
         false,
     )
 }

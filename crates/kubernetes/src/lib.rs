@@ -25,6 +25,7 @@ mod error;
 pub mod names;
 pub mod objects;
 mod output;
+mod owners;
 mod retry;
 mod routes;
 pub mod status;

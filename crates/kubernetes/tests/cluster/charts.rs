@@ -252,3 +252,62 @@ async fn what_is_named_as_somebody_elses_is_refused_and_nothing_is_touched() {
     let kept = accounts.get("theirs").await.unwrap();
     assert_eq!(kept.labels().len(), 1, "{kept:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_a_release_that_runs_goes_when_one_of_its_objects_is_relabelled() {
+    let Some(stage) = Stage::new("relabelled").await else {
+        return;
+    };
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    chart(&mut values, 1, documents(&prefix(1), 2));
+    stage.apply(1, &values).await.unwrap();
+    let whole = |n| {
+        move |s: &AppStatus| {
+            s.revision == Some(commit(n)) && ready(s, 1) == 3 && problem(s, 1).is_empty()
+        }
+    };
+    stage.until("all of it runs", whole(1)).await;
+    assert_eq!(left(&stage).await, 8);
+
+    let accounts: Api<ServiceAccount> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let label = |value: Option<&str>| {
+        let labels = json!({ "app.kubernetes.io/managed-by": value });
+        Patch::Merge(json!({ "metadata": { "labels": labels } }))
+    };
+    let by_somebody = PatchParams {
+        field_manager: Some("somebody".to_owned()),
+        ..PatchParams::default()
+    };
+    let lost = accounts.patch(&prefix(1), &by_somebody, &label(None)).await;
+    lost.unwrap();
+    assert_eq!(left(&stage).await, 7);
+    stage.apply(2, &values).await.unwrap();
+    stage.until("it has its label again", whole(2)).await;
+    assert_eq!(left(&stage).await, 8);
+
+    // What somebody has made under a name that it is to have stays theirs, and the rest as it is.
+    let mut more = documents(&prefix(1), 2);
+    more.push(json!({
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": { "name": "theirs" },
+    }));
+    let theirs = json!({ "metadata": { "name": "theirs", "labels": { "app": "x" } } });
+    let theirs: ServiceAccount = serde_json::from_value(theirs).unwrap();
+    accounts
+        .create(&PostParams::default(), &theirs)
+        .await
+        .unwrap();
+    chart(&mut values, 1, more);
+    stage.apply(3, &values).await.unwrap();
+    let status = stage
+        .until("it is said", |s| problem(s, 1) == "NameTaken")
+        .await;
+    assert_eq!(ready(&status, 1), 3);
+    assert_eq!(left(&stage).await, 8);
+    let kept = accounts.get("theirs").await.unwrap();
+    assert_eq!(kept.labels().len(), 1, "{kept:?}");
+}
