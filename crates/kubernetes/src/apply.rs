@@ -1,6 +1,6 @@
 //! Brings a namespace to what is asked for, and to nothing else. What is so already is not written.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::future::Future;
 use std::time::Duration;
 
@@ -124,16 +124,15 @@ impl Space<'_> {
         applied.map(|_| ()).map_err(|e| refusal(&what, &e))
     }
 
-    /// What of these kinds Daybook has here, as the API server has it now.
+    /// What of these kinds Daybook has here, as the API server has it now. Of those that releases go
+    /// without, only what is `needed` has to be had.
     pub(crate) async fn found(
         &self,
         kinds: &[Kind],
-        wanted: &[Object],
+        needed: &BTreeSet<Kind>,
     ) -> Result<Found, TargetError> {
-        let is_spare = |kind: Kind| {
-            let is_wanted = || wanted.iter().any(|object| object.kind == kind);
-            kind.is_optional() || kind.is_spare() && !is_wanted()
-        };
+        let is_spare =
+            |kind: Kind| kind.is_optional() || kind.is_spare() && !needed.contains(&kind);
         let ours = format!(
             "{MANAGED_BY}={MANAGER},{PROJECT}={},{ENVIRONMENT}={},!{ADDRESS}",
             self.app.project, self.app.environment
@@ -180,9 +179,8 @@ impl Space<'_> {
         found: &Found,
         is_autoscaled: bool,
     ) -> Result<Option<Applied>, TargetError> {
-        let key = (object.kind, object.name.clone());
-        if let Some(found) = found.get(&key).filter(|found| is_so(object, found)) {
-            return Ok(Some(Applied::of(found)));
+        if let Some(found) = as_found(object, found) {
+            return Ok(Some(found));
         }
         let what = format!("{} {}", object.kind.kind, object.name);
         let params = PatchParams::apply(MANAGER);
@@ -307,6 +305,12 @@ impl Space<'_> {
         let resource = ApiResource::from_gvk_with_plural(&gvk, kind.plural);
         Api::namespaced_with(self.client.clone(), self.namespace, &resource)
     }
+}
+
+/// An object as it was found, if it is what it is to be.
+pub(crate) fn as_found(object: &Object, found: &Found) -> Option<Applied> {
+    let found = found.get(&(object.kind, object.name.clone()))?;
+    is_so(object, found).then(|| Applied::of(found))
 }
 
 /// Whether Daybook has applied an object, whatever its labels say by now.

@@ -14,7 +14,7 @@ use kube::ResourceExt as _;
 use kube::core::DynamicObject;
 use serde_json::Value;
 
-use crate::apply::{Found, Space, scales};
+use crate::apply::{Found, Space, as_found, scales};
 use crate::argocd::{self, Wanted};
 use crate::asked::{Asked, Chart};
 use crate::cluster::KubernetesCluster;
@@ -134,12 +134,17 @@ impl KubernetesCluster {
                 Kind::SECRET,
             ],
         };
-        let mut found = space.found(&kinds, &wanted).await?;
+        // A right that only charts need is missed by their releases, and by no other.
+        let of_images = wanted
+            .iter()
+            .filter(|object| owners::chart_of(object, &asked).is_none());
+        let needed = of_images.map(|object| object.kind).collect();
+        let mut found = space.found(&kinds, &needed).await?;
         // What only charts make is looked for where there is one, or was: that goes last.
         let is_of_chart = |object: &DynamicObject| object.labels().contains_key(CHART);
         let has_charts = desired.services.values().any(|s| !s.charts.is_empty());
         if argocd.is_none() && (has_charts || found.values().any(is_of_chart)) {
-            found.extend(space.found(&Kind::OF_CHARTS, &wanted).await?);
+            found.extend(space.found(&Kind::OF_CHARTS, &needed).await?);
             drop(kinds.splice(3..3, Kind::OF_CHARTS));
         }
         let kinds = kinds.as_slice();
@@ -162,10 +167,25 @@ impl KubernetesCluster {
                 asked.holds(object.deployment, object.problem);
             }
         }
+        let mut refused = BTreeSet::new();
         for object in &wanted {
             let least = least(desired, &object.name);
             let is_autoscaled = least.is_some() || has_autoscaler(desired, object);
-            let applied = space.apply(object, &found, is_autoscaled).await?;
+            let chart = owners::chart_of(object, &asked);
+            let applied = match chart.is_some_and(|release| refused.contains(&release)) {
+                // Nothing is written of it any more. What is so already is still seen as it is.
+                true => Ok(as_found(object, &found)),
+                false => space.apply(object, &found, is_autoscaled).await,
+            };
+            let applied = match (applied, chart) {
+                // What others make is none of the other releases' concern.
+                (Err(TargetError::Refused(why)), Some(release)) => {
+                    asked.holds(release, owners::refused(&why));
+                    refused.insert(release);
+                    None
+                }
+                (applied, _) => applied?,
+            };
             let Some(mut applied) = applied else {
                 continue;
             };
@@ -179,6 +199,7 @@ impl KubernetesCluster {
                 asked.applied_set(&object.name, applied.uid);
             }
         }
+        held.extend(refused);
         let mut keep: HashSet<_> = wanted.iter().map(|o| (o.kind, o.name.as_str())).collect();
         keep.extend(untouched.iter().map(|name| (Kind::SECRET, name.as_str())));
         // What is there of a release that does not get all stays, also where it says no more whose it is.

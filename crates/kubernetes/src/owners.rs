@@ -66,8 +66,8 @@ pub(crate) fn live(found: &Found) -> BTreeSet<DeploymentId> {
     staying.filter_map(says).collect()
 }
 
-/// The objects that releases of charts are to have and do not get: those of another release, and those
-/// of somebody else. What is Daybook's was found.
+/// The objects that releases of charts are to have and do not get: those of another release, those of
+/// somebody else, and those that may not be looked at. What is Daybook's was found.
 pub(crate) async fn withheld(
     space: &Space<'_>,
     wanted: &[Object],
@@ -86,12 +86,15 @@ pub(crate) async fn withheld(
         if found.contains_key(&(object.kind, object.name.clone())) {
             continue;
         }
-        match space.there(object).await? {
-            None => {}
+        let problem = match space.there(object).await {
+            Ok(None) => continue,
             // It has lost a label by which it would have been found, and is given it again.
-            Some(there) if live.contains(&deployment) && was_applied(&there) => {}
-            Some(_) => withheld.push(Withheld::new(deployment, object, taken(object))),
-        }
+            Ok(Some(there)) if live.contains(&deployment) && was_applied(&there) => continue,
+            Ok(Some(_)) => taken(object),
+            Err(TargetError::Refused(why)) => refused(&why),
+            Err(e) => return Err(e),
+        };
+        withheld.push(Withheld::new(deployment, object, problem));
     }
     Ok(withheld)
 }
@@ -142,6 +145,17 @@ pub(crate) fn taken(object: &Object) -> Problem {
         ),
         "Have the chart name what it makes by its release: in `run.chart_values` of the service, \
          often with `fullnameOverride: $(DAYBOOK_RELEASE)`.",
+        false,
+    )
+}
+
+/// An object of a chart that the API server does not take.
+pub(crate) fn refused(why: &str) -> Problem {
+    Problem::other(
+        "ObjectRefused",
+        format!("the cluster does not take all that the chart makes: {why}"),
+        "Mend what it names and ask again with `daybook retry`, or change `run.chart_values` of the \
+         service and deploy again.",
         false,
     )
 }

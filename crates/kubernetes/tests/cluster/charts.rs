@@ -76,6 +76,11 @@ fn documents(prefix: &str, front: u32) -> Vec<Value> {
 
 /// Lists a release of a chart that makes these documents.
 fn chart(values: &mut EnvironmentValues, n: u128, documents: Vec<Value>) {
+    chart_of(values, &web(), n, documents);
+}
+
+/// The same, of a service.
+fn chart_of(values: &mut EnvironmentValues, service: &ServiceName, n: u128, documents: Vec<Value>) {
     let pinned = PinnedChart {
         chart: "https://charts.example.com/stable/web".parse().unwrap(),
         version: "1.4.2".parse().unwrap(),
@@ -86,7 +91,7 @@ fn chart(values: &mut EnvironmentValues, n: u128, documents: Vec<Value>) {
         project: &project,
         environment: &environment,
         ephemeral: false,
-        service: &web(),
+        service,
         deployment: deployment(n),
         values: None,
         port: 8080,
@@ -98,8 +103,8 @@ fn chart(values: &mut EnvironmentValues, n: u128, documents: Vec<Value>) {
         secret_env: BTreeMap::new(),
         stopped: false,
     };
-    let service = values.services.entry(web()).or_default();
-    service.charts.insert(deployment(n), rendered);
+    let listed = values.services.entry(service.clone()).or_default();
+    listed.charts.insert(deployment(n), rendered);
 }
 
 fn prefix(n: u128) -> String {
@@ -288,6 +293,26 @@ async fn nothing_of_a_release_that_runs_goes_when_one_of_its_objects_is_relabell
     stage.until("it has its label again", whole(2)).await;
     assert_eq!(left(&stage).await, 8);
 
+    // A label that somebody has set is not taken from them, and nothing goes because of it.
+    let policies: Api<NetworkPolicy> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let set = label(Some("somebody"));
+    let set = policies.patch(&prefix(1), &by_somebody, &set).await;
+    set.unwrap();
+    stage.apply(3, &values).await.unwrap();
+    let status = stage
+        .until("whose it is is said", |s| problem(s, 1) == "ObjectRefused")
+        .await;
+    let said = of(&status, 1).unwrap().problem.as_ref().unwrap();
+    assert!(said.message.contains("(somebody)"), "{said:?}");
+    assert_eq!(ready(&status, 1), 3);
+    assert!(policies.get_opt(&prefix(1)).await.unwrap().is_some());
+    assert_eq!(left(&stage).await, 7);
+    let unset = policies.patch(&prefix(1), &by_somebody, &label(None)).await;
+    unset.unwrap();
+    stage.apply(4, &values).await.unwrap();
+    stage.until("all of it is as it was", whole(4)).await;
+    assert_eq!(left(&stage).await, 8);
+
     // What somebody has made under a name that it is to have stays theirs, and the rest as it is.
     let mut more = documents(&prefix(1), 2);
     more.push(json!({
@@ -302,7 +327,7 @@ async fn nothing_of_a_release_that_runs_goes_when_one_of_its_objects_is_relabell
         .await
         .unwrap();
     chart(&mut values, 1, more);
-    stage.apply(3, &values).await.unwrap();
+    stage.apply(5, &values).await.unwrap();
     let status = stage
         .until("it is said", |s| problem(s, 1) == "NameTaken")
         .await;
@@ -310,4 +335,52 @@ async fn nothing_of_a_release_that_runs_goes_when_one_of_its_objects_is_relabell
     assert_eq!(left(&stage).await, 8);
     let kept = accounts.get("theirs").await.unwrap();
     assert_eq!(kept.labels().len(), 1, "{kept:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_of_one_chart_keeps_no_other_release() {
+    let Some(stage) = Stage::new("refused-chart").await else {
+        return;
+    };
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    // It comes before the others.
+    let api: ServiceName = "api".parse().unwrap();
+    let own = names::release(&api, deployment(1));
+    let mut broken = documents(&own, 1);
+    let front = broken.iter_mut().find(|o| o["kind"] == "Deployment");
+    front.unwrap()["spec"]["template"]["spec"]["restartPolicy"] = json!("Never");
+    let mut values = stage.values();
+    chart_of(&mut values, &api, 1, broken.clone());
+    chart(&mut values, 2, documents(&prefix(2), 1));
+    release(&mut values, 3, 1);
+    stage.apply(1, &values).await.unwrap();
+    let others_run = |s: &AppStatus| ready(s, 2) == 2 && ready(s, 3) == 1;
+    let status = stage.until("one is refused, and the others run", |s| {
+        problem(s, 1) == "ObjectRefused" && others_run(s)
+    });
+    let status = status.await;
+    let said = of(&status, 1).unwrap().problem.as_ref().unwrap();
+    assert!(said.message.contains("restartPolicy"), "{said:?}");
+    assert!(!said.transient && !said.remedy.is_empty());
+    let sets: Api<StatefulSet> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let set = format!("{own}-store");
+    assert!(sets.get_opt(&set).await.unwrap().is_none());
+
+    // As the API server takes it, it is whole.
+    chart_of(&mut values, &api, 1, documents(&own, 1));
+    stage.apply(2, &values).await.unwrap();
+    let whole = |s: &AppStatus| ready(s, 1) == 2 && problem(s, 1).is_empty() && others_run(s);
+    stage.until("all of them run", whole).await;
+    let before = left(&stage).await;
+
+    // Refused while it runs, it stays as it is.
+    chart_of(&mut values, &api, 1, broken);
+    stage.apply(3, &values).await.unwrap();
+    let refused = |s: &AppStatus| problem(s, 1) == "ObjectRefused" && others_run(s);
+    stage
+        .until("it is refused, and the others run on", refused)
+        .await;
+    assert_eq!(left(&stage).await, before);
 }
