@@ -14,7 +14,7 @@ use kube::ResourceExt as _;
 use kube::core::DynamicObject;
 use serde_json::Value;
 
-use crate::apply::{Found, Space, as_found, scales};
+use crate::apply::{Space, as_found, scales};
 use crate::argocd::{self, Wanted};
 use crate::asked::{Asked, Chart};
 use crate::cluster::KubernetesCluster;
@@ -111,9 +111,16 @@ impl KubernetesCluster {
                 }
             }
         }
+        let has_charts = desired.services.values().any(|s| !s.charts.is_empty());
         if argocd.is_some() {
-            for (deployment, object) in owners::contested(&wanted, &Found::new(), &asked) {
-                asked.holds(deployment, owners::taken(object));
+            if has_charts {
+                // It is looked at and no more: what Argo CD makes is not Daybook's to remove.
+                let kinds = [argocd::KINDS.as_slice(), &Kind::OF_CHARTS].concat();
+                let there = space.found(&kinds, &BTreeSet::new()).await?;
+                let withheld = owners::withheld(&space, &wanted, &there, &asked).await?;
+                for object in withheld.into_iter().rev() {
+                    asked.holds(object.deployment, object.problem);
+                }
             }
             for (deployment, values, workload) in workloads(desired, &wanted) {
                 asked.handed_over(deployment, values, workload);
@@ -142,7 +149,6 @@ impl KubernetesCluster {
         let mut found = space.found(&kinds, &needed).await?;
         // What only charts make is looked for where there is one, or was: that goes last.
         let is_of_chart = |object: &DynamicObject| object.labels().contains_key(CHART);
-        let has_charts = desired.services.values().any(|s| !s.charts.is_empty());
         if argocd.is_none() && (has_charts || found.values().any(is_of_chart)) {
             found.extend(space.found(&Kind::OF_CHARTS, &needed).await?);
             drop(kinds.splice(3..3, Kind::OF_CHARTS));

@@ -68,12 +68,16 @@ pub(crate) fn live(found: &Found) -> BTreeSet<DeploymentId> {
 
 /// The objects that releases of charts are to have and do not get: those of another release, those of
 /// somebody else, and those that may not be looked at. What is Daybook's was found.
+///
+/// Argo CD makes them all the same, so that it is known only before it has: of a release of which
+/// something is there already, nothing is said to be somebody else's. Secrets are none of its.
 pub(crate) async fn withheld(
     space: &Space<'_>,
     wanted: &[Object],
     found: &Found,
     asked: &Asked,
 ) -> Result<Vec<Withheld>, TargetError> {
+    let by_argocd = asked.is_by_argocd();
     let live = live(found);
     let contested = contested(wanted, found, asked).into_iter();
     let mut withheld: Vec<_> = contested
@@ -83,14 +87,18 @@ pub(crate) async fn withheld(
         let Some(deployment) = chart_of(object, asked) else {
             continue;
         };
-        if found.contains_key(&(object.kind, object.name.clone())) {
+        let is_live = live.contains(&deployment);
+        let is_not_seen = by_argocd && (is_live || object.kind == Kind::SECRET);
+        if is_not_seen || found.contains_key(&(object.kind, object.name.clone())) {
             continue;
         }
         let problem = match space.there(object).await {
             Ok(None) => continue,
             // It has lost a label by which it would have been found, and is given it again.
-            Ok(Some(there)) if live.contains(&deployment) && was_applied(&there) => continue,
+            Ok(Some(there)) if is_live && was_applied(&there) => continue,
             Ok(Some(_)) => taken(object),
+            // Whoever applies has rights of its own.
+            Err(TargetError::Refused(_)) if by_argocd => continue,
             Err(TargetError::Refused(why)) => refused(&why),
             Err(e) => return Err(e),
         };
@@ -102,7 +110,9 @@ pub(crate) async fn withheld(
 /// The objects that several releases are to have, for each that does not get one. Who has it on the
 /// cluster keeps it; otherwise it is for whoever is there already, and then for who came first, as most
 /// ids begin with the time. What is made of an image always is for that.
-pub(crate) fn contested<'a>(
+///
+/// Argo CD gives an object to each of them in turn, so that who has it says nothing there.
+fn contested<'a>(
     wanted: &'a [Object],
     found: &Found,
     asked: &Asked,
@@ -111,7 +121,7 @@ pub(crate) fn contested<'a>(
     // The least has it.
     let claim = |object: &Object, own: DeploymentId| {
         let there = found.get(&(object.kind, object.name.clone()));
-        let has_it = there.and_then(says) == Some(own);
+        let has_it = !asked.is_by_argocd() && there.and_then(says) == Some(own);
         let is_of_chart = asked.workloads(own).is_some();
         (is_of_chart, !has_it, !live.contains(&own), own)
     };
@@ -135,7 +145,7 @@ pub(crate) fn contested<'a>(
 }
 
 /// An object that another release has, or somebody else.
-pub(crate) fn taken(object: &Object) -> Problem {
+fn taken(object: &Object) -> Problem {
     Problem::other(
         "NameTaken",
         format!(
@@ -226,6 +236,16 @@ mod tests {
         // Who does not ask for it has no claim to it, whatever its label says.
         assert_eq!(blamed(&asked, &both, &[(3, "x")]), [id(2)]);
         assert!(blamed(&asked, &[(1, "x")], &[(2, "x")]).is_empty());
+    }
+
+    #[test]
+    fn where_argocd_applies_it_is_for_who_was_there() {
+        let asked = asked(Asked::by_argocd(commit()), &[1, 2]);
+        let both = [(1, "x"), (2, "x")];
+        assert_eq!(blamed(&asked, &both, &[(2, "own")]), [id(1)]);
+        // It has made both of them by now.
+        let there = [(1, "own"), (2, "x")];
+        assert_eq!(blamed(&asked, &both, &there), [id(2)]);
     }
 
     #[test]

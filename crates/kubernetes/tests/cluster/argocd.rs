@@ -7,9 +7,11 @@ use daybook_kubernetes::ArgoCd;
 use daybook_kubernetes::objects::{Place, objects};
 use daybook_testkit::kubernetes::proxy::{FaultProxy, refusal};
 use daybook_testkit::kubernetes::{Crd, argocd as testkit};
+use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use serde_json::Value;
 
+use super::charts::{chart, documents};
 use super::*;
 
 /// What the repository holds, by commit.
@@ -611,6 +613,45 @@ async fn a_release_runs_without_what_its_chart_does_not_make_and_that_is_drift()
         .until("it runs, and what is missing is said", runs)
         .await;
     assert!(problem(&status, 1).unwrap().message.contains(".resources"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chart_that_is_after_what_another_release_or_somebody_has_is_said_to_be() {
+    let Some(argo) = Argo::new("shared-names").await else {
+        return;
+    };
+    let stage = &argo.stage;
+    let _controller = argo.controller();
+    let _kubelet = stage.kubelet(Fate::Ready {
+        ip: "10.1.2.3".to_owned(),
+    });
+    let mut values = stage.values();
+    chart(&mut values, 2, documents("fixed", 1));
+    argo.apply(1, &values).await.unwrap();
+    stage.until("it runs", |s| ready(s, 2) == 2).await;
+
+    // Not the one that was there, although the other one comes first.
+    let is_taken = |s: &AppStatus, n| problem(s, n).is_some_and(|p| p.reason == "NameTaken");
+    chart(&mut values, 1, documents("fixed", 1));
+    argo.apply(2, &values).await.unwrap();
+    let status = stage
+        .until("the other one is named", |s| is_taken(s, 1))
+        .await;
+    assert!(!is_taken(&status, 2), "{status:#?}");
+
+    values.services.clear();
+    let accounts: Api<ServiceAccount> = Api::namespaced(stage.client.clone(), &stage.namespace());
+    let theirs = json!({ "metadata": { "name": "theirs" } });
+    let theirs: ServiceAccount = serde_json::from_value(theirs).unwrap();
+    accounts
+        .create(&PostParams::default(), &theirs)
+        .await
+        .unwrap();
+    chart(&mut values, 4, documents("theirs", 1));
+    argo.apply(3, &values).await.unwrap();
+    stage
+        .until("somebody else's is named", |s| is_taken(s, 4))
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

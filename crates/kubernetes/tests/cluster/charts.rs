@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::*;
 
 /// A front that has the traffic, and a store behind it. What they are called begins with `prefix`.
-fn documents(prefix: &str, front: u32) -> Vec<Value> {
+pub(super) fn documents(prefix: &str, front: u32) -> Vec<Value> {
     let pods = |app: &str, port: u16| {
         json!({
             "metadata": { "labels": { "app": format!("{prefix}-{app}") } },
@@ -75,7 +75,7 @@ fn documents(prefix: &str, front: u32) -> Vec<Value> {
 }
 
 /// Lists a release of a chart that makes these documents.
-fn chart(values: &mut EnvironmentValues, n: u128, documents: Vec<Value>) {
+pub(super) fn chart(values: &mut EnvironmentValues, n: u128, documents: Vec<Value>) {
     chart_of(values, &web(), n, documents);
 }
 
