@@ -262,7 +262,8 @@ fn the_same_request_twice_is_one_deployment() {
 fn a_deployment_is_named_by_its_id_or_by_its_instance() {
     const WEB: &str = "shop.production.web";
     let server = Server::start(Settings::default());
-    server.define("shop", "web", &site("one"), &[]);
+    let repository = site("one");
+    server.define("shop", "web", &repository, &[]);
     server.ok(&["env", "create", "shop", "staging", "--cluster", "local-a"]);
     let none = server.cli(&["logs", WEB, "--output", "json"]);
     assert_eq!(none.code, 4, "{none:?}");

@@ -151,7 +151,8 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
 #[test]
 fn all_of_the_page_together_takes_less_than_150_kilobytes() {
     let server = Server::start(Settings::default());
-    server.define("shop", "web", &application("--text one"), &[]);
+    let repository = application("--text one");
+    server.define("shop", "web", &repository, &[]);
     let deployed = server.deploy(INSTANCE, &[]);
     let Some(mut page) = Browser::open(&server.url(), (1200, 900)) else {
         return;
@@ -282,7 +283,8 @@ fn a_failure_says_what_happened_and_what_helps() {
 #[test]
 fn what_runs_in_one_environment_is_promoted_to_another() {
     let server = Server::start(Settings::default());
-    server.define("shop", "web", &application("--text one"), &[]);
+    let repository = application("--text one");
+    server.define("shop", "web", &repository, &[]);
     server.ok(&["env", "create", "shop", "staging", "--cluster", "local-a"]);
     let first = server.deploy("shop.staging.web", &[]);
     let address = format!("{}/#/environments", server.url());
@@ -370,7 +372,8 @@ fn tab_to(page: &mut Browser, is_there: &str) {
 #[test]
 fn the_keyboard_alone_reaches_and_does_everything() {
     let server = Server::start(Settings::default());
-    server.define("shop", "web", &application("--text one"), &[]);
+    let repository = application("--text one");
+    server.define("shop", "web", &repository, &[]);
     let id = server.deploy(INSTANCE, &[]);
     let Some(mut page) = Browser::open(&server.url(), (1200, 900)) else {
         return;

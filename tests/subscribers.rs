@@ -206,7 +206,8 @@ fn nats_delivers_what_pages_do_with_the_filters_of_the_guide() {
 #[test]
 fn a_follower_for_whom_nothing_came_yet_outlives_a_restart() {
     let mut server = Server::start(Settings::default());
-    server.define("shop", "web", &application("--text one"), &[]);
+    let repository = application("--text one");
+    server.define("shop", "web", &repository, &[]);
     let head = server.read("/api/v1/events?limit=1")["head"].to_string();
     let file = server.folder().path().join("followed");
     let said = server.folder().path().join("said");
@@ -229,7 +230,8 @@ fn a_follower_for_whom_nothing_came_yet_outlives_a_restart() {
         said.contains("the server is not reached").then_some(())
     });
     server.restart_with(&["--listen", &address, "--gateway", "127.0.0.1:0"]);
-    server.service("shop", "other", &application("--text two"), &[]);
+    let another = application("--text two");
+    server.service("shop", "other", &another, &[]);
     until("the event", || {
         let followed = std::fs::read_to_string(&file).unwrap();
         followed.contains("\"other\"").then_some(())

@@ -24,7 +24,8 @@ fn letters(text: &str) -> Vec<char> {
 #[test]
 fn tables_are_wrapped_to_the_terminal_and_stay_in_colour() {
     let server = Server::start(Settings::default());
-    server.define("shop", "web", &site("hello"), &[]);
+    let repository = site("hello");
+    server.define("shop", "web", &repository, &[]);
     let id = server.deploy("shop.production.web", &[]);
     until("traffic", || {
         (server.history(&id)["active"] == true).then_some(())
@@ -59,7 +60,8 @@ fn tables_are_wrapped_to_the_terminal_and_stay_in_colour() {
 #[test]
 fn what_is_watched_is_shown_again_when_an_event_has_changed_it() {
     let mut server = Server::start(Settings::default());
-    server.define("shop", "web", &site("hello"), &[]);
+    let repository = site("hello");
+    server.define("shop", "web", &repository, &[]);
     let address = server.url().replace("http://", "");
     let terminal = Terminal::start(server.command(&["status", "--watch"]), 400);
     let file = server.folder().path().join("watched");
@@ -106,7 +108,8 @@ fn what_is_watched_is_shown_again_when_an_event_has_changed_it() {
 #[test]
 fn a_deployment_is_followed_in_one_line() {
     let server = Server::start(Settings::default());
-    server.define("shop", "web", &application("--text one"), &[]);
+    let repository = application("--text one");
+    server.define("shop", "web", &repository, &[]);
     // What is left of the lines once all was drawn.
     let left = |args: &[&str]| -> Vec<String> {
         let shown = Terminal::start(server.command(args), 100).ended();
@@ -127,7 +130,8 @@ fn a_deployment_is_followed_in_one_line() {
 #[test]
 fn what_somebody_has_to_do_is_a_whole_line_while_a_deployment_is_followed() {
     let server = Server::start(Settings::default());
-    server.define("shop", "web", &site("hello"), &[]);
+    let repository = site("hello");
+    server.define("shop", "web", &repository, &[]);
     let freeze = ["freeze", "add", "shop", "production", "sale"];
     let when = ["--from", "2020-01-01T00:00", "--reason", "the sale"];
     server.ok(&[&freeze[..], &when[..]].concat());

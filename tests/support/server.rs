@@ -440,8 +440,13 @@ impl Server {
         let project = detail["project"].as_str().unwrap();
         let environment = detail["environment"].as_str().unwrap();
         let file = format!("HEAD:environments/{environment}/values.yaml");
+        let repository = self.gitops(project);
         until(&format!("{id} taken out of the repository"), || {
-            let shown = daybook_testkit::git::git_command(&self.gitops(project))
+            // Nothing was committed for the project yet.
+            if !repository.exists() {
+                return Some(());
+            }
+            let shown = daybook_testkit::git::git_command(&repository)
                 .args(["show", &file])
                 .output()
                 .ok()?;

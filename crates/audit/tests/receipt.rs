@@ -13,11 +13,18 @@ use daybook_events::{DeploymentId, Event, Position};
 use futures_util::FutureExt;
 use support::{Files, Ledger, ORIGIN, history, key};
 
-/// A deployment that came far.
+/// The last one that succeeded of those that have an image of their own.
 fn deployment(ledger: &Ledger) -> DeploymentId {
     let events = ledger.entries.iter().map(|e| Event::from_bytes(e).unwrap());
-    let done = events.filter(|e| e.kind.ends_with("deployment.succeeded.v1"));
-    let subject = done.last().unwrap().subject;
+    let events: Vec<_> = events.collect();
+    let has_an_image = |subject: &str| {
+        let mut of = events.iter().filter(|e| e.subject == subject);
+        of.any(|e| e.kind.ends_with("deployment.image_pinned.v1"))
+    };
+    let done = events.iter().rev();
+    let mut done = done.filter(|e| e.kind.ends_with("deployment.succeeded.v1"));
+    let done = done.find(|e| has_an_image(&e.subject));
+    let subject = &done.unwrap().subject;
     subject.split('/').nth(3).unwrap().parse().unwrap()
 }
 
