@@ -562,10 +562,10 @@ impl Ledger {
                     let state = Arc::unwrap_or_clone(folded).state;
                     routing.extend(state.map(|state| (project, state)));
                 }
-                (Subject::Environment(project, name), State::Environment(folded)) => {
-                    if folded.state.as_ref().is_some_and(|e| e.spec.live) {
-                        live.insert((project, name));
-                    }
+                (Subject::Environment(project, name), State::Environment(folded))
+                    if folded.state.as_ref().is_some_and(|e| e.spec.live) =>
+                {
+                    live.insert((project, name));
                 }
                 _ => {}
             }
