@@ -27,10 +27,11 @@ spec:
   template:
     metadata: { labels: { app: {{ .Release.Name }} } }
     spec:
+      hostNetwork: {{ .Values.host }}
       containers:
         - name: web
           image: example.com/web:{{ .Chart.Version }}
-          envFrom: [{ secretRef: { name: {{ .Values.secret | quote }} } }]
+          envFrom: [{ secretRef: { name: {{ .Values.secret | default .Release.Name | quote }} } }]
           ports: [{ name: http, containerPort: 8080 }]
       volumes:
         - name: files
@@ -76,7 +77,7 @@ impl Stage {
         let chart = self.folder.path().join("web");
         let _ = fs::remove_dir_all(&chart);
         let about = format!("apiVersion: v2\nname: web\nversion: {version}\n");
-        let values = "replicas: 1\nsecret: none\n";
+        let values = "replicas: 1\nsecret: \"\"\nhost: false\n";
         let own = [("Chart.yaml", about.as_str()), ("values.yaml", values)];
         for (path, content) in own.iter().chain(files) {
             let path = chart.join(path);
@@ -278,6 +279,16 @@ async fn what_a_chart_makes_that_is_not_for_daybook_is_refused() {
                 assert!(!error.retryable && !error.remedy.is_empty());
             }
         }
+    }
+    let charts = stage.charts("charts");
+    let pinned = charts.pin(&stage.chart(), &version("1.0.5"), None).await;
+    let pinned = pinned.unwrap();
+    for (values, code) in [
+        (json!({ "host": true }), "chart_privileged"),
+        (json!({ "secret": "api-1234abcd" }), "chart_foreign_reference"),
+    ] {
+        let refused = render(&charts, &pinned, values).await.unwrap_err();
+        assert_eq!(refused.code, code, "{refused:?}");
     }
     let nowhere = HelmCharts::new(HelmOptions {
         program: Some(stage.folder.path().join("no-helm")),

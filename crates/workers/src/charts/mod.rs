@@ -10,6 +10,7 @@
 
 mod helm;
 pub mod objects;
+mod pods;
 mod program;
 
 use std::fmt;

@@ -11,7 +11,9 @@
 //! # What is refused
 //! Hooks, custom resource definitions and what is there for the whole cluster; Secrets, which would
 //! stand in the repository for everybody to read; claims, as the next release would begin with empty
-//! ones; and addresses from without, which are Daybook's to switch.
+//! ones; addresses from without, which are Daybook's to switch; names that another release would have,
+//! too; pods that are not confined to their node's containers; and references to Secrets, accounts and
+//! workloads that are not of this release.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,11 +21,12 @@ use daybook_events::chart::PinnedChart;
 use daybook_events::resources::Quantity;
 use serde_json::{Map, Value, json};
 
-use super::ChartRelease;
 use super::program::too_large;
+use super::{ChartRelease, pods};
 use crate::ports::StepError;
 
-/// The kinds that a chart may make, in the order in which they are applied, by API version.
+/// The kinds that a chart may make, in the order in which they are applied, by API version. Before all of
+/// them comes the ConfigMap that says which chart it was.
 pub const KINDS: [(&str, &str); 8] = [
     ("v1", "ServiceAccount"),
     ("v1", "ConfigMap"),
@@ -101,9 +104,16 @@ pub fn objects(
         if document.as_object().is_none_or(Map::is_empty) {
             continue;
         }
-        check(&document, namespace)?;
-        own(&mut document, &labels).ok_or_else(|| unsound(&document))?;
+        check(&document, namespace, release)?;
         objects.push(document);
+    }
+    for object in &objects {
+        check_pods(object, &objects, release)?;
+    }
+    for object in &mut objects {
+        if own(object, &labels).is_none() {
+            return Err(unsound(object));
+        }
     }
     if !objects.iter().any(|object| instances(object) > 0) {
         return Err(StepError::fatal(
@@ -114,9 +124,11 @@ pub fn objects(
         ));
     }
     address(&mut objects, chart, release, &labels)?;
-    objects.push(inventory(chart, release, &labels));
     let place = |object: &Value| KINDS.iter().position(|(_, kind)| object["kind"] == **kind);
     objects.sort_by_key(|object| (place(object), name(object).to_owned()));
+    // First, as it is what says that there is more to look after: whatever happens then, what was
+    // applied is found.
+    objects.insert(0, inventory(chart, release, &labels));
     let mut seen = BTreeSet::new();
     if let Some(twice) = objects.iter().find(|object| !seen.insert(named(object))) {
         return Err(StepError::fatal(
@@ -231,7 +243,7 @@ fn unsound(object: &Value) -> StepError {
 }
 
 /// Refuses what is not for Daybook to make.
-fn check(object: &Value, namespace: &str) -> Result<(), StepError> {
+fn check(object: &Value, namespace: &str, release: &ChartRelease<'_>) -> Result<(), StepError> {
     let (version, kind) = (&object["apiVersion"], &object["kind"]);
     let (Some(version), Some(kind)) = (version.as_str(), kind.as_str()) else {
         return Err(StepError::fatal(
@@ -290,6 +302,18 @@ fn check(object: &Value, namespace: &str) -> Result<(), StepError> {
             "turn it off in `run.chart_values` of the service, often as `ingress.enabled: false`",
         );
     }
+    if kind == "Service"
+        && let Some(field) = leads_outside(&object["spec"])
+    {
+        return refused(
+            "chart_routes",
+            &format!(
+                "an address from without by its `spec.{field}`, which Daybook switches itself"
+            ),
+            "have it be a ClusterIP without addresses of its own in `run.chart_values` of the service, \
+             often as `service.type: ClusterIP`",
+        );
+    }
     if kind == "Secret" {
         return refused(
             "chart_secrets",
@@ -319,6 +343,104 @@ fn check(object: &Value, namespace: &str) -> Result<(), StepError> {
             ),
         );
     }
+    let own = release.name();
+    if ![own.as_str(), &release.deployment.short()]
+        .iter()
+        .any(|own| name(object).contains(own))
+    {
+        return refused(
+            "chart_name_shared",
+            &format!(
+                "whose name does not have that of its release ({own}) in it, and releases stand beside \
+                 each other"
+            ),
+            "have the chart name what it makes by its release, in `run.chart_values` of the service, \
+             often with `fullnameOverride: $(DAYBOOK_RELEASE)`",
+        );
+    }
+    Ok(())
+}
+
+/// The field by which a Service leads elsewhere than from within the cluster to pods.
+fn leads_outside(spec: &Value) -> Option<&'static str> {
+    let is_inner = |kind: &Value| kind.is_null() || kind == "ClusterIP";
+    let is_unset = |value: &Value| match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        _ => false,
+    };
+    if !is_inner(&spec["type"]) {
+        return Some("type");
+    }
+    let fields = ["externalIPs", "externalName", "loadBalancerIP"];
+    fields.into_iter().find(|field| !is_unset(&spec[*field]))
+}
+
+/// Refuses what asks more of a node than every pod may, and what refers to what is not of this release.
+fn check_pods(object: &Value, all: &[Value], release: &ChartRelease<'_>) -> Result<(), StepError> {
+    let what = named(object);
+    let foreign = |refers: String, remedy: &str| {
+        Err(StepError::fatal(
+            "chart_foreign_reference",
+            format!("the chart makes {what}, which {refers}"),
+            remedy,
+        ))
+    };
+    let template = &object["spec"]["template"];
+    let refers = match object["kind"].as_str() {
+        Some("Deployment" | "StatefulSet") => &template["spec"],
+        Some("ServiceAccount") => object,
+        Some("HorizontalPodAutoscaler") => {
+            let target = &object["spec"]["scaleTargetRef"];
+            let is_own = |of: &Value| {
+                runs_pods(of) && of["kind"] == target["kind"] && target["name"] == *name(of)
+            };
+            if !all.iter().any(is_own) {
+                return foreign(
+                    format!(
+                        "scales {}, which is none of its own workloads",
+                        target["name"]
+                    ),
+                    "have the chart scale what it makes, or turn its autoscaler off, in \
+                     `run.chart_values` of the service",
+                );
+            }
+            return Ok(());
+        }
+        _ => return Ok(()),
+    };
+    if let Some(field) = pods::privileged(template) {
+        return Err(StepError::fatal(
+            "chart_privileged",
+            format!(
+                "the chart makes {what}, whose pods ask by `{field}` for more than a container may have \
+                 of its node (the profile \"baseline\" of the Pod Security Standards)"
+            ),
+            "turn it off in `run.chart_values` of the service; run by hand what needs the node itself",
+        ));
+    }
+    let own = release.name();
+    if let Some(secret) = pods::secrets(refers).into_iter().find(|name| *name != own) {
+        return foreign(
+            format!("refers to the Secret {secret}, which is not that of this release ({own})"),
+            "have it refer to `$(DAYBOOK_RELEASE)` in `run.chart_values` of the service, and give that \
+             its values with `daybook secret set`; what images are pulled with belongs to the account \
+             `default` of the namespace",
+        );
+    }
+    let is_made = |account: &str| {
+        let mut all = all.iter();
+        all.any(|of| of["kind"] == "ServiceAccount" && name(of) == account)
+    };
+    let mut accounts = pods::accounts(template);
+    if let Some(account) = accounts.find(|account| *account != "default" && !is_made(account)) {
+        return foreign(
+            format!("runs as the account {account}, which the chart does not make"),
+            "have the chart make its account (often `serviceAccount.create: true`), or none, in \
+             `run.chart_values` of the service",
+        );
+    }
     Ok(())
 }
 
@@ -339,12 +461,15 @@ fn labels(release: &ChartRelease<'_>) -> Labels {
 
 /// Gives an object these labels, and its pods, and what selects pods; none if it is none.
 fn own(object: &mut Value, labels: &Labels) -> Option<()> {
-    map_at(object, &["metadata"])?.remove("namespace");
+    // What it comes to is for the cluster to say.
+    object.as_object_mut()?.remove("status");
+    keep_description(map_at(object, &["metadata"])?)?;
     add(map_at(object, &["metadata", "labels"])?, labels);
     let kind = object["kind"].as_str().unwrap_or_default().to_owned();
     match kind.as_str() {
         "Deployment" | "StatefulSet" => {
             write_amounts(&mut object["spec"]);
+            keep_description(map_at(object, &["spec", "template", "metadata"])?)?;
             let template = ["spec", "template", "metadata", "labels"];
             add(map_at(object, &template)?, labels);
             narrow(
@@ -370,6 +495,43 @@ fn own(object: &mut Value, labels: &Labels) -> Option<()> {
         _ => {}
     }
     Some(())
+}
+
+/// Leaves of an object's metadata its name, labels and annotations: the rest is for the cluster to say, or
+/// would hold the object, or have it go with another one. None if they are not what they are to be.
+fn keep_description(metadata: &mut Map<String, Value>) -> Option<()> {
+    metadata.retain(|key, _| ["name", "labels", "annotations"].contains(&key.as_str()));
+    for described in ["labels", "annotations"] {
+        let Some(of) = metadata.get_mut(described) else {
+            continue;
+        };
+        let of = of.as_object_mut()?;
+        of.retain(|key, _| !is_order(key));
+        if !of.values().all(Value::is_string) {
+            return None;
+        }
+        if of.is_empty() {
+            metadata.remove(described);
+        }
+    }
+    Some(())
+}
+
+/// Whether a label or an annotation tells Argo CD, Helm or Daybook what to do with an object, which
+/// is not for a chart to say.
+fn is_order(key: &str) -> bool {
+    let domain = key.split_once('/').map_or("", |(domain, _)| domain);
+    let is_of = |owner: &str| {
+        let within = domain.strip_suffix(owner);
+        within.is_some_and(|within| within.is_empty() || within.ends_with('.'))
+    };
+    // It only says where an object is from, and there are selectors that have it.
+    let is_origin = key == "helm.sh/chart";
+    !is_origin
+        && ["argoproj.io", "daybook.dev", "helm.sh"]
+            .into_iter()
+            .any(is_of)
+        || key == "kubectl.kubernetes.io/last-applied-configuration"
 }
 
 /// Writes amounts as an API server keeps them, so that what is there is as it was committed.
@@ -409,6 +571,7 @@ fn add(to: &mut Map<String, Value>, labels: &Labels) {
 /// Narrows a selector of pods to those of this deployment, and leads it to them where it goes by a
 /// label that is another one now.
 fn narrow(selector: &mut Map<String, Value>, labels: &Labels) {
+    selector.retain(|key, _| labels.contains_key(key.as_str()) || !is_order(key));
     for (key, value) in labels {
         if *key == DEPLOYMENT || selector.contains_key(*key) {
             selector.insert((*key).to_owned(), json!(value));
@@ -612,7 +775,7 @@ mod tests {
         let policy = json!({
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
-            "metadata": { "name": "api" },
+            "metadata": { "name": "api-12345678" },
             "spec": { "podSelector": {}, "policyTypes": ["Ingress"] },
         });
         // Many charts say where they are rendered for.
@@ -640,7 +803,7 @@ mod tests {
         }
         let front = find(&made, "Service api-12345678-web");
         assert_eq!(front["metadata"].get("namespace"), None);
-        let policy = find(&made, "NetworkPolicy api");
+        let policy = find(&made, "NetworkPolicy api-12345678");
         let only = json!({ "matchLabels": { DEPLOYMENT: id } });
         assert_eq!(policy["spec"]["podSelector"], only);
         let address = find(&made, "Service api-12345678");
@@ -684,17 +847,18 @@ mod tests {
         );
         let of_helm = made_of(vec![
             service("api-12345678-web", 80),
-            service("metrics", 80),
+            service("api-12345678-metrics", 80),
         ]);
         assert_eq!(ports(&of_helm.unwrap()), [(http, web)]);
-        let unclear = made_of(vec![service("one", 80), service("two", 80)]).unwrap_err();
+        let several = ["api-12345678-one", "two-12345678"].map(|name| service(name, 80));
+        let unclear = made_of(several.into()).unwrap_err();
         assert_eq!(unclear.code, "chart_address_unclear");
         assert!(unclear.remedy.contains("fullnameOverride"), "{unclear:?}");
     }
 
     #[test]
     fn what_is_not_for_daybook_to_make_is_refused() {
-        let of = |version: &str, kind: &str| json!({ "apiVersion": version, "kind": kind, "metadata": { "name": "x" } });
+        let of = |version: &str, kind: &str| json!({ "apiVersion": version, "kind": kind, "metadata": { "name": "x-12345678" } });
         let with = |mut object: Value, pointer: &[&str], value: Value| {
             let mut at = &mut object;
             for key in pointer {
@@ -740,6 +904,42 @@ mod tests {
                 ),
                 "chart_other_namespace",
             ),
+            (
+                with(
+                    of("v1", "ConfigMap"),
+                    &["metadata", "name"],
+                    json!("settings"),
+                ),
+                "chart_name_shared",
+            ),
+            (
+                with(of("v1", "Service"), &["spec", "type"], json!("NodePort")),
+                "chart_routes",
+            ),
+            (
+                with(
+                    of("v1", "Service"),
+                    &["spec", "externalIPs"],
+                    json!(["192.0.2.1"]),
+                ),
+                "chart_routes",
+            ),
+            (
+                with(
+                    of("v1", "Service"),
+                    &["spec", "loadBalancerIP"],
+                    json!("192.0.2.1"),
+                ),
+                "chart_routes",
+            ),
+            (
+                with(
+                    of("v1", "ConfigMap"),
+                    &["metadata", "annotations", "checksum"],
+                    json!(7),
+                ),
+                "chart_invalid",
+            ),
             (json!({ "Error": "yaml: line 3" }), "chart_invalid"),
             (json!("text"), "chart_invalid"),
             (
@@ -772,6 +972,114 @@ mod tests {
         );
         let error = made(vec![workload(), large]).unwrap_err();
         assert_eq!(error.code, "chart_too_large");
+    }
+
+    #[test]
+    fn pods_are_confined_and_refer_to_what_is_of_their_release() {
+        let refused = |pod: Value, further: Vec<Value>| {
+            let mut object = workload();
+            object["spec"]["template"]["spec"]
+                .as_object_mut()
+                .unwrap()
+                .extend(pod.as_object().unwrap().clone());
+            let result = made([vec![object], further].concat());
+            result.err().map(|e| (e.code, e.message))
+        };
+        let (code, message) = refused(json!({ "hostPID": true }), Vec::new()).unwrap();
+        assert_eq!(code, "chart_privileged");
+        assert!(
+            message.contains("Deployment api-12345678-web") && message.contains("`hostPID`"),
+            "{message}"
+        );
+        let pulls = |name: &str| json!({ "imagePullSecrets": [{ "name": name }] });
+        assert_eq!(refused(pulls("api-12345678"), Vec::new()), None);
+        // That of another release of the same service.
+        let (code, message) = refused(pulls("api-87654321"), Vec::new()).unwrap();
+        assert_eq!(code, "chart_foreign_reference");
+        assert!(message.contains("api-87654321"), "{message}");
+
+        let account = |secrets: Value| {
+            json!({
+                "apiVersion": "v1",
+                "kind": "ServiceAccount",
+                "metadata": { "name": "api-12345678" },
+                "imagePullSecrets": secrets,
+            })
+        };
+        let runs_as = |name: &str| json!({ "serviceAccountName": name });
+        let own = || vec![account(json!([]))];
+        assert_eq!(refused(runs_as("api-12345678"), own()), None);
+        assert_eq!(refused(runs_as("default"), own()), None);
+        let (code, _) = refused(runs_as("api-12345678"), Vec::new()).unwrap();
+        assert_eq!(code, "chart_foreign_reference");
+        let pulling = vec![account(json!([{ "name": "other" }]))];
+        let (code, _) = refused(json!({}), pulling).unwrap();
+        assert_eq!(code, "chart_foreign_reference");
+
+        let scales = |kind: &str, name: &str| {
+            let autoscaler = json!({
+                "apiVersion": "autoscaling/v2",
+                "kind": "HorizontalPodAutoscaler",
+                "metadata": { "name": "api-12345678" },
+                "spec": { "scaleTargetRef": { "kind": kind, "name": name } },
+            });
+            refused(json!({}), vec![autoscaler]).map(|(code, _)| code)
+        };
+        assert_eq!(scales("Deployment", "api-12345678-web"), None);
+        let foreign = Some("chart_foreign_reference".to_owned());
+        assert_eq!(scales("StatefulSet", "api-12345678-web"), foreign);
+        assert_eq!(scales("Deployment", "web-87654321"), foreign);
+    }
+
+    #[test]
+    fn metadata_is_a_name_and_a_description() {
+        let mut object = workload();
+        object["status"] = json!({ "replicas": 2 });
+        let metadata = json!({
+            "name": "api-12345678-web",
+            "labels": { "argocd.argoproj.io/instance": "x", "daybook.dev/chart": "true", "app": "web" },
+            "annotations": {
+                "argocd.argoproj.io/sync-options": "Prune=false",
+                "daybook.dev/kept": "true",
+                "helm.sh/resource-policy": "keep",
+                "example.com/argoproj.io": "stays",
+            },
+            "finalizers": ["example.com/never"],
+            "ownerReferences": [{ "kind": "Deployment", "name": "other", "uid": "x" }],
+            "resourceVersion": "7",
+            "managedFields": [],
+        });
+        object["metadata"] = metadata;
+        let pod = &mut object["spec"]["template"]["metadata"];
+        pod["finalizers"] = json!(["example.com/never"]);
+        pod["annotations"] = json!({ "argocd.argoproj.io/hook": "PreSync" });
+        for of in ["template/metadata/labels", "selector/matchLabels"] {
+            let labels = object.pointer_mut(&format!("/spec/{of}")).unwrap();
+            labels["daybook.dev/chart"] = json!("true");
+        }
+        let made = made(vec![object]).unwrap();
+        // Whatever else, what was applied is found by this.
+        assert_eq!(named(&made[0]), "ConfigMap api-12345678-chart");
+        let object = find(&made, "Deployment api-12345678-web");
+        assert_eq!(object.get("status"), None);
+        let metadata = object["metadata"].as_object().unwrap();
+        let keys: Vec<_> = metadata.keys().collect();
+        assert_eq!(keys, ["annotations", "labels", "name"]);
+        let annotations = json!({ "example.com/argoproj.io": "stays" });
+        assert_eq!(metadata["annotations"], annotations);
+        let labels = metadata["labels"].as_object().unwrap();
+        assert!(labels.contains_key("app"), "{labels:?}");
+        let pod = &object["spec"]["template"]["metadata"];
+        let keys: Vec<_> = pod.as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["labels"]);
+        for labels in [
+            &metadata["labels"],
+            &pod["labels"],
+            &object["spec"]["selector"]["matchLabels"],
+        ] {
+            assert!(labels.get(CHART).is_none(), "{labels}");
+            assert!(labels.get("argocd.argoproj.io/instance").is_none());
+        }
     }
 
     #[test]
