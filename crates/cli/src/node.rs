@@ -482,6 +482,7 @@ impl Node {
             folder: data.join("charts"),
             never_on: clusters.iter().cloned().collect(),
             namespace: daybook_kubernetes::names::namespace,
+            policy: policy(&options),
         });
         let crew = Crew::new(bench, DriverOptions::default(), cancel.clone());
         let crew = Arc::new(crew.with_charts(Arc::new(charts)));
@@ -1103,13 +1104,17 @@ async fn follow_log(
     }
 }
 
-fn transport(options: &NodeOptions) -> GitTransport {
-    let policy = if options.allow_local_sources {
+/// Where sources and charts may be.
+fn policy(options: &NodeOptions) -> SourcePolicy {
+    if options.allow_local_sources {
         SourcePolicy::trusting()
     } else {
         SourcePolicy::default()
-    };
-    GitTransport::new(TransportConfig::with_policy(policy))
+    }
+}
+
+fn transport(options: &NodeOptions) -> GitTransport {
+    GitTransport::new(TransportConfig::with_policy(policy(options)))
 }
 
 /// The key that GitOps commits are signed with.

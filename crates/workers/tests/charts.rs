@@ -11,6 +11,7 @@ use daybook_events::{DeploymentId, Digest, EnvironmentName, ProjectName, Service
 use daybook_testkit::registry::{Registry, RegistryConfig};
 use daybook_workers::charts::{ChartRelease, Charts, HelmCharts, HelmOptions};
 use daybook_workers::ports::StepError;
+use daybook_workers::source::SourcePolicy;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -112,6 +113,7 @@ impl Stage {
             folder: self.folder.path().join(folder),
             never_on: ["local-a".parse().unwrap()].into(),
             namespace: |project, environment| format!("{project}--{environment}"),
+            policy: SourcePolicy::trusting(),
         })
     }
 }
@@ -285,7 +287,10 @@ async fn what_a_chart_makes_that_is_not_for_daybook_is_refused() {
     let pinned = pinned.unwrap();
     for (values, code) in [
         (json!({ "host": true }), "chart_privileged"),
-        (json!({ "secret": "api-1234abcd" }), "chart_foreign_reference"),
+        (
+            json!({ "secret": "api-1234abcd" }),
+            "chart_foreign_reference",
+        ),
     ] {
         let refused = render(&charts, &pinned, values).await.unwrap_err();
         assert_eq!(refused.code, code, "{refused:?}");
@@ -295,6 +300,7 @@ async fn what_a_chart_makes_that_is_not_for_daybook_is_refused() {
         folder: stage.folder.path().join("nowhere"),
         never_on: Default::default(),
         namespace: |_, _| String::new(),
+        policy: SourcePolicy::trusting(),
     });
     let asked = version("1.0.5");
     let missing = nowhere.pin(&stage.chart(), &asked, None).await.unwrap_err();

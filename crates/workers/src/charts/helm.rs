@@ -13,10 +13,13 @@ use async_trait::async_trait;
 use daybook_events::chart::{ChartReference, ChartVersion, PinnedChart};
 use daybook_events::{ClusterName, Digest, EnvironmentName, ProjectName};
 use serde_json::{Value, json};
+use tokio::sync::OnceCell;
 
+use super::egress::Egress;
 use super::objects;
 use super::program::{Helm, Said, too_large};
 use super::{ChartRelease, Charts, RELEASE_VARIABLE};
+use crate::git_transport::{SourcePolicy, TransportError, resolve};
 use crate::ports::StepError;
 
 /// The largest archive, in bytes.
@@ -36,18 +39,26 @@ pub struct HelmOptions {
     pub never_on: BTreeSet<ClusterName>,
     /// The namespace of an environment, which charts may write into what they make.
     pub namespace: fn(&ProjectName, &EnvironmentName) -> String,
+    /// Where charts may be fetched from.
+    pub policy: SourcePolicy,
 }
 
 /// Charts by the program `helm`.
 #[derive(Debug)]
 pub struct HelmCharts {
     options: HelmOptions,
+    /// Filled when the program was found to be new enough.
+    is_usable: OnceCell<()>,
 }
 
 impl HelmCharts {
     /// The program is looked for when it is needed. What calls of a process that was killed left in the
     /// folder is removed: no two processes have the same.
-    pub fn new(options: HelmOptions) -> Self {
+    pub fn new(mut options: HelmOptions) -> Self {
+        // Helm is run in another folder than that which a path is relative to.
+        if let Ok(folder) = std::path::absolute(&options.folder) {
+            options.folder = folder;
+        }
         let entries = std::fs::read_dir(&options.folder).into_iter().flatten();
         for entry in entries.flatten() {
             let name = entry.file_name();
@@ -56,7 +67,18 @@ impl HelmCharts {
                 let _ = std::fs::remove_dir_all(entry.path());
             }
         }
-        Self { options }
+        Self {
+            options,
+            is_usable: OnceCell::new(),
+        }
+    }
+
+    /// The program, if it is one that may be used.
+    async fn helm(&self, scratch: &Path) -> Result<Helm, StepError> {
+        let helm = Helm::find(self.options.program.as_deref(), scratch)?;
+        let check = || helm.check_version();
+        self.is_usable.get_or_try_init(check).await?;
+        Ok(helm)
     }
 
     fn archive(&self, digest: &Digest) -> PathBuf {
@@ -101,12 +123,18 @@ impl HelmCharts {
         expected: Option<&Digest>,
     ) -> Result<Digest, StepError> {
         let scratch = self.scratch()?;
-        let helm = Helm::find(self.options.program.as_deref(), scratch.path())?;
+        let helm = self.helm(scratch.path()).await?;
         let into = scratch.path().join("fetched");
         std::fs::create_dir(&into).map_err(|e| unusable(&into, &e))?;
-        let said = helm.call(pull(chart, version, &into)).await?;
+        let egress = self.egress(chart, version).await?;
+        let said = helm.run(pull(chart, version, &into), egress.as_ref());
+        let said = said.await?;
         if !said.worked {
-            return Err(not_fetched(chart, version, &said));
+            let refused = egress.and_then(|egress| egress.refused());
+            return Err(match refused {
+                Some(refused) => not_allowed(chart, version, &refused),
+                None => not_fetched(chart, version, &said),
+            });
         }
         let file = only_file(&into).ok_or_else(|| {
             StepError::passing(
@@ -139,27 +167,44 @@ impl HelmCharts {
         Ok(digest)
     }
 
+    /// The way out for fetching a chart where it may not come from everywhere. Refuses one whose own host
+    /// is where it may not be: Helm would not ask a proxy for what is on loopback.
+    async fn egress(
+        &self,
+        chart: &ChartReference,
+        version: &ChartVersion,
+    ) -> Result<Option<Egress>, StepError> {
+        let policy = &self.options.policy;
+        if policy.allow_private_addresses {
+            return Ok(None);
+        }
+        let (host, port) = host_of(chart.as_str());
+        resolve(policy, host, port)
+            .await
+            .map_err(|e| not_allowed(chart, version, &e))?;
+        let egress = Egress::start(policy.clone()).await.map_err(|e| {
+            StepError::passing(
+                "helm_failed",
+                format!("there is no way out for helm: {e}"),
+                "check that Daybook's workers may listen on loopback",
+            )
+        })?;
+        Ok(Some(egress))
+    }
+
     /// What the manifests of a chart say, as JSON. Helm reads them itself: its YAML has numbers that
     /// begin with a zero, and words for yes and no.
     async fn documents(
         &self,
         helm: &Helm,
         scratch: &Path,
-        manifests: &[u8],
+        manifests: Vec<u8>,
     ) -> Result<Vec<Value>, StepError> {
         let reader = scratch.join("reader");
-        let write = || -> std::io::Result<()> {
-            std::fs::create_dir_all(reader.join("templates"))?;
-            std::fs::create_dir_all(reader.join("documents"))?;
-            std::fs::write(reader.join("Chart.yaml"), READER_CHART)?;
-            std::fs::write(reader.join("templates/all.yaml"), READER)?;
-            for (number, document) in split(manifests).iter().enumerate() {
-                let name = format!("documents/{number:05}");
-                std::fs::write(reader.join(name), document)?;
-            }
-            Ok(())
-        };
-        write().map_err(|e| unusable(&reader, &e))?;
+        let into = reader.clone();
+        tokio::task::spawn_blocking(move || write_reader(&into, &manifests))
+            .await
+            .unwrap_or_else(|e| Err(unusable(&reader, &std::io::Error::other(e))))?;
         let said = helm
             .call([
                 OsString::from("template"),
@@ -185,6 +230,30 @@ impl HelmCharts {
             })
             .collect()
     }
+}
+
+/// Writes a chart that has the documents of these manifests in it.
+fn write_reader(reader: &Path, manifests: &[u8]) -> Result<(), StepError> {
+    let documents = split(manifests);
+    // Each is a file, and comes to an object that is bounded like that in any case.
+    if documents.len() > objects::OBJECTS_MAX {
+        return Err(too_large(&format!(
+            "{} objects, of at most {}",
+            documents.len(),
+            objects::OBJECTS_MAX
+        )));
+    }
+    let write = || -> std::io::Result<()> {
+        std::fs::create_dir_all(reader.join("templates"))?;
+        std::fs::create_dir_all(reader.join("documents"))?;
+        std::fs::write(reader.join("Chart.yaml"), READER_CHART)?;
+        std::fs::write(reader.join("templates/all.yaml"), READER)?;
+        for (number, document) in documents.iter().enumerate() {
+            std::fs::write(reader.join(format!("documents/{number:05}")), document)?;
+        }
+        Ok(())
+    };
+    write().map_err(|e| unusable(reader, &e))
 }
 
 /// A chart that says what the documents in it are, a line each.
@@ -231,12 +300,12 @@ impl Charts for HelmCharts {
                 .await?;
         }
         let scratch = self.scratch()?;
-        let helm = Helm::find(self.options.program.as_deref(), scratch.path())?;
+        let helm = self.helm(scratch.path()).await?;
         let values = scratch.path().join("values.json");
         let given = given(release);
         std::fs::write(&values, given.to_string()).map_err(|e| unusable(&values, &e))?;
         let namespace = (self.options.namespace)(release.project, release.environment);
-        let arguments: [OsString; 9] = [
+        let arguments: [OsString; 10] = [
             "template".into(),
             release.name().into(),
             self.archive(&chart.digest).into_os_string(),
@@ -247,12 +316,14 @@ impl Charts for HelmCharts {
             // So that they can be refused.
             "--include-crds".into(),
             "--skip-tests".into(),
+            // A schema refers to others, which may be anywhere.
+            "--skip-schema-validation".into(),
         ];
         let said = helm.call(arguments).await?;
         if !said.worked {
             return Err(not_rendered(&said));
         }
-        let documents = self.documents(&helm, scratch.path(), &said.output).await?;
+        let documents = self.documents(&helm, scratch.path(), said.output).await?;
         objects::objects(documents, &namespace, chart, release)
     }
 }
@@ -282,11 +353,19 @@ fn pull(chart: &ChartReference, version: &ChartVersion, into: &Path) -> Vec<OsSt
 
 /// Whether a registry is on this machine, and so is spoken to without TLS, as for images.
 fn is_on_loopback(reference: &str) -> bool {
-    let rest = reference.strip_prefix("oci://").unwrap_or(reference);
-    let host = rest.split('/').next().unwrap_or_default();
-    let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
+    let (host, _) = host_of(reference);
     let address = host.parse::<std::net::IpAddr>();
     host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+}
+
+/// The host of a chart, with the port that it is asked at.
+fn host_of(reference: &str) -> (&str, u16) {
+    let rest = reference.split_once("://").map_or(reference, |(_, r)| r);
+    let host = rest.split('/').next().unwrap_or_default();
+    match host.rsplit_once(':') {
+        Some((host, port)) => (host, port.parse().unwrap_or(443)),
+        None => (host, 443),
+    }
 }
 
 /// The file in a folder, if it has one and no more.
@@ -409,6 +488,28 @@ fn changed(
     )
 }
 
+/// Why a chart is not fetched from where it is, or from where that leads.
+fn not_allowed(chart: &ChartReference, version: &ChartVersion, why: &TransportError) -> StepError {
+    if why.is_retryable() {
+        return StepError::passing(
+            "chart_unreachable",
+            format!("{chart}:{version} cannot be fetched: {why}"),
+            "check that the chart's repository answers where Daybook's workers run",
+        );
+    }
+    let why = match why {
+        TransportError::NotAllowed { what, .. } => format!("its repository leads to {what}"),
+        other => other.to_string(),
+    };
+    StepError::fatal(
+        "chart_address_refused",
+        format!("{chart}:{version} is not fetched: {why}"),
+        "publish the chart in a repository that is on https at a public address with all that it leads to; \
+         where everybody who may deploy may also reach what Daybook's workers do, start Daybook with \
+         --allow-local-sources",
+    )
+}
+
 fn not_fetched(chart: &ChartReference, version: &ChartVersion, said: &Said) -> StepError {
     let why = &said.complaint;
     let lower = why.to_lowercase();
@@ -475,6 +576,42 @@ mod tests {
         ] {
             assert_eq!(pull(here), format!("pull {here} --plain-http {end}"));
         }
+    }
+
+    #[tokio::test]
+    async fn charts_come_from_public_addresses_unless_others_are_allowed() {
+        let folder = tempfile::tempdir().unwrap();
+        let charts = HelmCharts::new(HelmOptions {
+            program: None,
+            folder: folder.path().to_owned(),
+            never_on: BTreeSet::new(),
+            namespace: |_, _| String::new(),
+            policy: SourcePolicy::default(),
+        });
+        let version = "1.4.2".parse().unwrap();
+        for chart in [
+            "https://169.254.169.254/latest/web",
+            "https://localhost/web",
+            "oci://127.0.0.1:5000/charts/web",
+            "oci://10.0.0.1/charts/web",
+        ] {
+            let refused = charts.egress(&chart.parse().unwrap(), &version).await;
+            let refused = refused.err().unwrap();
+            assert_eq!(refused.code, "chart_address_refused", "{chart}");
+            assert!(!refused.retryable && refused.remedy.contains("--allow-local-sources"));
+        }
+        let chart = "oci://93.184.215.14/charts/web".parse().unwrap();
+        assert!(charts.egress(&chart, &version).await.unwrap().is_some());
+    }
+
+    #[test]
+    fn too_many_documents_are_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let reader = folder.path().join("reader");
+        let manifests = "---\na: 1\n".repeat(objects::OBJECTS_MAX + 1);
+        let error = write_reader(&reader, manifests.as_bytes()).unwrap_err();
+        assert_eq!(error.code, "chart_too_large");
+        assert!(!reader.exists());
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! Each deployment of a chart is a release of its own, beside the one before, as those of images are.
 //! What could not be beside itself is refused: see [`objects`].
 
+mod egress;
 mod helm;
 pub mod objects;
 mod pods;

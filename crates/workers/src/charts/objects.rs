@@ -39,7 +39,7 @@ pub const KINDS: [(&str, &str); 8] = [
 ];
 
 /// The most objects of a chart.
-const OBJECTS_MAX: usize = 200;
+pub(super) const OBJECTS_MAX: usize = 200;
 /// The most bytes that they have as JSON. They are part of a values file.
 const BYTES_MAX: usize = 512 << 10;
 

@@ -1,4 +1,5 @@
-//! Running `helm`: with a deadline, a bound on what it says, and none of this process's credentials.
+//! Running `helm`: with a deadline, bounds on what it says and on its memory, and none of this
+//! process's credentials.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -7,6 +8,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
+use super::egress::Egress;
 use crate::builder::command::{command, find_program, is_executable, pass_on};
 use crate::ports::StepError;
 
@@ -18,6 +20,16 @@ const OUTPUT_MAX: usize = 8 << 20;
 const COMPLAINT_MAX: usize = 16 << 10;
 /// How much of a complaint is shown, in characters.
 const SHOWN_MAX: usize = 500;
+/// The most memory that it may have, in bytes: a chart of a few lines can ask for any amount of it.
+#[cfg(target_os = "linux")]
+const MEMORY_MAX: u64 = 4 << 30;
+
+/// The first version that is used: those before follow what a chart's schema refers to, wherever that is
+/// (CVE-2025-55199).
+const OLDEST: [u64; 3] = [3, 18, 5];
+
+/// The ways out that it is told of otherwise.
+const PROXIES: [&str; 4] = ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"];
 
 /// Where it finds what people have logged in to.
 const ITS_OWN: &[&str] = &[
@@ -52,6 +64,8 @@ impl Helm {
             Some(named) => Some(named.clone()).filter(|named| is_executable(named)),
             None => find_program("helm"),
         };
+        // It is run in another folder than that which a path is relative to.
+        let program = program.map(|program| std::path::absolute(&program).unwrap_or(program));
         let program = program.ok_or_else(|| {
             let where_not = match named {
                 Some(named) => format!("{} is no program", named.display()),
@@ -60,7 +74,7 @@ impl Helm {
             StepError::fatal(
                 "helm_missing",
                 format!("charts are rendered with the program helm, and {where_not}"),
-                "install helm 3.8 or newer (https://helm.sh/docs/intro/install) where Daybook's \
+                "install helm 3.18.5 or newer (https://helm.sh/docs/intro/install) where Daybook's \
                  workers run, or say where it is with the variable DAYBOOK_HELM; then deploy again",
             )
         })?;
@@ -70,10 +84,41 @@ impl Helm {
         })
     }
 
+    /// Refuses a version that is too old.
+    pub(super) async fn check_version(&self) -> Result<(), StepError> {
+        let said = self.call(["version", "--short"]).await?;
+        let text = String::from_utf8_lossy(&said.output);
+        let text = text.trim();
+        if said.worked && version(text).is_some_and(|version| version >= OLDEST) {
+            return Ok(());
+        }
+        let shown: String = text.chars().filter(|c| !c.is_control()).take(60).collect();
+        let [major, minor, patch] = OLDEST;
+        Err(StepError::fatal(
+            "helm_too_old",
+            format!(
+                "{} says that its version is {shown:?}, and charts are rendered with {major}.{minor}.{patch} \
+                 or newer",
+                self.program.display()
+            ),
+            "install a newer helm (https://helm.sh/docs/intro/install) where Daybook's workers run, or \
+             name one with the variable DAYBOOK_HELM; then deploy again",
+        ))
+    }
+
     /// Calls it.
     pub(super) async fn call<A: AsRef<OsStr>>(
         &self,
         arguments: impl IntoIterator<Item = A>,
+    ) -> Result<Said, StepError> {
+        self.run(arguments, None).await
+    }
+
+    /// Calls it, with this as its way out if there is one.
+    pub(super) async fn run<A: AsRef<OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = A>,
+        egress: Option<&Egress>,
     ) -> Result<Said, StepError> {
         let mut helm = command(&self.program);
         pass_on(&mut helm, ITS_OWN);
@@ -85,7 +130,14 @@ impl Helm {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
+        if let Some(egress) = egress {
+            helm.env_remove("NO_PROXY").env_remove("no_proxy");
+            for proxy in PROXIES {
+                helm.env(proxy, egress.url());
+            }
+        }
         let mut child = helm.spawn().map_err(|e| not_run(&e))?;
+        bound_memory(&child).map_err(|e| not_run(&e))?;
         let (output, complaint) = (child.stdout.take(), child.stderr.take());
         let done = async {
             let (output, complaint) =
@@ -114,6 +166,42 @@ impl Helm {
             complaint: one_line(&complaint),
         })
     }
+}
+
+/// `v3.18.5+gb78692c`: what was built without a patch has none.
+fn version(text: &str) -> Option<[u64; 3]> {
+    let text = text.trim_start_matches('v');
+    let core = text.split(['+', '-']).next()?;
+    let mut numbers = core.split('.').map(|number| number.parse().ok());
+    let (major, minor) = (numbers.next()??, numbers.next()??);
+    let patch = numbers.next().unwrap_or(Some(0))?;
+    Some([major, minor, patch])
+}
+
+/// Bounds the memory of what was just started, and of whatever it starts.
+#[cfg(target_os = "linux")]
+fn bound_memory(child: &tokio::process::Child) -> std::io::Result<()> {
+    use rustix::io::Errno;
+    use rustix::process::{Pid, Resource, Rlimit, prlimit};
+    let id = child.id().and_then(|id| i32::try_from(id).ok());
+    let Some(process) = id.and_then(Pid::from_raw) else {
+        return Ok(());
+    };
+    let bound = Rlimit {
+        current: Some(MEMORY_MAX),
+        maximum: Some(MEMORY_MAX),
+    };
+    match prlimit(Some(process), Resource::As, bound) {
+        // What has ended already needs none, and who may not set this one has a lower one.
+        Ok(_) | Err(Errno::SRCH | Errno::PERM) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Other systems have no way to bound another process.
+#[cfg(not(target_os = "linux"))]
+fn bound_memory(_: &tokio::process::Child) -> std::io::Result<()> {
+    Ok(())
 }
 
 /// Why a chart is not taken for what it makes.
@@ -177,6 +265,52 @@ mod tests {
         let error = Helm::find(Some(&missing), dir.path()).err().unwrap();
         assert_eq!(error.code, "helm_missing");
         assert!(error.remedy.contains("DAYBOOK_HELM"), "{error:?}");
+    }
+
+    #[test]
+    fn a_version_is_read_as_helm_says_it() {
+        for (text, expected) in [
+            ("v3.18.5+gb78692c", Some([3, 18, 5])),
+            ("v4.3.1", Some([4, 3, 1])),
+            ("v4.3", Some([4, 3, 0])),
+            ("v4.0.0-rc.1", Some([4, 0, 0])),
+            ("Client: v2.17.0+ga690bad", None),
+            ("", None),
+        ] {
+            assert_eq!(version(text), expected, "{text}");
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn its_memory_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let helm = Helm::find(Some(Path::new("/bin/sh")), dir.path()).unwrap();
+        // The bound is there as soon as it was started, which this may come before.
+        let asks = "until ulimit -v | grep -q '^[0-9]'; do sleep 0.01; done; ulimit -v";
+        let said = helm.call(["-c", asks]).await.unwrap();
+        let bound: u64 = String::from_utf8(said.output)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
+        assert!(bound <= MEMORY_MAX >> 10, "{bound}");
+    }
+
+    #[tokio::test]
+    async fn a_version_with_a_known_hole_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        for (version, taken) in [("v3.18.4+gd80839c", false), ("v4.3.1", true)] {
+            // The shell takes the first word that it is called with for a script.
+            std::fs::write(dir.path().join("version"), format!("echo {version}\n")).unwrap();
+            let helm = Helm::find(Some(Path::new("/bin/sh")), dir.path()).unwrap();
+            let checked = helm.check_version().await;
+            assert_eq!(checked.is_ok(), taken, "{checked:?}");
+            if let Err(e) = checked {
+                assert_eq!(e.code, "helm_too_old");
+                assert!(e.message.contains("v3.18.4") && e.remedy.contains("DAYBOOK_HELM"));
+            }
+        }
     }
 
     #[tokio::test]

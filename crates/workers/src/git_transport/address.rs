@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use super::{SourcePolicy, TransportError};
 
 /// The addresses of a host that may be connected to; at least one.
-pub(super) async fn resolve(
+pub(crate) async fn resolve(
     policy: &SourcePolicy,
     host: &str,
     port: u16,

@@ -33,6 +33,7 @@ mod policy;
 mod session;
 mod ssh;
 
+pub(crate) use address::resolve;
 pub use credentials_file::CredentialsFileError;
 pub use daybook_events::address::is_public;
 pub use error::TransportError;
