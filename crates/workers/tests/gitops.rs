@@ -8,6 +8,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use daybook_events::chart::PinnedChart;
 use daybook_events::gitops::LedgerAnchor;
 use daybook_events::spec::{PinnedImage, RunSpec};
 use daybook_events::{
@@ -22,7 +23,7 @@ use daybook_workers::gitops::{
     Author, Change, CommitRequest, Committed, GitopsError, GitopsRepositories, GitopsRepository,
     LedgerPoint, Remote, RevertRequest, Witness,
 };
-use daybook_workers::values::{EnvironmentValues, ReleaseValues};
+use daybook_workers::values::{EnvironmentValues, ReleaseValues, RenderedChart};
 use futures_util::future::join_all;
 use jiff::Timestamp;
 use tempfile::TempDir;
@@ -587,7 +588,8 @@ async fn an_earlier_chart_is_renewed_and_one_that_somebody_changed_is_not() {
             let to = clone.join(chart).join(file);
             match earlier.join(file) {
                 from if from.exists() => drop(fs::copy(from, to).unwrap()),
-                _ => fs::remove_file(to).unwrap(),
+                // It may be gone already.
+                _ => drop(fs::remove_file(to)),
             }
         }
     };
@@ -621,6 +623,32 @@ async fn an_earlier_chart_is_renewed_and_one_that_somebody_changed_is_not() {
     let third = commit(&repository, deploy("production", 3, "c1b2c3d"));
     third.await.unwrap();
     assert_eq!(tree(), theirs);
+    // It makes nothing of charts, which are not committed then.
+    let of_chart = || Change::DeployChart {
+        service: api(),
+        deployment: deployment(4),
+        chart: RenderedChart {
+            chart: PinnedChart {
+                chart: "https://charts.example.com/stable/web".parse().unwrap(),
+                version: "1.4.2".parse().unwrap(),
+                digest: Digest::of(b"web"),
+            },
+            clusters: vec![ClusterName::parse("oslo").unwrap()],
+            secret_env: std::collections::BTreeMap::new(),
+            stopped: false,
+            objects: Vec::new(),
+        },
+    };
+    let head = git(path, &["rev-parse", "main"]);
+    let refused = commit(&repository, request("production", 4, of_chart()));
+    let refused = refused.await.unwrap_err();
+    assert_eq!(refused.code(), "repository_chart_outdated");
+    assert!(!refused.is_retryable() && refused.remedy().contains("templates/charts.yaml"));
+    assert_eq!(git(path, &["rev-parse", "main"]), head);
+    by_hand(path, "as it was, once more", put_back);
+    let fourth = commit(&repository, request("production", 5, of_chart()));
+    fourth.await.unwrap();
+    assert_eq!(tree(), present);
     check(path);
 }
 

@@ -11,6 +11,9 @@ pub(super) const EARLIER: [&str; 5] = [
     "ddb53822733b829a08f399d1a6eb99bc0a346a24",
 ];
 
+/// The file that makes what is committed of Helm charts.
+pub(super) const OF_CHARTS: &str = "templates/charts.yaml";
+
 /// Its files, by their path within it.
 pub fn chart_files() -> [(&'static str, &'static str); 11] {
     macro_rules! files {

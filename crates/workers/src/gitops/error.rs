@@ -35,6 +35,15 @@ pub enum GitopsError {
         /// The service.
         service: ServiceName,
     },
+    /// The chart in the repository is one that somebody changed, and is from before there were releases
+    /// of charts.
+    #[error(
+        "base/charts/daybook-app does not make what is committed of a Helm chart: it has no {path}"
+    )]
+    ChartOutdated {
+        /// The file that is missing.
+        path: &'static str,
+    },
     /// A values file is not what it should be, most likely after a commit by hand.
     #[error("{path} at {commit} is not a values file of this environment: {reason}")]
     InvalidValues {
@@ -160,6 +169,7 @@ impl GitopsError {
             Self::EnvironmentMissing { .. } => "environment_missing",
             Self::ReleaseMissing { .. } => "release_missing",
             Self::NothingToPromote { .. } => "nothing_to_promote",
+            Self::ChartOutdated { .. } => "repository_chart_outdated",
             Self::InvalidValues { .. } => "invalid_values",
             Self::CommitMissing { .. } => "commit_not_found",
             Self::OtherProject { .. } => "gitops_other_project",
@@ -236,6 +246,11 @@ impl GitopsError {
             Self::NothingToPromote { from, service } => {
                 format!("Deploy {service} to {from} first, or deploy the image directly.")
             }
+            Self::ChartOutdated { path } => format!(
+                "Somebody changed that folder, which Daybook leaves as it is then. Put it back to what \
+                 Daybook committed, and it is renewed, or add {path} to it as the repository of a new \
+                 project has it; then deploy again."
+            ),
             Self::InvalidValues { path, .. } => {
                 format!("Look at `git log -p -- {path}` and revert the commit that broke it.")
             }

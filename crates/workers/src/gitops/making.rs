@@ -206,6 +206,9 @@ impl<'a> Making<'a> {
         self.renew(base.tree, &mut edits)?;
         self.witness(base.tree, &request.witness, &mut edits)?;
         let tree = self.staged.edit(base.tree, &edits)?;
+        if let Change::DeployChart { .. } = &request.change {
+            self.check_prints_charts(tree)?;
+        }
         let body = request.body.clone().or(message::body(&request.change, tag));
         let text = message::compose(
             &title,
@@ -357,6 +360,21 @@ impl<'a> Making<'a> {
             self.put(edits, &format!("{folder}/{path}"), content.as_bytes())?;
         }
         Ok(())
+    }
+
+    /// Refuses a tree whose chart makes nothing of a release of a chart: whoever applies what the repository
+    /// says would make nothing, and it would be waited for.
+    fn check_prints_charts(&mut self, tree: Oid) -> Result<(), GitopsError> {
+        let folder = format!("base/charts/{CHART}");
+        // Who has none applies what the repository says in a way of their own.
+        if self.staged.at(tree, &folder)?.is_none() {
+            return Ok(());
+        }
+        let path = chart::OF_CHARTS;
+        match self.staged.at(tree, &format!("{folder}/{path}"))? {
+            Some(_) => Ok(()),
+            None => Err(GitopsError::ChartOutdated { path }),
+        }
     }
 
     /// Puts in what the commit witnesses of the ledger.
