@@ -150,6 +150,22 @@ impl Plan {
         })
     }
 
+    /// The plan with the digest of what was rendered of its chart: that is what is allowed, and committed.
+    pub fn with_rendered(mut self, objects: &Digest) -> Self {
+        let change = ValueChange {
+            before: None,
+            after: Some(objects.to_string()),
+        };
+        self.values.insert(OBJECTS.to_owned(), change);
+        self
+    }
+
+    /// The digest of what was rendered of its chart; none of an image.
+    pub fn rendered(&self) -> Option<Digest> {
+        let change = self.values.get(OBJECTS)?;
+        Digest::parse(change.after.as_deref()?).ok()
+    }
+
     /// The hash that names it: SHA-256 of its JSON in canonical form (RFC 8785: keys in order, no
     /// white space).
     pub fn hash(&self) -> Digest {
@@ -161,6 +177,9 @@ impl Plan {
 
 /// The name of the chart among the values.
 const CHART: &str = "chart";
+
+/// The name of what was rendered of it.
+const OBJECTS: &str = "chart.objects";
 
 /// The longest value that is shown as it is, in bytes.
 const SHOWN: usize = 120;

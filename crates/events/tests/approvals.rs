@@ -4,7 +4,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use daybook_events::Payload;
 use daybook_events::approval::{
     ApprovalGranted, ApprovalRequested, ApprovalRule, ApprovalsVoided, EmergencyOverride, Plan,
     PostReviewCompleted, ValueChange,
@@ -12,6 +11,7 @@ use daybook_events::approval::{
 use daybook_events::deployment::{self, Deployment, DeploymentEvent, SwitchMode};
 use daybook_events::testing::{Given, given, samples};
 use daybook_events::timer::KeepFor;
+use daybook_events::{Digest, Payload};
 
 fn plan(number: u64) -> Plan {
     let rule = ApprovalRule {
@@ -267,6 +267,12 @@ fn the_plan_of_a_chart_names_its_digest_also_where_it_is_the_same() {
         let digest = samples::chart(1).digest.to_string();
         assert_eq!(chart.after.as_ref(), Some(&digest));
         assert_eq!(chart.before.is_some(), main.is_some());
+        // What was rendered of it is part of what is allowed.
+        assert_eq!(plan.rendered(), None);
+        let with = |objects: &[u8]| plan.clone().with_rendered(&Digest::of(objects));
+        assert_eq!(with(b"one").rendered(), Some(Digest::of(b"one")));
+        assert_ne!(with(b"one").hash(), with(b"other").hash());
+        assert_ne!(with(b"one").hash(), plan.hash());
     }
     let mut bare = state;
     bare.chart = None;

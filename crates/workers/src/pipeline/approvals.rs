@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use daybook_events::approval::{Approval, ApprovalRequested, ApprovalRule, ApprovalsVoided, Plan};
 use daybook_events::deployment::{Deployment, DeploymentEvent, Status};
 use daybook_events::routing::Hostnames;
-use daybook_events::{AggregateKind, DeploymentId, EventId, Subject, SubjectFilter};
+use daybook_events::{AggregateKind, DeploymentId, Digest, EventId, Subject, SubjectFilter};
 use daybook_projections::DeploymentRow;
 
 use super::{Bench, Stop, give_up, outcome, settle};
@@ -117,7 +117,8 @@ async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
             "settle that with them, and deploy again",
         )));
     }
-    if !plan_holds(bench, &row, approval).await? || !approval.is_enough() {
+    let rendered = approval.plan.rendered();
+    if !plan_holds(bench, &row, approval, rendered.as_ref()).await? || !approval.is_enough() {
         return Ok(());
     }
     let text = if approval.is_overridden() {
@@ -134,10 +135,20 @@ async fn step(bench: &Bench, id: DeploymentId) -> Result<(), Stop> {
 }
 
 /// Whether the plan of a deployment that is about to be committed is allowed, or needs no approval.
-/// Where it is not, it is asked for.
-pub(super) async fn is_allowed(bench: &Bench, row: &DeploymentRow) -> Result<bool, Stop> {
+/// Where it is not, it is asked for. `rendered` is the digest of what would be committed of a chart.
+pub(super) async fn is_allowed(
+    bench: &Bench,
+    row: &DeploymentRow,
+    rendered: Option<&Digest>,
+) -> Result<bool, Stop> {
     if let Some(approval) = &row.state.approval {
-        return plan_holds(bench, row, approval).await;
+        let before = approval.plan.rendered();
+        if let (Some(before), Some(now)) = (&before, rendered)
+            && before != now
+        {
+            return Err(Stop::Fail(otherwise(before, now)));
+        }
+        return plan_holds(bench, row, approval, rendered).await;
     }
     let instance = &row.state.request.instance;
     let projections = bench.ledger.projections();
@@ -145,7 +156,7 @@ pub(super) async fn is_allowed(bench: &Bench, row: &DeploymentRow) -> Result<boo
     let Some(rule) = environment.and_then(|e| e.spec.approval) else {
         return Ok(true);
     };
-    let Some(plan) = plan(bench, row, &rule)? else {
+    let Some(plan) = plan(bench, row, &rule, rendered)? else {
         return Ok(true);
     };
     // Who asked may not allow it: without that name nobody is asked.
@@ -174,9 +185,28 @@ pub(super) async fn is_allowed(bench: &Bench, row: &DeploymentRow) -> Result<boo
     Ok(false)
 }
 
+/// What is rendered of a chart is not what its plan names. It is not asked for anew: that would be another
+/// one each time.
+fn otherwise(before: &Digest, now: &Digest) -> StepError {
+    StepError::fatal(
+        "chart_not_deterministic",
+        format!(
+            "what is rendered of the chart is {now} now, and its plan is about {before}: the chart makes \
+             something else each time, or helm is another one"
+        ),
+        "give the chart in `run.chart_values` of the service what it makes up itself (often passwords \
+         and certificates), and deploy again",
+    )
+}
+
 /// Whether a plan is still what it was. If it is not, that is recorded.
-async fn plan_holds(bench: &Bench, row: &DeploymentRow, approval: &Approval) -> Result<bool, Stop> {
-    let Some(plan) = plan(bench, row, &approval.plan.rule)? else {
+async fn plan_holds(
+    bench: &Bench,
+    row: &DeploymentRow,
+    approval: &Approval,
+    rendered: Option<&Digest>,
+) -> Result<bool, Stop> {
+    let Some(plan) = plan(bench, row, &approval.plan.rule, rendered)? else {
         return Ok(false);
     };
     let hash = plan.hash();
@@ -201,7 +231,12 @@ async fn plan_holds(bench: &Bench, row: &DeploymentRow, approval: &Approval) -> 
 }
 
 /// The plan of a deployment as the world is now, under the rule that its environment has, or had.
-fn plan(bench: &Bench, row: &DeploymentRow, rule: &ApprovalRule) -> Result<Option<Plan>, Stop> {
+fn plan(
+    bench: &Bench,
+    row: &DeploymentRow,
+    rule: &ApprovalRule,
+    rendered: Option<&Digest>,
+) -> Result<Option<Plan>, Stop> {
     let instance = &row.state.request.instance;
     let projections = bench.ledger.projections();
     let environment = projections.environment(&instance.project, &instance.environment)?;
@@ -223,6 +258,10 @@ fn plan(bench: &Bench, row: &DeploymentRow, rule: &ApprovalRule) -> Result<Optio
     let rule = spec.approval.as_ref().unwrap_or(rule);
     let routing = routing.as_ref();
     let plan = Plan::of(&row.state, rule, main, routing, gitops.as_ref(), &hostnames);
+    let plan = plan.map(|plan| match rendered {
+        Some(objects) => plan.with_rendered(objects),
+        None => plan,
+    });
     // What is hashed is what is recorded.
     Ok(plan.map(|plan| bench.masked(&row.subject, plan)))
 }

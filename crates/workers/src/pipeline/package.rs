@@ -20,8 +20,8 @@ use daybook_events::gitops::{
 };
 use daybook_events::secret::SecretRef;
 use daybook_events::{
-    Actor, AggregateKind, Context, EnvKey, EnvironmentName, Event, EventId, InstanceRef, Position,
-    ProjectName, Subject, SubjectFilter,
+    Actor, AggregateKind, Context, Digest, EnvKey, EnvironmentName, Event, EventId, InstanceRef,
+    Position, ProjectName, Subject, SubjectFilter,
 };
 use daybook_projections::{AuditFilter, DeploymentRow, Page};
 use uuid::Uuid;
@@ -92,6 +92,19 @@ pub(super) enum Release {
     Image(Box<ReleaseValues>),
     /// A chart.
     Chart(RenderedChart),
+}
+
+impl Release {
+    /// The digest of what was rendered of a chart: what is committed is what was allowed.
+    fn rendered(&self) -> Option<Digest> {
+        match self {
+            Self::Image(_) => None,
+            Self::Chart(chart) => {
+                let objects = serde_json::Value::Array(chart.objects.clone());
+                Some(Digest::of(objects.to_string().as_bytes()))
+            }
+        }
+    }
 }
 
 /// A commit to be made.
@@ -231,7 +244,8 @@ impl Package {
         if row.state.status == Status::Packaging {
             // What was committed already, in a try that died, was allowed then.
             if !self.is_listed(row)? && !self.was_let_through(row).await? {
-                if !approvals::is_allowed(&self.bench, row).await? {
+                let rendered = release.as_ref().and_then(Release::rendered);
+                if !approvals::is_allowed(&self.bench, row, rendered.as_ref()).await? {
                     return Ok(());
                 }
                 if !freeze::lets_through(&self.bench, row).await? {
