@@ -506,7 +506,7 @@ fn not_allowed(chart: &ChartReference, version: &ChartVersion, why: &TransportEr
         format!("{chart}:{version} is not fetched: {why}"),
         "publish the chart in a repository that is on https at a public address with all that it leads to; \
          where everybody who may deploy may also reach what Daybook's workers do, start Daybook with \
-         --allow-local-sources",
+         --allow-local-sources true",
     )
 }
 
