@@ -131,6 +131,13 @@ kind: Ingress
 metadata: { name: {{ .Release.Name }}-site }
 spec: { defaultBackend: { service: { name: site, port: { number: 80 } } } }
 {{- end }}
+{{- if .Values.random }}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: { name: {{ .Release.Name }}-random }
+data: { word: {{ randAlphaNum 16 | quote }} }
+{{- end }}
 "#;
 
 /// Packs a version of the chart and pushes it to a registry.
@@ -145,7 +152,7 @@ fn publish(helm: &Path, registry: &str, version: &str) {
         ),
         (
             "values.yaml",
-            "replicas: 1\nport: 80\nsecret: \"\"\ningress: false\n".to_owned(),
+            "replicas: 1\nport: 80\nsecret: \"\"\ningress: false\nrandom: false\n".to_owned(),
         ),
         ("templates/site.yaml", SITE.to_owned()),
     ] {
@@ -284,6 +291,42 @@ fn a_chart_is_deployed_switched_and_rolled_back_on_kubernetes() {
                 .count::<k8s_openapi::api::core::v1::Service>("charted--production");
         (left == 0).then_some(())
     });
+    server.check_replay();
+}
+
+#[test]
+fn what_people_allow_of_a_chart_is_what_was_rendered() {
+    let Some((stage, helm, chart)) = with_chart("allowed") else {
+        return;
+    };
+    publish(&helm, &stage.registry.host(), "1.0.0");
+    let settings = stage.settings();
+    let settings = settings.env("DAYBOOK_HELM", helm.to_str().unwrap());
+    let server = Server::start(settings);
+    server.ok(&["project", "create", "allowed"]);
+    let env = ["env", "create", "allowed", "production", "--approvals", "1"];
+    server.ok(&[&env[..], &["--cluster", "oslo"]].concat());
+    let port = stage.app.addr.port();
+    let flags = ["--chart", &chart, "--chart-version", "1.0.0"];
+    let allowed = |values: &Value| {
+        define(&server, "allowed", values);
+        let id = server.begin("allowed.production.site", &flags);
+        server.wait_for(&id, "awaiting_approval");
+        let approval = server.read(&format!("/api/v1/deployments/{id}/approval"));
+        let rendered = approval["plan"]["values"]["chart.objects"]["after"].as_str();
+        assert!(
+            rendered.is_some_and(|d| d.starts_with("sha256:")),
+            "{approval}"
+        );
+        let done = server.cli(&["approvals", "approve", &id, "--actor", "bob"]);
+        assert_eq!(done.code, 0, "{done:?}");
+        id
+    };
+    // What makes up a word of its own is never what somebody has looked at.
+    let other = allowed(&json!({ "port": port, "random": true }));
+    assert_eq!(server.wait_for_failure(&other), "chart_not_deterministic");
+    let same = allowed(&json!({ "port": port }));
+    server.wait_for(&same, "started");
     server.check_replay();
 }
 

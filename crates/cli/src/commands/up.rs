@@ -183,8 +183,8 @@ pub struct NodeArgs {
     /// Copies of the log in a NATS cluster.
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=5))]
     pub nats_replicas: u8,
-    /// Source repositories may be paths on this machine and private addresses. On by default
-    /// while the HTTP interface listens on loopback.
+    /// Source repositories may be paths on this machine, and they and Helm charts may be at private
+    /// addresses. On by default while the HTTP interface listens on loopback.
     #[arg(long, env = "DAYBOOK_ALLOW_LOCAL_SOURCES")]
     pub allow_local_sources: Option<bool>,
     /// Webhooks may go to private addresses and to loopback, and without TLS.
