@@ -36,6 +36,7 @@ mod kubernetes;
 mod ledger;
 mod life;
 mod nats;
+mod own_image;
 mod page;
 mod partial;
 mod previews;
