@@ -13,7 +13,11 @@ use crate::support::{Server, Settings, application};
 fn without_registries(dockerfile: &str) -> String {
     let last = dockerfile.rfind("\nFROM ").expect("a last stage") + 1;
     let stage: Vec<_> = dockerfile[last..].lines().collect();
-    let mut lines = vec!["FROM scratch AS build", "COPY out /out", "FROM scratch AS helm"];
+    let mut lines = vec![
+        "FROM scratch AS build",
+        "COPY out /out",
+        "FROM scratch AS helm",
+    ];
     lines.extend(["COPY out/LICENSE /out/", "FROM scratch"]);
     let mut of_packages = false;
     for line in &stage[1..] {
@@ -67,6 +71,8 @@ fn daybook_builds_its_own_image_and_deploys_it() {
             "--",
             "daybook",
             "up",
+            "--host",
+            "server.daybook.localhost",
             "--listen",
             &address,
             "--gateway",

@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use daybook_events::DeploymentId;
 use daybook_workers::target::{Problem, TargetError};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt as _;
 use kube::core::DynamicObject;
 
@@ -58,6 +59,13 @@ pub(crate) fn says(there: &DynamicObject) -> Option<DeploymentId> {
     there.labels().get(DEPLOYMENT)?.parse().ok()
 }
 
+/// Whether something was made for a release, as its labels say.
+fn is_of(there: &ObjectMeta, deployment: DeploymentId) -> bool {
+    let labels = there.labels.as_ref();
+    let says = labels.and_then(|labels| labels.get(DEPLOYMENT));
+    says.and_then(|id| id.parse().ok()) == Some(deployment)
+}
+
 /// The releases of which something is there.
 pub(crate) fn live(found: &Found) -> BTreeSet<DeploymentId> {
     let staying = found
@@ -96,6 +104,8 @@ pub(crate) async fn withheld(
             Ok(None) => continue,
             // It has lost a label by which it would have been found, and is given it again.
             Ok(Some(there)) if is_live && was_applied(&there) => continue,
+            // Made since the others were looked for, by Argo CD or by another process.
+            Ok(Some(there)) if is_of(&there, deployment) => continue,
             Ok(Some(_)) => taken(object),
             // Whoever applies has rights of its own.
             Err(TargetError::Refused(_)) if by_argocd => continue,

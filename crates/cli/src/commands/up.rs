@@ -184,7 +184,7 @@ pub struct NodeArgs {
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=5))]
     pub nats_replicas: u8,
     /// Source repositories may be paths on this machine, and they and Helm charts may be at private
-    /// addresses. On by default while the HTTP interface listens on loopback.
+    /// addresses. On by default while this process listens on loopback only.
     #[arg(long, env = "DAYBOOK_ALLOW_LOCAL_SOURCES")]
     pub allow_local_sources: Option<bool>,
     /// Webhooks may go to private addresses and to loopback, and without TLS.
@@ -278,9 +278,17 @@ impl NodeArgs {
         options.nats_replicas = self.nats_replicas.into();
         options.allow_local_sources = self
             .allow_local_sources
-            .unwrap_or_else(|| self.listen.ip().is_loopback());
+            .unwrap_or_else(|| self.is_on_loopback());
         options.allow_private_webhooks = self.allow_private_webhooks;
         Ok(options)
+    }
+
+    /// Whether nothing of this process can be reached from another machine, but for the gateway.
+    fn is_on_loopback(&self) -> bool {
+        let mut listens = [Some(self.listen), self.operations_listen]
+            .into_iter()
+            .flatten();
+        listens.all(|address| address.ip().is_loopback())
     }
 }
 

@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use serde_json::Value;
 
-use super::charts::{chart, documents};
+use super::charts::renamed;
 use super::*;
 
 /// What the repository holds, by commit.
@@ -626,13 +626,13 @@ async fn a_chart_that_is_after_what_another_release_or_somebody_has_is_said_to_b
         ip: "10.1.2.3".to_owned(),
     });
     let mut values = stage.values();
-    chart(&mut values, 2, documents("fixed", 1));
+    renamed(&mut values, 2, "fixed");
     argo.apply(1, &values).await.unwrap();
     stage.until("it runs", |s| ready(s, 2) == 2).await;
 
     // Not the one that was there, although the other one comes first.
     let is_taken = |s: &AppStatus, n| problem(s, n).is_some_and(|p| p.reason == "NameTaken");
-    chart(&mut values, 1, documents("fixed", 1));
+    renamed(&mut values, 1, "fixed");
     argo.apply(2, &values).await.unwrap();
     let status = stage
         .until("the other one is named", |s| is_taken(s, 1))
@@ -647,7 +647,7 @@ async fn a_chart_that_is_after_what_another_release_or_somebody_has_is_said_to_b
         .create(&PostParams::default(), &theirs)
         .await
         .unwrap();
-    chart(&mut values, 4, documents("theirs", 1));
+    renamed(&mut values, 4, "theirs");
     argo.apply(3, &values).await.unwrap();
     stage
         .until("somebody else's is named", |s| is_taken(s, 4))

@@ -113,7 +113,7 @@ fn prefix(n: u128) -> String {
 
 /// Lists a release of a chart whose objects are called otherwise, as by somebody who changes the
 /// repository by hand: a chart may not make them.
-fn renamed(values: &mut EnvironmentValues, n: u128, to: &str) {
+pub(super) fn renamed(values: &mut EnvironmentValues, n: u128, to: &str) {
     let own = prefix(n);
     chart(values, n, documents(&own, 1));
     let service = values.services.get_mut(&web()).unwrap();
@@ -333,13 +333,14 @@ async fn nothing_of_a_release_that_runs_goes_when_one_of_its_objects_is_relabell
     assert_eq!(left(&stage).await, 8);
 
     // What somebody has made under a name that it is to have stays theirs, and the rest as it is.
+    let name = format!("{}-theirs", prefix(1));
     let mut more = documents(&prefix(1), 2);
     more.push(json!({
         "apiVersion": "v1",
         "kind": "ServiceAccount",
-        "metadata": { "name": "theirs" },
+        "metadata": { "name": name },
     }));
-    let theirs = json!({ "metadata": { "name": "theirs", "labels": { "app": "x" } } });
+    let theirs = json!({ "metadata": { "name": name, "labels": { "app": "x" } } });
     let theirs: ServiceAccount = serde_json::from_value(theirs).unwrap();
     accounts
         .create(&PostParams::default(), &theirs)
@@ -352,7 +353,7 @@ async fn nothing_of_a_release_that_runs_goes_when_one_of_its_objects_is_relabell
         .await;
     assert_eq!(ready(&status, 1), 3);
     assert_eq!(left(&stage).await, 8);
-    let kept = accounts.get("theirs").await.unwrap();
+    let kept = accounts.get(&name).await.unwrap();
     assert_eq!(kept.labels().len(), 1, "{kept:?}");
 }
 

@@ -21,6 +21,8 @@ const CONNECTIONS_MAX: usize = 16;
 const HEAD_MAX: usize = 8 << 10;
 /// How long asking for one, and making it, may take.
 const WITHIN: Duration = Duration::from_secs(15);
+/// How long an address may take, so that the next one gets its turn.
+const EACH_WITHIN: Duration = Duration::from_secs(4);
 
 /// The proxy of one call. It ends when this is dropped, with its connections.
 pub(super) struct Egress {
@@ -152,10 +154,13 @@ async fn connect(
         Err(why @ TransportError::AddressRefused { .. }) => return Err(Some(why)),
         Err(_) => return Err(None),
     };
-    match TcpStream::connect(addresses.as_slice()).await {
-        Ok(outer) => Ok((outer, early)),
-        Err(_) => Err(None),
+    for address in addresses {
+        let outer = tokio::time::timeout(EACH_WITHIN, TcpStream::connect(address)).await;
+        if let Ok(Ok(outer)) = outer {
+            return Ok((outer, early));
+        }
     }
+    Err(None)
 }
 
 #[cfg(test)]
