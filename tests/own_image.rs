@@ -3,8 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use daybook_testkit::left_out;
-use daybook_testkit::port::free_port;
+use daybook_testkit::{free_port, left_out};
 
 use crate::support::{Server, Settings, application};
 
