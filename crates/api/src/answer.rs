@@ -28,7 +28,6 @@ pub(crate) struct Answer<T> {
     status: StatusCode,
     body: T,
     position: Option<Position>,
-    state_hash: Option<StateHash>,
     replayed: bool,
     location: Option<String>,
     tag: Option<String>,
@@ -41,7 +40,6 @@ impl<T> Answer<T> {
             status: StatusCode::OK,
             body,
             position: None,
-            state_hash: None,
             replayed: false,
             location: None,
             tag: None,
@@ -60,13 +58,6 @@ impl<T> Answer<T> {
             replayed: done.replayed,
             ..Self::ok(body)
         }
-    }
-
-    /// The same, standing on exactly this position of the past, where the states have this hash.
-    pub(crate) fn at(mut self, position: Position, state_hash: Option<StateHash>) -> Self {
-        self.position = Some(position);
-        self.state_hash = state_hash;
-        self
     }
 
     /// The same with the entity tag of what it says, which a change can be made to depend on.
@@ -104,9 +95,6 @@ impl<T: Serialize> IntoResponse for Answer<T> {
         let headers = response.headers_mut();
         if let Some(position) = self.position {
             headers.insert(POSITION, HeaderValue::from(position.0));
-        }
-        if let Some(hash) = self.state_hash {
-            insert_state_hash(headers, hash);
         }
         if self.replayed {
             headers.insert(REPLAYED, HeaderValue::from_static("true"));

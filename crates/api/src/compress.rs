@@ -23,7 +23,6 @@ use std::io::{self, Write as _};
 use axum::body::{Body, Bytes, HttpBody as _};
 use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -46,15 +45,18 @@ pub(crate) const GZIP: &str = "gzip";
 pub(crate) const DECIDES: &str = "accept-encoding";
 
 /// Compresses what is to be compressed, if whoever asks takes it.
-pub(crate) async fn compress(request: Request, next: Next) -> Response {
+pub(crate) async fn compress<F>(request: Request, next: impl FnOnce(Request) -> F) -> Response
+where
+    F: Future<Output = Response>,
+{
     let path = request.extensions().get::<MatchedPath>();
     let may_be =
         request.method() == Method::GET && path.is_some_and(|path| is_compressible(path.as_str()));
     if !may_be {
-        return next.run(request).await;
+        return next(request).await;
     }
     let is_taken = takes_gzip(request.headers());
-    let mut response = next.run(request).await;
+    let mut response = next(request).await;
     let length = response.body().size_hint().exact();
     let headers = response.headers_mut();
     let is_whole_document = headers

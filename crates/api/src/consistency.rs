@@ -1,9 +1,8 @@
 //! Reading one's own writes: answers say what position they stand on, and requests say what
 //! position they need.
 
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderValue};
-use axum::middleware::Next;
 use axum::response::Response;
 use daybook_events::{Digest, Position};
 
@@ -44,14 +43,17 @@ pub(crate) async fn wait(state: &AppState, headers: &HeaderMap) -> Result<(), Pr
 /// answer takes into account: everything up to that position, and maybe more. `Daybook-State-Hash`
 /// is the hash over the states of all aggregates at exactly that position, where it is at hand. `Daybook-Tree-Size`
 /// and `Daybook-Tree-Root` say what was signed by then: positions up to that size are covered.
-pub(crate) async fn positions(
-    State(state): State<AppState>,
+pub(crate) async fn positions<F>(
+    state: &AppState,
     request: Request,
-    next: Next,
-) -> Response {
+    next: impl FnOnce(Request) -> F,
+) -> Response
+where
+    F: Future<Output = Response>,
+{
     let position = state.projections().position();
     let signed = state.tree.as_ref().and_then(|tree| tree.head());
-    let mut response = next.run(request).await;
+    let mut response = next(request).await;
     let headers = response.headers_mut();
     let position = match headers.get(POSITION) {
         // An answer about the past says its hash itself.

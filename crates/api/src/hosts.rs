@@ -4,26 +4,31 @@
 //! through a name of its own that it lets point to 127.0.0.1 (DNS rebinding), nor by a form that
 //! it makes the browser send.
 
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode, Uri, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use crate::problem::Problem;
-use crate::state::AppState;
 use crate::ws;
 
 const OWN: [&str; 3] = ["localhost", "127.0.0.1", "[::1]"];
 
 /// Refuses requests for other hosts, and commands that a page of another origin sends. A socket
 /// counts as a command: commands may be sent over it, and browsers let every page open one.
-pub(crate) async fn check(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    match examine(request.uri(), request.headers(), &state.settings.hosts) {
+pub(crate) async fn check<F>(
+    hosts: &[String],
+    request: Request,
+    next: impl FnOnce(Request) -> F,
+) -> Response
+where
+    F: Future<Output = Response>,
+{
+    match examine(request.uri(), request.headers(), hosts) {
         Ok(()) if request.method().is_safe() && !ws::is_asked_for(request.headers()) => {
-            next.run(request).await
+            next(request).await
         }
-        Ok(()) => match same_origin(request.headers(), &state.settings.hosts) {
-            true => next.run(request).await,
+        Ok(()) => match same_origin(request.headers(), hosts) {
+            true => next(request).await,
             false => Problem::new(
                 StatusCode::FORBIDDEN,
                 "cross_origin",

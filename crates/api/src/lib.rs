@@ -29,6 +29,7 @@ mod openapi;
 mod page;
 mod problem;
 mod queue;
+mod remembered;
 mod routes;
 mod server;
 mod sse;

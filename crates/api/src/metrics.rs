@@ -6,14 +6,11 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::extract::{MatchedPath, Request, State};
-use axum::middleware::Next;
+use axum::extract::{MatchedPath, Request};
 use axum::response::Response;
 use daybook_events::log::Link;
 use daybook_trace::figures;
 use jiff::Timestamp;
-
-use crate::state::AppState;
 
 /// Upper bounds of the latency buckets, in seconds.
 const BOUNDS: [f64; 12] = [
@@ -52,17 +49,22 @@ struct Latency {
 
 /// Counts each request and how long it took until its answer began. Addresses that do not exist
 /// are counted as one, so that nobody can fill the memory with them.
-pub(crate) async fn count(State(state): State<AppState>, request: Request, next: Next) -> Response {
+pub(crate) async fn count<F>(
+    metrics: &Metrics,
+    request: Request,
+    next: impl FnOnce(Request) -> F,
+) -> Response
+where
+    F: Future<Output = Response>,
+{
     let matched = request.extensions().get::<MatchedPath>();
     let route = Route {
         method: method(request.method().as_str()),
         path: matched.map_or("other", MatchedPath::as_str).to_owned(),
     };
     let start = Instant::now();
-    let response = next.run(request).await;
-    state
-        .metrics
-        .took(route, response.status().as_u16(), start.elapsed());
+    let response = next(request).await;
+    metrics.took(route, response.status().as_u16(), start.elapsed());
     response
 }
 

@@ -210,13 +210,13 @@ pub async fn serve_operations(
 
 async fn serve_routes(
     listener: TcpListener,
-    mut state: AppState,
+    state: AppState,
     cancel: CancellationToken,
     router: fn(AppState) -> Router,
 ) -> Result<(), ServeError> {
     let drain = state.settings.drain;
     let tls = state.settings.tls.clone().map(TlsAcceptor::from);
-    state.cancel = cancel.child_token();
+    let state = state.with_cancel(cancel.child_token());
     let watch = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(
         state.access.clone().watch(state.cancel.clone()),
     ));

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,6 +26,7 @@ use crate::commands::Commands;
 use crate::feed::Feed;
 use crate::graphql::DaybookSchema;
 use crate::metrics::Metrics;
+use crate::remembered::Answers;
 use crate::routes::operations::Rows;
 use crate::uploads::UploadSettings;
 
@@ -194,9 +196,14 @@ impl Parts {
     }
 }
 
-/// What the handlers stand on. Cheap to clone.
+/// What the handlers stand on. Cheap to clone, as each layer around them has one for each request.
 #[derive(Clone)]
-pub struct AppState {
+pub struct AppState(Arc<Inner>);
+
+/// What it is made of.
+#[derive(Clone)]
+#[doc(hidden)]
+pub struct Inner {
     pub(crate) commands: Commands,
     pub(crate) lines: Arc<dyn LineLog>,
     pub(crate) settings: Arc<Settings>,
@@ -208,6 +215,8 @@ pub struct AppState {
     /// Who may work out a state hash of the past: it takes all cores, and memory for the events
     /// since the nearest one that is kept.
     pub(crate) past: Arc<Semaphore>,
+    /// The answers that were given lately.
+    pub(crate) answers: Arc<Answers>,
     /// The digest over all rows of the projections.
     pub(crate) rows: Arc<Rows>,
     /// New events, for all who subscribe.
@@ -220,6 +229,13 @@ pub struct AppState {
     pub(crate) attestor: Option<Arc<dyn Attestor>>,
     /// Ends the streams.
     pub(crate) cancel: CancellationToken,
+}
+
+impl Deref for AppState {
+    type Target = Inner;
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
 }
 
 impl std::fmt::Debug for AppState {
@@ -248,7 +264,7 @@ impl AppState {
             ledger.projections().clone(),
             tasks.clone(),
         );
-        Self {
+        Self(Arc::new(Inner {
             access,
             commands: Commands::new(ledger, settings.clone()),
             lines,
@@ -257,30 +273,41 @@ impl AppState {
             metrics: Arc::default(),
             tree: None,
             past: Arc::new(Semaphore::new(PAST_AT_ONCE)),
+            answers: Arc::default(),
             rows: Arc::default(),
             feed,
             graphql: crate::graphql::schema(),
             tasks,
             attestor: None,
             cancel: CancellationToken::new(),
-        }
+        }))
+    }
+
+    fn inner(&mut self) -> &mut Inner {
+        Arc::make_mut(&mut self.0)
+    }
+
+    /// The same, ended with this.
+    pub(crate) fn with_cancel(mut self, cancel: CancellationToken) -> Self {
+        self.inner().cancel = cancel;
+        self
     }
 
     /// The same, publishing this transparency log under `/tlog/`.
     pub fn with_tree(mut self, tree: Arc<dyn PublishedTree>) -> Self {
-        self.tree = Some(tree);
+        self.inner().tree = Some(tree);
         self
     }
 
     /// The same, signing statements about deployments with this.
     pub fn with_attestor(mut self, attestor: Arc<dyn Attestor>) -> Self {
-        self.attestor = Some(attestor);
+        self.inner().attestor = Some(attestor);
         self
     }
 
     /// The same with a place to keep the values of secrets. Without one, secrets are refused.
     pub fn with_secrets(mut self, secrets: Arc<dyn SecretStore>) -> Self {
-        self.commands = self.commands.with_secrets(secrets);
+        self.inner().commands = self.commands.clone().with_secrets(secrets);
         self
     }
 
@@ -305,12 +332,12 @@ impl AppState {
             settings.streams_max,
             self.projections().clone(),
         );
-        Self {
+        Self(Arc::new(Inner {
             access,
             settings: Arc::new(settings),
             tasks: TaskTracker::new(),
-            ..self.clone()
-        }
+            ..Inner::clone(&self.0)
+        }))
     }
 
     /// The use cases, for callers in the same process.

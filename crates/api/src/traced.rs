@@ -1,7 +1,6 @@
 //! A request in its trace.
 
 use axum::extract::{MatchedPath, Request};
-use axum::middleware::Next;
 use axum::response::Response;
 use daybook_trace::{KeyValue, Kind, Work};
 
@@ -14,15 +13,18 @@ const LOOKED_AFTER: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
 /// Goes on with the trace that a request names, or begins one where spans are recorded. The span
 /// ends when the answer begins. It has the form of the address, and nothing of what was filled in:
 /// neither names nor a query.
-pub(crate) async fn traced(request: Request, next: Next) -> Response {
+pub(crate) async fn traced<F>(request: Request, next: impl FnOnce(Request) -> F) -> Response
+where
+    F: Future<Output = Response>,
+{
     let trace = trace_of(request.headers());
     let path = request.extensions().get::<MatchedPath>();
     let is_recorded = daybook_trace::is_recording()
         && path.is_none_or(|path| !LOOKED_AFTER.contains(&path.as_str()));
     if !is_recorded {
         return match trace {
-            None => next.run(request).await,
-            Some(_) => Work::pass_on(trace).run(next.run(request)).await,
+            None => next(request).await,
+            Some(_) => Work::pass_on(trace).run(next(request)).await,
         };
     }
     let method = match method(request.method().as_str()) {
@@ -39,7 +41,7 @@ pub(crate) async fn traced(request: Request, next: Next) -> Response {
         all.extend(route.map(|route| KeyValue::new("http.route", route)));
         all
     });
-    let response = work.run(next.run(request)).await;
+    let response = work.run(next(request)).await;
     let status = response.status();
     let code = i64::from(status.as_u16());
     work.say(KeyValue::new("http.response.status_code", code));

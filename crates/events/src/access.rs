@@ -115,7 +115,7 @@ impl std::str::FromStr for Role {
 }
 
 /// Projects that something holds for.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Projects {
     /// All of them, those to come too, and what belongs to none.

@@ -137,19 +137,31 @@ impl KubernetesCluster {
             turns: Mutex::default(),
         });
         let tasks = TaskTracker::new();
-        shared.follow_all::<Deployment>(&tasks, &cancel, "deployments", |s| &mut s.workloads);
-        shared.follow_all::<ReplicaSet>(&tasks, &cancel, "replicasets", |s| &mut s.sets);
+        let workloads: Api<Deployment> = Api::all(shared.options.client.clone());
+        shared.follow(
+            &tasks,
+            &cancel,
+            "deployments",
+            workloads,
+            |world, change| {
+                world.take("deployments", change, |s| &mut s.workloads);
+            },
+        );
+        let sets: Api<ReplicaSet> = Api::all(shared.options.client.clone());
+        shared.follow(&tasks, &cancel, "replicasets", sets, |world, mut change| {
+            // They repeat the whole template of their pods, for which nobody asks.
+            for set in change.there() {
+                set.spec = None;
+                set.status = None;
+            }
+            world.take("replicasets", change, |s| &mut s.sets);
+        });
         let output = shared.output(&tasks, &cancel);
         let pods: Api<Pod> = Api::all(shared.options.client.clone());
         let told = output.clone();
         let secrets = shared.options.secrets.clone();
         shared.follow(&tasks, &cancel, "pods", pods, move |world, mut change| {
-            let pods: &mut [Pod] = match &mut change {
-                Change::All(pods) => pods.as_mut_slice(),
-                Change::Applied(pod) => std::slice::from_mut(&mut **pod),
-                Change::Deleted(_) => &mut [],
-            };
-            for pod in pods {
+            for pod in change.there() {
                 diagnosis::mask_last_words(pod, &secrets);
             }
             if let Some(output) = &told {
@@ -242,19 +254,6 @@ impl Shared {
         }))
     }
 
-    /// Keeps the objects of a kind, of all environments.
-    fn follow_all<K: Watched>(
-        self: &Arc<Self>,
-        tasks: &TaskTracker,
-        cancel: &CancellationToken,
-        kind: &'static str,
-        of: fn(&mut Seen) -> &mut HashMap<String, K>,
-    ) {
-        let api = Api::all(self.options.client.clone());
-        let take = move |world: &mut World, change| world.take(kind, change, of);
-        self.follow(tasks, cancel, kind, api, take);
-    }
-
     /// Tells the world of the objects of a kind.
     fn follow<K: Watched>(
         self: &Arc<Self>,
@@ -323,7 +322,7 @@ impl World {
         &mut self,
         kind: &'static str,
         change: Change<K>,
-        of: fn(&mut Seen) -> &mut HashMap<String, K>,
+        of: fn(&mut Seen) -> &mut HashMap<String, Box<K>>,
     ) {
         match change {
             Change::All(all) => {
@@ -332,7 +331,7 @@ impl World {
                 }
                 for object in all {
                     let known = self.spaces.entry(space_of(&object)).or_default();
-                    of(&mut known.seen).insert(object.name_any(), object);
+                    of(&mut known.seen).insert(object.name_any(), Box::new(object));
                 }
                 self.recall();
                 self.listed.insert(kind);
@@ -345,7 +344,7 @@ impl World {
                 let namespace = space_of(&*object);
                 let is_new = !self.spaces.contains_key(&namespace);
                 let known = self.spaces.entry(namespace.clone()).or_default();
-                of(&mut known.seen).insert(object.name_any(), *object);
+                of(&mut known.seen).insert(object.name_any(), object);
                 if is_new {
                     self.recall();
                 }

@@ -21,15 +21,16 @@ const ROLLOUT: &str = "deployment.kubernetes.io/revision";
 /// The label that tells the pods of one rollout from those of another.
 const TEMPLATE: &str = "pod-template-hash";
 
-/// The objects of one namespace, by name.
+/// The objects of one namespace, by name. Most have one of each kind, and a map has room for more: it has
+/// pointers, as the objects are large.
 #[derive(Debug, Default)]
 pub struct Seen {
     /// Workloads.
-    pub workloads: HashMap<String, Deployment>,
-    /// What they make.
-    pub sets: HashMap<String, ReplicaSet>,
+    pub workloads: HashMap<String, Box<Deployment>>,
+    /// What they make; nothing but the metadata of each.
+    pub sets: HashMap<String, Box<ReplicaSet>>,
     /// What those make.
-    pub pods: HashMap<String, Pod>,
+    pub pods: HashMap<String, Box<Pod>>,
     /// The newest warning about each pod.
     pub warnings: HashMap<String, Warning>,
     /// What Argo CD says.
@@ -46,6 +47,10 @@ impl Seen {
             && self.sets.is_empty()
             && self.pods.is_empty()
             && self.application.is_none()
+    }
+
+    fn all_pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values().map(|pod| &**pod)
     }
 
     /// Keeps the newest warning about a pod. Those about pods that are gone go in time.
@@ -70,7 +75,7 @@ impl Seen {
             })
             .collect();
         let workloads = self.workloads.values().map(|w| &w.metadata);
-        let pods = self.pods.values().map(|p| &p.metadata);
+        let pods = self.all_pods().map(|p| &p.metadata);
         let left: BTreeMap<_, _> = workloads.chain(pods).filter_map(belongs).collect();
         for (deployment, service) in left {
             if !asked.releases().contains_key(&deployment) {
@@ -184,7 +189,7 @@ impl Seen {
                 _ => self.look_at_set(deployment, workload, asked, unsynced, &mut looked),
             }
         }
-        let pods = self.pods.values().filter(|pod| {
+        let pods = self.all_pods().filter(|pod| {
             let is_its = belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment);
             is_its && !has_ended(pod)
         });
@@ -226,7 +231,7 @@ impl Seen {
         let held = unsynced.and_then(|s| s.problem_of(&workload.name, present.is_some()));
         let present = present.filter(|_| held.is_none());
         let template = present.and_then(|w| self.template(w));
-        let current = self.pods.values().filter(|pod| {
+        let current = self.all_pods().filter(|pod| {
             let is_its = belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment);
             is_its && template.is_some() && label(&pod.metadata, TEMPLATE) == template.as_deref()
         });
@@ -262,7 +267,7 @@ impl Seen {
                         && asked.covers_set(&owner.name, &owner.uid)
                 })
         };
-        let current = || self.pods.values().filter(is_current);
+        let current = || self.all_pods().filter(is_current);
         let is_missing = looked.count(workload.instances, current());
         let found = held.cloned().or_else(|| {
             let pods = current().map(|pod| {
@@ -280,7 +285,7 @@ impl Seen {
         deployment: DeploymentId,
         template: Option<&str>,
     ) -> Option<Problem> {
-        let current = self.pods.values().filter(|pod| {
+        let current = self.all_pods().filter(|pod| {
             belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment)
                 && pod.metadata.deletion_timestamp.is_none()
                 && template.is_some()
@@ -313,7 +318,7 @@ impl Seen {
 
     /// The pods of a release. `template` tells the present ones; without one none is known to be.
     fn instances(&self, deployment: DeploymentId, template: Option<&str>) -> Vec<InstanceStatus> {
-        let pods = self.pods.values().filter(|pod| {
+        let pods = self.all_pods().filter(|pod| {
             !has_ended(pod) && belongs(&pod.metadata).is_some_and(|(id, _)| id == deployment)
         });
         let mut instances: Vec<_> = pods

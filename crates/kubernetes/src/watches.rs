@@ -28,6 +28,17 @@ pub(crate) enum Change<K> {
     Deleted(Box<K>),
 }
 
+impl<K> Change<K> {
+    /// The objects that are there.
+    pub(crate) fn there(&mut self) -> &mut [K] {
+        match self {
+            Self::All(all) => all,
+            Self::Applied(object) => std::slice::from_mut(&mut **object),
+            Self::Deleted(_) => &mut [],
+        }
+    }
+}
+
 /// What keeps a kind from being watched.
 #[derive(Debug, Clone)]
 pub(crate) struct Trouble {

@@ -3,10 +3,9 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use axum::extract::{FromRequestParts as _, MatchedPath, RawPathParams, Request, State};
+use axum::extract::{FromRequestParts as _, MatchedPath, RawPathParams, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use daybook_events::access::Projects;
 use daybook_events::{DeploymentId, InstanceRef, ProjectName, SubscriptionId, with_causes};
@@ -25,12 +24,19 @@ use crate::state::AppState;
 use crate::ws;
 
 /// Finds out who asks, and refuses what they may not do. Handlers run only behind it.
-pub(crate) async fn guard(State(state): State<AppState>, request: Request, next: Next) -> Response {
+pub(crate) async fn guard<F>(
+    state: &AppState,
+    request: Request,
+    next: impl FnOnce(Request) -> F,
+) -> Response
+where
+    F: Future<Output = Response>,
+{
     let (mut parts, body) = request.into_parts();
-    match admit(&state, &mut parts).await {
+    match admit(state, &mut parts).await {
         Ok(principal) => {
             parts.extensions.insert(principal);
-            next.run(Request::from_parts(parts, body)).await
+            next(Request::from_parts(parts, body)).await
         }
         Err(refusal) => *refusal,
     }

@@ -199,9 +199,7 @@ impl Reading {
         if query.at.is_some() {
             asked.looks_back()?;
         }
-        let (held, principal) = (Held(asked.state.clone()), asked.principal.clone());
-        let view = history::get_state(held, principal, Params(query)).await?;
-        let view = view.into_body();
+        let view = history::stated(&asked.state, &asked.principal, query).await?;
         asked.lists(view.instances.iter().map(|i| 1 + i.others.len()).sum())?;
         Ok(Some(State {
             instances: view.instances.into_iter().map(Into::into).collect(),

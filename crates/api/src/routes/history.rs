@@ -19,6 +19,7 @@ use crate::access::Principal;
 use crate::answer::Answer;
 use crate::extract::{Named, NoParams, Params, deployment_id};
 use crate::problem::Problem;
+use crate::remembered::{Asked, Of, Sent};
 use crate::state::AppState;
 use crate::view::{
     AuditList, HistoryList, InstanceDetail, InstanceEntry, InstanceList, Shown, StateView,
@@ -38,7 +39,7 @@ pub(crate) struct InstanceQuery {
 }
 
 /// Which rows of the history are wanted.
-#[derive(Debug, Default, Deserialize, IntoParams)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct HistoryQuery {
@@ -93,7 +94,7 @@ pub(crate) struct AuditQuery {
 }
 
 /// What part of the state is wanted.
-#[derive(Debug, Default, Deserialize, IntoParams)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct StateQuery {
@@ -301,17 +302,31 @@ pub(crate) async fn get_instance(
 pub(crate) async fn list_history(
     State(state): State<AppState>,
     principal: Principal,
-    Params(query): Params<HistoryQuery>,
-) -> Handled<HistoryList> {
+    Params(mut query): Params<HistoryQuery>,
+) -> Result<Sent, Problem> {
+    let at = moment(&state, query.at.take())?;
+    query.at = at.map(|at| at.to_string());
+    let asked = asked(&state, &principal, at, Of::History(query.clone()));
+    if let Some(sent) = state.answers.to(&asked) {
+        return Ok(sent);
+    }
     let (list, at) = listed(&state, &principal, query).await?;
-    let answer = Answer::ok(list);
-    Ok(match at {
-        Some(at) => {
-            let hash = past_state_hash(&state, at).await;
-            answer.at(at, hash)
-        }
-        None => answer,
-    })
+    let hash = match at {
+        Some(at) => past_state_hash(&state, at).await,
+        None => state.projections().recent_state_hash(list.position),
+    };
+    let sent = Sent::new(&list, list.position, hash)?;
+    state.answers.remember(asked, &sent);
+    Ok(sent)
+}
+
+/// What an answer about the past, or about now, follows from.
+fn asked(state: &AppState, principal: &Principal, at: Option<Position>, of: Of) -> Asked {
+    Asked {
+        of,
+        visible: principal.visible().clone(),
+        position: at.unwrap_or_else(|| state.projections().position()),
+    }
 }
 
 /// The page of the history that a query asks for, and the position that it is of, if that is one of
@@ -407,8 +422,31 @@ pub(crate) async fn list_audit(
 pub(crate) async fn get_state(
     State(state): State<AppState>,
     principal: Principal,
-    Params(query): Params<StateQuery>,
-) -> Handled<StateView> {
+    Params(mut query): Params<StateQuery>,
+) -> Result<Sent, Problem> {
+    let at = moment(&state, query.at.take())?;
+    query.at = at.map(|at| at.to_string());
+    let of = Of::State {
+        query: query.clone(),
+        set_aside: state.projections().counters().unreadable,
+    };
+    let asked = asked(&state, &principal, at, of);
+    if let Some(sent) = state.answers.to(&asked) {
+        return Ok(sent);
+    }
+    let view = stated(&state, &principal, query).await?;
+    let sent = Sent::new(&view, view.position, view.state_hash)?;
+    state.answers.remember(asked, &sent);
+    Ok(sent)
+}
+
+/// The part of the state that a query asks for.
+pub(crate) async fn stated(
+    state: &AppState,
+    principal: &Principal,
+    query: StateQuery,
+) -> Result<StateView, Problem> {
+    let set_aside = state.projections().counters().unreadable;
     let project = query.project.map(ProjectName::parse).transpose()?;
     let environment = query.environment.map(EnvironmentName::parse).transpose()?;
     let service = query.service.map(ServiceName::parse).transpose()?;
@@ -419,7 +457,7 @@ pub(crate) async fn get_state(
         .cursor
         .map(|c| c.parse().map_err(|_| invalid_page(InvalidPage::Cursor)))
         .transpose()?;
-    let at = moment(&state, query.at)?;
+    let at = moment(state, query.at)?;
     let (overview, hash) = match at {
         None => {
             let projections = state.projections();
@@ -430,7 +468,7 @@ pub(crate) async fn get_state(
         Some(at) => {
             let ledger = state.commands.ledger();
             let overview = ledger.overview_at(at, project.as_ref(), environment.as_ref());
-            let (overview, hash) = tokio::join!(overview, past_state_hash(&state, at));
+            let (overview, hash) = tokio::join!(overview, past_state_hash(state, at));
             (overview?, hash)
         }
     };
@@ -450,12 +488,11 @@ pub(crate) async fn get_state(
         Some(_) => instances.last().map(|i| i.id.clone()),
         None => None,
     };
-    let answer = Answer::ok(StateView {
+    Ok(StateView {
         instances,
         next,
         position: overview.position,
         state_hash: hash,
-        set_aside: state.projections().counters().unreadable,
-    });
-    Ok(answer.at(overview.position, hash))
+        set_aside,
+    })
 }

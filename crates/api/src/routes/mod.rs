@@ -26,6 +26,7 @@ pub(crate) mod uploads;
 pub(crate) mod webhooks;
 
 use std::any::Any;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Router, routing};
-use tower_http::catch_panic::CatchPanicLayer;
+use futures_util::FutureExt as _;
 use utoipa::openapi::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 use utoipa_axum::routes;
@@ -181,7 +182,6 @@ pub fn router(state: AppState) -> Router {
             )
         }
     };
-    let timeout = state.settings.request_timeout;
     router
         .route("/openapi.json", routing::get(serve_document))
         .route("/graphql", routing::get(graphql::get).post(graphql::post))
@@ -191,46 +191,58 @@ pub fn router(state: AppState) -> Router {
         .route("/tlog/tile/{*rest}", routing::get(tlog::tile))
         .fallback(async || not_found())
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(middleware::from_fn(compress::compress))
-        .layer(middleware::from_fn_with_state(
-            state.clone(),
-            consistency::positions,
-        ))
-        .layer(middleware::from_fn_with_state(state.clone(), guard))
-        .layer(middleware::from_fn_with_state(timeout, time_out))
-        .layer(middleware::from_fn_with_state(state.clone(), hosts::check))
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(middleware::from_fn_with_state(
-            state.clone(),
-            metrics::count,
-        ))
-        .layer(middleware::from_fn(traced::traced))
+        .layer(middleware::from_fn_with_state(state.clone(), around))
         .layer(DefaultBodyLimit::disable())
         .with_state(state)
 }
 
 /// What operators and their tools ask, and nothing else.
 pub(crate) fn operations_router(state: AppState) -> Router {
-    let timeout = state.settings.request_timeout;
-    let open = state.settings.access == AccessMode::Open;
-    let router = Router::new()
+    Router::new()
         .route("/healthz", routing::get(operations::healthz))
         .route("/readyz", routing::get(operations::readyz))
         .route("/metrics", routing::get(operations::metrics))
         .fallback(async || not_found())
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(middleware::from_fn_with_state(state.clone(), guard))
-        .layer(middleware::from_fn_with_state(timeout, time_out));
-    // Where tokens are asked for, no page of a browser has one; and whoever collects figures knows
-    // processes by their addresses.
-    let router = match open {
-        true => router.layer(middleware::from_fn_with_state(state.clone(), hosts::check)),
-        false => router,
-    };
-    router
-        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(
+            state.clone(),
+            around_operations,
+        ))
         .layer(DefaultBodyLimit::disable())
         .with_state(state)
+}
+
+/// All that is around a handler, from the outside in. It is one layer because a router copies for each
+/// request, layer for layer, all that is inside.
+async fn around(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let state = &state;
+    let answered = move |request| next.run(request);
+    let compressed = move |request| compress::compress(request, answered);
+    let placed = move |request| consistency::positions(state, request, compressed);
+    let guarded = move |request| guard(state, request, placed);
+    let in_time = move |request| time_out(state.settings.request_timeout, request, guarded);
+    let at_home = move |request| hosts::check(&state.settings.hosts, request, in_time);
+    let unbroken = move |request| unbroken(at_home(request));
+    let counted = move |request| metrics::count(&state.metrics, request, unbroken);
+    traced::traced(request, counted).await
+}
+
+/// The same for what operators ask.
+async fn around_operations(
+    State(state): State<AppState>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let state = &state;
+    let answered = move |request| next.run(request);
+    let guarded = move |request| guard(state, request, answered);
+    let in_time = move |request| time_out(state.settings.request_timeout, request, guarded);
+    // Where tokens are asked for, no page of a browser has one; and whoever collects figures knows
+    // processes by their addresses.
+    match state.settings.access {
+        AccessMode::Open => unbroken(hosts::check(&state.settings.hosts, request, in_time)).await,
+        AccessMode::Required => unbroken(in_time(request)).await,
+    }
 }
 
 /// Which events there are, and where they are to be had.
@@ -254,7 +266,10 @@ pub(crate) fn method_not_allowed_at(uri: &Uri) -> Problem {
 }
 
 /// Ends a request that takes too long. Streams are not concerned: their answer begins at once.
-async fn time_out(State(limit): State<Duration>, request: Request, next: Next) -> Response {
+async fn time_out<F>(limit: Duration, request: Request, next: impl FnOnce(Request) -> F) -> Response
+where
+    F: Future<Output = Response>,
+{
     // What is large is received as fast as the line is.
     let path = request.extensions().get::<MatchedPath>();
     let receives = request.method() == Method::POST
@@ -263,7 +278,7 @@ async fn time_out(State(limit): State<Duration>, request: Request, next: Next) -
         true => limit.max(RECEIVE_WITHIN),
         false => limit,
     };
-    match tokio::time::timeout(limit, next.run(request)).await {
+    match tokio::time::timeout(limit, next(request)).await {
         Ok(response) => response,
         Err(_) => Problem::new(
             StatusCode::GATEWAY_TIMEOUT,
@@ -276,7 +291,15 @@ async fn time_out(State(limit): State<Duration>, request: Request, next: Next) -
     }
 }
 
-fn panicked(panic: Box<dyn Any + Send>) -> Response {
+/// An answer also where a handler panics.
+async fn unbroken(answer: impl Future<Output = Response>) -> Response {
+    match AssertUnwindSafe(answer).catch_unwind().await {
+        Ok(response) => response,
+        Err(panic) => panicked(&*panic),
+    }
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> Response {
     let text = panic
         .downcast_ref::<String>()
         .map(String::as_str)
