@@ -787,7 +787,14 @@ fn place(repository: &ImageRepository) -> Result<(String, String), ImageError> {
         "index.docker.io" => DOCKER_HUB,
         other => other,
     };
-    if let Some(part) = path.split('/').find(|part| !is_component(part)) {
+    let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
+    // What is a host is written as one, or as a part of a path.
+    let hosts = host.split('.').all(is_label) || (host == registry && is_component(host));
+    let unfit = match hosts {
+        true => path.split('/').find(|part| !is_component(part)),
+        false => Some(host),
+    };
+    if let Some(part) = unfit {
         return Err(ImageError::Invalid {
             what: format!("the image repository {name}"),
             reason: format!(
@@ -803,14 +810,22 @@ fn place(repository: &ImageRepository) -> Result<(String, String), ImageError> {
     Ok((registry.to_owned(), path))
 }
 
+/// Whether this may be between the dots of a host.
+fn is_label(part: &str) -> bool {
+    let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    part.starts_with(is_word)
+        && part.ends_with(is_word)
+        && part.chars().all(|c| is_word(c) || c == '-')
+}
+
 /// Whether this may be between the slashes of a repository's path (`path-component` of
 /// [the distribution project's grammar](https://pkg.go.dev/github.com/distribution/reference)).
 fn is_component(part: &str) -> bool {
     let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let separators = part.split(is_word).filter(|between| !between.is_empty());
+    let mut separators = part.split(is_word).filter(|between| !between.is_empty());
     let is_separator =
         |between: &str| matches!(between, "." | "_" | "__") || between.bytes().all(|b| b == b'-');
-    part.starts_with(is_word) && part.ends_with(is_word) && separators.into_iter().all(is_separator)
+    part.starts_with(is_word) && part.ends_with(is_word) && separators.all(is_separator)
 }
 
 /// Whether a registry is on this machine, where nobody can listen in between.
@@ -854,6 +869,10 @@ mod tests {
             "registry.example.com/web",
             "a..b/c",
             "a._b/c",
+            "a_b.c/d",
+            "a_b:80/c",
+            "a-b.c:80/d",
+            "a-.b/c",
             "a___b/c",
             "a_-b",
         ] {
