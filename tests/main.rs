@@ -35,6 +35,7 @@ mod kill;
 mod kubernetes;
 mod ledger;
 mod life;
+mod memory;
 mod nats;
 mod own_image;
 mod page;

@@ -19,6 +19,7 @@ mod exit;
 mod folder;
 mod gitops_remotes;
 mod kubernetes;
+mod memory;
 mod node;
 mod output;
 mod proofs;
@@ -34,7 +35,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
 
-use crate::commands::Cli;
+use crate::commands::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| without_credentials(error).exit());
@@ -50,6 +51,10 @@ fn main() -> ExitCode {
         .is_err()
     {
         tracing::debug!("a TLS provider was installed before");
+    }
+    // What ends soon has no use for it.
+    if matches!(cli.command, Command::Up(_) | Command::Serve(_)) {
+        memory::share_arenas();
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
