@@ -86,7 +86,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
     let mut comparisons = Vec::new();
     for path in questions(project, options.events) {
         let mut connection = connect(&address).await?;
-        // The first answer about a position has its state hash worked out; that is what `past` measures.
+        // The first answer about a position is worked out; that is what `past` measures.
         ask(&mut connection, &address, &path).await?;
         let body = ask(&mut connection, &address, &path).await?;
         drop(connection);
@@ -124,8 +124,8 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
         ),
         unit: "requests/s",
         notes: vec![
-            "what is asked `at` is always the same position, whose state hash is remembered; \
-             `cargo xtask bench past` asks for others"
+            "each question is asked again and again while nothing is appended, and its answer is \
+             kept as it was sent (ADR 43); `cargo xtask bench past` asks about other positions"
                 .to_owned(),
         ],
         comparisons,
