@@ -20,6 +20,7 @@ use futures_util::stream::{self, BoxStream};
 use uuid::Uuid;
 
 use super::connection::Connection;
+use super::leader;
 use super::publish::{Outgoing, PublishFailure, Publisher};
 use super::pull::{Broken, Pulled, Puller, Wanted};
 use super::stream_setup::{self, OpenError, StreamSetup};
@@ -149,11 +150,11 @@ fn subject_of(source: LineSource) -> String {
 impl Inner {
     /// How a source ends, as the stream's leader knows it.
     async fn tip(&self, source: LineSource) -> Result<Tip, ReadError> {
-        let last = self
-            .stream
-            .raw_message_builder()
-            .last_by_subject(subject_of(source));
-        match last.send().await {
+        let last = leader::ask(&self.connection, || {
+            let message = self.stream.raw_message_builder();
+            message.last_by_subject(subject_of(source)).send()
+        });
+        match last.await {
             Ok(message) => Ok(Tip {
                 sequence: message.sequence,
                 line: line_number(&message.headers, LAST_LINE, message.sequence)?,

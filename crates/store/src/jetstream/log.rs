@@ -14,6 +14,7 @@ use daybook_events::subject::{PREFIX, Subject, SubjectFilter};
 use super::connection::Connection;
 use super::durability;
 use super::durable_consumer::DurableConsumer;
+use super::leader;
 use super::publish::{Outgoing, PublishFailure, Publisher};
 use super::pull::{Broken, Puller, Wanted};
 use super::read::{Cursor, recorded_from};
@@ -86,12 +87,11 @@ impl JetStreamLog {
             let last = self.handle.state().await?.last_sequence;
             return Ok((last > 0).then_some(last));
         }
-        let last = self
-            .handle
-            .stream
-            .raw_message_builder()
-            .last_by_subject(filter.to_nats());
-        match last.send().await {
+        let last = leader::ask(&self.handle.connection, || {
+            let message = self.handle.stream.raw_message_builder();
+            message.last_by_subject(filter.to_nats()).send()
+        });
+        match last.await {
             Ok(message) => Ok(Some(message.sequence)),
             Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
             Err(error) => Err(ReadError::Unavailable(error.to_string())),
@@ -100,12 +100,11 @@ impl JetStreamLog {
 
     /// An event as the stream's leader has it. The other replicas may lag behind.
     async fn get_from_leader(&self, position: Position) -> Result<Option<Recorded>, ReadError> {
-        let message = self
-            .handle
-            .stream
-            .raw_message_builder()
-            .sequence(position.0);
-        match message.send().await {
+        let message = leader::ask(&self.handle.connection, || {
+            let message = self.handle.stream.raw_message_builder();
+            message.sequence(position.0).send()
+        });
+        match message.await {
             Ok(message) => recorded_from(
                 message.sequence,
                 &message.subject,
@@ -279,9 +278,7 @@ impl fmt::Debug for EventStreamHandle {
 impl EventStreamHandle {
     /// What the stream holds, provided that it still is the same stream.
     pub(super) async fn state(&self) -> Result<State, ReadError> {
-        let info = self
-            .stream
-            .get_info()
+        let info = leader::ask(&self.connection, || self.stream.get_info())
             .await
             .map_err(|error| ReadError::Unavailable(error.to_string()))?;
         if info.created.unix_timestamp_nanos() != self.created {

@@ -7,6 +7,7 @@ mod bulletin;
 mod connection;
 mod durability;
 mod durable_consumer;
+mod leader;
 mod line_log;
 mod log;
 mod publish;
