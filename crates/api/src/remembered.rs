@@ -2,7 +2,11 @@
 //!
 //! What was at a position never changes, and what is does not change before the next event: the same
 //! question about the same position has the same answer, byte for byte. A dashboard on many
-//! screens, and a report that goes back to one moment again and again, cost a look in here.
+//! screens, and a report that goes back to one moment again and again, cost a look in here. While an
+//! answer is worked out, whoever asks the same waits for it: after an event, many do at once.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
@@ -13,6 +17,7 @@ use daybook_projections::StateHash;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use serde::Serialize;
+use tokio::sync::watch;
 
 use crate::answer::{POSITION, insert_state_hash};
 use crate::problem::Problem;
@@ -128,38 +133,129 @@ impl Of {
     }
 }
 
-/// The answers that were given lately.
+/// The answers that were given lately, and those that are being worked out.
 #[derive(Debug)]
-pub(crate) struct Answers(Cache<Asked, Sent, Bytewise>);
+pub(crate) struct Answers {
+    given: Cache<Asked, Sent, Bytewise>,
+    under_way: Mutex<HashMap<Asked, Outcome>>,
+}
+
+/// How the work on an answer ended. Closed without a word if it was given up.
+type Outcome = watch::Receiver<Option<Result<Sent, Problem>>>;
 
 impl Default for Answers {
     fn default() -> Self {
-        Self(Cache::with_weighter(ANSWERS, BYTES, Bytewise))
+        Self {
+            given: Cache::with_weighter(ANSWERS, BYTES, Bytewise),
+            under_way: Mutex::default(),
+        }
+    }
+}
+
+/// What there is to do about a question.
+enum Turn<'a> {
+    /// Work it out.
+    Work(Work<'a>),
+    /// Wait for somebody who does.
+    Wait(Outcome),
+}
+
+/// The work on one answer; given up when it is dropped.
+struct Work<'a> {
+    asked: &'a Asked,
+    answers: &'a Answers,
+    outcome: watch::Sender<Option<Result<Sent, Problem>>>,
+}
+
+impl Drop for Work<'_> {
+    fn drop(&mut self) {
+        self.answers.under_way().remove(self.asked);
     }
 }
 
 impl Answers {
-    /// What was answered to this before, if that is remembered.
-    pub(crate) fn to(&self, asked: &Asked) -> Option<Sent> {
-        self.0.get(asked)
+    /// What was answered to this before, if that is remembered; else what `work` finds, which is done
+    /// for all who ask this meanwhile. Answers and failures are shared. Where whoever works gives up
+    /// (its client went away), another one of those who wait takes over.
+    ///
+    /// An answer about now may stand on a later position than was asked about.
+    pub(crate) async fn to(
+        &self,
+        asked: Asked,
+        work: impl Future<Output = Result<Sent, Problem>>,
+    ) -> Result<Sent, Problem> {
+        let turn = loop {
+            if let Some(sent) = self.given.get(&asked) {
+                return Ok(sent);
+            }
+            match self.turn(&asked) {
+                Turn::Work(turn) => break turn,
+                Turn::Wait(mut outcome) => {
+                    if let Ok(Some(result)) = outcome.wait_for(Option::is_some).await.as_deref() {
+                        return result.clone();
+                    }
+                }
+            }
+        };
+        // It may have been given since it was looked for.
+        if let Some(sent) = self.given.get(&asked) {
+            return Ok(sent);
+        }
+        let result = work.await;
+        if let Ok(sent) = &result {
+            self.remember(&asked, sent);
+        }
+        turn.outcome.send_replace(Some(result.clone()));
+        result
     }
 
-    /// Remembers an answer, if it stands on the position that was asked about, and says its hash: one
-    /// that lacks it is given once.
-    pub(crate) fn remember(&self, asked: Asked, sent: &Sent) {
-        if sent.position == asked.position && sent.state_hash.is_some() {
-            self.0.insert(asked, sent.clone());
+    fn turn<'a>(&'a self, asked: &'a Asked) -> Turn<'a> {
+        let mut under_way = self.under_way();
+        if let Some(outcome) = under_way.get(asked) {
+            return Turn::Wait(outcome.clone());
         }
+        let (outcome, receiver) = watch::channel(None);
+        under_way.insert(asked.clone(), receiver);
+        Turn::Work(Work {
+            asked,
+            answers: self,
+            outcome,
+        })
+    }
+
+    /// Remembers an answer for the position that it stands on, if it says its hash: one that lacks it
+    /// is given to those who wait for it only.
+    fn remember(&self, asked: &Asked, sent: &Sent) {
+        if sent.state_hash.is_some() {
+            let asked = Asked {
+                position: sent.position,
+                ..asked.clone()
+            };
+            self.given.insert(asked, sent.clone());
+        }
+    }
+
+    fn under_way(&self) -> MutexGuard<'_, HashMap<Asked, Outcome>> {
+        self.under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::http::StatusCode;
     use daybook_events::Position;
     use daybook_events::access::Projects;
     use daybook_projections::StateHash;
+    use futures_util::future::join_all;
+    use futures_util::poll;
+    use tokio::sync::oneshot;
 
     use super::{Answers, Asked, BYTES, Of, Sent};
+    use crate::problem::Problem;
     use crate::routes::history::HistoryQuery;
 
     fn asked(position: u64, version: &str) -> Asked {
@@ -179,30 +275,43 @@ mod tests {
         Sent::new(&body, Position(position), Some(hash)).expect("JSON")
     }
 
+    /// What is remembered of a question.
+    fn kept(answers: &Answers, asked: &Asked) -> Option<Sent> {
+        answers.given.get(asked)
+    }
+
     #[test]
     fn an_answer_is_for_what_was_asked_at_its_position_only() {
         let answers = Answers::default();
-        answers.remember(asked(7, "v1"), &sent(7, "then"));
-        assert_eq!(answers.to(&asked(7, "v1")).expect("it").body, "\"then\"");
-        assert!(answers.to(&asked(8, "v1")).is_none(), "another position");
-        assert!(answers.to(&asked(7, "v2")).is_none(), "another question");
+        answers.remember(&asked(7, "v1"), &sent(7, "then"));
+        let given = kept(&answers, &asked(7, "v1")).expect("it");
+        assert_eq!(given.body, "\"then\"");
+        assert!(
+            kept(&answers, &asked(8, "v1")).is_none(),
+            "another position"
+        );
+        assert!(
+            kept(&answers, &asked(7, "v2")).is_none(),
+            "another question"
+        );
         let visible = Projects::Named(std::collections::BTreeSet::new());
         let other = Asked {
             visible,
             ..asked(7, "v1")
         };
-        assert!(answers.to(&other).is_none(), "somebody who sees less");
+        assert!(kept(&answers, &other).is_none(), "somebody who sees less");
     }
 
     #[test]
-    fn what_went_on_meanwhile_or_lacks_its_hash_is_not_remembered() {
+    fn an_answer_is_remembered_for_the_position_that_it_stands_on_and_with_its_hash_only() {
         let answers = Answers::default();
-        answers.remember(asked(7, "v1"), &sent(8, "later"));
-        assert!(answers.to(&asked(7, "v1")).is_none());
+        answers.remember(&asked(7, "v1"), &sent(8, "later"));
+        assert!(kept(&answers, &asked(7, "v1")).is_none());
+        assert!(kept(&answers, &asked(8, "v1")).is_some());
         let mut without = sent(7, "then");
         without.state_hash = None;
-        answers.remember(asked(7, "v1"), &without);
-        assert!(answers.to(&asked(7, "v1")).is_none());
+        answers.remember(&asked(7, "v1"), &without);
+        assert!(kept(&answers, &asked(7, "v1")).is_none());
     }
 
     #[test]
@@ -210,9 +319,61 @@ mod tests {
         let answers = Answers::default();
         let large = "x".repeat(100_000);
         for n in 0..400 {
-            answers.remember(asked(n, &large), &sent(n, &large));
+            answers.remember(&asked(n, &large), &sent(n, &large));
         }
-        assert!(answers.0.weight() <= BYTES);
-        assert!(answers.0.len() > 20, "{}", answers.0.len());
+        assert!(answers.given.weight() <= BYTES);
+        assert!(answers.given.len() > 20, "{}", answers.given.len());
+    }
+
+    /// Asks, and works for as long as nobody says how that ends.
+    fn ask<'a>(
+        answers: &'a Answers,
+        works: &'a AtomicUsize,
+        end: oneshot::Receiver<Result<Sent, Problem>>,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<Sent, Problem>> + 'a>> {
+        Box::pin(answers.to(asked(7, "v1"), async move {
+            works.fetch_add(1, Ordering::Relaxed);
+            end.await.expect("an end")
+        }))
+    }
+
+    #[tokio::test]
+    async fn what_many_ask_at_once_is_worked_out_once() {
+        let (answers, works) = (Answers::default(), AtomicUsize::new(0));
+        let unavailable = Problem::new(StatusCode::SERVICE_UNAVAILABLE, "a_code", "", "");
+        let mut without = sent(7, "without a hash");
+        without.state_hash = None;
+        for (round, outcome) in [Err(unavailable), Ok(without), Ok(sent(8, "later"))]
+            .into_iter()
+            .enumerate()
+        {
+            let (end, ends) = oneshot::channel();
+            let first = ask(&answers, &works, ends);
+            let others = (0..3).map(|_| ask(&answers, &works, oneshot::channel().1));
+            let all = join_all(std::iter::once(first).chain(others));
+            let tell = async { end.send(outcome.clone()).expect("somebody works") };
+            let (all, ()) = tokio::join!(all, tell);
+            let outcome = outcome.map(|sent| sent.body);
+            for one in all {
+                assert_eq!(one.map(|sent| sent.body), outcome);
+            }
+            assert_eq!(works.load(Ordering::Relaxed), round + 1);
+            assert!(answers.under_way().is_empty());
+        }
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_takes_over_from_one_who_went_away() {
+        let (answers, works) = (Answers::default(), AtomicUsize::new(0));
+        let (_never, ends) = oneshot::channel();
+        let mut gone = ask(&answers, &works, ends);
+        let (end, ends) = oneshot::channel();
+        let mut waits = ask(&answers, &works, ends);
+        assert!(poll!(&mut gone).is_pending() && poll!(&mut waits).is_pending());
+        assert_eq!(works.load(Ordering::Relaxed), 1);
+        drop(gone);
+        end.send(Ok(sent(7, "then"))).expect("somebody waits");
+        assert_eq!(waits.await.expect("an answer").body, "\"then\"");
+        assert_eq!(works.load(Ordering::Relaxed), 2);
     }
 }

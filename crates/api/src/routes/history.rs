@@ -307,17 +307,15 @@ pub(crate) async fn list_history(
     let at = moment(&state, query.at.take())?;
     query.at = at.map(|at| at.to_string());
     let asked = asked(&state, &principal, at, Of::History(query.clone()));
-    if let Some(sent) = state.answers.to(&asked) {
-        return Ok(sent);
-    }
-    let (list, at) = listed(&state, &principal, query).await?;
-    let hash = match at {
-        Some(at) => past_state_hash(&state, at).await,
-        None => state.projections().recent_state_hash(list.position),
+    let work = async {
+        let (list, at) = listed(&state, &principal, query).await?;
+        let hash = match at {
+            Some(at) => past_state_hash(&state, at).await,
+            None => state.projections().recent_state_hash(list.position),
+        };
+        Sent::new(&list, list.position, hash)
     };
-    let sent = Sent::new(&list, list.position, hash)?;
-    state.answers.remember(asked, &sent);
-    Ok(sent)
+    state.answers.to(asked, work).await
 }
 
 /// What an answer about the past, or about now, follows from.
@@ -431,13 +429,11 @@ pub(crate) async fn get_state(
         set_aside: state.projections().counters().unreadable,
     };
     let asked = asked(&state, &principal, at, of);
-    if let Some(sent) = state.answers.to(&asked) {
-        return Ok(sent);
-    }
-    let view = stated(&state, &principal, query).await?;
-    let sent = Sent::new(&view, view.position, view.state_hash)?;
-    state.answers.remember(asked, &sent);
-    Ok(sent)
+    let work = async {
+        let view = stated(&state, &principal, query).await?;
+        Sent::new(&view, view.position, view.state_hash)
+    };
+    state.answers.to(asked, work).await
 }
 
 /// The part of the state that a query asks for.

@@ -167,6 +167,58 @@ async fn the_past_is_read_by_position_and_by_time_with_its_state_hash() {
     assert_eq!(before.position().0, 0);
 }
 
+/// Whatever is asked again about the same position is sent as it was sent: nothing is read for it.
+#[tokio::test]
+async fn what_was_answered_about_a_position_is_answered_again_without_the_log() {
+    let log = MoodyLog::new();
+    let server = server_on_moody(&log).await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    let at = server.get("/api/v1/state").await.position();
+    // What it was is not what it is: only the log knows.
+    server.make_live(id).await;
+    let paths = [
+        format!("/api/v1/state?project=shop&at={at}"),
+        format!("/api/v1/history?project=shop&at={at}"),
+    ];
+    let first = async |path: &String| {
+        let reply = server.get(path).await;
+        assert_eq!(reply.position(), at);
+        let hash = reply.header("daybook-state-hash").unwrap().to_owned();
+        (hash, reply.ok())
+    };
+    let (state, history) = (first(&paths[0]).await, first(&paths[1]).await);
+    for mood in [Mood::IsUnavailable, Mood::Panics] {
+        log.becomes(mood);
+        assert_eq!(first(&paths[0]).await, state);
+        assert_eq!(first(&paths[1]).await, history);
+    }
+    // Another question about it is none that was answered.
+    log.becomes(Mood::IsUnavailable);
+    let other = server.get(&format!("{}&limit=7", paths[1])).await;
+    other.refused(503, "log_unavailable");
+}
+
+/// What breaks in a handler breaks one answer: it is said, and nothing is left behind.
+#[tokio::test]
+async fn a_handler_that_panics_is_answered_for() {
+    let log = MoodyLog::new();
+    let server = server_on_moody(&log).await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    let at = server.get("/api/v1/state").await.position();
+    server.make_live(id).await;
+    let path = format!("/api/v1/history?at={at}");
+    log.becomes(Mood::Panics);
+    for _ in 0..2 {
+        let problem = server.get(&path).await.refused(500, "internal");
+        assert_eq!(problem["retryable"], false, "{problem}");
+    }
+    log.becomes(Mood::Reads);
+    let list = server.get(&path).await.ok();
+    assert_eq!(list["history"][0]["deployment"], id.to_string());
+}
+
 /// The hashes at the newest 1024 positions are at hand; those before are worked out.
 #[tokio::test]
 async fn the_distant_past_has_its_state_hash_too() {

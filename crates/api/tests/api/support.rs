@@ -5,10 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use daybook_api::{AppState, Parts, Settings};
 use daybook_events::deployment::{self, *};
 use daybook_events::lines::{Line, LineKind, LineLog, LineSource, NewLine};
-use daybook_events::log::{Append, Expected, ReadError};
+use daybook_events::log::{
+    Append, AppendError, Appended, Consumer, ConsumerConfig, EventStream, Expected, LogInfo,
+    ReadError, Recorded,
+};
 use daybook_events::memory::MemoryLog;
 use daybook_events::routing::{self, Command, Hostnames, Target};
 use daybook_events::spec::PinnedImage;
@@ -48,6 +52,87 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.cancel.cancel();
         self.folding.cancel();
+    }
+}
+
+/// What becomes of reads of a [`MoodyLog`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mood {
+    Reads,
+    IsUnavailable,
+    Panics,
+}
+
+/// A log whose reads go wrong when it is told so. Tails that were begun before go on.
+#[derive(Debug, Clone)]
+pub struct MoodyLog {
+    log: MemoryLog,
+    mood: Arc<Mutex<Mood>>,
+}
+
+impl MoodyLog {
+    pub fn new() -> Self {
+        Self {
+            log: MemoryLog::new(),
+            mood: Arc::new(Mutex::new(Mood::Reads)),
+        }
+    }
+
+    pub fn becomes(&self, mood: Mood) {
+        *self.mood.lock().unwrap() = mood;
+    }
+
+    fn look(&self) -> Result<(), ReadError> {
+        let mood = *self.mood.lock().unwrap();
+        match mood {
+            Mood::Reads => Ok(()),
+            Mood::IsUnavailable => Err(ReadError::Unavailable("as it was told".to_owned())),
+            Mood::Panics => panic!("as it was told"),
+        }
+    }
+}
+
+#[async_trait]
+impl EventLog for MoodyLog {
+    async fn append(&self, append: Append) -> Result<Appended, AppendError> {
+        self.log.append(append).await
+    }
+
+    async fn head(&self) -> Result<Position, ReadError> {
+        self.log.head().await
+    }
+
+    async fn get(&self, position: Position) -> Result<Option<Recorded>, ReadError> {
+        self.look()?;
+        self.log.get(position).await
+    }
+
+    async fn read_aggregate(&self, subject: &Subject) -> Result<Vec<Recorded>, ReadError> {
+        self.look()?;
+        self.log.read_aggregate(subject).await
+    }
+
+    async fn read(
+        &self,
+        after: Position,
+        filter: &SubjectFilter,
+        limit: usize,
+    ) -> Result<Vec<Recorded>, ReadError> {
+        self.look()?;
+        self.log.read(after, filter, limit).await
+    }
+
+    async fn tail(&self, after: Position, filter: SubjectFilter) -> Result<EventStream, ReadError> {
+        self.look()?;
+        self.log.tail(after, filter).await
+    }
+
+    async fn consumer(&self, config: ConsumerConfig) -> Result<Arc<dyn Consumer>, ReadError> {
+        self.log.consumer(config).await
+    }
+
+    async fn info(&self) -> Result<LogInfo, ReadError> {
+        self.log.info().await
     }
 }
 
@@ -167,6 +252,11 @@ pub async fn server_with(adjust: impl FnOnce(&mut Settings, &Path)) -> Server {
 
 /// A server on a log that can be told to misbehave.
 pub async fn server_on_memory(log: &MemoryLog) -> Server {
+    let dir = tempfile::tempdir().unwrap();
+    server_on(Arc::new(log.clone()), dir, |_, _| {}).await
+}
+
+pub async fn server_on_moody(log: &MoodyLog) -> Server {
     let dir = tempfile::tempdir().unwrap();
     server_on(Arc::new(log.clone()), dir, |_, _| {}).await
 }

@@ -52,7 +52,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
     let nats = nats.ok_or("there is no nats-server")?;
     let broker = NatsServer::start(&nats).await;
     let log = logs::jetstream(&broker.url()).await?;
-    past::write(&log, options.events).await?;
+    past::History::new().write(&log, options.events).await?;
     drop(log);
     // Nothing but the interface: workers would take up what the ledger says is under way.
     let arguments = ["serve", "--role", "api", "--nats", &broker.url()];

@@ -49,7 +49,7 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
     let folder = temporary_folder(options.folder.as_deref())?;
     let log = logs::embedded(&folder.path().join("log")).await?;
     eprint!("writing {} events ", options.events);
-    write(&log, options.events).await?;
+    History::new().write(&log, options.events).await?;
     let projections = Projections::open(&folder.path().join("projections"))?;
     replay::fold_to(
         &projections,
@@ -128,32 +128,52 @@ async fn ask(ledger: &Ledger, question: Question, at: Position) -> Result<Durati
     Ok(begun.elapsed())
 }
 
-/// Writes the events of a fleet of 20 projects, with some 600 deployments that run at a time.
-pub(crate) async fn write(log: &Arc<dyn EventLog>, events: u32) -> Result<(), Failure> {
-    let mut fleet = Fleet::new(Size {
-        projects: 20,
-        services: 3,
-        active: 10,
-    });
-    let mut choose = choices(1);
-    let appends = stream::iter((0..events).map(|_| {
-        let happened = fleet.next(&mut choose);
-        let log = Arc::clone(log);
-        async move {
-            log.append(Append {
-                subject: happened.subject,
-                id: happened.id,
-                expected: Expected::Any,
-                bytes: happened.bytes,
-            })
-            .await
+/// What happens to a fleet of 20 projects, with some 600 deployments that run at a time.
+pub(crate) struct History {
+    fleet: Fleet,
+    choose: Box<dyn FnMut(u32) -> u32 + Send>,
+}
+
+impl History {
+    pub(crate) fn new() -> Self {
+        Self {
+            fleet: Fleet::new(Size {
+                projects: 20,
+                services: 3,
+                active: 10,
+            }),
+            choose: Box::new(choices(1)),
         }
-    }));
-    appends
-        .buffered(256)
-        .try_for_each(|_| async { Ok(()) })
-        .await?;
-    Ok(())
+    }
+
+    /// What happens next.
+    pub(crate) fn next(&mut self) -> Append {
+        let happened = self.fleet.next(&mut self.choose);
+        Append {
+            subject: happened.subject,
+            id: happened.id,
+            expected: Expected::Any,
+            bytes: happened.bytes,
+        }
+    }
+
+    /// Appends the next events as fast as the log takes them.
+    pub(crate) async fn write(
+        &mut self,
+        log: &Arc<dyn EventLog>,
+        events: u32,
+    ) -> Result<(), Failure> {
+        let appends = stream::iter((0..events).map(|_| {
+            let append = self.next();
+            let log = Arc::clone(log);
+            async move { log.append(append).await }
+        }));
+        appends
+            .buffered(256)
+            .try_for_each(|_| async { Ok(()) })
+            .await?;
+        Ok(())
+    }
 }
 
 /// The value that so many percent do not exceed.

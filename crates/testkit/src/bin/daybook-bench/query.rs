@@ -1,5 +1,6 @@
 //! Questions to the real program on a large ledger, over HTTP, against an axum handler in a process
-//! of its own that answers with the same bytes from memory.
+//! of its own that answers with the same bytes from memory. While nothing is appended, and while
+//! events are, which makes every answer about now another one.
 
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -37,6 +38,9 @@ pub(crate) struct Options {
     /// Rounds
     #[arg(long, default_value_t = 5)]
     rounds: u32,
+    /// Events a second that are appended while questions about now are asked once more
+    #[arg(long, default_value_t = 100)]
+    appended: u32,
     /// The program; the one beside this one if it is not named
     #[arg(long, value_name = "FILE")]
     daybook: Option<PathBuf>,
@@ -71,8 +75,8 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
     let nats = nats.ok_or("there is no nats-server")?;
     let broker = NatsServer::start(&nats).await;
     let log = logs::jetstream(&broker.url()).await?;
-    past::write(&log, options.events).await?;
-    drop(log);
+    let mut history = past::History::new();
+    history.write(&log, options.events).await?;
     eprint!("and starting on them ");
     // Nothing but the interface: workers would take up what the ledger says is under way.
     let arguments = ["serve", "--role", "api", "--nats", &broker.url()];
@@ -84,37 +88,28 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
     let project = project.ok_or("the ledger has no project")?;
 
     let mut comparisons = Vec::new();
-    for path in questions(project, options.events) {
-        let mut connection = connect(&address).await?;
-        // The first answer about a position is worked out; that is what `past` measures.
-        ask(&mut connection, &address, &path).await?;
-        let body = ask(&mut connection, &address, &path).await?;
-        drop(connection);
-        let file = folder.path().join("answer.json");
-        std::fs::write(&file, &body)?;
-        let (mut other, static_address) = start_side(&file).await?;
-        let (mut own, mut theirs, mut p99s) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..options.rounds {
-            own.push(throughput(&options, &address, &path).await?);
-            theirs.push(throughput(&options, &static_address, &path).await?);
-            p99s.push(paced(&options, &address, &path).await?);
+    let questions = questions(project, options.events);
+    for path in &questions {
+        let subject = format!("GET {path}");
+        measure(&options, &address, path, &subject, &mut comparisons).await?;
+    }
+    let rate = options.appended;
+    let appending = tokio::spawn(async move {
+        let mut tick = tokio::time::interval(Duration::from_secs(1) / rate.max(1));
+        loop {
+            tick.tick().await;
+            if let Err(e) = log.append(history.next()).await {
+                return e;
+            }
         }
-        other.kill().await?;
-        comparisons.push(Comparison {
-            subject: format!("GET {path} ({} bytes)", body.len()),
-            yardstick: "the same bytes from memory",
-            measured: own,
-            against: theirs,
-            limit: Some(OF_STATIC),
-        });
-        let listed: Vec<String> = p99s.iter().map(|ms| format!("{ms:.1}")).collect();
-        comparisons.push(Comparison {
-            subject: format!("its p99 at {RATE} requests/s: {} ms", listed.join("/")),
-            yardstick: "5 ms",
-            measured: p99s.iter().map(|ms| 1000.0 / ms).collect(),
-            against: p99s.iter().map(|_| 1000.0 / PROMISED_MS).collect(),
-            limit: Some(1.0),
-        });
+    });
+    for path in questions.iter().filter(|path| !path.contains("at=")) {
+        let subject = format!("GET {path}, {rate} events/s being appended");
+        measure(&options, &address, path, &subject, &mut comparisons).await?;
+    }
+    appending.abort();
+    if let Ok(error) = appending.await {
+        return Err(error.into());
     }
     idle::stop(&mut server).await?;
     Ok(Report {
@@ -124,12 +119,55 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
         ),
         unit: "requests/s",
         notes: vec![
-            "each question is asked again and again while nothing is appended, and its answer is \
-             kept as it was sent (ADR 43); `cargo xtask bench past` asks about other positions"
+            "each question is asked again and again, and its answer is kept as it was sent for as \
+             long as nothing is appended (ADR 43); `cargo xtask bench past` asks about other \
+             positions"
                 .to_owned(),
         ],
         comparisons,
     })
+}
+
+/// Asks one question in rounds, and the other side in each of them.
+async fn measure(
+    options: &Options,
+    address: &str,
+    path: &str,
+    subject: &str,
+    comparisons: &mut Vec<Comparison>,
+) -> Result<(), Failure> {
+    let mut connection = connect(address).await?;
+    // The first answer about a position is worked out; that is what `past` measures.
+    ask(&mut connection, address, path).await?;
+    let body = ask(&mut connection, address, path).await?;
+    drop(connection);
+    let folder = temporary_folder(None)?;
+    let file = folder.path().join("answer.json");
+    std::fs::write(&file, &body)?;
+    let (mut other, static_address) = start_side(&file).await?;
+    let (mut own, mut theirs, mut p99s) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..options.rounds {
+        own.push(throughput(options, address, path).await?);
+        theirs.push(throughput(options, &static_address, path).await?);
+        p99s.push(paced(options, address, path).await?);
+    }
+    other.kill().await?;
+    comparisons.push(Comparison {
+        subject: format!("{subject} ({} bytes)", body.len()),
+        yardstick: "the same bytes from memory",
+        measured: own,
+        against: theirs,
+        limit: Some(OF_STATIC),
+    });
+    let listed: Vec<String> = p99s.iter().map(|ms| format!("{ms:.1}")).collect();
+    comparisons.push(Comparison {
+        subject: format!("its p99 at {RATE} requests/s: {} ms", listed.join("/")),
+        yardstick: "5 ms",
+        measured: p99s.iter().map(|ms| 1000.0 / ms).collect(),
+        against: p99s.iter().map(|_| 1000.0 / PROMISED_MS).collect(),
+        limit: Some(1.0),
+    });
+    Ok(())
 }
 
 /// What is asked: of the present, and of the middle of the ledger.
