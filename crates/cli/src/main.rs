@@ -31,6 +31,7 @@ mod telemetry;
 mod uploads;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
@@ -58,6 +59,9 @@ fn main() -> ExitCode {
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        // What blocks takes turns on the threads that there are: a thread that is used once in ten seconds,
+        // which is how long tokio waits by itself, would never end after a burst.
+        .thread_keep_alive(Duration::from_secs(1))
         .build()
     {
         Ok(runtime) => runtime,
@@ -74,7 +78,7 @@ fn main() -> ExitCode {
         }
     };
     // Blocking work that nobody waits for any more does not hold the exit.
-    runtime.shutdown_timeout(std::time::Duration::from_millis(500));
+    runtime.shutdown_timeout(Duration::from_millis(500));
     code.into()
 }
 

@@ -58,6 +58,22 @@ impl Chart {
     }
 }
 
+/// An object as text: maps in memory take many times as much, and it is read when somebody has changed
+/// something only.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Written(Box<str>);
+
+impl Written {
+    fn of(object: &Value) -> Self {
+        Self(object.to_string().into())
+    }
+
+    fn read(&self) -> Value {
+        // It is what was written above.
+        serde_json::from_str(&self.0).unwrap_or_default()
+    }
+}
+
 /// A workload of a chart.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Workload {
@@ -68,7 +84,7 @@ pub(crate) struct Workload {
     /// How many instances it is to have at least.
     pub(crate) instances: u32,
     /// All of it.
-    body: Value,
+    body: Written,
 }
 
 impl Workload {
@@ -79,7 +95,7 @@ impl Workload {
             kind: object.kind,
             name: object.name.clone(),
             instances: instances(&object.body),
-            body: object.body.clone(),
+            body: Written::of(&object.body),
         })
     }
 }
@@ -97,7 +113,7 @@ enum By {
     /// Argo CD, at a time of its own.
     ArgoCd {
         /// What is to become of each release.
-        wanted: BTreeMap<DeploymentId, (ReleaseValues, Value)>,
+        wanted: BTreeMap<DeploymentId, (Box<ReleaseValues>, Written)>,
         /// Releases that were there as they are to be, at this commit or at one before.
         settled: BTreeSet<DeploymentId>,
     },
@@ -108,7 +124,7 @@ enum By {
 struct Applied {
     uid: String,
     generation: i64,
-    wanted: Value,
+    wanted: Written,
 }
 
 impl Asked {
@@ -189,12 +205,12 @@ impl Asked {
     }
 
     /// A workload was applied, which is `wanted` to be so.
-    pub fn applied(&mut self, name: &str, uid: String, generation: i64, wanted: Value) {
+    pub fn applied(&mut self, name: &str, uid: String, generation: i64, wanted: &Value) {
         if let By::Daybook { applied, .. } = &mut self.by {
             let workload = Applied {
                 uid,
                 generation,
-                wanted,
+                wanted: Written::of(wanted),
             };
             applied.insert(name.to_owned(), workload);
         }
@@ -205,10 +221,10 @@ impl Asked {
         &mut self,
         deployment: DeploymentId,
         values: ReleaseValues,
-        workload: Value,
+        workload: &Value,
     ) {
         if let By::ArgoCd { wanted, .. } = &mut self.by {
-            wanted.insert(deployment, (values, workload));
+            wanted.insert(deployment, (Box::new(values), Written::of(workload)));
         }
     }
 
@@ -263,7 +279,7 @@ impl Asked {
             }
             // What has drifted since is still this release, and so is what the chart does not make.
             By::ArgoCd { wanted, settled } => {
-                let is_same = |(values, _): &(ReleaseValues, Value)| {
+                let is_same = |(values, _): &(Box<ReleaseValues>, Written)| {
                     let drift = self.drift(deployment, workload);
                     drift.iter().all(|field| is_spare(field, values))
                 };
@@ -301,15 +317,15 @@ impl Asked {
                 (of_chart.map(|w| &w.body).or_else(of_image), true)
             }
         };
-        let Some(wanted) = wanted else {
+        let Some(wanted) = wanted.map(Written::read) else {
             return Vec::new();
         };
         let live = serde_json::to_value(workload).unwrap_or_default();
-        let mut found = differences(wanted, &live);
+        let mut found = differences(&wanted, &live);
         // The chart may have an autoscaler made. One that is older says nothing of where the last
         // words of a program come from, which is nothing that the commit asks for.
         let is_of_chart = |field: &str| {
-            is_autoscaled(field, wanted, &live) || field.ends_with("].terminationMessagePolicy")
+            is_autoscaled(field, &wanted, &live) || field.ends_with("].terminationMessagePolicy")
         };
         found.retain(|field| !(by_argocd && is_of_chart(field)));
         found
@@ -434,7 +450,7 @@ mod tests {
         let deployment = DeploymentId(uuid::Uuid::from_u128(1));
         let revision = CommitId::parse("01".repeat(20)).unwrap();
         let mut asked = Asked::by_argocd(revision);
-        asked.handed_over(deployment, values, whole);
+        asked.handed_over(deployment, values, &whole);
         let seen = |change: &dyn Fn(&mut Value)| {
             let mut live = plain.clone();
             change(&mut live);

@@ -199,7 +199,7 @@ impl KubernetesCluster {
                 if let Some(least) = least {
                     applied = space.at_least(object, applied, least).await?;
                 }
-                let body = object.body.clone();
+                let body = &object.body;
                 asked.applied(&object.name, applied.uid, applied.generation, body);
             } else if object.kind == Kind::STATEFUL_SET {
                 asked.applied_set(&object.name, applied.uid);
@@ -336,7 +336,7 @@ fn not_of_a_chart() -> Problem {
 fn workloads<'a>(
     desired: &'a EnvironmentValues,
     objects: &'a [Object],
-) -> impl Iterator<Item = (DeploymentId, ReleaseValues, Value)> + 'a {
+) -> impl Iterator<Item = (DeploymentId, ReleaseValues, &'a Value)> + 'a {
     let releases = desired.services.iter();
     let releases = releases.flat_map(|(service, values)| {
         let of_service = values.releases.iter();
@@ -346,7 +346,7 @@ fn workloads<'a>(
         let name = names::release(service, id);
         let mut objects = objects.iter();
         let workload = objects.find(|o| o.kind == Kind::DEPLOYMENT && o.name == name)?;
-        Some((id, release.clone(), workload.body.clone()))
+        Some((id, release.clone(), &workload.body))
     })
 }
 

@@ -13,7 +13,7 @@ use daybook_workers::host_routes::{HostRoute, HostRoutes, RouteError, RouteSeen}
 use daybook_workers::target::{AppRef, AppStatus, ReleaseStatus, Target, TargetError};
 use daybook_workers::values::EnvironmentValues;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use kube::{Api, Client, ResourceExt};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -163,6 +163,20 @@ impl KubernetesCluster {
         shared.follow(&tasks, &cancel, "pods", pods, move |world, mut change| {
             for pod in change.there() {
                 diagnosis::mask_last_words(pod, &secrets);
+                // Of what it is to be, nobody asks for more than how its ports are called.
+                if let Some(spec) = &mut pod.spec {
+                    let called = spec.containers.drain(..).filter(|c| c.ports.is_some());
+                    let containers = called.map(|container| Container {
+                        name: container.name,
+                        ports: container.ports,
+                        ..Container::default()
+                    });
+                    let containers = containers.collect();
+                    *spec = PodSpec {
+                        containers,
+                        ..PodSpec::default()
+                    };
+                }
             }
             if let Some(output) = &told {
                 output.pods(&change);

@@ -67,7 +67,9 @@ pub(crate) async fn objects<K: Watched>(
     troubled: impl Fn(Option<Trouble>),
     cancel: CancellationToken,
 ) {
-    let config = watcher::Config::default().labels(&format!("{MANAGED_BY}={MANAGER}"));
+    let config = watcher::Config::default()
+        .labels(&format!("{MANAGED_BY}={MANAGER}"))
+        .page_size(PAGE);
     run(api, config, changed, troubled, cancel).await;
 }
 
@@ -183,6 +185,9 @@ async fn run<K: Watched>(
         pause = (pause * 2).min(PAUSE_MAX);
     }
 }
+
+/// Objects in one part of a list, which is in memory whole: as text, and as all that was in it.
+const PAGE: u32 = 50;
 
 /// How long it is waited before a watch that was cut is begun again: at first, and at most.
 const PAUSE_MIN: Duration = Duration::from_millis(500);

@@ -17,7 +17,7 @@ use daybook_events::lines::{Line, LineKind, LineLog, LineSource, NewLine};
 use daybook_events::log::ReadError;
 use futures_util::stream::{self, BoxStream};
 use jiff::Timestamp;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use super::lock::FolderLock;
 use super::{OpenError, locked};
@@ -34,6 +34,9 @@ const FOLLOW_BATCH: usize = 512;
 const SOURCES_KEPT: usize = 256;
 /// After so many written bytes the retention is applied again.
 const SWEEP_EVERY: u64 = 16 << 20;
+/// Threads that read and write at once. Each of hundreds of sources would have one of its own
+/// otherwise when a server starts, and a thread is memory that stays.
+const AT_ONCE: usize = 8;
 
 /// How long output is kept.
 #[derive(Debug, Clone)]
@@ -71,6 +74,7 @@ struct Inner {
     retention: LineRetention,
     sources: Mutex<HashMap<LineSource, Arc<Source>>>,
     written: AtomicU64,
+    turns: Semaphore,
     /// `None` once closed.
     lock: Mutex<Option<FolderLock>>,
 }
@@ -113,6 +117,7 @@ impl EmbeddedLines {
                     retention,
                     sources: Mutex::default(),
                     written: AtomicU64::new(0),
+                    turns: Semaphore::new(AT_ONCE),
                     lock: Mutex::new(Some(lock)),
                 }),
             };
@@ -137,7 +142,7 @@ impl EmbeddedLines {
         work: impl FnOnce(&Inner) -> io::Result<T> + Send + 'static,
     ) -> Result<T, ReadError> {
         let inner = Arc::clone(&self.inner);
-        blocking(move || work(&inner)).await
+        self.inner.blocking(move || work(&inner)).await
     }
 }
 
@@ -150,16 +155,20 @@ impl Drop for EmbeddedLines {
     }
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> Result<T, ReadError> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|e| ReadError::Unavailable(e.to_string()))?
-        .map_err(|e| ReadError::Unavailable(format!("output cannot be kept or read: {e}")))
-}
-
 impl Inner {
+    /// Does work with files when it is its turn.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> Result<T, ReadError> {
+        // Nobody closes the semaphore.
+        let _turn = self.turns.acquire().await;
+        tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|e| ReadError::Unavailable(e.to_string()))?
+            .map_err(|e| ReadError::Unavailable(format!("output cannot be kept or read: {e}")))
+    }
+
     fn is_closed(&self) -> bool {
         locked(&self.lock).is_none()
     }
@@ -531,7 +540,8 @@ impl Follower {
                 continue;
             }
             let (source, after, place) = (Arc::clone(&self.source), self.after, self.place);
-            match blocking(move || source.read(after, FOLLOW_BATCH, place)).await {
+            let read = move || source.read(after, FOLLOW_BATCH, place);
+            match self.lines.blocking(read).await {
                 Ok((lines, place)) => {
                     self.place = place;
                     // Nothing to be read any more: what is missing was removed.

@@ -1,9 +1,12 @@
 use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use daybook_events::lines::{Line, LineKind, LineLog, LineSource, NewLine};
 use daybook_events::names::BuildId;
 use futures_util::StreamExt;
+use futures_util::future::join_all;
 use jiff::Timestamp;
 
 use super::*;
@@ -133,4 +136,30 @@ async fn a_follower_ends_with_the_folder() {
     assert!(soon(follower.next()).await.unwrap().is_err());
     assert!(soon(follower.next()).await.is_none());
     open_lines(dir.path()).await;
+}
+
+/// A server that starts follows the output of hundreds of deployments at once.
+#[test]
+fn many_sources_share_a_few_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let threads = Arc::new(AtomicUsize::new(0));
+    let started = Arc::clone(&threads);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .on_thread_start(move || {
+            started.fetch_add(1, Ordering::Relaxed);
+        })
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let log = open_lines(dir.path()).await;
+        let appends = (0..200).map(|n| log.append(source(n), lines(["a".to_owned()])));
+        for appended in join_all(appends).await {
+            assert_eq!(appended.unwrap(), 1);
+        }
+    });
+    // One that works, and eight that wait for files; another one is made while one of them says that
+    // it is done.
+    let threads = threads.load(Ordering::Relaxed);
+    assert!(threads < 40, "{threads} threads");
 }
