@@ -40,7 +40,8 @@ pub(crate) struct Asked {
     pub(crate) of: Of,
     /// What whoever asked may see.
     pub(crate) visible: Projects,
-    /// The position that the answer stands on.
+    /// The position that the answer stands on. Of what is in a project now: one since which nothing
+    /// has changed there.
     pub(crate) position: Position,
 }
 
@@ -61,6 +62,8 @@ pub(crate) struct Sent {
     body: Bytes,
     position: Position,
     state_hash: Option<StateHash>,
+    /// What is asked for has been like that since then, or before.
+    since: Position,
 }
 
 impl Sent {
@@ -75,6 +78,27 @@ impl Sent {
             body: body.into(),
             position,
             state_hash,
+            since: position,
+        })
+    }
+
+    /// Nothing in it has changed since a position, and until a later one than it stands on, perhaps.
+    pub(crate) fn unchanged_since(mut self, since: Position) -> Self {
+        self.since = since.min(self.position);
+        self
+    }
+
+    /// The same answer at a later position, up to which nothing in it has changed. None if it does not
+    /// end with what it stands on, as answers do.
+    fn at(&self, of: &Of, position: Position, state_hash: Option<StateHash>) -> Option<Self> {
+        let before = of.standing(self.position, self.state_hash);
+        let content = self.body.strip_suffix(before.as_bytes())?;
+        let standing = of.standing(position, state_hash);
+        Some(Self {
+            body: [content, standing.as_bytes()].concat().into(),
+            position,
+            state_hash,
+            since: self.since,
         })
     }
 }
@@ -109,6 +133,22 @@ impl Weighter<Asked, Sent> for Bytewise {
 }
 
 impl Of {
+    /// How an answer ends, with what it stands on: the last fields of [`HistoryList`] and of
+    /// [`StateView`].
+    ///
+    /// [`HistoryList`]: crate::view::HistoryList
+    /// [`StateView`]: crate::view::StateView
+    fn standing(&self, position: Position, state_hash: Option<StateHash>) -> String {
+        let position = position.0;
+        match self {
+            Self::History(_) => format!(r#","position":{position}}}"#),
+            Self::State { set_aside, .. } => {
+                let hash = state_hash.map_or("null".to_owned(), |hash| format!("\"{hash}\""));
+                format!(r#","position":{position},"state_hash":{hash},"set_aside":{set_aside}}}"#)
+            }
+        }
+    }
+
     /// How long its texts are.
     fn length(&self) -> usize {
         let texts: &[&Option<String>] = match self {
@@ -139,6 +179,11 @@ pub(crate) struct Answers {
     given: Cache<Asked, Sent, Bytewise>,
     under_way: Mutex<HashMap<Asked, Outcome>>,
 }
+
+/// An answer does not end as [`Of::standing`] says.
+#[derive(Debug, thiserror::Error)]
+#[error("an answer does not end with the position that it stands on")]
+struct NoStanding;
 
 /// How the work on an answer ended. Closed without a word if it was given up.
 type Outcome = watch::Receiver<Option<Result<Sent, Problem>>>;
@@ -223,16 +268,37 @@ impl Answers {
         })
     }
 
-    /// Remembers an answer for the position that it stands on, if it says its hash: one that lacks it
-    /// is given to those who wait for it only.
+    /// Remembers an answer for the position that it stands on, or since which it is the same, if it
+    /// says its hash: one that lacks it is given to those who wait for it only.
     fn remember(&self, asked: &Asked, sent: &Sent) {
         if sent.state_hash.is_some() {
             let asked = Asked {
-                position: sent.position,
+                position: sent.since,
                 ..asked.clone()
             };
             self.given.insert(asked, sent.clone());
         }
+    }
+
+    /// The same as [`Self::to`] for what is in a project now. It was `now` when it was asked, and
+    /// nothing had changed in there since [`Asked::position`]: what was answered in between is brought
+    /// to this position.
+    pub(crate) async fn to_now(
+        &self,
+        asked: Asked,
+        now: Position,
+        state_hash: impl FnOnce(Position) -> Option<StateHash>,
+        work: impl Future<Output = Result<Sent, Problem>>,
+    ) -> Result<Sent, Problem> {
+        let question = asked.clone();
+        let sent = self.to(asked, work).await?;
+        if sent.position >= now {
+            return Ok(sent);
+        }
+        let at = sent.at(&question.of, now, state_hash(now));
+        let sent = at.ok_or_else(|| Problem::internal(&NoStanding))?;
+        self.remember(&question, &sent);
+        Ok(sent)
     }
 
     fn under_way(&self) -> MutexGuard<'_, HashMap<Asked, Outcome>> {
@@ -312,6 +378,36 @@ mod tests {
         without.state_hash = None;
         answers.remember(&asked(7, "v1"), &without);
         assert!(kept(&answers, &asked(7, "v1")).is_none());
+    }
+
+    #[tokio::test]
+    async fn what_has_not_changed_since_is_brought_to_now() {
+        let answers = Answers::default();
+        let hash = sent(0, "").state_hash;
+        let of = asked(0, "v1").of;
+        let body = |position: u64| format!(r#"{{"history":[],"next":null,"position":{position}}}"#);
+        let works = AtomicUsize::new(0);
+        // Asked at 5 and 9, while nothing has changed since 3.
+        for now in [5, 9, 9] {
+            let work = async {
+                works.fetch_add(1, Ordering::Relaxed);
+                let body: serde_json::Value = serde_json::from_str(&body(now)).expect("JSON");
+                Ok(Sent::new(&body, Position(now), hash)?.unchanged_since(Position(3)))
+            };
+            let given = answers.to_now(asked(3, "v1"), Position(now), |_| hash, work);
+            let given = given.await.expect("an answer");
+            assert_eq!(given.body, body(now));
+            assert_eq!((given.position, given.state_hash), (Position(now), hash));
+        }
+        assert_eq!(works.load(Ordering::Relaxed), 1);
+        // Where the hash there is not known, it is not said, and what is remembered stays.
+        let work = async { unreachable!() };
+        let given = answers.to_now(asked(3, "v1"), Position(11), |_| None, work);
+        assert_eq!(given.await.expect("an answer").state_hash, None);
+        let stays = kept(&answers, &asked(3, "v1")).expect("it");
+        assert_eq!(stays.position, Position(9));
+        // What does not end with what it stands on is never sent as if it did.
+        assert!(sent(3, "then").at(&of, Position(4), hash).is_none());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
-use daybook_events::{Aggregate, Digest, Folded, Position, Recorded, Subject};
+use daybook_events::{Aggregate, Digest, Folded, Position, ProjectName, Recorded, Subject};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
@@ -48,6 +48,17 @@ pub(crate) struct Inner {
     hashes: Mutex<VecDeque<(Position, StateHash)>>,
     /// State hashes at past positions that were asked for.
     pub(crate) past_hashes: Mutex<BTreeMap<Position, StateHash>>,
+    /// Held while the position changes, so that the two fit together.
+    touched: Mutex<Touched>,
+}
+
+/// Since when projects are as they are.
+#[derive(Default)]
+struct Touched {
+    /// Those to which something happened after `before`: when it last did.
+    last: HashMap<ProjectName, Position>,
+    /// To the others nothing did after this.
+    before: Position,
 }
 
 /// How many positions that were reached keep their state hash at hand.
@@ -196,6 +207,10 @@ impl Projections {
                 counters: Mutex::new(checkpoint.counters),
                 hashes: Mutex::new([(checkpoint.position, fold.state_hash())].into()),
                 past_hashes: Mutex::default(),
+                touched: Mutex::new(Touched {
+                    before: checkpoint.position,
+                    ..Touched::default()
+                }),
                 fold: Mutex::new(fold),
             }),
         }
@@ -204,6 +219,15 @@ impl Projections {
     /// The events up to this position are folded.
     pub fn position(&self) -> Position {
         *self.inner.position.borrow()
+    }
+
+    /// A position since which nothing in a project's aggregates has changed, and [`Self::position`]
+    /// at the same moment. It is the last event's that did, or a later one: nobody remembers back to
+    /// before the store was opened.
+    pub fn unchanged_since(&self, project: &ProjectName) -> (Position, Position) {
+        let touched = lock(&self.inner.touched);
+        let since = touched.last.get(project).copied();
+        (since.unwrap_or(touched.before), self.position())
     }
 
     /// Changes after each batch of events.
@@ -360,7 +384,17 @@ impl Projections {
         }
         hashes.push_back((checkpoint.position, hash));
         drop(hashes);
+        let mut touched = lock(&inner.touched);
+        if folded <= SHARED {
+            for project in changed.states.iter().filter_map(|(s, _)| s.project()) {
+                touched.last.insert(project.clone(), checkpoint.position);
+            }
+        } else {
+            touched.last.clear();
+            touched.before = checkpoint.position;
+        }
         inner.position.send_replace(checkpoint.position);
+        drop(touched);
         drop(gate);
         inner.feeds.tell(changed.states.iter().map(|(s, _)| s));
         Ok(())
@@ -380,7 +414,10 @@ impl Projections {
         *lock(&inner.counters) = Counters::default();
         *lock(&inner.hashes) = [(Position::ZERO, fold.state_hash())].into();
         lock(&inner.past_hashes).clear();
+        let mut touched = lock(&inner.touched);
+        *touched = Touched::default();
         inner.position.send_replace(Position::ZERO);
+        drop(touched);
         inner.feeds.tell_any();
         Ok(())
     }

@@ -720,3 +720,36 @@ async fn a_feed_tells_what_has_changed() {
     drop(projections);
     while feed.next().await.is_some() {}
 }
+
+/// As long as a project says that nothing has changed since a position, it answers the same.
+#[test]
+fn what_has_not_changed_since_a_position_is_answered_the_same() {
+    for batch in [1, 3, 300] {
+        let projections = Projections::in_memory();
+        let mut known = BTreeMap::new();
+        let mut same = 0;
+        for events in history(1_500, 3, true).chunks(batch) {
+            projections.take(events).unwrap();
+            for project in projections.projects().unwrap() {
+                let name = project.name;
+                let (since, now) = projections.unchanged_since(&name);
+                assert_eq!(now, projections.position());
+                assert!(since <= now);
+                let filter = DeploymentFilter {
+                    project: Some(name.clone()),
+                    ..DeploymentFilter::default()
+                };
+                let overview = projections.overview(Some(&name), None).unwrap().instances;
+                let history = projections.history(&filter, Page::default()).unwrap().items;
+                let said = format!("{overview:?} {history:?}");
+                if let Some((before, said_before)) = known.insert(name, (since, said.clone()))
+                    && before == since
+                {
+                    same += 1;
+                    assert_eq!(said_before, said, "since {since} at {now}");
+                }
+            }
+        }
+        assert_eq!(same > 100, batch < 300, "{same} of batches of {batch}");
+    }
+}

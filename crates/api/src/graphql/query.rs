@@ -199,7 +199,8 @@ impl Reading {
         if query.at.is_some() {
             asked.looks_back()?;
         }
-        let view = history::stated(&asked.state, &asked.principal, query).await?;
+        let set_aside = asked.state.projections().counters().unreadable;
+        let view = history::stated(&asked.state, &asked.principal, query, set_aside).await?;
         asked.lists(view.instances.iter().map(|i| 1 + i.others.len()).sum())?;
         Ok(Some(State {
             instances: view.instances.into_iter().map(Into::into).collect(),

@@ -306,7 +306,8 @@ pub(crate) async fn list_history(
 ) -> Result<Sent, Problem> {
     let at = moment(&state, query.at.take())?;
     query.at = at.map(|at| at.to_string());
-    let asked = asked(&state, &principal, at, Of::History(query.clone()));
+    let project = query.project.clone();
+    let of = Of::History(query.clone());
     let work = async {
         let (list, at) = listed(&state, &principal, query).await?;
         let hash = match at {
@@ -315,16 +316,39 @@ pub(crate) async fn list_history(
         };
         Sent::new(&list, list.position, hash)
     };
-    state.answers.to(asked, work).await
+    remembered(&state, &principal, at, project, of, work).await
 }
 
-/// What an answer about the past, or about now, follows from.
-fn asked(state: &AppState, principal: &Principal, at: Option<Position>, of: Of) -> Asked {
-    Asked {
+/// The answer to a question about the past, or about now, which is worked out if it is not remembered.
+async fn remembered(
+    state: &AppState,
+    principal: &Principal,
+    at: Option<Position>,
+    project: Option<String>,
+    of: Of,
+    work: impl Future<Output = Result<Sent, Problem>>,
+) -> Result<Sent, Problem> {
+    let projections = state.projections();
+    let asked = |position| Asked {
         of,
         visible: principal.visible().clone(),
-        position: at.unwrap_or_else(|| state.projections().position()),
+        position,
+    };
+    if let Some(at) = at {
+        return state.answers.to(asked(at), work).await;
     }
+    // What is no name is refused below.
+    let Some(project) = project.and_then(|name| ProjectName::parse(name).ok()) else {
+        return state.answers.to(asked(projections.position()), work).await;
+    };
+    let (since, now) = projections.unchanged_since(&project);
+    let work = async {
+        let sent = work.await?;
+        let (since, _) = projections.unchanged_since(&project);
+        Ok(sent.unchanged_since(since))
+    };
+    let hash = |position| projections.recent_state_hash(position);
+    state.answers.to_now(asked(since), now, hash, work).await
 }
 
 /// The page of the history that a query asks for, and the position that it is of, if that is one of
@@ -424,25 +448,26 @@ pub(crate) async fn get_state(
 ) -> Result<Sent, Problem> {
     let at = moment(&state, query.at.take())?;
     query.at = at.map(|at| at.to_string());
+    let project = query.project.clone();
+    let set_aside = state.projections().counters().unreadable;
     let of = Of::State {
         query: query.clone(),
-        set_aside: state.projections().counters().unreadable,
+        set_aside,
     };
-    let asked = asked(&state, &principal, at, of);
     let work = async {
-        let view = stated(&state, &principal, query).await?;
+        let view = stated(&state, &principal, query, set_aside).await?;
         Sent::new(&view, view.position, view.state_hash)
     };
-    state.answers.to(asked, work).await
+    remembered(&state, &principal, at, project, of, work).await
 }
 
-/// The part of the state that a query asks for.
+/// The part of the state that a query asks for, where so many events are set aside.
 pub(crate) async fn stated(
     state: &AppState,
     principal: &Principal,
     query: StateQuery,
+    set_aside: u64,
 ) -> Result<StateView, Problem> {
-    let set_aside = state.projections().counters().unreadable;
     let project = query.project.map(ProjectName::parse).transpose()?;
     let environment = query.environment.map(EnvironmentName::parse).transpose()?;
     let service = query.service.map(ServiceName::parse).transpose()?;

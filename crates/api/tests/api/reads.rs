@@ -199,6 +199,46 @@ async fn what_was_answered_about_a_position_is_answered_again_without_the_log() 
     other.refused(503, "log_unavailable");
 }
 
+/// What happens elsewhere changes nothing in a project but the position that the answer stands on;
+/// whoever has never answered before says the same.
+#[tokio::test]
+async fn what_is_in_a_project_is_the_same_after_something_happened_elsewhere() {
+    let server = server().await;
+    server.shop().await;
+    let id = server.deploy("shop.production.api", "v1").await;
+    let mut seen = Vec::new();
+    for step in 0..4 {
+        match step {
+            0 => {}
+            1 => {
+                let body = json!({ "name": "other" });
+                server.post("/api/v1/projects", body).await.ok();
+            }
+            2 => {
+                server.make_live(id).await;
+            }
+            _ => {
+                server.store("no event").await;
+            }
+        }
+        let replica = replica_of(&server, |_, _| {}).await;
+        let position = server.get("/api/v1/state").await.position();
+        let reached = replica.ledger.projections().wait_for(position, PATIENCE);
+        reached.await.unwrap();
+        for path in ["/api/v1/state?project=shop", "/api/v1/history?project=shop"] {
+            let (own, other) = (server.get(path).await, replica.get(path).await);
+            assert_eq!(own.position(), position, "{path}");
+            let hash = |reply: &Reply| reply.header("daybook-state-hash").unwrap().to_owned();
+            assert_eq!(hash(&own), hash(&other), "{path} after step {step}");
+            assert_eq!(own.text, other.text, "{path} after step {step}");
+            seen.push(own.text);
+        }
+    }
+    seen.sort_unstable();
+    seen.dedup();
+    assert_eq!(seen.len(), 8, "each says where it stands");
+}
+
 /// What breaks in a handler breaks one answer: it is said, and nothing is left behind.
 #[tokio::test]
 async fn a_handler_that_panics_is_answered_for() {
