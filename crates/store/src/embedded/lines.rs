@@ -74,7 +74,7 @@ struct Inner {
     retention: LineRetention,
     sources: Mutex<HashMap<LineSource, Arc<Source>>>,
     written: AtomicU64,
-    turns: Semaphore,
+    turns: Arc<Semaphore>,
     /// `None` once closed.
     lock: Mutex<Option<FolderLock>>,
 }
@@ -117,7 +117,7 @@ impl EmbeddedLines {
                     retention,
                     sources: Mutex::default(),
                     written: AtomicU64::new(0),
-                    turns: Semaphore::new(AT_ONCE),
+                    turns: Arc::new(Semaphore::new(AT_ONCE)),
                     lock: Mutex::new(Some(lock)),
                 }),
             };
@@ -156,15 +156,20 @@ impl Drop for EmbeddedLines {
 }
 
 impl Inner {
-    /// Does work with files when it is its turn.
+    /// Does work with files when it is its turn. That does not depend on whoever waits for it: a follower
+    /// whose client reads nothing is not polled, and would keep its turn.
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> Result<T, ReadError> {
-        // Nobody closes the semaphore.
-        let _turn = self.turns.acquire().await;
-        tokio::task::spawn_blocking(work)
-            .await
+        let turns = Arc::clone(&self.turns);
+        let work = tokio::spawn(async move {
+            // Nobody closes the semaphore.
+            let _turn = turns.acquire().await;
+            tokio::task::spawn_blocking(work).await
+        });
+        work.await
+            .and_then(|done| done)
             .map_err(|e| ReadError::Unavailable(e.to_string()))?
             .map_err(|e| ReadError::Unavailable(format!("output cannot be kept or read: {e}")))
     }

@@ -7,6 +7,7 @@ use daybook_events::lines::{Line, LineKind, LineLog, LineSource, NewLine};
 use daybook_events::names::BuildId;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
+use futures_util::poll;
 use jiff::Timestamp;
 
 use super::*;
@@ -162,4 +163,24 @@ fn many_sources_share_a_few_threads() {
     // it is done.
     let threads = threads.load(Ordering::Relaxed);
     assert!(threads < 40, "{threads} threads");
+}
+
+/// A client that does not read is not polled, for as long as it likes.
+#[tokio::test]
+async fn followers_that_are_not_polled_hold_nobody_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = open_lines(dir.path()).await;
+    let mut followers = Vec::new();
+    for n in 0..20 {
+        log.append(source(n), lines(["a".to_owned()]))
+            .await
+            .unwrap();
+        let mut follower = log.follow(source(n), 0).await.unwrap();
+        // It begins to read.
+        assert!(poll!(follower.next()).is_pending());
+        followers.push(follower);
+    }
+    let others = log.append(source(99), lines(["b".to_owned()]));
+    let others = tokio::time::timeout(Duration::from_secs(60), others).await;
+    assert_eq!(others.expect("a turn").unwrap(), 1);
 }
