@@ -217,7 +217,9 @@ fn a_remote_that_refuses_is_shown_and_everything_goes_on_when_it_is_back() {
     });
     let kinds = kinds(&server);
     let count = |kind: &str| kinds.iter().filter(|k| *k == kind).count();
-    assert_eq!(count("gitops.remote_failing.v1"), 2, "{kinds:?}");
+    // The stop is tried once before the remote is back, or not: then it is a push that failed, too.
+    let failing = count("gitops.remote_failing.v1");
+    assert!((2..=3).contains(&failing), "{kinds:?}");
     assert_eq!(count("gitops.remote_recovered.v1"), 2, "{kinds:?}");
     forge.titles();
     server.check_replay();

@@ -45,7 +45,7 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
     ));
     page.click("button", button.as_str().unwrap());
     page.evaluate("document.querySelector('dialog input').value = 'as before'");
-    page.click("dialog button", "Switch");
+    page.click("dialog[open] button", "Switch");
     page.shows(&format!("Main: {}", short(&first)));
     let served = server.get_from("web.shop.localhost", "/", &first);
     assert_eq!(served.body, "one");
@@ -68,9 +68,9 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
              return answered;
          }",
     );
-    page.click("dialog button", "Stop");
+    page.click("dialog[open] button", "Stop");
     page.shows("It may have been done");
-    page.click("dialog button", "Stop");
+    page.click("dialog[open] button", "Stop");
     until("the same was sent again", || {
         (page.evaluate("keys.length") == 2).then_some(())
     });
@@ -79,7 +79,7 @@ fn what_runs_is_shown_switched_and_stopped_without_a_reload() {
     server.wait_for(&second, "stopped");
     page.shows("stopped");
     page.click("button", "Terminate");
-    page.click("dialog button", "Leave it");
+    page.click("dialog[open] button", "Leave it");
     assert_eq!(server.deployment(&second)["state"], "stopped");
 
     // What two deployments differ in.
@@ -298,7 +298,7 @@ fn what_runs_in_one_environment_is_promoted_to_another() {
     page.shows("Promote web to production?");
     keep_picture(&mut page, "promote");
     page.evaluate("document.querySelector('dialog input').value = 'it was looked at'");
-    page.click("dialog button", "Promote");
+    page.click("dialog[open] button", "Promote");
     // It leads to what it has begun.
     page.holds("location.hash.startsWith('#/deployments/')");
     let hash = page.evaluate("location.hash");
@@ -452,11 +452,11 @@ fn a_plan_is_shown_and_allowed_by_who_says_so() {
     };
     page.evaluate(&format!("{{ {} }}", name("ada")));
     page.click("button", "Approve this plan");
-    page.click("dialog button", "Approve");
+    page.click("dialog[open] button", "Approve");
     page.shows("ada asked for this deployment");
     page.evaluate(&format!("{{ {} }}", name("bob")));
     page.click("button", "Approve this plan");
-    page.click("dialog button", "Approve");
+    page.click("dialog[open] button", "Approve");
     server.wait_for(&id, "started");
     page.shows("Nothing waits");
     // The refusal is an answer that a browser complains of.
@@ -622,19 +622,19 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     page.fill("dialog input[name=url]", "https://user:pw@example.com/");
     page.fill("dialog input[name=kinds]", "environment");
     page.fill("dialog input[name=tries]", "1");
-    page.click("dialog button", "Create");
+    page.click("dialog[open] button", "Create");
     page.holds(
         "!!document.querySelector('dialog .problem strong')?.textContent.match(/^[a-z_]+$/)",
     );
     page.holds("!!document.querySelector('dialog .problem .quiet')?.textContent");
     keep_picture(&mut page, "webhook-refused");
     page.fill("dialog input[name=url]", &receiver.url());
-    page.click("dialog button", "Create");
+    page.click("dialog[open] button", "Create");
     page.shows("It is shown this once");
     keep_picture(&mut page, "webhook-secret");
     let secret = "document.querySelector('dialog input[readonly]').value";
     let first = page.evaluate(secret).as_str().unwrap().to_owned();
-    page.click("dialog button", "It is kept");
+    page.click("dialog[open] button", "It is kept");
     page.shows("delivering");
     page.shows("Nothing was sent yet.");
     let id = page.evaluate("location.hash.split('/')[2]");
@@ -677,7 +677,7 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
         "document.getElementById('webhook-discard-{}').click()",
         positions[1]
     ));
-    page.click("dialog button", "Discard");
+    page.click("dialog[open] button", "Discard");
     page.holds("!document.body.innerText.includes('Set aside undelivered')");
     assert_eq!(
         receiver.taken().last().unwrap().json()["data"]["name"],
@@ -688,13 +688,13 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     page.click("button", "Change…");
     page.fill("dialog input[name=tries]", "5");
     server.ok(&["webhook", "change", &id, "--service", "web"]);
-    page.click("dialog button", "Change");
+    page.click("dialog[open] button", "Change");
     page.shows("webhook_changed");
     keep_picture(&mut page, "webhook-changed");
     let shown = server.read(&format!("/api/v1/webhooks/{id}"));
     assert_eq!(shown["service"], "web");
     assert_eq!(shown["tries"], 1);
-    page.click("dialog button", "Leave it");
+    page.click("dialog[open] button", "Leave it");
     page.holds("!document.querySelector('dialog')");
     page.shows("about the service web");
     server.ok(&["webhook", "change", &id, "--service", ""]);
@@ -703,7 +703,7 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     // What is asked for again later is shown as that.
     page.click("button", "Change…");
     page.fill("dialog input[name=tries]", "5");
-    page.click("dialog button", "Change");
+    page.click("dialog[open] button", "Change");
     page.holds("!document.querySelector('dialog')");
     server.ok(&["env", "create", "shop", "slow"]);
     page.shows("retrying");
@@ -717,11 +717,11 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
 
     // Another secret: for a while deliveries are signed with both.
     page.click("button", "Another secret…");
-    page.click("dialog button", "Make another");
+    page.click("dialog[open] button", "Make another");
     page.shows("It is shown this once");
     let second = page.evaluate(secret).as_str().unwrap().to_owned();
     assert_ne!(first, second);
-    page.click("dialog button", "It is kept");
+    page.click("dialog[open] button", "It is kept");
     page.shows("two secrets");
     let before = receiver.taken().len();
     page.click("button", "Send a test");
@@ -744,7 +744,7 @@ fn a_webhook_is_made_watched_and_mended_without_a_reload() {
     page.click("main a", &receiver.url());
     page.shows("Deliveries");
     page.click("button", "Delete…");
-    page.click("dialog button", "Delete");
+    page.click("dialog[open] button", "Delete");
     page.shows("Nothing is sent anywhere yet.");
     // Where somebody else deletes it, it is said.
     let other = webhook(&server, &receiver.url(), &[]);

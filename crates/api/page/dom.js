@@ -145,6 +145,8 @@ export function fillIn(title, fields, { verb, submit, danger = false, over = fal
     const wrong = h("div");
     const order = errand();
     let answer = null;
+    // Gone at once: the event comes later, and what is closed must not be pressed any more.
+    const end = () => { dialog.close(); dialog.remove(); };
     const busy = (is) => { for (const button of [go, not]) button.disabled = is; };
     const form = h("form", { class: "fill", onsubmit: async (event) => {
       event.preventDefault();
@@ -154,11 +156,11 @@ export function fillIn(title, fields, { verb, submit, danger = false, over = fal
       busy(true);
       try {
         answer = await submit(given, order);
-        dialog.close();
+        end();
       } catch (error) {
         if (over && !error.open) {
           notice(error.message, true);
-          dialog.close();
+          end();
         }
         wrong.replaceChildren(refused(error));
         wrong.scrollIntoView({ block: "nearest" });
@@ -166,7 +168,7 @@ export function fillIn(title, fields, { verb, submit, danger = false, over = fal
       busy(false);
     } });
     const go = h("button", { class: danger ? "danger" : "" }, verb);
-    const not = h("button", { type: "button", onclick: () => dialog.close() }, leave);
+    const not = h("button", { type: "button", onclick: end }, leave);
     const dialog = h("dialog", { "aria-labelledby": "asked", oncancel: (event) => { if (go.disabled) event.preventDefault(); } }, form);
     form.append(h("h2", { id: "asked" }, title), ...fields, wrong, h("div", { class: "row" }, go, leave ? not : ""));
     dialog.addEventListener("close", () => {
