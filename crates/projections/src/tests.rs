@@ -724,11 +724,11 @@ async fn a_feed_tells_what_has_changed() {
 /// As long as a project says that nothing has changed since a position, it answers the same.
 #[test]
 fn what_has_not_changed_since_a_position_is_answered_the_same() {
-    for batch in [1, 3, 300] {
+    for (batch, events) in [(1, 300), (3, 300), (300, 1_500)] {
         let projections = Projections::in_memory();
         let mut known = BTreeMap::new();
         let mut same = 0;
-        for events in history(1_500, 3, true).chunks(batch) {
+        for events in history(events, 3, true).chunks(batch) {
             projections.take(events).unwrap();
             for project in projections.projects().unwrap() {
                 let name = project.name;
@@ -750,6 +750,6 @@ fn what_has_not_changed_since_a_position_is_answered_the_same() {
                 }
             }
         }
-        assert_eq!(same > 100, batch < 300, "{same} of batches of {batch}");
+        assert_eq!(same > 10, batch < 300, "{same} of batches of {batch}");
     }
 }

@@ -89,6 +89,8 @@ pub(crate) async fn run(options: Options) -> Result<Report, Failure> {
 
     let mut comparisons = Vec::new();
     let questions = questions(project, options.events);
+    // What a server does after its start is not what is measured.
+    throughput(&options, &address, &questions[0]).await?;
     for path in &questions {
         let subject = format!("GET {path}");
         measure(&options, &address, path, &subject, &mut comparisons).await?;
