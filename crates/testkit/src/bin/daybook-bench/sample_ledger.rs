@@ -4,6 +4,8 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use daybook_events::build::{self, BuildEvent, LogSeal};
 use daybook_events::deployment::{self, DeploymentEvent, SourceCommit, SwitchMode, Version};
@@ -21,11 +23,14 @@ use daybook_events::{
     ServiceName, Subject,
 };
 use jiff::{SignedDuration, Timestamp};
+use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 use crate::Failure;
 
 const SERVICES: [&str; 4] = ["api", "web", "worker", "admin"];
+/// What commits are signed with.
+const SIGNER: &str = "SHA256:mVPwvezndPv/ARoIadVY98vAC0g+P/5633yTC4d/wXE";
 
 /// An event, ready to be appended after those before it.
 pub(crate) struct Sample {
@@ -42,6 +47,9 @@ pub(crate) struct SampleProject {
     now: Timestamp,
     counter: u64,
     table: u32,
+    /// The newest commit of its repository, and how many there are.
+    head: Option<CommitId>,
+    commits: u64,
     revisions: HashMap<Subject, u32>,
     instances: Vec<Instance>,
     ready: VecDeque<Sample>,
@@ -96,6 +104,8 @@ impl SampleProject {
             now: Timestamp::from_second(1_750_000_000)?,
             counter: 0,
             table: 0,
+            head: None,
+            commits: 1,
             revisions: HashMap::new(),
             instances,
             ready: VecDeque::new(),
@@ -162,8 +172,10 @@ impl SampleProject {
             auto_deploy: None,
         };
         self.record(&environment, run, EnvironmentEvent::Created(created))?;
+        let commit = self.commit_id()?;
+        self.head = Some(commit.clone());
         let created = gitops::RepositoryCreated {
-            commit: self.commit_id()?,
+            commit,
             branch: "main".into(),
         };
         let gitops = Subject::Gitops(self.project.clone());
@@ -442,11 +454,13 @@ impl SampleProject {
         change: Change,
     ) -> Result<CommitId, Failure> {
         let commit = self.commit_id()?;
+        let parent = self.head.replace(commit.clone());
         let content = Digest::of(commit.as_str().as_bytes());
         let file = format!("environments/{}/values.yaml", self.environment);
+        self.commits += 1;
         let committed = gitops::Committed {
             commit: commit.clone(),
-            parent: Some(self.commit_id()?),
+            parent,
             environment: self.environment.clone(),
             change,
             message: format!("{verb}({}): {service} {}", self.environment, commit.short()),
@@ -454,9 +468,12 @@ impl SampleProject {
             cause: EventId(Uuid::now_v7()),
             files: BTreeMap::from([(file, Some(content.clone()))]),
             files_digest: content,
-            ordinal: None,
-            ledger: None,
-            signer: None,
+            ordinal: Some(self.commits),
+            ledger: Some(gitops::LedgerAnchor {
+                size: self.commits * 1_000,
+                root: BASE64.encode(Sha256::digest(commit.as_str())),
+            }),
+            signer: Some(SIGNER.to_owned()),
             unchanged: false,
         };
         let gitops = Subject::Gitops(self.project.clone());
