@@ -742,7 +742,9 @@ pub(crate) fn finish(root: &Path) -> std::io::Result<()> {
     tidy(root, generation)
 }
 
-fn open_db(dir: &Path) -> Result<sled::Db, Unusable> {
+/// Opens a store. One that was closed a moment ago may still be written to, by threads of sled's own,
+/// which keep its lock: that is waited for.
+pub(crate) fn open_db(dir: &Path) -> Result<sled::Db, Unusable> {
     let mut tries = 0;
     loop {
         let opened = sled::Config::new()

@@ -21,7 +21,7 @@ use proptest::prelude::*;
 
 use crate::keys::{LISTED, MARK};
 use crate::slot::is_active;
-use crate::table::{Table, Way, Write};
+use crate::table::{Table, Way, Write, open_db};
 use crate::{AuditFilter, Change, DeploymentFilter, Page, Projections};
 
 /// The events of a fleet, as a log would hand them out; every fortieth is written over by
@@ -379,7 +379,7 @@ fn a_store_whose_writing_was_interrupted_is_thrown_away() {
     projections.take(&events).unwrap();
     drop(projections);
     {
-        let db = sled::open(newest(dir.path())).unwrap();
+        let db = open_db(&newest(dir.path())).unwrap();
         let mark = db.get(crate::keys::BEGUN).unwrap();
         assert_eq!(mark, db.get(crate::keys::CHECKPOINT).unwrap());
         db.insert(crate::keys::BEGUN, "further").unwrap();
@@ -415,14 +415,14 @@ fn a_damaged_or_foreign_store_is_thrown_away() {
 
     // Another version.
     {
-        let db = sled::open(newest(dir.path())).unwrap();
+        let db = open_db(&newest(dir.path())).unwrap();
         db.insert(crate::keys::FORMAT, "0").unwrap();
     }
     assert_eq!(digest(dir.path()), (Position::ZERO, expected.clone()));
 
     // A row that is missing.
     {
-        let db = sled::open(newest(dir.path())).unwrap();
+        let db = open_db(&newest(dir.path())).unwrap();
         db.remove(crate::keys::chunk(18)).unwrap();
     }
     assert_eq!(digest(dir.path()), (Position::ZERO, expected.clone()));

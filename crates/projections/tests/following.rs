@@ -2,8 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use daybook_events::memory::{Fault, MemoryLog};
 use daybook_events::project::{self, Project, ProjectEvent};
@@ -69,6 +70,18 @@ impl Source {
             last = log.store(happened.subject, happened.bytes);
         }
         last
+    }
+}
+
+/// A store, as soon as the threads that wrote to it last have let go of it.
+fn opened(store: &Path) -> sled::Db {
+    let began = Instant::now();
+    loop {
+        match sled::open(store) {
+            Ok(db) => return db,
+            Err(e) if began.elapsed() > PATIENCE => panic!("{e}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
     }
 }
 
@@ -175,7 +188,7 @@ async fn a_rebuild_gives_the_same_bytes_and_a_comparison_finds_what_was_changed(
     drop(projections);
 
     {
-        let db = sled::open(store.join("1")).unwrap();
+        let db = opened(&store.join("1"));
         let (key, value) = db.scan_prefix(b"h").next().unwrap().unwrap();
         let text = String::from_utf8(value.to_vec()).unwrap();
         db.insert(key, text.replace("main", "gone").as_bytes())
