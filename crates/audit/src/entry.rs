@@ -58,17 +58,19 @@ pub(crate) struct Read {
     /// Where the type (without the common prefix) and the payload stand in the bytes, as long as
     /// the payload is unread.
     pub(crate) unread: [Range<usize>; 2],
-    /// None as long as it is unread.
-    pub(crate) payload: Option<Payload>,
+    /// None as long as it is unread, as it is of nearly all.
+    pub(crate) payload: Option<Box<Payload>>,
 }
 
 /// What is known of a payload.
 #[derive(Debug)]
+// It goes straight to the fold, without memory of its own.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum Payload {
     /// That it can be read, and what it is to its aggregate.
     Step(Step),
     /// All of it, or why it could not be read.
-    Whole(Box<AnyPayload>),
+    Whole(AnyPayload),
 }
 
 /// The text of a subject.
@@ -258,7 +260,7 @@ impl Checks {
             .and_then(|of| Step::check(of, kind, data));
         match checked {
             Some(step) => Payload::Step(step),
-            None => Payload::Whole(AnyPayload::decode(of, kind, data).into()),
+            None => Payload::Whole(AnyPayload::decode(of, kind, data)),
         }
     }
 
@@ -327,7 +329,7 @@ impl Checks {
             trace: envelope.trace,
             revision: envelope.revision,
             unread: [place(kind), place(envelope.data)],
-            payload,
+            payload: payload.map(Box::new),
         };
         Ok((envelope.id, read))
     }
@@ -344,7 +346,7 @@ impl Checks {
             Payload::Whole(payload) => payload.error(),
         };
         let unknown = match error {
-            None => matches!(payload, Payload::Whole(p) if matches!(**p, AnyPayload::Other)),
+            None => matches!(payload, Payload::Whole(AnyPayload::Other)),
             Some(DecodeError::UnknownKind(_)) => true,
             Some(error) => {
                 broken.push((Kind::EventUnreadable, error.to_string()));
@@ -564,7 +566,7 @@ mod tests {
                     panic!("{kind} is no event");
                 };
                 assert_eq!(read.subject.text(text.as_bytes()), event.subject);
-                let Some(Payload::Whole(payload)) = read.payload else {
+                let Some(Payload::Whole(payload)) = read.payload.map(|p| *p) else {
                     panic!("{kind} was not read as a whole");
                 };
                 assert_eq!(

@@ -1,7 +1,7 @@
 //! Folding every aggregate, in bounded memory: which events count, and which do not fit.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
@@ -15,12 +15,18 @@ use daybook_events::subject::PREFIX;
 use daybook_events::{AnyFolded, AnyPayload, Outline, Position, Subject};
 use daybook_projections::StateSum;
 
-use crate::entry::{Payload, Read};
+use crate::entry::{self, Payload, Read};
 
 /// What a state costs beyond the events that made it.
 const STATE_BYTES: usize = 1 << 10;
 /// An aggregate with many events is not larger for it.
 const MOST_BYTES: usize = 64 << 10;
+/// How many states each event asks whether they may be put aside, as long as there are not far too
+/// many bytes of them. Of events of one size two would do: none brings more than one state, or makes
+/// more than one used again.
+const TURNS: usize = 4;
+/// States are written to the file when there are so many bytes of them.
+const UNWRITTEN_BYTES: usize = 256 << 10;
 
 /// Hashing of keys, which are hashes.
 #[derive(Debug, Default)]
@@ -54,21 +60,12 @@ pub(crate) fn parsed(subject: &str) -> Option<Subject> {
 }
 
 impl State {
-    /// The state before the first event of a subject, as an envelope has it.
-    fn of(subject: &str) -> Self {
-        match parsed(subject).map(|s| s.kind()) {
+    /// The state before the first event of a subject.
+    fn of(subject: Option<&Subject>) -> Self {
+        match subject.map(Subject::kind) {
             Some(Some(kind)) => Self::Known(AnyFolded::new(kind)),
             Some(None) => Self::Unknown,
             None => Self::None,
-        }
-    }
-
-    fn add_to(&self, subject: &str, sum: &mut StateSum) -> io::Result<()> {
-        match (self, parsed(subject)) {
-            (Self::Known(folded), Some(subject)) => {
-                sum.add(&subject, folded).map_err(io::Error::other)
-            }
-            _ => Ok(()),
         }
     }
 
@@ -116,10 +113,9 @@ impl Sketch {
 pub(crate) struct Fold<'a> {
     /// Stands for the subject; see [`Keys`](crate::entry::Keys).
     pub(crate) key: u128,
-    /// As the envelope has it.
-    pub(crate) subject: &'a str,
-    /// How long the event is.
-    pub(crate) bytes: usize,
+    pub(crate) subject: &'a entry::Subject,
+    /// The event.
+    pub(crate) bytes: &'a [u8],
     pub(crate) revision: u32,
     pub(crate) payload: Payload,
 }
@@ -149,34 +145,36 @@ impl From<Result<(), Void>> for Outcome {
 
 #[derive(Debug)]
 struct Slot {
-    /// As an envelope has it.
+    /// As its text is; empty if it is none.
     subject: Box<str>,
     state: State,
     bytes: usize,
+    /// Whether an event came since somebody last asked whether it may be put aside.
+    used: bool,
 }
 
 impl Slot {
-    /// An aggregate before its first event.
+    /// An aggregate before its first event; its subject is as an envelope has it.
     fn new(subject: &str) -> Self {
+        let subject = parsed(subject);
         Self {
-            subject: subject.into(),
-            state: State::of(subject),
+            state: State::of(subject.as_ref()),
+            subject: subject.map(|s| s.to_string()).unwrap_or_default().into(),
             bytes: STATE_BYTES,
+            used: false,
         }
     }
 
-    /// Writes it as it is in the file: the length of the subject, the subject, the state.
-    fn write(&self, out: &mut Vec<u8>) -> io::Result<()> {
+    /// Writes it as it is in the file: the length of the subject, the subject, the state, which is
+    /// added to the sum.
+    fn write(&self, out: &mut Vec<u8>, sum: &mut StateSum) -> io::Result<()> {
         let len = u32::try_from(self.subject.len()).map_err(io::Error::other)?;
         out.extend(len.to_le_bytes());
         out.extend(self.subject.as_bytes());
         match &self.state {
-            State::Known(folded) => {
-                let coding = bincode::config::standard();
-                bincode::serde::encode_into_std_write(folded, out, coding)
-                    .map(drop)
-                    .map_err(io::Error::other)
-            }
+            State::Known(folded) => sum
+                .add_and_write(&self.subject, folded, out)
+                .map_err(io::Error::other),
             State::Unknown | State::None => Ok(()),
         }
     }
@@ -191,16 +189,9 @@ impl Slot {
         Ok((subject, folded))
     }
 
-    /// The same, if this version knows the aggregate.
-    fn encoded(bytes: &[u8]) -> io::Result<Option<(Subject, &[u8])>> {
-        let (subject, folded) = Self::split(bytes)?;
-        let known = parsed(subject).filter(|subject| subject.kind().is_some());
-        Ok(known.map(|subject| (subject, folded)))
-    }
-
     fn read(bytes: &[u8]) -> io::Result<Self> {
         let (subject, folded) = Self::split(bytes)?;
-        let mut state = State::of(subject);
+        let mut state = State::of(Subject::from_str(subject).ok().as_ref());
         if let State::Known(known) = &mut state {
             let coding = bincode::config::standard();
             *known = bincode::serde::seed_decode_from_slice(known.kind(), folded, coding)
@@ -211,6 +202,7 @@ impl Slot {
             subject: subject.into(),
             state,
             bytes: STATE_BYTES + bytes.len(),
+            used: false,
         })
     }
 }
@@ -224,9 +216,13 @@ pub(crate) struct Folds {
     /// Whether outlines are enough.
     outlines: bool,
     sketches: Map<Sketch>,
-    young: Map<Slot>,
-    old: Map<Slot>,
-    young_bytes: usize,
+    slots: Map<Slot>,
+    /// The keys of the slots, in the order in which they are asked whether they may be put aside:
+    /// the second-chance algorithm, by which each event pays for a little of it. Whoever puts many
+    /// aside at once lets the other threads wait for as long.
+    turns: VecDeque<u128>,
+    /// Of all slots.
+    bytes: usize,
     cold: Cold,
     aggregates: u64,
     hot_bytes: usize,
@@ -238,9 +234,9 @@ impl Folds {
         Ok(Self {
             outlines,
             sketches: Map::default(),
-            young: Map::default(),
-            old: Map::default(),
-            young_bytes: 0,
+            slots: Map::default(),
+            turns: VecDeque::new(),
+            bytes: 0,
             cold: Cold::new()?,
             aggregates: 0,
             hot_bytes,
@@ -256,50 +252,59 @@ impl Folds {
     pub(crate) fn apply(&mut self, at: At, event: Fold<'_>) -> io::Result<Outcome> {
         let Fold {
             key,
+            subject,
             bytes,
             revision,
-            ..
+            payload,
         } = event;
-        let payload = match event.payload {
-            Payload::Step(step) => return Ok(self.sketch(key, event.subject, revision, Ok(step))),
-            Payload::Whole(payload) => *payload,
+        let subject = || subject.text(bytes);
+        let payload = match payload {
+            Payload::Step(step) => return Ok(self.sketch(key, subject, revision, Ok(step))),
+            Payload::Whole(payload) => payload,
         };
         if self.outlines
             && let Some(step) = Step::of(&payload)
         {
-            return Ok(self.sketch(key, event.subject, revision, step));
+            return Ok(self.sketch(key, subject, revision, step));
         }
-        let slot = match self.young.entry(key) {
-            Entry::Occupied(slot) => slot.into_mut(),
+        let slot = match self.slots.entry(key) {
+            Entry::Occupied(slot) => {
+                let slot = slot.into_mut();
+                slot.used = true;
+                slot
+            }
             Entry::Vacant(place) => {
-                let slot = match self.old.remove(&key) {
-                    Some(slot) => slot,
-                    None => match self.cold.take(key)? {
-                        Some(bytes) => Slot::read(&bytes)?,
-                        None => {
-                            self.aggregates += 1;
-                            Slot::new(event.subject)
-                        }
-                    },
+                let slot = match self.cold.take(key)? {
+                    Some(bytes) => Slot::read(&bytes)?,
+                    None => {
+                        self.aggregates += 1;
+                        Slot::new(subject())
+                    }
                 };
-                self.young_bytes += slot.bytes;
+                self.bytes += slot.bytes;
+                self.turns.push_back(key);
                 place.insert(slot)
             }
         };
-        let grown = (slot.bytes + bytes).min(MOST_BYTES.max(slot.bytes));
-        self.young_bytes += grown - slot.bytes;
+        let grown = (slot.bytes + bytes.len()).min(MOST_BYTES.max(slot.bytes));
+        self.bytes += grown - slot.bytes;
         slot.bytes = grown;
         let outcome = slot.state.step(at, revision, payload);
-        if self.young_bytes > self.hot_bytes / 2 {
-            self.age()?;
+        let mut turns = 0;
+        while self.bytes > self.hot_bytes
+            && (turns < TURNS || self.bytes > self.hot_bytes + self.hot_bytes / 8)
+            && !self.turns.is_empty()
+        {
+            self.turn()?;
+            turns += 1;
         }
         Ok(outcome)
     }
 
-    fn sketch(
+    fn sketch<'b>(
         &mut self,
         key: u128,
-        subject: &str,
+        subject: impl FnOnce() -> &'b str,
         revision: u32,
         step: Result<Step, DecodeError>,
     ) -> Outcome {
@@ -307,7 +312,7 @@ impl Folds {
             Entry::Occupied(sketch) => sketch.into_mut(),
             Entry::Vacant(place) => {
                 self.aggregates += 1;
-                place.insert(Sketch::of(subject))
+                place.insert(Sketch::of(subject()))
             }
         };
         sketch.step(revision, step)
@@ -315,21 +320,30 @@ impl Folds {
 
     /// Adds the states of all aggregates that this version knows and that are no outlines.
     pub(crate) fn add_states_to(&self, sum: &mut StateSum) -> io::Result<()> {
-        for slot in self.young.values().chain(self.old.values()) {
-            slot.state.add_to(&slot.subject, sum)?;
+        for slot in self.slots.values() {
+            if let State::Known(folded) = &slot.state {
+                sum.add(&slot.subject, folded).map_err(io::Error::other)?;
+            }
         }
         sum.merge(&self.cold.sum);
         Ok(())
     }
 
-    /// What was not used since the last time goes to the file.
-    fn age(&mut self) -> io::Result<()> {
-        let young = std::mem::take(&mut self.young);
-        self.young_bytes = 0;
-        for (key, slot) in std::mem::replace(&mut self.old, young) {
-            self.cold.put(key, &slot)?;
+    /// Puts the state aside whose turn it is, unless it was used since its last turn.
+    fn turn(&mut self) -> io::Result<()> {
+        let Some(key) = self.turns.pop_front() else {
+            return Ok(());
+        };
+        let Entry::Occupied(mut place) = self.slots.entry(key) else {
+            return Ok(());
+        };
+        if std::mem::take(&mut place.get_mut().used) {
+            self.turns.push_back(key);
+            return Ok(());
         }
-        self.cold.flush()
+        let slot = place.remove();
+        self.bytes -= slot.bytes;
+        self.cold.put(key, &slot)
     }
 }
 
@@ -358,14 +372,10 @@ impl Cold {
 
     fn put(&mut self, key: u128, slot: &Slot) -> io::Result<()> {
         let begin = self.unwritten.len();
-        slot.write(&mut self.unwritten)?;
-        let written = self.unwritten.get(begin..).unwrap_or_default();
-        if let Some((subject, state)) = Slot::encoded(written)? {
-            self.sum.add_encoded(&subject, state);
-        }
+        slot.write(&mut self.unwritten, &mut self.sum)?;
         let len = u32::try_from(self.unwritten.len() - begin).map_err(io::Error::other)?;
         self.places.insert(key, (self.len + begin as u64, len));
-        if self.unwritten.len() > 1 << 20 {
+        if self.unwritten.len() > UNWRITTEN_BYTES {
             self.flush()?;
         }
         Ok(())
@@ -383,14 +393,23 @@ impl Cold {
             return Ok(None);
         };
         let bytes = self.read(begin, len)?;
-        if let Some((subject, state)) = Slot::encoded(&bytes)? {
-            self.sum.remove_encoded(&subject, state);
+        let (subject, state) = Slot::split(&bytes)?;
+        // Of an aggregate that this version does not know, nothing was written.
+        if !state.is_empty() {
+            self.sum.remove_encoded(subject, state);
         }
         Ok(Some(bytes))
     }
 
-    /// Reads a state; all of them are written at the end of [`Folds::age`].
     fn read(&self, begin: u64, len: u32) -> io::Result<Vec<u8>> {
+        if let Some(unwritten) = begin.checked_sub(self.len) {
+            let bytes = usize::try_from(unwritten).ok().and_then(|at| {
+                let unwritten = self.unwritten.get(at..)?;
+                unwritten.get(..len as usize)
+            });
+            let gone = || io::Error::other("a state is not where it was put");
+            return Ok(bytes.ok_or_else(gone)?.to_vec());
+        }
         let mut bytes = vec![0; len as usize];
         self.file.read_exact_at(&mut bytes, begin)?;
         Ok(bytes)
@@ -436,16 +455,16 @@ pub(crate) mod tests {
         let at = at(Position(position), id, &read);
         let event = Fold {
             key: read.key,
-            subject: read.subject.text(bytes),
-            bytes: bytes.len(),
+            subject: &read.subject,
+            bytes,
             revision: read.revision,
-            payload: read.payload.unwrap(),
+            payload: *read.payload.unwrap(),
         };
         folds.apply(at, event).unwrap()
     }
 
     /// Folds a history with so much memory; returns what became of each event and the hash.
-    fn folded(hot_bytes: usize) -> (Vec<Outcome>, u64, StateHash, usize) {
+    fn folded(hot_bytes: usize) -> (Vec<Outcome>, u64, StateHash, Cold) {
         let checks = checks(false);
         let mut fleet = Fleet::new(Size::default());
         let mut choose = choices(11);
@@ -454,20 +473,24 @@ pub(crate) mod tests {
         for number in 1..=2000 {
             let bytes = fleet.next(&mut choose).bytes;
             outcomes.push(fold(&checks, &mut folds, number, &bytes));
+            assert!(folds.bytes <= hot_bytes + hot_bytes / 8, "{}", folds.bytes);
+            assert_eq!(folds.slots.len(), folds.turns.len());
         }
         let mut sum = StateSum::default();
         folds.add_states_to(&mut sum).unwrap();
-        let cold = folds.cold.places.len();
-        (outcomes, folds.aggregates(), sum.hash(), cold)
+        (outcomes, folds.aggregates(), sum.hash(), folds.cold)
     }
 
     #[test]
     fn states_that_went_to_the_file_are_the_same_when_they_come_back() {
         let (outcomes, aggregates, hash, cold) = folded(HOT_BYTES);
         assert!(outcomes.iter().all(|o| *o == Outcome::Counted));
-        assert_eq!(cold, 0);
+        assert_eq!(cold.places.len(), 0);
         let small = folded(20 << 10);
-        assert!(small.3 > 10, "{} states are in the file", small.3);
+        let put_aside = small.3.places.len();
+        assert!(put_aside > 10, "{put_aside} states were put aside");
+        // Some came back from the file, and others before they were written to it.
+        assert!(small.3.len > UNWRITTEN_BYTES as u64);
         assert_eq!((small.0, small.1, small.2), (outcomes, aggregates, hash));
     }
 
@@ -524,7 +547,7 @@ pub(crate) mod tests {
                     Outcome::NoSubject => none += 1,
                 }
             }
-            let [states, outlines] = by.map(|(_, folds)| (folds.aggregates(), folds.young.len()));
+            let [states, outlines] = by.map(|(_, folds)| (folds.aggregates(), folds.slots.len()));
             assert_eq!(states.0, outlines.0);
             assert!(states.1 > outlines.1);
         }

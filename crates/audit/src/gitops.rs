@@ -1,7 +1,7 @@
 //! Comparing GitOps repositories with what the ledger says of them, through a port: this crate
 //! knows no git.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -60,20 +60,24 @@ pub struct Difference {
 /// So many bytes are written at once.
 const UNWRITTEN: usize = 256 << 10;
 
-/// The events of all repositories, in a file without a name.
+/// The events of the repositories that came with a ledger, in a file without a name.
 #[derive(Debug)]
 pub(crate) struct Spool {
+    /// Whose repositories came.
+    came: BTreeSet<String>,
     file: File,
     /// How long the file is.
     len: u64,
     /// What comes behind that.
     unwritten: Vec<u8>,
+    /// Of each project that has such events, where they are; nowhere without its repository.
     places: BTreeMap<String, Vec<(u64, u32)>>,
 }
 
 impl Spool {
-    pub(crate) fn new() -> io::Result<Self> {
+    pub(crate) fn new(came: impl Iterator<Item = String>) -> io::Result<Self> {
         Ok(Self {
+            came: came.collect(),
             file: tempfile::tempfile()?,
             len: 0,
             unwritten: Vec::new(),
@@ -83,6 +87,12 @@ impl Spool {
 
     /// Adds an event of a project.
     pub(crate) fn add(&mut self, project: &str, event: &[u8]) -> io::Result<()> {
+        if !self.came.contains(project) {
+            if !self.places.contains_key(project) {
+                self.places.insert(project.to_owned(), Vec::new());
+            }
+            return Ok(());
+        }
         let place = (self.len + self.unwritten.len() as u64, event.len() as u32);
         self.unwritten.extend_from_slice(event);
         match self.places.get_mut(project) {
@@ -160,5 +170,68 @@ impl Spool {
             }
         }
         Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use daybook_events::testing::fleet::{Fleet, Size, choices};
+
+    use super::*;
+
+    /// Counts the events that it is given.
+    #[derive(Debug)]
+    struct Count;
+
+    impl CompareRepository for Count {
+        fn compare(
+            &self,
+            _: &Repository,
+            events: &mut dyn Iterator<Item = GitopsEvent>,
+        ) -> Result<Compared, String> {
+            Ok(Compared {
+                commits: events.count() as u64,
+                ..Compared::default()
+            })
+        }
+    }
+
+    #[test]
+    fn events_are_kept_for_the_repositories_that_came_and_others_are_missed() {
+        let mut fleet = Fleet::new(Size::default());
+        let mut choose = choices(2);
+        let all = std::iter::repeat_with(|| fleet.next(&mut choose).bytes);
+        let is_gitops = |bytes: &[u8]| {
+            let event = Event::from_bytes(bytes).unwrap();
+            event.kind.starts_with("dev.daybook.gitops.")
+        };
+        let events: Vec<_> = all.filter(|bytes| is_gitops(bytes)).take(900).collect();
+        let mut spool = Spool::new(["shop".to_owned()].into_iter()).unwrap();
+        for event in &events {
+            spool.add("shop", event).unwrap();
+            spool.add("bank", event).unwrap();
+        }
+        let kept: usize = events.iter().map(|event| event.len()).sum();
+        let repository = |project: &str| Repository {
+            project: project.to_owned(),
+            bundle: PathBuf::new(),
+            allowed_signers: None,
+        };
+        let mut findings = Findings::default();
+        let compared = spool
+            .compare(&[repository("shop")], &Count, &mut findings)
+            .unwrap();
+        assert!(kept > UNWRITTEN);
+        assert_eq!(spool.len, kept as u64);
+        assert_eq!(compared.len(), 1);
+        assert_eq!(
+            (compared[0].project.as_str(), compared[0].commits),
+            ("shop", 900)
+        );
+        assert_eq!(findings.count(Kind::RepositoryMissing), 1);
+        let missing = findings.list().next().unwrap();
+        assert!(missing.message.contains("commits of bank"), "{missing:?}");
     }
 }

@@ -97,30 +97,75 @@ pub(crate) struct Plan<'a> {
     pub(crate) stop: &'a AtomicBool,
 }
 
-/// A bound on what is on its way.
+/// A bound on what is on its way. Once it is reached, half of it has to arrive before more is sent:
+/// who is woken for each file does little else.
 #[derive(Debug, Default)]
 struct Budget {
-    taken: Mutex<(usize, usize)>,
+    taken: Mutex<Taken>,
     changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    bytes: usize,
+    files: usize,
+    /// How many bytes somebody waits for.
+    wanted: Option<usize>,
+    /// Nobody has to wait any more.
+    over: bool,
+}
+
+impl Taken {
+    fn has_room(&self, bytes: usize, part: usize) -> bool {
+        let fits = self.bytes + bytes <= BYTES_ON_THE_WAY && self.bytes <= BYTES_ON_THE_WAY / part;
+        self.over || self.files == 0 || (fits && self.files < FILES_ON_THE_WAY / part)
+    }
 }
 
 impl Budget {
     fn take(&self, bytes: usize) {
-        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let full = |(b, files): &mut (usize, usize)| {
-            *files > 0 && (*b + bytes > BYTES_ON_THE_WAY || *files >= FILES_ON_THE_WAY)
-        };
-        let taken = self.changed.wait_while(taken, full);
-        let mut taken = taken.unwrap_or_else(PoisonError::into_inner);
-        taken.0 += bytes;
-        taken.1 += 1;
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if !taken.has_room(bytes, 1) {
+            taken.wanted = Some(bytes);
+            let waited = self.changed.wait_while(taken, |t| t.wanted.is_some());
+            taken = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        taken.bytes += bytes;
+        taken.files += 1;
     }
 
     fn give(&self, bytes: usize) {
+        self.change(|taken| {
+            taken.bytes = taken.bytes.saturating_sub(bytes);
+            taken.files = taken.files.saturating_sub(1);
+        });
+    }
+
+    fn end(&self) {
+        self.change(|taken| taken.over = true);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Taken)) {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        taken.0 = taken.0.saturating_sub(bytes);
-        taken.1 = taken.1.saturating_sub(1);
-        self.changed.notify_all();
+        change(&mut taken);
+        if taken.wanted.is_some_and(|bytes| taken.has_room(bytes, 2)) {
+            taken.wanted = None;
+            self.changed.notify_all();
+        }
+    }
+}
+
+/// The end of the walk, also of one that panics: whoever still sends finds nobody, and ends; whoever
+/// waits for room gets it.
+struct Ending<'a> {
+    budget: &'a Budget,
+    gone: &'a AtomicBool,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.gone.store(true, Ordering::Relaxed);
+        self.budget.end();
     }
 }
 
@@ -133,6 +178,7 @@ pub(crate) fn read(source: Source, plan: &Plan<'_>, mut each: impl FnMut(Step) -
     let waiting = Mutex::new(waiting);
     std::thread::scope(|scope| {
         let (budget, gone) = (&budget, &gone);
+        let end = Ending { budget, gone };
         let reader = scope.spawn(move || read_files(source, plan, budget, gone, &jobs));
         for _ in 0..plan.threads.max(1) {
             let (waiting, done) = (&waiting, done.clone());
@@ -152,10 +198,8 @@ pub(crate) fn read(source: Source, plan: &Plan<'_>, mut each: impl FnMut(Step) -
                 }
             }
         }
-        // Whoever still sends finds nobody, and ends; whoever waits for room gets it.
-        gone.store(true, Ordering::Relaxed);
         drop(results);
-        budget.give(usize::MAX);
+        drop(end);
         reader
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -328,10 +372,7 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
         by_entries,
         by_tile,
         prefixes,
-        skimmed: Skimmed {
-            entries: parsed,
-            bytes,
-        },
+        skimmed: Skimmed::new(parsed, bytes),
         suspects,
         findings,
     }
@@ -362,5 +403,49 @@ fn suspect(
             ..at(bundle, entry.start.saturating_sub(2) as u64)
         },
         tile: at(tile, 32 * number),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_for_room_goes_on_when_half_of_it_is_there() {
+        let mut taken = Taken::default();
+        assert!(taken.has_room(2 * BYTES_ON_THE_WAY, 1), "a first one");
+        taken.files = FILES_ON_THE_WAY - 1;
+        assert!(taken.has_room(1, 1));
+        taken.files += 1;
+        assert!(!taken.has_room(1, 1));
+        taken.files = FILES_ON_THE_WAY / 2;
+        assert!(taken.has_room(1, 1) && !taken.has_room(1, 2));
+        taken.files -= 1;
+        assert!(taken.has_room(1, 2));
+        taken.bytes = BYTES_ON_THE_WAY / 2;
+        assert!(taken.has_room(BYTES_ON_THE_WAY / 2, 2));
+        assert!(!taken.has_room(BYTES_ON_THE_WAY / 2 + 1, 1));
+        taken.bytes += 1;
+        assert!(taken.has_room(1, 1) && !taken.has_room(1, 2));
+        taken.over = true;
+        assert!(taken.has_room(BYTES_ON_THE_WAY, 2));
+    }
+
+    #[test]
+    fn nobody_waits_for_ever() {
+        let fill = |budget: &Budget| (0..FILES_ON_THE_WAY).for_each(|_| budget.take(1));
+        let given = Budget::default();
+        let over = Budget::default();
+        fill(&given);
+        fill(&over);
+        std::thread::scope(|scope| {
+            scope.spawn(|| given.take(BYTES_ON_THE_WAY));
+            scope.spawn(|| over.take(1));
+            (0..FILES_ON_THE_WAY).for_each(|_| given.give(1));
+            over.end();
+        });
+        let [given, over] = [given, over].map(|b| b.taken.into_inner().unwrap());
+        assert_eq!((given.files, given.bytes), (1, BYTES_ON_THE_WAY));
+        assert_eq!(over.files, FILES_ON_THE_WAY + 1);
     }
 }

@@ -4,19 +4,26 @@
 //! forgets them, so that no memory goes from thread to thread. What becomes of the events it tells
 //! the walk, bundle by bundle, which puts it in order.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
+use daybook_events::AggregateKind;
 use daybook_projections::StateSum;
+use jiff::Timestamp;
 
 use crate::entry::{Checks, Content, Entry};
 use crate::fold::{Fold, Folds, Outcome, at};
 
 /// Bundles that may be handed over before the walk asks what became of the first of them.
-pub(crate) const AHEAD: usize = 16;
+pub(crate) const AHEAD: usize = 32;
+/// So many of them go to the threads at once: waking somebody costs as much as folding a few events.
+const GROUP: usize = 8;
+/// Fewer, if they have so many bytes: others are to be there before the threads are done with them.
+const GROUP_BYTES: usize = 2 << 20;
 
 /// The entries of a bundle, as they were skimmed.
 #[derive(Debug, Default)]
@@ -24,6 +31,59 @@ pub(crate) struct Skimmed {
     pub(crate) entries: Vec<Entry>,
     /// The bytes that they are in.
     pub(crate) bytes: Bytes,
+    /// What they come to, if all of them are events about which there is nothing to be said.
+    pub(crate) plain: Option<Plain>,
+}
+
+/// What the events of a bundle come to: whoever wants to know no more need not go through them
+/// again, which were last seen by another core.
+#[derive(Debug, Default)]
+pub(crate) struct Plain {
+    /// How many bytes they have.
+    pub(crate) bytes: u64,
+    /// When the first and the last of them happened.
+    pub(crate) period: Option<(Timestamp, Timestamp)>,
+    /// Those of GitOps repositories, by their places in the bundle.
+    pub(crate) gitops: Vec<usize>,
+}
+
+impl Skimmed {
+    pub(crate) fn new(entries: Vec<Entry>, bytes: Bytes) -> Self {
+        Self {
+            plain: Plain::of(&entries),
+            entries,
+            bytes,
+        }
+    }
+}
+
+impl Plain {
+    fn of(entries: &[Entry]) -> Option<Self> {
+        let mut all = Self::default();
+        for (number, entry) in entries.iter().enumerate() {
+            let Content::Event(read) = &entry.content else {
+                return None;
+            };
+            if !entry.broken.is_empty() || entry.id.is_none() {
+                return None;
+            }
+            all.bytes += entry.place.len() as u64;
+            all.period = including(all.period, read.time);
+            if read.of == Some(AggregateKind::Gitops) {
+                all.gitops.push(number);
+            }
+        }
+        Some(all)
+    }
+}
+
+/// A period that includes a time, too.
+pub(crate) fn including(
+    period: Option<(Timestamp, Timestamp)>,
+    time: Timestamp,
+) -> Option<(Timestamp, Timestamp)> {
+    let (first, last) = period.unwrap_or((time, time));
+    Some((first.min(time), last.max(time)))
 }
 
 /// What there is to be said about an entry, beside that its event counts.
@@ -46,24 +106,36 @@ pub(crate) struct Folded {
     pub(crate) sum: StateSum,
 }
 
+/// Bundles that go to a thread at once.
+type Group = Arc<[Arc<Skimmed>]>;
+
 #[derive(Debug)]
 struct Share {
     /// None once there is nothing more to fold.
-    bundles: Option<SyncSender<Arc<Skimmed>>>,
-    remarks: Receiver<Vec<Remark>>,
+    groups: Option<SyncSender<Group>>,
+    /// What there is to be said about each bundle of a group.
+    remarks: Receiver<Vec<Vec<Remark>>>,
     thread: Option<JoinHandle<io::Result<Folded>>>,
 }
 
 /// The threads that fold.
 #[derive(Debug)]
-pub(crate) struct Shares(Vec<Share>);
+pub(crate) struct Shares {
+    threads: Vec<Share>,
+    /// Bundles that no thread has been given yet.
+    group: Vec<Arc<Skimmed>>,
+    /// What was said about bundles that nobody asked about yet.
+    said: VecDeque<Vec<Remark>>,
+    /// How many groups the threads have not answered for.
+    unanswered: usize,
+}
 
 impl Shares {
     /// Starts so many threads, which together keep about so many bytes of states in memory.
     pub(crate) fn start(threads: usize, checks: &Checks, hot_bytes: usize) -> io::Result<Self> {
         let threads = threads.max(1);
         let share = |number: usize| {
-            let (bundles, waiting) = sync_channel::<Arc<Skimmed>>(AHEAD);
+            let (groups, waiting) = sync_channel::<Group>(AHEAD);
             let (tell, remarks) = sync_channel(AHEAD);
             let mut folding = Folding {
                 number,
@@ -72,44 +144,67 @@ impl Shares {
                 folds: Folds::new(checks.outlines, hot_bytes / threads)?,
             };
             let thread = std::thread::Builder::new().spawn(move || {
-                for bundle in waiting {
-                    let remarks = folding.fold(&bundle)?;
-                    drop(bundle);
+                for group in waiting {
+                    let remarks = group.iter().map(|bundle| folding.fold(bundle));
+                    let remarks = remarks.collect::<io::Result<Vec<_>>>()?;
+                    drop(group);
                     // Whoever asked may be gone.
                     let _ = tell.send(remarks);
                 }
                 folding.finish()
             })?;
             Ok(Share {
-                bundles: Some(bundles),
+                groups: Some(groups),
                 remarks,
                 thread: Some(thread),
             })
         };
-        (0..threads).map(share).collect::<io::Result<_>>().map(Self)
+        Ok(Self {
+            threads: (0..threads).map(share).collect::<io::Result<_>>()?,
+            group: Vec::new(),
+            said: VecDeque::new(),
+            unanswered: 0,
+        })
     }
 
     /// Hands over a bundle. There must not be more than [`AHEAD`] of them on their way.
-    pub(crate) fn hand_over(&self, bundle: &Arc<Skimmed>) {
-        for bundles in self.0.iter().filter_map(|share| share.bundles.as_ref()) {
-            // A thread that failed has gone away, and says why when it is asked.
-            let _ = bundles.send(Arc::clone(bundle));
+    pub(crate) fn hand_over(&mut self, bundle: &Arc<Skimmed>) {
+        self.group.push(Arc::clone(bundle));
+        let bytes: usize = self.group.iter().map(|b| b.bytes.len()).sum();
+        if self.group.len() == GROUP || bytes >= GROUP_BYTES {
+            self.send();
         }
+    }
+
+    fn send(&mut self) {
+        let group: Group = std::mem::take(&mut self.group).into();
+        for groups in self.threads.iter().filter_map(|t| t.groups.as_ref()) {
+            // A thread that failed has gone away, and says why when it is asked.
+            let _ = groups.send(Arc::clone(&group));
+        }
+        self.unanswered += 1;
     }
 
     /// What there is to be said about the bundle that was handed over first of those that were not
     /// asked about, in the order of its entries.
     pub(crate) fn remarks(&mut self) -> io::Result<Vec<Remark>> {
-        let mut all = Vec::new();
-        for share in &mut self.0 {
-            match share.remarks.recv() {
-                Ok(remarks) => all.extend(remarks),
-                Err(_) => {
+        if self.said.is_empty() {
+            if self.unanswered == 0 {
+                self.send();
+            }
+            self.unanswered -= 1;
+            for share in &mut self.threads {
+                let Ok(remarks) = share.remarks.recv() else {
                     let gone = || io::Error::other("a thread that folds has ended early");
                     return Err(share.end().err().unwrap_or_else(gone));
+                };
+                self.said.resize_with(remarks.len(), Vec::new);
+                for (all, remarks) in self.said.iter_mut().zip(remarks) {
+                    all.extend(remarks);
                 }
             }
         }
+        let mut all = self.said.pop_front().unwrap_or_default();
         all.sort_unstable_by_key(|remark| remark.number);
         Ok(all)
     }
@@ -117,10 +212,11 @@ impl Shares {
     /// All that was folded.
     pub(crate) fn finish(mut self) -> io::Result<Folded> {
         let mut all = Folded::default();
-        for share in &mut self.0 {
-            share.bundles = None;
+        self.send();
+        for share in &mut self.threads {
+            share.groups = None;
         }
-        for share in &mut self.0 {
+        for share in &mut self.threads {
             let folded = share.end()?;
             all.aggregates += folded.aggregates;
             all.sum.merge(&folded.sum);
@@ -131,7 +227,7 @@ impl Shares {
 
 impl Share {
     fn end(&mut self) -> io::Result<Folded> {
-        self.bundles = None;
+        self.groups = None;
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(folded)) => folded,
             Some(Err(panic)) => std::panic::resume_unwind(panic),
@@ -142,8 +238,8 @@ impl Share {
 
 impl Drop for Shares {
     fn drop(&mut self) {
-        for share in &mut self.0 {
-            share.bundles = None;
+        for share in &mut self.threads {
+            share.groups = None;
             if let Some(thread) = share.thread.take() {
                 // It may wait for somebody who asks.
                 while share.remarks.recv().is_ok() {}
@@ -167,6 +263,7 @@ impl Folding {
     }
 
     fn fold(&mut self, bundle: &Skimmed) -> io::Result<Vec<Remark>> {
+        come_near(&bundle.bytes);
         let mut remarks = Vec::new();
         for (number, entry) in bundle.entries.iter().enumerate() {
             let (Content::Event(read), Some(id)) = (&entry.content, entry.id) else {
@@ -182,8 +279,8 @@ impl Folding {
             };
             let event = Fold {
                 key: read.key,
-                subject: read.subject.text(bytes),
-                bytes: bytes.len(),
+                subject: &read.subject,
+                bytes,
                 revision: read.revision,
                 payload,
             };
@@ -217,10 +314,10 @@ impl Folding {
             let at = at(entry.position, id, read);
             let event = Fold {
                 key: read.key,
-                subject: read.subject.text(bytes),
-                bytes: bytes.len(),
+                subject: &read.subject,
+                bytes,
                 revision: read.revision,
-                payload,
+                payload: *payload,
             };
             outcome = Some(self.folds.apply(at, event)?);
         }
@@ -244,6 +341,15 @@ impl Folding {
     }
 }
 
+/// Has bytes brought from the core that read them last. Looked at one after the other, as here, they
+/// come many at a time; where each event is first looked at when it is its turn, each is waited for.
+fn come_near(bytes: &[u8]) {
+    /// How much comes at once: a line of the cache.
+    const LINE: usize = 64;
+    let all = bytes.iter().step_by(LINE).fold(0, |all, byte| all ^ byte);
+    std::hint::black_box(all);
+}
+
 #[cfg(test)]
 mod tests {
     use daybook_events::Position;
@@ -264,7 +370,7 @@ mod tests {
                 start = place.end;
                 entries.push(checks.skim(Position(position), &bytes, place));
             }
-            Arc::new(Skimmed { entries, bytes })
+            Arc::new(Skimmed::new(entries, bytes))
         };
         history.chunks(width).map(bundle).collect()
     }
@@ -286,17 +392,24 @@ mod tests {
             entry.broken
         };
         // With little memory, states go to the file and come back.
-        for (threads, hot_bytes, outlines) in [
-            (1, HOT_BYTES, false),
-            (3, HOT_BYTES, false),
-            (2, 40 << 10, false),
-            (2, HOT_BYTES, true),
+        for (threads, hot_bytes, outlines, ahead) in [
+            (1, HOT_BYTES, false, 0),
+            (3, HOT_BYTES, false, AHEAD - 1),
+            (2, 40 << 10, false, 3),
+            (2, HOT_BYTES, true, GROUP),
         ] {
             let checks = checks(outlines);
             let mut shares = Shares::start(threads, &checks, hot_bytes).unwrap();
+            let all = bundles(&checks, &history, 7);
+            assert!(all.len() > 2 * AHEAD);
             let mut number = 0;
-            for bundle in bundles(&checks, &history, 7) {
-                shares.hand_over(&bundle);
+            let mut handed_over = all.iter();
+            for (asked, bundle) in all.iter().enumerate() {
+                let due = asked + ahead + 1 - (all.len() - handed_over.len());
+                handed_over
+                    .by_ref()
+                    .take(due)
+                    .for_each(|bundle| shares.hand_over(bundle));
                 let mut remarks = shares.remarks().unwrap().into_iter().peekable();
                 for (place, entry) in bundle.entries.iter().enumerate() {
                     let remark = remarks.next_if(|r| r.number == place);
@@ -309,6 +422,7 @@ mod tests {
                 }
                 assert_eq!(remarks.next().map(|r| r.number), None);
             }
+            assert_eq!(number, history.len());
             let folded = shares.finish().unwrap();
             assert_eq!(folded.aggregates, folds.aggregates());
             let same = folded.sum.hash() == sum.hash();
@@ -319,7 +433,7 @@ mod tests {
     #[test]
     fn whoever_stops_early_waits_for_nobody() {
         let checks = checks(false);
-        let shares = Shares::start(2, &checks, HOT_BYTES).unwrap();
+        let mut shares = Shares::start(2, &checks, HOT_BYTES).unwrap();
         for bundle in bundles(&checks, &disturbed(3), 100).iter().take(AHEAD) {
             shares.hand_over(bundle);
         }

@@ -20,14 +20,14 @@ use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
 use crate::archive::Stop;
-use crate::entry::{Checks, Content, Entry, Keys};
+use crate::entry::{Checks, Content, Entry, Keys, Read};
 use crate::finding::{Finding, Findings, Kind, Place};
 use crate::fold::Outcome;
 use crate::gitops::{CompareRepository, Compared, Spool};
 use crate::kept::{KeepError, Keeper, Kept};
 use crate::pipeline::{self, Bundle, Plan, Step, Suspect};
 use crate::schema::Schemas;
-use crate::shares::{self, Remark, Shares, Skimmed};
+use crate::shares::{self, Plain, Remark, Shares, Skimmed, including};
 use crate::source::{CHECKPOINT, Found, KEYS, STATE, Source};
 use crate::spares::Spares;
 use crate::tree::{Edge, Levels};
@@ -36,7 +36,7 @@ use crate::tree::{Edge, Levels};
 const SUSPECTS: usize = 1000;
 
 /// States that are in use are kept in memory up to about so many bytes of events that made them.
-const STATES_BYTES: usize = 96 << 20;
+const STATES_BYTES: usize = 48 << 20;
 
 /// Bundles with so many bytes in all may wait for their events to be folded.
 const FOLDING_BYTES: usize = 8 << 20;
@@ -82,10 +82,17 @@ pub struct Options {
 pub trait Observe: Send {
     /// An event, in the order of the ledger, and whether it changed the state of its aggregate.
     fn event(&mut self, position: Position, bytes: &[u8], counted: bool);
+    /// Whether it wants to be told of events at all.
+    fn looks(&self) -> bool {
+        true
+    }
 }
 
 impl Observe for () {
     fn event(&mut self, _: Position, _: &[u8], _: bool) {}
+    fn looks(&self) -> bool {
+        false
+    }
 }
 
 /// Why a ledger could not be verified at all.
@@ -484,6 +491,9 @@ pub fn observe(
     let shares = plan
         .parse
         .then(|| Shares::start(plan.threads, &checks, STATES_BYTES));
+    let repositories = source.repositories();
+    let spool = (options.gitops.is_some() && plan.parse)
+        .then(|| Spool::new(repositories.iter().map(|r| r.project.clone())));
     let mut walk = Walk {
         findings,
         shares: shares.transpose().map_err(failed)?,
@@ -499,7 +509,7 @@ pub fn observe(
         roots: BTreeMap::new(),
         wanted: older_sizes.clone(),
         suspects: Vec::new(),
-        spool: Spool::new().map_err(failed)?,
+        spool: spool.transpose().map_err(failed)?,
         observer,
         trouble: None,
     };
@@ -545,10 +555,8 @@ pub fn observe(
         walk.findings.add(finding);
     }
     verified.tree_holds = walk.judge_root(&head, read_all);
-    if let (Some(compare), true, true) = (&options.gitops, read_all, plan.parse) {
-        let repositories = source.repositories();
-        verified.repositories = walk
-            .spool
+    if let (Some(compare), Some(spool), true) = (&options.gitops, &mut walk.spool, read_all) {
+        verified.repositories = spool
             .compare(&repositories, compare.as_ref(), &mut walk.findings)
             .map_err(failed)?;
     }
@@ -744,8 +752,8 @@ struct Walk<'o> {
     roots: BTreeMap<u64, Hash>,
     wanted: Vec<u64>,
     suspects: Vec<Suspect>,
-    /// The events of GitOps repositories.
-    spool: Spool,
+    /// The events of GitOps repositories; none if nobody compares them.
+    spool: Option<Spool>,
     /// What the system refused.
     trouble: Option<io::Error>,
 }
@@ -757,7 +765,7 @@ impl Walk<'_> {
         waiting.steps.push_back(match step {
             Step::Bundle(mut bundle) => {
                 let skimmed = Arc::new(std::mem::take(&mut bundle.skimmed));
-                if let Some(shares) = &self.shares {
+                if let Some(shares) = &mut self.shares {
                     shares.hand_over(&skimmed);
                 }
                 waiting.bundles += 1;
@@ -856,6 +864,11 @@ impl Walk<'_> {
             Some(shares) => shares.remarks()?,
             None => Vec::new(),
         };
+        if let (Some(plain), true, false) =
+            (&skimmed.plain, remarks.is_empty(), self.observer.looks())
+        {
+            return self.plain(plain, skimmed);
+        }
         let mut remarks = remarks.into_iter().peekable();
         for (number, entry) in skimmed.entries.iter().enumerate() {
             let remark = remarks.next_if(|remark| remark.number == number);
@@ -869,6 +882,39 @@ impl Walk<'_> {
             })?;
         }
         Ok(())
+    }
+
+    /// Takes the entries of a bundle that are events, of which each counts, and of which there is
+    /// nothing to be said. The same as [`Self::entry`] of each.
+    fn plain(&mut self, plain: &Plain, skimmed: &Skimmed) -> io::Result<()> {
+        let events = skimmed.entries.len() as u64;
+        self.counts.bytes += plain.bytes;
+        self.counts.events += events;
+        self.counts.counted += events;
+        if let Some((first, last)) = plain.period {
+            self.period = including(including(self.period, first), last);
+        }
+        if self.spool.is_none() {
+            return Ok(());
+        }
+        for number in &plain.gitops {
+            if let Some(entry) = skimmed.entries.get(*number)
+                && let Content::Event(read) = &entry.content
+            {
+                let bytes = skimmed.bytes.get(entry.place.clone()).unwrap_or_default();
+                self.spool(read, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps an event of a GitOps repository for the comparison with that.
+    fn spool(&mut self, read: &Read, bytes: &[u8]) -> io::Result<()> {
+        let Some(spool) = &mut self.spool else {
+            return Ok(());
+        };
+        let subject = read.subject.text(bytes);
+        spool.add(subject.split('/').next().unwrap_or_default(), bytes)
     }
 
     fn entry(
@@ -903,22 +949,19 @@ impl Walk<'_> {
             return Ok(());
         };
         self.counts.events += 1;
-        let time = read.time;
-        let (first, last) = self.period.unwrap_or((time, time));
-        self.period = Some((first.min(time), last.max(time)));
-        let subject = read.subject.text(bytes);
+        self.period = including(self.period, read.time);
         let counted = outcome == Outcome::Counted;
         self.observer.event(position, bytes, counted);
         match outcome {
             Outcome::Counted => {
                 self.counts.counted += 1;
                 if read.of == Some(AggregateKind::Gitops) {
-                    let project = subject.split('/').next().unwrap_or_default();
-                    self.spool.add(project, bytes)?;
+                    self.spool(read, bytes)?;
                 }
             }
             Outcome::Unknown => {}
             Outcome::NoSubject => {
+                let subject = read.subject.text(bytes);
                 let message = format!("its subject {subject:?} is none of the ledger");
                 self.findings.push(Kind::EnvelopeInvalid, place(), message);
             }
@@ -931,6 +974,7 @@ impl Walk<'_> {
                     // Reported when the event was read.
                     Void::Unknown(_) | Void::Unreadable(_) => return Ok(()),
                 };
+                let subject = read.subject.text(bytes);
                 self.findings
                     .push(kind, place(), format!("{subject}: {void}"));
             }

@@ -7,8 +7,11 @@ mod support;
 use std::fs;
 
 use bytes::Bytes;
-use daybook_audit::{Continuity, Finding, Kept, Kind, Options, Thoroughness, Trust, Verified};
-use daybook_events::Position;
+use daybook_audit::{
+    Continuity, Finding, Kept, Kind, Observe, Options, Source, Thoroughness, Trust, Verified,
+    observe,
+};
+use daybook_events::{Event, Position};
 use daybook_store::tlog::{Checkpoint, gap_entry};
 use support::{Ledger, ORIGIN, history, key, trusting, verified, verified_bytes};
 
@@ -235,6 +238,56 @@ fn a_changed_tile_is_told_from_a_changed_event() {
             [Kind::FileMissing]
         );
         fs::write(&path, good).unwrap();
+    }
+}
+
+/// Somebody who counts the events that are shown.
+struct Looking(u64);
+
+impl Observe for Looking {
+    fn event(&mut self, _: Position, _: &[u8], _: bool) {
+        self.0 += 1;
+    }
+}
+
+#[test]
+fn what_is_found_does_not_depend_on_whether_somebody_looks_on() {
+    let plain = history(1_200);
+    let mut with_remarks = plain.clone();
+    with_remarks.insert(700, plain[600].clone());
+    with_remarks.insert(1_100, gap_entry(Position(1_101)));
+    for (entries, kinds_found) in [
+        (plain, vec![]),
+        (with_remarks, vec![Kind::GapRecorded, Kind::EventOvertaken]),
+    ] {
+        let events = entries.iter().filter_map(|e| Event::from_bytes(e).ok());
+        let times: Vec<_> = events.map(|e| e.time).collect();
+        let ledger = Ledger::of(entries);
+        let mut looking = Looking(0);
+        let source = Source::open(ledger.path()).unwrap();
+        let seen = observe(source, &trusting(), &mut looking, &mut |_, _| {}).unwrap();
+        let unseen = verified(ledger.path(), &trusting());
+        assert_eq!(looking.0, times.len() as u64);
+        for verified in [&seen, &unseen] {
+            let mut found = kinds(verified);
+            found.sort_by_key(|kind| kind.code());
+            let mut expected = kinds_found.clone();
+            expected.sort_by_key(|kind| kind.code());
+            assert_eq!(found, expected);
+            let bytes: usize = ledger.entries.iter().map(Bytes::len).sum();
+            assert_eq!(verified.counts.bytes, bytes as u64);
+            assert_eq!(verified.counts.events, times.len() as u64);
+            let period = (*times.iter().min().unwrap(), *times.iter().max().unwrap());
+            assert_eq!(verified.period, Some(period));
+        }
+        assert_eq!(seen.counts, unseen.counts);
+        let places = |v: &Verified| {
+            v.findings
+                .list()
+                .map(|f| f.place.clone())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(places(&seen), places(&unseen));
     }
 }
 

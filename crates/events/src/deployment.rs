@@ -1201,7 +1201,7 @@ pub struct Scaling {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deployment {
     /// Everything that was asked for: the snapshot.
-    pub request: Requested,
+    pub request: Box<Requested>,
     /// The request's event.
     pub requested_by_event: EventId,
     /// When it was asked for.
@@ -1488,7 +1488,7 @@ impl Aggregate for Deployment {
             overtaken: Vec::new(),
             replicas: request.run.replicas,
             scaling: None,
-            request: *request,
+            request,
             requested_by_event: at.id,
             created_at: at.time,
             status,

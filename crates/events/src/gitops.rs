@@ -4,7 +4,7 @@
 //! the event that caused the commit (as the trailer `Daybook-Event`, and as `cause`), so that a
 //! commit whose record was lost in a crash is found again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use jiff::Timestamp;
 use rpds::RedBlackTreeMapSync;
@@ -371,7 +371,7 @@ pub struct Gitops {
     /// (none: as deployed).
     pub releases: RedBlackTreeMapSync<DeploymentId, Option<u32>>,
     /// The newest 64 commits in the order of their events: what a retry looks up.
-    pub recent: Vec<RecentCommit>,
+    pub recent: VecDeque<RecentCommit>,
     /// Public keys that commits were or are signed with, oldest first.
     pub signers: Vec<String>,
     /// Commits of others, at most 256: those that were decided on are forgotten first.
@@ -551,13 +551,13 @@ impl Gitops {
     }
 
     fn remember(&mut self, cause: EventId, commit: CommitId, parent: Option<CommitId>) {
-        self.recent.push(RecentCommit {
+        self.recent.push_back(RecentCommit {
             cause,
             commit,
             parent,
         });
         if self.recent.len() > RECENT {
-            self.recent.remove(0);
+            self.recent.pop_front();
         }
     }
 
@@ -664,7 +664,7 @@ impl Aggregate for Gitops {
                 environments: BTreeMap::new(),
                 environment_ordinals: BTreeMap::new(),
                 releases: RedBlackTreeMapSync::default(),
-                recent: Vec::new(),
+                recent: VecDeque::new(),
                 signers: Vec::new(),
                 foreign: Vec::new(),
                 rewritten: None,

@@ -15,7 +15,7 @@ mod policy;
 pub mod records;
 mod split;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use jiff::Timestamp;
 use rpds::RedBlackTreeMapSync;
@@ -307,7 +307,7 @@ pub struct Routing {
     /// What each gateway has said of the Ingresses of its cluster, when it said so last.
     pub ingresses: BTreeMap<String, Ingresses>,
     /// The newest switches, newest last, at most sixteen: what a compensation needs.
-    pub recent: Vec<Switched>,
+    pub recent: VecDeque<Switched>,
     /// The newest refusal of each gateway.
     pub rejected: BTreeMap<String, Rejected>,
     /// How traffic is spread over clusters, by the text form of the instance; simply, where there
@@ -411,7 +411,7 @@ impl Routing {
     /// The hostnames that were switched after one table and up to another, also those that lead
     /// nowhere now; none if that is too long ago to be known.
     pub fn switched(&self, after: u32, upto: u32) -> Option<BTreeSet<&Hostname>> {
-        let known = self.recent.first().map_or(self.table, |s| s.table - 1);
+        let known = self.recent.front().map_or(self.table, |s| s.table - 1);
         (after >= known).then(|| {
             let within = |s: &&Switched| after < s.table && s.table <= upto;
             let changes = self.recent.iter().filter(within).flat_map(|s| &s.changes);
@@ -555,9 +555,9 @@ impl Routing {
             traffic.main = main.next;
         }
         self.instances.insert_mut(e.instance.to_string(), traffic);
-        self.recent.push(e);
+        self.recent.push_back(e);
         if self.recent.len() > KEPT {
-            self.recent.remove(0);
+            self.recent.pop_front();
         }
     }
 }

@@ -118,7 +118,11 @@ pub(crate) struct Element([u8; 32]);
 impl Element {
     /// The element of an aggregate with this folded state, as it is encoded in its row.
     pub(crate) fn of(subject: &Subject, folded: &[u8]) -> Self {
-        let subject = subject.to_string();
+        Self::of_text(&subject.to_string(), folded)
+    }
+
+    /// The same, where the subject's text is at hand.
+    fn of_text(subject: &str, folded: &[u8]) -> Self {
         let mut hash = hasher(&ELEMENT_KEY, ELEMENT);
         hash.update(&(subject.len() as u64).to_le_bytes());
         hash.update(subject.as_bytes());
@@ -197,28 +201,41 @@ impl Sum {
 }
 
 /// Adds up the states of aggregates that somebody folded without projections, such as an auditor.
+/// Each has the text of a [`Subject`].
 #[derive(Debug, Default)]
 pub struct StateSum(Sum);
 
 impl StateSum {
     /// Adds the state of an aggregate, which must not have been added before.
-    pub fn add(&mut self, subject: &Subject, folded: &AnyFolded) -> Result<(), QueryError> {
+    pub fn add(&mut self, subject: &str, folded: &AnyFolded) -> Result<(), QueryError> {
         let element = through_scratch_to(|scratch| {
             append(scratch, folded)?;
-            Ok(Element::of(subject, scratch))
+            Ok(Element::of_text(subject, scratch))
         })?;
         self.0.replace(None, Some(element));
         Ok(())
     }
 
-    /// Adds the state of an aggregate as bincode writes it in its standard configuration.
-    pub fn add_encoded(&mut self, subject: &Subject, folded: &[u8]) {
-        self.0.replace(None, Some(Element::of(subject, folded)));
+    /// The same, and appends the state to what was written before it, as bincode writes it in its
+    /// standard configuration.
+    pub fn add_and_write(
+        &mut self,
+        subject: &str,
+        folded: &AnyFolded,
+        written: &mut Vec<u8>,
+    ) -> Result<(), QueryError> {
+        let begin = written.len();
+        append(written, folded)?;
+        let folded = written.get(begin..).unwrap_or_default();
+        self.0
+            .replace(None, Some(Element::of_text(subject, folded)));
+        Ok(())
     }
 
-    /// Takes away a state that was added.
-    pub fn remove_encoded(&mut self, subject: &Subject, folded: &[u8]) {
-        self.0.replace(Some(Element::of(subject, folded)), None);
+    /// Takes away a state that was added, as it was written.
+    pub fn remove_encoded(&mut self, subject: &str, folded: &[u8]) {
+        self.0
+            .replace(Some(Element::of_text(subject, folded)), None);
     }
 
     /// Adds all states of another sum, which must have none in common with this one.

@@ -119,7 +119,7 @@ impl Commands {
             redeploy_of: Some(main),
             promoted_from: None,
             secrets,
-            ..old.request
+            ..*old.request
         };
         self.request(caller, id, request).await
     }

@@ -352,7 +352,7 @@ impl Commands {
                 ..old.request.run.clone()
             },
             secrets: self.applicable_secrets(&old.request.instance).await?,
-            ..old.request
+            ..*old.request
         };
         self.request(caller, id, request).await
     }

@@ -229,7 +229,7 @@ impl Package {
                 replicas: main.state.replicas,
                 ..source.run.clone()
             },
-            ..source
+            ..*source
         };
         let subject =
             Subject::Deployment(instance.project.clone(), instance.environment.clone(), id);

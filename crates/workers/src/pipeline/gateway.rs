@@ -362,7 +362,7 @@ impl Applier {
 pub(super) fn newest_switch(
     routing: &Routing,
 ) -> Option<(DeploymentId, InstanceRef, Option<TraceParent>)> {
-    let newest = routing.recent.last()?;
+    let newest = routing.recent.back()?;
     Some((newest.deployment, newest.instance.clone(), routing.trace))
 }
 
@@ -419,7 +419,7 @@ pub(super) async fn report(
     let cause = folded.last_id.unwrap_or(EventId(Uuid::nil()));
     let about = routing
         .recent
-        .last()
+        .back()
         .map_or(Uuid::nil(), |s| s.deployment.0);
     let step = format!("table-{table}-{name}");
     let mut context = bench.follow_up(ROLE, cause, about, &step);
