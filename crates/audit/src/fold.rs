@@ -25,6 +25,9 @@ const MOST_BYTES: usize = 64 << 10;
 /// many bytes of them. Of events of one size two would do: none brings more than one state, or makes
 /// more than one used again.
 const TURNS: usize = 4;
+/// Turns of states that are gone are forgotten when there are more of them than that, and more than
+/// states.
+const TURNS_LEAST: usize = 1 << 10;
 /// States are written to the file when there are so many bytes of them.
 const UNWRITTEN_BYTES: usize = 256 << 10;
 
@@ -74,6 +77,23 @@ impl State {
             Self::Known(folded) => folded.step(at, revision, payload).into(),
             Self::Unknown => Outcome::Unknown,
             Self::None => Outcome::NoSubject,
+        }
+    }
+}
+
+impl State {
+    /// Whether hardly any event comes after those that there were.
+    fn is_over(&self) -> bool {
+        use daybook_events::deployment::Status::{Cancelled, Deleted, Failed, Terminated};
+        match self {
+            Self::Known(AnyFolded::Build(build)) => {
+                build.state.as_ref().is_some_and(|b| b.status.is_final())
+            }
+            Self::Known(AnyFolded::Deployment(deployment)) => deployment
+                .state
+                .as_ref()
+                .is_some_and(|d| matches!(d.status, Terminated | Deleted | Failed | Cancelled)),
+            _ => false,
         }
     }
 }
@@ -290,6 +310,10 @@ impl Folds {
         self.bytes += grown - slot.bytes;
         slot.bytes = grown;
         let outcome = slot.state.step(at, revision, payload);
+        // As long as it is near: what was not looked at for long has to come from far away again.
+        if outcome == Outcome::Counted && slot.state.is_over() {
+            self.put_aside(key)?;
+        }
         let mut turns = 0;
         while self.bytes > self.hot_bytes
             && (turns < TURNS || self.bytes > self.hot_bytes + self.hot_bytes / 8)
@@ -334,15 +358,26 @@ impl Folds {
         let Some(key) = self.turns.pop_front() else {
             return Ok(());
         };
-        let Entry::Occupied(mut place) = self.slots.entry(key) else {
+        // Some were put aside before it was their turn.
+        let Some(slot) = self.slots.get_mut(&key) else {
             return Ok(());
         };
-        if std::mem::take(&mut place.get_mut().used) {
+        if std::mem::take(&mut slot.used) {
             self.turns.push_back(key);
             return Ok(());
         }
-        let slot = place.remove();
+        self.put_aside(key)
+    }
+
+    fn put_aside(&mut self, key: u128) -> io::Result<()> {
+        let Some(slot) = self.slots.remove(&key) else {
+            return Ok(());
+        };
         self.bytes -= slot.bytes;
+        if self.turns.len() > 2 * self.slots.len() + TURNS_LEAST {
+            self.turns.clear();
+            self.turns.extend(self.slots.keys());
+        }
         self.cold.put(key, &slot)
     }
 }
@@ -464,7 +499,7 @@ pub(crate) mod tests {
     }
 
     /// Folds a history with so much memory; returns what became of each event and the hash.
-    fn folded(hot_bytes: usize) -> (Vec<Outcome>, u64, StateHash, Cold) {
+    fn folded(hot_bytes: usize) -> (Vec<Outcome>, u64, StateHash, Folds) {
         let checks = checks(false);
         let mut fleet = Fleet::new(Size::default());
         let mut choose = choices(11);
@@ -474,23 +509,27 @@ pub(crate) mod tests {
             let bytes = fleet.next(&mut choose).bytes;
             outcomes.push(fold(&checks, &mut folds, number, &bytes));
             assert!(folds.bytes <= hot_bytes + hot_bytes / 8, "{}", folds.bytes);
-            assert_eq!(folds.slots.len(), folds.turns.len());
+            assert!(folds.slots.keys().all(|key| folds.turns.contains(key)));
+            assert!(folds.turns.len() <= 2 * folds.slots.len() + TURNS_LEAST + 1);
         }
         let mut sum = StateSum::default();
         folds.add_states_to(&mut sum).unwrap();
-        (outcomes, folds.aggregates(), sum.hash(), folds.cold)
+        (outcomes, folds.aggregates(), sum.hash(), folds)
     }
 
     #[test]
     fn states_that_went_to_the_file_are_the_same_when_they_come_back() {
-        let (outcomes, aggregates, hash, cold) = folded(HOT_BYTES);
+        let (outcomes, aggregates, hash, folds) = folded(HOT_BYTES);
         assert!(outcomes.iter().all(|o| *o == Outcome::Counted));
-        assert_eq!(cold.places.len(), 0);
-        let small = folded(20 << 10);
-        let put_aside = small.3.places.len();
+        // Those that are over are put aside, and no others.
+        let put_aside = folds.cold.places.len();
         assert!(put_aside > 10, "{put_aside} states were put aside");
+        assert_eq!((put_aside + folds.slots.len()) as u64, aggregates);
+        assert!(folds.slots.values().all(|slot| !slot.state.is_over()));
+        let small = folded(20 << 10);
+        assert!(small.3.cold.places.len() > put_aside);
         // Some came back from the file, and others before they were written to it.
-        assert!(small.3.len > UNWRITTEN_BYTES as u64);
+        assert!(small.3.cold.len > UNWRITTEN_BYTES as u64);
         assert_eq!((small.0, small.1, small.2), (outcomes, aggregates, hash));
     }
 
