@@ -188,9 +188,12 @@ async function watchLedger() {
     const report = await get("ledger").catch(() => null);
     if (!report) return;
     const broken = report.condition.state === "broken";
-    line.className = broken ? "ledger broken" : "ledger";
+    const doubted = report.condition.state === "doubted";
+    line.className = broken || doubted ? "ledger broken" : "ledger";
     line.textContent = broken
       ? `BROKEN: ${report.condition.message}`
+      : doubted
+      ? `Doubted: ${report.condition.reason}`
       : `${report.head ?? report.position} events, ${report.signed?.size ?? 0} signed`;
   };
   let report;

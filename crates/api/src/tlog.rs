@@ -169,6 +169,11 @@ pub(crate) enum ConditionReport {
         /// Why.
         reason: String,
     },
+    /// It looks shorter: appends wait, for two seconds or so, until it is clear whether it is.
+    Doubted {
+        /// What was seen.
+        reason: String,
+    },
     /// It is not: nothing is appended or signed any more.
     Broken {
         /// A stable code.
@@ -190,6 +195,7 @@ impl ConditionReport {
             },
             Some(TreeCondition::Sound) => Self::Sound {},
             Some(TreeCondition::Unknown(reason)) => Self::Unknown { reason },
+            Some(TreeCondition::Doubted(reason)) => Self::Doubted { reason },
             Some(TreeCondition::Broken(breach)) => Self::Broken {
                 code: breach.code.into(),
                 position: breach.position,

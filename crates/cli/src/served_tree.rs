@@ -66,6 +66,9 @@ enum Condition {
     Unknown {
         reason: String,
     },
+    Doubted {
+        reason: String,
+    },
     Broken {
         code: String,
         position: Option<Position>,
@@ -79,6 +82,7 @@ impl From<Condition> for TreeCondition {
         match condition {
             Condition::Sound {} => Self::Sound,
             Condition::Unknown { reason } => Self::Unknown(reason),
+            Condition::Doubted { reason } => Self::Doubted(reason),
             Condition::Broken {
                 code,
                 position,

@@ -46,6 +46,9 @@ pub enum TreeCondition {
     Sound,
     /// Nothing can be said yet, or no longer: no notary has been heard of for a while.
     Unknown(String),
+    /// The log looks shorter than it was signed. For a moment that may be a new leader of a cluster;
+    /// until it is clear appends wait, and nothing is signed. Followed by one of the others.
+    Doubted(String),
     /// The log lost, changed or replaced something. Nothing is signed or appended any more.
     Broken(Breach),
 }

@@ -8,17 +8,22 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_nats::jetstream::{self, stream};
+use async_trait::async_trait;
 use daybook_events::EventLog;
-use daybook_events::log::{AppendError, Position};
-use daybook_events::subject::SubjectFilter;
-use daybook_events::tree::TreeCondition;
+use daybook_events::log::{
+    Append, AppendError, Appended, Consumer, ConsumerConfig, EventStream, LogInfo, Position,
+    ReadError, Recorded,
+};
+use daybook_events::subject::{Subject, SubjectFilter};
+use daybook_events::tree::{PublishedTree, TreeCondition};
 use daybook_store::jetstream::{Connection, JetStreamLog, LogOptions, NatsOptions};
 use daybook_store::tlog::{
-    FolderStorage, FolderTree, GuardedLog, KeyRing, Published, RecheckError, RepairError,
-    TreeReader, gap_entry, recheck, repair,
+    FolderStorage, FolderTree, GuardedLog, KeyRing, NotaryOptions, Published, RecheckError,
+    RepairError, TreeReader, gap_entry, recheck, repair,
 };
 use daybook_testkit::left_out;
 use daybook_testkit::nats::{NatsBinary, NatsServer};
@@ -27,7 +32,7 @@ use tempfile::TempDir;
 
 mod tlog_support;
 
-use tlog_support::{PATIENCE, Working, an_event, append, embedded, keys, until};
+use tlog_support::{PATIENCE, Working, an_event, append, embedded, keys, options, until};
 
 /// So many events are signed before something happens to the log.
 const SIGNED: u64 = 300;
@@ -130,10 +135,7 @@ impl Ledger {
         }
         self.sign(&new, SIGNED + 10).await;
         let tree = FolderTree::new(self.at("tlog"));
-        assert!(!matches!(
-            daybook_events::PublishedTree::condition(&tree),
-            TreeCondition::Broken(_)
-        ));
+        assert!(!matches!(tree.condition(), TreeCondition::Broken(_)));
     }
 }
 
@@ -479,4 +481,127 @@ async fn a_gap_is_recorded_and_readers_go_past_it() {
         assert_eq!(gap.subject.kind(), None);
         ledger.sign(&new, 10).await;
     }
+}
+
+/// A log that says for a while that it ends earlier than it does, as a new leader of a cluster may.
+#[derive(Debug)]
+struct Lagging {
+    log: Arc<dyn EventLog>,
+    /// Where it says that it ends.
+    end: AtomicU64,
+}
+
+#[async_trait]
+impl EventLog for Lagging {
+    async fn append(&self, append: Append) -> Result<Appended, AppendError> {
+        self.log.append(append).await
+    }
+
+    async fn head(&self) -> Result<Position, ReadError> {
+        let head = self.log.head().await?.0;
+        Ok(Position(head.min(self.end.load(Ordering::SeqCst))))
+    }
+
+    async fn get(&self, position: Position) -> Result<Option<Recorded>, ReadError> {
+        self.log.get(position).await
+    }
+
+    async fn read_aggregate(&self, subject: &Subject) -> Result<Vec<Recorded>, ReadError> {
+        self.log.read_aggregate(subject).await
+    }
+
+    async fn read(
+        &self,
+        after: Position,
+        filter: &SubjectFilter,
+        limit: usize,
+    ) -> Result<Vec<Recorded>, ReadError> {
+        self.log.read(after, filter, limit).await
+    }
+
+    async fn tail(&self, after: Position, filter: SubjectFilter) -> Result<EventStream, ReadError> {
+        self.log.tail(after, filter).await
+    }
+
+    async fn consumer(&self, config: ConsumerConfig) -> Result<Arc<dyn Consumer>, ReadError> {
+        self.log.consumer(config).await
+    }
+
+    async fn info(&self) -> Result<LogInfo, ReadError> {
+        self.log.info().await
+    }
+}
+
+/// A notary over a log that begins to lag, until this and those who see the folder doubt it.
+async fn doubted(ledger: &Ledger, settle: Duration) -> (Arc<Lagging>, Working, [GuardedLog; 2]) {
+    let lagging = Arc::new(Lagging {
+        log: embedded(&ledger.at("log")).await,
+        end: AtomicU64::new(u64::MAX),
+    });
+    let log: Arc<dyn EventLog> = lagging.clone();
+    let options = NotaryOptions {
+        settle,
+        ..options()
+    };
+    let tiles = ledger.at("tlog");
+    let notary = Working::start_with(&log, &tiles, &ledger.keys, options).await;
+    append(&*log, 0..10).await;
+    notary.signed(10).await;
+    let trees: [Arc<dyn PublishedTree>; 2] =
+        [notary.tree.clone(), Arc::new(FolderTree::new(tiles))];
+    lagging.end.store(8, Ordering::SeqCst);
+    for tree in &trees {
+        until(|| match tree.condition() {
+            TreeCondition::Doubted(why) => why.contains("ended at 8") && why.contains("10 events"),
+            other => {
+                let sound = matches!(other, TreeCondition::Sound | TreeCondition::Unknown(_));
+                assert!(sound, "{other:?}");
+                false
+            }
+        })
+        .await;
+    }
+    (
+        lagging,
+        notary,
+        trees.map(|tree| GuardedLog::new(log.clone(), tree)),
+    )
+}
+
+#[tokio::test]
+async fn a_log_that_lags_for_a_moment_only_lets_appends_wait() {
+    let ledger = Ledger::new();
+    let (lagging, notary, guarded) = doubted(&ledger, PATIENCE).await;
+    let appends = async {
+        for (log, number) in guarded.iter().zip(10..) {
+            log.append(an_event(number)).await.unwrap();
+        }
+    };
+    let caught_up = async {
+        // The append was asked for before, and would be there.
+        assert_eq!(lagging.log.head().await.unwrap(), Position(10));
+        lagging.end.store(u64::MAX, Ordering::SeqCst);
+    };
+    tokio::join!(appends, caught_up);
+    notary.signed(12).await;
+    until(|| notary.tree.condition() == TreeCondition::Sound).await;
+    let folder = FolderTree::new(ledger.at("tlog"));
+    until(|| folder.condition() == TreeCondition::Sound).await;
+    notary.stop().await;
+}
+
+#[tokio::test]
+async fn nothing_is_appended_to_a_log_that_lost_its_end_while_it_is_doubted() {
+    let ledger = Ledger::new();
+    let settle = Duration::from_secs(2);
+    let (lagging, notary, [here, there]) = doubted(&ledger, settle).await;
+    let (here, there) = tokio::join!(here.append(an_event(10)), there.append(an_event(11)));
+    for refused in [here, there] {
+        match refused {
+            Err(AppendError::Stopped(why)) => assert!(why.contains("log_truncated"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(notary.breach().await.position, Some(Position(9)));
+    assert_eq!(lagging.log.head().await.unwrap(), Position(10));
 }

@@ -556,7 +556,7 @@ pub(crate) struct Ledger {
     durability: String,
     /// The newest signed head; null before the first.
     signed: Option<SignedHead>,
-    /// Whether the log still is what was signed: `sound`, `unknown` or `broken`.
+    /// Whether the log still is what was signed: `sound`, `unknown`, `doubted` or `broken`.
     condition: String,
     /// What an operator should know.
     warnings: Vec<String>,
@@ -567,6 +567,7 @@ impl From<LedgerReport> for Ledger {
         let condition = match report.condition {
             ConditionReport::Sound {} => "sound",
             ConditionReport::Unknown { .. } => "unknown",
+            ConditionReport::Doubted { .. } => "doubted",
             ConditionReport::Broken { .. } => "broken",
         };
         Self {

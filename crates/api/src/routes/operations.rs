@@ -148,6 +148,7 @@ pub(crate) async fn readyz(
                 reason: Some(reason),
                 ..part("ledger", None)
             },
+            TreeCondition::Doubted(reason) => part("ledger", Some(reason)),
             TreeCondition::Broken(breach) => {
                 let Breach {
                     code,
@@ -332,6 +333,7 @@ pub(crate) async fn metrics(
         let states = [
             ("sound", condition == TreeCondition::Sound),
             ("unknown", matches!(condition, TreeCondition::Unknown(_))),
+            ("doubted", matches!(condition, TreeCondition::Doubted(_))),
             ("broken", matches!(condition, TreeCondition::Broken(_))),
         ];
         for (name, holds) in states {

@@ -117,6 +117,11 @@ async fn status(args: StatusArgs) -> Outcome {
             output::line("           Nothing is appended or signed any more.");
             output::line(&format!("           {}", text(&condition["remedy"])));
         }
+        Some("doubted") => output::line(&format!(
+            "condition  {}: {}",
+            style.warn("doubted"),
+            text(&condition["reason"])
+        )),
         _ => output::line(&format!(
             "condition  {}: {}",
             style.warn("not known"),

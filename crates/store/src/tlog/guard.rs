@@ -2,7 +2,7 @@
 //! is broken, and a way past the gaps that are recorded.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use daybook_events::Event;
@@ -21,11 +21,16 @@ use super::repair::address;
 
 /// How long a reader waits before it asks again whether a gap was recorded.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
+/// How long an append waits for a doubt to go, asked so often. The notary knows after two seconds;
+/// more than this means that whoever doubted died meanwhile.
+const DOUBT_LASTS: Duration = Duration::from_secs(15);
+const DOUBT_ASKED: Duration = Duration::from_millis(20);
 
 /// A log as Daybook uses it, with the tree over it.
 ///
 /// From the moment on at which the tree says that the log is broken, appends are answered with
-/// [`AppendError::Stopped`]; what is there can still be read. And where the log has nothing at a
+/// [`AppendError::Stopped`]; what is there can still be read. While the log is doubted they wait, so
+/// that nothing comes into a log that lost its end. And where the log has nothing at a
 /// position, readers get an event of no aggregate in its place once the tree has recorded the gap, as
 /// after a repair: positions stay without one. For as long as it has not, they wait.
 #[derive(Debug, Clone)]
@@ -68,6 +73,26 @@ impl GuardedLog {
         match entry {
             Ok(entry) => Ok(Some(is_gap(position, &entry))),
             Err(error) => Err(ReadError::Unavailable(error.to_string())),
+        }
+    }
+
+    /// That events may be appended, as far as the tree knows; waits for as long as it doubts.
+    async fn may_append(&self) -> Result<(), AppendError> {
+        let began = Instant::now();
+        loop {
+            match self.tree.condition() {
+                TreeCondition::Sound | TreeCondition::Unknown(_) => return Ok(()),
+                TreeCondition::Broken(breach) => {
+                    return Err(AppendError::Stopped(format!(
+                        "{} ({}); {}",
+                        breach.message, breach.code, breach.remedy
+                    )));
+                }
+                TreeCondition::Doubted(why) if began.elapsed() >= DOUBT_LASTS => {
+                    return Err(AppendError::Unavailable(why));
+                }
+                TreeCondition::Doubted(_) => tokio::time::sleep(DOUBT_ASKED).await,
+            }
         }
     }
 
@@ -149,12 +174,7 @@ fn kind_of(append: &Append) -> String {
 #[async_trait]
 impl EventLog for GuardedLog {
     async fn append(&self, append: Append) -> Result<Appended, AppendError> {
-        if let TreeCondition::Broken(breach) = self.tree.condition() {
-            return Err(AppendError::Stopped(format!(
-                "{} ({}); {}",
-                breach.message, breach.code, breach.remedy
-            )));
-        }
+        self.may_append().await?;
         let kind = daybook_failpoints::ARMED.then(|| kind_of(&append));
         daybook_failpoints::reached_for("append.before", || kind.clone().unwrap_or_default());
         let appended = self.log.append(append).await;

@@ -23,6 +23,8 @@ pub(super) const CHECKPOINT: &str = "checkpoint";
 pub(super) const KEYS: &str = "keys";
 /// What is wrong with the log. While it is there, nothing is signed.
 pub(super) const BREACH: &str = "breach.json";
+/// Why the log is doubted. Counts for as long as the notary writes it again and again.
+pub(super) const DOUBT: &str = "notary/doubt";
 /// Touched by the notary as long as it lives.
 pub(super) const ALIVE: &str = "notary/alive";
 const HEADS: &str = "notary/heads";

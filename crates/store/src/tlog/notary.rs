@@ -29,7 +29,7 @@ use super::hash::{Hash, empty_root};
 use super::keys::KeyRing;
 use super::leaf::{event_entry, gap_entry};
 use super::ledger_state::{
-    ALIVE, CHECKPOINT, ClaimedHead, KEYS, LogHistory, StateError, read_breach, write_breach,
+    ALIVE, CHECKPOINT, ClaimedHead, DOUBT, KEYS, LogHistory, StateError, read_breach, write_breach,
 };
 use super::path::{TILE_WIDTH, TilePath};
 use super::published::NotaryTree;
@@ -54,7 +54,7 @@ pub struct NotaryOptions {
     /// signed.
     pub check_every: Duration,
     /// How long a log may look shorter than it was before that is a loss: a new leader of a
-    /// cluster needs a moment.
+    /// cluster needs a moment. Appends wait for as long.
     pub settle: Duration,
     /// How many old events a second are compared with their leaves, over and over.
     pub sweep_rate: u32,
@@ -317,6 +317,7 @@ impl Notary {
             Some(p) if p.head == claimed.head && p.note == note => self.tree.publish(p),
             _ => self.publish(claimed).await?,
         }
+        self.forget_doubt().await;
         self.tree.set(TreeCondition::Sound);
         Ok(Edge {
             claimed,
@@ -387,18 +388,61 @@ impl Notary {
         self.check_length(size).await
     }
 
+    /// That the log reaches as far as it is to. One that does not is doubted at once, so that
+    /// nobody appends to it, and broken if that lasts.
     async fn check_length(&self, size: u64) -> Result<(), Trouble> {
+        let head = self.log.head().await;
+        let head = head.map_err(|error| judge_read_error(error, size))?;
+        if head.0 >= size {
+            return Ok(());
+        }
+        let before = self.tree.condition();
+        let settled = self.settle(size, head).await;
+        if settled.is_ok() {
+            self.tree.set(before);
+        }
+        // A breach takes the place of the doubt, with nothing in between that lets appends through.
+        if !matches!(settled, Err(Trouble::Breach(_))) {
+            self.forget_doubt().await;
+        }
+        settled
+    }
+
+    async fn forget_doubt(&self) {
+        if let Err(error) = self.storage.remove(vec![DOUBT.to_owned()]).await {
+            let error = with_causes(&error);
+            tracing::warn!(error, "a doubt that is over is still in the folder");
+        }
+    }
+
+    /// Waits until the log is as long as it is to be, while everybody knows that it is not.
+    async fn settle(&self, size: u64, mut head: Position) -> Result<(), Trouble> {
         let began = Instant::now();
+        let mut told: Option<Instant> = None;
         loop {
-            let head = self.log.head().await;
-            let head = head.map_err(|error| judge_read_error(error, size))?;
+            if told.is_none_or(|at| at.elapsed() >= RETRY) {
+                told = Some(Instant::now());
+                let why = format!(
+                    "the log looks as if it ended at {head}, although {size} events were read of \
+                     it; appends wait until that is clear"
+                );
+                tracing::warn!(why, "the log is doubted");
+                self.tree.set(TreeCondition::Doubted(why.clone()));
+                // Those who only read the folder append for two seconds more if it cannot be told.
+                if let Err(error) = self.storage.replace(DOUBT, why.into()).await {
+                    let error = with_causes(&error);
+                    tracing::warn!(error, "other processes could not be told of the doubt");
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let now = self.log.head().await;
+            head = now.map_err(|error| judge_read_error(error, size))?;
             if head.0 >= size {
                 return Ok(());
             }
             if began.elapsed() >= self.options.settle {
                 return Err(truncated(head, size).into());
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 

@@ -14,7 +14,7 @@ use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition};
 use jiff::Timestamp;
 
 use super::checkpoint::{Checkpoint, CheckpointError};
-use super::ledger_state::{ALIVE, BREACH, CHECKPOINT, KEYS};
+use super::ledger_state::{ALIVE, BREACH, CHECKPOINT, DOUBT, KEYS};
 use super::path::TilePath;
 use super::reader::{ReadTiles, cut};
 use super::storage::FolderStorage;
@@ -23,6 +23,8 @@ use super::storage::FolderStorage;
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// A notary that has not touched its folder for so long is not heard of any more.
 const SILENCE: Duration = Duration::from_secs(15);
+/// A doubt that was not written again for so long is of a notary that died.
+const OLD_DOUBT: Duration = Duration::from_secs(5);
 
 /// Answers for static resources below the published head.
 async fn resource(
@@ -121,7 +123,7 @@ impl PublishedTree for NotaryTree {
 /// The tree in a folder that a notary in another process writes, on this machine or on a disk that
 /// machines share.
 ///
-/// The folder is looked at when it is asked for and was not for 100 ms: that costs three `stat`s.
+/// The folder is looked at when it is asked for and was not for 100 ms: that costs four `stat`s.
 /// Nothing is verified; that is for those who do not trust the folder.
 pub struct FolderTree {
     storage: FolderStorage,
@@ -214,9 +216,19 @@ impl FolderTree {
         if !published {
             return TreeCondition::Unknown("nothing is published yet".to_owned());
         }
-        let heard = std::fs::metadata(folder.join(ALIVE)).and_then(|m| m.modified());
-        let silent = heard.map(|at| SystemTime::now().duration_since(at).unwrap_or_default());
-        match silent {
+        // The clock of a machine that shares the disk may be ahead.
+        let age = |file: &str| -> io::Result<Duration> {
+            let written = std::fs::metadata(folder.join(file))?.modified()?;
+            Ok(SystemTime::now()
+                .duration_since(written)
+                .unwrap_or_default())
+        };
+        if age(DOUBT).is_ok_and(|age| age <= OLD_DOUBT)
+            && let Ok(why) = std::fs::read_to_string(folder.join(DOUBT))
+        {
+            return TreeCondition::Doubted(why);
+        }
+        match age(ALIVE) {
             Ok(silent) if silent <= SILENCE => TreeCondition::Sound,
             Ok(silent) => TreeCondition::Unknown(format!(
                 "the notary has not been heard of for {} s",

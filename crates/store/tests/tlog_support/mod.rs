@@ -81,8 +81,17 @@ pub struct Working {
 
 impl Working {
     pub async fn start(log: &Arc<dyn EventLog>, folder: &Path, keys: &KeyRing) -> Self {
+        Self::start_with(log, folder, keys, options()).await
+    }
+
+    pub async fn start_with(
+        log: &Arc<dyn EventLog>,
+        folder: &Path,
+        keys: &KeyRing,
+        options: NotaryOptions,
+    ) -> Self {
         let storage = Arc::new(FolderStorage::new(folder));
-        let notary = Notary::open(log.clone(), storage, keys.clone(), options());
+        let notary = Notary::open(log.clone(), storage, keys.clone(), options);
         let notary = notary.await.unwrap();
         let cancel = CancellationToken::new();
         Self {
