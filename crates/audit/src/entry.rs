@@ -273,9 +273,14 @@ impl Checks {
         broken: &mut Vec<(Kind, String)>,
     ) -> Result<(Uuid, Read), serde_json::Error> {
         let Envelope { kind, subject, .. } = *envelope;
-        let mut tokens = subject.splitn(4, '/');
-        let project = tokens.next().unwrap_or_default();
-        let aggregate = tokens.nth(1).unwrap_or_default();
+        let mut slashes = memchr::memchr_iter(b'/', subject.as_bytes());
+        let [first, second, third] = std::array::from_fn(|_| slashes.next());
+        let has_four = third.is_some() && slashes.next().is_none();
+        let project = &subject[..first.unwrap_or(subject.len())];
+        let aggregate = match second {
+            Some(second) => &subject[second + 1..third.unwrap_or(subject.len())],
+            None => "",
+        };
         let of: Option<AggregateKind> = aggregate.parse().ok();
         let place = |part: &str| {
             let at = part.as_ptr() as usize;
@@ -294,7 +299,7 @@ impl Checks {
                 broken.push((Kind::EnvelopeInvalid, what()));
             }
         };
-        rule(tokens.next().is_some_and(|id| !id.contains('/')), &|| {
+        rule(has_four, &|| {
             format!("its subject {subject:?} is not <project>/<environment>/<aggregate>/<id>")
         });
         // What is about the ledger itself belongs to no project.
@@ -307,7 +312,12 @@ impl Checks {
             let source = envelope.source;
             format!("its source {source:?} is not the project of its subject {subject:?}")
         });
-        rule(kind.split('.').next() == Some(aggregate), &|| {
+        let of_aggregate = kind.strip_prefix(aggregate).is_some_and(|rest| {
+            // One that is known has no dot of its own.
+            matches!(rest.as_bytes().first(), None | Some(b'.'))
+                && (of.is_some() || !aggregate.contains('.'))
+        });
+        rule(of_aggregate, &|| {
             format!("its type {kind} is not of the aggregate of its subject {subject:?}")
         });
         rule(envelope.content_type == "application/json", &|| {
@@ -392,9 +402,13 @@ fn canonical(text: &str) -> Option<Envelope<'_>> {
     literal(&mut rest, r#","subject":""#)?;
     let subject = string(&mut rest)?;
     literal(&mut rest, r#","time":""#)?;
-    let time = time(string(&mut rest)?)?;
+    let happened = string(&mut rest)?;
+    let time = time(happened)?;
     literal(&mut rest, r#","recordedtime":""#)?;
-    self::time(string(&mut rest)?)?;
+    let recorded = string(&mut rest)?;
+    if recorded != happened {
+        self::time(recorded)?;
+    }
     literal(&mut rest, r#","datacontenttype":""#)?;
     let content_type = string(&mut rest)?;
     literal(&mut rest, r#","revision":"#)?;
@@ -628,6 +642,47 @@ mod tests {
                 entry.broken
             );
         }
+    }
+
+    #[test]
+    fn subjects_and_types_are_compared_part_by_part() {
+        let (_, text) = golden()
+            .into_iter()
+            .find(|(kind, _)| kind == "deployment.requested.v1")
+            .unwrap();
+        let good = compact(&text);
+        let checks = checks();
+        let not_four = "is not <project>/<environment>/<aggregate>/<id>";
+        let not_of_it = "is not of the aggregate of its subject";
+        for (aggregate, kind, rules) in [
+            ("deployment", "deployment.requested", &[][..]),
+            ("deployment/x", "deployment.requested", &[not_four]),
+            ("deployment", "deployments.requested", &[not_of_it]),
+            ("deploymen", "deployment.requested", &[not_of_it]),
+            ("future", "future.requested", &[]),
+            ("future", "futures.requested", &[not_of_it]),
+            ("fut.ure", "fut.ure.requested", &[not_of_it]),
+            ("", "deployment.requested", &[not_of_it]),
+            ("", ".requested", &[]),
+        ] {
+            let event = good
+                .replacen("/deployment/", &format!("/{aggregate}/"), 1)
+                .replacen("deployment.requested", kind, 1);
+            let entry = checks.read(Position(1), event.as_bytes(), 0..event.len());
+            let broken = entry.broken.iter();
+            let broken: Vec<_> = broken
+                .filter(|(kind, _)| *kind == Kind::EnvelopeInvalid)
+                .map(|(_, what)| what.as_str())
+                .collect();
+            assert_eq!(broken.len(), rules.len(), "{event}: {broken:?}");
+            for (what, rule) in broken.iter().zip(rules) {
+                assert!(what.contains(rule), "{what}");
+            }
+        }
+        let of_three = good.replacen("/deployment/", "-", 1);
+        let entry = checks.read(Position(1), of_three.as_bytes(), 0..of_three.len());
+        let broken = entry.broken.iter().map(|(_, what)| what);
+        assert!(broken.into_iter().any(|what| what.contains(not_four)));
     }
 
     #[test]

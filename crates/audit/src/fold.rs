@@ -8,11 +8,11 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::str::FromStr;
 
-use daybook_events::aggregate::{At, Void};
+use daybook_events::aggregate::{At, Folded, Void};
 use daybook_events::envelope::DecodeError;
 use daybook_events::outline::Step;
 use daybook_events::subject::PREFIX;
-use daybook_events::{AnyFolded, AnyPayload, Outline, Position, Subject};
+use daybook_events::{AggregateKind, AnyFolded, AnyPayload, Outline, Position, Subject};
 use daybook_projections::StateSum;
 
 use crate::entry::{self, Payload, Read};
@@ -28,6 +28,9 @@ const TURNS: usize = 4;
 /// Turns of states that are gone are forgotten when there are more of them than that, and more than
 /// states.
 const TURNS_LEAST: usize = 1 << 10;
+/// So much memory of deployments that were put aside is kept for the next ones. It is large, and
+/// getting it anew makes the allocator tidy up each time.
+const SPARE_DEPLOYMENTS: usize = 64;
 /// States are written to the file when there are so many bytes of them.
 const UNWRITTEN_BYTES: usize = 256 << 10;
 
@@ -64,9 +67,9 @@ pub(crate) fn parsed(subject: &str) -> Option<Subject> {
 
 impl State {
     /// The state before the first event of a subject.
-    fn of(subject: Option<&Subject>) -> Self {
+    fn of(subject: Option<&Subject>, recycled: &mut Recycled) -> Self {
         match subject.map(Subject::kind) {
-            Some(Some(kind)) => Self::Known(AnyFolded::new(kind)),
+            Some(Some(kind)) => Self::Known(recycled.take(kind)),
             Some(None) => Self::Unknown,
             None => Self::None,
         }
@@ -92,6 +95,30 @@ impl State {
                 .as_ref()
                 .is_some_and(|d| matches!(d.status, Terminated | Deleted | Failed | Cancelled)),
             _ => false,
+        }
+    }
+}
+
+/// Deployments before their first event, in memory of some that are not needed any more.
+#[derive(Debug, Default)]
+struct Recycled(Vec<AnyFolded>);
+
+impl Recycled {
+    /// An aggregate before its first event.
+    fn take(&mut self, kind: AggregateKind) -> AnyFolded {
+        let recycled = match kind {
+            AggregateKind::Deployment => self.0.pop(),
+            _ => None,
+        };
+        recycled.unwrap_or_else(|| AnyFolded::new(kind))
+    }
+
+    fn keep(&mut self, state: State) {
+        if let State::Known(AnyFolded::Deployment(mut deployment)) = state
+            && self.0.len() < SPARE_DEPLOYMENTS
+        {
+            *deployment = Folded::default();
+            self.0.push(AnyFolded::Deployment(deployment));
         }
     }
 }
@@ -175,10 +202,10 @@ struct Slot {
 
 impl Slot {
     /// An aggregate before its first event; its subject is as an envelope has it.
-    fn new(subject: &str) -> Self {
+    fn new(subject: &str, recycled: &mut Recycled) -> Self {
         let subject = parsed(subject);
         Self {
-            state: State::of(subject.as_ref()),
+            state: State::of(subject.as_ref(), recycled),
             subject: subject.map(|s| s.to_string()).unwrap_or_default().into(),
             bytes: STATE_BYTES,
             used: false,
@@ -212,13 +239,15 @@ impl Slot {
 
     fn read(bytes: &[u8]) -> io::Result<Self> {
         let (subject, folded) = Self::split(bytes)?;
-        let mut state = State::of(Subject::from_str(subject).ok().as_ref());
-        if let State::Known(known) = &mut state {
-            let coding = bincode::config::standard();
-            *known = bincode::serde::seed_decode_from_slice(known.kind(), folded, coding)
-                .map_err(io::Error::other)?
-                .0;
-        }
+        let state = match Subject::from_str(subject).map(|s| s.kind()) {
+            Ok(Some(kind)) => {
+                let coding = bincode::config::standard();
+                let read = bincode::serde::seed_decode_from_slice(kind, folded, coding);
+                State::Known(read.map_err(io::Error::other)?.0)
+            }
+            Ok(None) => State::Unknown,
+            Err(_) => State::None,
+        };
         Ok(Self {
             subject: subject.into(),
             state,
@@ -246,6 +275,7 @@ pub(crate) struct Folds {
     /// Of all slots.
     bytes: usize,
     cold: Cold,
+    recycled: Recycled,
     aggregates: u64,
     hot_bytes: usize,
 }
@@ -260,6 +290,7 @@ impl Folds {
             turns: VecDeque::new(),
             bytes: 0,
             cold: Cold::new()?,
+            recycled: Recycled::default(),
             aggregates: 0,
             hot_bytes,
         })
@@ -300,7 +331,7 @@ impl Folds {
                     Some(bytes) => Slot::read(&bytes)?,
                     None => {
                         self.aggregates += 1;
-                        Slot::new(subject())
+                        Slot::new(subject(), &mut self.recycled)
                     }
                 };
                 self.bytes += slot.bytes;
@@ -381,7 +412,9 @@ impl Folds {
             self.turns.clear();
             self.turns.extend(self.slots.keys());
         }
-        self.cold.put(key, &slot)
+        self.cold.put(key, &slot)?;
+        self.recycled.keep(slot.state);
+        Ok(())
     }
 }
 

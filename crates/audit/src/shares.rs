@@ -263,7 +263,14 @@ impl Folding {
     }
 
     fn fold(&mut self, bundle: &Skimmed) -> io::Result<Vec<Remark>> {
-        come_near(&bundle.bytes);
+        for entry in &bundle.entries {
+            if let Content::Event(read) = &entry.content
+                && self.is_mine(read.key)
+                && let Some(bytes) = bundle.bytes.get(entry.place.clone())
+            {
+                come_near(bytes);
+            }
+        }
         let mut remarks = Vec::new();
         for (number, entry) in bundle.entries.iter().enumerate() {
             let (Content::Event(read), Some(id)) = (&entry.content, entry.id) else {
