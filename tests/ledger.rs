@@ -265,6 +265,71 @@ fn a_stream_made_anew_on_nats_is_noticed_by_every_process_and_repaired() {
     running.stop();
 }
 
+/// An older copy of NATS's files looks at first as a new leader of a cluster may, which has not caught
+/// up: that lasts two seconds, and nobody appends meanwhile.
+#[test]
+fn an_older_copy_of_a_stream_takes_no_more_events() {
+    let Some(binary) = NatsBinary::installed().pop().or_else(NatsBinary::newest) else {
+        daybook_testkit::left_out("an older copy of a stream: there is no nats-server");
+        return;
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let mut nats = runtime.block_on(NatsServer::start(&binary));
+    let server = Server::start(Settings::default().env("DAYBOOK_NATS", nats.url()));
+    let elsewhere = Settings {
+        roles: Some("api"),
+        ..Settings::default()
+    };
+    let other = Server::start(
+        elsewhere
+            .env("DAYBOOK_NATS", nats.url())
+            .arg("--tlog-url")
+            .arg(format!("{}/tlog", server.url())),
+    );
+    server.ok(&["project", "create", "shop"]);
+    let before = signed(&server);
+    let store = nats.folder().join("store");
+    let backup = server.folder().path().join("backup");
+    runtime.block_on(nats.stop());
+    copy(&store, &backup);
+    runtime.block_on(nats.start_again());
+    for name in ["blog", "cart", "desk"] {
+        server.ok(&["project", "create", name]);
+    }
+    assert!(signed(&server) > before);
+
+    runtime.block_on(nats.stop());
+    fs::remove_dir_all(&store).unwrap();
+    copy(&backup, &store);
+    runtime.block_on(nats.start_again());
+    for (server, name) in [(&server, "early"), (&other, "late")] {
+        until("it is doubted", || {
+            let report = server.read("/api/v1/ledger");
+            let state = report["condition"]["state"].as_str().unwrap().to_owned();
+            matches!(&*state, "doubted" | "broken").then_some(())
+        });
+        assert_eq!(get(server, "/readyz").status, 503);
+        let refused = server.post("/api/v1/projects", &json!({ "name": name }), None);
+        assert_eq!(refused.status, 503, "{}", refused.body);
+        assert_eq!(
+            refused.json()["code"],
+            "appends_stopped",
+            "{}",
+            refused.body
+        );
+    }
+    let end = runtime.block_on(async {
+        let client = async_nats::connect(nats.url()).await.unwrap();
+        let streams = async_nats::jetstream::new(client);
+        let stream = streams.get_stream("DAYBOOK").await.unwrap();
+        stream.cached_info().state.last_sequence
+    });
+    assert_eq!(end, before);
+    let condition = &server.read("/api/v1/ledger")["condition"];
+    assert_eq!(condition["code"], "log_truncated", "{condition}");
+    assert_eq!(condition["position"], before + 1);
+}
+
 /// A process that shares nothing with the notary but the network.
 #[test]
 fn a_process_on_another_machine_is_told_over_http() {
