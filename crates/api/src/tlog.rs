@@ -2,9 +2,12 @@
 //!
 //! A checkpoint changes with every signature and may be kept for a second; a tile never changes.
 
+use std::time::Duration;
+
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use daybook_events::log::ReadError;
 use daybook_events::tree::TreeCondition;
 use daybook_events::{Digest, Position, PublishedTree};
 use jiff::Timestamp;
@@ -16,6 +19,8 @@ use crate::extract::{NoParams, Params};
 use crate::problem::Problem;
 use crate::state::AppState;
 
+/// How long the log may take to say what it is: less than a server elsewhere waits for the condition.
+const LOG_ANSWERS: Duration = Duration::from_secs(3);
 const CHECKPOINT: &str = "text/plain; charset=utf-8";
 const TILE: &str = "application/octet-stream";
 
@@ -214,9 +219,11 @@ pub(crate) async fn ledger(
     Params(NoParams {}): Params<NoParams>,
 ) -> Answer<LedgerReport> {
     let log = state.commands.ledger().log();
-    let asked = match (log.info().await, log.head().await) {
-        (Ok(info), Ok(head)) => Ok((info, head)),
-        (Err(error), _) | (_, Err(error)) => Err(error.to_string()),
+    // Whoever asks wants to know of the condition, above all while the log does not answer.
+    let asked = async { Ok((log.info().await?, log.head().await?)) };
+    let asked = match tokio::time::timeout(LOG_ANSWERS, asked).await {
+        Ok(asked) => asked.map_err(|error: ReadError| error.to_string()),
+        Err(_) => Err("the log does not answer in time".to_owned()),
     };
     // What is known of the ledger is said also while its log cannot be asked, or is gone.
     let (info, head, unavailable) = match asked {

@@ -3,8 +3,8 @@
 
 use std::fmt;
 use std::io;
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -30,12 +30,17 @@ pub(crate) const LARGEST: usize = 256 * (65_535 + 2);
 /// The most that a checkpoint has, whoever has signed it.
 const LARGEST_NOTE: usize = 1 << 20;
 
+/// For how long a doubt counts that the server has not repeated.
+const OLD_DOUBT: Duration = Duration::from_secs(5);
+
 /// A tree over HTTP: its head, its tiles, and what the server's notary says of the log.
 ///
 /// The server is believed, as a shared folder is: verifying is for those who do not trust it.
 pub struct ServedTree {
     client: Client,
     seen: RwLock<(Option<SignedHead>, TreeCondition)>,
+    /// When the server doubted last.
+    doubted: Mutex<Option<Instant>>,
 }
 
 impl fmt::Debug for ServedTree {
@@ -117,6 +122,7 @@ impl ServedTree {
                 None,
                 TreeCondition::Unknown("the server was not asked yet".to_owned()),
             )),
+            doubted: Mutex::default(),
         });
         tree.look().await;
         Ok(tree)
@@ -143,11 +149,21 @@ impl ServedTree {
             Ok(report) => (report.condition.into(), report.signed),
             Err(why) => (TreeCondition::Unknown(self.silent(&why)), None),
         };
+        let still_doubted = {
+            let mut doubted = self.doubted.lock().unwrap_or_else(PoisonError::into_inner);
+            if let TreeCondition::Doubted(_) = condition {
+                *doubted = Some(Instant::now());
+            }
+            doubted.is_some_and(|at| at.elapsed() <= OLD_DOUBT)
+        };
         self.change(|_, known| {
-            // What was broken is not mended because nobody knows any more.
-            let broken = matches!(known, TreeCondition::Broken(_));
-            if !broken || !matches!(condition, TreeCondition::Unknown(_)) {
-                *known = condition;
+            use TreeCondition::{Broken, Doubted, Unknown};
+            match (&*known, &condition) {
+                // What was broken is not mended because nobody knows any more.
+                (Broken(_), Unknown(_) | Doubted(_)) => {}
+                // A server that does not answer for a moment has not said that all is well.
+                (Doubted(_), Unknown(_)) if still_doubted => {}
+                _ => *known = condition,
             }
         });
         let Some(signed) = signed else {

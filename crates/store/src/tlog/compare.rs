@@ -21,6 +21,13 @@ use super::repair::subject_in;
 pub(super) enum Mismatch {
     /// The log or the tree is not what was signed.
     Breach(Breach),
+    /// The log looks shorter than what was signed. Whether it is shows only if that lasts.
+    Short {
+        /// Where it seems to end.
+        head: Position,
+        /// How many events were signed.
+        size: u64,
+    },
     /// It cannot be said now.
     Passing(String),
 }
@@ -149,7 +156,7 @@ pub(super) async fn compare_event(
     // Nothing is there. Perhaps nothing follows, either.
     let head = log.head().await.map_err(|e| judge_read_error(e, size))?;
     if head.0 < size {
-        return Err(truncated(head, size).into());
+        return Err(Mismatch::Short { head, size });
     }
     Err(differs(position, "it is missing").into())
 }

@@ -21,8 +21,8 @@ use super::repair::address;
 
 /// How long a reader waits before it asks again whether a gap was recorded.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
-/// How long an append waits for a doubt to go, asked so often. The notary knows after two seconds;
-/// more than this means that whoever doubted died meanwhile.
+/// How long an append waits for a doubt to go, asked so often. The notary knows two seconds after the
+/// log answered; one that does not answer for so long is not available.
 const DOUBT_LASTS: Duration = Duration::from_secs(15);
 const DOUBT_ASKED: Duration = Duration::from_millis(20);
 

@@ -39,6 +39,10 @@ use super::verify::verify_consistency;
 
 /// How long the notary waits after something went wrong that may pass.
 const RETRY: Duration = Duration::from_secs(1);
+/// How soon a log that looks too short is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+/// How long a log is doubted that does not answer any more.
+const DOUBT_LASTS: Duration = Duration::from_secs(15);
 /// A round takes no more than so many bytes of events into memory.
 const ROUND_BYTES: usize = 32 << 20;
 
@@ -103,6 +107,9 @@ impl From<Mismatch> for Trouble {
     fn from(mismatch: Mismatch) -> Self {
         match mismatch {
             Mismatch::Breach(breach) => Self::Breach(breach),
+            Mismatch::Short { head, size } => Self::Passing(format!(
+                "the log ended at {head} for a moment, and not at {size}"
+            )),
             Mismatch::Passing(reason) => Self::Passing(reason),
         }
     }
@@ -307,7 +314,9 @@ impl Notary {
         let reader = self.reader(size);
         let of_tree = |error| judge_tree_error(error, None);
         if size > 0 {
-            compare_bundle(&*self.log, &reader, (size - 1) / TILE_WIDTH).await?;
+            let last = (size - 1) / TILE_WIDTH;
+            self.compare(size, || compare_bundle(&*self.log, &reader, last))
+                .await?;
         }
         let growth = Growth::load(&reader).await.map_err(of_tree)?;
         let newest = growth.newest_leaf();
@@ -317,7 +326,6 @@ impl Notary {
             Some(p) if p.head == claimed.head && p.note == note => self.tree.publish(p),
             _ => self.publish(claimed).await?,
         }
-        self.forget_doubt().await;
         self.tree.set(TreeCondition::Sound);
         Ok(Edge {
             claimed,
@@ -388,6 +396,22 @@ impl Notary {
         self.check_length(size).await
     }
 
+    /// Compares with a log that is as long as it is to be: one that looks shorter is doubted first.
+    async fn compare<C>(&self, size: u64, compare: impl Fn() -> C) -> Result<(), Trouble>
+    where
+        C: Future<Output = Result<(), Mismatch>>,
+    {
+        loop {
+            match compare().await {
+                Err(Mismatch::Short { .. }) => {
+                    tokio::time::sleep(ASK_AGAIN).await;
+                    self.check_length(size).await?;
+                }
+                compared => return Ok(compared?),
+            }
+        }
+    }
+
     /// That the log reaches as far as it is to. One that does not is doubted at once, so that
     /// nobody appends to it, and broken if that lasts.
     async fn check_length(&self, size: u64) -> Result<(), Trouble> {
@@ -396,52 +420,64 @@ impl Notary {
         if head.0 >= size {
             return Ok(());
         }
+        let why = format!(
+            "the log looks as if it ended at {head}, although {size} events were read of it; \
+             appends wait until that is clear"
+        );
+        tracing::warn!(why, "the log is doubted");
         let before = self.tree.condition();
-        let settled = self.settle(size, head).await;
+        self.tree.set(TreeCondition::Doubted(why.clone()));
+        let mut tell = tokio::time::interval(RETRY);
+        let mut settled = std::pin::pin!(self.settle(size, head));
+        let settled = loop {
+            tokio::select! {
+                biased;
+                // Before others believe that the notary died, also where the log does not answer.
+                _ = tell.tick() => self.tell_doubt(&why).await,
+                settled = &mut settled => break settled,
+            }
+        };
         if settled.is_ok() {
             self.tree.set(before);
         }
         // A breach takes the place of the doubt, with nothing in between that lets appends through.
-        if !matches!(settled, Err(Trouble::Breach(_))) {
-            self.forget_doubt().await;
+        if !matches!(settled, Err(Trouble::Breach(_)))
+            && let Err(error) = self.storage.remove(vec![DOUBT.to_owned()]).await
+        {
+            let error = with_causes(&error);
+            tracing::warn!(error, "a doubt that is over is still in the folder");
         }
         settled
     }
 
-    async fn forget_doubt(&self) {
-        if let Err(error) = self.storage.remove(vec![DOUBT.to_owned()]).await {
+    async fn tell_doubt(&self, why: &str) {
+        let told = self.storage.replace(DOUBT, why.to_owned().into()).await;
+        if let Err(error) = told {
             let error = with_causes(&error);
-            tracing::warn!(error, "a doubt that is over is still in the folder");
+            tracing::warn!(error, "other processes could not be told of the doubt");
         }
     }
 
-    /// Waits until the log is as long as it is to be, while everybody knows that it is not.
+    /// Waits until a log that looked too short is as long as it is to be. That it is too short counts
+    /// for as long as it says so without a pause: while it does not answer, a new leader is chosen.
     async fn settle(&self, size: u64, mut head: Position) -> Result<(), Trouble> {
         let began = Instant::now();
-        let mut told: Option<Instant> = None;
+        let mut short_since = Some(began);
         loop {
-            if told.is_none_or(|at| at.elapsed() >= RETRY) {
-                told = Some(Instant::now());
-                let why = format!(
-                    "the log looks as if it ended at {head}, although {size} events were read of \
-                     it; appends wait until that is clear"
-                );
-                tracing::warn!(why, "the log is doubted");
-                self.tree.set(TreeCondition::Doubted(why.clone()));
-                // Those who only read the folder append for two seconds more if it cannot be told.
-                if let Err(error) = self.storage.replace(DOUBT, why.into()).await {
-                    let error = with_causes(&error);
-                    tracing::warn!(error, "other processes could not be told of the doubt");
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            let now = self.log.head().await;
-            head = now.map_err(|error| judge_read_error(error, size))?;
-            if head.0 >= size {
-                return Ok(());
-            }
-            if began.elapsed() >= self.options.settle {
+            if short_since.is_some_and(|since| since.elapsed() >= self.options.settle) {
                 return Err(truncated(head, size).into());
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+            match self.log.head().await {
+                Ok(now) if now.0 >= size => return Ok(()),
+                Ok(now) => {
+                    head = now;
+                    short_since.get_or_insert_with(Instant::now);
+                }
+                Err(error) => match judge_read_error(error, size) {
+                    Mismatch::Passing(_) if began.elapsed() < DOUBT_LASTS => short_since = None,
+                    judged => return Err(judged.into()),
+                },
             }
         }
     }
@@ -619,7 +655,8 @@ impl Notary {
         let size = edge.signed();
         self.check_length(size).await?;
         if let Some(newest) = &edge.newest {
-            compare_event(&*self.log, Position(size), newest, size).await?;
+            let newest = || compare_event(&*self.log, Position(size), newest, size);
+            self.compare(size, newest).await?;
         }
         // That another process found something stops this one, too.
         if let Some(breach) = read_breach(&*self.storage).await? {
@@ -648,6 +685,8 @@ impl Notary {
             match compare_bundle(&*self.log, &self.reader(size), index).await {
                 Ok(()) => index += 1,
                 Err(Mismatch::Breach(breach)) => return breach,
+                // How long the log is, is looked at every second.
+                Err(Mismatch::Short { .. }) => {}
                 Err(Mismatch::Passing(reason)) => {
                     tracing::debug!(reason, index, "not compared now");
                 }

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -23,7 +23,7 @@ use super::storage::FolderStorage;
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// A notary that has not touched its folder for so long is not heard of any more.
 const SILENCE: Duration = Duration::from_secs(15);
-/// A doubt that was not written again for so long is of a notary that died.
+/// A doubt that was not seen to be written again for so long is of a notary that died.
 const OLD_DOUBT: Duration = Duration::from_secs(5);
 
 /// Answers for static resources below the published head.
@@ -137,6 +137,8 @@ struct Seen {
     file: Option<(u64, SystemTime)>,
     head: Option<SignedHead>,
     condition: TreeCondition,
+    /// Which doubt was seen, and since when: the clock of whoever wrote it may be another.
+    doubt: Option<((u64, SystemTime), Instant)>,
 }
 
 impl fmt::Debug for FolderTree {
@@ -157,6 +159,7 @@ impl FolderTree {
                 file: None,
                 head: None,
                 condition: TreeCondition::Unknown("nothing is published yet".to_owned()),
+                doubt: None,
             }),
         }
     }
@@ -175,14 +178,13 @@ impl FolderTree {
             seen.condition = TreeCondition::Unknown(trouble);
             return;
         }
-        seen.condition = self.look_at_condition(seen.head.is_some());
+        seen.condition = self.look_at_condition(seen);
     }
 
     fn look_at_head(&self, seen: &mut Seen) -> Result<(), String> {
         let path = self.storage.folder().join(CHECKPOINT);
         let trouble = |e: &dyn fmt::Display| format!("{}: {e}", path.display());
-        let found = std::fs::metadata(&path).and_then(|m| Ok((m.ino(), m.modified()?)));
-        let (file, modified) = match found {
+        let (file, modified) = match which(&path) {
             Ok(found) => (Some(found), found.1),
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) => return Err(trouble(&e)),
@@ -205,7 +207,7 @@ impl FolderTree {
         Ok(())
     }
 
-    fn look_at_condition(&self, published: bool) -> TreeCondition {
+    fn look_at_condition(&self, seen: &mut Seen) -> TreeCondition {
         let folder = self.storage.folder();
         if let Ok(bytes) = std::fs::read(folder.join(BREACH)) {
             return match super::ledger_state::parse_breach(&bytes) {
@@ -213,22 +215,24 @@ impl FolderTree {
                 None => TreeCondition::Unknown(format!("{BREACH} cannot be read")),
             };
         }
-        if !published {
+        if seen.head.is_none() {
             return TreeCondition::Unknown("nothing is published yet".to_owned());
         }
-        // The clock of a machine that shares the disk may be ahead.
-        let age = |file: &str| -> io::Result<Duration> {
-            let written = std::fs::metadata(folder.join(file))?.modified()?;
-            Ok(SystemTime::now()
-                .duration_since(written)
-                .unwrap_or_default())
-        };
-        if age(DOUBT).is_ok_and(|age| age <= OLD_DOUBT)
+        let doubt = which(&folder.join(DOUBT)).ok();
+        seen.doubt = doubt.map(|file| match seen.doubt {
+            Some((known, since)) if known == file => (known, since),
+            _ => (file, Instant::now()),
+        });
+        if seen
+            .doubt
+            .is_some_and(|(_, since)| since.elapsed() <= OLD_DOUBT)
             && let Ok(why) = std::fs::read_to_string(folder.join(DOUBT))
         {
             return TreeCondition::Doubted(why);
         }
-        match age(ALIVE) {
+        let heard = std::fs::metadata(folder.join(ALIVE)).and_then(|m| m.modified());
+        let silent = heard.map(|at| SystemTime::now().duration_since(at).unwrap_or_default());
+        match silent {
             Ok(silent) if silent <= SILENCE => TreeCondition::Sound,
             Ok(silent) => TreeCondition::Unknown(format!(
                 "the notary has not been heard of for {} s",
@@ -237,6 +241,12 @@ impl FolderTree {
             Err(_) => TreeCondition::Unknown("the notary has not been heard of".to_owned()),
         }
     }
+}
+
+/// Which file this is: its number, and when it was written.
+fn which(path: &Path) -> io::Result<(u64, SystemTime)> {
+    let file = std::fs::metadata(path)?;
+    Ok((file.ino(), file.modified()?))
 }
 
 #[async_trait]

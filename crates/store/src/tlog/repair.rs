@@ -17,7 +17,7 @@ use super::growth::Growth;
 use super::keys::KeyRing;
 use super::leaf::{event_entry, is_gap};
 use super::ledger_state::{
-    BREACH, CHECKPOINT, ClaimedHead, LogHistory, StateError, codes, read_breach,
+    BREACH, CHECKPOINT, ClaimedHead, DOUBT, LogHistory, StateError, codes, read_breach,
 };
 use super::path::{TILE_WIDTH, TilePath};
 use super::reader::{TreeError, TreeReader};
@@ -156,7 +156,9 @@ pub async fn repair(
     }
     discard_beyond(storage, head.size).await?;
     history.bind(storage, &done.identity, 0).await?;
-    storage.remove(vec![BREACH.to_owned()]).await?;
+    storage
+        .remove(vec![DOUBT.to_owned(), BREACH.to_owned()])
+        .await?;
     Ok(done)
 }
 
@@ -178,6 +180,7 @@ impl From<Mismatch> for RecheckError {
     fn from(mismatch: Mismatch) -> Self {
         match mismatch {
             Mismatch::Breach(breach) => Self::Breach(breach),
+            Mismatch::Short { head, size } => Self::Breach(truncated(head, size)),
             Mismatch::Passing(reason) => Self::Unavailable(reason),
         }
     }
@@ -228,7 +231,9 @@ pub async fn recheck(
         compare_bundle(log, &tree, bundle).await?;
     }
     let breach = read_breach(storage).await?;
-    storage.remove(vec![BREACH.to_owned()]).await?;
+    storage
+        .remove(vec![DOUBT.to_owned(), BREACH.to_owned()])
+        .await?;
     Ok((head, breach))
 }
 
