@@ -155,8 +155,8 @@ impl Budget {
     }
 }
 
-/// The end of the walk, also of one that panics: whoever still sends finds nobody, and ends; whoever
-/// waits for room gets it.
+/// The end of the walk, also of one that panics, and of a thread that hashes, whose step would never
+/// come: whoever still sends finds nobody, and ends; whoever waits for room gets it.
 struct Ending<'a> {
     budget: &'a Budget,
     gone: &'a AtomicBool,
@@ -170,7 +170,17 @@ impl Drop for Ending<'_> {
 }
 
 /// Reads all of a tree. `each` gets every step in order, and ends the reading by returning false.
-pub(crate) fn read(source: Source, plan: &Plan<'_>, mut each: impl FnMut(Step) -> bool) -> Ended {
+pub(crate) fn read(source: Source, plan: &Plan<'_>, each: impl FnMut(Step) -> bool) -> Ended {
+    read_with(source, plan, |read| hash(plan, read), each)
+}
+
+/// The same, where bundles are hashed so. A panic in it ends the reading, and is passed on.
+fn read_with(
+    source: Source,
+    plan: &Plan<'_>,
+    hash: impl Fn(Read) -> Bundle + Sync,
+    mut each: impl FnMut(Step) -> bool,
+) -> Ended {
     let budget = Budget::default();
     let gone = AtomicBool::new(false);
     let (jobs, waiting) = sync_channel::<(u64, usize, Job)>(FILES_ON_THE_WAY + 8);
@@ -181,8 +191,11 @@ pub(crate) fn read(source: Source, plan: &Plan<'_>, mut each: impl FnMut(Step) -
         let end = Ending { budget, gone };
         let reader = scope.spawn(move || read_files(source, plan, budget, gone, &jobs));
         for _ in 0..plan.threads.max(1) {
-            let (waiting, done) = (&waiting, done.clone());
-            scope.spawn(move || work(plan, waiting, &done));
+            let (waiting, done, hash) = (&waiting, done.clone(), &hash);
+            scope.spawn(move || {
+                let _end = Ending { budget, gone };
+                work(hash, waiting, &done);
+            });
         }
         drop(done);
         let mut early: BTreeMap<u64, (usize, Step)> = BTreeMap::new();
@@ -274,7 +287,7 @@ fn read_files(
 }
 
 fn work(
-    plan: &Plan<'_>,
+    hash: &impl Fn(Read) -> Bundle,
     waiting: &Mutex<Receiver<(u64, usize, Job)>>,
     done: &SyncSender<(u64, usize, Step)>,
 ) {
@@ -287,7 +300,7 @@ fn work(
             return;
         };
         let step = match job {
-            Job::Bundle(read) => Step::Bundle(Box::new(hash(plan, *read))),
+            Job::Bundle(read) => Step::Bundle(Box::new(hash(*read))),
             Job::Tile(path, found) => Step::Tile(path, found),
         };
         if done.send((number, bytes, step)).is_err() {
@@ -429,6 +442,43 @@ mod tests {
         assert!(taken.has_room(1, 1) && !taken.has_room(1, 2));
         taken.over = true;
         assert!(taken.has_room(BYTES_ON_THE_WAY, 2));
+    }
+
+    #[test]
+    fn nobody_waits_for_a_thread_that_panicked() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(crate::source::CHECKPOINT), "none").unwrap();
+        let source = Source::open(folder.path()).unwrap();
+        let (ended, outcome) = sync_channel(1);
+        let reading = std::thread::spawn(move || {
+            let checks = crate::fold::tests::checks(true);
+            let stop = AtomicBool::new(false);
+            let plan = Plan {
+                size: 10 * FILES_ON_THE_WAY as u64 * TILE_WIDTH,
+                older: &[],
+                checks: &checks,
+                parse: false,
+                digests: false,
+                threads: 2,
+                stop: &stop,
+            };
+            let mut steps = 0;
+            let panics = |read: Read| {
+                assert_ne!(read.index, 3, "a panic, for the test");
+                hash(&plan, read)
+            };
+            let read = || {
+                read_with(source, &plan, panics, |_| {
+                    steps += 1;
+                    true
+                })
+            };
+            let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).is_err();
+            ended.send((panicked, steps)).unwrap();
+        });
+        let deadline = std::time::Duration::from_secs(60);
+        assert_eq!(outcome.recv_timeout(deadline), Ok((true, 3)));
+        reading.join().unwrap();
     }
 
     #[test]

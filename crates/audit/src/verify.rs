@@ -360,6 +360,12 @@ impl Verified {
         if self.thoroughness == Thoroughness::Quick {
             all.push("The events were hashed and not read.".into());
         }
+        if self.claimed_state_hash.is_some() && !self.tree_holds {
+            all.push(
+                "Whether the state that the server shows follows from the signed events is not known: those are not all here."
+                    .into(),
+            );
+        }
         if self.counts.gaps > 0 {
             all.push(format!(
                 "What once was at {} positions is lost, and was before they were signed.",
@@ -548,13 +554,13 @@ pub fn observe(
     let read_all = broken.is_none();
     let folded = walk.shares.take().map(Shares::finish).transpose();
     let folded = folded.map_err(failed)?.unwrap_or_default();
-    if read_all && hashed && walk.findings.count(Kind::EnvelopeInvalid) == 0 {
-        walk.judge_state(&source, folded.sum.hash(), &mut verified);
-    }
     if let Some(finding) = broken {
         walk.findings.add(finding);
     }
     verified.tree_holds = walk.judge_root(&head, read_all);
+    if read_all && hashed && walk.findings.count(Kind::EnvelopeInvalid) == 0 {
+        walk.judge_state(&source, folded.sum.hash(), &mut verified);
+    }
     if let (Some(compare), Some(spool), true) = (&options.gitops, &mut walk.spool, read_all) {
         verified.repositories = spool
             .compare(&repositories, compare.as_ref(), &mut walk.findings)
@@ -1071,7 +1077,8 @@ impl Walk<'_> {
         entries_hold
     }
 
-    /// Compares the hash over all states with what the server claims.
+    /// Compares the hash over all states with what the server claims, where the events are those that
+    /// were signed.
     fn judge_state(&mut self, source: &Source, hash: StateHash, verified: &mut Verified) {
         let claim = source.small(STATE);
         let claim = claim.as_deref().map(String::from_utf8_lossy);
@@ -1079,6 +1086,10 @@ impl Walk<'_> {
         let Some(claim) = claim else { return };
         let (position, claimed) = claim.trim_end().split_once(' ').unwrap_or_default();
         verified.claimed_state_hash = Some(claimed.to_owned());
+        if !verified.tree_holds {
+            // What was claimed was claimed of other events: that these lead elsewhere follows.
+            return;
+        }
         if position != verified.size.to_string() {
             let message = format!(
                 "the claim is about position {position:?}, and not about {}",

@@ -183,6 +183,56 @@ fn a_ledger_must_go_on_from_what_was_kept() {
 }
 
 #[test]
+fn a_claimed_state_is_compared_with_what_the_signed_events_lead_to() {
+    let ledger = Ledger::new(300);
+    let full = Options {
+        thoroughness: Thoroughness::Full,
+        ..trusting()
+    };
+    let hash = verified(ledger.path(), &full).state_hash.unwrap();
+    let claiming = |claim: String| {
+        fs::write(ledger.path().join("state_hash"), claim).unwrap();
+        verified(ledger.path(), &trusting())
+    };
+    let says_so = |verified: &Verified| {
+        let sentences = verified.proven();
+        sentences.iter().any(|s| s.contains("hash over all states"))
+    };
+    let honest = claiming(format!("300 {hash}\n"));
+    assert!(honest.holds() && says_so(&honest), "{:#?}", honest.findings);
+
+    let other = claiming(format!("300 {hash}0\n"));
+    let past = claiming(format!("299 {hash}\n"));
+    for wrong in [other, past] {
+        assert_eq!(kinds(&wrong), [Kind::StateDiffers]);
+        assert_eq!(first(&wrong).place.file.as_deref(), Some("state_hash"));
+        assert!(wrong.tree_holds && !wrong.holds() && !says_so(&wrong));
+    }
+
+    // Where an event was changed, it is the event that is to blame, and not the server's state.
+    let path = ledger.path().join("tile/entries/000");
+    let mut bytes = fs::read(&path).unwrap();
+    let entry = String::from_utf8(ledger.entries[0].to_vec()).unwrap();
+    let id = entry.find("\"authid\":\"").unwrap() + 11;
+    bytes[2 + id] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let changed = claiming(format!("300 {hash}0\n"));
+    assert_eq!(kinds(&changed), [Kind::EntryDiffers]);
+    let unknown = changed.not_proven();
+    assert!(
+        unknown
+            .iter()
+            .any(|s| s.contains("the state that the server shows"))
+    );
+    assert!(
+        !honest
+            .not_proven()
+            .iter()
+            .any(|s| s.contains("the state that"))
+    );
+}
+
+#[test]
 fn a_changed_event_is_named_by_its_position_id_and_byte() {
     let ledger = Ledger::new(300);
     let path = ledger.path().join("tile/entries/000");
