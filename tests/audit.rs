@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use daybook_store::tlog::{Checkpoint, SignerKey};
+use daybook_testkit::git::git;
 use daybook_testkit::judge::TlogJudge;
 use daybook_testkit::left_out;
 use serde_json::{Value, json};
@@ -236,6 +237,50 @@ fn an_auditor_gets_from_one_file_to_a_verdict() {
     fs::write(&forged, text.replacen('7', "8", 1)).unwrap();
     let done = auditor(&["audit", "check-receipt", forged.to_str().unwrap()]);
     assert_ne!(done.code, 0, "{done:?}");
+}
+
+#[test]
+fn commits_that_were_taken_away_are_missed_before_daybook_notices_and_after() {
+    for watch in ["3600", "1"] {
+        let server = Server::start(Settings::default().arg("--gitops-watch").arg(watch));
+        let site = site("one");
+        server.define("shop", "web", &site, &[]);
+        server.deploy(INSTANCE, &[]);
+        site.commit("Two", &[("index.html", "two")]);
+        server.deploy(INSTANCE, &[]);
+        let verdict = || {
+            signed(&server);
+            let export = server.folder().path().join("ledger.tar");
+            let file = export.to_str().unwrap();
+            let done = auditor(&server, &["audit", "export", "--out", file]);
+            assert_eq!(done.code, 0, "{done:?}");
+            auditor(&server, &["audit", "verify", file, "--output", "json"])
+        };
+        let before = verdict();
+        assert_eq!(before.code, 0, "{before:?}");
+
+        let repository = server.gitops("shop");
+        git(&repository, &["update-ref", "refs/heads/main", "main~1"]);
+        if watch == "1" {
+            until("the rewrite is found", || {
+                let all = server.events();
+                let is = |e: &&Value| e["event"]["type"].to_string().contains("history_rewritten");
+                all.iter().find(is).map(|_| ())
+            });
+        }
+        let after = verdict();
+        assert_eq!(after.code, 8, "{watch}: {after:?}");
+        let document = after.json_document();
+        let counts = &document["finding_counts"];
+        assert_eq!(counts["commit_missing"], 1, "{watch}: {counts}");
+        assert_eq!(
+            counts["repository_behind"],
+            Value::Null,
+            "{watch}: {counts}"
+        );
+        let proven = document["proven"].to_string();
+        assert!(!proven.contains("one to one"), "{watch}: {proven}");
+    }
 }
 
 #[test]

@@ -129,6 +129,9 @@ async fn at(
 ) -> Result<Events, ReceiptError> {
     let mut candidates = Events::new();
     let mut read = None;
+    if tree.size() == 0 {
+        return Ok(candidates);
+    }
     for position in positions.range(Position(1)..=Position(tree.size())) {
         let number = (position.0 - 1) / TILE_WIDTH;
         if read != Some(number) {

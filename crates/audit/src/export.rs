@@ -66,13 +66,16 @@ pub struct Exported {
     pub bytes: u64,
 }
 
-/// Writes the ledger as it was signed last, with these repositories, to a file. The same ledger,
+/// Writes the ledger as it was signed last, with these repositories, to a file. `copied_at` is how
+/// many entries were signed before the repositories were copied: commits that were recorded by then
+/// are missed by the auditor where a copy does not have them. The same ledger,
 /// repositories and time make the same bytes. The file appears under its name when it is complete
 /// and on disk; until then, and after an error, what was there before is untouched. It takes a
 /// constant amount of memory.
 pub async fn export(
     tiles: &dyn ReadTiles,
     repositories: &[Repository],
+    copied_at: Option<u64>,
     exported: Timestamp,
     path: &Path,
     progress: &mut (dyn FnMut(u64, u64) + Send),
@@ -136,7 +139,7 @@ pub async fn export(
     drop(read);
     let files = out.files + 1;
     let bytes = out
-        .finish(&checkpoint.origin, &head, exported, path)
+        .finish(&checkpoint.origin, &head, exported, copied_at, path)
         .map_err(failed)?;
     Ok(Exported {
         origin: checkpoint.origin,
@@ -203,6 +206,7 @@ impl Output {
         origin: &str,
         head: &TreeHead,
         exported: Timestamp,
+        copied_at: Option<u64>,
         path: &Path,
     ) -> io::Result<u64> {
         let Self {
@@ -210,7 +214,7 @@ impl Output {
             manifest,
             ..
         } = self;
-        let (len, whole) = manifest.finish(origin, head, exported)?;
+        let (len, whole) = manifest.finish(origin, head, exported, copied_at)?;
         archive.file(manifest::NAME, len, whole)?;
         let buffered = archive.finish()?;
         let file = buffered

@@ -147,9 +147,9 @@ kinds! {
     /// No repository came with the ledger, although it has commits.
     RepositoryMissing = "repository_missing", Notice,
         "its commits were not compared with the events; ask for an export with repositories";
-    /// The repository was copied before the checkpoint was made.
+    /// The ledger has commits that the copy of the repository does not have, and that may be newer.
     RepositoryBehind = "repository_behind", Notice,
-        "these commits were made after the repository was copied; a newer export compares them too";
+        "these commits were made after the repository was copied, or were taken away from it; a newer export tells which";
     /// A repository cannot be read.
     RepositoryUnreadable = "repository_unreadable", Problem,
         "ask for the export again";

@@ -7,8 +7,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use daybook_events::Event;
 use daybook_events::gitops::GitopsEvent;
+use daybook_events::{Event, Position};
 use serde::Serialize;
 
 use crate::finding::{Findings, Kind, Place};
@@ -16,13 +16,15 @@ use crate::source::Repository;
 
 /// Compares one repository with its events.
 pub trait CompareRepository: fmt::Debug + Send + Sync {
-    /// The events are those of the project's `gitops` aggregate that counted, in the order of the
-    /// ledger, which vouches for them. An error says in a sentence why the repository cannot be
-    /// read.
+    /// The events are those of the project's `gitops` aggregate that counted, with their positions,
+    /// in the order of the ledger, which vouches for them. The repository was copied when the ledger
+    /// had `copied_at` entries at least, if that is known: a commit that was recorded by then has to
+    /// be in it. An error says in a sentence why the repository cannot be read.
     fn compare(
         &self,
         repository: &Repository,
-        events: &mut dyn Iterator<Item = GitopsEvent>,
+        copied_at: Option<u64>,
+        events: &mut dyn Iterator<Item = (Position, GitopsEvent)>,
     ) -> Result<Compared, String>;
 }
 
@@ -39,7 +41,7 @@ pub struct Compared {
     pub foreign: u64,
     /// Those of Daybook's that no signature protects, because they are older than its keys.
     pub unsigned: u64,
-    /// Commits of the ledger that were made after the repository was copied, and not compared.
+    /// Commits of the ledger that are not in the copy, and that may have been made after it.
     pub newer: u64,
     /// Where repository and ledger differ.
     #[serde(skip)]
@@ -71,7 +73,7 @@ pub(crate) struct Spool {
     /// What comes behind that.
     unwritten: Vec<u8>,
     /// Of each project that has such events, where they are; nowhere without its repository.
-    places: BTreeMap<String, Vec<(u64, u32)>>,
+    places: BTreeMap<String, Vec<(Position, u64, u32)>>,
 }
 
 impl Spool {
@@ -86,14 +88,20 @@ impl Spool {
     }
 
     /// Adds an event of a project.
-    pub(crate) fn add(&mut self, project: &str, event: &[u8]) -> io::Result<()> {
+    pub(crate) fn add(
+        &mut self,
+        project: &str,
+        position: Position,
+        event: &[u8],
+    ) -> io::Result<()> {
         if !self.came.contains(project) {
             if !self.places.contains_key(project) {
                 self.places.insert(project.to_owned(), Vec::new());
             }
             return Ok(());
         }
-        let place = (self.len + self.unwritten.len() as u64, event.len() as u32);
+        let at = self.len + self.unwritten.len() as u64;
+        let place = (position, at, event.len() as u32);
         self.unwritten.extend_from_slice(event);
         match self.places.get_mut(project) {
             Some(places) => places.push(place),
@@ -118,6 +126,7 @@ impl Spool {
     pub(crate) fn compare(
         &mut self,
         repositories: &[Repository],
+        copied_at: Option<u64>,
         by: &dyn CompareRepository,
         findings: &mut Findings,
     ) -> io::Result<Vec<Compared>> {
@@ -135,16 +144,17 @@ impl Spool {
             let project = &repository.project;
             let places = self.places.get(project).map_or(&[][..], Vec::as_slice);
             let mut trouble = None;
-            let mut events = places.iter().map_while(|(at, len)| {
+            let mut events = places.iter().map_while(|(position, at, len)| {
                 let mut bytes = vec![0; *len as usize];
                 if let Err(e) = self.file.read_exact_at(&mut bytes, *at) {
                     trouble = Some(e);
                     return None;
                 }
                 // They were read before, or they would not be here.
-                Event::from_bytes(&bytes).ok()?.payload().ok()
+                let event = Event::from_bytes(&bytes).ok()?.payload().ok()?;
+                Some((*position, event))
             });
-            let compared = by.compare(repository, &mut events);
+            let compared = by.compare(repository, copied_at, &mut events);
             if let Some(e) = trouble {
                 return Err(e);
             }
@@ -155,7 +165,7 @@ impl Spool {
                     compared.project.clone_from(project);
                     if compared.newer > 0 {
                         let message = format!(
-                            "{} commits of the ledger are newer than this copy",
+                            "{} commits of the ledger are not in this copy: it may be older than they are",
                             compared.newer
                         );
                         findings.push(Kind::RepositoryBehind, place(), message);
@@ -189,7 +199,8 @@ mod tests {
         fn compare(
             &self,
             _: &Repository,
-            events: &mut dyn Iterator<Item = GitopsEvent>,
+            _: Option<u64>,
+            events: &mut dyn Iterator<Item = (Position, GitopsEvent)>,
         ) -> Result<Compared, String> {
             Ok(Compared {
                 commits: events.count() as u64,
@@ -210,8 +221,8 @@ mod tests {
         let events: Vec<_> = all.filter(|bytes| is_gitops(bytes)).take(900).collect();
         let mut spool = Spool::new(["shop".to_owned()].into_iter()).unwrap();
         for event in &events {
-            spool.add("shop", event).unwrap();
-            spool.add("bank", event).unwrap();
+            spool.add("shop", Position(1), event).unwrap();
+            spool.add("bank", Position(2), event).unwrap();
         }
         let kept: usize = events.iter().map(|event| event.len()).sum();
         let repository = |project: &str| Repository {
@@ -221,7 +232,7 @@ mod tests {
         };
         let mut findings = Findings::default();
         let compared = spool
-            .compare(&[repository("shop")], &Count, &mut findings)
+            .compare(&[repository("shop")], None, &Count, &mut findings)
             .unwrap();
         assert!(kept > UNWRITTEN);
         assert_eq!(spool.len, kept as u64);

@@ -41,6 +41,6 @@ pub use kept::{KeepError, Keeper, Kept};
 pub use manifest::FORMAT;
 pub use source::{OpenError, ReadFiles, Repository, Source};
 pub use verify::{
-    Continuity, Counts, Observe, Options, Thoroughness, Trust, Verified, VerifyError, observe,
-    verify,
+    Continuity, Counts, Effect, Observe, Options, Thoroughness, Trust, Verified, VerifyError,
+    observe, verify,
 };

@@ -6,6 +6,7 @@
 //! size 1000000
 //! root 5qh…=
 //! exported 2026-01-01T00:00:00Z
+//! repositories 999990                how many entries were signed when they were copied
 //! files 7843
 //!
 //! <SHA-256>  <length>  <name>        one line a file, in the order of the archive
@@ -71,12 +72,15 @@ impl ManifestWriter {
         origin: &str,
         head: &TreeHead,
         exported: Timestamp,
+        repositories: Option<u64>,
     ) -> io::Result<(u64, impl Read)> {
         let Self { lines, files } = self;
         let mut lines = lines.into_inner().map_err(io::IntoInnerError::into_error)?;
         let (size, root) = (head.size, BASE64.encode(head.root));
+        let copied = repositories.map(|size| format!("repositories {size}\n"));
+        let copied = copied.unwrap_or_default();
         let begin = format!(
-            "{FORMAT}\norigin {origin}\nsize {size}\nroot {root}\nexported {exported}\nfiles {files}\n\n"
+            "{FORMAT}\norigin {origin}\nsize {size}\nroot {root}\nexported {exported}\n{copied}files {files}\n\n"
         );
         let mut hash = Sha256::new();
         hash.update(&begin);
@@ -97,6 +101,8 @@ impl ManifestWriter {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Said {
     pub(crate) exported: Option<Timestamp>,
+    /// How many entries were signed when the repositories were copied.
+    pub(crate) repositories: Option<u64>,
 }
 
 /// Reads a manifest and compares it with what was found: the origin, the head, and every file in
@@ -108,7 +114,10 @@ pub(crate) fn check(
     mut found: impl Iterator<Item = Listed>,
     findings: &mut Findings,
 ) -> io::Result<Said> {
-    let mut said = Said { exported: None };
+    let mut said = Said {
+        exported: None,
+        repositories: None,
+    };
     let mut lines = Lines {
         input: manifest,
         hash: Sha256::new(),
@@ -152,6 +161,9 @@ pub(crate) fn check(
             }
             if let Some(time) = line.strip_prefix("exported ") {
                 said.exported = time.parse().ok();
+            }
+            if let Some(size) = line.strip_prefix("repositories ") {
+                said.repositories = size.parse().ok();
             }
             if let Some(count) = line.strip_prefix("files ") {
                 files = count.parse::<u64>().ok();
@@ -260,7 +272,9 @@ mod tests {
                 .add(&file.name, file.len, &file.sha256.unwrap())
                 .unwrap();
         }
-        let (len, mut whole) = writer.finish("log", &head, Timestamp::UNIX_EPOCH).unwrap();
+        let (len, mut whole) = writer
+            .finish("log", &head, Timestamp::UNIX_EPOCH, Some(41))
+            .unwrap();
         let mut bytes = Vec::new();
         whole.read_to_end(&mut bytes).unwrap();
         assert_eq!(len, bytes.len() as u64);
@@ -269,7 +283,15 @@ mod tests {
 
     fn checked(bytes: &[u8], head: &TreeHead, files: &[Listed]) -> Findings {
         let mut findings = Findings::default();
-        check(bytes, "log", head, files.iter().cloned(), &mut findings).unwrap();
+        let files = files.iter().cloned();
+        let said = check(bytes, "log", head, files, &mut findings).unwrap();
+        if findings.problems() == 0 {
+            let expected = Said {
+                exported: Some(Timestamp::UNIX_EPOCH),
+                repositories: Some(41),
+            };
+            assert_eq!(said, expected);
+        }
         findings
     }
 

@@ -13,7 +13,7 @@ use daybook_store::tlog::{Hash, TILE_WIDTH, TileKind, TilePath, entry_places, le
 
 use crate::archive::Stop;
 use crate::entry::Checks;
-use crate::finding::{Findings, Kind, Place};
+use crate::finding::{Finding, Findings, Kind, Place};
 use crate::layout::TreeFiles;
 use crate::manifest::Listed;
 use crate::shares::Skimmed;
@@ -23,6 +23,10 @@ use crate::tree::root_over;
 /// Bytes of files that are on their way at once. What is parsed of them takes about as much again.
 const BYTES_ON_THE_WAY: usize = 16 << 20;
 const FILES_ON_THE_WAY: usize = 64;
+
+/// So many files in a row may be missing. A tree may claim more of them than anybody can miss one by
+/// one.
+const MISSING: usize = 256;
 
 /// A bundle with the tile over it, as they were read.
 #[derive(Debug)]
@@ -43,13 +47,22 @@ pub(crate) struct Bundle {
     pub(crate) by_entries: Option<Hash>,
     /// The root over the hashes of the tile; none if it could not be read.
     pub(crate) by_tile: Option<Hash>,
-    /// The root over the first leaves, as far as an old tree had them.
-    pub(crate) prefixes: Vec<(usize, Hash)>,
+    /// The roots over the first leaves, as far as an old tree had them: by the entries, and by the
+    /// hashes of the tile, as far as they can be read.
+    pub(crate) prefixes: Vec<(usize, Roots)>,
     /// The entries; none if they could not be read, or nobody wants to know.
     pub(crate) skimmed: Skimmed,
     /// Entries that are not what the tile says.
     pub(crate) suspects: Vec<Suspect>,
     pub(crate) findings: Findings,
+}
+
+/// The roots over the same leaves, by what they are computed from; none where that cannot be read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Roots {
+    pub(crate) by_entries: Option<Hash>,
+    /// By the hashes of the tiles, and by the entries where there is no tile.
+    pub(crate) by_tiles: Option<Hash>,
 }
 
 /// An entry that is not what the tile over it says: one of the two was changed.
@@ -230,6 +243,7 @@ fn read_files(
     let mut listed = Vec::new();
     let mut stop = None;
     let mut number = 0;
+    let mut missing = 0;
     let mut bundle: Option<Box<Read>> = None;
     for path in TreeFiles::new(plan.size) {
         if gone.load(Ordering::Relaxed) || plan.stop.load(Ordering::Relaxed) {
@@ -242,6 +256,20 @@ fn read_files(
                 break;
             }
         };
+        missing = if found.is_some() { 0 } else { missing + 1 };
+        if missing == MISSING {
+            let message = format!(
+                "it and {} before it are missing: the rest was not looked for",
+                MISSING - 1
+            );
+            let place = Place::file(path.to_string());
+            stop = Some(Stop::Broken(Box::new(Finding::new(
+                Kind::FileMissing,
+                place,
+                message,
+            ))));
+            break;
+        }
         if let Some(found) = &found {
             listed.push(Listed {
                 name: path.to_string(),
@@ -360,16 +388,19 @@ fn hash(plan: &Plan<'_>, read: Read) -> Bundle {
             suspects.push(suspect(&places, &tile_place, &bytes, entry, position));
         }
     }
-    // The older tree is judged by the entries, where they can be read.
     let mut prefixes = Vec::new();
     for size in plan.older {
         let width_then = (size % TILE_WIDTH) as usize;
         let here = size / TILE_WIDTH == index && width_then > 0;
-        if here
-            && let Some(leaves) = leaves.as_deref().or(tile)
-            && let Some(root) = leaves.get(..width_then).and_then(root_over)
-        {
-            prefixes.push((width_then, root));
+        if here {
+            let root = |leaves: &[Hash]| leaves.get(..width_then).and_then(root_over);
+            let by_entries = leaves.as_deref().and_then(root);
+            let by_tiles = tile.and_then(root).or(by_entries);
+            let roots = Roots {
+                by_entries,
+                by_tiles,
+            };
+            prefixes.push((width_then, roots));
         }
     }
     let parsed = match entries {

@@ -16,11 +16,12 @@ use std::collections::BTreeMap;
 use std::io;
 
 use bytes::Bytes;
+use daybook_events::aggregate::Void;
 use daybook_events::build::BuildEvent;
-use daybook_events::deployment::DeploymentEvent;
+use daybook_events::deployment::{Deployment, DeploymentEvent};
 use daybook_events::tree::TreeHead;
 use daybook_events::with_causes;
-use daybook_events::{DeploymentId, Event, EventId, Position};
+use daybook_events::{DeploymentId, Event, EventId, Folded, Position};
 use daybook_store::tlog::{
     Checkpoint, CheckpointError, ProofFile, ReadTiles, TreeError, TreeReader, VerifierKey,
     parse_verifiers,
@@ -206,6 +207,7 @@ fn state(
     let mut image = None;
     let mut commit = None;
     let mut last = None;
+    let mut folded: Folded<Deployment> = Folded::default();
     for (position, bytes) in events {
         let event = Event::from_bytes(bytes).map_err(|e| (*position, e.to_string()))?;
         lines.push(Line {
@@ -214,11 +216,18 @@ fn state(
             kind: event.short_kind().to_owned(),
         });
         let mut own = |id: &str| {
-            let ours = deployment.to_string() == id;
-            if ours {
+            if deployment.to_string() != id {
+                return false;
+            }
+            // As in every fold, what is void changes nothing. A receipt need not have all events, so
+            // that those after one that is missing count; of a newer version something is known.
+            let void = folded
+                .apply(*position, &event)
+                .is_err_and(|void| !matches!(void, Void::Gap { .. } | Void::Unknown(_)));
+            if !void {
                 last = Some(event.short_kind().to_owned());
             }
-            ours
+            !void
         };
         let mut tokens = event.subject.split('/').skip(2);
         match (tokens.next(), tokens.next()) {

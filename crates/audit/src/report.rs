@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::deliveries::{self, Deliveries};
-use crate::verify::{Observe, Verified};
+use crate::verify::{Effect, Observe, Verified};
 use crate::world::World;
 
 /// Which report.
@@ -184,7 +184,7 @@ impl Collector {
         }
     }
 
-    fn take(&mut self, position: Position, bytes: &[u8], event: &Event) {
+    fn take(&mut self, position: Position, bytes: &[u8], event: &Event, effect: Effect) {
         let mut tokens = event.subject.split('/');
         let mut token = || tokens.next().unwrap_or_default();
         let (project, environment, aggregate, id) = (token(), token(), token(), token());
@@ -202,6 +202,7 @@ impl Collector {
                     event.id.to_string(),
                     event.causationid.map(|c| c.to_string()).unwrap_or_default(),
                     hex::encode(leaf_hash(bytes)),
+                    effect.as_str().to_owned(),
                 ]);
             }
             return;
@@ -209,7 +210,7 @@ impl Collector {
         let kind = event.short_kind();
         // Approvals are read by what they are called: a newer version may have more kinds, and
         // those of another aggregate belong to the deployment whose run they are part of.
-        if kind.contains("approval") || kind.contains("emergency") || kind.contains("post_review") {
+        if is_about_approval(kind) {
             self.approvals += 1;
             let of = if aggregate == "deployment" { id } else { &run };
             let run = self.runs.entry(of.to_owned()).or_default();
@@ -387,6 +388,7 @@ impl Collector {
                 ));
                 vec![
                     "position", "time", "actor", "event", "subject", "id", "cause", "leaf",
+                    "effect",
                 ]
             }
             Subject::SegregationOfDuties => {
@@ -650,20 +652,19 @@ impl Run {
 }
 
 impl Observe for Collector {
-    fn event(&mut self, position: Position, bytes: &[u8], counted: bool) {
-        if !counted && !matches!(self.subject, Subject::Evidence(_)) {
-            // Unknown kinds may be approvals of a newer version.
-            let text = String::from_utf8_lossy(bytes);
-            if !["approval", "emergency", "post_review"]
-                .iter()
-                .any(|w| text.contains(w))
-            {
-                return;
-            }
+    fn event(&mut self, position: Position, bytes: &[u8], effect: Effect) {
+        let of_all = matches!(self.subject, Subject::Evidence(_));
+        // What changed nothing did not happen, whatever it says.
+        if effect == Effect::Void && !of_all {
+            return;
         }
         let Ok(event) = Event::from_bytes(bytes) else {
             return;
         };
+        // Unknown kinds may be approvals of a newer version.
+        if effect == Effect::Unknown && !of_all && !is_about_approval(event.short_kind()) {
+            return;
+        }
         if let Some(deliveries) = &mut self.deliveries {
             if !deliveries.take(position, &event) {
                 self.undecodable += 1;
@@ -675,12 +676,19 @@ impl Observe for Collector {
             // order of their times, but in the order of the ledger.
             self.newest = self.newest.max(Some(event.recordedtime));
             if self.newest <= Some(at) {
-                self.world.event(position, bytes, counted);
+                self.world.event(position, bytes, effect);
             }
             return;
         }
-        self.take(position, bytes, &event);
+        self.take(position, bytes, &event, effect);
     }
+}
+
+/// Whether events of this kind are approvals, or belong to them, as far as their names say.
+fn is_about_approval(kind: &str) -> bool {
+    ["approval", "emergency", "post_review"]
+        .iter()
+        .any(|word| kind.contains(word))
 }
 
 impl Report {

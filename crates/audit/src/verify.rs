@@ -25,7 +25,7 @@ use crate::finding::{Finding, Findings, Kind, Place};
 use crate::fold::Outcome;
 use crate::gitops::{CompareRepository, Compared, Spool};
 use crate::kept::{KeepError, Keeper, Kept};
-use crate::pipeline::{self, Bundle, Plan, Step, Suspect};
+use crate::pipeline::{self, Bundle, Plan, Roots, Step, Suspect};
 use crate::schema::Schemas;
 use crate::shares::{self, Plain, Remark, Shares, Skimmed, including};
 use crate::source::{CHECKPOINT, Found, KEYS, STATE, Source};
@@ -77,11 +77,35 @@ pub struct Options {
     pub stop: Arc<AtomicBool>,
 }
 
+/// What an event did to the state of its aggregate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Effect {
+    /// It changed it.
+    Counted,
+    /// It is void and changed nothing: another event had taken its revision, or it may not follow, or
+    /// it cannot be read.
+    Void,
+    /// It, or its aggregate, is of a newer version, which knows.
+    Unknown,
+}
+
+impl Effect {
+    /// In one word, as reports have it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Counted => "counted",
+            Self::Void => "void",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
 /// Somebody who looks on while a ledger is verified. What is said here is evidence only if the
 /// ledger turns out to hold.
 pub trait Observe: Send {
-    /// An event, in the order of the ledger, and whether it changed the state of its aggregate.
-    fn event(&mut self, position: Position, bytes: &[u8], counted: bool);
+    /// An event, in the order of the ledger.
+    fn event(&mut self, position: Position, bytes: &[u8], effect: Effect);
     /// Whether it wants to be told of events at all.
     fn looks(&self) -> bool {
         true
@@ -89,7 +113,7 @@ pub trait Observe: Send {
 }
 
 impl Observe for () {
-    fn event(&mut self, _: Position, _: &[u8], _: bool) {}
+    fn event(&mut self, _: Position, _: &[u8], _: Effect) {}
     fn looks(&self) -> bool {
         false
     }
@@ -261,15 +285,24 @@ impl Verified {
                 self.size
             ));
         }
-        if let Continuity::Continues { size } = self.continuity {
-            all.push(format!(
-                "The {size} entries that you saw last time are all still there, unchanged and in their places."
-            ));
-        }
-        if let Some(Continuity::Continues { size }) = self.earlier {
-            all.push(format!(
-                "The {size} entries of the checkpoint that you named are all there, unchanged and in their places."
-            ));
+        let earlier = self.earlier.as_ref().unwrap_or(&Continuity::NothingKept);
+        for (continuity, which) in [
+            (&self.continuity, "that you saw last time"),
+            (earlier, "of the checkpoint that you named"),
+        ] {
+            let Continuity::Continues { size } = continuity else {
+                continue;
+            };
+            all.push(if self.tree_holds {
+                format!(
+                    "The {size} entries {which} are all still there, unchanged and in their places."
+                )
+            } else {
+                format!(
+                    "What was signed begins with the {size} entries {which}: history was not rewritten. \
+                     That all of them are here is not shown."
+                )
+            });
         }
         if self.thoroughness != Thoroughness::Quick && self.tree_holds {
             let none = |kinds: &[Kind]| kinds.iter().all(|k| self.findings.count(*k) == 0);
@@ -306,6 +339,7 @@ impl Verified {
             Kind::CommitDiffers,
             Kind::CommitUnsigned,
             Kind::RepositoryUnreadable,
+            Kind::RepositoryBehind,
         ];
         if !self.repositories.is_empty() && kinds.iter().all(|k| self.findings.count(*k) == 0) {
             let commits: u64 = self.repositories.iter().map(|r| r.commits).sum();
@@ -357,6 +391,13 @@ impl Verified {
         } else {
             "That what is recorded did happen is shown only as far as the commits bear it out.".to_owned()
         });
+        let newer: u64 = self.repositories.iter().map(|r| r.newer).sum();
+        if newer > 0 {
+            all.push(format!(
+                "{newer} commits that the ledger records are not in the copies of the repositories: \
+                 they were made after those, or were taken away."
+            ));
+        }
         if self.thoroughness == Thoroughness::Quick {
             all.push("The events were hashed and not read.".into());
         }
@@ -519,6 +560,7 @@ pub fn observe(
         observer,
         trouble: None,
     };
+    let mut copied_at = None;
     if broken.is_none() {
         walk.note_roots();
         let ended = pipeline::read(source, &plan, |step| {
@@ -538,7 +580,9 @@ pub fn observe(
         }
         walk.settle_all().map_err(failed)?;
         progress(walk.counts.entries, head.size);
-        walk.findings.merge(read);
+        // What was not there comes before what follows from that.
+        let walked = std::mem::replace(&mut walk.findings, read);
+        walk.findings.merge(walked);
         if options.stop.load(Ordering::Relaxed) {
             return Err(VerifyError::Stopped);
         }
@@ -546,7 +590,11 @@ pub fn observe(
         if broken.is_none() {
             let end = source.end(origin, &head, listed.into_iter(), &mut walk.findings);
             match end {
-                Ok(said) => verified.exported = said.and_then(|s| s.exported),
+                Ok(Some(said)) => {
+                    verified.exported = said.exported;
+                    copied_at = said.repositories;
+                }
+                Ok(None) => {}
                 Err(stop) => note_stop(Err(stop), &mut broken).map_err(failed)?,
             }
         }
@@ -557,17 +605,29 @@ pub fn observe(
     if let Some(finding) = broken {
         walk.findings.add(finding);
     }
-    verified.tree_holds = walk.judge_root(&head, read_all);
+    let lead = walk.judge_root(&head, read_all);
+    verified.tree_holds = lead == Lead::Entries;
     if read_all && hashed && walk.findings.count(Kind::EnvelopeInvalid) == 0 {
         walk.judge_state(&source, folded.sum.hash(), &mut verified);
     }
     if let (Some(compare), Some(spool), true) = (&options.gitops, &mut walk.spool, read_all) {
         verified.repositories = spool
-            .compare(&repositories, compare.as_ref(), &mut walk.findings)
+            .compare(
+                &repositories,
+                copied_at,
+                compare.as_ref(),
+                &mut walk.findings,
+            )
             .map_err(failed)?;
     }
-    let mut compare =
-        |old: Option<TreeHead>, what| old.map(|old| walk.continuity(&old, &head, what, is_live));
+    // What nobody signed is no word of the log, and contradicts none.
+    let signed_head = verified.signature_holds.then_some(head);
+    let mut compare = |old: Option<TreeHead>, what| {
+        old.map(|old| match signed_head {
+            Some(head) => walk.continuity(&old, &head, lead, what, is_live),
+            None => Continuity::Unknown { size: old.size },
+        })
+    };
     let continuity = compare(kept, "the checkpoint that you kept");
     verified.continuity = continuity.unwrap_or(Continuity::NothingKept);
     verified.earlier = compare(earlier, "the checkpoint that you named");
@@ -711,6 +771,17 @@ fn older(
     }
 }
 
+/// What leads to the root that the checkpoint states.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lead {
+    /// The entries.
+    Entries,
+    /// Not the entries, but the hashes in the tiles over them.
+    Tiles,
+    /// Neither, or not all of them were read.
+    Nothing,
+}
+
 /// A tile above the leaves, with its first hash that does not follow from what is below it.
 struct Doubtful {
     tile: Place,
@@ -755,7 +826,7 @@ struct Walk<'o> {
     /// Tiles above that do not follow from the one or the other.
     doubtful: Vec<Doubtful>,
     /// Roots of older trees, as they follow from the entries.
-    roots: BTreeMap<u64, Hash>,
+    roots: BTreeMap<u64, Roots>,
     wanted: Vec<u64>,
     suspects: Vec<Suspect>,
     /// The events of GitOps repositories; none if nobody compares them.
@@ -823,8 +894,11 @@ impl Walk<'_> {
     fn note_roots(&mut self) {
         let here = self.counts.entries;
         if self.wanted.contains(&here) && here.is_multiple_of(TILE_WIDTH) {
-            let edge = self.entries.as_ref().unwrap_or(&self.tiles);
-            self.roots.insert(here, edge.root(None));
+            let roots = Roots {
+                by_entries: self.entries.as_ref().map(|edge| edge.root(None)),
+                by_tiles: Some(self.tiles.root(None)),
+            };
+            self.roots.insert(here, roots);
         }
     }
 
@@ -843,9 +917,14 @@ impl Walk<'_> {
         let room = SUSPECTS.saturating_sub(self.suspects.len());
         self.suspects.extend(suspects.into_iter().take(room));
         for (width, tail) in prefixes {
-            let edge = self.entries.as_ref().unwrap_or(&self.tiles);
-            let size = self.counts.entries + width as u64;
-            self.roots.insert(size, edge.root(Some(tail)));
+            let roots = Roots {
+                by_entries: self
+                    .entries
+                    .as_ref()
+                    .and_then(|edge| Some(edge.root(Some(tail.by_entries?)))),
+                by_tiles: tail.by_tiles.map(|tail| self.tiles.root(Some(tail))),
+            };
+            self.roots.insert(self.counts.entries + width as u64, roots);
         }
         // Where one of the two cannot be read, the other speaks for the tiles above.
         let above = by_tile.or(by_entries);
@@ -908,19 +987,20 @@ impl Walk<'_> {
                 && let Content::Event(read) = &entry.content
             {
                 let bytes = skimmed.bytes.get(entry.place.clone()).unwrap_or_default();
-                self.spool(read, bytes)?;
+                self.spool(entry.position, read, bytes)?;
             }
         }
         Ok(())
     }
 
     /// Keeps an event of a GitOps repository for the comparison with that.
-    fn spool(&mut self, read: &Read, bytes: &[u8]) -> io::Result<()> {
+    fn spool(&mut self, position: Position, read: &Read, bytes: &[u8]) -> io::Result<()> {
         let Some(spool) = &mut self.spool else {
             return Ok(());
         };
         let subject = read.subject.text(bytes);
-        spool.add(subject.split('/').next().unwrap_or_default(), bytes)
+        let project = subject.split('/').next().unwrap_or_default();
+        spool.add(project, position, bytes)
     }
 
     fn entry(
@@ -956,13 +1036,17 @@ impl Walk<'_> {
         };
         self.counts.events += 1;
         self.period = including(self.period, read.time);
-        let counted = outcome == Outcome::Counted;
-        self.observer.event(position, bytes, counted);
+        let effect = match &outcome {
+            Outcome::Counted => Effect::Counted,
+            Outcome::Unknown => Effect::Unknown,
+            Outcome::Void(_) | Outcome::NoSubject => Effect::Void,
+        };
+        self.observer.event(position, bytes, effect);
         match outcome {
             Outcome::Counted => {
                 self.counts.counted += 1;
                 if read.of == Some(AggregateKind::Gitops) {
-                    self.spool(read, bytes)?;
+                    self.spool(position, read, bytes)?;
                 }
             }
             Outcome::Unknown => {}
@@ -1020,8 +1104,8 @@ impl Walk<'_> {
         }
     }
 
-    /// Whether the entries lead to the signed root; if not, says what is to blame.
-    fn judge_root(&mut self, head: &TreeHead, read_all: bool) -> bool {
+    /// What leads to the signed root; where the entries do not, says what is to blame.
+    fn judge_root(&mut self, head: &TreeHead, read_all: bool) -> Lead {
         let complete = read_all && self.counts.entries == head.size;
         let by_entries = self.entries.as_ref().filter(|_| complete);
         let by_entries = by_entries.map(|edge| edge.root(self.tail.0));
@@ -1074,7 +1158,11 @@ impl Walk<'_> {
             self.findings
                 .push(Kind::RootDiffers, Place::file(CHECKPOINT), message);
         }
-        entries_hold
+        match (entries_hold, tiles_hold) {
+            (true, _) => Lead::Entries,
+            (false, true) => Lead::Tiles,
+            (false, false) => Lead::Nothing,
+        }
     }
 
     /// Compares the hash over all states with what the server claims, where the events are those that
@@ -1104,10 +1192,13 @@ impl Walk<'_> {
         }
     }
 
+    /// Compares a signed checkpoint with an older one. That history was rewritten is said only of a
+    /// tree that leads to the signed root: what was damaged on the way to the auditor shows nothing.
     fn continuity(
         &mut self,
         old: &TreeHead,
         head: &TreeHead,
+        lead: Lead,
         what: &str,
         is_live: bool,
     ) -> Continuity {
@@ -1132,11 +1223,18 @@ impl Walk<'_> {
             self.findings.push(Kind::SplitView, place, message);
             return Continuity::Contradicts { size };
         }
-        match self.roots.get(&size) {
-            Some(root) if *root == old.root => Continuity::Continues { size },
+        let roots = self.roots.get(&size).copied().unwrap_or_default();
+        let root = match lead {
+            Lead::Entries => roots.by_entries,
+            Lead::Tiles => roots.by_tiles,
+            // One and the same tree needs no proof.
+            Lead::Nothing => (size == head.size).then_some(head.root),
+        };
+        match root {
+            Some(root) if root == old.root => Continuity::Continues { size },
             Some(root) => {
                 let message = format!(
-                    "{what} has the root {} at {size} entries; the first {size} entries here have {}",
+                    "{what} has the root {} at {size} entries; the first {size} entries of what was signed have {}",
                     BASE64.encode(old.root),
                     BASE64.encode(root)
                 );

@@ -11,7 +11,7 @@ use daybook_events::subject::PREFIX;
 use daybook_events::{Aggregate, AggregateKind, Event, Folded, Position, Subject};
 use serde::Serialize;
 
-use crate::verify::Observe;
+use crate::verify::{Effect, Observe};
 
 /// Everything that could be set or run, by what it is called, in words.
 pub type Facts = BTreeMap<String, String>;
@@ -143,7 +143,7 @@ impl World {
 }
 
 impl Observe for World {
-    fn event(&mut self, position: Position, bytes: &[u8], _: bool) {
+    fn event(&mut self, position: Position, bytes: &[u8], _: Effect) {
         self.take(position, bytes);
     }
 }
@@ -179,7 +179,7 @@ impl Snapshots {
 }
 
 impl Observe for Snapshots {
-    fn event(&mut self, position: Position, bytes: &[u8], _: bool) {
+    fn event(&mut self, position: Position, bytes: &[u8], _: Effect) {
         // Positions at which no event is have the facts of those before.
         for at in &self.at {
             if *at < position && !self.taken.contains_key(at) {

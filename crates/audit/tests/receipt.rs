@@ -72,6 +72,51 @@ fn where_somebody_says_the_events_are_the_same_ones_are_found() {
 }
 
 #[test]
+fn a_ledger_without_entries_has_no_receipts() {
+    let ledger = Ledger::new(10);
+    let id = deployments(&Ledger::new(700))[0];
+    ledger.write(0);
+    for look in [Look::Everywhere, Look::At([Position(1)].into())] {
+        let missing = made_at(&ledger, id, &look).unwrap_err();
+        assert!(matches!(missing, ReceiptError::NotFound { .. }));
+    }
+}
+
+#[test]
+fn what_is_void_is_in_a_receipt_and_says_nothing() {
+    let ledger = Ledger::new(700);
+    let id = deployment(&ledger);
+    let state = |ledger: &Ledger| {
+        let bytes = made(ledger, id).unwrap();
+        let keys = [key(1).verifier().clone()];
+        check_receipt(&bytes, &keys, |_| Vec::new())
+            .unwrap()
+            .statement
+    };
+    let before = state(&ledger);
+    let own = |e: &&Bytes| {
+        let event = Event::from_bytes(e).unwrap();
+        event.subject.ends_with(&format!("/deployment/{id}"))
+    };
+    let own: Vec<_> = ledger.entries.iter().filter(own).collect();
+    let request = String::from_utf8(own[0].to_vec()).unwrap();
+    assert!(request.contains("\"revision\":1,"));
+    let last = Event::from_bytes(own[own.len() - 1]).unwrap().revision;
+    // One whose revision is taken, and one that may not follow.
+    for revision in [1, last + 1] {
+        let void = request.replace("\"revision\":1,", &format!("\"revision\":{revision},"));
+        let with = Ledger::of([ledger.entries.clone(), vec![void.into()]].concat());
+        let after = state(&with);
+        assert_eq!(after.events.len(), before.events.len() + 1);
+        assert_eq!(after.last_event, before.last_event, "{revision}");
+        assert_eq!(
+            (after.image, after.commit),
+            (before.image.clone(), before.commit.clone())
+        );
+    }
+}
+
+#[test]
 fn a_deployment_is_named_by_the_beginning_or_the_end_of_its_id() {
     let ledger = Ledger::new(700);
     let files = Files(ledger.path().to_owned());

@@ -8,10 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use daybook_audit::report::{Collector, Report, Scope, Subject};
 use daybook_audit::world::{Snapshots, differences};
-use daybook_audit::{Observe, Options, Source, observe};
+use daybook_audit::{Effect, Observe, Options, Source, observe};
 use daybook_events::{Event, Position};
 use serde_json::{Value, json};
-use support::{Ledger, trusting, verified};
+use support::{Ledger, history, trusting, verified};
 
 fn report(ledger: &Ledger, subject: Subject, scope: Scope) -> Report {
     let mut collector = Collector::new(subject, scope);
@@ -94,6 +94,44 @@ fn evidence_has_every_event_of_a_deployment() {
             event.kind
         );
     }
+}
+
+#[test]
+fn what_changed_nothing_is_in_no_report_but_the_evidence() {
+    let entries = history(1_500);
+    let plain = Ledger::of(entries.clone());
+    // Each event once more: its revision is taken, as where a broker accepts two writers at once.
+    let again = Ledger::of([entries.clone(), entries].concat());
+    for subject in [
+        Subject::Population,
+        Subject::SegregationOfDuties,
+        Subject::Emergency,
+        Subject::Unapproved,
+        Subject::FailuresAndRollbacks,
+    ] {
+        let name = subject.name();
+        let expected = report(&plain, subject.clone(), Scope::default());
+        let found = report(&again, subject, Scope::default());
+        assert!(!expected.rows.is_empty() && found.ledger_holds, "{name}");
+        assert_eq!(found.rows, expected.rows, "{name}");
+    }
+    let all = events(&plain);
+    let mut requests = all
+        .iter()
+        .filter(|e| e.kind.ends_with("deployment.requested.v1"));
+    let id = requests.next().unwrap().subject.split('/').nth(3).unwrap();
+    let evidence = |ledger| {
+        report(
+            ledger,
+            Subject::Evidence(id.parse().unwrap()),
+            Scope::default(),
+        )
+    };
+    let (expected, found) = (evidence(&plain).rows, evidence(&again).rows);
+    assert_eq!(found.len(), 2 * expected.len());
+    let effects = |effect: &str| found.iter().filter(|row| row[8] == effect).count();
+    assert_eq!(effects("counted"), expected.len());
+    assert_eq!(effects("void"), expected.len());
 }
 
 #[test]
@@ -197,7 +235,7 @@ fn what_failed_in_part_was_changed_in_place_or_was_done_in_git_is_reported() {
     let reported = |subject: Subject, events: &[Vec<u8>]| -> Report {
         let mut collector = Collector::new(subject, Scope::default());
         for (event, position) in events.iter().zip(1..) {
-            collector.event(Position(position), event, true);
+            collector.event(Position(position), event, Effect::Counted);
         }
         collector.report(&verified(ledger.path(), &trusting()))
     };

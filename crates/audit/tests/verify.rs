@@ -8,8 +8,8 @@ use std::fs;
 
 use bytes::Bytes;
 use daybook_audit::{
-    Continuity, Finding, Kept, Kind, Observe, Options, Source, Thoroughness, Trust, Verified,
-    observe,
+    Continuity, Effect, Finding, Kept, Kind, Observe, Options, Source, Thoroughness, Trust,
+    Verified, observe,
 };
 use daybook_events::{Event, Position};
 use daybook_store::tlog::{Checkpoint, gap_entry};
@@ -232,6 +232,133 @@ fn a_claimed_state_is_compared_with_what_the_signed_events_lead_to() {
     );
 }
 
+/// What an auditor is told of a ledger that was damaged on the way: not that its operator rewrote it.
+#[test]
+fn what_was_damaged_is_no_rewritten_history() {
+    let ledger = Ledger::new(700);
+    ledger.write(100);
+    let kept = verified(ledger.path(), &trusting()).keep;
+    ledger.write(700);
+    let options = Options { kept, ..trusting() };
+    let bundle = ledger.path().join("tile/entries/000");
+    let tile = ledger.path().join("tile/0/000");
+    let (good, good_tile) = (fs::read(&bundle).unwrap(), fs::read(&tile).unwrap());
+    let flipped = |bytes: &[u8], at: usize| {
+        let mut bytes = bytes.to_vec();
+        bytes[at] ^= 1;
+        bytes
+    };
+    // A letter of a name in the first event.
+    let event = String::from_utf8(ledger.entries[0].to_vec()).unwrap();
+    let letter = 2 + event.find("\"authid\":\"").unwrap() + 11;
+    let continues = Continuity::Continues { size: 100 };
+    let shown = |v: &Verified, what: &str| v.proven().iter().any(|s| s.contains(what));
+    let begins = "What was signed begins with the 100 entries that you saw last time";
+
+    fs::write(&bundle, flipped(&good, letter)).unwrap();
+    let changed = verified(ledger.path(), &options);
+    assert_eq!(kinds(&changed), [Kind::EntryDiffers]);
+    assert_eq!(changed.continuity, continues);
+    assert!(
+        shown(&changed, begins) && !shown(&changed, "unchanged"),
+        "{:?}",
+        changed.proven()
+    );
+
+    fs::remove_file(&bundle).unwrap();
+    let missing = verified(ledger.path(), &options);
+    assert_eq!(first(&missing).kind, Kind::FileMissing);
+    assert_eq!(missing.findings.count(Kind::HistoryRewritten), 0);
+    assert_eq!(missing.continuity, continues);
+    assert!(
+        shown(&missing, begins) && !shown(&missing, "unchanged"),
+        "{:?}",
+        missing.proven()
+    );
+
+    // Where nothing leads to what was signed, nothing can be said.
+    fs::write(&bundle, flipped(&good, letter)).unwrap();
+    fs::write(&tile, flipped(&good_tile, 32 * 200)).unwrap();
+    let both = verified(ledger.path(), &options);
+    assert_eq!(both.continuity, Continuity::Unknown { size: 100 });
+    assert!(!both.holds());
+    for kind in [Kind::HistoryRewritten, Kind::SplitView] {
+        assert_eq!(both.findings.count(kind), 0, "{:#?}", both.findings);
+    }
+
+    fs::write(&bundle, good).unwrap();
+    fs::write(&tile, good_tile).unwrap();
+    assert_eq!(verified(ledger.path(), &options).continuity, continues);
+}
+
+#[test]
+fn what_somebody_else_signed_is_not_held_against_the_log() {
+    let ledger = Ledger::new(300);
+    let mut entries = history(300);
+    entries.swap(3, 4);
+    let forger = Ledger {
+        key: key(2),
+        ..Ledger::of(entries)
+    };
+    forger.write(300);
+    for before in [100, 300] {
+        ledger.write(before);
+        let kept = verified(ledger.path(), &trusting()).keep;
+        assert!(kept.is_some());
+        let options = Options { kept, ..trusting() };
+        let forged = verified(forger.path(), &options);
+        let found = kinds(&forged);
+        assert!(found.contains(&Kind::CheckpointUntrusted), "{found:?}");
+        for kind in [Kind::HistoryRewritten, Kind::SplitView] {
+            assert!(!found.contains(&kind), "{found:?}");
+        }
+        let size = before as u64;
+        assert_eq!(forged.continuity, Continuity::Unknown { size });
+        assert!(!forged.holds() && forged.keep.is_none());
+    }
+}
+
+#[test]
+fn a_tree_of_any_claimed_size_is_judged_at_once() {
+    let ledger = Ledger::new(10);
+    for size in [300_000, u64::MAX / 2, u64::MAX] {
+        let mut checkpoint = Checkpoint::open(
+            &fs::read(ledger.path().join("checkpoint")).unwrap(),
+            ORIGIN,
+            &[key(1).verifier().clone()],
+        )
+        .unwrap();
+        checkpoint.head.size = size;
+        let note = checkpoint.sign(&[key(1)]);
+        let path = ledger.path().join("checkpoint");
+        let good = fs::read(&path).unwrap();
+        fs::write(&path, &note).unwrap();
+        let found = verified(ledger.path(), &trusting());
+        assert_eq!(kinds(&found), [Kind::FileMissing], "{size}");
+        assert!(!found.holds());
+
+        // The same in an archive, which has only the checkpoint and a bundle.
+        let mut archive = tar::Builder::new(Vec::new());
+        let bundle = fs::read(ledger.path().join("tile/entries/000.p/10")).unwrap();
+        for (name, bytes) in [
+            ("checkpoint", &note),
+            ("tile/entries/000.p/10", &Bytes::from(bundle)),
+        ] {
+            let mut header = tar::Header::new_ustar();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(0o644);
+            archive
+                .append_data(&mut header, name, bytes.as_ref())
+                .unwrap();
+        }
+        let archive = archive.into_inner().unwrap();
+        if let Ok(found) = verified_bytes(archive, &trusting()) {
+            assert!(!found.holds(), "{size}");
+        }
+        fs::write(&path, good).unwrap();
+    }
+}
+
 #[test]
 fn a_changed_event_is_named_by_its_position_id_and_byte() {
     let ledger = Ledger::new(300);
@@ -295,7 +422,7 @@ fn a_changed_tile_is_told_from_a_changed_event() {
 struct Looking(u64);
 
 impl Observe for Looking {
-    fn event(&mut self, _: Position, _: &[u8], _: bool) {
+    fn event(&mut self, _: Position, _: &[u8], _: Effect) {
         self.0 += 1;
     }
 }

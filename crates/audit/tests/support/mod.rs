@@ -101,7 +101,7 @@ impl Ledger {
 
     pub fn export(&self, to: &Path) {
         let files = Files(self.path().to_owned());
-        export(&files, &[], Timestamp::UNIX_EPOCH, to, &mut |_, _| {})
+        export(&files, &[], None, Timestamp::UNIX_EPOCH, to, &mut |_, _| {})
             .now_or_never()
             .unwrap()
             .unwrap();

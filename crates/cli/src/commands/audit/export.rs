@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use clap::Args;
 use daybook_audit::{ExportError, Repository, export};
-use daybook_store::tlog::FolderStorage;
+use daybook_store::tlog::{Checkpoint, FolderStorage, ReadTiles};
 use jiff::Timestamp;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -46,15 +46,18 @@ pub async fn run(args: ExportArgs) -> Outcome {
         let exported = match &args.tiles {
             Some(tiles) => {
                 let tiles = FolderStorage::new(tiles);
-                export(&tiles, &repositories, now(), &args.out, &mut progress).await
+                export(&tiles, &repositories, None, now(), &args.out, &mut progress).await
             }
             None => {
                 let client = Client::new(&args.server)?;
+                let mut copied_at = None;
                 if !args.without_repositories {
+                    copied_at = Some(signed(&ServerTiles::new(client.clone())).await?);
                     repositories = bundles(&client, &folder).await?;
                 }
                 let tiles = ServerTiles::new(client);
-                export(&tiles, &repositories, now(), &args.out, &mut progress).await
+                let out = &args.out;
+                export(&tiles, &repositories, copied_at, now(), out, &mut progress).await
             }
         };
         bar.finish_and_clear();
@@ -101,6 +104,17 @@ fn now() -> Timestamp {
         .ok()
         .and_then(|seconds| Timestamp::from_second(seconds.parse().ok()?).ok())
         .unwrap_or_else(Timestamp::now)
+}
+
+/// How many entries are signed now.
+async fn signed(tiles: &ServerTiles) -> Result<u64, Failure> {
+    let unreadable = |e: &dyn std::error::Error| failed("ledger_unreadable", e);
+    let note = tiles.get("checkpoint").await.map_err(|e| unreadable(&e))?;
+    let Some(note) = note else {
+        return Ok(0);
+    };
+    let (checkpoint, _) = Checkpoint::parse_unverified(&note).map_err(|e| unreadable(&e))?;
+    Ok(checkpoint.head.size)
 }
 
 /// The repositories of all projects, as git bundles in a folder.

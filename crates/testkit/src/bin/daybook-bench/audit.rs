@@ -194,18 +194,18 @@ async fn prepare(folder: &Path, events: usize) -> Result<Prepared, Failure> {
     let path = folder.join("export.tar");
     let storage = FolderStorage::new(&tiles);
     let made = Timestamp::UNIX_EPOCH;
-    export(&storage, &[], made, &path, &mut |_, _| {}).await?;
+    export(&storage, &[], None, made, &path, &mut |_, _| {}).await?;
     // A wrong claim is told what is right.
     let with_claim = folder.join("claimed.tar");
     let claim = |hash: &str| fs::write(tiles.join("state_hash"), format!("{events} {hash}\n"));
     claim("unknown")?;
-    export(&storage, &[], made, &with_claim, &mut |_, _| {}).await?;
+    export(&storage, &[], None, made, &with_claim, &mut |_, _| {}).await?;
     let options = Audit::default();
     let verified = verify(Source::open(&with_claim)?, &options, &mut |_, _| {})?;
     let hash = verified.state_hash.ok_or("there is no state hash")?;
     fs::remove_file(&with_claim)?;
     claim(&hash.to_string())?;
-    export(&storage, &[], made, &with_claim, &mut |_, _| {}).await?;
+    export(&storage, &[], None, made, &with_claim, &mut |_, _| {}).await?;
     fs::remove_dir_all(tiles)?;
     Ok(Prepared {
         path,
