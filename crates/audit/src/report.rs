@@ -568,8 +568,8 @@ impl Collector {
             )
         } else {
             format!(
-                "The ledger does NOT hold ({} problems; see `daybook audit verify`): this report is no evidence.",
-                verified.findings.problems()
+                "The ledger does NOT hold (problems: {}; see `daybook audit verify`): this report is no evidence.",
+                verified.findings.problems().max(1)
             )
         });
         Report {

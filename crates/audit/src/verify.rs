@@ -341,7 +341,8 @@ impl Verified {
             Kind::RepositoryUnreadable,
             Kind::RepositoryBehind,
         ];
-        if !self.repositories.is_empty() && kinds.iter().all(|k| self.findings.count(*k) == 0) {
+        let compared = self.tree_holds && !self.repositories.is_empty();
+        if compared && kinds.iter().all(|k| self.findings.count(*k) == 0) {
             let commits: u64 = self.repositories.iter().map(|r| r.commits).sum();
             all.push(format!(
                 "The {commits} commits of {} GitOps repositories and the events about them agree, one to one.",

@@ -192,8 +192,11 @@ fn print(verified: &Verified, seconds: f64) {
         style.good("the ledger holds")
     } else {
         style.error(&format!(
-            "the ledger does NOT hold: {} problems",
-            verified.findings.problems().max(1)
+            "the ledger does NOT hold: {}",
+            match verified.findings.problems() {
+                0 | 1 => "1 problem".to_owned(),
+                problems => format!("{problems} problems"),
+            }
         ))
     });
 }
