@@ -4,15 +4,17 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs::OpenOptions;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_nats::jetstream::{self, stream};
 use async_trait::async_trait;
+use bytes::Bytes;
 use daybook_events::EventLog;
 use daybook_events::log::{
     Append, AppendError, Appended, Consumer, ConsumerConfig, EventStream, LogInfo, Position,
@@ -22,13 +24,15 @@ use daybook_events::subject::{Subject, SubjectFilter};
 use daybook_events::tree::{PublishedTree, TreeCondition};
 use daybook_store::jetstream::{Connection, JetStreamLog, LogOptions, NatsOptions};
 use daybook_store::tlog::{
-    FolderStorage, FolderTree, GuardedLog, KeyRing, NotaryOptions, Published, RecheckError,
-    RepairError, TreeReader, gap_entry, recheck, repair,
+    FolderStorage, FolderTree, GuardedLog, KeyRing, Notary, NotaryError, NotaryOptions, Published,
+    ReadTiles, RecheckError, RepairError, StorageError, TileStorage, TreeReader, gap_entry,
+    recheck, repair,
 };
 use daybook_testkit::left_out;
 use daybook_testkit::nats::{NatsBinary, NatsServer};
 use futures_util::StreamExt;
 use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
 mod tlog_support;
 
@@ -480,6 +484,130 @@ async fn a_gap_is_recorded_and_readers_go_past_it() {
         );
         assert_eq!(gap.subject.kind(), None);
         ledger.sign(&new, 10).await;
+    }
+}
+
+/// A folder that does not take the news of a breach for as long as it is full.
+#[derive(Debug)]
+struct Filling {
+    storage: FolderStorage,
+    is_full: AtomicBool,
+    /// How often it was not taken.
+    refused: AtomicU64,
+}
+
+#[async_trait]
+impl ReadTiles for Filling {
+    async fn get(&self, path: &str) -> io::Result<Option<Bytes>> {
+        self.storage.get(path).await
+    }
+}
+
+#[async_trait]
+impl TileStorage for Filling {
+    async fn put(&self, files: Vec<(String, Bytes)>) -> Result<(), StorageError> {
+        self.storage.put(files).await
+    }
+
+    async fn create(&self, path: &str, bytes: Bytes) -> Result<bool, StorageError> {
+        self.storage.create(path, bytes).await
+    }
+
+    async fn replace(&self, path: &str, bytes: Bytes) -> Result<(), StorageError> {
+        if path == "breach.json" && self.is_full.load(Ordering::SeqCst) {
+            self.refused.fetch_add(1, Ordering::SeqCst);
+            return Err(StorageError::Io {
+                action: "replacing",
+                path: path.into(),
+                source: io::ErrorKind::StorageFull.into(),
+            });
+        }
+        self.storage.replace(path, bytes).await
+    }
+
+    async fn list(&self, folder: &str) -> Result<Vec<String>, StorageError> {
+        self.storage.list(folder).await
+    }
+
+    async fn remove(&self, paths: Vec<String>) -> Result<(), StorageError> {
+        self.storage.remove(paths).await
+    }
+
+    async fn tidy(&self) -> Result<(), StorageError> {
+        self.storage.tidy().await
+    }
+}
+
+#[tokio::test]
+async fn a_breach_is_told_as_soon_as_the_folder_takes_it() {
+    for is_at_start in [false, true] {
+        let ledger = Ledger::new();
+        let log = embedded(&ledger.at("log")).await;
+        ledger.sign(&log, SIGNED).await;
+        let log = match is_at_start {
+            true => embedded(&ledger.at("other")).await,
+            false => log,
+        };
+        let storage = Arc::new(Filling {
+            storage: FolderStorage::new(ledger.at("tlog")),
+            is_full: AtomicBool::new(true),
+            refused: AtomicU64::new(0),
+        });
+        let keys = ledger.keys.clone();
+        let notary = Notary::open(log.clone(), storage.clone(), keys, options());
+        let notary = notary.await.unwrap();
+        let (tree, cancel) = (notary.tree(), CancellationToken::new());
+        let running = tokio::spawn(notary.run(cancel.clone()));
+        if !is_at_start {
+            until(|| tree.condition() == TreeCondition::Sound).await;
+            flip(&files(&ledger.at("log"), ".seg").pop().unwrap(), 20_000);
+        }
+        until(|| matches!(tree.condition(), TreeCondition::Broken(_))).await;
+        // It was tried when it was opened, and since.
+        let tries = if is_at_start { 2 } else { 1 };
+        until(|| storage.refused.load(Ordering::SeqCst) >= tries || running.is_finished()).await;
+        assert!(!running.is_finished());
+        let folder = FolderTree::new(ledger.at("tlog"));
+        assert!(!matches!(folder.condition(), TreeCondition::Broken(_)));
+        storage.is_full.store(false, Ordering::SeqCst);
+        until(|| matches!(folder.condition(), TreeCondition::Broken(_))).await;
+        let ended = tokio::time::timeout(PATIENCE, running).await.unwrap();
+        assert!(matches!(ended.unwrap(), Err(NotaryError::Breach(_))));
+
+        // One that cannot tell it ends when it is asked to.
+        std::fs::remove_file(ledger.at("tlog/breach.json")).unwrap();
+        storage.is_full.store(true, Ordering::SeqCst);
+        let keys = ledger.keys.clone();
+        let notary = Notary::open(log, storage, keys, options()).await.unwrap();
+        let running = tokio::spawn(notary.run(cancel.clone()));
+        cancel.cancel();
+        let ended = tokio::time::timeout(PATIENCE, running).await.unwrap();
+        assert!(matches!(ended.unwrap(), Err(NotaryError::Breach(_))));
+    }
+}
+
+/// Whatever else is wrong with the folder: what says that the log is broken is looked at first.
+#[tokio::test]
+async fn a_breach_counts_where_the_checkpoint_cannot_be_read() {
+    let ledger = Ledger::new();
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, 10).await;
+    drop(log);
+    std::fs::remove_dir_all(ledger.at("log")).unwrap();
+    let log = embedded(&ledger.at("log")).await;
+    let breach = ledger.notary(&log).await.breach().await;
+    let checkpoint = ledger.at("tlog/checkpoint");
+    std::fs::write(&checkpoint, "none").unwrap();
+    let condition = || FolderTree::new(ledger.at("tlog")).condition();
+    assert_eq!(condition(), TreeCondition::Broken(breach));
+    std::fs::remove_file(&checkpoint).unwrap();
+    std::fs::create_dir(&checkpoint).unwrap();
+    assert!(matches!(condition(), TreeCondition::Broken(_)));
+    // That it is there is what counts.
+    std::fs::write(ledger.at("tlog/breach.json"), "{").unwrap();
+    match condition() {
+        TreeCondition::Broken(breach) => assert_eq!(breach.code, "log_broken"),
+        other => panic!("{other:?}"),
     }
 }
 

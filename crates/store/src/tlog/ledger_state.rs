@@ -207,14 +207,10 @@ struct StoredBreach {
     found_at: Timestamp,
 }
 
+/// What is written of a breach. That there is something is what counts.
 pub(super) async fn read_breach(storage: &dyn ReadTiles) -> Result<Option<Breach>, StateError> {
-    let Some(bytes) = read(storage, BREACH).await? else {
-        return Ok(None);
-    };
-    let breach = parse_breach(&bytes).ok_or(StateError::Damaged {
-        path: BREACH.into(),
-    })?;
-    Ok(Some(breach))
+    let bytes = read(storage, BREACH).await?;
+    Ok(bytes.map(|bytes| parse_breach(&bytes)))
 }
 
 /// The code of a breach that somebody else told of; a common one for those of a newer version.
@@ -223,14 +219,22 @@ pub fn breach_code(told: &str) -> &'static str {
     known.unwrap_or(codes::OTHER)
 }
 
-pub(super) fn parse_breach(bytes: &[u8]) -> Option<Breach> {
-    let stored: StoredBreach = serde_json::from_slice(bytes).ok()?;
-    Some(Breach {
+pub(super) fn parse_breach(bytes: &[u8]) -> Breach {
+    let Ok(stored) = serde_json::from_slice::<StoredBreach>(bytes) else {
+        return Breach {
+            code: codes::OTHER,
+            position: None,
+            message: format!("the log is broken, and {BREACH}, which says how, cannot be read"),
+            remedy: "stop all writers, and run `daybook ledger recheck`, which says what is wrong"
+                .to_owned(),
+        };
+    };
+    Breach {
         code: breach_code(&stored.code),
         position: stored.position,
         message: stored.message,
         remedy: stored.remedy,
-    })
+    }
 }
 
 /// Tells all who read the folder.

@@ -180,7 +180,8 @@ impl Notary {
     /// Opens the tree in a storage and compares it with the log, before anything is appended.
     ///
     /// A breach is no error here: [`tree`](Self::tree) is then broken, and [`run`](Self::run)
-    /// ends at once. Neither is a log or storage that is not available: `run` tries again.
+    /// ends as soon as the folder says so. Neither is a log or storage that is not available: `run`
+    /// tries again.
     pub async fn open(
         log: Arc<dyn EventLog>,
         storage: Arc<dyn TileStorage>,
@@ -197,7 +198,11 @@ impl Notary {
         };
         match notary.recover().await {
             Ok(_) | Err(Trouble::Overtaken) => {}
-            Err(Trouble::Breach(breach)) => notary.report(&breach).await,
+            Err(Trouble::Breach(breach)) => {
+                notary.report(&breach);
+                // Where it is not taken now, `run` goes on.
+                notary.tell_breach(&breach).await;
+            }
             Err(Trouble::Passing(reason)) => notary.tree.set(TreeCondition::Unknown(reason)),
             Err(Trouble::Fatal(error)) => return Err(error),
         }
@@ -210,10 +215,18 @@ impl Notary {
     }
 
     /// Signs what is appended, and compares the log with what was signed, until it is cancelled.
-    /// What was read by then is signed first.
+    /// What was read by then is signed first. A breach ends it, once that has been written into the
+    /// folder.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), NotaryError> {
         loop {
             if let Some(breach) = self.tree.breach() {
+                // Until then, processes that only see the folder append to a broken log.
+                while !self.tell_breach(&breach).await {
+                    tokio::select! {
+                        () = cancel.cancelled() => break,
+                        () = tokio::time::sleep(RETRY) => {}
+                    }
+                }
                 return Err(NotaryError::Breach(breach));
             }
             let trouble = tokio::select! {
@@ -225,8 +238,8 @@ impl Notary {
             };
             let wait = match trouble {
                 Trouble::Breach(breach) => {
-                    self.report(&breach).await;
-                    return Err(NotaryError::Breach(breach));
+                    self.report(&breach);
+                    continue;
                 }
                 Trouble::Fatal(error) => {
                     self.tree.set(TreeCondition::Unknown(with_causes(&error)));
@@ -249,8 +262,8 @@ impl Notary {
         }
     }
 
-    /// Stops everything, here and wherever the folder is read.
-    async fn report(&self, breach: &Breach) {
+    /// Stops everything in this process.
+    fn report(&self, breach: &Breach) {
         self.tree.set(TreeCondition::Broken(breach.clone()));
         let position = breach.position.map(|p| p.0);
         let Breach {
@@ -266,10 +279,20 @@ impl Notary {
             remedy,
             "the log is not what was signed"
         );
-        if let Err(error) = write_breach(&*self.storage, breach).await {
-            let error = with_causes(&error);
+    }
+
+    /// Stops everything wherever the folder is read, and says whether the folder has taken it.
+    async fn tell_breach(&self, breach: &Breach) -> bool {
+        // Whoever was first found the cause, and when.
+        if let Ok(Some(_)) = read_breach(&*self.storage).await {
+            return true;
+        }
+        let told = write_breach(&*self.storage, breach).await;
+        if let Err(error) = &told {
+            let error = with_causes(error);
             tracing::error!(error, "other processes could not be told of the breach");
         }
+        told.is_ok()
     }
 
     fn reader(&self, size: u64) -> TreeReader<'_> {

@@ -14,7 +14,7 @@ use daybook_events::tree::{Breach, PublishedTree, SignedHead, TreeCondition};
 use jiff::Timestamp;
 
 use super::checkpoint::{Checkpoint, CheckpointError};
-use super::ledger_state::{ALIVE, BREACH, CHECKPOINT, DOUBT, KEYS};
+use super::ledger_state::{ALIVE, BREACH, CHECKPOINT, DOUBT, KEYS, parse_breach};
 use super::path::TilePath;
 use super::reader::{ReadTiles, cut};
 use super::storage::FolderStorage;
@@ -174,11 +174,18 @@ impl FolderTree {
     }
 
     fn look(&self, seen: &mut Seen) {
-        if let Err(trouble) = self.look_at_head(seen) {
-            seen.condition = TreeCondition::Unknown(trouble);
-            return;
-        }
-        seen.condition = self.look_at_condition(seen);
+        let head = self.look_at_head(seen);
+        // A breach counts whatever else is wrong with the folder.
+        seen.condition = match (self.look_at_breach(), head) {
+            (Some(breach), _) => TreeCondition::Broken(breach),
+            (None, Err(trouble)) => TreeCondition::Unknown(trouble),
+            (None, Ok(())) => self.look_at_condition(seen),
+        };
+    }
+
+    fn look_at_breach(&self) -> Option<Breach> {
+        let bytes = std::fs::read(self.storage.folder().join(BREACH)).ok()?;
+        Some(parse_breach(&bytes))
     }
 
     fn look_at_head(&self, seen: &mut Seen) -> Result<(), String> {
@@ -209,12 +216,6 @@ impl FolderTree {
 
     fn look_at_condition(&self, seen: &mut Seen) -> TreeCondition {
         let folder = self.storage.folder();
-        if let Ok(bytes) = std::fs::read(folder.join(BREACH)) {
-            return match super::ledger_state::parse_breach(&bytes) {
-                Some(breach) => TreeCondition::Broken(breach),
-                None => TreeCondition::Unknown(format!("{BREACH} cannot be read")),
-            };
-        }
         if seen.head.is_none() {
             return TreeCondition::Unknown("nothing is published yet".to_owned());
         }
