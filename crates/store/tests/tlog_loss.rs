@@ -487,6 +487,46 @@ async fn a_gap_is_recorded_and_readers_go_past_it() {
     }
 }
 
+/// Somebody who writes past Daybook may store the same bytes twice, and an event too, when the server
+/// has forgotten its id.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_there_twice_is_restored_twice() {
+    for binary in binaries() {
+        let server = NatsServer::start(&binary).await;
+        let ledger = Ledger::new();
+        let log = open(&server, "DAYBOOK").await;
+        let context = raw(&server).await;
+        let event = an_event(1_000);
+        let (subject, of_event) = ("daybook.ev.shop._.note.a", event.subject.to_string());
+        for (subject, bytes) in [
+            (subject, "no event".into()),
+            (&of_event, event.bytes.clone()),
+            (subject, "no event".into()),
+            (&of_event, event.bytes.clone()),
+            (subject, "no event".into()),
+        ] {
+            let published = context.publish(subject.to_owned(), bytes).await;
+            published.unwrap().await.unwrap();
+        }
+        ledger.sign(&log, 10).await;
+        let all = SubjectFilter::default();
+        let originals = log.read(Position::ZERO, &all, 10).await.unwrap();
+        set_aside(&server).await;
+        let storage = FolderStorage::new(ledger.at("tlog"));
+        let (stream, folder) = (open(&server, "DAYBOOK-2").await, ledger.at("new"));
+        for new in [stream, embedded(&folder).await] {
+            let done = repair(&storage, &ledger.keys, &*new).await.unwrap();
+            assert_eq!(done.restored, 10);
+            let restored = new.read(Position::ZERO, &all, 11).await.unwrap();
+            let bytes = |events: &[Recorded]| -> Vec<_> {
+                events.iter().map(|event| event.bytes.clone()).collect()
+            };
+            assert_eq!(bytes(&restored), bytes(&originals));
+            assert_eq!(restored[3].subject, event.subject);
+        }
+    }
+}
+
 /// A folder that does not take the news of a breach for as long as it is full.
 #[derive(Debug)]
 struct Filling {

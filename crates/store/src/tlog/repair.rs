@@ -1,5 +1,6 @@
 //! Restoring a log from its tiles, and forgetting a breach that is none any more.
 
+use std::collections::HashSet;
 use std::str::FromStr;
 
 use bytes::Bytes;
@@ -140,18 +141,20 @@ pub async fn repair(
             position: Position(head.size + 1),
         });
     }
+    let mut ids = HashSet::new();
     for bundle in 0..head.size.div_ceil(TILE_WIDTH) {
         let before = bundle * TILE_WIDTH;
         let entries = tree.entries(bundle).await?;
         let placed = entries.into_iter().zip(before + 1..);
         let (old, new): (Vec<_>, Vec<_>) = placed
-            .map(|(entry, position)| (Position(position), entry))
-            .partition(|(position, _)| *position <= there);
+            .map(|(entry, position)| Placed::new(Position(position), entry, &mut ids))
+            .partition(|placed| placed.position <= there);
         compare(target, &old).await?;
         for chunk in new.chunks(at_once) {
             write(target, chunk).await?;
             done.restored += chunk.len() as u64;
-            done.gaps += chunk.iter().filter(|(p, e)| is_gap(*p, e)).count() as u64;
+            let gaps = chunk.iter().filter(|p| is_gap(p.position, &p.entry));
+            done.gaps += gaps.count() as u64;
         }
     }
     discard_beyond(storage, head.size).await?;
@@ -275,9 +278,38 @@ async fn check_entries(
     Err(RepairError::NotSigned { size: head.size })
 }
 
+/// An entry, and how it is stored.
+struct Placed {
+    position: Position,
+    entry: Bytes,
+    subject: Subject,
+    id: EventId,
+}
+
+impl Placed {
+    /// A log takes an id for the same event once. One that had it twice all the same, as it forgot
+    /// the first or was written to past Daybook, gets the second under an id of its position: what
+    /// is stored are the same bytes.
+    fn new(position: Position, entry: Bytes, ids: &mut HashSet<EventId>) -> Self {
+        let (subject, mut id) = address(position, &entry);
+        if !ids.insert(id) {
+            id = id_at(position, &entry);
+        }
+        Self {
+            position,
+            entry,
+            subject,
+            id,
+        }
+    }
+}
+
 /// That a repair that was cut off wrote these.
-async fn compare(target: &dyn EventLog, events: &[(Position, Bytes)]) -> Result<(), RepairError> {
-    for (position, entry) in events {
+async fn compare(target: &dyn EventLog, events: &[Placed]) -> Result<(), RepairError> {
+    for Placed {
+        position, entry, ..
+    } in events
+    {
         let found = target.get(*position).await?;
         if found.is_none_or(|found| event_entry(*position, &found.bytes) != *entry) {
             let position = *position;
@@ -287,20 +319,18 @@ async fn compare(target: &dyn EventLog, events: &[(Position, Bytes)]) -> Result<
     Ok(())
 }
 
-async fn write(target: &dyn EventLog, events: &[(Position, Bytes)]) -> Result<(), RepairError> {
-    let appended = join_all(events.iter().map(|(position, entry)| {
-        let (subject, id) = address(*position, entry);
+async fn write(target: &dyn EventLog, events: &[Placed]) -> Result<(), RepairError> {
+    let appended = join_all(events.iter().map(|placed| {
         target.append(Append {
-            subject,
-            id,
+            subject: placed.subject.clone(),
+            id: placed.id,
             expected: Expected::Any,
-            bytes: entry.clone(),
+            bytes: placed.entry.clone(),
         })
     }));
-    for (appended, (wanted, _)) in appended.await.into_iter().zip(events) {
-        let found = appended?.position;
-        if found != *wanted {
-            let wanted = *wanted;
+    for (appended, placed) in appended.await.into_iter().zip(events) {
+        let (wanted, found) = (placed.position, appended?.position);
+        if found != wanted {
             return Err(RepairError::Displaced { wanted, found });
         }
     }
@@ -316,9 +346,14 @@ pub(super) fn address(position: Position, entry: &[u8]) -> (Subject, EventId) {
     };
     of_event().unwrap_or_else(|| {
         let subject = format!("{PREFIX}.ledger._.entry.{position}");
-        let id = Uuid::new_v5(&Uuid::NAMESPACE_OID, entry);
-        (Subject::Other(subject), EventId(id))
+        (Subject::Other(subject), id_at(position, entry))
     })
+}
+
+/// An id that an entry has at this position only.
+fn id_at(position: Position, entry: &[u8]) -> EventId {
+    let name = [position.to_string().as_bytes(), b"\n", entry].concat();
+    EventId(Uuid::new_v5(&Uuid::NAMESPACE_OID, &name))
 }
 
 /// The subject that an event says it has.
@@ -376,5 +411,6 @@ mod tests {
         assert_eq!(subject.to_string(), "daybook.ev.ledger._.entry.7");
         assert_eq!(subject.to_string().parse(), Ok(subject));
         assert_eq!(id, address(Position(7), b"daybook.dev/gap/v1\n7\n").1);
+        assert_ne!(id, address(Position(8), b"daybook.dev/gap/v1\n7\n").1);
     }
 }
