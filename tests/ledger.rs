@@ -7,6 +7,9 @@ use std::path::Path;
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use daybook_store::embedded::{EmbeddedConfig, EmbeddedLog};
+use daybook_store::jetstream::{Connection, JetStreamLog, LogOptions, NatsOptions, set_aside};
+use daybook_store::tlog::{FolderStorage, KeyRing, repair};
 use daybook_testkit::nats::{NatsBinary, NatsServer};
 
 use crate::support::{Answer, Done, Process, Server, Settings, daybook, request, site, until};
@@ -132,9 +135,7 @@ fn an_older_backup_under_the_server_is_noticed_and_stops_appends() {
     signed(&server);
     server.stop();
     // What followed until it stopped was signed, too.
-    let checkpoint = server.folder().data().join("tlog/checkpoint");
-    let checkpoint = fs::read_to_string(checkpoint).unwrap();
-    let size: u64 = checkpoint.lines().nth(1).unwrap().parse().unwrap();
+    let size = size_of_checkpoint(&server.folder().data());
     fs::remove_dir_all(&log).unwrap();
     copy(&backup, &log);
 
@@ -189,6 +190,67 @@ fn an_older_backup_under_the_server_is_noticed_and_stops_appends() {
     assert!(data.join("log.damaged-1").is_dir());
 }
 
+/// What was signed, in a data folder that nobody uses.
+fn tiles_and_keys(data: &Path) -> (FolderStorage, KeyRing) {
+    let keys = KeyRing::open(&data.join("keys/ledger")).unwrap();
+    (FolderStorage::new(data.join("tlog")), keys)
+}
+
+/// For how many events something was signed last.
+fn size_of_checkpoint(data: &Path) -> u64 {
+    let checkpoint = fs::read_to_string(data.join("tlog/checkpoint")).unwrap();
+    checkpoint.lines().nth(1).unwrap().parse().unwrap()
+}
+
+/// Starts the server, which finds that the ledger is broken, and stops it.
+fn is_broken(server: &mut Server, code: &str) {
+    server.restart();
+    let condition = server.read("/api/v1/ledger")["condition"].clone();
+    assert_eq!(condition["code"], code, "{condition}");
+    server.stop();
+}
+
+#[test]
+fn a_repair_that_was_cut_off_near_its_end_goes_on() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let mut server = Server::start(Settings::default());
+    let data = server.folder().data();
+    let again = ["ledger", "repair", "--data", data.to_str().unwrap()];
+    server.ok(&["project", "create", "shop"]);
+    for (number, is_moved) in [(1, false), (2, true)] {
+        signed(&server);
+        server.stop();
+        let size = size_of_checkpoint(&data);
+        fs::remove_dir_all(data.join("log")).unwrap();
+        is_broken(&mut server, "log_replaced");
+
+        // Everything is in the new log, which is the one that is signed from now on.
+        runtime.block_on(async {
+            let (storage, keys) = tiles_and_keys(&data);
+            let new = EmbeddedLog::open(data.join("log.restored"), EmbeddedConfig::default());
+            let new = new.await.unwrap();
+            repair(&storage, &keys, &new).await.unwrap();
+            new.close().await;
+        });
+        let aside = data.join(format!("log.damaged-{number}"));
+        if is_moved {
+            fs::rename(data.join("log"), &aside).unwrap();
+        }
+        let done = offline(&again);
+        assert_eq!(done.code, 0, "{done:?}");
+        assert!(aside.is_dir() && !data.join("log.restored").exists());
+        // Again, it has nothing to do.
+        assert_eq!(offline(&again).code, 5);
+        server.restart();
+        let event = &server.events()[size as usize]["event"];
+        assert_eq!(event["type"], "dev.daybook.ledger.repaired.v1");
+        assert_eq!(event["data"]["breach"]["code"], "log_replaced");
+        assert!(event["data"]["replaces"].is_string(), "{event}");
+    }
+    server.ok(&["project", "create", "blog"]);
+    signed(&server);
+}
+
 #[test]
 fn a_stream_made_anew_on_nats_is_noticed_by_every_process_and_repaired() {
     let Some(binary) = NatsBinary::installed().pop().or_else(NatsBinary::newest) else {
@@ -236,6 +298,20 @@ fn a_stream_made_anew_on_nats_is_noticed_by_every_process_and_repaired() {
     server.stop();
 
     let data = server.folder().data();
+    // It is killed before it has said what was done, and goes on from there.
+    runtime.block_on(async {
+        let (storage, keys) = tiles_and_keys(&data);
+        let connection = Connection::open(NatsOptions::new(&nats.url()))
+            .await
+            .unwrap();
+        set_aside(&connection, "DAYBOOK").await.unwrap();
+        let stream = LogOptions {
+            stream: "DAYBOOK-2".into(),
+            ..LogOptions::default()
+        };
+        let new = JetStreamLog::open(connection, &stream).await.unwrap();
+        repair(&storage, &keys, &new).await.unwrap();
+    });
     let done = offline(&[
         "ledger",
         "repair",

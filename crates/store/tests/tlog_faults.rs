@@ -18,7 +18,7 @@ use daybook_events::tree::{PublishedTree, TreeCondition, TreeHead};
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLog};
 use daybook_store::tlog::{
     Checkpoint, FolderStorage, FolderTree, Growth, KeyRing, Notary, ReadTiles, StorageError,
-    TileStorage, TreeReader, verify_consistency,
+    TileStorage, TreeReader, clear_breach, repair, verify_consistency,
 };
 use daybook_testkit::left_out;
 use futures_util::{StreamExt, stream};
@@ -170,6 +170,54 @@ async fn sign_and_die(log: &Arc<dyn EventLog>, storage: Arc<Mortal>, keys: &KeyR
     cancel.cancel();
     let _ = running.await.unwrap();
     died
+}
+
+/// A repair dies at each of its steps, before or after it was done: the next one does the rest.
+#[tokio::test]
+async fn a_repair_that_is_cut_off_goes_on() {
+    let mut finished = 0;
+    for (steps, last_is_done) in (1..=5).flat_map(|steps| [(steps, false), (steps, true)]) {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let (tiles, keys) = (at("tlog"), keys());
+        let log = unsynced(&at("log")).await;
+        append(&*log, 0..10).await;
+        let notary = Working::start(&log, &tiles, &keys).await;
+        notary.signed(10).await;
+        notary.stop().await;
+        let lost = log.info().await.unwrap().identity;
+        let log = unsynced(&at("empty")).await;
+        let breach = Working::start(&log, &tiles, &keys).await.breach().await;
+
+        let target = unsynced(&at("new")).await;
+        let storage = Mortal {
+            storage: FolderStorage::new(&tiles),
+            left: AtomicUsize::new(steps),
+            last_is_done,
+        };
+        let mut is_cleared = false;
+        if repair(&storage, &keys, &*target).await.is_ok() {
+            // What says what was done is there by now.
+            append(&*target, 10..11).await;
+            is_cleared = clear_breach(&storage).await.is_ok();
+        }
+        finished += u32::from(is_cleared);
+        if !is_cleared {
+            let done = repair(&storage.storage, &keys, &*target).await.unwrap();
+            assert_eq!((done.restored, done.head.size), (0, 10));
+            assert_eq!(done.replaces, Some(lost));
+            // It may have been the very last step that was done, and nobody was told.
+            if done.breach.is_some() {
+                assert_eq!(done.breach, Some(breach.clone()));
+                let tree = FolderTree::new(&tiles);
+                assert_eq!(tree.condition(), TreeCondition::Broken(breach));
+            }
+            clear_breach(&storage.storage).await.unwrap();
+        }
+        goes_on(&target, &tiles, &keys).await;
+    }
+    // Three steps are to be done: it is bound to the new log, and a doubt and the breach are removed.
+    assert_eq!(finished, 4);
 }
 
 /// A log that need not survive anything.

@@ -25,8 +25,8 @@ use daybook_events::tree::{PublishedTree, TreeCondition};
 use daybook_store::jetstream::{Connection, JetStreamLog, LogOptions, NatsOptions};
 use daybook_store::tlog::{
     FolderStorage, FolderTree, GuardedLog, KeyRing, Notary, NotaryError, NotaryOptions, Published,
-    ReadTiles, RecheckError, RepairError, StorageError, TileStorage, TreeReader, gap_entry,
-    recheck, repair,
+    ReadTiles, RecheckError, RepairError, StorageError, TileStorage, TreeReader, clear_breach,
+    gap_entry, recheck, repair,
 };
 use daybook_testkit::left_out;
 use daybook_testkit::nats::{NatsBinary, NatsServer};
@@ -131,6 +131,7 @@ impl Ledger {
         let done = repair(&storage, &self.keys, &*new).await.unwrap();
         assert_eq!((done.restored, done.head.size), (SIGNED, SIGNED));
         assert_eq!(done.breach, Some(breach));
+        clear_breach(&storage).await.unwrap();
         for number in 0..SIGNED {
             let restored = new.get(Position(number + 1)).await.unwrap().unwrap();
             let original = an_event(number);

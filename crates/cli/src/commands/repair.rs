@@ -13,7 +13,7 @@ use daybook_events::{
 };
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLog, LockError, OpenError};
 use daybook_store::jetstream::{Connection, JetStreamLog, LogOptions, set_aside};
-use daybook_store::tlog::{FolderStorage, FolderTree, KeyRing, RepairError, repair};
+use daybook_store::tlog::{self, FolderStorage, FolderTree, KeyRing, RepairError, clear_breach};
 use jiff::Timestamp;
 use serde_json::json;
 use uuid::Uuid;
@@ -36,7 +36,7 @@ pub struct RepairArgs {
     #[command(flatten)]
     node: Box<super::up::NodeArgs>,
     /// The NATS server that has the log, if it is not embedded.
-    #[arg(long, env = "DAYBOOK_NATS", value_name = "URL")]
+    #[arg(long, env = "DAYBOOK_NATS", hide_env_values = true, value_name = "URL")]
     nats: Option<String>,
     /// Name of the stream that takes the place of the damaged one. A number is put behind the old
     /// name, or counted on, if not given.
@@ -44,26 +44,82 @@ pub struct RepairArgs {
     new_stream: Option<String>,
 }
 
-pub async fn run(args: RepairArgs) -> Outcome {
-    let mut options = args.node.options()?;
-    options.nats = args.nats.clone();
-    let data = std::path::absolute(&options.data)?;
-    let keys =
-        KeyRing::open(&options.ledger_keys_folder(&data)).map_err(|e| super::keys_unusable(&e))?;
-    let storage = FolderStorage::new(options.tlog_folder(&data));
-    let cut_off = data.join(RESTORED).exists() || args.new_stream.is_some();
-    let condition = FolderTree::new(storage.folder()).condition();
-    if !cut_off && !matches!(condition, TreeCondition::Broken(_)) {
-        return Err(Failure::new(
-            Code::Refused,
-            "nothing_to_repair",
-            "nobody has found that the log is not what was signed",
-        )
-        .hint("a notary looks at each start: run `daybook up` or `daybook serve --role notary`, and ask `daybook ledger status`"));
+/// A log and what was signed of it, as a node would use them.
+struct Signed {
+    options: NodeOptions,
+    data: PathBuf,
+    keys: KeyRing,
+    storage: FolderStorage,
+}
+
+impl Signed {
+    fn open(node: &super::up::NodeArgs, nats: Option<String>) -> Result<Self, Failure> {
+        let mut options = node.options()?;
+        options.nats = nats;
+        let data = std::path::absolute(&options.data)?;
+        let keys = KeyRing::open(&options.ledger_keys_folder(&data))
+            .map_err(|e| super::keys_unusable(&e))?;
+        let storage = FolderStorage::new(options.tlog_folder(&data));
+        Ok(Self {
+            options,
+            data,
+            keys,
+            storage,
+        })
     }
-    let (done, aside, next) = match &options.nats {
-        None => embedded(&data, &storage, &keys).await?,
-        Some(_) => on_nats(&options, args.new_stream, &storage, &keys).await?,
+
+    /// Where a log is restored that is to take the place of the embedded one.
+    fn restored(&self) -> PathBuf {
+        self.data.join(RESTORED)
+    }
+
+    async fn connect(&self) -> Result<Connection, Failure> {
+        let nats = node::nats_options(&self.options)
+            .ok_or_else(|| nats_unusable("no NATS server is named".to_owned()))?;
+        let connected = Connection::open(nats).await;
+        connected.map_err(|e| nats_unusable(with_causes(&e)))
+    }
+
+    fn stream(&self, name: &str) -> LogOptions {
+        let mut log = LogOptions {
+            stream: name.to_owned(),
+            ..LogOptions::default()
+        };
+        log.replicas = self.options.nats_replicas;
+        log
+    }
+}
+
+fn nats_unusable(why: String) -> Failure {
+    Failure::new(Code::Failure, "log_unavailable", why)
+        .hint("check that the nats-server answers, and that the account may change streams")
+}
+
+fn in_use(error: &LockError) -> Failure {
+    Failure::new(Code::Refused, "log_in_use", error.to_string())
+        .hint("stop `daybook up` on this data folder first")
+}
+
+pub async fn run(args: RepairArgs) -> Outcome {
+    let signed = Signed::open(&args.node, args.nats)?;
+    let is_embedded = signed.options.nats.is_none();
+    let cut_off = is_embedded && signed.restored().exists();
+    match FolderTree::new(signed.storage.folder()).condition() {
+        TreeCondition::Broken(_) => {}
+        _ if cut_off => {}
+        _ => {
+            return Err(Failure::new(
+                Code::Refused,
+                "nothing_to_repair",
+                "nobody has found that the log is not what was signed",
+            )
+            .hint("a notary looks at each start: run `daybook up` or `daybook serve --role notary`, and ask `daybook ledger status`"));
+        }
+    }
+    let (done, aside, next) = if is_embedded {
+        embedded(&signed).await?
+    } else {
+        on_nats(&signed, args.new_stream).await?
     };
     if output::is_json() {
         output::json(&json!({ "repaired": done, "aside": aside, "next": next }));
@@ -82,53 +138,50 @@ pub async fn run(args: RepairArgs) -> Outcome {
             done.gaps
         ));
     }
-    output::line(&format!("the old log is kept as {aside}"));
+    if let Some(aside) = aside {
+        output::line(&format!("the old log is kept as {aside}"));
+    }
     output::line(&next);
     Ok(Code::Success)
 }
 
-async fn embedded(
-    data: &Path,
-    storage: &FolderStorage,
-    keys: &KeyRing,
-) -> Result<(Repaired, String, String), Failure> {
-    let (old, new) = (data.join("log"), data.join(RESTORED));
-    let nobody_has = |opened: Result<EmbeddedLog, OpenError>| match opened {
-        Err(OpenError::Lock(error @ LockError::Held { .. })) => {
-            Err(Failure::new(Code::Refused, "log_in_use", error.to_string())
-                .hint("stop `daybook up` on this data folder first"))
-        }
-        // Whether a damaged log can be opened does not matter.
-        _ => Ok(()),
-    };
+async fn embedded(signed: &Signed) -> Result<(Repaired, Option<String>, String), Failure> {
+    let (old, new) = (signed.data.join("log"), signed.restored());
     if old.exists() {
-        nobody_has(EmbeddedLog::open(&old, EmbeddedConfig::default()).await)?;
+        match EmbeddedLog::open(&old, EmbeddedConfig::default()).await {
+            Err(OpenError::Lock(error @ LockError::Held { .. })) => return Err(in_use(&error)),
+            Ok(log) => log.close().await,
+            // Whether a damaged log can be opened does not matter.
+            Err(_) => {}
+        }
     }
     let target = EmbeddedLog::open(&new, EmbeddedConfig::default())
         .await
         .map_err(|e| Failure::new(Code::Failure, "new_log_unusable", with_causes(&e)))?;
-    let done = restore(storage, keys, &target).await?;
+    let done = restore(signed, &target).await;
     target.close().await;
     drop(target);
+    let done = done?;
 
-    let aside = free_name(data)?;
-    match std::fs::rename(&old, &aside) {
-        Ok(()) => {}
-        // A repair that was cut off here has moved it already, or there was none.
-        Err(e) if e.kind() == ErrorKind::NotFound => {}
-        Err(e) => return Err(e.into()),
-    }
-    // Output lines are no part of the ledger; they stay with the log that is used.
-    match std::fs::rename(aside.join("lines"), new.join("lines")) {
-        Ok(()) => {}
-        Err(e) if e.kind() == ErrorKind::NotFound => {}
-        Err(e) => return Err(e.into()),
+    // For as long as the new log has its own name a repair that was cut off is to be seen.
+    let aside = old.exists().then(|| free_name(&signed.data)).transpose()?;
+    if let Some(aside) = &aside {
+        // Output lines are no part of the ledger; they stay with the log that is used. What is there
+        // is of a repair that was cut off here.
+        if !new.join("lines").exists() {
+            match std::fs::rename(old.join("lines"), new.join("lines")) {
+                Ok(()) => {}
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        std::fs::rename(&old, aside)?;
     }
     std::fs::rename(&new, &old)?;
-    std::fs::File::open(data)?.sync_all()?;
+    std::fs::File::open(&signed.data)?.sync_all()?;
     Ok((
         done,
-        aside.display().to_string(),
+        aside.map(|aside| aside.display().to_string()),
         "start `daybook up` again: it goes on from there".to_owned(),
     ))
 }
@@ -148,12 +201,10 @@ fn free_name(data: &Path) -> Result<PathBuf, Failure> {
 }
 
 async fn on_nats(
-    options: &NodeOptions,
+    signed: &Signed,
     new_stream: Option<String>,
-    storage: &FolderStorage,
-    keys: &KeyRing,
-) -> Result<(Repaired, String, String), Failure> {
-    let old = options.nats_stream.clone();
+) -> Result<(Repaired, Option<String>, String), Failure> {
+    let old = signed.options.nats_stream.clone();
     let new = new_stream.unwrap_or_else(|| counted_on(&old));
     if new == old {
         return Err(Failure::new(
@@ -163,30 +214,17 @@ async fn on_nats(
         )
         .hint("name another one with --new-stream NAME"));
     }
-    let unavailable = |e: String| {
-        Failure::new(Code::Failure, "log_unavailable", e)
-            .hint("check that the nats-server answers, and that the account may change streams")
-    };
-    let nats = node::nats_options(options)
-        .ok_or_else(|| unavailable("no NATS server is named".to_owned()))?;
-    let connection = Connection::open(nats)
-        .await
-        .map_err(|e| unavailable(with_causes(&e)))?;
+    let connection = signed.connect().await?;
     set_aside(&connection, &old)
         .await
-        .map_err(|e| unavailable(with_causes(&e)))?;
-    let mut log = LogOptions {
-        stream: new.clone(),
-        ..LogOptions::default()
-    };
-    log.replicas = options.nats_replicas;
-    let target = JetStreamLog::open(connection, &log)
+        .map_err(|e| nats_unusable(with_causes(&e)))?;
+    let target = JetStreamLog::open(connection, &signed.stream(&new))
         .await
-        .map_err(|e| unavailable(with_causes(&e)))?;
-    let done = restore(storage, keys, &target).await?;
+        .map_err(|e| nats_unusable(with_causes(&e)))?;
+    let done = restore(signed, &target).await?;
     Ok((
         done,
-        format!("the stream {old}, which takes no more events"),
+        Some(format!("the stream {old}, which takes no more events")),
         format!("start every process of Daybook with --nats-stream {new} (DAYBOOK_NATS_STREAM)"),
     ))
 }
@@ -200,44 +238,66 @@ fn counted_on(stream: &str) -> String {
     number.unwrap_or_else(|| format!("{stream}-2"))
 }
 
-/// Writes all that is signed into a new log, and an event that says so behind it.
-async fn restore(
-    storage: &FolderStorage,
-    keys: &KeyRing,
-    target: &dyn EventLog,
-) -> Result<Repaired, Failure> {
-    let failed = |message: String| {
-        Failure::new(Code::Failure, "repair_failed", message)
-            .hint("mend what it names and run the same command again: it goes on where it stopped")
+/// Writes all that is signed into a new log, and an event that says so behind it. Then appends go on.
+async fn restore(signed: &Signed, target: &dyn EventLog) -> Result<Repaired, Failure> {
+    let done = match tlog::repair(&signed.storage, &signed.keys, target).await {
+        Ok(done) => done,
+        Err(error @ RepairError::SameLog { .. }) => {
+            let way_out = match &signed.options.nats {
+                None => format!("remove {}, and run it again", signed.restored().display()),
+                Some(_) => "name the damaged stream with --nats-stream NAME, and one that is not \
+                            there yet with --new-stream NAME"
+                    .to_owned(),
+            };
+            return Err(Failure::new(Code::Refused, "same_log", error.to_string()).hint(way_out));
+        }
+        Err(error) => return Err(failed(&error)),
     };
-    let repaired = match repair(storage, keys, target).await {
-        Ok(done) => Repaired {
-            breach: done.breach.map(|breach| FoundBreach {
-                code: breach.code.to_owned(),
-                position: breach.position,
-                message: breach.message,
-            }),
-            size: done.head.size,
-            root: Digest::from_sha256(&done.head.root),
-            gaps: done.gaps,
-            identity: done.identity,
-            replaces: done.replaces,
-        },
-        // A repair that was cut off had come to its end.
-        Err(RepairError::SameLog { identity }) => return said(target, &identity).await,
-        Err(error) => return Err(failed(with_causes(&error))),
+    let repaired = say(target, done).await?;
+    clear_breach(&signed.storage)
+        .await
+        .map_err(|e| failed(&e))?;
+    Ok(repaired)
+}
+
+fn failed(error: &dyn std::error::Error) -> Failure {
+    Failure::new(Code::Failure, "repair_failed", with_causes(error))
+        .hint("mend what it names and run the same command again: it goes on where it stopped")
+}
+
+/// Appends an event that says what was done, unless a repair that was cut off has; returns what is
+/// said.
+async fn say(target: &dyn EventLog, done: tlog::Repaired) -> Result<Repaired, Failure> {
+    let repaired = Repaired {
+        breach: done.breach.map(|breach| FoundBreach {
+            code: breach.code.to_owned(),
+            position: breach.position,
+            message: breach.message,
+        }),
+        size: done.head.size,
+        root: Digest::from_sha256(&done.head.root),
+        gaps: done.gaps,
+        identity: done.identity,
+        replaces: done.replaces,
     };
     let subject = Subject::Ledger;
-    let events = target
-        .read_aggregate(&subject)
-        .await
-        .map_err(|e| failed(with_causes(&e)))?;
+    let events = target.read_aggregate(&subject).await;
+    let events = events.map_err(|e| failed(&e))?;
     let folded = Folded::<LedgerRecord>::replay(events.iter());
-    let event = LedgerEvent::Repaired(repaired.clone());
-    let decision = ledger::decide(folded.state.as_ref(), event)
-        .map_err(|refusal| failed(refusal.message.clone()))?;
-    let Decision::Append(payload) = decision else {
-        return Ok(repaired);
+    let decision = ledger::decide(
+        folded.state.as_ref(),
+        LedgerEvent::Repaired(repaired.clone()),
+    );
+    let payload = match decision {
+        Ok(Decision::Append(payload)) => payload,
+        Ok(Decision::Nothing) => return Ok(folded.state.map_or(repaired, |record| record.last)),
+        Err(refusal) => {
+            return Err(Failure::new(
+                Code::Failure,
+                "repair_failed",
+                refusal.message,
+            ));
+        }
     };
     let id = EventId::derived(Uuid::NAMESPACE_OID, &repaired.identity);
     let context = Context {
@@ -255,40 +315,14 @@ async fn restore(
         context,
         payload,
     };
-    let bytes = event
-        .to_bytes(Timestamp::now())
-        .map_err(|e| failed(e.to_string()))?;
     let append = Append {
         subject,
         id,
         expected: Expected::Last(folded.position),
-        bytes,
+        bytes: event.to_bytes(Timestamp::now()).map_err(|e| failed(&e))?,
     };
-    target
-        .append(append)
-        .await
-        .map_err(|e| failed(with_causes(&e)))?;
+    target.append(append).await.map_err(|e| failed(&e))?;
     Ok(repaired)
-}
-
-/// What the newest event of a log says of its repair.
-async fn said(target: &dyn EventLog, identity: &str) -> Result<Repaired, Failure> {
-    let events = target
-        .read_aggregate(&Subject::Ledger)
-        .await
-        .map_err(|e| Failure::new(Code::Failure, "log_unavailable", with_causes(&e)))?;
-    Folded::<LedgerRecord>::replay(events.iter())
-        .state
-        .map(|record| record.last)
-        .filter(|last| last.identity == identity)
-        .ok_or_else(|| {
-            Failure::new(
-                Code::Refused,
-                "nothing_to_repair",
-                format!("the log {identity} is the one that was signed"),
-            )
-            .hint("`daybook ledger status` says what is wrong, if anything is")
-        })
 }
 
 #[cfg(test)]

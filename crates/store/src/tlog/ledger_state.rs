@@ -145,6 +145,9 @@ struct BoundLog {
     /// Size of the tree when this log took the place of the one before.
     from: u64,
     since: Timestamp,
+    /// Whether a repair wrote it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    restored: bool,
 }
 
 impl LogHistory {
@@ -160,17 +163,51 @@ impl LogHistory {
         self.logs.last().map(|log| log.identity.as_str())
     }
 
+    /// The identity of the one before.
+    pub(super) fn before(&self) -> Option<&str> {
+        self.logs
+            .iter()
+            .nth_back(1)
+            .map(|log| log.identity.as_str())
+    }
+
+    /// Whether a repair wrote the present one. Before that was noted, nothing else took the place of
+    /// a log.
+    pub(super) fn is_restored(&self) -> bool {
+        self.logs.last().is_some_and(|log| log.restored) || self.logs.len() > 1
+    }
+
     /// From now on this log is the present one.
     pub(super) async fn bind(
+        self,
+        storage: &dyn TileStorage,
+        identity: &str,
+        from: u64,
+    ) -> Result<(), StateError> {
+        self.push(storage, identity, from, false).await
+    }
+
+    /// From now on this log is the present one, into which a repair wrote all events.
+    pub(super) async fn bind_restored(
+        self,
+        storage: &dyn TileStorage,
+        identity: &str,
+    ) -> Result<(), StateError> {
+        self.push(storage, identity, 0, true).await
+    }
+
+    async fn push(
         mut self,
         storage: &dyn TileStorage,
         identity: &str,
         from: u64,
+        restored: bool,
     ) -> Result<(), StateError> {
         self.logs.push(BoundLog {
             identity: identity.to_owned(),
             from,
             since: Timestamp::now(),
+            restored,
         });
         let bytes = serde_json::to_vec_pretty(&self).map_err(|e| StateError::Io {
             path: LOGS.into(),

@@ -52,6 +52,8 @@ pub use path::{InvalidTilePath, TILE_WIDTH, TileKind, TilePath};
 pub use proof_file::{ProofFile, ProofFileError};
 pub use published::FolderTree;
 pub use reader::{Published, ReadTiles, TreeError, TreeReader};
-pub use repair::{RecheckError, RepairError, Repaired, is_repairable, recheck, repair};
+pub use repair::{
+    RecheckError, RepairError, Repaired, clear_breach, is_repairable, recheck, repair,
+};
 pub use storage::{FolderStorage, StorageError, TileStorage};
 pub use verify::{ProofError, verify_consistency, verify_inclusion};

@@ -33,7 +33,7 @@ pub struct Repaired {
     pub head: TreeHead,
     /// How many events were written. The others were there, from a repair that was cut off.
     pub restored: u64,
-    /// How many of them stand for recorded gaps.
+    /// How many of the signed events stand for recorded gaps.
     pub gaps: u64,
     /// The new log.
     pub identity: String,
@@ -61,7 +61,8 @@ pub enum RepairError {
         /// Size of the signed tree.
         size: u64,
     },
-    /// The new log is the damaged one, which is to be kept as it is.
+    /// The new log is the one that was signed, which is kept as it is. One that a repair wrote and
+    /// that has all signed events is taken, for a repair that was cut off goes on.
     #[error("{identity} is the log that is to be replaced; give a new, empty one")]
     SameLog {
         /// It.
@@ -107,7 +108,8 @@ impl From<StorageError> for RepairError {
 /// Events that the old log has beyond the signed ones are not taken over: nobody can say whether
 /// they are what they were. Recorded gaps become events of no aggregate, which folds skip.
 ///
-/// Append an event that says what was done once this has returned.
+/// The breach still stands when this has returned. Append an event that says what was done, and do
+/// what else is to be done before the new log may be used; [`clear_breach`] comes last.
 pub async fn repair(
     storage: &dyn TileStorage,
     keys: &KeyRing,
@@ -116,27 +118,37 @@ pub async fn repair(
     let (head, published) = signed_heads(storage, keys).await?;
     let history = LogHistory::read(storage).await?;
     let info = target.info().await?;
-    let replaces = history.identity().map(str::to_owned);
     let breach = read_breach(storage).await?;
-    if replaces.as_ref() == Some(&info.identity) {
-        return Err(RepairError::SameLog {
-            identity: info.identity,
-        });
+    // By a repair that was cut off afterwards, or when it was made.
+    let is_bound = history.identity() == Some(&*info.identity);
+    let same_log = || RepairError::SameLog {
+        identity: info.identity.clone(),
+    };
+    if is_bound && !history.is_restored() {
+        return Err(same_log());
     }
     let tree = TreeReader::new(storage, head.size);
     check_entries(&tree, &head, &published).await?;
     // Only the embedded log promises positions in the order in which it was called.
     let at_once = if info.backend == "embedded" { 256 } else { 1 };
+    let replaces = if is_bound {
+        history.before()
+    } else {
+        history.identity()
+    };
     let mut done = Repaired {
         breach,
         head,
         restored: 0,
         gaps: 0,
-        replaces,
-        identity: info.identity,
+        replaces: replaces.map(str::to_owned),
+        identity: info.identity.clone(),
     };
     let there = target.head().await?;
-    if there.0 > head.size {
+    if is_bound && there.0 < head.size {
+        return Err(same_log());
+    }
+    if !is_bound && there.0 > head.size {
         return Err(RepairError::TargetDiffers {
             position: Position(head.size + 1),
         });
@@ -145,24 +157,39 @@ pub async fn repair(
     for bundle in 0..head.size.div_ceil(TILE_WIDTH) {
         let before = bundle * TILE_WIDTH;
         let entries = tree.entries(bundle).await?;
-        let placed = entries.into_iter().zip(before + 1..);
-        let (old, new): (Vec<_>, Vec<_>) = placed
+        let placed: Vec<_> = entries
+            .into_iter()
+            .zip(before + 1..)
             .map(|(entry, position)| Placed::new(Position(position), entry, &mut ids))
-            .partition(|placed| placed.position <= there);
-        compare(target, &old).await?;
+            .collect();
+        let gaps = placed.iter().filter(|p| is_gap(p.position, &p.entry));
+        done.gaps += gaps.count() as u64;
+        let (old, new) = placed.split_at(placed.partition_point(|p| p.position <= there));
+        match compare(target, old).await {
+            // It was damaged since it was restored.
+            Err(
+                RepairError::TargetDiffers { .. }
+                | RepairError::Read(ReadError::Damaged { .. } | ReadError::Missing { .. }),
+            ) if is_bound => return Err(same_log()),
+            compared => compared?,
+        }
         for chunk in new.chunks(at_once) {
             write(target, chunk).await?;
             done.restored += chunk.len() as u64;
-            let gaps = chunk.iter().filter(|p| is_gap(p.position, &p.entry));
-            done.gaps += gaps.count() as u64;
         }
     }
-    discard_beyond(storage, head.size).await?;
-    history.bind(storage, &done.identity, 0).await?;
-    storage
-        .remove(vec![DOUBT.to_owned(), BREACH.to_owned()])
-        .await?;
+    if !is_bound {
+        discard_beyond(storage, head.size).await?;
+        history.bind_restored(storage, &done.identity).await?;
+    }
     Ok(done)
+}
+
+/// Forgets the breach, so that the log may be used: the last step of a repair.
+pub async fn clear_breach(storage: &dyn TileStorage) -> Result<(), StateError> {
+    Ok(storage
+        .remove(vec![DOUBT.to_owned(), BREACH.to_owned()])
+        .await?)
 }
 
 /// Why a breach stands.
@@ -234,9 +261,7 @@ pub async fn recheck(
         compare_bundle(log, &tree, bundle).await?;
     }
     let breach = read_breach(storage).await?;
-    storage
-        .remove(vec![DOUBT.to_owned(), BREACH.to_owned()])
-        .await?;
+    clear_breach(storage).await?;
     Ok((head, breach))
 }
 
