@@ -34,6 +34,12 @@ fn offline(args: &[&str]) -> Done {
     Done::of(daybook().args(args))
 }
 
+/// The exit code and the error's code of a command that was run with `--output json`.
+fn refusal(done: &Done) -> (i32, String) {
+    let error = done.error();
+    (done.code, error["code"].as_str().unwrap().to_owned())
+}
+
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
@@ -210,6 +216,12 @@ fn is_broken(server: &mut Server, code: &str) {
     server.stop();
 }
 
+fn flip(file: &Path) {
+    let mut bytes = fs::read(file).unwrap();
+    bytes[17] ^= 1;
+    fs::write(file, bytes).unwrap();
+}
+
 #[test]
 fn a_repair_that_was_cut_off_near_its_end_goes_on() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -247,6 +259,99 @@ fn a_repair_that_was_cut_off_near_its_end_goes_on() {
         assert_eq!(event["data"]["breach"]["code"], "log_replaced");
         assert!(event["data"]["replaces"].is_string(), "{event}");
     }
+    server.ok(&["project", "create", "blog"]);
+    signed(&server);
+}
+
+#[test]
+fn a_ledger_whose_log_or_tiles_came_back_is_used_again() {
+    let mut server = Server::start(Settings::default());
+    let data = server.folder().data();
+    let to = ["--data", data.to_str().unwrap(), "--output", "json"];
+    let command = |verb| offline(&[&["ledger", verb], &to[..]].concat());
+    server.ok(&["project", "create", "shop"]);
+    signed(&server);
+    let running = command("recheck");
+    assert_eq!(refusal(&running), (5, "log_in_use".into()));
+    server.stop();
+
+    // Tiles are not restored from the log, nor a log from damaged tiles.
+    let tile = data.join(format!("tlog/tile/0/000.p/{}", size_of_checkpoint(&data)));
+    flip(&tile);
+    is_broken(&mut server, "tree_damaged");
+    let refused = command("repair");
+    assert_eq!(refusal(&refused), (5, "not_repairable".into()));
+    assert!(refused.stderr.contains("ledger recheck"), "{refused:?}");
+    let refused = command("recheck");
+    assert_eq!(refusal(&refused), (8, "tree_damaged".into()));
+    flip(&tile);
+    let done = command("recheck");
+    assert_eq!(done.json()["cleared"]["code"], "tree_damaged", "{done:?}");
+    server.restart();
+    server.ok(&["project", "create", "blog"]);
+    let size = signed(&server);
+    server.stop();
+
+    // The log is not there for a moment, and then it is again.
+    let elsewhere = server.folder().path().join("elsewhere");
+    fs::rename(data.join("log"), &elsewhere).unwrap();
+    assert_eq!(command("recheck").error()["code"], "log_missing");
+    assert!(!data.join("log").exists());
+    is_broken(&mut server, "log_replaced");
+    let refused = command("recheck");
+    assert_eq!(refusal(&refused), (8, "log_replaced".into()));
+    assert!(refused.stderr.contains("ledger recheck"), "{refused:?}");
+    fs::remove_dir_all(data.join("log")).unwrap();
+    fs::rename(&elsewhere, data.join("log")).unwrap();
+    is_broken(&mut server, "log_replaced");
+    let refused = command("repair");
+    assert_eq!(refusal(&refused), (5, "log_is_sound".into()));
+    let done = command("recheck").json();
+    assert_eq!(done["cleared"]["code"], "log_replaced", "{done}");
+    assert!(done["size"].as_u64().unwrap() >= size);
+    // Nothing is wrong with asking again.
+    assert!(command("recheck").json()["cleared"].is_null());
+    assert_eq!(command("repair").error()["code"], "nothing_to_repair");
+    server.restart();
+    server.ok(&["project", "create", "cart"]);
+    signed(&server);
+    assert!(!data.join("log.damaged-1").exists());
+}
+
+#[test]
+fn whoever_named_the_wrong_nats_server_goes_back_to_the_right_one() {
+    let Some(binary) = NatsBinary::installed().pop().or_else(NatsBinary::newest) else {
+        daybook_testkit::left_out("the wrong NATS server: there is no nats-server");
+        return;
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let [right, wrong] = [(); 2].map(|()| runtime.block_on(NatsServer::start(&binary)));
+    let mut server = Server::start(Settings::default().env("DAYBOOK_NATS", right.url()));
+    let data = server.folder().data();
+    server.ok(&["project", "create", "shop"]);
+    signed(&server);
+    server.stop();
+    server.settings().env = vec![("DAYBOOK_NATS".into(), wrong.url())];
+    is_broken(&mut server, "log_replaced");
+    server.settings().env = vec![("DAYBOOK_NATS".into(), right.url())];
+
+    let command = |verb, more: &[&str]| {
+        let url = right.url();
+        let to = ["--nats", &url, "--data", data.to_str().unwrap()];
+        offline(&[&["ledger", verb], &to[..], more].concat())
+    };
+    // Neither is the right log put aside, nor another one made.
+    let refused = command("repair", &["--output", "json"]);
+    assert_eq!(refusal(&refused), (5, "log_is_sound".into()));
+    let refused = command("recheck", &["--nats-stream", "DAYBOOK-9"]);
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(
+        refused.stderr.contains("no stream DAYBOOK-9"),
+        "{refused:?}"
+    );
+    let done = command("recheck", &[]);
+    assert!(done.stdout.contains("log_replaced"), "{done:?}");
+    server.restart();
     server.ok(&["project", "create", "blog"]);
     signed(&server);
 }

@@ -5,6 +5,7 @@
 
 use std::fs::OpenOptions;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,9 +25,9 @@ use daybook_events::subject::{Subject, SubjectFilter};
 use daybook_events::tree::{PublishedTree, TreeCondition};
 use daybook_store::jetstream::{Connection, JetStreamLog, LogOptions, NatsOptions};
 use daybook_store::tlog::{
-    FolderStorage, FolderTree, GuardedLog, KeyRing, Notary, NotaryError, NotaryOptions, Published,
-    ReadTiles, RecheckError, RepairError, StorageError, TileStorage, TreeReader, clear_breach,
-    gap_entry, recheck, repair,
+    FolderStorage, FolderTree, Growth, GuardedLog, KeyRing, Notary, NotaryError, NotaryOptions,
+    Published, ReadTiles, RecheckError, RepairError, StorageError, TileStorage, TreeReader,
+    clear_breach, gap_entry, is_repairable, recheck, repair,
 };
 use daybook_testkit::left_out;
 use daybook_testkit::nats::{NatsBinary, NatsServer};
@@ -286,20 +287,29 @@ async fn a_repair_writes_nothing_where_it_must_not() {
     );
     assert_eq!(new.head().await.unwrap(), Position::ZERO);
     flip(&ledger.at("tlog/tile/entries/000"), 1000);
+    // Nor is anything where the next notary would not start.
+    for tile in TILES_OF_HASHES {
+        flip(&ledger.at("tlog").join(tile), 17);
+        let changed = repair(&storage, &ledger.keys, &*new).await;
+        match changed {
+            Err(RepairError::TreeDamaged { path }) => assert_eq!(path.to_string(), tile),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(new.head().await.unwrap(), Position::ZERO);
+        flip(&ledger.at("tlog").join(tile), 17);
+    }
     // One that was cut off goes on.
     append(&*new, 0..100).await;
     let done = repair(&storage, &ledger.keys, &*new).await.unwrap();
     assert_eq!(done.restored, SIGNED - 100);
 }
 
+/// Those of a tree of 300.
+const TILES_OF_HASHES: [&str; 3] = ["tile/0/000", "tile/1/000.p/1", "tile/0/001.p/44"];
+
 #[tokio::test]
 async fn a_flipped_bit_in_a_tile_is_noticed() {
-    for tile in [
-        "tile/entries/000",
-        "tile/0/000",
-        "tile/1/000.p/1",
-        "tile/0/001.p/44",
-    ] {
+    for tile in ["tile/entries/000"].into_iter().chain(TILES_OF_HASHES) {
         let ledger = Ledger::new();
         let log = embedded(&ledger.at("log")).await;
         ledger.sign(&log, SIGNED).await;
@@ -308,7 +318,76 @@ async fn a_flipped_bit_in_a_tile_is_noticed() {
         flip(&ledger.at("tlog").join(tile), 17);
         let breach = notary.breach().await;
         assert_eq!(breach.code, "tree_damaged", "{tile}: {breach:?}");
+        assert!(!is_repairable(&breach));
+        let storage = FolderStorage::new(ledger.at("tlog"));
+        match recheck(&storage, &ledger.keys, &*log).await {
+            Err(RecheckError::Breach(still)) => assert_eq!(still.code, "tree_damaged"),
+            other => panic!("{tile}: {other:?}"),
+        }
+        // Until the tile is what it was.
+        flip(&ledger.at("tlog").join(tile), 17);
+        recheck(&storage, &ledger.keys, &*log).await.unwrap();
+        ledger.sign(&log, SIGNED + 1).await;
     }
+}
+
+/// The tiles came back, and meanwhile the log was lost: what is on record is what is wrong now.
+#[tokio::test]
+async fn a_breach_gives_way_to_another() {
+    let ledger = Ledger::new();
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, SIGNED).await;
+    let tile = ledger.at("tlog/tile/0/000");
+    flip(&tile, 17);
+    let breach = ledger.notary(&log).await.breach().await;
+    assert_eq!(breach.code, "tree_damaged");
+    flip(&tile, 17);
+    let other = embedded(&ledger.at("other")).await;
+    let storage = FolderStorage::new(ledger.at("tlog"));
+    let found = match recheck(&storage, &ledger.keys, &*other).await {
+        Err(RecheckError::Breach(found)) => found,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(found.code, "log_replaced");
+    let condition = || FolderTree::new(ledger.at("tlog")).condition();
+    assert_eq!(condition(), TreeCondition::Broken(found));
+    recheck(&storage, &ledger.keys, &*log).await.unwrap();
+    assert!(!matches!(condition(), TreeCondition::Broken(_)));
+    // Where nothing was wrong, nothing is said to be by whoever names the wrong log.
+    let wrong = recheck(&storage, &ledger.keys, &*other).await;
+    assert!(matches!(wrong, Err(RecheckError::Breach(_))), "{wrong:?}");
+    assert!(!matches!(condition(), TreeCondition::Broken(_)));
+}
+
+/// A notary died before it signed, and what it was to sign is not what the log has now.
+#[tokio::test]
+async fn a_recheck_compares_what_was_not_signed_yet() {
+    let ledger = Ledger::new();
+    let log = embedded(&ledger.at("log")).await;
+    ledger.sign(&log, 10).await;
+    let storage = FolderStorage::new(ledger.at("tlog"));
+    let store = async |events: Range<u64>| {
+        let mut growth = Growth::load(&TreeReader::new(&storage, 10)).await.unwrap();
+        for number in events {
+            growth.push(an_event(number).bytes).unwrap();
+        }
+        let files = growth.files().unwrap().into_iter();
+        let files = files.map(|(path, bytes)| (path.to_string(), bytes));
+        storage.put(files.collect()).await.unwrap();
+    };
+    append(&*log, 10..15).await;
+    store(10..12).await;
+    recheck(&storage, &ledger.keys, &*log).await.unwrap();
+    store(20..25).await;
+    match recheck(&storage, &ledger.keys, &*log).await {
+        Err(RecheckError::Breach(found)) => {
+            assert_eq!(found.code, "log_differs");
+            assert_eq!(found.position, Some(Position(11)));
+        }
+        other => panic!("{other:?}"),
+    }
+    let breach = ledger.notary(&log).await.breach().await;
+    assert_eq!(breach.code, "log_differs");
 }
 
 fn binaries() -> Vec<NatsBinary> {

@@ -19,6 +19,8 @@ use crate::output;
 pub enum LedgerCommand {
     /// What the ledger is, how far it is signed, and whether it still is what was signed.
     Status(StatusArgs),
+    /// Compare the whole log with all that was signed, and use it again if nothing is wrong.
+    Recheck(super::repair::RecheckArgs),
     /// Replace a damaged log by a new one with every signed event.
     Repair(super::repair::RepairArgs),
 }
@@ -33,6 +35,7 @@ pub struct StatusArgs {
 pub async fn run(command: LedgerCommand) -> Outcome {
     match command {
         LedgerCommand::Status(args) => status(args).await,
+        LedgerCommand::Recheck(args) => super::repair::recheck_log(args).await,
         LedgerCommand::Repair(args) => super::repair::run(args).await,
     }
 }

@@ -1,4 +1,5 @@
-//! `daybook ledger repair`: a damaged log is replaced by a new one, written from what was signed.
+//! `daybook ledger repair`: a damaged log is replaced by a new one, written from what was signed. And
+//! `daybook ledger recheck`: a log that is what was signed again is used again.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -6,14 +7,17 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use daybook_events::ledger::{self, FoundBreach, LedgerEvent, LedgerRecord, Repaired};
 use daybook_events::log::{Append, Expected};
-use daybook_events::tree::{PublishedTree, TreeCondition};
+use daybook_events::tree::{Breach, PublishedTree, TreeCondition};
 use daybook_events::with_causes;
 use daybook_events::{
     Actor, Context, Decision, Digest, EventId, EventLog, Folded, NewEvent, Subject,
 };
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLog, LockError, OpenError};
 use daybook_store::jetstream::{Connection, JetStreamLog, LogOptions, set_aside};
-use daybook_store::tlog::{self, FolderStorage, FolderTree, KeyRing, RepairError, clear_breach};
+use daybook_store::tlog::{
+    self, FolderStorage, FolderTree, KeyRing, RecheckError, RepairError, clear_breach, compare_log,
+    is_repairable, recheck,
+};
 use jiff::Timestamp;
 use serde_json::json;
 use uuid::Uuid;
@@ -42,6 +46,20 @@ pub struct RepairArgs {
     /// name, or counted on, if not given.
     #[arg(long, value_name = "NAME", requires = "nats")]
     new_stream: Option<String>,
+}
+
+/// Compare the whole log with all that was signed, and use it again if nothing is wrong.
+///
+/// For a ledger that is broken, when the cause is gone: Daybook is pointed at the log that was signed
+/// again, or the log or the folder of tiles was brought back from a backup. Nothing of Daybook may
+/// run on the data folder or the stream meanwhile.
+#[derive(Debug, Args)]
+pub struct RecheckArgs {
+    #[command(flatten)]
+    node: Box<super::up::NodeArgs>,
+    /// The NATS server that has the log, if it is not embedded.
+    #[arg(long, env = "DAYBOOK_NATS", hide_env_values = true, value_name = "URL")]
+    nats: Option<String>,
 }
 
 /// A log and what was signed of it, as a node would use them.
@@ -88,6 +106,33 @@ impl Signed {
         log.replicas = self.options.nats_replicas;
         log
     }
+
+    /// What cannot be restored from, or trusted: how to bring it back.
+    fn tiles_damaged(&self, what: &str) -> Failure {
+        Failure::new(
+            Code::Refused,
+            "not_repairable",
+            format!("a log is restored from its tiles, and they are what is damaged: {what}"),
+        )
+        .hint(format!(
+            "bring back what it names in {} from a copy of that folder: a tile never changes, so one \
+             that an auditor fetched will do. Then run `daybook ledger recheck`",
+            self.storage.folder().display()
+        ))
+    }
+
+    /// Refuses to replace a log that is what was signed.
+    async fn must_be_damaged(&self, log: &dyn EventLog) -> Result<(), Failure> {
+        match compare_log(&self.storage, &self.keys, log).await {
+            Ok(head) => Err(Failure::new(
+                Code::Refused,
+                "log_is_sound",
+                format!("this log has all {} signed events as they were", head.size),
+            )
+            .hint("run `daybook ledger recheck`: Daybook uses it again then")),
+            Err(_) => Ok(()),
+        }
+    }
 }
 
 fn nats_unusable(why: String) -> Failure {
@@ -105,6 +150,9 @@ pub async fn run(args: RepairArgs) -> Outcome {
     let is_embedded = signed.options.nats.is_none();
     let cut_off = is_embedded && signed.restored().exists();
     match FolderTree::new(signed.storage.folder()).condition() {
+        TreeCondition::Broken(breach) if !is_repairable(&breach) => {
+            return Err(signed.tiles_damaged(&breach.message));
+        }
         TreeCondition::Broken(_) => {}
         _ if cut_off => {}
         _ => {
@@ -150,6 +198,11 @@ async fn embedded(signed: &Signed) -> Result<(Repaired, Option<String>, String),
     if old.exists() {
         match EmbeddedLog::open(&old, EmbeddedConfig::default()).await {
             Err(OpenError::Lock(error @ LockError::Held { .. })) => return Err(in_use(&error)),
+            Ok(log) if !new.exists() => {
+                let damaged = signed.must_be_damaged(&log).await;
+                log.close().await;
+                damaged?;
+            }
             Ok(log) => log.close().await,
             // Whether a damaged log can be opened does not matter.
             Err(_) => {}
@@ -215,6 +268,10 @@ async fn on_nats(
         .hint("name another one with --new-stream NAME"));
     }
     let connection = signed.connect().await?;
+    // One that was set aside, or that cannot be opened, is not what it was.
+    if let Ok(log) = JetStreamLog::open_existing(connection.clone(), &signed.stream(&old)).await {
+        signed.must_be_damaged(&log).await?;
+    }
     set_aside(&connection, &old)
         .await
         .map_err(|e| nats_unusable(with_causes(&e)))?;
@@ -251,7 +308,13 @@ async fn restore(signed: &Signed, target: &dyn EventLog) -> Result<Repaired, Fai
             };
             return Err(Failure::new(Code::Refused, "same_log", error.to_string()).hint(way_out));
         }
-        Err(error) => return Err(failed(&error)),
+        Err(error) => {
+            return Err(match RecheckError::from(error) {
+                RecheckError::Breach(breach) => signed.tiles_damaged(&breach.message),
+                RecheckError::Tiles(error) => failed(&error),
+                unavailable @ RecheckError::Unavailable(_) => failed(&unavailable),
+            });
+        }
     };
     let repaired = say(target, done).await?;
     clear_breach(&signed.storage)
@@ -323,6 +386,101 @@ async fn say(target: &dyn EventLog, done: tlog::Repaired) -> Result<Repaired, Fa
     };
     target.append(append).await.map_err(|e| failed(&e))?;
     Ok(repaired)
+}
+
+/// Ends with [`Code::Mismatch`] if the log is not what was signed.
+pub async fn recheck_log(args: RecheckArgs) -> Outcome {
+    let signed = Signed::open(&args.node, args.nats)?;
+    let (storage, keys) = (&signed.storage, &signed.keys);
+    let compared = match &signed.options.nats {
+        None => {
+            let log = embedded_log(&signed).await?;
+            let compared = recheck(storage, keys, &log).await;
+            log.close().await;
+            compared
+        }
+        Some(_) => {
+            let stream = signed.stream(&signed.options.nats_stream);
+            let opened = JetStreamLog::open_existing(signed.connect().await?, &stream).await;
+            let log = opened.map_err(|e| {
+                let why = with_causes(&e);
+                Failure::new(Code::Failure, "log_unavailable", why)
+                    .hint("name the stream that was signed with --nats-stream NAME")
+            })?;
+            recheck(storage, keys, &log).await
+        }
+    };
+    let (head, cleared) = compared.map_err(|error| match error {
+        // A repair that was cut off has bound what is signed to a log that is not in its place yet.
+        RecheckError::Breach(breach)
+            if signed.options.nats.is_none() && signed.restored().exists() =>
+        {
+            still(&breach).hint("a repair was cut off: run `daybook ledger repair` again")
+        }
+        RecheckError::Breach(breach) => still(&breach).hint(breach.remedy.clone()),
+        RecheckError::Unavailable(_) => {
+            Failure::new(Code::Failure, "log_unavailable", error.to_string())
+                .hint("try again later; nothing was changed")
+        }
+        RecheckError::Tiles(RepairError::NothingSigned) => Failure::new(
+            Code::Refused,
+            "nothing_signed",
+            "nothing was signed yet, so there is nothing to compare with",
+        )
+        .hint("name the folder of tiles with --tlog DIR"),
+        RecheckError::Tiles(error) => {
+            Failure::new(Code::Failure, "recheck_failed", with_causes(&error))
+                .hint("check the folders of --tlog and --tlog-keys")
+        }
+    })?;
+    let root = Digest::from_sha256(&head.root);
+    if output::is_json() {
+        let cleared = cleared.map(|breach| {
+            json!({ "code": breach.code, "position": breach.position, "message": breach.message })
+        });
+        output::json(&json!({ "size": head.size, "root": root, "cleared": cleared }));
+        return Ok(Code::Success);
+    }
+    output::line(&format!(
+        "{} the log has all {} signed events as they were",
+        output::style().good("sound:"),
+        head.size
+    ));
+    match cleared {
+        Some(breach) => {
+            output::line(&format!("forgotten: {} ({})", breach.message, breach.code));
+            output::line(
+                "start the notary again, and the processes that read the tree over HTTP (--tlog-url)",
+            );
+        }
+        None => output::line("nobody had found it to be anything else"),
+    }
+    Ok(Code::Success)
+}
+
+/// What is wrong still, under the code that it has everywhere.
+fn still(breach: &Breach) -> Failure {
+    Failure::new(Code::Mismatch, breach.code, breach.message.clone())
+}
+
+/// The embedded log, if it is there.
+async fn embedded_log(signed: &Signed) -> Result<EmbeddedLog, Failure> {
+    let folder = signed.data.join("log");
+    if !folder.exists() {
+        let missing = format!("there is no log at {}", folder.display());
+        return Err(Failure::new(Code::NotFound, "log_missing", missing).hint(
+            "bring it back from a backup, or name another data folder with --data DIR; \
+                 `daybook ledger repair` restores the signed events",
+        ));
+    }
+    let opened = EmbeddedLog::open(&folder, EmbeddedConfig::default()).await;
+    opened.map_err(|error| match error {
+        OpenError::Lock(error @ LockError::Held { .. }) => in_use(&error),
+        error => Failure::new(Code::Failure, "log_unusable", with_causes(&error)).hint(
+            "bring it back from a backup; if there is none, `daybook ledger repair` restores the \
+             signed events",
+        ),
+    })
 }
 
 #[cfg(test)]

@@ -81,6 +81,15 @@ impl JetStreamLog {
         })
     }
 
+    /// Opens the log as [`open`](Self::open) does, if its stream is there. None is created.
+    pub async fn open_existing(
+        connection: Connection,
+        options: &LogOptions,
+    ) -> Result<Self, OpenError> {
+        stream_setup::must_exist(&connection, &options.stream).await?;
+        Self::open(connection, options).await
+    }
+
     /// The last position that a filter lets through, as the stream's leader knows it.
     async fn last_match(&self, filter: &SubjectFilter) -> Result<Option<u64>, ReadError> {
         if filter.is_all() {

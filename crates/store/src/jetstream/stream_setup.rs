@@ -89,6 +89,12 @@ pub enum OpenError {
         /// What they said last.
         reason: String,
     },
+    /// There is no stream, and none was to be created.
+    #[error("there is no stream {stream}")]
+    Missing {
+        /// Its name.
+        stream: String,
+    },
     /// There is no stream, and none could be created.
     #[error("the stream {stream} could not be created: {reason}")]
     NotCreated {
@@ -223,6 +229,18 @@ pub(super) async fn open(
             return Err(OpenError::Unavailable { reason });
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// That a stream is there. What else is wrong shows when it is opened.
+pub(super) async fn must_exist(connection: &Connection, stream: &str) -> Result<(), OpenError> {
+    match connection.context().get_stream(stream).await {
+        Err(error) if matches!(error.kind(), GetStreamErrorKind::JetStream(e) if e.code() == 404) => {
+            Err(OpenError::Missing {
+                stream: stream.to_owned(),
+            })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -59,7 +59,10 @@ pub(super) fn replaced(found: &str, bound: &str) -> Breach {
         code: codes::REPLACED,
         position: None,
         message: format!("the log is {found}, and what was signed is of {bound}"),
-        remedy: format!("point Daybook at the log that was signed; if that is lost, {REPAIR}"),
+        remedy: format!(
+            "point Daybook at the log that was signed and run `daybook ledger recheck`; if that log \
+             is lost, {REPAIR}"
+        ),
     }
 }
 
@@ -72,13 +75,20 @@ pub(super) fn differs(position: Position, what: impl fmt::Display) -> Breach {
     }
 }
 
+/// A tile stands for events that followed on the signed ones when it was stored.
+pub(super) fn unsigned_differs(path: &str, signed: u64) -> Breach {
+    let what =
+        format!("{path} was written for other events than the log has now; it was not signed yet");
+    differs(Position(signed + 1), what)
+}
+
 fn damaged(position: Position, what: impl fmt::Display) -> Breach {
     Breach {
         code: codes::DAMAGED,
         position: Some(position),
         message: format!("the event at {position}, which was not signed yet, is damaged: {what}"),
-        remedy: "restore the log from a replica or a backup that has this event; `daybook ledger \
-                 repair` restores those before it"
+        remedy: "restore the log from a replica or a backup that has this event and run `daybook \
+                 ledger recheck`; if there is none, `daybook ledger repair` restores those before it"
             .to_owned(),
     }
 }
@@ -88,9 +98,10 @@ pub(super) fn tree_damaged(position: Option<Position>, what: impl fmt::Display) 
         code: codes::TREE_DAMAGED,
         position,
         message: format!("the tiles are not what was signed: {what}"),
-        remedy: "restore the folder of tiles from a backup; nothing that was signed is made anew \
-                 from the log"
-            .to_owned(),
+        remedy:
+            "restore the folder of tiles from a backup and run `daybook ledger recheck`; nothing \
+                 that was signed is made anew from the log"
+                .to_owned(),
     }
 }
 

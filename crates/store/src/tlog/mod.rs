@@ -53,7 +53,7 @@ pub use proof_file::{ProofFile, ProofFileError};
 pub use published::FolderTree;
 pub use reader::{Published, ReadTiles, TreeError, TreeReader};
 pub use repair::{
-    RecheckError, RepairError, Repaired, clear_breach, is_repairable, recheck, repair,
+    RecheckError, RepairError, Repaired, clear_breach, compare_log, is_repairable, recheck, repair,
 };
 pub use storage::{FolderStorage, StorageError, TileStorage};
 pub use verify::{ProofError, verify_consistency, verify_inclusion};

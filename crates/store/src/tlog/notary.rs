@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::checkpoint::{Checkpoint, CheckpointError};
 use super::compare::{
-    Mismatch, compare_bundle, compare_event, differs, judge_read_error, judge_tree_error, replaced,
-    tree_damaged, truncated,
+    Mismatch, compare_bundle, compare_event, judge_read_error, judge_tree_error, replaced,
+    tree_damaged, truncated, unsigned_differs,
 };
 use super::growth::Growth;
 use super::hash::{Hash, empty_root};
@@ -622,12 +622,7 @@ impl Notary {
     /// before it signed them: the log had them, and has others now.
     fn judge_storage_error(&self, error: StorageError, signed: u64) -> Trouble {
         match error {
-            StorageError::Differs { path } => {
-                let what = format!(
-                    "{path} was written for other events than the log has now; it was not signed yet"
-                );
-                differs(Position(signed + 1), what).into()
-            }
+            StorageError::Differs { path } => unsigned_differs(&path, signed).into(),
             passing => passing.into(),
         }
     }

@@ -13,14 +13,17 @@ use futures_util::future::join_all;
 use uuid::Uuid;
 
 use super::checkpoint::{Checkpoint, CheckpointError};
-use super::compare::{Mismatch, compare_bundle, judge_read_error, replaced, truncated};
+use super::compare::{
+    Mismatch, compare_bundle, judge_read_error, replaced, tree_damaged, truncated, unsigned_differs,
+};
 use super::growth::Growth;
 use super::keys::KeyRing;
-use super::leaf::{event_entry, is_gap};
+use super::leaf::{event_entry, gap_entry, is_gap};
 use super::ledger_state::{
     BREACH, CHECKPOINT, ClaimedHead, DOUBT, LogHistory, StateError, codes, read_breach,
+    write_breach,
 };
-use super::path::{TILE_WIDTH, TilePath};
+use super::path::{TILE_WIDTH, TileKind, TilePath};
 use super::reader::{TreeError, TreeReader};
 use super::storage::{StorageError, TileStorage};
 
@@ -60,6 +63,15 @@ pub enum RepairError {
     NotSigned {
         /// Size of the signed tree.
         size: u64,
+    },
+    /// A tile of hashes is not what was signed, so that the next notary would not start. Nothing was
+    /// written.
+    #[error(
+        "{path} does not follow from the signed entries; restore the folder of tiles from a backup"
+    )]
+    TreeDamaged {
+        /// The first that does not.
+        path: TilePath,
     },
     /// The new log is the one that was signed, which is kept as it is. One that a repair wrote and
     /// that has all signed events is taken, for a repair that was cut off goes on.
@@ -179,7 +191,9 @@ pub async fn repair(
         }
     }
     if !is_bound {
-        discard_beyond(storage, head.size).await?;
+        let beyond = tiles_beyond(storage, head.size).await?;
+        let beyond = beyond.iter().map(TilePath::to_string).collect();
+        storage.remove(beyond).await?;
         history.bind_restored(storage, &done.identity).await?;
     }
     Ok(done)
@@ -203,7 +217,7 @@ pub enum RecheckError {
     Unavailable(String),
     /// The tiles cannot be used.
     #[error(transparent)]
-    Tiles(#[from] RepairError),
+    Tiles(RepairError),
 }
 
 impl From<Mismatch> for RecheckError {
@@ -216,9 +230,19 @@ impl From<Mismatch> for RecheckError {
     }
 }
 
-impl From<TreeError> for RecheckError {
-    fn from(error: TreeError) -> Self {
-        Self::Tiles(error.into())
+impl From<RepairError> for RecheckError {
+    fn from(error: RepairError) -> Self {
+        let what = match &error {
+            RepairError::Tree(error) if error.is_damage() => error.to_string(),
+            RepairError::NotSigned { size } => {
+                format!("the entries do not lead to the signed root of {size} events")
+            }
+            RepairError::TreeDamaged { path } => {
+                format!("{path} does not follow from the signed entries")
+            }
+            _ => return Self::Tiles(error),
+        };
+        Self::Breach(tree_damaged(None, what))
     }
 }
 
@@ -228,25 +252,18 @@ impl From<StateError> for RecheckError {
     }
 }
 
-impl From<StorageError> for RecheckError {
-    fn from(error: StorageError) -> Self {
-        Self::Tiles(error.into())
-    }
-}
-
-/// Compares all of the log with all that was signed, and forgets a breach if nothing is wrong: for
-/// when the true log, or the folder of tiles, was brought back. Returns the signed tree and the
-/// breach that was forgotten, if there was one.
+/// Compares all of the log with all that was signed, and changes nothing. Returns the signed tree.
 ///
-/// No notary may run. It takes as long as reading the whole log.
-pub async fn recheck(
+/// What is not signed yet has to be readable, and to be what a notary may have stored of it before it
+/// died: the next one goes on from there. It takes as long as reading the whole log.
+pub async fn compare_log(
     storage: &dyn TileStorage,
     keys: &KeyRing,
     log: &dyn EventLog,
-) -> Result<(TreeHead, Option<Breach>), RecheckError> {
+) -> Result<TreeHead, RecheckError> {
     let (head, published) = signed_heads(storage, keys).await?;
     let tree = TreeReader::new(storage, head.size);
-    check_entries(&tree, &head, &published).await?;
+    let growth = check_entries(&tree, &head, &published).await?;
     let of_log = |error| judge_read_error(error, head.size);
     let identity = log.info().await.map_err(of_log)?.identity;
     let history = LogHistory::read(storage).await?;
@@ -260,9 +277,62 @@ pub async fn recheck(
     for bundle in 0..head.size.div_ceil(TILE_WIDTH) {
         compare_bundle(log, &tree, bundle).await?;
     }
+    compare_unsigned(storage, growth, log, there).await?;
+    Ok(head)
+}
+
+/// Compares as [`compare_log`] does, and forgets a breach if nothing is wrong: for when the true log,
+/// or the folder of tiles, was brought back. Returns the signed tree and the breach that was
+/// forgotten, if there was one. Where something else is wrong by now, that takes its place.
+///
+/// No notary may run.
+pub async fn recheck(
+    storage: &dyn TileStorage,
+    keys: &KeyRing,
+    log: &dyn EventLog,
+) -> Result<(TreeHead, Option<Breach>), RecheckError> {
     let breach = read_breach(storage).await?;
+    let compared = compare_log(storage, keys, log).await;
+    if let (Some(known), Err(RecheckError::Breach(found))) = (&breach, &compared)
+        && known != found
+    {
+        // Where it is not taken, what was known still stops appends.
+        let _ = write_breach(storage, found).await;
+    }
+    let head = compared?;
     clear_breach(storage).await?;
     Ok((head, breach))
+}
+
+/// Compares what the log has behind the signed events with what was stored of it.
+async fn compare_unsigned(
+    storage: &dyn TileStorage,
+    mut growth: Growth,
+    log: &dyn EventLog,
+    there: Position,
+) -> Result<(), RecheckError> {
+    let size = growth.size();
+    let stored = tiles_beyond(storage, size).await?;
+    for position in (size + 1..=there.0).map(Position) {
+        let entry = match log.get(position).await {
+            Ok(Some(recorded)) => event_entry(position, &recorded.bytes),
+            Ok(None) | Err(ReadError::Missing { .. }) => gap_entry(position),
+            Err(error) => return Err(judge_read_error(error, size).into()),
+        };
+        let grown = growth.push(entry).and_then(|()| growth.files());
+        // An entry is as small as an event may be.
+        let grown = grown.unwrap_or_default();
+        growth.stored();
+        for (path, bytes) in grown.into_iter().filter(|(path, _)| stored.contains(path)) {
+            let path = path.to_string();
+            let found = storage.get(&path).await;
+            let found = found.map_err(|error| RecheckError::Unavailable(error.to_string()))?;
+            if found.is_some_and(|found| found != bytes) {
+                return Err(RecheckError::Breach(unsigned_differs(&path, size)));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The newest head that may have been signed, and the one that is published.
@@ -281,26 +351,40 @@ async fn signed_heads(
     Ok((claimed.map_or(published, |claimed| claimed.head), published))
 }
 
-/// That all entries together have the signed roots.
+/// That all entries together have the signed roots, and that all hashes are theirs. Returns the tree
+/// that they lead to.
 async fn check_entries(
     tree: &TreeReader<'_>,
     head: &TreeHead,
     published: &TreeHead,
-) -> Result<(), RepairError> {
+) -> Result<Growth, RepairError> {
     let mut growth = Growth::empty();
     let mut seen = growth.head() == *published;
+    let mut damaged = None;
     for bundle in 0..head.size.div_ceil(TILE_WIDTH) {
         for entry in tree.entries(bundle).await? {
             // What was read from a bundle fits into one.
             let _ = growth.push(entry);
             seen |= growth.size() == published.size && growth.head() == *published;
         }
+        for (path, bytes) in growth.files().unwrap_or_default() {
+            // Narrower ones are not there any more, but for those at the end.
+            let is_there = path.is_full() || growth.size() == head.size;
+            if let (TileKind::Hashes { level }, true) = (path.kind, is_there)
+                && tree.hashes(level, path.index).await?.as_flattened() != bytes
+            {
+                damaged.get_or_insert(path);
+            }
+        }
         growth.stored();
     }
-    if seen && growth.head() == *head {
-        return Ok(());
+    if !seen || growth.head() != *head {
+        return Err(RepairError::NotSigned { size: head.size });
     }
-    Err(RepairError::NotSigned { size: head.size })
+    match damaged {
+        Some(path) => Err(RepairError::TreeDamaged { path }),
+        None => Ok(growth),
+    }
 }
 
 /// An entry, and how it is stored.
@@ -387,23 +471,28 @@ pub(super) fn subject_in(event: &Event) -> Option<Subject> {
     Subject::from_str(&text).ok()
 }
 
-/// Removes tiles that a notary wrote for events that it did not come to sign.
-async fn discard_beyond(storage: &dyn TileStorage, size: u64) -> Result<(), RepairError> {
-    let mut doomed = Vec::new();
+/// Tiles that a notary wrote for events that it did not come to sign.
+async fn tiles_beyond(
+    storage: &dyn TileStorage,
+    size: u64,
+) -> Result<HashSet<TilePath>, StateError> {
+    let mut beyond = HashSet::new();
     for kind in storage.list("tile").await? {
         let mut folders = vec![format!("tile/{kind}")];
         while let Some(folder) = folders.pop() {
             for name in storage.list(&folder).await? {
                 let path = format!("{folder}/{name}");
                 match path.parse::<TilePath>() {
-                    Ok(tile) if is_beyond(tile, size) => doomed.push(path),
+                    Ok(tile) if is_beyond(tile, size) => {
+                        beyond.insert(tile);
+                    }
                     Ok(_) => {}
                     Err(_) => folders.push(path),
                 }
             }
         }
     }
-    Ok(storage.remove(doomed).await?)
+    Ok(beyond)
 }
 
 fn is_beyond(tile: TilePath, size: u64) -> bool {
@@ -419,7 +508,6 @@ pub fn is_repairable(breach: &Breach) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tlog::TileKind;
 
     #[test]
     fn only_tiles_beyond_the_signed_size_are_discarded() {
