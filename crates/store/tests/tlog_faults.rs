@@ -15,7 +15,6 @@ use bytes::Bytes;
 use daybook_events::EventLog;
 use daybook_events::log::Position;
 use daybook_events::tree::{PublishedTree, TreeCondition, TreeHead};
-use daybook_store::embedded::{EmbeddedConfig, EmbeddedLog};
 use daybook_store::tlog::{
     Checkpoint, FolderStorage, FolderTree, Growth, KeyRing, Notary, ReadTiles, StorageError,
     TileStorage, TreeReader, clear_breach, repair, verify_consistency,
@@ -26,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 mod tlog_support;
 
-use tlog_support::{ORIGIN, PATIENCE, Working, append, embedded, keys, options, until};
+use tlog_support::{ORIGIN, PATIENCE, Working, append, embedded, keys, options, unsynced, until};
 
 /// A storage whose process dies: at one step, before or after it was done, and from then on nothing
 /// works any more.
@@ -218,15 +217,6 @@ async fn a_repair_that_is_cut_off_goes_on() {
     }
     // Three steps are to be done: it is bound to the new log, and a doubt and the breach are removed.
     assert_eq!(finished, 4);
-}
-
-/// A log that need not survive anything.
-async fn unsynced(dir: &Path) -> Arc<dyn EventLog> {
-    let config = EmbeddedConfig {
-        sync: false,
-        ..EmbeddedConfig::default()
-    };
-    Arc::new(EmbeddedLog::open(dir, config).await.unwrap())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

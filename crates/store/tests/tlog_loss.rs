@@ -37,7 +37,9 @@ use tokio_util::sync::CancellationToken;
 
 mod tlog_support;
 
-use tlog_support::{PATIENCE, Working, an_event, append, embedded, keys, options, until};
+use tlog_support::{
+    PATIENCE, Working, an_event, append, embedded, files, flip, keys, options, until,
+};
 
 /// So many events are signed before something happens to the log.
 const SIGNED: u64 = 300;
@@ -50,31 +52,6 @@ fn copy(from: &Path, to: &Path) {
 fn in_place_of(from: &Path, to: &Path) {
     std::fs::remove_dir_all(to).unwrap();
     copy(from, to);
-}
-
-/// The files below a folder whose name ends so.
-fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            found.extend(files(&path, ending));
-        } else if path.to_string_lossy().ends_with(ending) {
-            found.push(path);
-        }
-    }
-    found
-}
-
-fn flip(file: &Path, offset: u64) {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(file)
-        .unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, offset).unwrap();
-    file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
 }
 
 /// A tree over a log, with what it takes to go on after the log was lost.

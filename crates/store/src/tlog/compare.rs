@@ -1,6 +1,7 @@
 //! Comparing the log with what was signed.
 
 use std::fmt;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use daybook_events::log::{EventLog, ReadError, Recorded};
@@ -172,7 +173,7 @@ pub(super) async fn compare_event(
     Err(differs(position, "it is missing").into())
 }
 
-/// Compares the events of one bundle with its leaves, its entries, and the tile above.
+/// Compares the events of one bundle with its leaves, its entries, and the tiles above.
 pub(super) async fn compare_bundle(
     log: &dyn EventLog,
     tree: &TreeReader<'_>,
@@ -190,14 +191,35 @@ pub(super) async fn compare_bundle(
             return Err(tree_damaged(Some(position), what).into());
         }
     }
-    if let Some(root) = complete_root(&leaves).filter(|_| leaves.len() as u64 == TILE_WIDTH) {
-        let above = tree.hashes(1, index / TILE_WIDTH).await.map_err(of_tree)?;
-        if above.get((index % TILE_WIDTH) as usize) != Some(&root) {
-            let what = format!("tile/0 number {index} does not hash to the tile above it");
+    compare_tiles(tree, index, &leaves).await?;
+    compare_events(log, before, &leaves, tree.size()).await
+}
+
+/// Compares a full tile of leaves with the tile above, and each tile that ends with it with the one
+/// above that: over a whole round, every full tile once.
+async fn compare_tiles(
+    tree: &TreeReader<'_>,
+    index: u64,
+    leaves: &Arc<[Hash]>,
+) -> Result<(), Mismatch> {
+    let first = Some(Position(index * TILE_WIDTH).next());
+    let (mut level, mut index, mut hashes) = (0, index, Arc::clone(leaves));
+    while hashes.len() as u64 == TILE_WIDTH
+        && let Some(root) = complete_root(&hashes)
+    {
+        let above = tree.hashes(level + 1, index / TILE_WIDTH).await;
+        let above = above.map_err(|error| judge_tree_error(error, first))?;
+        let place = index % TILE_WIDTH;
+        if above.get(place as usize) != Some(&root) {
+            let what = format!("tile/{level} number {index} does not hash to the tile above it");
             return Err(tree_damaged(first, what).into());
         }
+        if place + 1 < TILE_WIDTH {
+            break;
+        }
+        (level, index, hashes) = (level + 1, index / TILE_WIDTH, above);
     }
-    compare_events(log, before, &leaves, tree.size()).await
+    Ok(())
 }
 
 /// Compares the events after a position with their leaves.

@@ -5,6 +5,7 @@
 //! and published. Whatever is cut off in between, the next start goes on from the end of the chain.
 //! Nothing that was signed is ever made anew from the log.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,6 +44,8 @@ const RETRY: Duration = Duration::from_secs(1);
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// How long a log is doubted that does not answer any more.
 const DOUBT_LASTS: Duration = Duration::from_secs(15);
+/// So often the slow comparison tries what cannot be read, before it goes on with what follows.
+const SWEEP_TRIES: u32 = 3;
 /// A round takes no more than so many bytes of events into memory.
 const ROUND_BYTES: usize = 32 << 20;
 
@@ -218,6 +221,18 @@ impl Notary {
     /// What was read by then is signed first. A breach ends it, once that has been written into the
     /// folder.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), NotaryError> {
+        tokio::select! {
+            ended = self.keep_signing(&cancel) => ended,
+            // Beside it: whatever interrupts the signing does not make it start over.
+            breach = self.sweep() => {
+                self.report(&breach).await;
+                Err(NotaryError::Breach(breach))
+            }
+        }
+    }
+
+    /// Signs until it is cancelled or something is wrong for good.
+    async fn keep_signing(&self, cancel: &CancellationToken) -> Result<(), NotaryError> {
         loop {
             if let Some(breach) = self.tree.breach() {
                 // Until then, processes that only see the folder append to a broken log.
@@ -229,12 +244,8 @@ impl Notary {
                 }
                 return Err(NotaryError::Breach(breach));
             }
-            let trouble = tokio::select! {
-                followed = self.follow(&cancel) => match followed {
-                    Ok(()) => return Ok(()),
-                    Err(trouble) => trouble,
-                },
-                found = self.sweep() => found.into(),
+            let Err(trouble) = self.follow(cancel).await else {
+                return Ok(());
             };
             let wait = match trouble {
                 Trouble::Breach(breach) => {
@@ -690,7 +701,8 @@ impl Notary {
     async fn sweep(&self) -> Breach {
         let rate = self.options.sweep_rate.max(1);
         let pause = Duration::from_secs(1).mul_f64(TILE_WIDTH as f64 / f64::from(rate));
-        let mut index = 0;
+        let (mut index, mut tries) = (0, 0);
+        let mut left_out = BTreeSet::new();
         loop {
             tokio::time::sleep(pause).await;
             let size = self.tree.head().map_or(0, |signed| signed.head.size);
@@ -701,14 +713,32 @@ impl Notary {
                 index = 0;
             }
             match compare_bundle(&*self.log, &self.reader(size), index).await {
-                Ok(()) => index += 1,
+                Ok(()) => {
+                    if left_out.remove(&index) {
+                        tracing::info!(index, "what could not be compared was compared again");
+                    }
+                }
                 Err(Mismatch::Breach(breach)) => return breach,
                 // How long the log is, is looked at every second.
-                Err(Mismatch::Short { .. }) => {}
+                Err(Mismatch::Short { .. }) => continue,
                 Err(Mismatch::Passing(reason)) => {
-                    tracing::debug!(reason, index, "not compared now");
+                    tries += 1;
+                    // A log that does not answer at all is waited for.
+                    if tries < SWEEP_TRIES || self.log.head().await.is_err() {
+                        tracing::debug!(reason, index, "not compared now");
+                        continue;
+                    }
+                    if left_out.insert(index) {
+                        tracing::warn!(
+                            reason,
+                            index,
+                            "256 events cannot be compared with what was signed; the next round \
+                             tries them again"
+                        );
+                    }
                 }
             }
+            (index, tries) = (index + 1, 0);
         }
     }
 }

@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
 
-use std::path::Path;
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +14,9 @@ use daybook_events::names::{BuildId, EventId, ProjectName};
 use daybook_events::subject::Subject;
 use daybook_events::tree::{Breach, PublishedTree};
 use daybook_store::embedded::{EmbeddedConfig, EmbeddedLog};
-use daybook_store::tlog::{FolderStorage, KeyRing, Notary, NotaryError, NotaryOptions, SignerKey};
+use daybook_store::tlog::{
+    FolderStorage, KeyRing, Notary, NotaryError, NotaryOptions, SignerKey, TileStorage,
+};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
@@ -58,6 +62,41 @@ pub async fn embedded(dir: &Path) -> Arc<dyn EventLog> {
     Arc::new(log.unwrap())
 }
 
+/// A log that need not survive anything.
+pub async fn unsynced(dir: &Path) -> Arc<dyn EventLog> {
+    let config = EmbeddedConfig {
+        sync: false,
+        ..EmbeddedConfig::default()
+    };
+    Arc::new(EmbeddedLog::open(dir, config).await.unwrap())
+}
+
+/// The files below a folder whose name ends so.
+pub fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path, ending));
+        } else if path.to_string_lossy().ends_with(ending) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// Changes one bit of a file.
+pub fn flip(file: &Path, offset: u64) {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(file)
+        .unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+}
+
 pub fn options() -> NotaryOptions {
     NotaryOptions {
         max_delay: Duration::from_millis(20),
@@ -91,6 +130,15 @@ impl Working {
         options: NotaryOptions,
     ) -> Self {
         let storage = Arc::new(FolderStorage::new(folder));
+        Self::start_in(log, storage, keys, options).await
+    }
+
+    pub async fn start_in(
+        log: &Arc<dyn EventLog>,
+        storage: Arc<dyn TileStorage>,
+        keys: &KeyRing,
+        options: NotaryOptions,
+    ) -> Self {
         let notary = Notary::open(log.clone(), storage, keys.clone(), options);
         let notary = notary.await.unwrap();
         let cancel = CancellationToken::new();
