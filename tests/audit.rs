@@ -7,6 +7,7 @@ use daybook_store::tlog::{Checkpoint, SignerKey};
 use daybook_testkit::git::git;
 use daybook_testkit::judge::TlogJudge;
 use daybook_testkit::left_out;
+use daybook_testkit::nats::{NatsBinary, NatsServer};
 use serde_json::{Value, json};
 
 use crate::support::{Done, Server, Settings, daybook, site, until};
@@ -237,6 +238,43 @@ fn an_auditor_gets_from_one_file_to_a_verdict() {
     fs::write(&forged, text.replacen('7', "8", 1)).unwrap();
     let done = auditor(&["audit", "check-receipt", forged.to_str().unwrap()]);
     assert_ne!(done.code, 0, "{done:?}");
+}
+
+/// Somebody writes to NATS past Daybook what no entry of the tree can hold.
+#[test]
+fn an_event_that_is_too_large_is_named_and_folded_by_nobody() {
+    let Some(binary) = NatsBinary::newest().or_else(|| NatsBinary::installed().pop()) else {
+        return left_out("an event that is too large: there is no nats-server");
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let nats = runtime.block_on(NatsServer::start(&binary));
+    let server = Server::start(Settings::default().env("DAYBOOK_NATS", nats.url()));
+    server.ok(&["project", "create", "shop"]);
+    let events = server.events();
+    let is_first = |e: &&Value| e["event"]["type"] == "dev.daybook.project.created.v1";
+    let created = &events.iter().find(is_first).unwrap()["event"];
+    // Spaces change nothing about what it says.
+    let id = created["id"].as_str().unwrap();
+    let event = created.to_string().replace("shop", "huge");
+    let event = event.replace(id, "5f0c6f3e-6c5e-4f0a-9d5b-2c8e0f6a7b11") + &" ".repeat(65_536);
+    runtime.block_on(async {
+        let client = async_nats::connect(nats.url()).await.unwrap();
+        let context = async_nats::jetstream::new(client);
+        let subject = "daybook.ev.huge._.project.huge";
+        let published = context.publish(subject, event.into()).await.unwrap();
+        published.await.unwrap();
+    });
+    server.ok(&["project", "create", "next"]);
+    signed(&server);
+    let projects = server.read("/api/v1/projects").to_string();
+    assert!(projects.contains("next"), "{projects}");
+    assert!(!projects.contains("huge"), "{projects}");
+    // What would be appended to its subject has to expect its position, which auditors do not know
+    // of: that the server's state is another one than theirs is named, too.
+    let done = auditor(&server, &["audit", "verify", "--output", "json"]);
+    let counts = &done.json_document()["finding_counts"];
+    let wanted = json!({ "event_too_large": 1, "state_differs": 1 });
+    assert_eq!(*counts, wanted, "{done:?}");
 }
 
 #[test]

@@ -6,7 +6,6 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -18,8 +17,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use daybook_events::EventLog;
 use daybook_events::log::{
-    Append, AppendError, Appended, Consumer, ConsumerConfig, EventStream, LogInfo, Position,
-    ReadError, Recorded,
+    Append, AppendError, Appended, Consumer, ConsumerConfig, EventStream, LogInfo, MAX_EVENT_BYTES,
+    Position, ReadError, Recorded,
 };
 use daybook_events::subject::{Subject, SubjectFilter};
 use daybook_events::tree::{PublishedTree, TreeCondition};
@@ -27,7 +26,7 @@ use daybook_store::jetstream::{Connection, JetStreamLog, LogOptions, NatsOptions
 use daybook_store::tlog::{
     FolderStorage, FolderTree, Growth, GuardedLog, KeyRing, Notary, NotaryError, NotaryOptions,
     Published, ReadTiles, RecheckError, RepairError, StorageError, TileStorage, TreeReader,
-    clear_breach, gap_entry, is_repairable, recheck, repair,
+    clear_breach, event_entry, gap_entry, is_repairable, recheck, repair,
 };
 use daybook_testkit::left_out;
 use daybook_testkit::nats::{NatsBinary, NatsServer};
@@ -541,6 +540,77 @@ async fn a_gap_is_recorded_and_readers_go_past_it() {
         );
         assert_eq!(gap.subject.kind(), None);
         ledger.sign(&new, 10).await;
+    }
+}
+
+/// Events that somebody wrote past Daybook, and that no entry can hold: their digests are signed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_that_are_too_large_for_the_tree_are_signed_by_their_digest() {
+    for binary in binaries() {
+        let server = NatsServer::start(&binary).await;
+        let ledger = Ledger::new();
+        let log = open(&server, "DAYBOOK").await;
+        append(&*log, 0..2).await;
+        let context = raw(&server).await;
+        let mut written = Vec::new();
+        // The first size that is too large, and the last that the stream takes.
+        for (number, more) in [(2, 1), (3, 1000)] {
+            let event = large_event(number, MAX_EVENT_BYTES + more);
+            let subject = event.subject.to_string();
+            let published = context.publish(subject, event.bytes.clone()).await;
+            let position = Position(published.unwrap().await.unwrap().sequence);
+            written.push((position, event_entry(position, &event.bytes)));
+        }
+        append(&*log, 4..SIGNED).await;
+        let notary = ledger.notary(&log).await;
+        notary.signed(SIGNED).await;
+        let published = Published(notary.tree.clone());
+        let tree = TreeReader::new(&published, SIGNED);
+        for (position, entry) in &written {
+            assert!(entry.starts_with(b"daybook.dev/too-large/v1\n"));
+            assert_eq!(tree.entry(position.0 - 1).await.unwrap(), entry);
+            // Readers get what auditors have, and a fold comes to the same.
+            let stored = log.get(*position).await.unwrap().unwrap();
+            assert_eq!(stored.bytes, entry);
+            let before = Position(position.0 - 1);
+            let read = log.read(before, &SubjectFilter::default(), 1).await;
+            assert_eq!(read.unwrap(), [stored]);
+        }
+        // Neither a start nor the comparison of all finds anything wrong with it.
+        notary.stop().await;
+        let notary = ledger.notary(&log).await;
+        until(|| notary.tree.condition() == TreeCondition::Sound).await;
+        notary.stop().await;
+        let storage = FolderStorage::new(ledger.at("tlog"));
+        let (head, breach) = recheck(&storage, &ledger.keys, &*log).await.unwrap();
+        assert_eq!((head.size, breach), (SIGNED, None));
+
+        // Their bytes are in the old stream only: a new log gets what was signed.
+        set_aside(&server).await;
+        let new = open(&server, "DAYBOOK-2").await;
+        let done = repair(&storage, &ledger.keys, &*new).await.unwrap();
+        assert_eq!(done.restored, SIGNED);
+        for (position, entry) in &written {
+            let instead = new.get(*position).await.unwrap().unwrap();
+            assert_eq!(instead.bytes, entry);
+            assert_eq!(instead.subject.kind(), None);
+        }
+        ledger.sign(&new, SIGNED + 10).await;
+        let (head, _) = recheck(&storage, &ledger.keys, &*new).await.unwrap();
+        assert_eq!(head.size, SIGNED + 10);
+    }
+}
+
+/// The event of a number, with so many bytes.
+fn large_event(number: u64, bytes: usize) -> Append {
+    let event = an_event(number);
+    let mut envelope: serde_json::Value = serde_json::from_slice(&event.bytes).unwrap();
+    envelope["data"]["filler"] = "".into();
+    let rest = bytes - envelope.to_string().len();
+    envelope["data"]["filler"] = "x".repeat(rest).into();
+    Append {
+        bytes: envelope.to_string().into(),
+        ..event
     }
 }
 

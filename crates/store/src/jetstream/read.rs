@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::log::EventStreamHandle;
 use super::pull::{Broken, Pulled, Puller, Wanted};
+use crate::tlog::event_entry;
 
 /// A place in the log from which events are read one after the other.
 #[derive(Debug)]
@@ -186,7 +187,8 @@ fn recorded(pulled: Pulled) -> Result<Recorded, ReadError> {
     )
 }
 
-/// An event from what the stream has of it.
+/// An event from what the stream has of it. In the place of one that is too large for the tree stands
+/// its leaf: nobody acts on what is not signed and would be gone after a repair.
 pub(super) fn recorded_from(
     sequence: u64,
     subject: &str,
@@ -201,6 +203,6 @@ pub(super) fn recorded_from(
         position,
         subject: Subject::of_stored(subject),
         stored_at,
-        bytes,
+        bytes: event_entry(position, &bytes),
     })
 }
