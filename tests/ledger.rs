@@ -357,6 +357,24 @@ fn whoever_named_the_wrong_nats_server_goes_back_to_the_right_one() {
 }
 
 #[test]
+fn a_lost_folder_of_tiles_is_not_made_anew() {
+    let mut server = Server::start(Settings::default());
+    server.define("shop", "web", &site("one"), &[]);
+    let size = signed(&server);
+    server.stop();
+    let data = server.folder().data();
+    let (tiles, elsewhere) = (data.join("tlog"), data.join("elsewhere"));
+    fs::rename(&tiles, &elsewhere).unwrap();
+    let free = ["--listen", "127.0.0.1:0", "--gateway", "127.0.0.1:0"];
+    let refused = server.try_restart_with(&free).unwrap_err();
+    assert!(refused.stderr.contains("tree_missing"), "{refused:?}");
+    assert!(!tiles.exists());
+    fs::rename(&elsewhere, &tiles).unwrap();
+    server.restart();
+    assert!(signed(&server) >= size);
+}
+
+#[test]
 fn a_stream_made_anew_on_nats_is_noticed_by_every_process_and_repaired() {
     let Some(binary) = NatsBinary::installed().pop().or_else(NatsBinary::newest) else {
         daybook_testkit::left_out("a stream made anew: there is no nats-server");

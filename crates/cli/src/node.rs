@@ -403,10 +403,7 @@ impl Node {
             };
             let notary = Notary::open(log.clone(), storage, keys, how)
                 .await
-                .map_err(|e| {
-                    Failure::new(Code::Failure, "notary_unusable", with_causes(&e))
-                        .hint("check the folders of --tlog and --tlog-keys")
-                })?;
+                .map_err(|e| notary_unusable(&e))?;
             let tree = notary.tree();
             tasks.push(tokio::spawn(sign_log(
                 notary,
@@ -1071,6 +1068,28 @@ fn ledger_keys(options: &NodeOptions, data: &Path) -> Result<KeyRing, Failure> {
         )),
         _ => Ok(keys),
     }
+}
+
+/// Why a notary does not start.
+fn notary_unusable(error: &NotaryError) -> Failure {
+    let (code, hint) = match error {
+        NotaryError::TreeMissing { .. } => (
+            "tree_missing",
+            "mount the folder of --tlog, or restore it from a backup. If it is lost for good, begin a \
+             ledger of another name over the same log: `daybook keys generate --keys DIR --origin NAME`, \
+             and --tlog-keys DIR",
+        ),
+        NotaryError::Signed { .. } => (
+            "signed_unusable",
+            "restore it with the keys that it is of; it says that they have signed, so remove it only \
+             if the folder of --tlog is the one that they signed",
+        ),
+        _ => (
+            "notary_unusable",
+            "check the folders of --tlog and --tlog-keys",
+        ),
+    };
+    Failure::new(Code::Failure, code, with_causes(error)).hint(hint)
 }
 
 /// Signs the log until the node ends. Without it nothing is lost: what is not signed yet is signed

@@ -1,12 +1,14 @@
 //! The notary's keys, in files.
 //!
 //! ```text
-//! notary.key   the private keys that sign, one a line, mode 0600: `PRIVATE+KEY+<name>+<id>+<key>`
-//! notary.pub   the public keys of all times, one a line: `<name>+<id>+<key>`
+//! notary.key     the private keys that sign, one a line, mode 0600: `PRIVATE+KEY+<name>+<id>+<key>`
+//! notary.pub     the public keys of all times, one a line: `<name>+<id>+<key>`
+//! notary.signed  a checkpoint that they signed, as soon as there is one of an event
 //! ```
 //!
 //! While keys are rotated there are two private ones, and both sign. The public ones stay for
-//! ever, because old checkpoints are checked with them.
+//! ever, because old checkpoints are checked with them. The checkpoint says, where the tiles are
+//! lost, that there were some: what was signed is never made anew from the log.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -17,6 +19,7 @@ use super::note::{GenerateError, KeyError, SignerKey, VerifierKey};
 
 const PRIVATE: &str = "notary.key";
 const PUBLIC: &str = "notary.pub";
+const SIGNED: &str = "notary.signed";
 
 /// Why keys could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +82,8 @@ pub enum KeyFileError {
 pub struct KeyRing {
     signers: Vec<SignerKey>,
     verifiers: Vec<VerifierKey>,
+    /// Where they are, unless they are in no file.
+    folder: Option<PathBuf>,
 }
 
 impl KeyRing {
@@ -89,7 +94,14 @@ impl KeyRing {
         if path.exists() {
             return Err(KeyFileError::Exists { path });
         }
-        let ring = Self::of(SignerKey::generate(origin)?);
+        let mut ring = Self::of(SignerKey::generate(origin)?);
+        ring.folder = Some(folder.to_owned());
+        // Of a key that is gone. The new one has signed nothing.
+        let signed = folder.join(SIGNED);
+        match fs::remove_file(&signed) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error(&signed, e)),
+            _ => {}
+        }
         ring.save(folder)?;
         Ok(ring)
     }
@@ -132,7 +144,11 @@ impl KeyRing {
                 second,
             });
         }
-        Ok(Self { signers, verifiers })
+        Ok(Self {
+            signers,
+            verifiers,
+            folder: Some(folder.to_owned()),
+        })
     }
 
     /// A ring of one key that is in no file.
@@ -140,6 +156,7 @@ impl KeyRing {
         Self {
             verifiers: vec![key.verifier().clone()],
             signers: vec![key],
+            folder: None,
         }
     }
 
@@ -185,12 +202,34 @@ impl KeyRing {
         self.verifiers.iter().map(|v| format!("{v}\n")).collect()
     }
 
+    /// The file with a checkpoint that these keys signed, and what is in it. Nothing if they are in
+    /// no file, or have signed no event that they know of.
+    pub(super) fn signed(&self) -> Result<Option<(PathBuf, Vec<u8>)>, KeyFileError> {
+        let Some(folder) = &self.folder else {
+            return Ok(None);
+        };
+        let path = folder.join(SIGNED);
+        match fs::read(&path) {
+            Ok(note) => Ok(Some((path, note))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(io_error(&path, e)),
+        }
+    }
+
+    /// Keeps a checkpoint that these keys sign beside them. When it returns it is on disk.
+    pub(super) fn keep_signed(&self, note: &[u8]) -> Result<(), KeyFileError> {
+        match &self.folder {
+            Some(folder) => write(folder, SIGNED, note, 0o644),
+            None => Ok(()),
+        }
+    }
+
     /// Public first: a key that signs is always one that others can know.
     fn save(&self, folder: &Path) -> Result<(), KeyFileError> {
         fs::create_dir_all(folder).map_err(|e| io_error(folder, e))?;
         let private: String = self.signers.iter().map(|s| s.expose() + "\n").collect();
-        write(folder, PUBLIC, &self.public_text(), 0o644)?;
-        write(folder, PRIVATE, &private, 0o600)
+        write(folder, PUBLIC, self.public_text().as_bytes(), 0o644)?;
+        write(folder, PRIVATE, private.as_bytes(), 0o600)
     }
 }
 
@@ -222,9 +261,10 @@ fn lines<K: std::str::FromStr<Err = KeyError>>(
 }
 
 /// Replaces a file in one step.
-fn write(folder: &Path, name: &str, text: &str, mode: u32) -> Result<(), KeyFileError> {
+fn write(folder: &Path, name: &str, bytes: &[u8], mode: u32) -> Result<(), KeyFileError> {
     let path = folder.join(name);
-    let unfinished = folder.join(format!(".{name}.{}", std::process::id()));
+    // Several notaries may share the folder, each with the same process id.
+    let unfinished = folder.join(format!(".{name}.{}", uuid::Uuid::new_v4()));
     let written = OpenOptions::new()
         .write(true)
         .create(true)
@@ -233,7 +273,7 @@ fn write(folder: &Path, name: &str, text: &str, mode: u32) -> Result<(), KeyFile
         .open(&unfinished)
         .and_then(|mut file| {
             file.set_permissions(Permissions::from_mode(mode))?;
-            file.write_all(text.as_bytes())?;
+            file.write_all(bytes)?;
             file.sync_all()
         })
         .and_then(|()| fs::rename(&unfinished, &path))

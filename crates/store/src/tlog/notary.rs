@@ -7,7 +7,9 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use daybook_events::Position;
@@ -27,7 +29,7 @@ use super::compare::{
 };
 use super::growth::Growth;
 use super::hash::{Hash, empty_root};
-use super::keys::KeyRing;
+use super::keys::{KeyFileError, KeyRing};
 use super::leaf::{event_entry, gap_entry};
 use super::ledger_state::{
     ALIVE, CHECKPOINT, ClaimedHead, DOUBT, KEYS, LogHistory, StateError, read_breach, write_breach,
@@ -88,6 +90,29 @@ pub enum NotaryError {
     /// What is published was signed by other keys, or for another origin.
     #[error("the published checkpoint is not of these keys; give the keys it was signed with")]
     Keys(#[source] CheckpointError),
+    /// These keys have signed events of this ledger, and there are no tiles. Nothing was written:
+    /// the folder may not be mounted.
+    #[error(
+        "these keys signed {size} events of {origin}, and there are no tiles of it: they are not made \
+         anew from the log"
+    )]
+    TreeMissing {
+        /// The ledger.
+        origin: String,
+        /// So many, at least.
+        size: u64,
+    },
+    /// What is kept beside the keys is not what they signed.
+    #[error("{} is no checkpoint that these keys signed", path.display())]
+    Signed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: CheckpointError,
+    },
+    /// What is kept beside the keys cannot be read.
+    #[error(transparent)]
+    KeyFile(KeyFileError),
     /// The notary's own files are damaged.
     #[error("the state of the notary cannot be used")]
     State(#[source] StateError),
@@ -149,6 +174,10 @@ pub struct Notary {
     keys: KeyRing,
     options: NotaryOptions,
     tree: Arc<NotaryTree>,
+    /// A head with events that these keys signed, if there is one that they know of.
+    signed_before: Mutex<Option<TreeHead>>,
+    /// Whether one was kept beside them since the start, or cannot be.
+    is_kept: AtomicBool,
 }
 
 impl fmt::Debug for Notary {
@@ -196,11 +225,14 @@ impl Notary {
             tree: Arc::new(NotaryTree::new(tiles)),
             log,
             storage,
+            signed_before: Mutex::new(signed_before(&keys)?),
+            is_kept: AtomicBool::new(false),
             keys,
             options,
         };
         match notary.recover().await {
-            Ok(_) | Err(Trouble::Overtaken) => {}
+            Ok(edge) => notary.warn_of_older_tiles(&edge),
+            Err(Trouble::Overtaken) => {}
             Err(Trouble::Breach(breach)) => {
                 notary.report(&breach);
                 // Where it is not taken now, `run` goes on.
@@ -221,28 +253,20 @@ impl Notary {
     /// What was read by then is signed first. A breach ends it, once that has been written into the
     /// folder.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), NotaryError> {
-        tokio::select! {
-            ended = self.keep_signing(&cancel) => ended,
+        let breach = tokio::select! {
+            ended = self.keep_signing(&cancel) => return ended,
             // Beside it: whatever interrupts the signing does not make it start over.
-            breach = self.sweep() => {
-                self.report(&breach).await;
-                Err(NotaryError::Breach(breach))
-            }
-        }
+            breach = self.sweep() => breach,
+        };
+        self.report(&breach);
+        self.end_with(breach, &cancel).await
     }
 
     /// Signs until it is cancelled or something is wrong for good.
     async fn keep_signing(&self, cancel: &CancellationToken) -> Result<(), NotaryError> {
         loop {
             if let Some(breach) = self.tree.breach() {
-                // Until then, processes that only see the folder append to a broken log.
-                while !self.tell_breach(&breach).await {
-                    tokio::select! {
-                        () = cancel.cancelled() => break,
-                        () = tokio::time::sleep(RETRY) => {}
-                    }
-                }
-                return Err(NotaryError::Breach(breach));
+                return self.end_with(breach, cancel).await;
             }
             let Err(trouble) = self.follow(cancel).await else {
                 return Ok(());
@@ -271,6 +295,22 @@ impl Notary {
                 () = tokio::time::sleep(wait) => {}
             }
         }
+    }
+
+    /// Ends once the folder has taken a breach: until then, processes that only see the folder append
+    /// to a broken log.
+    async fn end_with(
+        &self,
+        breach: Breach,
+        cancel: &CancellationToken,
+    ) -> Result<(), NotaryError> {
+        while !self.tell_breach(&breach).await {
+            tokio::select! {
+                () = cancel.cancelled() => break,
+                () = tokio::time::sleep(RETRY) => {}
+            }
+        }
+        Err(NotaryError::Breach(breach))
     }
 
     /// Stops everything in this process.
@@ -323,14 +363,24 @@ impl Notary {
             return Err(breach.into());
         }
         storage.tidy().await?;
-        let claimed = match ClaimedHead::newest(storage).await? {
+        let newest = ClaimedHead::newest(storage).await?;
+        let head = newest.map(|newest| newest.head);
+        let head = head.or(published.as_ref().map(|p| p.head));
+        let head = head.unwrap_or_else(|| TreeHead {
+            size: 0,
+            root: empty_root(),
+        });
+        if let Some(before) = self.signed_before()
+            && head.size == 0
+        {
+            return Err(Trouble::Fatal(NotaryError::TreeMissing {
+                origin: self.keys.origin().to_owned(),
+                size: before.size,
+            }));
+        }
+        let claimed = match newest {
             Some(newest) => newest,
             None => {
-                let empty = TreeHead {
-                    size: 0,
-                    root: empty_root(),
-                };
-                let head = published.as_ref().map_or(empty, |p| p.head);
                 let first = ClaimedHead { number: 1, head };
                 self.check_tiles(&first).await?;
                 if !first.claim(storage).await? {
@@ -343,6 +393,7 @@ impl Notary {
         if let Some(published) = &published {
             self.check_published(&published.head, &claimed.head).await?;
         }
+        self.check_signed_before(0, claimed.head.size).await?;
         let size = claimed.head.size;
         self.check_log(size).await?;
         let reader = self.reader(size);
@@ -356,6 +407,7 @@ impl Notary {
         let newest = growth.newest_leaf();
         self.publish_keys().await?;
         let note = self.sign(&claimed.head);
+        self.keep(&claimed.head, &note).await;
         match published {
             Some(p) if p.head == claimed.head && p.note == note => self.tree.publish(p),
             _ => self.publish(claimed).await?,
@@ -413,6 +465,75 @@ impl Notary {
             tree_damaged(None, format!("the checkpoint is not a part of them: {e}"))
         })?;
         Ok(())
+    }
+
+    fn signed_before(&self) -> Option<TreeHead> {
+        let before = self.signed_before.lock();
+        *before.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// That a tree of this size, which had the other one before, has the head that these keys are
+    /// known to have signed.
+    async fn check_signed_before(&self, old: u64, new: u64) -> Result<(), Trouble> {
+        let Some(before) = self.signed_before() else {
+            return Ok(());
+        };
+        if before.size <= old || before.size > new {
+            return Ok(());
+        }
+        let reader = TreeReader::part_of(&*self.storage, before.size, new);
+        let root = reader.root().await.map_err(|e| judge_tree_error(e, None))?;
+        if root == before.root {
+            return Ok(());
+        }
+        let what = format!(
+            "these keys signed another tree of size {}, and never sign a second one",
+            before.size
+        );
+        Err(tree_damaged(None, what).into())
+    }
+
+    /// Tiles from a backup may lack what was signed since. The log may have it still.
+    fn warn_of_older_tiles(&self, edge: &Edge) {
+        let size = edge.signed();
+        if let Some(before) = self.signed_before()
+            && before.size > size
+        {
+            tracing::warn!(
+                size,
+                signed = before.size,
+                "the tiles are older than what these keys signed; it is signed again if the log has \
+                 the same events"
+            );
+        }
+    }
+
+    /// Keeps a head beside the keys before it is published, once in a start: it says that there was
+    /// a tree, where the tiles get lost.
+    async fn keep(&self, head: &TreeHead, note: &bytes::Bytes) {
+        let before = self.signed_before().map_or(0, |before| before.size);
+        if head.size <= before || self.is_kept.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let (keys, note) = (self.keys.clone(), note.clone());
+        let kept = tokio::task::spawn_blocking(move || keys.keep_signed(&note)).await;
+        let error = match kept {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(with_causes(&error)),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(error) = error {
+            tracing::warn!(
+                error,
+                "it cannot be kept beside the keys what they signed: if the folder of tiles is \
+                 lost, the next start does not notice"
+            );
+        }
+        let mut before = self
+            .signed_before
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *before = Some(*head);
     }
 
     /// That the log is the one that was signed, and has all that was signed.
@@ -611,6 +732,7 @@ impl Notary {
             number: edge.claimed.number + 1,
             head,
         };
+        self.check_signed_before(edge.signed(), head.size).await?;
         daybook_failpoints::reached("checkpoint.stored");
         if !claimed.claim(&*self.storage).await? {
             return Err(Trouble::Overtaken);
@@ -652,6 +774,7 @@ impl Notary {
     async fn publish(&self, mut claimed: ClaimedHead) -> Result<(), Trouble> {
         loop {
             let note = self.sign(&claimed.head);
+            self.keep(&claimed.head, &note).await;
             self.storage.replace(CHECKPOINT, note.clone()).await?;
             self.tree.publish(SignedHead {
                 head: claimed.head,
@@ -740,6 +863,17 @@ impl Notary {
             }
             (index, tries) = (index + 1, 0);
         }
+    }
+}
+
+/// The head that is kept beside the keys.
+fn signed_before(keys: &KeyRing) -> Result<Option<TreeHead>, NotaryError> {
+    let Some((path, note)) = keys.signed().map_err(NotaryError::KeyFile)? else {
+        return Ok(None);
+    };
+    match Checkpoint::open(&note, keys.origin(), keys.verifiers()) {
+        Ok(checkpoint) => Ok(Some(checkpoint.head)),
+        Err(source) => Err(NotaryError::Signed { path, source }),
     }
 }
 
