@@ -840,23 +840,66 @@ async fn a_rewrite_that_somebody_accepted_is_part_of_the_story() {
     let world = World::start(folder.path()).await;
     let path = world.path();
     let first = world.deploy(1).await.unwrap();
-    let second = world.deploy(2).await.unwrap();
+    let mut lost = Vec::new();
+    for number in 2..=4 {
+        lost.push(world.deploy(number).await.unwrap());
+    }
     git(&path, &["update-ref", "refs/heads/main", first.as_str()]);
     world
         .until("the rewrite is found", |s| s.rewritten.is_some())
         .await;
     let said = audit(&path, &world.events().await, None);
-    assert_eq!(said.len(), 2, "{said:?}");
+    assert_eq!(said.len(), 4, "{said:?}");
     assert!(said.iter().any(|s| s.contains("nobody decided about it")));
-    let missing = format!("{} an event records it", second.short());
-    assert!(said.iter().any(|s| s.starts_with(&missing)));
+    for commit in &lost {
+        let missing = format!("{} an event records it", commit.short());
+        assert!(said.iter().any(|s| s.starts_with(&missing)), "{said:?}");
+    }
     let commit = first.clone();
     let reason = None;
     let accepted = gitops::RewriteAccepted { commit, reason };
     world.record(GitopsEvent::RewriteAccepted(accepted)).await;
-    world.deploy(3).await.unwrap();
-    let report = verify_repository(&path, world.events().await, None).unwrap();
-    assert_eq!(report.findings, []);
-    assert_eq!((report.commits, report.abandoned), (3, 1));
+    // What an auditor has is a clone, in which nothing is kept of them.
+    let cloned = |name: &str| {
+        let (clone, url) = (
+            folder.path().join(name),
+            format!("file://{}", path.display()),
+        );
+        git(
+            folder.path(),
+            &[
+                "clone",
+                "--quiet",
+                "--mirror",
+                &url,
+                clone.to_str().unwrap(),
+            ],
+        );
+        for commit in &lost {
+            let looked = git_command(&clone)
+                .args(["cat-file", "-e", commit.as_str()])
+                .output();
+            assert!(!looked.unwrap().status.success());
+        }
+        clone
+    };
+    let clone = cloned("accepted");
+    for repository in [&path, &clone] {
+        let report = verify_repository(repository, world.events().await, None).unwrap();
+        assert_eq!(report.findings, []);
+        assert_eq!((report.commits, report.abandoned), (2, 3));
+    }
+    // What was accepted is not that the one before them is taken away, too.
+    git(&clone, &["update-ref", "refs/heads/main", "main^"]);
+    let said = audit(&clone, &world.events().await, None);
+    let missing = format!("{} an event records it", first.short());
+    assert!(said.len() == 1 && said[0].starts_with(&missing), "{said:?}");
+
+    world.deploy(5).await.unwrap();
+    for repository in [&path, &cloned("gone-on")] {
+        let report = verify_repository(repository, world.events().await, None).unwrap();
+        assert_eq!(report.findings, []);
+        assert_eq!((report.commits, report.abandoned), (3, 3));
+    }
     world.stop().await;
 }

@@ -21,7 +21,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use daybook_events::gitops::{ForeignSignature, GitopsEvent, LedgerAnchor};
+use daybook_events::gitops::{ForeignSignature, GitopsEvent, HistoryRewritten, LedgerAnchor};
 use daybook_events::{CommitId, DeploymentId, Digest, EventId};
 use daybook_secrets::MASK;
 use git2::{Oid, Repository, Sort};
@@ -167,10 +167,9 @@ struct Story {
     facts: BTreeMap<CommitId, Fact>,
     twice: BTreeSet<CommitId>,
     signers: Vec<String>,
-    /// Heads that were recorded before a rewrite that somebody accepted.
-    abandoned: Vec<CommitId>,
-    open: Option<CommitId>,
-    pending: Option<(CommitId, CommitId)>,
+    /// Rewrites that somebody accepted.
+    accepted: Vec<HistoryRewritten>,
+    open: Option<HistoryRewritten>,
 }
 
 impl Story {
@@ -241,21 +240,12 @@ impl Story {
                 self.add(e.commit, fact);
             }
             GitopsEvent::SignerAdded(e) => self.signers.push(e.public_key),
-            GitopsEvent::HistoryRewritten(e) => {
-                self.open = Some(e.found.clone());
-                self.pending = Some((e.expected, e.found));
-            }
-            GitopsEvent::HistoryRestored(_) => {
-                self.open = None;
-                self.pending = None;
-            }
+            GitopsEvent::HistoryRewritten(e) => self.open = Some(e),
+            GitopsEvent::HistoryRestored(_) => self.open = None,
             GitopsEvent::RewriteAccepted(e) => {
-                self.open = None;
-                if let Some((expected, found)) = self.pending.take()
-                    && found == e.commit
-                {
-                    self.abandoned.push(expected);
-                }
+                let rewritten = self.open.take();
+                self.accepted
+                    .extend(rewritten.filter(|r| r.found == e.commit));
             }
             GitopsEvent::ForeignCommitAdopted(_)
             | GitopsEvent::RevertRequested(_)
@@ -316,7 +306,7 @@ pub fn verify_repository(
             report.find(&commit, problem);
         }
     }
-    let abandoned = abandoned(&repository, &story.abandoned)?;
+    let abandoned = abandoned(&repository, &story)?;
     for commit in story.facts.into_keys() {
         if abandoned.contains(&commit) {
             report.abandoned += 1;
@@ -324,8 +314,8 @@ pub fn verify_repository(
             report.find(&commit, Problem::NotOnBranch);
         }
     }
-    if let Some(found) = story.open {
-        report.find(&found, Problem::RewriteOpen);
+    if let Some(rewritten) = story.open {
+        report.find(&rewritten.found, Problem::RewriteOpen);
     }
     report.findings.sort();
     Ok(report)
@@ -343,24 +333,29 @@ impl Report {
     }
 }
 
-/// The histories that accepted rewrites took off the branch, as far as their objects are kept. A
-/// head whose objects are gone stands for itself.
-fn abandoned(
-    repository: &Repository,
-    heads: &[CommitId],
-) -> Result<BTreeSet<CommitId>, git2::Error> {
+/// The commits that accepted rewrites took off the branch, back to what was left of it. A clone has
+/// none of their objects: there the parents are those that the events name.
+fn abandoned(repository: &Repository, story: &Story) -> Result<BTreeSet<CommitId>, git2::Error> {
     let mut all = BTreeSet::new();
-    for head in heads {
-        all.insert(head.clone());
-        let id = Oid::from_str(head.as_str())?;
-        if repository.find_commit(id).is_err() {
-            continue;
+    for HistoryRewritten {
+        expected, common, ..
+    } in &story.accepted
+    {
+        let mut gone = BTreeSet::new();
+        let mut due = vec![expected.clone()];
+        while let Some(commit) = due.pop() {
+            if common.as_ref() == Some(&commit) || !gone.insert(commit.clone()) {
+                continue;
+            }
+            if let Ok(kept) = repository.find_commit(Oid::from_str(commit.as_str())?) {
+                for parent in kept.parent_ids() {
+                    due.push(commit_id(parent)?);
+                }
+            } else if let Some(fact) = story.facts.get(&commit) {
+                due.extend(fact.parents.iter().flatten().cloned());
+            }
         }
-        let mut walk = repository.revwalk()?;
-        walk.push(id)?;
-        for id in walk {
-            all.insert(commit_id(id?)?);
-        }
+        all.append(&mut gone);
     }
     Ok(all)
 }
