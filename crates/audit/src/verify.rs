@@ -78,8 +78,7 @@ pub struct Options {
 }
 
 /// What an event did to the state of its aggregate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
     /// It changed it.
     Counted,
